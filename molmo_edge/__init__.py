@@ -1,0 +1,1 @@
+"""molmo-edge: Molmo on laptops and Jetsons. `Molmo().ask(image, question)`."""
