@@ -1,0 +1,261 @@
+"""The artefact on disk: a directory with a manifest, graphs, a tokenizer and a check of its own.
+
+`molmo_edge.json` names every file with its size and sha256. Opening a bundle compares the sizes always and
+the hashes once a machine; whatever is damaged, foreign or newer than this program is refused by name before
+any of it reaches an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+
+MANIFEST = "molmo_edge.json"
+FORMAT = "molmo-edge-bundle"
+FORMAT_VERSION = 1
+COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder", "tokenizer")
+SPECIAL_IDS = ("bos", "eos", "im_start", "im_end", "im_patch", "im_col", "image")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class BundleError(MolmoEdgeError):
+    """A bundle, or a model argument, that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One file of a bundle."""
+
+    name: str  # "decoder"
+    file: str  # relative to the bundle, with forward slashes
+    bytes: int
+    sha256: str
+    engine: str = ""  # "onnx", "gguf"; empty for the tokenizer
+    precision: str = ""  # "fp32", "fp16", "int8", ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a sound copy of the bundle answers: greedy ids, and points within `tolerance` (percent of a side)."""
+
+    image: str  # relative to the bundle
+    question: str
+    token_ids: tuple[int, ...]
+    points: tuple[tuple[float, float], ...] = ()
+    tolerance: float = 2.0
+
+
+@dataclass(frozen=True)
+class Bundle:
+    directory: Path
+    name: str
+    config: MolmoConfig
+    special_ids: dict[str, int]  # SPECIAL_IDS -> token id
+    components: dict[str, Component]
+    check: Check | None
+    manifest: dict[str, Any]  # as read, with source and measured errors
+
+    def path(self, component: str) -> Path:
+        """The file of `component`. Raises BundleError where the bundle has none."""
+        if component not in self.components:
+            raise BundleError(f"{self.directory}: the manifest has no component {component!r}")
+        return self.directory / self.components[component].file
+
+
+def default_bundle() -> Path:
+    """The embedded nano model. Raises BundleError where this installation has none."""
+    directory = Path(__file__).parent / "nano"
+    if not (directory / MANIFEST).is_file():
+        raise BundleError(
+            f"this installation of molmo-edge holds no embedded model ({directory / MANIFEST} is missing): "
+            "reinstall molmo-edge, or name a bundle directory"
+        )
+    return directory
+
+
+def is_bundle(directory: str | Path) -> bool:
+    return (Path(directory) / MANIFEST).is_file()
+
+
+def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+    """Find the directory that `model` means.
+
+    None or "nano": the embedded bundle. A bundle directory, or a checkpoint directory in hub layout: itself.
+    A hub id `owner/name`: its files, downloaded once into the hub's own cache.
+    Raises BundleError for anything else, and where the hub cannot be reached.
+    """
+    if model is None:
+        return default_bundle()
+    path = Path(model)
+    if path.is_dir():
+        if is_bundle(path) or (path / "config.json").is_file():
+            return path
+        raise BundleError(f"{path} holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
+    if path.exists():
+        raise BundleError(f"{path} is a file: name the directory of the bundle or of the checkpoint")
+    if str(model) == "nano":
+        return default_bundle()
+    if isinstance(model, str) and _HUB_ID.fullmatch(model):
+        return _download(model)
+    raise BundleError(f"there is no directory {path}, and it is not a hub id of the form owner/name")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Checkpoints on the hub bring their own Python: it is never run here, so it is not fetched either.
+        return Path(snapshot_download(hub_id, ignore_patterns=["*.py", "*.msgpack", "*.h5"]))
+    except Exception as error:  # the hub's client raises its own, httpx's, requests' and OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BundleError(
+            f"{hub_id} is no directory here and could not be fetched from the hub: {reason}. "
+            "Check the name and the connection, or name a local directory"
+        ) from error
+
+
+def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:
+    """Read and validate the bundle in `directory`.
+
+    `hashes`: True compares every sha256, False none, None those that this machine has not compared before.
+    Raises BundleError that names the file and what is wrong with it.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory / MANIFEST)
+    bundle = _parse(directory, manifest)
+    for component in bundle.components.values():
+        _verify(directory, component, hashes)
+    return bundle
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing: {path.parent} is not a molmo-edge bundle") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is not valid JSON ({error}): the bundle is damaged, fetch it again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f'{path} does not say "format": "{FORMAT}": this is not a molmo-edge bundle')
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"{path} has the format version {version!r}, which is none")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}, this molmo-edge knows {FORMAT_VERSION}: "
+            "pip install --upgrade molmo-edge"
+        )
+    return manifest
+
+
+def _parse(directory: Path, manifest: dict[str, Any]) -> Bundle:
+    where = directory / MANIFEST
+    try:
+        model, special, listed = manifest["model"], manifest["special_ids"], manifest["components"]
+        special_ids = {name: int(special[name]) for name in SPECIAL_IDS}
+        components = {
+            name: Component(
+                name=name,
+                file=_inside(where, entry["file"]),
+                bytes=int(entry["bytes"]),
+                sha256=str(entry["sha256"]).lower(),
+                engine=str(entry.get("engine") or ""),
+                precision=str(entry.get("precision") or ""),
+            )
+            for name, entry in listed.items()
+        }
+        check = _parse_check(where, manifest.get("check"))
+    except KeyError as error:
+        raise BundleError(f"{where} has no {error.args[0]!r}: the manifest is incomplete") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BundleError(f"{where} is malformed: {error}") from None
+    missing = [name for name in COMPONENTS if name not in components]
+    if missing:
+        raise BundleError(f"{where} lists no {', '.join(missing)}: the manifest is incomplete")
+    name = str(manifest.get("name") or directory.name)
+    return Bundle(directory, name, MolmoConfig.from_dict(model), special_ids, components, check, manifest)
+
+
+def _parse_check(where: Path, entry: Any) -> Check | None:
+    if entry is None:
+        return None
+    return Check(
+        image=_inside(where, entry["image"]),
+        question=str(entry["question"]),
+        token_ids=tuple(int(i) for i in entry["token_ids"]),
+        points=tuple((float(x), float(y)) for x, y in entry.get("points") or ()),
+        tolerance=float(entry.get("tolerance", 2.0)),
+    )
+
+
+def _inside(where: Path, file: Any) -> str:
+    """`file` as a relative path that stays inside the bundle; a manifest may come from anybody."""
+    parts = PurePosixPath(file).parts if isinstance(file, str) else ()
+    if not parts or "\\" in file or ":" in file or file.startswith("/") or ".." in parts:
+        raise BundleError(f"{where} names the file {file!r}, which is not inside the bundle: refused")
+    return str(PurePosixPath(*parts))
+
+
+def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
+    path = directory / component.file
+    again = "the bundle is damaged or incomplete, fetch or export it again"
+    try:
+        stat = path.stat()
+        if stat.st_size != component.bytes:
+            raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {component.bytes}: {again}")
+        stamp = _stamp(path, stat, component.sha256)
+        if hashes is False or (hashes is None and os.path.exists(stamp)):
+            return
+        with path.open("rb") as file:
+            found = _sha256(file)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): {again}") from None
+    if found != component.sha256:
+        raise BundleError(f"{path} does not have the sha256 that the manifest says: {again}")
+    _remember(stamp)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where small facts about this machine are kept. `MOLMO_EDGE_CACHE` names another place."""
+    if named := os.environ.get("MOLMO_EDGE_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "molmo-edge"
+
+
+def _stamp(path: Path, stat: os.stat_result, sha256: str) -> Path:
+    # An empty file per verified fact: no format to break, and two processes cannot tear it.
+    fact = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{sha256}"
+    return cache_directory() / "verified" / hashlib.sha256(fact.encode()).hexdigest()
+
+
+def _remember(stamp: Path) -> None:
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        return  # a read-only home costs the comparison next time, nothing else
