@@ -1,0 +1,1 @@
+"""Training data for the nano model: sprites with names, drawn scenes, annotated photos, and questions about them."""
