@@ -62,10 +62,12 @@ def _draw_marks(
                 mark = max(1, int(radius * (0.03 if i % 5 == 0 else 0.012)))
                 draw.line((*_at(centre, i / 60, inner), *_at(centre, i / 60, radius * 0.97)), fill=ink, width=mark)
     if style != "ticks":
-        font = load_font(assets.fonts[int(rng.integers(len(assets.fonts)))], max(6, int(radius * rng.uniform(0.2, 0.28))))
+        path = assets.fonts[int(rng.integers(len(assets.fonts)))]
+        font = load_font(path, max(6, int(radius * rng.uniform(0.2, 0.28))))
+        ring = radius * (0.74 if ticks else 0.82)
         for hour in range(0, 12, 3 if style == "quarters" else 1):
             text = _ROMAN[hour] if style == "roman" else str(hour or 12)
-            draw.text(_at(centre, hour / 12, radius * (0.74 if ticks else 0.82)), text, fill=ink, font=font, anchor="mm")
+            draw.text(_at(centre, hour / 12, ring), text, fill=ink, font=font, anchor="mm")
 
 
 def _draw_hand(

@@ -12,21 +12,22 @@ _IRREGULAR = {
 _UNCHANGED = frozenset(
     (
         "sheep", "fish", "deer", "shrimp", "dice", "broccoli", "corn", "lettuce", "garlic", "bread", "cheese",
-        "spaghetti", "sushi", "popcorn", "milk", "beer", "soap", "paper", "fire", "lightning", "candy", "chocolate",
-        "salad",
+        "spaghetti", "sushi", "popcorn", "milk", "paper", "lightning",
     )
 )  # fmt: skip
 # Words that are plural as they stand: no article, no further s.
 _PLURAL_ONLY = frozenset(
-    ("scissors", "skis", "glasses", "sunglasses", "pants", "shorts", "grapes", "binoculars", "headphones", "fries",
-     "chopsticks", "shoes")
+    (
+        "scissors", "skis", "glasses", "sunglasses", "pants", "shorts", "grapes", "binoculars", "headphones", "fries",
+        "chopsticks", "shoes",
+    )
 )  # fmt: skip
-_MASS = _UNCHANGED - {"sheep", "fish", "deer", "shrimp", "dice"}
+_MASS = (_UNCHANGED - {"sheep", "fish", "deer", "shrimp", "dice"}) | {"soap", "fire", "candy", "chocolate", "ice cream"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 def plural(noun: str) -> str:
-    """"dog" -> "dogs", "wine glass" -> "wine glasses", "person" -> "people", "scissors" -> "scissors"."""
+    """As in "dog" -> "dogs", "wine glass" -> "wine glasses", "person" -> "people", "scissors" -> "scissors"."""
     first, _, last = noun.rpartition(" ")
     if last in _IRREGULAR:
         last = _IRREGULAR[last]
@@ -42,27 +43,27 @@ def plural(noun: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """"a dog", "an apple", "some bread", "scissors"."""
+    """As in "a dog", "an apple", "some bread", "scissors"; of one."""
     last = noun.rpartition(" ")[2]
     if last in _PLURAL_ONLY:
         return noun
-    if last in _MASS:
+    if last in _MASS or noun in _MASS:
         return f"some {noun}"
     return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith(("uni", "ufo")) else f"a {noun}"
 
 
 def counted(noun: str, count: int) -> str:
-    """"a dog", "three dogs", "many dogs" past twelve."""
+    """As in "a dog", "three dogs", "many dogs" past twelve."""
     if count == 1:
         return with_article(noun)
     return f"{_NUMBERS[count] if count < len(_NUMBERS) else 'many'} {plural(noun)}"
 
 
 def listed(parts: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """As in "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def be(noun: str) -> str:
-    """"is" or "are", of one `noun`: "the dog is", "the scissors are"."""
+    """Either "is" or "are", of one `noun`: "the dog is", "the scissors are"."""
     return "are" if noun.rpartition(" ")[2] in _PLURAL_ONLY else "is"

@@ -61,7 +61,8 @@ def augment(rgb: np.ndarray, annotation: Annotation, rng: np.random.Generator) -
 
     Boxes are clipped to the crop. An instance that keeps less than half of its box is dropped and its label gets
     `"crowd": true`: something of it may still be seen, so it must not be counted. Texts that are cut are dropped.
-    A crop may contradict a human caption, so captions are only kept where at least 0.85 of each side remains.
+    A crop may contradict a human caption, so captions are only kept where at least 0.85 of each side remains, and
+    the fields of a receipt only with the whole receipt.
     """
     height, width = rgb.shape[:2]
     # Half of the time the whole picture: counting wants complete scenes.
@@ -88,8 +89,11 @@ def crop_annotation(annotation: Annotation, window: tuple[float, float, float, f
             whole = [t for t in annotation[key] if _kept(t["box"], window) > 0.99]
             out[key] = [{**t, "box": _move_box(t["box"], window, flip)} for t in whole]
             out[f"{key}_cut"] = len(whole) < len(annotation[key])
-    if min(x1 - x0, y1 - y0) < 85:
+    smallest = min(x1 - x0, y1 - y0)
+    if smallest < 85:
         out.pop("captions", None)
+    # Any line of a receipt may be the one with the total; a garment fills its photo.
+    if smallest < (100 if annotation["source"] == "receipts" else 70):
         out.pop("fields", None)
     return out
 
@@ -100,9 +104,7 @@ def _crop_object(item: Annotation, window: tuple[float, float, float, float], fl
     boxes = [_move_box(b, window, flip) for b, s in zip(item["boxes"], stays, strict=True) if s]
     points = [_move_point(p, window, flip) for p, s in zip(item["points"], stays, strict=True) if s]
     # A mask's centroid may have been cut off although half of the box is left.
-    points = [
-        p if 0 <= p[0] <= 100 and 0 <= p[1] <= 100 else _centre(b) for p, b in zip(points, boxes, strict=True)
-    ]
+    points = [p if 0 <= p[0] <= 100 and 0 <= p[1] <= 100 else _centre(b) for p, b in zip(points, boxes, strict=True)]
     out = {**item, "boxes": boxes, "points": points}
     if any(0 < k < KEPT_AREA for k in kept):
         out["crowd"] = True

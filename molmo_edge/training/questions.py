@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.points import format_points
+from molmo_edge.points import format_count, format_points
 from molmo_edge.training.english import be, counted, listed, plural, with_article
 from molmo_edge.training.sprite_names import (
     COCO_LABELS,
@@ -30,7 +30,16 @@ SMALLEST = 3.0  # percent: a label with an instance whose longer side is below c
 BORDER = 4.0  # percent: nearer to the border of two regions, an object is in neither
 
 # How often a kind is asked, relative to the others that the image allows.
-KINDS = {"point": 3.0, "count": 2.5, "negative": 1.0, "where": 1.0, "what": 0.8, "read": 3.0, "clock": 3.0, "caption": 1.2}
+KINDS = {
+    "point": 3.0,
+    "count": 2.5,
+    "negative": 1.0,
+    "where": 1.0,
+    "what": 0.8,
+    "read": 3.0,
+    "clock": 3.0,
+    "caption": 1.2,
+}
 
 # {a}: one, as labelled; {b}: plural. The first of each is the SDK's own and makes half of the questions.
 _POINT = (
@@ -51,6 +60,12 @@ _CAPTION = ("Describe this image.", "What is in this image?", "Caption this imag
 _RECEIPT = {"total": "What is the total?", "date": "What is the date?", "company": "Which company is this from?"}
 _GARMENT = ("What kind of clothing is this?", "Which garment is this?", "What is in this image?")
 _GARMENTS = {"longsleeve": "long-sleeved shirt", "outwear": "jacket"}
+
+# Sources that annotate every instance of these labels: on their images, one of these without a box is absent.
+_CLOSED = {
+    "cards": frozenset({"king", "ace", "nine", "ten", "jack", "queen"}),
+    "road_signs": frozenset({"green traffic light", "yellow traffic light", "red traffic light", "parking sign"}),
+}
 
 _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
@@ -150,17 +165,17 @@ def _point(rng: np.random.Generator, item: Annotation) -> QA:
 def _count(rng: np.random.Generator, item: Annotation) -> QA:
     question, words = _asked(rng, item["label"], _COUNT)
     points, boxes = _ordered(item)
-    answer = f"Counting the {format_points(points, words)} shows a total of {len(points)}."
-    return QA(question, answer, "count", boxes)
+    return QA(question, format_count(points, words), "count", boxes)
 
 
 def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
-    """Two questions about what is certainly absent."""
+    """Two questions about what is certainly absent; one where nothing present can be asked for, lest "none" wins."""
     absent = sorted(_absent(annotation, vocabulary))
     if not absent:
         return []
+    size = min(2 if _countable(annotation) else 1, len(absent))
     questions = []
-    for label in rng.choice(absent, size=min(2, len(absent)), replace=False):
+    for label in rng.choice(absent, size=size, replace=False):
         question, _ = _asked(rng, str(label), _POINT if rng.random() < 0.5 else _COUNT)
         questions.append(QA(question, "There are none.", "negative"))
     return questions
@@ -174,8 +189,9 @@ def _absent(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
             return set()
         names = names - UNLABELLED_IN_PHOTOS | names & COCO_LABELS
     elif source != "scene":
-        names &= OUT_OF_PLACE
-    names -= set(annotation.get("maybe_present", ()))
+        names &= OUT_OF_PLACE | _CLOSED.get(source, frozenset())
+    for label in annotation.get("maybe_present", ()):
+        names -= {label} | overlapping(label)
     for item in annotation.get("objects", ()):
         # A label that a crop has emptied is absent, unless something of it may be left.
         if item["boxes"] or item.get("crowd"):
@@ -268,7 +284,7 @@ def _caption(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
 
 
 def describe(annotation: Annotation) -> str:
-    """"A photo with two dogs, a cup and the text "OPEN"." The largest first; "" where nothing is labelled."""
+    """A caption such as "A photo with two dogs, a cup and a clock.", the largest first; "" of nothing labelled."""
     named = [o for o in annotation.get("objects", ()) if o["boxes"]]
     named.sort(key=lambda o: -sum((b[2] - b[0]) * (b[3] - b[1]) for b in o["boxes"]))
     # Of a crowd it is only known that there are several.

@@ -43,9 +43,7 @@ class _Canvas:
         return min(self.image.size)
 
 
-def draw_scene(
-    rng: np.random.Generator, assets: Assets, kind: str | None = None
-) -> tuple[np.ndarray, Annotation]:
+def draw_scene(rng: np.random.Generator, assets: Assets, kind: str | None = None) -> tuple[np.ndarray, Annotation]:
     """(uint8 [h, w, 3], annotation) of a random scene; `kind` is one of KINDS or None for any.
 
     Sides are 256 to 640 pixels. The annotation has, all coordinates in percent with one decimal:
@@ -57,10 +55,9 @@ def draw_scene(
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     backdrop, backdrop_kind, maybe_present = draw_backdrop(rng, assets, _random_size(rng))
     canvas = _Canvas(backdrop)
-    if kind == "clocks" or (kind == "mixed" and rng.random() < 0.35):
-        # The dial is called a clock, so no backdrop may hold another.
-        if "clock" not in maybe_present:
-            _place_clock(rng, assets, canvas, (0.4, 0.9) if kind == "clocks" else (0.3, 0.45))
+    # The dial is called a clock, so the backdrop must not hold another.
+    if (kind == "clocks" or (kind == "mixed" and rng.random() < 0.35)) and "clock" not in maybe_present:
+        _place_clock(rng, assets, canvas, (0.4, 0.9) if kind == "clocks" else (0.3, 0.45))
     if kind in ("words", "mixed"):
         for _ in range(int(rng.integers(1, 5 if kind == "words" else 3))):
             _place_text(rng, assets, canvas, large=kind == "words")
@@ -124,7 +121,7 @@ def _place_sprite(rng: np.random.Generator, canvas: _Canvas, name: str, picture:
 
 
 def _vary(rng: np.random.Generator, picture: Image.Image, side: int) -> Image.Image:
-    """RGBA, longest side about `side`: mirrored half of the time, up to 15 degrees turned, a little lighter or darker."""
+    """RGBA, longest side about `side`: often mirrored, turned by up to 15 degrees, lit differently."""
     scale = side / max(picture.size)
     size = (max(4, round(picture.width * scale)), max(4, round(picture.height * scale)))
     sprite = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)

@@ -6,7 +6,8 @@ names that look alike at 40 pixels, people with poses, flags, faces, and the mou
 
 from __future__ import annotations
 
-# NAME: emoji and/or paths of Tux Paint stamps (folder/stem, enough of it to be unique), separated by blanks.
+# NAME: emoji and/or paths of Tux Paint stamps (folder/stem, enough of it to be unique), separated by blanks. An
+# indented line continues the one above.
 _TABLE = """
 dog: 🐕 🐶 🐩 dogs/dog dogs/dingo
 cat: 🐈 🐱 halloween/blackcat
@@ -296,7 +297,8 @@ ribbon: 🎀
 yo-yo: 🪀
 puzzle piece: 🧩
 dice: 🎲
-sports ball: ⚽ 🏀 ⚾ 🏐 🏈 sports/basketball cartoon/volleyball sports/cricketball sports/soccer sports/tennis_ball
+sports ball: ⚽ 🏀 ⚾ 🏐 🏈 sports/basketball cartoon/volleyball sports/cricketball sports/soccer
+    sports/tennis_ball
 frisbee: 🥏
 tennis racket: sports/tennis_racket
 boxing glove: 🥊
@@ -322,7 +324,8 @@ brain: 🧠
 skull: 💀 halloween/skull
 eye: 👁 body_parts/eye
 hand: ✋
-flower: 🌸 🌼 🌺 flowers/flower1 flowers/flower10 flowers/flower2 flowers/flower3 flowers/flower5 flowers/flower6 flowers/iris flowers/red-gazania flowers/anemone_red
+flower: 🌸 🌼 🌺 flowers/flower1 flowers/flower10 flowers/flower2 flowers/flower3 flowers/flower5
+    flowers/flower6 flowers/iris flowers/red-gazania flowers/anemone_red
 rose: 🌹 flowers/rose
 tulip: 🌷
 sunflower: 🌻
@@ -354,6 +357,8 @@ flag: 🚩
 # A word whose picture another, narrower name also shows: where the narrow one is drawn, the broad one is neither
 # drawn beside it nor asked about.
 BROADER: dict[str, tuple[str, ...]] = {
+    "traffic light": ("green traffic light", "yellow traffic light", "red traffic light"),
+    "stop sign": ("bus stop sign",),
     "bird": (
         "chicken", "chick", "duck", "swan", "owl", "eagle", "parrot", "peacock", "penguin", "flamingo",
         "toucan", "pigeon",
@@ -409,7 +414,7 @@ def sprite_sources() -> dict[str, tuple[list[str], list[str]]]:
     The variation selector U+FE0F is dropped: every set names its plain pictures without it.
     """
     sources: dict[str, tuple[list[str], list[str]]] = {}
-    for line in _TABLE.strip().splitlines():
+    for line in _TABLE.strip().replace("\n    ", " ").splitlines():
         name, _, rest = line.partition(": ")
         tokens = rest.split()
         emoji = [f"{ord(t[0]):x}" for t in tokens if not t.isascii()]
