@@ -1,0 +1,229 @@
+"""The decoders: Qwen2 style, OLMo post-norm style and OLMoE, told apart by DecoderConfig alone.
+
+Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo_edge.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """In float32, cast back, then the weight (reference: RMSLayerNorm; the order matters in bf16)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [..., 1, head_dim], for integer positions [...] (rotate-half layout)."""
+    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * config.rope_theta ** (-half / config.head_dim)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [batch, n, heads, head_dim]; computed in float32 whatever x is."""
+    wide = x.float()
+    a, b = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, preallocated: two tensors [layers, batch, n_kv_heads, capacity, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> KVCache:
+        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [batch, n_kv_heads, n, head_dim] behind `length`; return all so far."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def copy(self) -> KVCache:
+        return KVCache(self.keys.clone(), self.values.clone(), self.length)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        d, kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.att_proj = nn.Linear(d, d + 2 * kv, bias=config.qkv_bias)  # rows: q, k, v
+        self.attn_out = nn.Linear(d, d, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(d, config.norm_eps)
+            self.k_norm = RMSNorm(kv, config.norm_eps)
+
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, n, head_dim]."""
+        c = self.config
+        kv = c.n_kv_heads * c.head_dim
+        q, k, v = self.att_proj(x).split([c.d_model, kv, kv], dim=-1)
+        if c.qk_norm:  # over the full width, before the split into heads
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        repeats = self.config.n_heads // self.config.n_kv_heads
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.attn_out(out.transpose(1, 2).flatten(2))
+
+
+class DenseFFN(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.ff_proj = nn.Linear(config.d_model, 2 * config.ffn_dim, bias=False)  # rows: up, gate
+        self.ff_out = nn.Linear(config.ffn_dim, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.ff_proj(x).chunk(2, dim=-1)
+        return self.ff_out(F.silu(gate) * up)
+
+
+class SparseFFN(nn.Module):
+    """OLMoE's experts: softmax over all of them in float32, the top_k largest, NOT renormalised."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        d, ffn, e = config.d_model, config.ffn_dim, config.n_experts
+        self.top_k = config.top_k
+        self.router = nn.Linear(d, e, bias=False)
+        self.gate = nn.Parameter(torch.empty(e, ffn, d))
+        self.up = nn.Parameter(torch.empty(e, ffn, d))
+        self.down = nn.Parameter(torch.empty(e, d, ffn))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [tokens, d] -> weights float32 [tokens, top_k] and expert ids [tokens, top_k]."""
+        probabilities = F.softmax(self.router(x).float(), dim=-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        return weights, experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, experts = self.route(flat)
+        # With half of the experts at work, one wide product wastes less than gathering tokens costs.
+        wide = 2 * self.top_k >= self.gate.shape[0]
+        return (self._wide(flat, weights, experts) if wide else self._grouped(flat, weights, experts)).view_as(x)
+
+    def _wide(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """All experts as one SwiGLU; the unchosen ones are multiplied by zero."""
+        e, ffn, d = self.gate.shape
+        gates = x.new_zeros(len(x), e).scatter(1, experts, weights.to(x.dtype))  # [tokens, experts]
+        hidden = F.silu(F.linear(x, self.gate.view(e * ffn, d))) * F.linear(x, self.up.view(e * ffn, d))
+        hidden = (hidden.view(-1, e, ffn) * gates.to(hidden.dtype)[..., None]).flatten(1)
+        return F.linear(hidden, self.down.transpose(0, 1).reshape(d, e * ffn))
+
+    def _grouped(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Tokens sorted by expert, one block of tokens an expert."""
+        order = experts.flatten().argsort(stable=True)  # [tokens * top_k]
+        token = order // self.top_k
+        counts = experts.flatten().bincount(minlength=self.gate.shape[0]).tolist()
+        outputs = []
+        for e, rows in enumerate(x[token].split(counts)):
+            if len(rows):
+                hidden = F.silu(F.linear(rows, self.gate[e])) * F.linear(rows, self.up[e])
+                outputs.append(F.linear(hidden, self.down[e]))
+        blocks = torch.cat(outputs) * weights.flatten()[order, None].to(outputs[0].dtype)
+        return torch.zeros_like(x).index_add(0, token, blocks.to(x.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.norm_after = config.norm_after
+        self.attn = Attention(config, layer)
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = SparseFFN(config) if config.n_experts else DenseFFN(config)
+        self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        if self.norm_after:
+            x = x + self.attn_norm(self.attn(x, cos, sin, mask, cache))
+            return x + self.ff_norm(self.ffn(x))
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache)
+        return x + self.ffn(self.ff_norm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.zeros(config.embedding_size, config.d_model))
+        self.new_embedding = nn.Parameter(torch.zeros(config.additional_vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.norm_eps)
+        if not config.weight_tying:
+            self.head = nn.Linear(config.d_model, config.embedding_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., d_model], looked up in embedding followed by new_embedding.
+
+        MolmoE's special ids fall into the padding rows of the embedding, Qwen2's into new_embedding;
+        one table serves both.
+        """
+        size = len(self.embedding)
+        rows = F.embedding(ids.clamp(max=size - 1), self.embedding)
+        new = ids >= size
+        if new.any():
+            rows = torch.where(new[..., None], F.embedding((ids - size).clamp(min=0), self.new_embedding), rows)
+        return rows
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape.
+
+        positions: int [batch, n]; counted on from the cache when None. mask: bool [batch, 1, n, keys],
+        True where a query may look; causal when None.
+        """
+        n, start = x.shape[1], cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + n, device=x.device)[None]
+        if mask is None and start:
+            keys = torch.arange(start + n, device=x.device)
+            mask = (keys[None] <= keys[start:, None])[None, None]
+        cos, sin = rotary_tables(positions, self.config)
+        for block in self.blocks:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += n
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] -> [..., embedding_size]."""
+        return F.linear(hidden, self.embedding if self.config.weight_tying else self.head.weight)

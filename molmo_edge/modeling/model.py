@@ -1,0 +1,70 @@
+"""Vision tower, connector and decoder put together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling.connector import Connector
+from molmo_edge.modeling.decoder import Decoder
+from molmo_edge.modeling.vision import VisionTransformer
+
+
+class Molmo(nn.Module):
+    """Reference: olmo/model.py, Molmo. `SparseFFN` leaves weights uninitialised: load or `init_weights`."""
+
+    def __init__(self, config: MolmoConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.connector = Connector(config)
+        self.decoder = Decoder(config.decoder)
+
+    def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> Molmo:
+        """Normal(0, std) for matrices, ones for norms and LayerScale, zeros for biases."""
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=std, generator=generator)
+            else:
+                nn.init.constant_(parameter, 1.0 if leaf in ("weight", "lambda1", "lambda2") else 0.0)
+        return self
+
+    def encode_image(self, crops: Tensor, masks: Tensor) -> Tensor:
+        """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> [n, cells^2, d_model]."""
+        return self.connector(self.vision(crops), masks)
+
+    def embed(self, ids: Tensor, cells: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
+        """Token embeddings with image features ADDED at the <im_patch> positions (reference: Molmo.forward).
+
+        ids: int [batch, n]; cells: [batch, n_crops, cells^2, d_model]; token_index: int
+        [batch, n_crops, cells^2], the position of each cell in ids, negative where dropped.
+        Returns [batch, n, d_model].
+        """
+        x = self.decoder.embed(ids)
+        if cells is None or token_index is None:
+            return x
+        index = token_index.flatten(1)  # [batch, n_crops * cells^2]
+        kept = index >= 0
+        rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(index)[kept]
+        return x.index_put((rows, index[kept]), cells.flatten(1, 2)[kept].to(x.dtype), accumulate=True)
+
+    def forward(
+        self,
+        ids: Tensor,
+        crops: Tensor | None = None,
+        masks: Tensor | None = None,
+        token_index: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [batch, n, d_model]; `decoder.logits` turns them into logits.
+
+        ids int [batch, n]; crops float32 [batch, n_crops, patches^2, 588]; the rest as in `embed` and
+        `Decoder.forward`.
+        """
+        cells = None
+        if crops is not None and masks is not None:
+            cells = self.encode_image(crops.flatten(0, 1), masks.flatten(0, 1)).unflatten(0, crops.shape[:2])
+        return self.decoder(self.embed(ids, cells, token_index), positions, mask)

@@ -1,0 +1,103 @@
+"""The ViT over one crop: CLIP ("openai") and DINOv2 ("dino").
+
+Reference: olmo/image_vit.py, VisionTransformer and DinoVisionTransformer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo_edge.config import VisionConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of gelu."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention with separate queries: also the connector's pooling uses it."""
+
+    def __init__(self, input_dim: int, d_model: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.wq = nn.Linear(input_dim, d_model)
+        self.wk = nn.Linear(input_dim, d_model)
+        self.wv = nn.Linear(input_dim, d_model)
+        self.wo = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """x [n, q, input_dim] attends to memory [n, k, input_dim] (itself when None) -> [n, q, d_model]."""
+        memory = x if memory is None else memory
+        q, k, v = self._split(self.wq(x)), self._split(self.wk(memory)), self._split(self.wv(memory))
+        out = F.scaled_dot_product_attention(q, k, v)  # [n, heads, q, head_dim]
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.d_model, config.mlp_dim)
+        self.w2 = nn.Linear(config.mlp_dim, config.d_model)
+        self.act = quick_gelu if config.activation == "quick_gelu" else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(x)))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block; DINOv2's LayerScale multiplies each branch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.attention = VisionAttention(config.d_model, config.d_model, config.n_heads)
+        self.feed_forward = VisionMLP(config)
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.layer_scale = config.image_model_type == "dino"
+        if self.layer_scale:
+            self.lambda1 = nn.Parameter(torch.ones(config.d_model))
+            self.lambda2 = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self.attention(self.attention_norm(x))
+        x = x + (attended * self.lambda1 if self.layer_scale else attended)
+        fed = self.feed_forward(self.ffn_norm(x))
+        return x + (fed * self.lambda2 if self.layer_scale else fed)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        clip = config.image_model_type == "openai"
+        self.class_embedding = nn.Parameter(torch.zeros(config.d_model))
+        self.positional_embedding = nn.Parameter(torch.zeros(config.n_pos, config.d_model))
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.d_model, bias=not clip)
+        self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if clip else nn.Identity()
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Patch features of each crop: the outputs of `config.layers`, concatenated in that order.
+
+        crops: float32 [n, patches, 588]; a crop whose pixels are ALL -1 is padding and gives zeros
+        (reference: MolmoVisionBackbone.encode_image; "any" instead of "all" zeroes every crop in bf16).
+        Returns [n, patches, d_model * len(layers)].
+        """
+        real = ~torch.all(crops.flatten(1) == -1, dim=1)  # [n]
+        x = self.patch_embedding(crops)
+        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)  # [n, 1 + patches, d_model]
+        x = self.pre_ln(x)
+        outputs = []
+        for block in self.blocks[: self.config.last_layer + 1]:
+            x = block(x)
+            outputs.append(x)
+        # Indices count from the last of all n_layers blocks, also when the tail never runs.
+        chosen = [outputs[layer % self.config.n_layers][:, 1:] for layer in self.config.layers]
+        return torch.cat(chosen, dim=-1) * real[:, None, None].to(x.dtype)

@@ -1,0 +1,393 @@
+"""Train nano's connector and decoder on cached vision features: on a CPU in hours, on a GPU in minutes.
+
+Two stages. `align` trains the connector alone, so that its cells mean the decoder's words. `answer` trains
+connector and decoder on packed questions, with the two losses of grounding.py beside. A run writes
+`state.pt` and `log.jsonl` into its directory and, started again, goes on from there.
+
+`python -m molmo_edge.training.nano --start START --train CACHE --val CACHE --run DIR`
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
+from molmo_edge.modeling.decoder import rotary_tables
+from molmo_edge.prompt import build_prompt
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.features import Sample, read_sample
+from molmo_edge.training.grounding import NamedRegions, cell_centres, cells_in_box, looking_loss, naming_loss
+from molmo_edge.training.packing import NO_TARGET, attention_mask, pack
+from molmo_edge.training.questions import QA, grounded_names, write_questions
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Learning rates go up linearly over `warmup` steps and down by a cosine to a tenth."""
+
+    align_steps: int = 1500
+    align_batch: int = 16
+    steps: int = 6000
+    batch: int = 6
+    questions: int = 6  # most annotations packed behind an image
+    lr_align: float = 1e-3
+    lr_connector: float = 4e-4
+    lr_decoder: float = 6e-4
+    warmup: int = 150
+    weight_decay: float = 0.01
+    clip: float = 1.0  # separately for connector and decoder, as the reference does
+    naming: float = 0.3  # weight of naming_loss
+    looking: float = 0.5  # weight of looking_loss
+    looking_layer: int = 3
+    looking_heads: int = 3
+    dense_share: float = 0.5  # share of the steps with all experts at work, before top_k goes down
+    seed: int = 0
+    save_every: int = 250
+    val_every: int = 500
+
+
+class PackedQuestions(Dataset[dict[str, Any]]):
+    """Cached pictures as packed training sequences. Item (i, visit): other questions at each visit."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, config: MolmoConfig, questions: int, names: list[str], seed: int):
+        self.paths = sorted(directory.glob("*.npz"))
+        if not self.paths:
+            raise FileNotFoundError(f"{directory} holds no .npz: run molmo_edge.training.features first")
+        self.tokenizer, self.config, self.questions, self.seed = tokenizer, config, questions, seed
+        self.names = {name: i for i, name in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, visit = key
+        sample = read_sample(self.paths[index])
+        rng = np.random.default_rng([self.seed, index, visit])
+        asked = write_questions(sample.annotation, rng, max_questions=self.questions, vocabulary=list(self.names))
+        return self.encode(sample, asked)
+
+    def encode(self, sample: Sample, asked: list[QA]) -> dict[str, Any]:
+        special = self.tokenizer.special
+        messages = [[build_prompt(qa.question), " " + qa.answer] for qa in asked]
+        packed = pack(self.tokenizer, sample.tokens, messages)
+        at, xy = cell_centres(self.config.image, sample.tokens, special.im_patch, sample.tiling)
+        at = at + 1  # BOS
+        queries, wanted = [], []
+        for qa, start in zip(asked, packed.answer_starts, strict=True):
+            if qa.target_boxes is None:
+                continue
+            for offset, box in zip(self._point_offsets(qa.answer), qa.target_boxes, strict=False):
+                queries.append(start + offset - 1)  # the token that predicts the first digit of x
+                wanted.append(at[cells_in_box(xy, np.asarray(box))])
+        regions = [
+            (self.names[label], at[cells_in_box(xy, np.asarray(box), shrink=0.3)])
+            for label, box in grounded_names(sample.annotation)
+            if label in self.names
+        ]
+        return {
+            "packed": packed,
+            "features": sample.features,
+            "masks": sample.masks,
+            "token_index": np.where(sample.token_index >= 0, sample.token_index + 1, -1),
+            "queries": queries,
+            "wanted": wanted,
+            "regions": regions,
+            "kinds": [qa.kind for qa in asked],
+        }
+
+    def _point_offsets(self, answer: str) -> Iterator[int]:
+        """Token offset within " answer" of the first digit of each point's x. Digits are tokens of their own."""
+        text, start = " " + answer, 0
+        while (start := text.find(' x', start)) >= 0:
+            quote = text.find('="', start)
+            if quote < 0:
+                return
+            if text[start + 2 : quote].isdigit() or quote == start + 2:
+                yield len(self.tokenizer.encode(text[: quote + 2]))
+            start = quote
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pad to the longest sequence and the most crops; positions of the batch are laid end to end for regions."""
+    n = max(len(i["packed"].input_ids) for i in items)
+    crops = max(len(i["features"]) for i in items)
+
+    def stack(key: str, fill: float, dtype: Any) -> Tensor:
+        rows = [np.pad(getattr(i["packed"], key), (0, n - len(i["packed"].input_ids)), constant_values=fill) for i in items]
+        return torch.from_numpy(np.stack(rows).astype(dtype))
+
+    def pad_crops(key: str, fill: float) -> Tensor:
+        rows = [np.pad(i[key], [(0, crops - len(i[key]))] + [(0, 0)] * (i[key].ndim - 1), constant_values=fill) for i in items]
+        return torch.from_numpy(np.stack(rows))
+
+    masks = np.zeros((len(items), 1, n, n), bool)
+    for row, item in zip(masks[:, 0], items, strict=True):
+        length = len(item["packed"].segments)
+        row[:length, :length] = attention_mask(item["packed"].segments)
+        row[np.arange(length, n), np.arange(length, n)] = True  # padding looks at itself: no row is empty
+    queries = [(b, q) for b, item in enumerate(items) for q in item["queries"]]
+    wanted = np.zeros((len(queries), n), bool)
+    for row, cells in zip(wanted, (w for item in items for w in item["wanted"]), strict=True):
+        row[cells] = True
+    regions = [(b, name, cells) for b, item in enumerate(items) for name, cells in item["regions"]]
+    weights = np.zeros((len(regions), len(items) * n), np.float32)
+    for row, (b, _, cells) in zip(weights, regions, strict=True):
+        row[b * n + cells] = 1 / len(cells)
+    return {
+        "ids": stack("input_ids", 0, np.int64),
+        "targets": stack("targets", NO_TARGET, np.int64),
+        "loss_weights": stack("loss_weights", 0, np.float32),
+        "positions": stack("positions", 0, np.int64),
+        "mask": torch.from_numpy(masks),
+        "features": pad_crops("features", 0),
+        "masks": pad_crops("masks", 1),
+        "token_index": pad_crops("token_index", -1).long(),
+        "queries": torch.tensor(queries, dtype=torch.long).view(-1, 2),
+        "wanted": torch.from_numpy(wanted),
+        "regions": NamedRegions(torch.from_numpy(weights), torch.tensor([r[1] for r in regions], dtype=torch.long)),
+    }
+
+
+class Visits(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, visit), shuffled anew at each visit; starts at any step, so that a run resumes exactly."""
+
+    def __init__(self, size: int, batch: int, first: int, steps: int, seed: int):
+        self.size, self.batch, self.first, self.steps, self.seed = size, batch, first, steps, seed
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, np.ndarray] = {}
+        for step in range(self.first, self.steps):
+            keys = []
+            for i in range(step * self.batch, (step + 1) * self.batch):
+                visit, place = divmod(i, self.size)
+                if visit not in orders:
+                    orders = {visit: np.random.default_rng([self.seed, visit]).permutation(self.size)} | (
+                        {visit - 1: orders[visit - 1]} if visit - 1 in orders else {}
+                    )
+                keys.append((int(orders[visit][place]), visit))
+            yield keys
+
+
+def name_table(model: Molmo, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+    """Unit vectors [names, d_model]: the mean embedding of each name's tokens, less the mean of all names."""
+    with torch.no_grad():
+        device = model.decoder.embedding.device
+        rows = [model.decoder.embed(torch.tensor(tokenizer.encode(" " + n), device=device)).mean(0) for n in names]
+        table = torch.stack(rows)
+        return F.normalize(table - table.mean(0), dim=-1)
+
+
+def image_cells(model: Molmo, batch: dict[str, Any]) -> Tensor:
+    """Connector output [batch, n_crops, cells^2, d_model]."""
+    cells = model.connector(batch["features"].flatten(0, 1).float(), batch["masks"].flatten(0, 1))
+    return cells.unflatten(0, batch["features"].shape[:2])
+
+
+def scatter_cells(cells: Tensor, token_index: Tensor, n: int) -> Tensor:
+    """Cells at their positions of the batch laid end to end: [batch * n, d_model], zeros elsewhere."""
+    index = token_index.flatten(1)
+    kept = index >= 0
+    flat = (index + torch.arange(len(index), device=index.device)[:, None] * n)[kept]
+    out = cells.new_zeros(len(index) * n, cells.shape[-1])
+    return out.index_put((flat,), cells.flatten(1, 2)[kept])
+
+
+def answer_losses(model: Molmo, batch: dict[str, Any], table: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+    """The weighted cross entropy ("answer"), "naming", "looking", and "right": the share of exact next tokens."""
+    decoder, n = model.decoder, batch["ids"].shape[1]
+    cells = image_cells(model, batch)
+    spread = scatter_cells(cells, batch["token_index"], n)
+    x = decoder.embed(batch["ids"]) + spread.view(*batch["ids"].shape, -1)
+    seen: list[Tensor] = []
+    attention: nn.Module = decoder.blocks[config.looking_layer].attn
+    handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    hidden = decoder(x, batch["positions"], batch["mask"])
+    handle.remove()
+    answered = batch["loss_weights"] > 0
+    logits = decoder.logits(hidden[answered]).float()
+    targets, weights = batch["targets"][answered], batch["loss_weights"][answered]
+    token_losses = F.cross_entropy(logits, targets, reduction="none")
+    zero = token_losses.new_zeros(())
+    losses = {
+        "answer": (token_losses * weights).sum() / weights.sum(),
+        "naming": naming_loss(spread, batch["regions"], table) if len(batch["regions"].names) else zero,
+        "looking": zero,
+        "right": (logits.argmax(-1) == targets).float().mean(),
+    }
+    if len(batch["queries"]):
+        q, k, _ = attention.queries_keys_values(seen[0], *rotary_tables(batch["positions"], decoder.config))
+        rows, at = batch["queries"].unbind(1)
+        visible = batch["mask"][rows, 0, at]
+        losses["looking"] = looking_loss(q, k, batch["queries"], visible, batch["wanted"], config.looking_heads)
+    return losses
+
+
+def scale_at(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up, cosine down to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def experts_at(step: int, config: TrainConfig, n_experts: int, top_k: int) -> int:
+    """All experts at first, then one fewer at a time down to top_k, reached three quarters through the rest."""
+    start = config.dense_share * config.steps
+    done = (step - start) / max(1.0, 0.75 * (config.steps - start))
+    return n_experts if done < 0 else max(top_k, n_experts - 1 - int(done * (n_experts - top_k)))
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    moved = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+    regions = batch["regions"]
+    return moved | {"regions": NamedRegions(regions.weights.to(device), regions.names.to(device))}
+
+
+class Run:
+    """Model, optimiser and place in a run directory; `train` goes through both stages."""
+
+    def __init__(self, start: Path, train: Path, val: Path, directory: Path, config: TrainConfig, names: list[str], device: str):
+        self.config, self.directory, self.device = config, directory, torch.device(device)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.start = start
+        self.model, self.tokenizer, self.model_config = load_checkpoint(start, device=device)
+        self.model.train()
+        for parameter in (*self.model.vision.parameters(), self.model.decoder.embedding):
+            parameter.requires_grad_(False)
+        self.table = name_table(self.model, self.tokenizer, names)
+        make = lambda path, seed: PackedQuestions(path, self.tokenizer, self.model_config, config.questions, names, seed)  # noqa: E731
+        self.train_data, self.val_data = make(train, config.seed), make(val, config.seed + 1)
+        self.connector = list(self.model.connector.parameters())
+        self.decoder = [p for p in self.model.decoder.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": self.connector}, {"params": self.decoder}],
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.step = {"align": 0, "answer": 0}
+        if (directory / "state.pt").exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.directory / "state.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        part = self.directory / "state.part"
+        torch.save({"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}, part)
+        os.replace(part, self.directory / "state.pt")
+
+    def log(self, **record: Any) -> None:
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
+        print(line, flush=True)
+        with (self.directory / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def train(self) -> None:
+        self._stage("align", self.config.align_steps, self.config.align_batch)
+        self._stage("answer", self.config.steps, self.config.batch)
+        self.export()
+
+    def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> DataLoader[dict[str, Any]]:
+        sampler = Visits(len(data), batch, first, steps, seed)
+        return DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, prefetch_factor=6)
+
+    def _stage(self, stage: str, steps: int, size: int) -> None:
+        c, first = self.config, self.step[stage]
+        began, done = time.monotonic(), 0
+        for step, batch in enumerate(self._batches(self.train_data, size, first, steps, c.seed), start=first):
+            losses = self._update(stage, step, steps, to_device(batch, self.device))
+            self.step[stage] = step + 1
+            done += size
+            if not all(math.isfinite(v) for v in losses.values()):
+                raise FloatingPointError(f"{stage} step {step}: a loss is not finite: {losses}")
+            if step % 20 == 0:
+                self.log(stage=stage, step=step, **losses, samples_per_s=done / (time.monotonic() - began))
+            if (step + 1) % c.save_every == 0 or step + 1 == steps:
+                self.save()
+            if stage == "answer" and ((step + 1) % c.val_every == 0 or step + 1 == steps):
+                self.log(stage="val", step=step, **self.validate())
+
+    def _update(self, stage: str, step: int, steps: int, batch: dict[str, Any]) -> dict[str, float]:
+        c, d = self.config, self.model_config.decoder
+        scale = scale_at(step, steps, c.warmup)
+        rates = (c.lr_align, 0.0) if stage == "align" else (c.lr_connector, c.lr_decoder)
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        with torch.autocast(self.device.type, torch.bfloat16):
+            if stage == "align":
+                spread = scatter_cells(image_cells(self.model, batch), batch["token_index"], batch["ids"].shape[1])
+                losses = {"naming": naming_loss(spread, batch["regions"], self.table)}
+                total = losses["naming"]
+            else:
+                self.set_experts(experts_at(step, c, d.n_experts, self.target_top_k))
+                losses = answer_losses(self.model, batch, self.table, c)
+                total = losses["answer"] + c.naming * losses["naming"] + c.looking * losses["looking"]
+        total.backward()
+        norms = [nn.utils.clip_grad_norm_(group, c.clip) for group in (self.connector, self.decoder)]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return {k: v.item() for k, v in losses.items()} | {"norm": max(n.item() for n in norms)}
+
+    target_top_k: int = 4
+
+    def set_experts(self, top_k: int) -> None:
+        for block in self.model.decoder.blocks:
+            block.ffn.top_k = top_k
+
+    @torch.no_grad()
+    def validate(self, batches: int = 16) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for batch in self._batches(self.val_data, self.config.batch, 0, batches, 0):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                losses = answer_losses(self.model, to_device(batch, self.device), self.table, self.config)
+            sums = {k: sums.get(k, 0.0) + v.item() / batches for k, v in losses.items()}
+        return sums
+
+    def export(self) -> None:
+        """Write the trained model in hub layout, with the number of experts it ended with."""
+        decoder = dataclasses.replace(self.model_config.decoder, top_k=self.target_top_k)
+        self.model.config = dataclasses.replace(self.model_config, decoder=decoder)
+        save_checkpoint(self.model, self.start / "tokenizer.json", self.directory / "checkpoint")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--start", required=True, type=Path, help="checkpoint from molmo_edge.training.start")
+    parser.add_argument("--train", required=True, type=Path, help="features of the training pictures")
+    parser.add_argument("--val", required=True, type=Path, help="features of other pictures, for the validation loss")
+    parser.add_argument("--names", required=True, type=Path, help="JSON list of the names to learn")
+    parser.add_argument("--run", required=True, type=Path, help="directory for state, log and checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in dataclasses.fields(TrainConfig):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    args = vars(parser.parse_args())
+    config = TrainConfig(**{f.name: args[f.name] for f in dataclasses.fields(TrainConfig)})
+    names = json.loads(args["names"].read_text(encoding="utf-8"))
+    Run(args["start"], args["train"], args["val"], args["run"], config, names, args["device"]).train()
+
+
+if __name__ == "__main__":
+    main()
