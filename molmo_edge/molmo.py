@@ -1,0 +1,344 @@
+"""`Molmo`: one object that answers questions about images.
+
+The way of the data: image -> crops -> features -> embeddings -> tokens -> text -> points. This module only
+joins the parts; each of them can be used, and is tested, alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from molmo_edge.answer import Answer, Seconds, Tokens, Usage
+from molmo_edge.bundle import resolve_model
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.generate import Sampling, generate, most_new_tokens
+from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.points import Point, StreamParser, parse_count
+from molmo_edge.prompt import caption_question, count_question, point_question, text_ids
+from molmo_edge.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
+    from molmo_edge.runtimes import Cache, Runtime
+
+History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
+
+MAX_QUESTION_CHARS = 20_000
+MAX_NEW_TOKENS = 384
+
+
+class QuestionError(MolmoEdgeError):
+    """A question or a label that cannot be asked."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image, encoded and prefilled once by `Molmo.encode`; ask it as often as you like, from any thread."""
+
+    image: np.ndarray  # uint8 [h, w, 3], EXIF rotation applied
+    crops: int  # the global view counted
+    embeddings: np.ndarray  # float32 [n, d_model]: BOS and the image tokens, features added
+    seconds: Seconds  # what encoding took
+    cache: Cache | None  # prefilled with `embeddings`; copied for each question, never written to
+    owner: Molmo
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Scene({width}x{height}, {self.crops} crops, {len(self.embeddings)} positions)"
+
+
+class Stream(Iterator["str | Point"]):
+    """What `Molmo.stream` returns: iterate it for the pieces, then read `answer`.
+
+    A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text`, point
+    tags included; `molmo_edge.readable.TagStripper` takes those out as they come. The points are `answer.points`.
+    """
+
+    def __init__(self, pieces: Iterator[str | Point], result: list[Answer]) -> None:
+        self._pieces = pieces
+        self._result = result
+
+    def __next__(self) -> str | Point:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer. Generates what has not been iterated yet."""
+        for _ in self._pieces:
+            pass
+        return self._result[0]
+
+
+class Molmo:
+    """A model, ready to be asked; safe to share between threads.
+
+    `model`: None for the embedded nano; a bundle directory; a checkpoint directory in hub layout (runs on
+    PyTorch); or a hub id. `device`: "auto", "cpu", "cuda", ... `max_crops`: fewer crops than the model's own
+    limit are faster and see less. `threads`: CPU threads, None for the engine's choice.
+
+    Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
+    arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
+    [h, w, 4], or a Scene of this Molmo.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        max_crops: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        from molmo_edge.runtimes import open_runtime
+
+        started = time.perf_counter()
+        directory = resolve_model(model)
+        runtime = open_runtime(directory, device=device, threads=threads)
+        self._assemble(runtime, Tokenizer.from_file(directory / "tokenizer.json"), max_crops, started)
+
+    @classmethod
+    def from_parts(cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None) -> Molmo:
+        """A Molmo on any engine that follows `molmo_edge.runtimes.Runtime`."""
+        molmo = cls.__new__(cls)
+        molmo._assemble(runtime, tokenizer, max_crops, time.perf_counter())
+        return molmo
+
+    def _assemble(self, runtime: Runtime, tokenizer: Tokenizer, max_crops: int | None, started: float) -> None:
+        self._runtime: Runtime = _Serial(runtime)
+        self._tokenizer = tokenizer
+        image = runtime.config.image
+        if max_crops is not None:
+            image = dataclasses.replace(image, max_crops=max_crops)
+        self._process = ImageProcessor(image, tokenizer.special)
+        self._load_seconds = time.perf_counter() - started
+
+    @property
+    def config(self) -> MolmoConfig:
+        """The model's configuration, its own `max_crops` included."""
+        return self._runtime.config
+
+    def close(self) -> None:
+        """Free the engine's memory now. The object cannot be asked afterwards."""
+        self._runtime.close()
+
+    def __enter__(self) -> Molmo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def encode(self, image: Any, *, room: int = 512) -> Scene:
+        """Encode and prefill `image` once; pass the Scene wherever an image goes.
+
+        `room`: positions kept free behind the image for question and answer. A longer exchange still works,
+        but prefills the image again.
+        """
+        scene = self._see(image)
+        started = time.perf_counter()
+        cache = self._runtime.new_cache(min(len(scene.embeddings) + room, self._context))
+        self._runtime.forward(scene.embeddings, cache)
+        seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
+        return dataclasses.replace(scene, seconds=seconds, cache=cache)
+
+    def ask(
+        self,
+        image: Any,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        history: History = (),
+    ) -> Answer:
+        """Ask `question` about `image`. `temperature` 0 is greedy, the same answer each time."""
+        return self.stream(
+            image,
+            question,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            history=history,
+        ).answer
+
+    def point(self, image: Any, label: str, **sampling: Any) -> Answer:
+        """Point at every `label` ("the dog"): `answer.points`. `sampling` as for `ask`."""
+        return self.ask(image, point_question(_checked(label, "label")), **sampling)
+
+    def count(self, image: Any, label: str, **sampling: Any) -> Answer:
+        """Count every `label` ("cups"): `answer.count`, with a point for each. `sampling` as for `ask`."""
+        return self.ask(image, count_question(_checked(label, "label")), **sampling)
+
+    def caption(self, image: Any, **sampling: Any) -> Answer:
+        """Describe `image`. `sampling` as for `ask`."""
+        return self.ask(image, caption_question(), **sampling)
+
+    def stream(
+        self,
+        image: Any,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        history: History = (),
+    ) -> Stream:
+        """As `ask`, piece by piece. The arguments are checked, and the image is encoded, before this returns."""
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        _checked(question, "question")
+        scene = image if isinstance(image, Scene) else self._see(image)
+        if scene.owner is not self:
+            raise QuestionError("this scene was encoded by another Molmo: encode the image with the one you ask")
+        ids = text_ids(self._tokenizer, [*_turns(history), question])
+        most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), self._context)
+        result: list[Answer] = []
+        return Stream(self._answer(scene, ids, sampling, most, asked_scene=scene is image, result=result), result)
+
+    def _answer(
+        self, scene: Scene, ids: np.ndarray, sampling: Sampling, most: int, *, asked_scene: bool, result: list[Answer]
+    ) -> Iterator[str | Point]:
+        started = time.perf_counter()
+        embeddings = self._runtime.embed(ids)  # [n, d_model]
+        capacity = len(scene.embeddings) + len(ids) + most - 1
+        if scene.cache is not None and capacity <= scene.cache.capacity:
+            cache = scene.cache.copy()
+        else:
+            cache = self._runtime.new_cache(capacity)
+            embeddings = np.concatenate([scene.embeddings, embeddings])
+        decoder, parser = StreamDecoder(self._tokenizer), StreamParser()
+        token_ids: list[int] = []
+        points: list[Point] = []
+        text = ""
+        first = 0.0  # when the first id was there
+        tokens = generate(
+            self._runtime,
+            embeddings,
+            cache,
+            sampling,
+            eos_id=self._tokenizer.special.eos,
+            vocab_size=self.config.decoder.vocab_size,
+            capacity=capacity,
+        )
+        for token in itertools.chain(tokens, [None]):
+            first = first or time.perf_counter()
+            if token is not None:
+                token_ids.append(token)
+            piece = decoder.flush() if token is None else decoder.feed(token)
+            if not text:
+                piece = piece.lstrip()  # the prompt ends in "Assistant:", every answer begins with a space
+            text += piece
+            closed = parser.feed(piece) + (parser.close() if token is None else [])
+            points += closed
+            if piece:
+                yield piece
+            yield from closed
+        now = time.perf_counter()
+        spent = Seconds(load=self._load_seconds, prefill=first - started, decode=now - first)
+        if not asked_scene:
+            spent = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
+        stated = parse_count(text)
+        result.append(
+            Answer(
+                text=text,
+                points=tuple(points),
+                count=len(points) or None if stated is None else stated,
+                token_ids=tuple(token_ids),
+                complete=len(token_ids) < most,
+                usage=Usage(Tokens(len(scene.embeddings), len(ids), len(token_ids)), scene.crops, spent),
+                image=scene.image,
+            )
+        )
+
+    @property
+    def _context(self) -> int:
+        return self.config.decoder.max_position_embeddings
+
+    def _see(self, image: Any) -> Scene:
+        """Load, crop and encode `image`, without prefill."""
+        started = time.perf_counter()
+        rgb = load_image(image)
+        prepared = self._process(rgb)
+        if 1 + len(prepared.tokens) >= self._context:
+            raise QuestionError(
+                f"the image takes {len(prepared.tokens)} of the model's {self._context} positions: lower max_crops"
+            )
+        cropped = time.perf_counter()
+        features = self._runtime.encode_image(prepared.crops, prepared.masks)  # [n_crops, cells^2, d_model]
+        ids = np.concatenate([[self._tokenizer.special.bos], prepared.tokens]).astype(np.int64)  # [1 + n]
+        embeddings = np.array(self._runtime.embed(ids), dtype=np.float32)  # [1 + n, d_model]
+        index = prepared.token_index.reshape(-1)
+        kept = index >= 0
+        # Added to the embedding of <im_patch>, not put in its place: released weights were trained so. +1: BOS.
+        embeddings[index[kept] + 1] += features.reshape(-1, features.shape[-1])[kept]
+        seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
+        return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
+
+
+def _checked(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise QuestionError(f"the {what} must be a str, it is {type(text).__name__}")
+    if not text.strip():
+        raise QuestionError(f"the {what} is empty: say what you want to know")
+    if len(text) > MAX_QUESTION_CHARS:
+        raise QuestionError(f"the {what} has {len(text)} characters, at most {MAX_QUESTION_CHARS} are read: shorten it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise QuestionError(f"the {what} is not valid Unicode text: was it typed in another encoding?") from None
+    return text
+
+
+def _turns(history: History) -> Iterator[str]:
+    for turn in history:
+        if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise QuestionError("history is a list of (question, answer) pairs, both of them str")
+        yield from turn
+
+
+class _Serial:
+    """A runtime that threads take turns on: engines share their threads and scratch memory, some are not re-entrant.
+
+    One call at a time, not one answer: two streams make progress side by side.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._inner = runtime
+        self._lock = threading.Lock()
+
+    @property
+    def config(self) -> MolmoConfig:
+        return self._inner.config
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        with self._lock:
+            return self._inner.encode_image(crops, masks)
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        with self._lock:
+            return self._inner.embed(token_ids)
+
+    def new_cache(self, capacity: int) -> Cache:
+        with self._lock:
+            return self._inner.new_cache(capacity)
+
+    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        with self._lock:
+            return self._inner.forward(embeddings, cache)
+
+    def close(self) -> None:
+        with self._lock:
+            self._inner.close()

@@ -1,0 +1,50 @@
+"""An answer for a person's eyes: point tags taken out, their labels left in."""
+
+from __future__ import annotations
+
+import re
+
+_TAG = re.compile(r'<points? [^<]*?"\s*>|</points?>')
+_BEGINNINGS = ("<point ", "<points ", "</point>", "</points>")
+
+
+def readable(text: str) -> str:
+    """`text` without point tags: '<point x="1.0" y="2.0" alt="dog">dog</point>' is "dog"."""
+    strip = TagStripper()
+    return strip.feed(text) + strip.close()
+
+
+class TagStripper:
+    """`readable` for text that comes in pieces: what is returned, joined, is `readable` of the joined pieces."""
+
+    def __init__(self) -> None:
+        self._held = ""  # "", or text from a "<" on that may become a tag
+
+    def feed(self, piece: str) -> str:
+        """The text that is certain with this piece."""
+        text = self._held + piece
+        shown: list[str] = []
+        while (start := text.find("<")) >= 0:
+            shown.append(text[:start])
+            text = text[start:]
+            if match := _TAG.match(text):
+                text = text[match.end() :]
+            elif "<" not in text[1:] and _may_become_tag(text):
+                break
+            else:
+                shown.append("<")
+                text = text[1:]
+        if start < 0:
+            shown.append(text)
+            text = ""
+        self._held = text
+        return "".join(shown)
+
+    def close(self) -> str:
+        """What was held back: a tag that an answer cut off in the middle never closed."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _may_become_tag(text: str) -> bool:
+    return text.startswith(("<point ", "<points ")) or any(begin.startswith(text) for begin in _BEGINNINGS)
