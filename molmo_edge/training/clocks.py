@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from molmo_edge.training.assets import Assets
 from molmo_edge.training.backdrops import random_colour
-from molmo_edge.training.words import contrasting, load_font
+from molmo_edge.training.words import contrasting, load_font, random_font
 
 _ROMAN = ("XII", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI")
 _OVERSAMPLED = 2  # drawn larger, then reduced: ImageDraw has no anti-aliasing
@@ -62,8 +62,7 @@ def _draw_marks(
                 mark = max(1, int(radius * (0.03 if i % 5 == 0 else 0.012)))
                 draw.line((*_at(centre, i / 60, inner), *_at(centre, i / 60, radius * 0.97)), fill=ink, width=mark)
     if style != "ticks":
-        path = assets.fonts[int(rng.integers(len(assets.fonts)))]
-        font = load_font(path, max(6, int(radius * rng.uniform(0.2, 0.28))))
+        font = load_font(random_font(rng, assets), max(6, int(radius * rng.uniform(0.2, 0.28))))
         ring = radius * (0.74 if ticks else 0.82)
         for hour in range(0, 12, 3 if style == "quarters" else 1):
             text = _ROMAN[hour] if style == "roman" else str(hour or 12)

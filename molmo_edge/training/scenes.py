@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.assets import Assets
 from molmo_edge.training.backdrops import draw_backdrop
 from molmo_edge.training.clocks import draw_clock
@@ -25,6 +26,10 @@ KINDS = {"sprites": 0.68, "words": 0.12, "clocks": 0.06, "mixed": 0.14}  # how o
 MAX_OBJECTS = 10
 HIDDEN = 0.25  # of an object's box, others may cover at most this much
 TRIES = 24  # places tried before an object is drawn smaller or left out
+
+
+class SceneError(MolmoEdgeError):
+    """A kind of scene that does not exist."""
 
 
 @dataclass
@@ -51,8 +56,12 @@ def draw_scene(rng: np.random.Generator, assets: Assets, kind: str | None = None
       texts: [{"text", "box"}], from top to bottom;  clocks: [{"time": "3:25", "box"}] (each is an object too)
       maybe_present: labels that the backdrop may show: neither counts nor absence can be asked of them
       backdrop: "photo", "plain", "gradient" or "noise";  source: "scene";  width, height: pixels
+    Raises SceneError for another kind.
     """
-    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    if kind is None:
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    elif kind not in KINDS:
+        raise SceneError(f'there are no scenes of kind "{kind}"; known are {", ".join(KINDS)}')
     backdrop, backdrop_kind, maybe_present = draw_backdrop(rng, assets, _random_size(rng))
     canvas = _Canvas(backdrop)
     # The dial is called a clock, so the backdrop must not hold another.

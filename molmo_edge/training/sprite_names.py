@@ -321,7 +321,7 @@ toothbrush: 🪥
 tooth: 🦷 medical/tooth
 bone: 🦴
 brain: 🧠
-skull: 💀 halloween/skull
+skull: 💀
 eye: 👁 body_parts/eye
 hand: ✋
 flower: 🌸 🌼 🌺 flowers/flower1 flowers/flower10 flowers/flower2 flowers/flower3 flowers/flower5
@@ -335,18 +335,18 @@ palm tree: 🌴 trees/liberia-palm
 christmas tree: 🎄 christmas/Christmas_Tree_photo christmas/tree
 cactus: 🌵
 leaf: 🍁 🍂
-sun: ☀ 🌞 planets/0_sun
+sun: ☀ 🌞
 moon: 🌙 🌕 moon/moon_crescent moon/moon_full
-star: ⭐ 🌟 christmas/star
+star: ⭐ 🌟
 cloud: ☁
 rainbow: 🌈
 lightning: ⚡ naturalforces/lightningbolt
 snowflake: ❄
 snowman: ☃ ⛄ cartoon/snowman
-fire: 🔥 naturalforces/fire
+fire: 🔥
 heart: ❤ 💙 💚 💛 💜 🧡
 robot: 🤖
-ghost: 👻 halloween/ghost
+ghost: 👻
 alien: 👽
 santa: 🎅 christmas/Santa
 person: 🧍 🚶 👨 👩

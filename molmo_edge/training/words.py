@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from molmo_edge.training.assets import Assets
+from molmo_edge.training.assets import AssetError, Assets
 from molmo_edge.training.backdrops import random_colour
 from molmo_edge.training.sprite_names import sprite_sources
 
@@ -80,18 +80,21 @@ def random_text(rng: np.random.Generator) -> str:
 
 
 def draw_text(rng: np.random.Generator, assets: Assets, text: str, height: int, max_width: int) -> Image.Image:
-    """RGBA, cropped to the text or to its panel: `height` pixels for capitals, less where `max_width` demands it.
+    """RGBA, cropped to the text or to its panel: `height` pixels for capitals, less where `max_width` demands it,
+    but never under a font of 8 pixels.
 
     Two of three lie on a panel of contrasting colour; the others carry an outline, readable on any photograph.
     """
-    path = assets.fonts[int(rng.integers(len(assets.fonts)))]
-    font = load_font(path, max(8, round(height * 1.4)))
-    left, top, right, bottom = font.getbbox(text)
-    pad = int((bottom - top) * rng.uniform(0.2, 0.6))
-    if right - left + 2 * pad > max_width:
-        font = load_font(path, max(8, int(height * 1.4 * max_width / (right - left + 2 * pad))))
+    path = random_font(rng, assets)
+    padding, points = rng.uniform(0.2, 0.6), height * 1.4  # a capital is about 0.7 of its font's size
+    while True:
+        font = load_font(path, max(8, round(points)))
         left, top, right, bottom = font.getbbox(text)
-        pad = min(pad, int(bottom - top) // 2)
+        pad = int((bottom - top) * padding)
+        width = right - left + 2 * pad
+        if width <= max_width or points <= 8:
+            break
+        points *= min(0.95, max_width / width)
     paper = random_colour(rng)
     ink = contrasting(paper, rng)
     size = (int(right - left) + 2 * pad, int(bottom - top) + 2 * pad)
@@ -124,7 +127,15 @@ def _luminance(colour: tuple[int, ...]) -> float:
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
+def random_font(rng: np.random.Generator, assets: Assets) -> Path | None:
+    """One of the fonts; None, Pillow's own, where the assets have none."""
+    return assets.fonts[int(rng.integers(len(assets.fonts)))] if assets.fonts else None
+
+
 @lru_cache(maxsize=512)
-def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+def load_font(path: Path | None, size: int) -> ImageFont.FreeTypeFont:
     """Sizes are kept in memory: opening a font costs more than drawing a word."""
-    return ImageFont.truetype(str(path), size)
+    font = ImageFont.truetype(str(path), size) if path else ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise AssetError("this Pillow was built without FreeType and cannot draw words: install the wheel from PyPI")
+    return font
