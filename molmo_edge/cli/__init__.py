@@ -1,0 +1,83 @@
+"""The command line: `molmo-edge ask photo.jpg "Where is the dog?"`.
+
+An answer goes to stdout, as JSON with --json; everything else goes to stderr. Exit status: 0, 1 (it failed, one
+line says why), 2 (wrong use), 130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import molmo_edge
+from molmo_edge.cli import ask, bench, caption, chat, count, doctor, export, point, verify
+from molmo_edge.errors import MolmoEdgeError
+
+app = typer.Typer(
+    name="molmo-edge",
+    help="Ask a photo on your own machine: Molmo without account, cloud or PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it opens in half the time
+)
+for _command in (ask, point, count, caption, chat, verify, doctor, bench, export):
+    app.command()(getattr(_command, _command.__name__.rpartition(".")[2]))
+
+_tracebacks = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"molmo-edge {molmo_edge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _tracebacks
+    _tracebacks = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; `arguments` are those of the process unless given."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
+    status = _run(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `molmo-edge ask ... | head`: closed here, or Python flushes again and complains
+        status = 1
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        app(arguments, prog_name="molmo-edge")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except MolmoEdgeError as error:
+        if _tracebacks:
+            raise
+        print(f"molmo-edge: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        if _tracebacks:
+            raise
+        print("molmo-edge: out of memory: try --max-crops 4, or a smaller image or model", file=sys.stderr)
+        return 1
+    return 0

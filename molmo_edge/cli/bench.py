@@ -1,0 +1,165 @@
+"""`molmo-edge bench`"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molmo_edge.cli import options
+from molmo_edge.cli.output import note, print_json, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from molmo_edge.molmo import Molmo
+    from molmo_edge.runtimes import Runtime
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of the measured answers, in milliseconds."""
+
+    engine: str
+    cold: float  # once: from opening the model to the first token of its first answer
+    preprocess: float
+    vision: float
+    prefill: float  # image and question to the first token
+    first_token: float  # the three before it
+    decode: float  # for each token behind the first
+    prompt_tokens: int  # image and question
+    generated: int
+
+
+def bench(
+    image: Annotated[
+        Path | None, typer.Argument(help="Without it: a synthetic one of 640x480.", show_default=False)
+    ] = None,
+    *,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    max_crops: options.MaxCrops = None,
+    threads: options.Threads = None,
+    question: Annotated[str, typer.Option(help="What is asked.")] = "Describe this image.",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, at most.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Answers to take the median of; one before them warms up.")] = 3,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights for PyTorch, hub layout. Without it: random ones of the same shape."),
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time each stage, and the same on PyTorch if installed."""
+    from molmo_edge.bundle import resolve_model
+    from molmo_edge.images import load_image
+    from molmo_edge.molmo import Molmo
+    from molmo_edge.runtimes import open_runtime
+    from molmo_edge.tokenizer import Tokenizer
+
+    rgb = _synthetic(640, 480) if image is None else load_image(image)
+    directory = resolve_model(model)
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    timings: list[Timing] = []
+
+    def measure(engine: str, runtime: Runtime, load: float) -> None:
+        with Molmo.from_parts(runtime, tokenizer, max_crops=max_crops) as molmo:
+            timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
+
+    with progress("measuring", quiet=quiet):
+        started = time.perf_counter()
+        runtime = open_runtime(directory, device=device, threads=threads)
+        measure(_engine(runtime), runtime, time.perf_counter() - started)
+    note(f"{timings[0].engine} is done", quiet=quiet)
+    if timings[0].engine != "pytorch":
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
+        else:
+            with progress("measuring PyTorch", quiet=quiet):
+                started = time.perf_counter()
+                runtime = _torch_runtime(runtime, checkpoint, device, threads)
+                measure("pytorch", runtime, time.perf_counter() - started)
+            if checkpoint is None:
+                note("pytorch ran with random weights of the same shape: its times count, not its answers", quiet=quiet)
+    height, width = rgb.shape[:2]
+    if json:
+        print_json({"model": str(directory), "image": [width, height], "timings": [asdict(t) for t in timings]})
+    else:
+        print(f"{directory.name}, image {width}x{height}, {timings[0].prompt_tokens} tokens in; medians of {repeat}")
+        _print_table(timings)
+
+
+def _engine(runtime: Runtime) -> str:
+    return {"OnnxRuntime": "onnxruntime", "TorchRuntime": "pytorch"}.get(type(runtime).__name__, "engine")
+
+
+def _torch_runtime(like: Runtime, checkpoint: Path | None, device: str, threads: int | None) -> Runtime:
+    from molmo_edge.runtimes.torch import TorchRuntime
+
+    if checkpoint is not None:
+        return TorchRuntime(checkpoint, device=device, threads=threads)
+    from molmo_edge.modeling.model import Molmo as Network
+
+    return TorchRuntime.from_model(Network(like.config).init_weights(), threads=threads)
+
+
+def _measure(
+    engine: str, molmo: Molmo, rgb: np.ndarray, question: str, load: float, max_new_tokens: int, repeat: int
+) -> Timing:
+    first, *answers = [molmo.ask(rgb, question, max_new_tokens=max_new_tokens) for _ in range(repeat + 1)]
+
+    def median(values: list[float]) -> float:
+        return round(1e3 * statistics.median(values), 2)
+
+    spent = [answer.usage.seconds for answer in answers]
+    tokens = answers[0].usage.tokens
+    return Timing(
+        engine=engine,
+        # Not the opening alone: an engine may return before its graphs are loaded, the first answer waits for them.
+        cold=round(1e3 * (load + first.usage.seconds.total - first.usage.seconds.decode), 2),
+        preprocess=median([s.preprocess for s in spent]),
+        vision=median([s.vision for s in spent]),
+        prefill=median([s.prefill for s in spent]),
+        first_token=median([s.preprocess + s.vision + s.prefill for s in spent]),
+        decode=median([s.decode / max(1, a.usage.tokens.generated - 1) for s, a in zip(spent, answers, strict=True)]),
+        prompt_tokens=tokens.image + tokens.prompt,
+        generated=tokens.generated,
+    )
+
+
+def _synthetic(width: int, height: int) -> np.ndarray:
+    """Smooth colours with some detail: uint8 [height, width, 3], the same on every machine."""
+    import numpy as np
+
+    y, x = np.mgrid[:height, :width]
+    bands = np.stack([x * 255 // width, y * 255 // height, (x // 16 + y // 16) % 2 * 200], axis=-1)
+    return bands.astype(np.uint8)
+
+
+def _print_table(timings: list[Timing]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=None)
+    table.add_column("ms")
+    for timing in timings:
+        table.add_column(timing.engine, justify="right")
+    rows: dict[str, str] = {
+        "cold": "first token, cold",
+        "preprocess": "preprocessing",
+        "vision": "vision",
+        "prefill": "prefill",
+        "first_token": "first token",
+        "decode": "decode, a token",
+        "generated": "tokens out",
+    }
+    for field, title in rows.items():
+        values: list[Any] = [getattr(timing, field) for timing in timings]
+        table.add_row(title, *(f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=80, soft_wrap=False).print(table)

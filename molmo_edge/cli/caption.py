@@ -1,0 +1,39 @@
+"""`molmo-edge caption`"""
+
+from __future__ import annotations
+
+from molmo_edge.cli import options
+from molmo_edge.cli.answering import answer_command
+
+
+def caption(
+    image: options.Image,
+    *,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    max_crops: options.MaxCrops = None,
+    threads: options.Threads = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = None,
+    json: options.Json = False,
+    save: options.Save = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Describe a photo."""
+    from molmo_edge.prompt import caption_question
+
+    answer_command(
+        image,
+        caption_question(),
+        model=model,
+        device=device,
+        max_crops=max_crops,
+        threads=threads,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        json=json,
+        save=save,
+        quiet=quiet,
+    )

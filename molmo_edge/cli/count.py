@@ -1,0 +1,40 @@
+"""`molmo-edge count`"""
+
+from __future__ import annotations
+
+from molmo_edge.cli import options
+from molmo_edge.cli.answering import answer_command
+
+
+def count(
+    image: options.Image,
+    label: options.Label,
+    *,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    max_crops: options.MaxCrops = None,
+    threads: options.Threads = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = None,
+    json: options.Json = False,
+    save: options.Save = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Count everything of a kind, with a point for each."""
+    from molmo_edge.prompt import count_question
+
+    answer_command(
+        image,
+        count_question(label),
+        model=model,
+        device=device,
+        max_crops=max_crops,
+        threads=threads,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        json=json,
+        save=save,
+        quiet=quiet,
+    )

@@ -1,0 +1,125 @@
+"""`molmo-edge doctor`"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import typer
+
+import molmo_edge
+from molmo_edge.cli import options
+from molmo_edge.cli.output import note, print_json
+from molmo_edge.errors import MolmoEdgeError
+
+# What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
+_EXTRAS = {
+    "torch": ("torch",),
+    "export": ("torch", "onnx", "onnxscript"),
+    "quantize": ("onnx",),
+    "gguf": ("gguf", "llama-cpp-python"),
+    "train": ("torch", "datasets"),
+    "eval": ("datasets", "scipy"),
+    "serve": ("starlette", "uvicorn"),
+}
+_CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
+
+
+def doctor(*, json: options.Json = False) -> None:
+    """Say what this machine has, and what is missing."""
+    problems: list[str] = []
+    facts: dict[str, object] = {
+        "molmo_edge": molmo_edge.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **_memory(),
+        "jetson": _jetson(),
+        "versions": {name: _version(name) for name in _CORE},
+        "onnxruntime_providers": _providers(problems),
+        "extras": {extra: all(_version(part) for part in parts) for extra, parts in _EXTRAS.items()},
+        "model": _model(problems),
+        "cache": _cache(problems),
+        "problems": problems,
+    }
+    if json:
+        print_json(facts)
+    else:
+        for name, value in facts.items():
+            if name != "problems" and value is not None:
+                print(f"{name.replace('_', ' '):22} {_line(value)}")
+    for problem in problems:
+        note(f"problem: {problem}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _line(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {'yes' if v is True else v or 'no'}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> dict[str, str | None]:
+    """Total and free memory where /proc tells, as on every Linux board; swap counts on an 8 GB Jetson."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {"memory": None}
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    gib = {name: kib.get(name, 0) / 2**20 for name in ("MemTotal", "MemAvailable", "SwapTotal")}
+    return {"memory": f"{gib['MemTotal']:.1f} GiB, {gib['MemAvailable']:.1f} GiB free, {gib['SwapTotal']:.1f} GiB swap"}
+
+
+def _jetson() -> str | None:
+    model = Path("/proc/device-tree/model")
+    try:
+        name = model.read_bytes().rstrip(b"\0").decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    return name if "NVIDIA" in name else None
+
+
+def _providers(problems: list[str]) -> list[str]:
+    try:
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+    except ImportError as error:  # a wheel for another Python, or a missing system library
+        problems.append(f"onnxruntime does not load ({error}): pip install --force-reinstall onnxruntime")
+        return []
+
+
+def _model(problems: list[str]) -> str | None:
+    from molmo_edge.bundle import default_bundle, open_bundle
+
+    try:
+        bundle = open_bundle(default_bundle())
+    except MolmoEdgeError as error:
+        problems.append(str(error))
+        return None
+    size = sum(component.bytes for component in bundle.components.values())
+    return f"{bundle.name}, {size / 1e6:.0f} MB, {bundle.directory}"
+
+
+def _cache(problems: list[str]) -> str:
+    from molmo_edge.bundle import cache_directory
+
+    directory = cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(f"{directory} cannot be made ({error.strerror}), so hashes are compared at every start")
+    else:
+        if not os.access(directory, os.W_OK):
+            problems.append(f"{directory} cannot be written to, so hashes are compared at every start")
+    return str(directory)

@@ -1,0 +1,25 @@
+"""Arguments and options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Image = Annotated[Path, typer.Argument(help="The photo: any file that Pillow reads.", show_default=False)]
+Question = Annotated[str, typer.Argument(help='"Where is the dog?"', show_default=False)]
+Label = Annotated[str, typer.Argument(help='What to look for: "the dog", "cups".', show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
+]
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+Save = Annotated[Path | None, typer.Option(help="Write the photo with the points drawn in: .png, .jpg or .webp.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Cut the answer off after this many tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer, the same each time.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="With a temperature: repeats the same draw.")]

@@ -1,0 +1,111 @@
+"""What the commands print, and the one file that some of them write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molmo_edge.errors import MolmoEdgeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from molmo_edge.answer import Answer
+    from molmo_edge.molmo import Stream
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+class OutputError(MolmoEdgeError):
+    """A file that cannot be written."""
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    """One line on stderr."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """A spinner on stderr while the block runs, where somebody is looking."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One line on stdout, in ASCII, so that no terminal or pipe can spoil it."""
+    print(json.dumps(data))
+
+
+def print_stream(stream: Stream) -> Answer:
+    """Show the text as it comes, point tags taken out, then the points; returns the whole answer."""
+    from molmo_edge.readable import TagStripper
+
+    stripper = TagStripper()
+    for piece in stream:
+        if isinstance(piece, str):
+            print(stripper.feed(piece), end="", flush=True)
+    print(stripper.close())
+    answer = stream.answer
+    print_points(answer)
+    return answer
+
+
+def print_points(answer: Answer) -> None:
+    """A line for each point: its number in the drawn image, pixels, label."""
+    for number, (point, (x, y)) in enumerate(zip(answer.points, answer.pixels(), strict=True), 1):
+        print(f"{number:4}  x {x:6.0f}  y {y:6.0f}  {' '.join(point.label.split())}")
+
+
+def note_usage(answer: Answer, *, quiet: bool) -> None:
+    """What it took, and whether the answer was cut off."""
+    if not answer.complete:
+        note(f"cut off after {answer.usage.tokens.generated} tokens: --max-new-tokens allows more", quiet=quiet)
+    tokens, seconds = answer.usage.tokens, answer.usage.seconds
+    first = seconds.load + seconds.total - seconds.decode
+    note(
+        f"{answer.usage.crops} crops, {tokens.image + tokens.prompt} tokens in, {tokens.generated} out; "
+        f"first token after {first:.2f} s, all after {first + seconds.decode:.2f} s",
+        quiet=quiet,
+    )
+
+
+def check_save(path: Path | None, image: Path) -> None:
+    """Raise OutputError, before any work, for a file that could not be written at the end."""
+    if path is None:
+        return
+    if path.suffix.lower() not in _FORMATS:
+        raise OutputError(f"--save {path}: the name must end in {', '.join(_FORMATS)}")
+    if path.is_dir():
+        raise OutputError(f"--save {path} is a directory: name a file in it")
+    if not path.parent.is_dir():
+        raise OutputError(f"--save {path}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"--save {path}: the directory {path.parent} cannot be written to")
+    if path.exists() and image.exists() and path.samefile(image):
+        raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write `image` whole or not at all. Raises OutputError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it: a rename cannot cross file systems
+    options = {"quality": 92} if path.suffix.lower() != ".png" else {}
+    try:
+        with part.open("xb") as file:
+            image.save(file, _FORMATS[path.suffix.lower()], **options)
+        os.replace(part, path)
+    except (OSError, ValueError) as error:  # ValueError: sides past what the format can hold
+        raise OutputError(f"--save {path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)

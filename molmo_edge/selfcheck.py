@@ -1,0 +1,47 @@
+"""Is this copy of a bundle sound? Its files are what the manifest says, and it answers what it answered when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from molmo_edge.bundle import Bundle, Check, open_bundle
+from molmo_edge.molmo import Molmo
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    bundle: Bundle
+    check: Check | None  # None: the bundle brings no check, only its files were compared
+    token_ids: tuple[int, ...] = ()  # as answered here
+    drift: float | None = None  # percent of a side, the largest of all points; None where their number differs
+
+    @property
+    def exact(self) -> bool:
+        """The very same ids."""
+        return self.check is not None and self.token_ids == self.check.token_ids
+
+    @property
+    def passed(self) -> bool:
+        """The same ids, or, as another processor may round otherwise, the same points within the tolerance.
+
+        Without a check in the bundle: its files are sound, which `check_bundle` would have raised on.
+        """
+        if self.check is None or self.exact:
+            return True
+        return bool(self.check.points) and self.drift is not None and self.drift <= self.check.tolerance
+
+
+def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckReport:
+    """Compare every hash, then ask the bundle the question it brings. Raises BundleError for a damaged file."""
+    bundle = open_bundle(directory, hashes=True)
+    check = bundle.check
+    if check is None:
+        return CheckReport(bundle, None)
+    with Molmo(bundle.directory, threads=threads) as molmo:
+        answer = molmo.ask(bundle.directory / check.image, check.question, max_new_tokens=max(1, len(check.token_ids)))
+    drift = None
+    if len(answer.points) == len(check.points):
+        pairs = zip(answer.points, check.points, strict=True)
+        drift = max((max(abs(p.x - x), abs(p.y - y)) for p, (x, y) in pairs), default=0.0)
+    return CheckReport(bundle, check, answer.token_ids, drift)
