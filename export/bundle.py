@@ -1,0 +1,225 @@
+"""Write a bundle: four graphs, the tokenizer, and the manifest that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import molmo_edge
+from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import ExportError
+from molmo_edge.export.connector import connector
+from molmo_edge.export.decoder import decoder, embed_tokens
+from molmo_edge.export.graph import FP32, Graph, Precision
+from molmo_edge.export.vision import vision_encoder
+from molmo_edge.modeling.checkpoint import TensorSource, open_tensors
+from molmo_edge.runtimes import EngineError
+from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.tokenizer import Tokenizer
+
+Builder = Callable[[Graph, MolmoConfig, TensorSource, Precision], None]
+BUILDERS: dict[str, Builder] = {
+    "vision_encoder": vision_encoder,
+    "connector": connector,
+    "embed_tokens": embed_tokens,
+    "decoder": decoder,
+}
+# Which hub tensors a component is made of, to know its size before it is built.
+_PREFIXES = {
+    "vision_encoder": ("model.vision_backbone.image_vit.",),
+    "connector": ("model.vision_backbone.image_p", "model.vision_backbone.pad_embed"),
+    "embed_tokens": ("model.transformer.wte.",),
+    "decoder": ("model.transformer.blocks.", "model.transformer.ff_out.", "lm_head."),
+}
+_SIDECAR_ABOVE = 1_800_000_000  # bytes; an .onnx file cannot pass 2 GB
+
+
+@dataclass(frozen=True)
+class CheckPhoto:
+    """What a sound copy of the bundle must be able to answer: `Molmo.ask(image, question)` is run and recorded."""
+
+    image: Path
+    question: str
+    max_new_tokens: int = 64
+    tolerance: float = 2.0  # percent of a side that a point may be off
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    out: str | Path,
+    precision: str | Mapping[str, str] = "fp32",
+    *,
+    name: str | None = None,
+    check: CheckPhoto | None = None,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Convert the checkpoint directory (hub layout) to a bundle directory `out`, which must not exist yet.
+
+    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything, or a
+    mapping of components to them, "fp32" where it names none. `measure`: run every component that is not fp32
+    beside its fp32 form and write the errors into the manifest (molmo_edge.quantize.errors).
+
+    Returns the manifest. `out` appears whole or not at all, whatever interrupts. Memory holds one component,
+    and from 1.8 GB on one tensor of it. Raises ExportError, CheckpointError, ConfigError or TokenizerError.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.exists():
+        raise ExportError(f"{out} exists already: remove it, or choose another directory")
+    config = MolmoConfig.from_hub(checkpoint)
+    tensors = open_tensors(checkpoint)
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    chosen = _precisions(precision)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out`, so that the last step is a rename on one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        staging = Path(scratch) / "bundle"
+        staging.mkdir()
+        components: dict[str, dict[str, Any]] = {}
+        for component, kind in chosen.items():
+            components |= _component(component, staging, config, tensors, kind)
+        files = {component: staging / components[component]["file"] for component in BUILDERS}
+        if not any(f"{component}_data" in components for component in BUILDERS):
+            _try(config, files)
+        if measure and any(kind is not FP32 for kind in chosen.values()):
+            _measure(components, files, Path(scratch) / "fp32", config, tensors, chosen)
+        shutil.copyfile(checkpoint / "tokenizer.json", staging / "tokenizer.json")
+        components["tokenizer"] = _entry(staging / "tokenizer.json")
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": name or out.name,
+            "created_by": f"molmo-edge {molmo_edge.__version__}",
+            "model": config.to_dict(),
+            "special_ids": dataclasses.asdict(tokenizer.special),
+            "components": components,
+            "source": {"checkpoint": checkpoint.resolve().name, "files": _sources(checkpoint)},
+        }
+        _write_manifest(staging, manifest)
+        if check is not None:
+            manifest["check"] = _answer(staging, check)
+            _write_manifest(staging, manifest)
+        os.rename(staging, out)
+    return manifest
+
+
+def _precisions(precision: str | Mapping[str, str]) -> dict[str, Precision]:
+    from molmo_edge.quantize.int8 import INT8, Q8  # it builds on export.graph, so it cannot be imported first
+
+    known = {kind.name: kind for kind in (FP32, INT8, Q8)}
+    names = dict.fromkeys(BUILDERS, precision) if isinstance(precision, str) else dict(precision)
+    if unknown := [component for component in names if component not in BUILDERS]:
+        raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(BUILDERS)}")
+    if unknown := [kind for kind in names.values() if kind not in known]:
+        raise ExportError(f"the precision {unknown[0]!r} is not known; known are {', '.join(known)}")
+    return {component: known[names.get(component, "fp32")] for component in BUILDERS}
+
+
+def build_component(
+    component: str, path: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
+) -> Path | None:
+    """Write one graph to `path`; returns the sidecar with its large weights, if it needed one."""
+    size = sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(_PREFIXES[component]))
+    large = size * precision.bytes_per_weight > _SIDECAR_ABOVE
+    graph = Graph(component, path.with_name(f"{path.name}.data") if large else None)
+    BUILDERS[component](graph, config, tensors, precision)
+    graph.save(path)
+    return graph.sidecar
+
+
+def _component(
+    component: str, directory: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
+) -> dict[str, dict[str, Any]]:
+    path = directory / f"{component}{precision.suffix}.onnx"
+    sidecar = build_component(component, path, config, tensors, precision)
+    made = {component: _entry(path, engine="onnx", precision=precision.name)}
+    if sidecar is not None:
+        made[f"{component}_data"] = _entry(sidecar)
+    return made
+
+
+def _entry(path: Path, **more: Any) -> dict[str, Any]:
+    return {"file": path.name, **more, "sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sources(checkpoint: Path) -> dict[str, str]:
+    """sha256 of every file of weights, and of the configuration that they were read with."""
+    weights = (*checkpoint.glob("model*.safetensors"), *checkpoint.glob("pytorch_model.bin"))
+    return {path.name: _sha256(path) for path in (checkpoint / "config.json", *sorted(weights))}
+
+
+def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
+    """No bundle leaves without having run: weights that do not fit their config.json show here."""
+    runtime = OnnxRuntime(config, files)
+    try:
+        i = config.image
+        crop = np.zeros((1, i.patches**2, i.patch_size**2 * 3), np.float32)
+        features = runtime.encode_image(crop, np.ones((1, i.patches**2), np.float32))
+        runtime.forward(features[0] + runtime.embed(np.zeros(1, np.int64)), runtime.new_cache(i.cells**2))
+    except EngineError as error:
+        raise ExportError(f"the graphs do not run: {error}. Does config.json belong to these weights?") from error
+    finally:
+        runtime.close()
+
+
+def _measure(
+    components: dict[str, dict[str, Any]],
+    files: dict[str, Path],
+    scratch: Path,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    chosen: dict[str, Precision],
+) -> None:
+    from molmo_edge.quantize.errors import component_errors
+
+    scratch.mkdir()
+    exact = {}
+    for component, kind in chosen.items():
+        exact[component] = files[component]
+        if kind is not FP32:
+            exact[component] = scratch / f"{component}.onnx"
+            build_component(component, exact[component], config, tensors, FP32)
+    for component, error in component_errors(config, exact, files).items():
+        if chosen[component] is not FP32:
+            components[component] |= {"max_error": error.largest, "relative_error": error.relative}
+
+
+def _answer(staging: Path, check: CheckPhoto) -> dict[str, Any]:
+    from molmo_edge.molmo import Molmo
+
+    folder = staging / "check"
+    folder.mkdir()
+    image = folder / f"photo{check.image.suffix.lower()}"
+    shutil.copyfile(check.image, image)
+    with Molmo(staging) as molmo:
+        answer = molmo.ask(image, check.question, max_new_tokens=check.max_new_tokens)
+    return {
+        "image": f"{folder.name}/{image.name}",
+        "question": check.question,
+        "token_ids": [int(i) for i in answer.token_ids],
+        "points": [[float(np.round(p.x, 2)), float(np.round(p.y, 2))] for p in answer.points],
+        "tolerance": check.tolerance,
+    }
+
+
+def _write_manifest(staging: Path, manifest: dict[str, Any]) -> None:
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

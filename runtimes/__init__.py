@@ -1,0 +1,88 @@
+"""The engines behind one protocol (imported as `molmo_edge.runtimes`): numpy in, numpy out.
+
+A runtime never sees a question, the SDK never sees a tensor library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from molmo_edge.bundle import is_bundle
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class EngineError(MolmoEdgeError):
+    """An engine that failed at loading or at running."""
+
+
+class Unavailable(EngineError):  # noqa: N818 (a state, not a mistake)
+    """An engine, a device or a component that this installation, or this version, does not have."""
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence."""
+
+    capacity: int  # positions that fit
+    length: int  # positions filled; setting it lower forgets the last ones
+
+    def copy(self) -> Cache:
+        """An independent copy: a scene is prefilled once and asked many times."""
+        ...
+
+
+class Runtime(Protocol):
+    """One loaded model. Every array is float32 unless it says otherwise."""
+
+    config: MolmoConfig
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
+        ...
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """Integer ids [n] -> [n, d_model]."""
+        ...
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for `capacity` positions. Raises EngineError past what the model has positions for."""
+        ...
+
+    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """Append embeddings [n, d_model] at `cache.length`; -> logits [embedding_size] of the last position."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_runtime(directory: str | Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
+    """Open a bundle on ONNX Runtime, or a checkpoint directory in hub layout on PyTorch.
+
+    `threads`: None leaves the number to the engine, which takes the physical cores.
+    Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle.
+    """
+    directory = Path(directory)
+    if device not in DEVICES:
+        raise Unavailable(f'device "{device}" is not known; known are {", ".join(DEVICES)}')
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads must be at least 1, it is {threads}")
+    if is_bundle(directory):
+        from molmo_edge.runtimes.onnx import open_bundle_runtime
+
+        return open_bundle_runtime(directory, device=device, threads=threads)
+    if (directory / "config.json").is_file():
+        try:
+            from molmo_edge.runtimes.torch import TorchRuntime
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise Unavailable(
+                f"{directory} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or export it"
+            ) from None
+        return TorchRuntime(directory, device=device, threads=threads)
+    raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
