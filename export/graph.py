@@ -70,7 +70,7 @@ class Graph:
 
     def constant(self, value: float | Sequence[float], dtype: type = np.float32) -> str:
         """A small constant, shared by all that ask for the same one."""
-        array = np.asarray(value, dtype=dtype)
+        array: np.ndarray = np.asarray(value, dtype=dtype)
         return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
 
     def ints(self, *values: int) -> str:

@@ -6,7 +6,7 @@ A runtime never sees a question, the SDK never sees a tensor library.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,8 +28,12 @@ class Unavailable(EngineError):  # noqa: N818 (a state, not a mistake)
 class Cache(Protocol):
     """Keys and values of one sequence."""
 
-    capacity: int  # positions that fit
     length: int  # positions filled; setting it lower forgets the last ones
+
+    @property
+    def capacity(self) -> int:
+        """Positions that fit."""
+        ...
 
     def copy(self) -> Cache:
         """An independent copy: a scene is prefilled once and asked many times."""
@@ -39,7 +43,8 @@ class Cache(Protocol):
 class Runtime(Protocol):
     """One loaded model. Every array is float32 unless it says otherwise."""
 
-    config: MolmoConfig
+    @property
+    def config(self) -> MolmoConfig: ...
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
@@ -53,8 +58,11 @@ class Runtime(Protocol):
         """An empty cache for `capacity` positions. Raises EngineError past what the model has positions for."""
         ...
 
-    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
-        """Append embeddings [n, d_model] at `cache.length`; -> logits [embedding_size] of the last position."""
+    def forward(self, embeddings: np.ndarray, cache: Any) -> np.ndarray:
+        """Append embeddings [n, d_model] at `cache.length`; -> logits [embedding_size] of the last position.
+
+        `cache` is one that this runtime made.
+        """
         ...
 
     def close(self) -> None: ...

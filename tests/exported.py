@@ -1,0 +1,101 @@
+"""Bundles of the golden checkpoints, exported once a test run, and their cases as tensors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from molmo_edge.export import export_bundle
+from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.runtimes.onnx import OnnxRuntime, open_bundle_runtime
+from molmo_edge.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHITECTURES = ("molmoe", "qwen", "olmo")
+CASES = ("square", "landscape", "wide_text")
+REAL_IDS = 500  # of the golden tokenizers; the reference took its argmax over these
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="molmo-edge-test-")
+
+
+def bundle(architecture: str, precision: str = "fp32") -> Path:
+    return _bundle(architecture, precision)
+
+
+def runtime(architecture: str, precision: str = "fp32") -> OnnxRuntime:
+    return _runtime(architecture, precision)
+
+
+@functools.cache
+def _bundle(architecture: str, precision: str) -> Path:
+    directory = Path(_scratch().name) / f"{architecture}-{precision}"
+    export_bundle(GOLDEN / architecture, directory, precision)
+    return directory
+
+
+@functools.cache
+def _runtime(architecture: str, precision: str) -> OnnxRuntime:
+    opened = open_bundle_runtime(bundle(architecture, precision), threads=2)
+    assert isinstance(opened, OnnxRuntime)
+    return opened
+
+
+@functools.cache
+def expected(architecture: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    directory = GOLDEN / architecture
+    return load_file(directory / "expected.safetensors"), json.loads((directory / "expected.json").read_text())
+
+
+@dataclass(frozen=True)
+class Case:
+    crops: np.ndarray  # float32 [n, 576, 588], by our own image processor
+    masks: np.ndarray  # the reference's own from here on
+    ids: np.ndarray  # int [n]
+    index: np.ndarray  # int [n_crops, 144], negative where dropped
+
+
+@functools.cache
+def case(architecture: str, name: str) -> Case:
+    tensors, cases = expected(architecture)
+    engine = runtime(architecture)
+    special = Tokenizer.from_file(GOLDEN / architecture / "tokenizer.json").special
+    image = ImageProcessor(engine.config.image, special)(load_image(GOLDEN / cases[name]["image"]))
+    return Case(
+        image.crops,
+        tensors[f"{name}.image_masks"],
+        tensors[f"{name}.input_ids"],
+        tensors[f"{name}.image_input_idx"],
+    )
+
+
+def prompt(engine: OnnxRuntime, c: Case) -> np.ndarray:
+    """The embeddings [n, d_model] of a case, image features added."""
+    embeddings = engine.embed(c.ids)
+    features = engine.encode_image(c.crops, c.masks)
+    embeddings[c.index[c.index >= 0]] += features[c.index >= 0]
+    return embeddings
+
+
+def greedy(engine: OnnxRuntime, embeddings: np.ndarray, n: int) -> list[int]:
+    cache = engine.new_cache(len(embeddings) + n)
+    logits, ids = engine.forward(embeddings, cache), []
+    for _ in range(n):
+        ids.append(int(logits[:REAL_IDS].argmax()))
+        logits = engine.forward(engine.embed(np.array(ids[-1:])), cache)
+    return ids
+
+
+def relative(found: np.ndarray, exact: np.ndarray) -> float:
+    """Largest difference over the largest value."""
+    assert found.shape == exact.shape
+    return float(np.abs(found - exact).max() / np.abs(exact).max())
