@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from molmo_edge.prompt import build_prompt
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.features import Sample, read_sample
 from molmo_edge.training.grounding import NamedRegions, cell_centres, cells_in_box, looking_loss, naming_loss
-from molmo_edge.training.packing import NO_TARGET, attention_mask, pack
+from molmo_edge.training.packing import attention_mask, pack
 from molmo_edge.training.questions import QA, grounded_names, write_questions
 
 
@@ -65,10 +66,11 @@ class TrainConfig:
 class PackedQuestions(Dataset[dict[str, Any]]):
     """Cached pictures as packed training sequences. Item (i, visit): other questions at each visit."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, config: MolmoConfig, questions: int, names: list[str], seed: int):
-        self.paths = sorted(directory.glob("*.npz"))
+    def __init__(self, directories: list[Path], tokenizer: Tokenizer, config: MolmoConfig, questions: int, names: list[str], seed: int):
+        groups = [sorted(directory.glob("*.npz")) for directory in directories]
+        self.paths, self.groups = [path for group in groups for path in group], [len(group) for group in groups]
         if not self.paths:
-            raise FileNotFoundError(f"{directory} holds no .npz: run molmo_edge.training.features first")
+            raise FileNotFoundError(f"{directories} hold no .npz: run molmo_edge.training.features first")
         self.tokenizer, self.config, self.questions, self.seed = tokenizer, config, questions, seed
         self.names = {name: i for i, name in enumerate(names)}
 
@@ -151,7 +153,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         row[b * n + cells] = 1 / len(cells)
     return {
         "ids": stack("input_ids", 0, np.int64),
-        "targets": stack("targets", NO_TARGET, np.int64),
+        "targets": stack("targets", 0, np.int64),
         "loss_weights": stack("loss_weights", 0, np.float32),
         "positions": stack("positions", 0, np.int64),
         "mask": torch.from_numpy(masks),
@@ -165,26 +167,53 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Visits(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, visit), shuffled anew at each visit; starts at any step, so that a run resumes exactly."""
+    """Batches of (index, visit), shuffled anew at each visit; starts at any step, so that a run resumes exactly.
 
-    def __init__(self, size: int, batch: int, first: int, steps: int, seed: int):
-        self.size, self.batch, self.first, self.steps, self.seed = size, batch, first, steps, seed
+    A batch comes from one group (one feature directory), whose pictures have sequences of a like length.
+    """
+
+    def __init__(self, groups: list[int], batch: int, first: int, steps: int, seed: int):
+        self.groups, self.batch, self.first, self.steps, self.seed = groups, batch, first, steps, seed
 
     def __len__(self) -> int:
         return self.steps - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        orders: dict[int, np.ndarray] = {}
+        visit, batches = -1, self._batches(0)
         for step in range(self.first, self.steps):
-            keys = []
-            for i in range(step * self.batch, (step + 1) * self.batch):
-                visit, place = divmod(i, self.size)
-                if visit not in orders:
-                    orders = {visit: np.random.default_rng([self.seed, visit]).permutation(self.size)} | (
-                        {visit - 1: orders[visit - 1]} if visit - 1 in orders else {}
-                    )
-                keys.append((int(orders[visit][place]), visit))
-            yield keys
+            wanted, place = divmod(step, len(batches))
+            if wanted != visit:
+                visit, batches = wanted, self._batches(wanted)
+            yield [(int(i), visit) for i in batches[place]]
+
+    def _batches(self, visit: int) -> np.ndarray:
+        """int [n, batch]: every picture once, but for what does not fill a batch."""
+        rng, start, rows = np.random.default_rng([self.seed, visit]), 0, []
+        for size in self.groups:
+            whole = size // self.batch * self.batch
+            rows.append(start + rng.permutation(size)[:whole].reshape(-1, self.batch))
+            start += size
+        return rng.permutation(np.concatenate(rows))
+
+
+@torch.no_grad()
+def init_connector(model: Molmo, samples: list[Sample], generator: torch.Generator) -> None:
+    """Random weights that see standardised features, and cells as large as token embeddings.
+
+    DINOv2's raw block outputs have a few channels hundreds of times larger than the rest; without this
+    they are all that the connector sees for its first thousands of steps.
+    """
+    features = torch.from_numpy(np.concatenate([s.features.reshape(-1, s.features.shape[-1]) for s in samples])).float()
+    mean, std = features.mean(0), features.std(0)
+    pooling, projector = model.connector.pooling, model.connector.projector
+    for linear in (pooling.wq, pooling.wk, pooling.wv):
+        weight = torch.randn(linear.weight.shape, generator=generator) / len(mean) ** 0.5 / std
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-(weight @ mean))
+    for linear in (pooling.wo, projector.w1, projector.w3, projector.w2):
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / linear.weight.shape[1] ** 0.5)
+    cells = torch.cat([image_cells(model, {k: torch.from_numpy(getattr(s, k))[None] for k in ("features", "masks")}).flatten(0, 2) for s in samples[:8]])
+    projector.w2.weight.mul_(model.decoder.embedding.std() / cells.std())
 
 
 def name_table(model: Molmo, tokenizer: Tokenizer, names: list[str]) -> Tensor:
@@ -264,7 +293,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 class Run:
     """Model, optimiser and place in a run directory; `train` goes through both stages."""
 
-    def __init__(self, start: Path, train: Path, val: Path, directory: Path, config: TrainConfig, names: list[str], device: str):
+    def __init__(self, start: Path, train: list[Path], val: list[Path], directory: Path, config: TrainConfig, names: list[str], device: str):
         self.config, self.directory, self.device = config, directory, torch.device(device)
         directory.mkdir(parents=True, exist_ok=True)
         self.start = start
@@ -273,8 +302,12 @@ class Run:
         for parameter in (*self.model.vision.parameters(), self.model.decoder.embedding):
             parameter.requires_grad_(False)
         self.table = name_table(self.model, self.tokenizer, names)
-        make = lambda path, seed: PackedQuestions(path, self.tokenizer, self.model_config, config.questions, names, seed)  # noqa: E731
-        self.train_data, self.val_data = make(train, config.seed), make(val, config.seed + 1)
+        data = partial(PackedQuestions, tokenizer=self.tokenizer, config=self.model_config, names=names)
+        self.train_data = {
+            "align": data(train, questions=0, seed=config.seed),
+            "answer": data(train, questions=config.questions, seed=config.seed),
+        }
+        self.val_data = data(val, questions=config.questions, seed=config.seed + 1)
         self.connector = list(self.model.connector.parameters())
         self.decoder = [p for p in self.model.decoder.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
@@ -285,8 +318,14 @@ class Run:
             fused=True,
         )
         self.step = {"align": 0, "answer": 0}
+        self.target_top_k = self.model_config.decoder.n_experts // 2
         if (directory / "state.pt").exists():
             self._resume()
+        else:
+            chosen = self.train_data["align"].paths[:: max(1, len(self.train_data["align"]) // 100)]
+            samples = [read_sample(path) for path in chosen]
+            init_connector(self.model.cpu(), samples, torch.Generator().manual_seed(config.seed))
+            self.model.to(self.device)
 
     def _resume(self) -> None:
         state = torch.load(self.directory / "state.pt", map_location=self.device, weights_only=True)
@@ -311,13 +350,13 @@ class Run:
         self.export()
 
     def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> DataLoader[dict[str, Any]]:
-        sampler = Visits(len(data), batch, first, steps, seed)
+        sampler = Visits(data.groups, batch, first, steps, seed)
         return DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, prefetch_factor=6)
 
     def _stage(self, stage: str, steps: int, size: int) -> None:
         c, first = self.config, self.step[stage]
         began, done = time.monotonic(), 0
-        for step, batch in enumerate(self._batches(self.train_data, size, first, steps, c.seed), start=first):
+        for step, batch in enumerate(self._batches(self.train_data[stage], size, first, steps, c.seed), start=first):
             losses = self._update(stage, step, steps, to_device(batch, self.device))
             self.step[stage] = step + 1
             done += size
@@ -351,8 +390,6 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         return {k: v.item() for k, v in losses.items()} | {"norm": max(n.item() for n in norms)}
 
-    target_top_k: int = 4
-
     def set_experts(self, top_k: int) -> None:
         for block in self.model.decoder.blocks:
             block.ffn.top_k = top_k
@@ -376,8 +413,8 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--start", required=True, type=Path, help="checkpoint from molmo_edge.training.start")
-    parser.add_argument("--train", required=True, type=Path, help="features of the training pictures")
-    parser.add_argument("--val", required=True, type=Path, help="features of other pictures, for the validation loss")
+    parser.add_argument("--train", required=True, type=Path, nargs="+", help="features of the training pictures")
+    parser.add_argument("--val", required=True, type=Path, nargs="+", help="features of others, for the validation loss")
     parser.add_argument("--names", required=True, type=Path, help="JSON list of the names to learn")
     parser.add_argument("--run", required=True, type=Path, help="directory for state, log and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,6 @@ import numpy as np
 from molmo_edge.tokenizer import Tokenizer
 
 IMAGE_SEGMENT = 10000  # larger than any annotation's number: all annotations see the image, it sees none of them
-NO_TARGET = -1
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Packed:
     """One training sequence of n tokens; arrays are int32 [n] unless said otherwise."""
 
     input_ids: np.ndarray
-    targets: np.ndarray  # the next token within the same annotation
+    targets: np.ndarray  # the next token
     loss_weights: np.ndarray  # float32; 0 where the target is not part of an answer
     segments: np.ndarray  # IMAGE_SEGMENT, or the number of the annotation from 1
     positions: np.ndarray
@@ -40,38 +39,35 @@ def pack(
 ) -> Packed:
     """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...) with their leading spaces.
 
-    image_tokens: int32 [m], without BOS. weighting: "root_subsegments" divides each annotation's loss
+    image_tokens: int32 [m], without BOS. Each annotation has at least one answer. weighting: "root_subsegments" divides each annotation's loss
     weights by the square root of the number of annotations, "none" leaves them 1.
     """
     special = tokenizer.special
-    head = [special.bos, *image_tokens.tolist()]
-    ids, targets, weights = list(head), [*head[1:], NO_TARGET], [0.0] * len(head)
-    segments, positions = [IMAGE_SEGMENT] * len(head), list(range(len(head)))
+    ids = [special.bos, *image_tokens.tolist()]
+    head = len(ids)
+    answered, segments, positions = [0.0] * head, [IMAGE_SEGMENT] * head, list(range(head))
     answer_starts = []
-    weight = 1.0 / math.sqrt(len(annotations)) if weighting == "root_subsegments" else 1.0
+    weight = 1.0 / math.sqrt(max(1, len(annotations))) if weighting == "root_subsegments" else 1.0
     for number, messages in enumerate(annotations, start=1):
-        tokens: list[int] = []
-        answered: list[float] = []  # 1 where the token belongs to an answer or ends one
-        start = 0
+        first = len(ids)
         for turn, message in enumerate(messages):
             answer = turn % 2 == 1
-            start = len(ids) + len(tokens)
-            part = tokenizer.encode(message) + ([special.eos] if answer else [])
-            tokens += part
-            answered += [float(answer)] * len(part)
+            if answer:
+                start = len(ids)
+            tokens = tokenizer.encode(message) + ([special.eos] if answer else [])
+            ids += tokens
+            answered += [weight * answer] * len(tokens)
         answer_starts.append(start)
-        # The image's last token predicts nothing: the first token of an annotation is never an answer.
-        ids += tokens[:-1]
-        targets += tokens[1:]
-        weights += [weight * a for a in answered[1:]]
-        segments += [number] * (len(tokens) - 1)
-        positions += range(len(head), len(head) + len(tokens) - 1)
+        segments += [number] * (len(ids) - first)
+        positions += range(head, head + len(ids) - first)
+    # One shift over the whole sequence, as the reference does it: an annotation's EOS stays an input, whose
+    # target, the next annotation's first token, has no weight.
     return Packed(
-        np.array(ids, np.int32),
-        np.array(targets, np.int32),
-        np.array(weights, np.float32),
-        np.array(segments, np.int32),
-        np.array(positions, np.int32),
+        np.array(ids[:-1], np.int32),
+        np.array(ids[1:], np.int32),
+        np.array(answered[1:], np.float32),
+        np.array(segments[:-1], np.int32),
+        np.array(positions[:-1], np.int32),
         tuple(answer_starts),
     )
 

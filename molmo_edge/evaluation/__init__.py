@@ -1,0 +1,1 @@
+"""Tasks and metrics: how good an answer is."""

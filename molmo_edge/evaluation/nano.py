@@ -1,0 +1,150 @@
+"""Nano's own validation: pointing, counting, reading and clocks, on photos and on drawn scenes never seen.
+
+Every figure stands beside a baseline that does not look: one point in the centre, the most frequent count,
+the most frequent answer. `python -m molmo_edge.evaluation.nano --photos DIR --sprites DIR [--model DIR]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.evaluation.metrics import Pointing, character_error, score_points
+from molmo_edge.images import load_image
+from molmo_edge.molmo import Molmo
+from molmo_edge.points import Point
+from molmo_edge.training.assets import load_assets
+from molmo_edge.training.photos import load_photos
+from molmo_edge.training.scenes import draw_scene
+
+MOST_INSTANCES = 12  # labels with more are not asked about, in training as here
+CENTRE = (Point(50.0, 50.0),)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture and what is asked about it."""
+
+    group: str  # "scenes" or a photo source
+    rgb: Callable[[], np.ndarray]
+    annotation: dict[str, Any]
+
+    def labels(self) -> list[tuple[str, list[list[float]]]]:
+        """(label, boxes) of what can be pointed at and counted: no crowds."""
+        objects = self.annotation.get("objects", ())
+        return [(o["label"], o["boxes"]) for o in objects if not o.get("crowd") and 1 <= len(o["boxes"]) <= MOST_INSTANCES]
+
+
+def photo_cases(root: Path) -> Iterator[Case]:
+    for photo in load_photos(root, "val"):
+        if photo.annotation["source"] != "receipts":
+            yield Case(photo.annotation["source"], lambda p=photo: load_image(p.path), photo.annotation)
+
+
+def scene_cases(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Case]:
+    """Scenes from sprites of the validation split, so that no picture in them was trained on."""
+    assets = load_assets(sprites, split="val")
+    for i in range(number):
+        rgb, annotation = draw_scene(np.random.default_rng([seed, i]), assets, kind)
+        yield Case("scenes", lambda rgb=rgb: rgb, annotation)
+
+
+def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Ask every case; at most `per_picture` labels of each for pointing and counting."""
+    pointed: dict[str, list[Pointing]] = {}
+    centre: dict[str, list[Pointing]] = {}
+    counted: dict[str, list[tuple[int | None, int]]] = {}
+    read: list[tuple[str, str]] = []
+    clocks: list[tuple[str, str]] = []
+    started = time.monotonic()
+    for n, case in enumerate(cases, 1):
+        scene = molmo.encode(case.rgb())
+        for label, boxes in case.labels()[:per_picture]:
+            points = molmo.point(scene, label).points
+            pointed.setdefault(case.group, []).append(score_points(points, boxes))
+            centre.setdefault(case.group, []).append(score_points(CENTRE, boxes))
+            counted.setdefault(case.group, []).append((molmo.count(scene, label).count, len(boxes)))
+        if len(case.annotation.get("texts", ())) == 1:
+            read.append((molmo.ask(scene, "What does the text say?").text.strip(), case.annotation["texts"][0]["text"]))
+        if len(case.annotation.get("clocks", ())) == 1:
+            clocks.append((molmo.ask(scene, "What time is it?").text.strip(), case.annotation["clocks"][0]["time"]))
+        progress(f"{n} pictures, {time.monotonic() - started:.0f} s")
+    return {
+        "pointing": {g: summarise_points(v, centre[g]) for g, v in pointed.items()},
+        "counting": {g: summarise_counts(v) for g, v in counted.items()},
+        "reading": summarise_texts(read),
+        "clocks": summarise_texts(clocks),
+    }
+
+
+def summarise_points(scores: list[Pointing], centre: list[Pointing]) -> dict[str, float]:
+    """F1 is the mean over questions; precision and recall are over all points and boxes."""
+    hits, points, boxes = (sum(getattr(s, k) for s in scores) for k in ("hits", "points", "boxes"))
+    return {
+        "n": len(scores),
+        "f1": mean(s.f1 for s in scores),
+        "precision": hits / max(1, points),
+        "recall": hits / max(1, boxes),
+        "centre_guess_f1": mean(s.f1 for s in centre),
+    }
+
+
+def summarise_counts(pairs: list[tuple[int | None, int]]) -> dict[str, float]:
+    majority = Counter(truth for _, truth in pairs).most_common(1)[0][1] if pairs else 0
+    return {
+        "n": len(pairs),
+        "exact": mean(float(ours == truth) for ours, truth in pairs),
+        "majority_exact": majority / max(1, len(pairs)),
+    }
+
+
+def summarise_texts(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    majority = Counter(truth for _, truth in pairs).most_common(1)[0][1] if pairs else 0
+    return {
+        "n": len(pairs),
+        "exact": mean(float(ours.lower() == truth.lower()) for ours, truth in pairs),
+        "character_error": mean(character_error(ours, truth) for ours, truth in pairs),
+        "majority_exact": majority / max(1, len(pairs)),
+    }
+
+
+def mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return round(sum(listed) / len(listed), 4) if listed else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", help="bundle or checkpoint directory; the embedded nano if left out")
+    parser.add_argument("--photos", type=Path, help="annotated photos; their `val` split is used")
+    parser.add_argument("--sprites", type=Path, help="directory from training.assets; its `val` split is used")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes of sprites; a third as many of words and of clocks")
+    parser.add_argument("--limit", type=int, help="most photos, taken evenly from the list")
+    parser.add_argument("--per-picture", type=int, default=3, help="most labels asked about a picture")
+    parser.add_argument("--max-crops", type=int)
+    args = parser.parse_args()
+    cases: list[Case] = []
+    if args.photos:
+        photos = list(photo_cases(args.photos))
+        step = max(1, len(photos) // args.limit) if args.limit else 1
+        cases += photos[::step]
+    if args.sprites:
+        for kind, share in (("sprites", 1), ("words", 3), ("clocks", 3)):
+            cases += scene_cases(args.sprites, args.scenes // share, kind)
+    with Molmo(args.model, max_crops=args.max_crops) as molmo:
+        report = evaluate(molmo, cases, args.per_picture, lambda line: print(f"\r{line}", end="", file=sys.stderr))
+    print(file=sys.stderr)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
