@@ -157,12 +157,12 @@ def _draw_label(
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=max(10.0, 1.1 * radius))
     text = label if len(label) <= 40 else label[:39] + "…"
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    left, top, right, bottom = (round(v) for v in draw.textbbox((0, 0), text, font=font))
     pad = max(2, radius // 4)
     wide, high = right - left + 2 * pad, bottom - top + 2 * pad
     x = centre[0] + radius + pad
     if x + wide > canvas.width:
         x = max(0, centre[0] - radius - pad - wide)
-    y = min(max(0, centre[1] - round(high / 2)), max(0, canvas.height - round(high)))
+    y = min(max(0, centre[1] - high // 2), max(0, canvas.height - high))
     draw.rounded_rectangle((x, y, x + wide, y + high), radius=pad, fill=colour, outline=(255, 255, 255))
     draw.text((x + pad - left, y + pad - top), text, font=font, fill=(255, 255, 255))

@@ -1,0 +1,112 @@
+"""A bundle of the golden tiny MolmoE, exported once a session, and a runtime that says what a test wants said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.molmo import Molmo
+from molmo_edge.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stamps of verified hashes go to a folder of the session, not to the developer's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLMO_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/golden/molmoe as a bundle in fp32, with a check of its own."""
+    pytest.importorskip("onnx")
+    from molmo_edge.export import CheckPhoto, export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(
+        GOLDEN / "molmoe",
+        out,
+        check=CheckPhoto(GOLDEN / "astronaut.png", "Point to the helmet.", max_new_tokens=8),
+    )
+    return out
+
+
+@dataclass
+class FakeCache:
+    capacity: int
+    length: int = 0
+    step: int = 0
+
+    def copy(self) -> FakeCache:
+        return replace(self)
+
+
+@dataclass
+class FakeRuntime:
+    """Answers every prompt with `script`. Column 0 of an embedding is its id, column 1 what the image added."""
+
+    config: MolmoConfig
+    script: list[int]
+    fed: list[np.ndarray] = field(default_factory=list)  # the embeddings of each forward
+    images: int = 0
+    closed: bool = False
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        self.images += 1
+        features = np.zeros((len(crops), self.config.image.cells**2, self.config.decoder.d_model), np.float32)
+        features[:, :, 1] = 1 + np.arange(features[:, :, 1].size).reshape(len(crops), -1)
+        return features
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        embeddings = np.zeros((len(token_ids), self.config.decoder.d_model), np.float32)
+        embeddings[:, 0] = token_ids
+        return embeddings
+
+    def new_cache(self, capacity: int) -> FakeCache:
+        return FakeCache(capacity)
+
+    def forward(self, embeddings: np.ndarray, cache: FakeCache) -> np.ndarray:
+        self.fed.append(embeddings)
+        cache.length += len(embeddings)
+        assert cache.length <= cache.capacity
+        cache.step = cache.step + 1 if len(embeddings) == 1 else 0
+        logits = np.zeros(self.config.decoder.embedding_size, np.float32)
+        logits[-1] = 2.0  # a row that stands for no text: it must never be chosen
+        logits[self.script[cache.step] if cache.step < len(self.script) else 499] = 1.0
+        return logits
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
+
+
+@pytest.fixture
+def saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
+    """`saying(text)` is a Molmo that answers every question with `text`; `context` shortens its context."""
+
+    def make(text: str, *, context: int = 4096, max_crops: int | None = 2) -> Molmo:
+        config = MolmoConfig.from_hub(GOLDEN / "molmoe")
+        config = replace(config, decoder=replace(config.decoder, max_position_embeddings=context))
+        runtime = FakeRuntime(config, [*tokenizer.encode(f" {text}"), tokenizer.special.eos])
+        molmo = Molmo.from_parts(runtime, tokenizer, max_crops=max_crops)
+        molmo.fake = runtime  # type: ignore[attr-defined]
+        return molmo
+
+    return make

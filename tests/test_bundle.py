@@ -1,0 +1,195 @@
+"""What is refused before any of it is used, and what is checked when."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molmo_edge.bundle import BundleError, is_bundle, open_bundle, resolve_model
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.selfcheck import check_bundle
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = bundle / "molmo_edge.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_bundle_opens(bundle: Path, golden: Path) -> None:
+    opened = open_bundle(bundle)
+    assert opened.config == MolmoConfig.from_hub(golden / "molmoe")
+    assert opened.special_ids["im_patch"] == 502
+    assert opened.path("decoder").is_file()
+    assert opened.components["decoder"].engine == "onnx"
+    with pytest.raises(BundleError, match="no component 'motor'"):
+        opened.path("motor")
+
+
+def test_a_damaged_file_is_refused_by_name(bundle: Path) -> None:
+    flip_a_byte(bundle / "decoder.onnx")
+    with pytest.raises(BundleError, match=r"decoder\.onnx does not have the sha256"):
+        open_bundle(bundle)
+
+
+def test_a_file_cut_short_is_refused_whatever_was_verified(bundle: Path) -> None:
+    open_bundle(bundle)
+    path = bundle / "connector.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"connector\.onnx has \d+ bytes, the manifest says"):
+        open_bundle(bundle, hashes=False)
+
+
+def test_a_missing_file_is_refused_by_name(bundle: Path) -> None:
+    (bundle / "embed_tokens.onnx").unlink()
+    with pytest.raises(BundleError, match=r"embed_tokens\.onnx cannot be read"):
+        open_bundle(bundle)
+
+
+def test_hashes_are_compared_once_a_machine(bundle: Path) -> None:
+    open_bundle(bundle)
+    path = bundle / "decoder.onnx"
+    before = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as no honest change would leave it
+    open_bundle(bundle)
+    with pytest.raises(BundleError, match="sha256"):
+        open_bundle(bundle, hashes=True)
+    os.utime(path)
+    with pytest.raises(BundleError, match="sha256"):
+        open_bundle(bundle)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    monkeypatch.setenv("MOLMO_EDGE_CACHE", str(in_the_way / "cache"))
+    open_bundle(bundle)
+    flip_a_byte(bundle / "decoder.onnx")
+    with pytest.raises(BundleError, match="sha256"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("file", ["../decoder.onnx", "/etc/passwd", "a/../../b", "C:x", "..\\x", "", ".", None, 3])
+def test_no_file_outside_the_bundle(bundle: Path, file: Any) -> None:
+    edit(bundle, lambda m: m["components"]["decoder"].update(file=file))
+    with pytest.raises(BundleError, match="not inside the bundle"):
+        open_bundle(bundle)
+
+
+def test_no_check_image_outside_the_bundle(bundle: Path) -> None:
+    edit(bundle, lambda m: m["check"].update(image="../../secret.png"))
+    with pytest.raises(BundleError, match="not inside the bundle"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(format_version=2), "pip install --upgrade molmo-edge"),
+        (lambda m: m.update(format_version="1"), "format version"),
+        (lambda m: m.update(format="gguf"), "not a molmo-edge bundle"),
+        (lambda m: m.pop("model"), "no 'model'"),
+        (lambda m: m.pop("special_ids"), "no 'special_ids'"),
+        (lambda m: m["special_ids"].pop("eos"), "no 'eos'"),
+        (lambda m: m["components"].pop("decoder"), "lists no decoder"),
+        (lambda m: m["components"]["decoder"].pop("sha256"), "no 'sha256'"),
+        (lambda m: m["components"]["decoder"].update(bytes="many"), "malformed"),
+        (lambda m: m.update(components=[]), "malformed"),
+        (lambda m: m["model"]["decoder"].update(n_heads=5), "n_heads 5"),
+        (lambda m: m["model"]["decoder"].update(flux=1), "newer molmo-edge"),
+        (lambda m: m["check"].update(points=[1, 2]), "malformed"),
+    ],
+)
+def test_a_manifest_that_does_not_add_up(bundle: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
+    edit(bundle, change)
+    with pytest.raises(MolmoEdgeError, match=says):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"x"'])
+def test_a_manifest_that_is_none(bundle: Path, content: bytes) -> None:
+    (bundle / "molmo_edge.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"molmo_edge\.json"):
+        open_bundle(bundle)
+
+
+def test_resolve_model_names_what_it_was_given(
+    bundle: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve_model(bundle) == bundle
+    assert resolve_model(str(golden / "molmoe")) == golden / "molmoe"
+    assert is_bundle(bundle) and not is_bundle(golden / "molmoe")
+    with pytest.raises(BundleError, match="neither a bundle"):
+        resolve_model(tmp_path)
+    with pytest.raises(BundleError, match="is a file"):
+        resolve_model(bundle / "molmo_edge.json")
+    with pytest.raises(BundleError, match="no directory"):
+        resolve_model("nowhere")
+    with pytest.raises(BundleError, match="no directory"):
+        resolve_model("../a/b/c")
+
+
+def test_a_hub_id_is_downloaded_without_code(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def snapshot(repo: str, **options: Any) -> str:
+        asked.update(repo=repo, **options)
+        return str(bundle)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve_model("someone/a-model") == bundle
+    assert asked["repo"] == "someone/a-model" and "*.py" in asked["ignore_patterns"]
+
+
+def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot(repo: str, **options: Any) -> str:
+        raise OSError("connection refused\nand a page more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(BundleError, match=r"someone/a-model .*connection refused") as caught:
+        resolve_model("someone/a-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_check_passes_on_a_sound_copy_and_fails_on_another_answer(bundle: Path) -> None:
+    report = check_bundle(bundle, threads=1)
+    assert report.exact and report.passed and len(report.token_ids) == 8
+    edit(bundle, lambda m: m["check"].update(token_ids=[1, 2, 3]))
+    report = check_bundle(bundle, threads=1)
+    assert not report.exact and not report.passed
+
+
+def test_the_check_compares_every_hash_again(bundle: Path) -> None:
+    open_bundle(bundle)
+    path = bundle / "vision_encoder.onnx"
+    before = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BundleError, match=r"vision_encoder\.onnx"):
+        check_bundle(bundle)
