@@ -76,12 +76,16 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 
 def fresh_python(directory: Path) -> Path:
-    """A virtual environment that sees the dependencies of this one, behind whatever is installed into it."""
+    """A virtual environment that sees what is installed in this one, molmo-edge itself left out."""
     run(sys.executable, "-m", "venv", "--without-pip", str(directory))
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    dependencies = directory / "dependencies"
+    dependencies.mkdir()
+    for entry in {e for name in ("purelib", "platlib") for e in Path(sysconfig.get_path(name)).iterdir()}:
+        if "molmo_edge" not in entry.name and not (dependencies / entry.name).exists():
+            (dependencies / entry.name).symlink_to(entry)
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-    shared = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    (Path(site) / "zz_dependencies.pth").write_text("\n".join(shared) + "\n")
+    (Path(site) / "dependencies.pth").write_text(f"{dependencies}\n")
     return python
 
 
