@@ -1,0 +1,19 @@
+"""Encode a photo once, ask it several questions: `python examples/scene.py examples/coffee.jpg cup spoon table`"""
+
+import sys
+
+from molmo_edge import Molmo, Point
+
+image, *labels = sys.argv[1:]
+molmo = Molmo()
+scene = molmo.encode(image)  # the vision tower and the prefill of the image run here, and only here
+for label in labels:
+    answer = molmo.count(scene, label)
+    print(f"{label}: {answer.count}, first token after {1000 * answer.usage.seconds.prefill:.0f} ms")
+
+for piece in molmo.stream(scene, "Describe this image."):
+    if isinstance(piece, Point):  # comes as soon as its tag closes
+        print(f"[{piece.x:.0f}, {piece.y:.0f}]", end="", flush=True)
+    else:
+        print(piece, end="", flush=True)
+print()

@@ -1,0 +1,121 @@
+"""A bundle's weights back as tensors under their hub names: `export_bundle` read backwards.
+
+Eight-bit weights come back as the floats that they stand for, LayerScale as ones, since it is folded into the
+matrices. So an embedded model can be run, trained further or exported again where its checkpoint is not at hand.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from molmo_edge.bundle import open_bundle
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import ExportError
+from molmo_edge.export.decoder import HUB as TRANSFORMER
+from molmo_edge.export.vision import HUB as VIT
+from molmo_edge.modeling.checkpoint import CheckpointError
+from molmo_edge.quantize.int8 import ZERO_POINT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from molmo_edge.modeling import Molmo
+
+COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder")
+BACKBONE = "model.vision_backbone"
+
+
+class BundleTensors:
+    """A TensorSource over the graphs of a bundle; each tensor is widened when it is asked for."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
+        bundle = open_bundle(directory)
+        self.config: MolmoConfig = bundle.config
+        self._arrays: dict[str, np.ndarray] = {}
+        self._inputs: dict[str, int] = {}  # inputs of matrices in blocks, whose last block is padded
+        for component in COMPONENTS:
+            if bundle.components[component].engine != "onnx":
+                raise ExportError(f"{directory}: the weights of {component} are not in an ONNX graph")
+            graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
+            self._arrays |= {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+            for node in graph.node:
+                if node.op_type == "MatMulNBits":
+                    self._inputs[node.input[1]] = next(a.i for a in node.attribute if a.name == "K")
+        self._read = {name: partial(self._plain, name) for name in self._arrays} | self._derived()
+        # Blocks behind the last one that is looked at are in a checkpoint, but not in a bundle: they never run.
+        first = f"{VIT}.transformer.resblocks.0."
+        for name in [name for name in self._read if name.startswith(first)]:
+            for n in range(self.config.vision.last_layer + 1, self.config.vision.n_layers):
+                unused = name.replace(first, f"{VIT}.transformer.resblocks.{n}.")
+                self._read[unused] = partial(self._zeros, name)
+
+    def names(self) -> list[str]:
+        return list(self._read)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.get(name).shape
+
+    def get(self, name: str) -> np.ndarray:
+        if name not in self._read:
+            raise CheckpointError(f'the bundle has no tensor "{name}"')
+        return self._read[name]()
+
+    def _plain(self, name: str) -> np.ndarray:
+        """A matrix as [out, in], or whatever else just as it is stored."""
+        array = self._arrays[name]
+        scale = self._arrays.get(f"{name.removesuffix('.weight')}.scale")
+        if array.dtype == np.uint8 and scale is not None:  # blocks, [out, blocks, 32]
+            wide = (array.astype(np.float32) - ZERO_POINT) * scale.reshape(*array.shape[:2], 1)
+            return wide.reshape(len(array), -1)[:, : self._inputs[name]]
+        if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output
+            return (array.astype(np.float32) * scale).T
+        if array.ndim == 2 and name.endswith(".weight"):
+            return array.T
+        return array
+
+    def _zeros(self, like: str) -> np.ndarray:
+        return np.zeros_like(self.get(like))
+
+    def _table(self) -> np.ndarray:
+        table, scale = self._arrays[f"{TRANSFORMER}.wte"], self._arrays.get(f"{TRANSFORMER}.wte.scale")
+        return table if scale is None else table.astype(np.float32) * scale
+
+    def _derived(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Hub tensors that the export has folded, stacked or split."""
+        v, d = self.config.vision, self.config.decoder
+        read: dict[str, Callable[[], np.ndarray]] = {
+            f"{TRANSFORMER}.wte.embedding": lambda: self._table()[: d.embedding_size],
+            f"{TRANSFORMER}.wte.new_embedding": lambda: self._table()[d.embedding_size :],
+            f"{BACKBONE}.pad_embed": lambda: np.stack([self._arrays[f"{BACKBONE}.pad_embed.{k}"] for k in (0, 1)]),
+            f"{VIT}.class_embedding": lambda: self._arrays[f"{VIT}.class_embedding"].reshape(-1),
+        }
+        if v.image_model_type == "dino":
+            for n in range(v.last_layer + 1):
+                for scale in ("lambda1", "lambda2"):
+                    read[f"{VIT}.transformer.resblocks.{n}.{scale}"] = lambda: np.ones(v.d_model, np.float32)
+        for n in range(d.n_layers if d.n_experts else 0):
+            experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
+            for e in range(d.n_experts):
+                for part in ("gate", "up", "down"):
+                    read[f"{experts}.{e}.{part}_proj.weight"] = partial(self._expert, f"{experts}.{part}_proj", part, e)
+        return read
+
+    def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
+        matrix, ffn = self._plain(f"{wide}.weight"), self.config.decoder.ffn_dim
+        rows = slice(e * ffn, (e + 1) * ffn)
+        return matrix[:, rows] if part == "down" else matrix[rows]
+
+
+def load_bundle_weights(directory: str | Path) -> Molmo:
+    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode, float32. Needs PyTorch."""
+    from molmo_edge.modeling.loading import build_model
+
+    tensors = BundleTensors(directory)
+    return build_model(tensors.config, tensors, where=str(directory))

@@ -1,0 +1,70 @@
+"""Weights that come back out of a bundle: the same as went in, and the same answers on PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from molmo_edge.bundle import default_bundle
+from molmo_edge.export import export_bundle
+from molmo_edge.export.unpack import load_bundle_weights
+from molmo_edge.images import load_image
+from molmo_edge.modeling import load_checkpoint, save_checkpoint
+from molmo_edge.molmo import Molmo
+from molmo_edge.runtimes.torch import TorchRuntime
+from molmo_edge.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.0), ("int8", 0.015), ("q8", 0.008)])
+def test_weights_survive_a_bundle(architecture: str, precision: str, tolerance: float, tmp_path: Path) -> None:
+    model, _, config = load_checkpoint(GOLDEN / architecture)
+    export_bundle(GOLDEN / architecture, tmp_path / "bundle", precision, measure=False)
+    again = dict(load_bundle_weights(tmp_path / "bundle").named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"vision.blocks.{config.vision.last_layer + 1}."):
+            continue  # never runs, so a bundle does not hold it
+        error = (again[name] - parameter).norm() / parameter.norm().clamp(min=1e-9)
+        assert error <= tolerance, f"{name}: {error:.4f}"
+
+
+def test_nano_on_onnx_equals_nano_on_pytorch_token_for_token(tmp_path: Path) -> None:
+    """The embedded weights, widened, as fp32 graphs and as a PyTorch model: the same greedy answers."""
+    model = load_bundle_weights(default_bundle())
+    tokenizer_json = default_bundle() / "tokenizer.json"
+    save_checkpoint(model, tokenizer_json, tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    with (
+        Molmo(tmp_path / "bundle") as onnx,
+        Molmo.from_parts(TorchRuntime.from_model(model), Tokenizer.from_file(tokenizer_json)) as torch_molmo,
+    ):
+        for name in ("cat.jpg", "coffee.jpg"):
+            rgb = load_image(EXAMPLES / name)
+            ours, theirs = onnx.encode(rgb), torch_molmo.encode(rgb)
+            scale = np.abs(theirs.embeddings).max()
+            assert np.abs(ours.embeddings - theirs.embeddings).max() <= 1e-4 * scale
+            for question in ("Point to the cat.", "How many cups are there?", "Describe this image."):
+                assert onnx.ask(ours, question).token_ids == torch_molmo.ask(theirs, question).token_ids
+
+
+def test_layer_scale_is_folded_without_changing_the_features(tmp_path: Path) -> None:
+    """DINOv2's LayerScale comes back as ones, in matrices that give the same features."""
+    model = load_bundle_weights(default_bundle())
+    crops = torch.rand(1, 256, 588, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block in model.vision.blocks:
+            block.lambda1.fill_(0.5)
+            block.lambda2.fill_(-2.0)
+        features = model.vision(crops)
+    save_checkpoint(model, default_bundle() / "tokenizer.json", tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    again = load_bundle_weights(tmp_path / "bundle")
+    assert again.vision.blocks[0].lambda1.unique().tolist() == [1.0]
+    with torch.no_grad():
+        torch.testing.assert_close(again.vision(crops), features, rtol=1e-3, atol=1e-3)
