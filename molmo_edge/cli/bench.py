@@ -12,6 +12,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,7 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Answers to take the median of; one before them warms up.")] = 3,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights for PyTorch, hub layout. Without it: random ones of the same shape."),
+        typer.Option(help="Weights for PyTorch, hub layout. Without it: the bundle's own."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -77,16 +78,18 @@ def bench(
     note(f"{timings[0].engine} is done", quiet=quiet)
     if timings[0].engine != "pytorch":
         try:
-            import torch  # noqa: F401
-        except ImportError:
-            note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
-        else:
+            import torch  # noqa: F401  (in front of the clock: ours was imported before its own, too)
+
             with progress("measuring PyTorch", quiet=quiet):
                 started = time.perf_counter()
-                runtime = _torch_runtime(runtime, checkpoint, device, threads)
+                runtime = _torch_runtime(directory, checkpoint, device, threads)
                 measure("pytorch", runtime, time.perf_counter() - started)
-            if checkpoint is None:
-                note("pytorch ran with random weights of the same shape: its times count, not its answers", quiet=quiet)
+        except ImportError:
+            note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
+        except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
+            if checkpoint is not None:
+                raise
+            note(f"PyTorch is left out: {error}")
     height, width = rgb.shape[:2]
     if json:
         print_json({"model": str(directory), "image": [width, height], "timings": [asdict(t) for t in timings]})
@@ -99,14 +102,14 @@ def _engine(runtime: Runtime) -> str:
     return {"OnnxRuntime": "onnxruntime", "TorchRuntime": "pytorch"}.get(type(runtime).__name__, "engine")
 
 
-def _torch_runtime(like: Runtime, checkpoint: Path | None, device: str, threads: int | None) -> Runtime:
+def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, threads: int | None) -> Runtime:
     from molmo_edge.runtimes.torch import TorchRuntime
 
     if checkpoint is not None:
         return TorchRuntime(checkpoint, device=device, threads=threads)
-    from molmo_edge.modeling.model import Molmo as Network
+    from molmo_edge.export.unpack import load_bundle_weights
 
-    return TorchRuntime.from_model(Network(like.config).init_weights(), threads=threads)
+    return TorchRuntime.from_model(load_bundle_weights(bundle), threads=threads)
 
 
 def _measure(
