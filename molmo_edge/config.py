@@ -46,7 +46,9 @@ class ImageConfig:
         if left % self.pool or right % self.pool or min(left, right) < 0:
             raise ConfigError(f"overlap_margins {self.overlap_margins} must be non-negative multiples of {self.pool}")
         if left + right >= self.patches:
-            raise ConfigError(f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches")
+            raise ConfigError(
+                f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches"
+            )
         if self.max_crops < 0:
             raise ConfigError(f"max_crops must not be negative, it is {self.max_crops}")
         if self.resize not in ("default", "dino"):

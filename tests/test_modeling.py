@@ -136,7 +136,9 @@ def test_a_saved_checkpoint_loads_back(tmp_path: Path) -> None:
 
 def test_dino_layout_and_configuration_survive_saving(tmp_path: Path) -> None:
     config = MolmoConfig.from_hub(GOLDEN / "molmoe")
-    vision = VisionConfig("dino", d_model=32, n_layers=3, n_heads=4, mlp_dim=64, n_pos=17, activation="gelu", layers=(-1, -2))
+    vision = VisionConfig(
+        "dino", d_model=32, n_layers=3, n_heads=4, mlp_dim=64, n_pos=17, activation="gelu", layers=(-1, -2)
+    )
     image = ImageConfig(crop_size=56, overlap_margins=(0, 0), resize="dino", max_crops=4)
     config = MolmoConfig(image, vision, config.decoder, projector_dim=24)
     assert from_hub_config(*to_hub_config(config)) == config
@@ -149,7 +151,7 @@ def test_dino_layout_and_configuration_survive_saving(tmp_path: Path) -> None:
 
 
 def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
-    model, _, config = load_checkpoint(GOLDEN / "molmoe")
+    model, _, _ = load_checkpoint(GOLDEN / "molmoe")
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"image_projector_dim": 20}))

@@ -51,7 +51,10 @@ def test_packing_equals_the_reference(architecture: str) -> None:
 def test_a_pack_equals_its_annotations_one_by_one() -> None:
     model, tokenizer, _ = load_checkpoint(GOLDEN / "molmoe")
     image = np.full(9, tokenizer.special.im_patch, np.int32)
-    annotations = [[" User: a Assistant:", " one"], [" User: b Assistant:", " two two", " User: c Assistant:", " three"]]
+    annotations = [
+        [" User: a Assistant:", " one"],
+        [" User: b Assistant:", " two two", " User: c Assistant:", " three"],
+    ]
 
     def losses(chosen: list[list[str]]) -> torch.Tensor:
         packed = pack(tokenizer, image, chosen, weighting="none")

@@ -48,7 +48,7 @@ def _holds(box: Box, point: Point) -> bool:
 
 
 def character_error(answer: str, truth: str) -> float:
-    """Edit distance over the truth's length (1 at most): how badly a text was read. Case and spaces at the ends ignored."""
+    """Edit distance over the truth's length, 1 at most. Case and spaces at the ends are ignored."""
     a, b = answer.strip().lower(), truth.strip().lower()
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):

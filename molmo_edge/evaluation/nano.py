@@ -41,7 +41,9 @@ class Case:
     def labels(self) -> list[tuple[str, list[list[float]]]]:
         """(label, boxes) of what can be pointed at and counted: no crowds."""
         objects = self.annotation.get("objects", ())
-        return [(o["label"], o["boxes"]) for o in objects if not o.get("crowd") and 1 <= len(o["boxes"]) <= MOST_INSTANCES]
+        return [
+            (o["label"], o["boxes"]) for o in objects if not o.get("crowd") and 1 <= len(o["boxes"]) <= MOST_INSTANCES
+        ]
 
 
 def photo_cases(root: Path) -> Iterator[Case]:
@@ -127,7 +129,9 @@ def main() -> None:
     parser.add_argument("--model", help="bundle or checkpoint directory; the embedded nano if left out")
     parser.add_argument("--photos", type=Path, help="annotated photos; their `val` split is used")
     parser.add_argument("--sprites", type=Path, help="directory from training.assets; its `val` split is used")
-    parser.add_argument("--scenes", type=int, default=100, help="scenes of sprites; a third as many of words and of clocks")
+    parser.add_argument(
+        "--scenes", type=int, default=100, help="scenes of sprites; a third as many of words and of clocks"
+    )
     parser.add_argument("--limit", type=int, help="most photos, taken evenly from the list")
     parser.add_argument("--per-picture", type=int, default=3, help="most labels asked about a picture")
     parser.add_argument("--max-crops", type=int)

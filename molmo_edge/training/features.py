@@ -92,7 +92,11 @@ class _Prepared(Dataset[tuple[str, PreparedImage, dict[str, Any]]]):
 
 @torch.inference_mode()
 def write_features(
-    model: Molmo, processor: ImageProcessor, todo: Iterator[tuple[str, Callable[[], Picture]]], out: Path, batch: int = 8
+    model: Molmo,
+    processor: ImageProcessor,
+    todo: Iterator[tuple[str, Callable[[], Picture]]],
+    out: Path,
+    batch: int = 8,
 ) -> None:
     """Run the ViT, in bfloat16, over what `out` does not hold yet."""
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,9 @@ def main() -> None:
     parser.add_argument("--split", default="train", choices=("train", "val"))
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--copies", type=int, default=2, help="copies of each photo, all but the first augmented")
-    parser.add_argument("--max-crops", type=int, help="instead of the model's own; 0: the global view alone, 5 times faster")
+    parser.add_argument(
+        "--max-crops", type=int, help="instead of the model's own; 0: the global view alone, 5 times faster"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", required=True, type=Path)

@@ -17,7 +17,9 @@ from torch import Tensor
 from molmo_edge.config import ImageConfig
 
 
-def cell_centres(config: ImageConfig, tokens: np.ndarray, im_patch: int, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def cell_centres(
+    config: ImageConfig, tokens: np.ndarray, im_patch: int, tiling: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Where each pooled cell stands: positions int [k] in `tokens`, centres float32 [k, 2] in percent (x, y).
 
     The global view's cells first, then the stitched grid, as in the sequence. Only for resize="dino", where
@@ -77,8 +79,10 @@ def looking_loss(q: Tensor, k: Tensor, queries: Tensor, visible: Tensor, wanted:
     q, k: [batch, n_heads, n, head_dim] after rotation; queries: int [m, 2], (row of the batch, position);
     visible, wanted: bool [m, n].
     """
-    rows, at = queries.unbind(1)
-    chosen = q[rows, :heads, at]  # [m, heads, head_dim]
-    scores = torch.einsum("mhd,mhnd->mhn", chosen.float(), k[rows, :heads].float()) / q.shape[-1] ** 0.5
-    scores = scores.masked_fill(~visible[:, None], float("-inf")).log_softmax(-1)
-    return -scores.masked_fill(~wanted[:, None], float("-inf")).logsumexp(-1).mean()
+    total = q.new_zeros((), dtype=torch.float32)
+    for row in range(len(q)):  # one product a row of the batch: gathering k for each query would copy it m times
+        mine = queries[:, 0] == row
+        scores = q[row, :heads, queries[mine, 1]].float() @ k[row, :heads].float().transpose(1, 2)  # [heads, m, n]
+        scores = (scores / q.shape[-1] ** 0.5).masked_fill(~visible[mine], float("-inf")).log_softmax(-1)
+        total = total - scores.masked_fill(~wanted[mine], float("-inf")).logsumexp(-1).sum()
+    return total / (len(queries) * heads)

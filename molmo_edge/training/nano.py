@@ -15,7 +15,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,17 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.decoder import rotary_tables
-from molmo_edge.prompt import build_prompt
 from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.batches import IGNORED, Batch, PackedQuestions, Visits, collate, to_device
 from molmo_edge.training.features import Sample, read_sample
-from molmo_edge.training.grounding import NamedRegions, cell_centres, cells_in_box, looking_loss, naming_loss
-from molmo_edge.training.packing import attention_mask, pack
-from molmo_edge.training.questions import QA, grounded_names, write_questions
+from molmo_edge.training.grounding import looking_loss, naming_loss
 
 
 @dataclass(frozen=True)
@@ -63,139 +59,6 @@ class TrainConfig:
     val_every: int = 500
 
 
-class PackedQuestions(Dataset[dict[str, Any]]):
-    """Cached pictures as packed training sequences. Item (i, visit): other questions at each visit."""
-
-    def __init__(self, directories: list[Path], tokenizer: Tokenizer, config: MolmoConfig, questions: int, names: list[str], seed: int):
-        groups = [sorted(directory.glob("*.npz")) for directory in directories]
-        self.paths, self.groups = [path for group in groups for path in group], [len(group) for group in groups]
-        if not self.paths:
-            raise FileNotFoundError(f"{directories} hold no .npz: run molmo_edge.training.features first")
-        self.tokenizer, self.config, self.questions, self.seed = tokenizer, config, questions, seed
-        self.names = {name: i for i, name in enumerate(names)}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        index, visit = key
-        sample = read_sample(self.paths[index])
-        rng = np.random.default_rng([self.seed, index, visit])
-        asked = write_questions(sample.annotation, rng, max_questions=self.questions, vocabulary=list(self.names))
-        return self.encode(sample, asked)
-
-    def encode(self, sample: Sample, asked: list[QA]) -> dict[str, Any]:
-        special = self.tokenizer.special
-        messages = [[build_prompt(qa.question), " " + qa.answer] for qa in asked]
-        packed = pack(self.tokenizer, sample.tokens, messages)
-        at, xy = cell_centres(self.config.image, sample.tokens, special.im_patch, sample.tiling)
-        at = at + 1  # BOS
-        queries, wanted = [], []
-        for qa, start in zip(asked, packed.answer_starts, strict=True):
-            if qa.target_boxes is None:
-                continue
-            for offset, box in zip(self._point_offsets(qa.answer), qa.target_boxes, strict=False):
-                queries.append(start + offset - 1)  # the token that predicts the first digit of x
-                wanted.append(at[cells_in_box(xy, np.asarray(box))])
-        regions = [
-            (self.names[label], at[cells_in_box(xy, np.asarray(box), shrink=0.3)])
-            for label, box in grounded_names(sample.annotation)
-            if label in self.names
-        ]
-        return {
-            "packed": packed,
-            "features": sample.features,
-            "masks": sample.masks,
-            "token_index": np.where(sample.token_index >= 0, sample.token_index + 1, -1),
-            "queries": queries,
-            "wanted": wanted,
-            "regions": regions,
-            "kinds": [qa.kind for qa in asked],
-        }
-
-    def _point_offsets(self, answer: str) -> Iterator[int]:
-        """Token offset within " answer" of the first digit of each point's x. Digits are tokens of their own."""
-        text, start = " " + answer, 0
-        while (start := text.find(' x', start)) >= 0:
-            quote = text.find('="', start)
-            if quote < 0:
-                return
-            if text[start + 2 : quote].isdigit() or quote == start + 2:
-                yield len(self.tokenizer.encode(text[: quote + 2]))
-            start = quote
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pad to the longest sequence and the most crops; positions of the batch are laid end to end for regions."""
-    n = max(len(i["packed"].input_ids) for i in items)
-    crops = max(len(i["features"]) for i in items)
-
-    def stack(key: str, fill: float, dtype: Any) -> Tensor:
-        rows = [np.pad(getattr(i["packed"], key), (0, n - len(i["packed"].input_ids)), constant_values=fill) for i in items]
-        return torch.from_numpy(np.stack(rows).astype(dtype))
-
-    def pad_crops(key: str, fill: float) -> Tensor:
-        rows = [np.pad(i[key], [(0, crops - len(i[key]))] + [(0, 0)] * (i[key].ndim - 1), constant_values=fill) for i in items]
-        return torch.from_numpy(np.stack(rows))
-
-    masks = np.zeros((len(items), 1, n, n), bool)
-    for row, item in zip(masks[:, 0], items, strict=True):
-        length = len(item["packed"].segments)
-        row[:length, :length] = attention_mask(item["packed"].segments)
-        row[np.arange(length, n), np.arange(length, n)] = True  # padding looks at itself: no row is empty
-    queries = [(b, q) for b, item in enumerate(items) for q in item["queries"]]
-    wanted = np.zeros((len(queries), n), bool)
-    for row, cells in zip(wanted, (w for item in items for w in item["wanted"]), strict=True):
-        row[cells] = True
-    regions = [(b, name, cells) for b, item in enumerate(items) for name, cells in item["regions"]]
-    weights = np.zeros((len(regions), len(items) * n), np.float32)
-    for row, (b, _, cells) in zip(weights, regions, strict=True):
-        row[b * n + cells] = 1 / len(cells)
-    return {
-        "ids": stack("input_ids", 0, np.int64),
-        "targets": stack("targets", 0, np.int64),
-        "loss_weights": stack("loss_weights", 0, np.float32),
-        "positions": stack("positions", 0, np.int64),
-        "mask": torch.from_numpy(masks),
-        "features": pad_crops("features", 0),
-        "masks": pad_crops("masks", 1),
-        "token_index": pad_crops("token_index", -1).long(),
-        "queries": torch.tensor(queries, dtype=torch.long).view(-1, 2),
-        "wanted": torch.from_numpy(wanted),
-        "regions": NamedRegions(torch.from_numpy(weights), torch.tensor([r[1] for r in regions], dtype=torch.long)),
-    }
-
-
-class Visits(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, visit), shuffled anew at each visit; starts at any step, so that a run resumes exactly.
-
-    A batch comes from one group (one feature directory), whose pictures have sequences of a like length.
-    """
-
-    def __init__(self, groups: list[int], batch: int, first: int, steps: int, seed: int):
-        self.groups, self.batch, self.first, self.steps, self.seed = groups, batch, first, steps, seed
-
-    def __len__(self) -> int:
-        return self.steps - self.first
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        visit, batches = -1, self._batches(0)
-        for step in range(self.first, self.steps):
-            wanted, place = divmod(step, len(batches))
-            if wanted != visit:
-                visit, batches = wanted, self._batches(wanted)
-            yield [(int(i), visit) for i in batches[place]]
-
-    def _batches(self, visit: int) -> np.ndarray:
-        """int [n, batch]: every picture once, but for what does not fill a batch."""
-        rng, start, rows = np.random.default_rng([self.seed, visit]), 0, []
-        for size in self.groups:
-            whole = size // self.batch * self.batch
-            rows.append(start + rng.permutation(size)[:whole].reshape(-1, self.batch))
-            start += size
-        return rng.permutation(np.concatenate(rows))
-
-
 @torch.no_grad()
 def init_connector(model: Molmo, samples: list[Sample], generator: torch.Generator) -> None:
     """Random weights that see standardised features, and cells as large as token embeddings.
@@ -212,7 +75,12 @@ def init_connector(model: Molmo, samples: list[Sample], generator: torch.Generat
         linear.bias.copy_(-(weight @ mean))
     for linear in (pooling.wo, projector.w1, projector.w3, projector.w2):
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / linear.weight.shape[1] ** 0.5)
-    cells = torch.cat([image_cells(model, {k: torch.from_numpy(getattr(s, k))[None] for k in ("features", "masks")}).flatten(0, 2) for s in samples[:8]])
+    cells = torch.cat(
+        [
+            image_cells(model, {k: torch.from_numpy(getattr(s, k))[None] for k in ("features", "masks")}).flatten(0, 2)
+            for s in samples[:8]
+        ]
+    )
     projector.w2.weight.mul_(model.decoder.embedding.std() / cells.std())
 
 
@@ -225,7 +93,7 @@ def name_table(model: Molmo, tokenizer: Tokenizer, names: list[str]) -> Tensor:
         return F.normalize(table - table.mean(0), dim=-1)
 
 
-def image_cells(model: Molmo, batch: dict[str, Any]) -> Tensor:
+def image_cells(model: Molmo, batch: Batch) -> Tensor:
     """Connector output [batch, n_crops, cells^2, d_model]."""
     cells = model.connector(batch["features"].flatten(0, 1).float(), batch["masks"].flatten(0, 1))
     return cells.unflatten(0, batch["features"].shape[:2])
@@ -240,7 +108,7 @@ def scatter_cells(cells: Tensor, token_index: Tensor, n: int) -> Tensor:
     return out.index_put((flat,), cells.flatten(1, 2)[kept])
 
 
-def answer_losses(model: Molmo, batch: dict[str, Any], table: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+def answer_losses(model: Molmo, batch: Batch, table: Tensor, config: TrainConfig) -> dict[str, Tensor]:
     """The weighted cross entropy ("answer"), "naming", "looking", and "right": the share of exact next tokens."""
     decoder, n = model.decoder, batch["ids"].shape[1]
     cells = image_cells(model, batch)
@@ -251,16 +119,15 @@ def answer_losses(model: Molmo, batch: dict[str, Any], table: Tensor, config: Tr
     handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     hidden = decoder(x, batch["positions"], batch["mask"])
     handle.remove()
-    answered = batch["loss_weights"] > 0
-    logits = decoder.logits(hidden[answered]).float()
-    targets, weights = batch["targets"][answered], batch["loss_weights"][answered]
-    token_losses = F.cross_entropy(logits, targets, reduction="none")
+    logits = decoder.logits(hidden.flatten(0, 1)[batch["answered"]]).float()
+    targets, weights = batch["targets"], batch["loss_weights"]
+    token_losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
     zero = token_losses.new_zeros(())
     losses = {
         "answer": (token_losses * weights).sum() / weights.sum(),
         "naming": naming_loss(spread, batch["regions"], table) if len(batch["regions"].names) else zero,
         "looking": zero,
-        "right": (logits.argmax(-1) == targets).float().mean(),
+        "right": (logits.argmax(-1) == targets)[targets != IGNORED].float().mean(),
     }
     if len(batch["queries"]):
         q, k, _ = attention.queries_keys_values(seen[0], *rotary_tables(batch["positions"], decoder.config))
@@ -284,16 +151,19 @@ def experts_at(step: int, config: TrainConfig, n_experts: int, top_k: int) -> in
     return n_experts if done < 0 else max(top_k, n_experts - 1 - int(done * (n_experts - top_k)))
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    moved = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-    regions = batch["regions"]
-    return moved | {"regions": NamedRegions(regions.weights.to(device), regions.names.to(device))}
-
-
 class Run:
     """Model, optimiser and place in a run directory; `train` goes through both stages."""
 
-    def __init__(self, start: Path, train: list[Path], val: list[Path], directory: Path, config: TrainConfig, names: list[str], device: str):
+    def __init__(
+        self,
+        start: Path,
+        train: list[Path],
+        val: list[Path],
+        directory: Path,
+        config: TrainConfig,
+        names: list[str],
+        device: str,
+    ):
         self.config, self.directory, self.device = config, directory, torch.device(device)
         directory.mkdir(parents=True, exist_ok=True)
         self.start = start
@@ -335,7 +205,9 @@ class Run:
 
     def save(self) -> None:
         part = self.directory / "state.part"
-        torch.save({"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}, part)
+        torch.save(
+            {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}, part
+        )
         os.replace(part, self.directory / "state.pt")
 
     def log(self, **record: Any) -> None:
@@ -349,7 +221,7 @@ class Run:
         self._stage("answer", self.config.steps, self.config.batch)
         self.export()
 
-    def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> DataLoader[dict[str, Any]]:
+    def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> DataLoader[Batch]:
         sampler = Visits(data.groups, batch, first, steps, seed)
         return DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, prefetch_factor=6)
 
@@ -369,7 +241,7 @@ class Run:
             if stage == "answer" and ((step + 1) % c.val_every == 0 or step + 1 == steps):
                 self.log(stage="val", step=step, **self.validate())
 
-    def _update(self, stage: str, step: int, steps: int, batch: dict[str, Any]) -> dict[str, float]:
+    def _update(self, stage: str, step: int, steps: int, batch: Batch) -> dict[str, float]:
         c, d = self.config, self.model_config.decoder
         scale = scale_at(step, steps, c.warmup)
         rates = (c.lr_align, 0.0) if stage == "align" else (c.lr_connector, c.lr_decoder)
@@ -414,7 +286,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--start", required=True, type=Path, help="checkpoint from molmo_edge.training.start")
     parser.add_argument("--train", required=True, type=Path, nargs="+", help="features of the training pictures")
-    parser.add_argument("--val", required=True, type=Path, nargs="+", help="features of others, for the validation loss")
+    parser.add_argument(
+        "--val", required=True, type=Path, nargs="+", help="features of others, for the validation loss"
+    )
     parser.add_argument("--names", required=True, type=Path, help="JSON list of the names to learn")
     parser.add_argument("--run", required=True, type=Path, help="directory for state, log and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -39,8 +39,8 @@ def pack(
 ) -> Packed:
     """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...) with their leading spaces.
 
-    image_tokens: int32 [m], without BOS. Each annotation has at least one answer. weighting: "root_subsegments" divides each annotation's loss
-    weights by the square root of the number of annotations, "none" leaves them 1.
+    image_tokens: int32 [m], without BOS. Each annotation has at least one answer. weighting: "root_subsegments"
+    divides each annotation's loss weights by the square root of the number of annotations, "none" leaves them 1.
     """
     special = tokenizer.special
     ids = [special.bos, *image_tokens.tolist()]

@@ -106,7 +106,9 @@ def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def load_decoder(model: Molmo, get: Callable[[str], np.ndarray], rows: list[list[int]], layers: tuple[int, ...]) -> None:
+def load_decoder(
+    model: Molmo, get: Callable[[str], np.ndarray], rows: list[list[int]], layers: tuple[int, ...]
+) -> None:
     """Fill the decoder. rows: for each of our token ids, the SmolLM2 ids whose embeddings are averaged."""
     c, decoder = model.config.decoder, model.decoder
     heads, kv_heads, e = 9, 3, c.n_experts
@@ -213,7 +215,12 @@ SAMPLE = (
 
 @torch.no_grad()
 def build_start(
-    vit: str | Path, lm: str | Path, out: str | Path, config: MolmoConfig, layers: tuple[int, ...] = LAYERS, seed: int = 0
+    vit: str | Path,
+    lm: str | Path,
+    out: str | Path,
+    config: MolmoConfig,
+    layers: tuple[int, ...] = LAYERS,
+    seed: int = 0,
 ) -> Molmo:
     """Write the starting checkpoint to `out` in hub layout, and return the model (top_k = n_experts)."""
     from tokenizers import Tokenizer as Bpe
