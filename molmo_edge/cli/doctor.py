@@ -16,13 +16,10 @@ from molmo_edge.errors import MolmoEdgeError
 
 # What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
 _EXTRAS = {
-    "torch": ("torch",),
-    "export": ("torch", "onnx", "onnxscript"),
+    "torch": ("torch", "safetensors"),
+    "export": ("onnx",),
     "quantize": ("onnx",),
-    "gguf": ("gguf", "llama-cpp-python"),
-    "train": ("torch", "datasets"),
-    "eval": ("datasets", "scipy"),
-    "serve": ("starlette", "uvicorn"),
+    "train": ("torch", "onnx", "gguf", "resvg-py"),
 }
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Case:
 def photo_cases(root: Path) -> Iterator[Case]:
     for photo in load_photos(root, "val"):
         if photo.annotation["source"] != "receipts":
-            yield Case(photo.annotation["source"], lambda p=photo: load_image(p.path), photo.annotation)
+            yield Case(photo.annotation["source"], partial(load_image, photo.path), photo.annotation)
 
 
 def scene_cases(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Case]:
@@ -57,7 +58,7 @@ def scene_cases(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iter
     assets = load_assets(sprites, split="val")
     for i in range(number):
         rgb, annotation = draw_scene(np.random.default_rng([seed, i]), assets, kind)
-        yield Case("scenes", lambda rgb=rgb: rgb, annotation)
+        yield Case("scenes", partial(np.asarray, rgb), annotation)
 
 
 def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Callable[[str], None]) -> dict[str, Any]:

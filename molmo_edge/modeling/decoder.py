@@ -6,6 +6,7 @@ Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ class Block(nn.Module):
         self.norm_after = config.norm_after
         self.attn = Attention(config, layer)
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SparseFFN(config) if config.n_experts else DenseFFN(config)
+        self.ffn: SparseFFN | DenseFFN = SparseFFN(config) if config.n_experts else DenseFFN(config)
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -181,7 +182,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.zeros(config.embedding_size, config.d_model))
         self.new_embedding = nn.Parameter(torch.zeros(config.additional_vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        # nn.ModuleList says of its items only that they are modules.
+        self.blocks = cast("list[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         if not config.weight_tying:
             self.head = nn.Linear(config.d_model, config.embedding_size, bias=False)

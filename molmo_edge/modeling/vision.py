@@ -5,6 +5,8 @@ Reference: olmo/image_vit.py, VisionTransformer and DinoVisionTransformer.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.zeros(config.n_pos, config.d_model))
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.d_model, bias=not clip)
         self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers))
+        self.blocks = cast("list[VisionBlock]", nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers)))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Patch features of each crop: the outputs of `config.layers`, concatenated in that order.

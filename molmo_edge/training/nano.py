@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
-from molmo_edge.modeling.decoder import rotary_tables
+from molmo_edge.modeling.decoder import SparseFFN, rotary_tables
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.batches import IGNORED, Batch, PackedQuestions, Visits, collate, to_device
 from molmo_edge.training.features import Sample, read_sample
@@ -115,7 +115,7 @@ def answer_losses(model: Molmo, batch: Batch, table: Tensor, config: TrainConfig
     spread = scatter_cells(cells, batch["token_index"], n)
     x = decoder.embed(batch["ids"]) + spread.view(*batch["ids"].shape, -1)
     seen: list[Tensor] = []
-    attention: nn.Module = decoder.blocks[config.looking_layer].attn
+    attention = decoder.blocks[config.looking_layer].attn
     handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     hidden = decoder(x, batch["positions"], batch["mask"])
     handle.remove()
@@ -264,6 +264,7 @@ class Run:
 
     def set_experts(self, top_k: int) -> None:
         for block in self.model.decoder.blocks:
+            assert isinstance(block.ffn, SparseFFN)
             block.ffn.top_k = top_k
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.modeling.loading import save_checkpoint
 from molmo_edge.modeling.model import Molmo
 
@@ -131,6 +132,7 @@ def load_decoder(
         block.attn_norm.weight.copy_(torch.from_numpy(get(f"blk.{n}.attn_norm.weight")))
         block.ff_norm.weight.copy_(torch.from_numpy(get(f"blk.{n}.ffn_norm.weight")))
         ffn = block.ffn
+        assert isinstance(ffn, SparseFFN)
         for mine, other in ((ffn.gate, "gate"), (ffn.up, "up")):
             mine.copy_(torch.from_numpy(get(f"blk.{n}.ffn_{other}.weight")).view_as(mine))
         down = torch.from_numpy(get(f"blk.{n}.ffn_down.weight"))  # [d, e * ffn]
