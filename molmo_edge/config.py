@@ -1,13 +1,12 @@
 """What a Molmo is made of: image geometry, vision tower, connector, decoder.
 
-Plain frozen dataclasses, presets by name, and readers for the two dialects of `config.json` that
-the public checkpoints use (`hidden_size`, ... for the dense models, `d_model`, ... for MolmoE).
+Plain frozen dataclasses that check themselves, and presets by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,37 @@ class ConfigError(MolmoEdgeError):
     """A configuration that cannot be read, or that contradicts itself."""
 
 
+_MAY_BE_ZERO = ("max_crops", "n_experts", "top_k", "additional_vocab_size")
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+def _check(config: Any) -> None:
+    """Raise ConfigError for a field of another type than it says, or for a size that is none.
+
+    Manifests and config.json come from anybody; what is wrong in them is named here, not by a division further on.
+    """
+    for f in dataclasses.fields(config):
+        name, value = f"{type(config).__name__}.{f.name}", getattr(config, f.name)
+        kind, *more = str(f.type).removeprefix("tuple[").removesuffix("]").split(", ")  # ["int", "int"], ["int", "..."]
+        if kind not in _KINDS:
+            continue  # a section, which has checked itself
+        if more:
+            fits = isinstance(value, tuple) and (more == ["..."] or len(value) == 1 + len(more))
+            fits = fits and all(_is(kind, v) for v in value)
+        else:
+            fits = _is(kind, value)
+        if not fits:
+            raise ConfigError(f"{name} must be {f.type}, it is {value!r}")
+        if kind in ("int", "float") and not more and not (value > 0 or (value == 0 and f.name in _MAY_BE_ZERO)):
+            raise ConfigError(f"{name} must be positive, it is {value}")
+
+
+def _is(kind: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, _KINDS[kind]):
+        return kind == "bool" and isinstance(value, bool)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """Geometry of the overlapping crops (reference: MultiModalPreprocessor, "overlap-and-resize-c2")."""
@@ -38,6 +68,7 @@ class ImageConfig:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
+        _check(self)
         left, right = self.overlap_margins
         if self.crop_size % (self.patch_size * self.pool):
             raise ConfigError(
@@ -49,8 +80,8 @@ class ImageConfig:
             raise ConfigError(
                 f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches"
             )
-        if self.max_crops < 0:
-            raise ConfigError(f"max_crops must not be negative, it is {self.max_crops}")
+        if not min(self.std) > 0:
+            raise ConfigError(f"std must be positive, it is {self.std}")
         if self.resize not in ("default", "dino"):
             raise ConfigError(f'resize is "{self.resize}"; known are "default" and "dino"')
 
@@ -86,6 +117,11 @@ class VisionConfig:
     layers: tuple[int, ...] = (-2, -9)  # block outputs that are concatenated, in this order
 
     def __post_init__(self) -> None:
+        _check(self)
+        if not self.layers or not all(-self.n_layers <= layer < self.n_layers for layer in self.layers):
+            raise ConfigError(f"vision layers {self.layers} are not all among the ViT's {self.n_layers}")
+        if self.d_model % self.n_heads:
+            raise ConfigError(f"vision d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.image_model_type not in ("openai", "dino"):
             raise ConfigError(f'vision type "{self.image_model_type}" is not known; known are "openai" and "dino"')
         if self.activation not in ("quick_gelu", "gelu"):
@@ -129,6 +165,7 @@ class DecoderConfig:
     max_position_embeddings: int = 4096
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.d_model % self.n_heads:
             raise ConfigError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -151,6 +188,7 @@ class MolmoConfig:
     projector_dim: int = 1024
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.vision.n_pos != self.image.patches**2 + 1:
             raise ConfigError(
                 f"the ViT has {self.vision.n_pos} positions, but a crop has {self.image.patches**2} patches "
@@ -166,21 +204,23 @@ class MolmoConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> MolmoConfig:
+    def from_dict(cls, data: Any) -> MolmoConfig:
+        """The inverse of `to_dict`. Raises ConfigError for anything else."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"the configuration is {type(data).__name__}, not an object with sections")
         return cls(
             image=_dataclass(ImageConfig, data.get("image")),
             vision=_dataclass(VisionConfig, data.get("vision")),
             decoder=_dataclass(DecoderConfig, data.get("decoder")),
-            projector_dim=int(data.get("projector_dim", 1024)),
+            projector_dim=data.get("projector_dim", 1024),
         )
 
     @classmethod
     def from_hub(cls, directory: str | Path) -> MolmoConfig:
         """Read `config.json` and `preprocessor_config.json` of a checkpoint directory in hub layout."""
-        directory = Path(directory)
-        raw = _read_json(directory / "config.json")
-        image = directory / "preprocessor_config.json"
-        return from_hub_config(raw, _read_json(image) if image.exists() else {})
+        from molmo_edge.hub_config import read_hub_config  # it builds on this module
+
+        return read_hub_config(Path(directory))
 
 
 def _dataclass(kind: type, data: Any) -> Any:
@@ -189,174 +229,12 @@ def _dataclass(kind: type, data: Any) -> Any:
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
     if unknown:
         raise ConfigError(f"{kind.__name__} does not know {', '.join(unknown)}: was this made by a newer molmo-edge?")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    return kind(**{k: as_tuple(v) for k, v in data.items()})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: is this a checkpoint directory?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
-    return data
-
-
-def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfig:
-    """Build a MolmoConfig from the parsed JSON of a hub checkpoint, either dialect.
-
-    Raises ConfigError where a key is missing or names an architecture that is not Molmo v1.
-    """
-    if raw.get("model_type") != "molmo":
-        raise ConfigError(f'model_type is {raw.get("model_type")!r}, but only "molmo" (version 1) is known')
-    try:
-        decoder = _moe_dialect(raw) if "d_model" in raw else _dense_dialect(raw)
-        vision, resize = _vision(raw)
-        crop = raw["vision_backbone"]["image_default_input_size"]
-    except KeyError as error:
-        raise ConfigError(f"config.json has no {error.args[0]!r}") from None
-    if crop[0] != crop[1]:
-        raise ConfigError(f"crops must be square, this checkpoint has {crop[0]} x {crop[1]}")
-    image = ImageConfig(
-        crop_size=int(crop[0]),
-        patch_size=vision.patch_size,
-        pool=int(raw.get("image_pooling_h", 2)),
-        overlap_margins=tuple(preprocessor.get("overlap_margins", raw.get("overlap_margins", (4, 4)))),
-        max_crops=int(preprocessor.get("max_crops", raw.get("max_crops", 12))),
-        resize=resize,
-        mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
-        std=tuple(preprocessor.get("image_std", CLIP_STD)),
-    )
-    # The reference gives the projector the decoder's FFN width; nano says its own.
-    projector = int(raw.get("image_projector_dim") or decoder.ffn_dim)
-    return MolmoConfig(image=image, vision=vision, decoder=decoder, projector_dim=projector)
-
-
-def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, str]:
-    v = raw["vision_backbone"]
-    kind = v["image_model_type"]
-    vision = VisionConfig(
-        image_model_type=kind,
-        d_model=v["image_emb_dim"],
-        n_layers=v["image_num_layers"],
-        n_heads=v["image_num_heads"],
-        mlp_dim=v["image_mlp_dim"],
-        n_pos=v["image_num_pos"],
-        patch_size=v["image_patch_size"],
-        norm_eps=v["image_norm_eps"],
-        activation=v["image_mlp_activations"],
-        layers=tuple(raw.get("vit_layers", (-2, -9))),
-    )
-    return vision, v.get("resize_mode", "default")
-
-
-def _moe_dialect(raw: dict[str, Any]) -> DecoderConfig:
-    # mlp_hidden_size counts gate and up together, as OLMo's swiglu does: half of it is the inner width.
-    fused = raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"]
-    moe = raw.get("block_type") == "moe"
-    return DecoderConfig(
-        d_model=raw["d_model"],
-        n_layers=raw["n_layers"],
-        n_heads=raw["n_heads"],
-        n_kv_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        ffn_dim=int(fused) // 2,
-        n_experts=raw["moe_num_experts"] if moe else 0,
-        top_k=raw["moe_top_k"] if moe else 0,
-        vocab_size=raw["vocab_size"],
-        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
-        additional_vocab_size=raw.get("additional_vocab_size") or 0,
-        qkv_bias=bool(raw.get("qkv_bias")),
-        qk_norm=bool(raw.get("attention_layer_norm")),
-        norm_after=bool(raw.get("norm_after")),
-        norm_eps=raw["layer_norm_eps"],
-        rope_theta=float(raw["rope_theta"]),
-        weight_tying=bool(raw.get("weight_tying")),
-        max_position_embeddings=raw.get("max_position_embeddings") or raw["max_sequence_length"],
-    )
-
-
-def _dense_dialect(raw: dict[str, Any]) -> DecoderConfig:
-    return DecoderConfig(
-        d_model=raw["hidden_size"],
-        n_layers=raw["num_hidden_layers"],
-        n_heads=raw["num_attention_heads"],
-        n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        ffn_dim=raw["intermediate_size"] // 2,
-        vocab_size=raw["vocab_size"],
-        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
-        additional_vocab_size=raw.get("additional_vocab_size", 128),
-        qkv_bias=bool(raw.get("qkv_bias")),
-        qk_norm=bool(raw.get("attention_layer_norm")),
-        norm_after=bool(raw.get("norm_after")),
-        norm_eps=raw["layer_norm_eps"],
-        rope_theta=float(raw["rope_theta"]),
-        weight_tying=bool(raw.get("weight_tying") or raw.get("tie_word_embeddings")),
-        max_position_embeddings=raw["max_position_embeddings"],
-    )
-
-
-def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inverse of `from_hub_config`, in MolmoE's dialect: (config.json, preprocessor_config.json)."""
-    d, v, i = config.decoder, config.vision, config.image
-    raw = {
-        "architectures": ["OLMoForCausalLM"],
-        "model_type": "molmo",
-        "activation_type": "swiglu",
-        "additional_vocab_size": d.additional_vocab_size,
-        "attention_layer_norm": d.qk_norm,
-        "block_type": "moe" if d.n_experts else "sequential",
-        "d_model": d.d_model,
-        "embedding_size": d.embedding_size,
-        "image_pooling_h": i.pool,
-        "image_pooling_w": i.pool,
-        "image_projector_dim": config.projector_dim,
-        "layer_norm_eps": d.norm_eps,
-        "layer_norm_type": "rms",
-        "max_crops": i.max_crops,
-        "max_position_embeddings": d.max_position_embeddings,
-        "mlp_hidden_size": 2 * d.ffn_dim,
-        "moe_num_experts": d.n_experts,
-        "moe_top_k": d.top_k,
-        "n_heads": d.n_heads,
-        "n_kv_heads": d.n_kv_heads,
-        "n_layers": d.n_layers,
-        "norm_after": d.norm_after,
-        "overlap_margins": list(i.overlap_margins),
-        "qkv_bias": d.qkv_bias,
-        "rope_theta": d.rope_theta,
-        "vit_layers": list(v.layers),
-        "vocab_size": d.vocab_size,
-        "weight_tying": d.weight_tying,
-        "vision_backbone": {
-            "image_default_input_size": [i.crop_size, i.crop_size],
-            "image_emb_dim": v.d_model,
-            "image_head_dim": v.head_dim,
-            "image_mlp_activations": v.activation,
-            "image_mlp_dim": v.mlp_dim,
-            "image_model_type": v.image_model_type,
-            "image_norm_eps": v.norm_eps,
-            "image_num_heads": v.n_heads,
-            "image_num_key_value_heads": v.n_heads,
-            "image_num_layers": v.n_layers,
-            "image_num_pos": v.n_pos,
-            "image_patch_size": v.patch_size,
-            "resize_mode": i.resize,
-        },
-    }
-    preprocessor = {
-        "base_image_input_size": [i.crop_size, i.crop_size],
-        "image_mean": list(i.mean),
-        "image_std": list(i.std),
-        "image_padding_mask": True,
-        "image_patch_size": i.patch_size,
-        "image_token_length_h": i.cells,
-        "image_token_length_w": i.cells,
-        "max_crops": i.max_crops,
-        "overlap_margins": list(i.overlap_margins),
-    }
-    return raw, preprocessor
+def as_tuple(value: Any) -> Any:
+    """JSON knows lists only; what is no list is for the section to judge."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 PRESETS: dict[str, MolmoConfig] = {

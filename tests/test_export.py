@@ -17,10 +17,11 @@ from torch import nn
 
 import molmo_edge.export.bundle as bundle_module
 from molmo_edge.bundle import open_bundle
-from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig, to_hub_config
+from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.graph import FP32, Graph
 from molmo_edge.export.vision import vision_encoder
+from molmo_edge.hub_config import to_hub_config
 from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
 from molmo_edge.runtimes.onnx import OnnxRuntime, open_bundle_runtime
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig, from_hub_config, to_hub_config
+from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.hub_config import from_hub_config, to_hub_config
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling import KVCache, Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.checkpoint import CheckpointError

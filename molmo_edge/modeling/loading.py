@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from molmo_edge.config import MolmoConfig, to_hub_config
+from molmo_edge.config import MolmoConfig
+from molmo_edge.hub_config import to_hub_config
 from molmo_edge.modeling.checkpoint import CheckpointError, TensorSource, open_tensors
 from molmo_edge.modeling.layout import hub_layout
 from molmo_edge.modeling.model import Molmo
@@ -57,8 +58,8 @@ def build_model(
                         f"but config.json asks for {list(target.shape)}"
                     )
                 target.copy_(torch.from_numpy(np.array(source.get(hub_name))))  # a view of the file is read-only
-    if parameters:
-        raise CheckpointError(f"no hub tensor is known for {', '.join(sorted(parameters))}")
+    if unknown := sorted(name for name, parameter in parameters.items() if parameter.numel()):
+        raise CheckpointError(f"no hub tensor is known for {', '.join(unknown)}")
     return model.eval()
 
 

@@ -1,0 +1,227 @@
+"""The two dialects of `config.json` that the public checkpoints use, to a MolmoConfig and back.
+
+Dense models say `hidden_size`, ..., MolmoE says `d_model`, ....
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ConfigError,
+    DecoderConfig,
+    ImageConfig,
+    MolmoConfig,
+    VisionConfig,
+    as_tuple,
+)
+
+# What the public Molmos have in common. A checkpoint that says otherwise would run, and answer nonsense.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("swiglu",),
+    "clip_qkv": (None,),
+    "image_pooling_2d": ("attention-meanq",),
+    "image_projector": ("mlp",),
+    "layer_norm_type": ("rms",),
+    "rope_impl": (None, "llama"),
+}
+
+
+def read_hub_config(directory: Path) -> MolmoConfig:
+    """`from_hub_config` of the files in `directory`. Raises ConfigError, also where they cannot be read."""
+    image = directory / "preprocessor_config.json"
+    return from_hub_config(_read_json(directory / "config.json"), _read_json(image) if image.exists() else {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: is this a checkpoint directory?") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return data
+
+
+def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfig:
+    """Build a MolmoConfig from the parsed JSON of a hub checkpoint, either dialect.
+
+    Raises ConfigError where a key is missing, has a value of another type, or names an architecture that is not
+    Molmo v1.
+    """
+    if raw.get("model_type") != "molmo":
+        raise ConfigError(f'model_type is {raw.get("model_type")!r}, but only "molmo" (version 1) is known')
+    for key, known in _ONLY.items():
+        if raw.get(key, known[0]) not in known:
+            raise ConfigError(f"config.json has {key} {raw[key]!r}, but only {known[-1]!r} is known")
+    pool = raw.get("image_pooling_h", 2)
+    if raw.get("image_pooling_w", pool) != pool:
+        raise ConfigError(f"config.json has image_pooling_w {raw['image_pooling_w']!r}, but image_pooling_h {pool!r}")
+    try:
+        decoder = _moe_dialect(raw) if "d_model" in raw else _dense_dialect(raw)
+        vision, crop, resize = _vision(raw)
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]!r}") from None
+    image = ImageConfig(
+        crop_size=crop,
+        patch_size=vision.patch_size,
+        pool=pool,
+        overlap_margins=as_tuple(preprocessor.get("overlap_margins", raw.get("overlap_margins", (4, 4)))),
+        max_crops=preprocessor.get("max_crops", raw.get("max_crops", 12)),
+        resize=resize,
+        mean=as_tuple(preprocessor.get("image_mean", CLIP_MEAN)),
+        std=as_tuple(preprocessor.get("image_std", CLIP_STD)),
+    )
+    # The reference gives the projector the decoder's FFN width; nano says its own.
+    projector = raw.get("image_projector_dim") or decoder.ffn_dim
+    return MolmoConfig(image=image, vision=vision, decoder=decoder, projector_dim=projector)
+
+
+def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:
+    """The ViT, the side of a crop in pixels, and how images are resized."""
+    layers = as_tuple(raw.get("vit_layers", (-2, -9)))
+    if "vision_backbone" not in raw and "d_model" not in raw:  # Molmo-7B's own code knows CLIP's sizes by heart
+        return VisionConfig(layers=layers), 336, "default"
+    v = raw["vision_backbone"]
+    if not isinstance(v, dict):
+        raise ConfigError(f"vision_backbone in config.json must be an object, it is {v!r}")
+    crop = v["image_default_input_size"]
+    if not isinstance(crop, list) or len(crop) != 2 or crop[0] != crop[1]:
+        raise ConfigError(f"crops must be square, this checkpoint has image_default_input_size {crop!r}")
+    vision = VisionConfig(
+        image_model_type=v["image_model_type"],
+        d_model=v["image_emb_dim"],
+        n_layers=v["image_num_layers"],
+        n_heads=v["image_num_heads"],
+        mlp_dim=v["image_mlp_dim"],
+        n_pos=v["image_num_pos"],
+        patch_size=v["image_patch_size"],
+        norm_eps=v["image_norm_eps"],
+        activation=v["image_mlp_activations"],
+        layers=layers,
+    )
+    return vision, crop[0], v.get("resize_mode", "default")
+
+
+def _half(value: Any, key: str) -> int:
+    # Gate and up are counted together, as OLMo's swiglu does: half of it is the inner width.
+    if not isinstance(value, int):
+        raise ConfigError(f"{key} in config.json must be a whole number, it is {value!r}")
+    return value // 2
+
+
+def _moe_dialect(raw: dict[str, Any]) -> DecoderConfig:
+    d_model, ratio = raw["d_model"], raw.get("mlp_ratio")
+    fused = raw.get("mlp_hidden_size")
+    if not fused and isinstance(d_model, int) and isinstance(ratio, int | float):
+        fused = int(ratio * d_model)
+    moe = raw.get("block_type") == "moe"
+    return DecoderConfig(
+        d_model=d_model,
+        n_layers=raw["n_layers"],
+        n_heads=raw["n_heads"],
+        n_kv_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        ffn_dim=_half(fused, "mlp_hidden_size, or mlp_ratio * d_model,"),
+        n_experts=raw["moe_num_experts"] if moe else 0,
+        top_k=raw["moe_top_k"] if moe else 0,
+        vocab_size=raw["vocab_size"],
+        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
+        additional_vocab_size=raw.get("additional_vocab_size") or 0,
+        qkv_bias=raw.get("qkv_bias") or False,
+        qk_norm=raw.get("attention_layer_norm") or False,
+        norm_after=raw.get("norm_after") or False,
+        norm_eps=raw["layer_norm_eps"],
+        rope_theta=raw["rope_theta"],
+        weight_tying=raw.get("weight_tying") or False,
+        max_position_embeddings=raw.get("max_position_embeddings") or raw["max_sequence_length"],
+    )
+
+
+def _dense_dialect(raw: dict[str, Any]) -> DecoderConfig:
+    return DecoderConfig(
+        d_model=raw["hidden_size"],
+        n_layers=raw["num_hidden_layers"],
+        n_heads=raw["num_attention_heads"],
+        n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        ffn_dim=_half(raw["intermediate_size"], "intermediate_size"),
+        vocab_size=raw["vocab_size"],
+        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
+        additional_vocab_size=raw.get("additional_vocab_size", 128),
+        qkv_bias=raw.get("qkv_bias") or False,
+        qk_norm=raw.get("attention_layer_norm") or False,
+        norm_after=raw.get("norm_after") or False,
+        norm_eps=raw["layer_norm_eps"],
+        rope_theta=raw["rope_theta"],
+        weight_tying=raw.get("weight_tying") or raw.get("tie_word_embeddings") or False,
+        max_position_embeddings=raw["max_position_embeddings"],
+    )
+
+
+def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inverse of `from_hub_config`, in MolmoE's dialect: (config.json, preprocessor_config.json)."""
+    d, v, i = config.decoder, config.vision, config.image
+    raw = {
+        "architectures": ["OLMoForCausalLM"],
+        "model_type": "molmo",
+        "activation_type": "swiglu",
+        "additional_vocab_size": d.additional_vocab_size,
+        "attention_layer_norm": d.qk_norm,
+        "block_type": "moe" if d.n_experts else "sequential",
+        "d_model": d.d_model,
+        "embedding_size": d.embedding_size,
+        "image_pooling_h": i.pool,
+        "image_pooling_w": i.pool,
+        "image_projector_dim": config.projector_dim,
+        "layer_norm_eps": d.norm_eps,
+        "layer_norm_type": "rms",
+        "max_crops": i.max_crops,
+        "max_position_embeddings": d.max_position_embeddings,
+        "mlp_hidden_size": 2 * d.ffn_dim,
+        "moe_num_experts": d.n_experts,
+        "moe_top_k": d.top_k,
+        "n_heads": d.n_heads,
+        "n_kv_heads": d.n_kv_heads,
+        "n_layers": d.n_layers,
+        "norm_after": d.norm_after,
+        "overlap_margins": list(i.overlap_margins),
+        "qkv_bias": d.qkv_bias,
+        "rope_theta": d.rope_theta,
+        "vit_layers": list(v.layers),
+        "vocab_size": d.vocab_size,
+        "weight_tying": d.weight_tying,
+        "vision_backbone": {
+            "image_default_input_size": [i.crop_size, i.crop_size],
+            "image_emb_dim": v.d_model,
+            "image_head_dim": v.head_dim,
+            "image_mlp_activations": v.activation,
+            "image_mlp_dim": v.mlp_dim,
+            "image_model_type": v.image_model_type,
+            "image_norm_eps": v.norm_eps,
+            "image_num_heads": v.n_heads,
+            "image_num_key_value_heads": v.n_heads,
+            "image_num_layers": v.n_layers,
+            "image_num_pos": v.n_pos,
+            "image_patch_size": v.patch_size,
+            "resize_mode": i.resize,
+        },
+    }
+    preprocessor = {
+        "base_image_input_size": [i.crop_size, i.crop_size],
+        "image_mean": list(i.mean),
+        "image_std": list(i.std),
+        "image_padding_mask": True,
+        "image_patch_size": i.patch_size,
+        "image_token_length_h": i.cells,
+        "image_token_length_w": i.cells,
+        "max_crops": i.max_crops,
+        "overlap_margins": list(i.overlap_margins),
+    }
+    return raw, preprocessor
