@@ -214,8 +214,11 @@ def _answer(staging: Path, check: CheckPhoto) -> dict[str, Any]:
         answer = molmo.ask(image, check.question, max_new_tokens=check.max_new_tokens)
     return {
         "image": f"{folder.name}/{image.name}",
+        "sha256": _sha256(image),
+        "bytes": image.stat().st_size,
         "question": check.question,
         "token_ids": [int(i) for i in answer.token_ids],
+        "complete": answer.complete,
         "points": [[float(np.round(p.x, 2)), float(np.round(p.y, 2))] for p in answer.points],
         "tolerance": check.tolerance,
     }

@@ -38,7 +38,9 @@ class Tokens:
 class Seconds:
     """Wall-clock seconds by stage."""
 
-    load: float = 0.0  # opening the model: once a Molmo, so each of its answers says the same figure
+    # Opening the model: once a Molmo, so each of its answers says the same figure. An engine may go on loading in
+    # the background; the stages of the first answer then include the wait for its graphs.
+    load: float = 0.0
     preprocess: float = 0.0  # image file to crops
     vision: float = 0.0  # crops to features
     prefill: float = 0.0  # image and question to the first token

@@ -7,7 +7,10 @@ any of it reaches an engine.
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -16,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from molmo_edge.config import MolmoConfig
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.config import ConfigError, MolmoConfig
+from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.tokenizer import SpecialIds, Tokenizer
 
 MANIFEST = "molmo_edge.json"
 FORMAT = "molmo-edge-bundle"
 FORMAT_VERSION = 1
-COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder", "tokenizer")
-SPECIAL_IDS = ("bos", "eos", "im_start", "im_end", "im_patch", "im_col", "image")
+GRAPHS = ("vision_encoder", "connector", "embed_tokens", "decoder")
+TOKENIZER = "tokenizer.json"  # in a bundle as in a checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -48,9 +52,10 @@ class Component:
 class Check:
     """What a sound copy of the bundle answers: greedy ids, and points within `tolerance` (percent of a side)."""
 
-    image: str  # relative to the bundle
+    image: Component
     question: str
     token_ids: tuple[int, ...]
+    complete: bool  # whether the answer stopped by itself behind `token_ids`
     points: tuple[tuple[float, float], ...] = ()
     tolerance: float = 2.0
 
@@ -60,7 +65,7 @@ class Bundle:
     directory: Path
     name: str
     config: MolmoConfig
-    special_ids: dict[str, int]  # SPECIAL_IDS -> token id
+    special_ids: dict[str, int]  # by the fields of SpecialIds
     components: dict[str, Component]
     check: Check | None
     manifest: dict[str, Any]  # as read, with source and measured errors
@@ -96,6 +101,8 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
     """
     if model is None:
         return default_bundle()
+    if not isinstance(model, (str, os.PathLike)):
+        raise BundleError(f"the model must be a path or a hub id, it is {type(model).__name__}")
     path = Path(model)
     if path.is_dir():
         if is_bundle(path) or (path / "config.json").is_file():
@@ -111,15 +118,27 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
 
 
 def _download(hub_id: str) -> Path:
+    # What it is first: the rest may be 29 GB.
+    directory = _snapshot(hub_id, allow_patterns=[MANIFEST, "config.json"])
+    if not is_bundle(directory):
+        if not (directory / "config.json").is_file():
+            raise BundleError(f"{hub_id} on the hub holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
+        if importlib.util.find_spec("torch") is None:
+            raise BundleError(
+                f"{hub_id} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or name a bundle"
+            )
+    # Checkpoints on the hub bring their own Python: it is never run here, so it is not fetched either.
+    return _snapshot(hub_id, ignore_patterns=["*.py", "*.msgpack", "*.h5"])
+
+
+def _snapshot(hub_id: str, **patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Checkpoints on the hub bring their own Python: it is never run here, so it is not fetched either.
-        return Path(snapshot_download(hub_id, ignore_patterns=["*.py", "*.msgpack", "*.h5"]))
+        return Path(snapshot_download(hub_id, **patterns))  # type: ignore[arg-type]
     except Exception as error:  # the hub's client raises its own, httpx's, requests' and OSError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"{hub_id} is no directory here and could not be fetched from the hub: {reason}. "
+            f"{hub_id} is no directory here and could not be fetched from the hub: {first_line(error)}. "
             "Check the name and the connection, or name a local directory"
         ) from error
 
@@ -127,15 +146,37 @@ def _download(hub_id: str) -> Path:
 def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:
     """Read and validate the bundle in `directory`.
 
-    `hashes`: True compares every sha256, False none, None those that this machine has not compared before.
-    Raises BundleError that names the file and what is wrong with it.
+    `hashes`: True compares every sha256, that of the check's image too; False none; None those that this machine
+    has not compared before. Raises BundleError that names the file and what is wrong with it.
+    """
+    bundle = _parse(Path(directory))
+    for component in bundle.components.values():
+        _verify(bundle.directory, component, hashes)
+    if bundle.check is not None and hashes:
+        _verify(bundle.directory, bundle.check.image, hashes)
+    _refuse_unlisted_weights(bundle)
+    return bundle
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a bundle or of a checkpoint directory.
+
+    That of a bundle is verified, and must have the special ids that the graphs were made for.
+    Raises BundleError or TokenizerError.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory / MANIFEST)
-    bundle = _parse(directory, manifest)
-    for component in bundle.components.values():
-        _verify(directory, component, hashes)
-    return bundle
+    if not is_bundle(directory):
+        return Tokenizer.from_file(directory / TOKENIZER)
+    bundle = _parse(directory)
+    _verify(directory, bundle.components["tokenizer"], None)
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER)
+    found = dataclasses.asdict(tokenizer.special)
+    if wrong := [name for name, token_id in bundle.special_ids.items() if found[name] != token_id]:
+        raise BundleError(
+            f"{directory / TOKENIZER} has {wrong[0]} at {found[wrong[0]]}, the manifest says "
+            f"{bundle.special_ids[wrong[0]]}: they do not belong together, fetch or export the bundle again"
+        )
+    return tokenizer
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -160,41 +201,49 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _parse(directory: Path, manifest: dict[str, Any]) -> Bundle:
+def _parse(directory: Path) -> Bundle:
     where = directory / MANIFEST
+    manifest = _read_manifest(where)
     try:
         model, special, listed = manifest["model"], manifest["special_ids"], manifest["components"]
-        special_ids = {name: int(special[name]) for name in SPECIAL_IDS}
-        components = {
-            name: Component(
-                name=name,
-                file=_inside(where, entry["file"]),
-                bytes=int(entry["bytes"]),
-                sha256=str(entry["sha256"]).lower(),
-                engine=str(entry.get("engine") or ""),
-                precision=str(entry.get("precision") or ""),
-            )
-            for name, entry in listed.items()
-        }
+        special_ids = {field.name: int(special[field.name]) for field in dataclasses.fields(SpecialIds)}
+        components = {name: _parse_component(where, name, entry, entry["file"]) for name, entry in listed.items()}
         check = _parse_check(where, manifest.get("check"))
+        config = MolmoConfig.from_dict(model)
+    except ConfigError as error:
+        raise BundleError(f"{where}: {error}") from None
     except KeyError as error:
         raise BundleError(f"{where} has no {error.args[0]!r}: the manifest is incomplete") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise BundleError(f"{where} is malformed: {error}") from None
-    missing = [name for name in COMPONENTS if name not in components]
+    missing = [name for name in (*GRAPHS, "tokenizer") if name not in components]
     if missing:
         raise BundleError(f"{where} lists no {', '.join(missing)}: the manifest is incomplete")
+    if components["tokenizer"].file != TOKENIZER:
+        raise BundleError(f"{where} calls the tokenizer {components['tokenizer'].file}, it has to be {TOKENIZER}")
     name = str(manifest.get("name") or directory.name)
-    return Bundle(directory, name, MolmoConfig.from_dict(model), special_ids, components, check, manifest)
+    return Bundle(directory, name, config, special_ids, components, check, manifest)
+
+
+def _parse_component(where: Path, name: str, entry: dict[str, Any], file: Any) -> Component:
+    return Component(
+        name=name,
+        file=_inside(where, file),
+        bytes=int(entry["bytes"]),
+        sha256=str(entry["sha256"]).lower(),
+        engine=str(entry.get("engine") or ""),
+        precision=str(entry.get("precision") or ""),
+    )
 
 
 def _parse_check(where: Path, entry: Any) -> Check | None:
     if entry is None:
         return None
     return Check(
-        image=_inside(where, entry["image"]),
+        image=_parse_component(where, "check image", entry, entry["image"]),
         question=str(entry["question"]),
         token_ids=tuple(int(i) for i in entry["token_ids"]),
+        complete=bool(entry["complete"]),
         points=tuple((float(x), float(y)) for x, y in entry.get("points") or ()),
         tolerance=float(entry.get("tolerance", 2.0)),
     )
@@ -218,8 +267,7 @@ def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
         stamp = _stamp(path, stat, component.sha256)
         if hashes is False or (hashes is None and os.path.exists(stamp)):
             return
-        with path.open("rb") as file:
-            found = _sha256(file)
+        found = sha256_of(path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): {again}") from None
     if found != component.sha256:
@@ -227,10 +275,22 @@ def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
     _remember(stamp)
 
 
-def _sha256(file: Any) -> str:
+def _refuse_unlisted_weights(bundle: Bundle) -> None:
+    """An engine reads the weights beside a graph (decoder.onnx.data, decoder.onnx_data) whether listed or not."""
+    listed = {component.file for component in bundle.components.values()}
+    for name in GRAPHS:
+        path = bundle.path(name)
+        for beside in path.parent.glob(f"{glob.escape(path.name)}[._]data*"):
+            if beside.relative_to(bundle.directory).as_posix() not in listed:
+                raise BundleError(f"{beside} is not in the manifest, but an engine would read it: remove it")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits. Raises OSError."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

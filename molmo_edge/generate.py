@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ class GenerationError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose ids. Raises GenerationError for a setting out of range."""
+    """How to choose ids. Raises GenerationError for a setting of another type or out of range."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: greedy; else the logits are divided by it
@@ -33,6 +34,14 @@ class Sampling:
     seed: int | None = None  # None: another answer each time
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (name == "seed" and value is None):
+                raise GenerationError(f"{name} must be a whole number, it is of type {type(value).__name__}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if not isinstance(value, Real):
+                raise GenerationError(f"{name} must be a number, it is of type {type(value).__name__}")
         if self.max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens must be at least 1, it is {self.max_new_tokens}")
         if not 0.0 <= self.temperature < float("inf"):

@@ -26,7 +26,6 @@ __all__ = [
     "PreparedImage",
     "image_token_count",
     "load_image",
-    "most_image_tokens",
     "select_tiling",
 ]
 
@@ -118,13 +117,6 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
 def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
     """Tokens of an image with this tiling, BOS not counted."""
     return sum(rows * (cols + 1) + 2 for rows, cols in _blocks(config, tiling))
-
-
-def most_image_tokens(config: ImageConfig) -> int:
-    """Tokens of the longest image that `config` allows: tall tilings cost most, as every row ends in im_col."""
-    if not config.max_crops:
-        return image_token_count(config, (0, 0))
-    return max(image_token_count(config, (rows, config.max_crops // rows)) for rows in range(1, config.max_crops + 1))
 
 
 def _margin(config: ImageConfig) -> int:

@@ -7,23 +7,24 @@ joins the parts; each of them can be used, and is tested, alone.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
-from molmo_edge.bundle import resolve_model
+from molmo_edge.bundle import load_tokenizer, resolve_model
+from molmo_edge.config import ImageConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import Sampling, generate, most_new_tokens
+from molmo_edge.generate import GenerationError, Sampling, generate, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.points import Point, StreamParser, parse_count
-from molmo_edge.prompt import caption_question, count_question, point_question, text_ids
+from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
 from molmo_edge.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class QuestionError(MolmoEdgeError):
     """A question or a label that cannot be asked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """An image, encoded and prefilled once by `Molmo.encode`; ask it as often as you like, from any thread."""
 
@@ -75,6 +76,8 @@ class Stream(Iterator["str | Point"]):
         """The whole answer. Generates what has not been iterated yet."""
         for _ in self._pieces:
             pass
+        if not self._result:
+            raise GenerationError("this stream failed before its answer was complete: ask again")
         return self._result[0]
 
 
@@ -82,8 +85,9 @@ class Molmo:
     """A model, ready to be asked; safe to share between threads.
 
     `model`: None for the embedded nano; a bundle directory; a checkpoint directory in hub layout (runs on
-    PyTorch); or a hub id. `device`: "auto", "cpu", "cuda", ... `max_crops`: fewer crops than the model's own
-    limit are faster and see less. `threads`: CPU threads, None for the engine's choice.
+    PyTorch); or a hub id. `device`: "cpu", "cuda" (checkpoints only: bundles run on the CPU) or "auto", the best
+    that there is. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU
+    threads, None for the engine's choice.
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -101,9 +105,12 @@ class Molmo:
         from molmo_edge.runtimes import open_runtime
 
         started = time.perf_counter()
+        # What can be wrong is found before an engine opens: it would go on loading behind the error.
+        if max_crops is not None:
+            ImageConfig(max_crops=max_crops)
         directory = resolve_model(model)
-        runtime = open_runtime(directory, device=device, threads=threads)
-        self._assemble(runtime, Tokenizer.from_file(directory / "tokenizer.json"), max_crops, started)
+        tokenizer = load_tokenizer(directory)
+        self._assemble(open_runtime(directory, device=device, threads=threads), tokenizer, max_crops, started)
 
     @classmethod
     def from_parts(cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None) -> Molmo:
@@ -140,8 +147,12 @@ class Molmo:
         """Encode and prefill `image` once; pass the Scene wherever an image goes.
 
         `room`: positions kept free behind the image for question and answer. A longer exchange still works,
-        but prefills the image again.
+        but prefills the image again. A Scene is returned as it is.
         """
+        if not isinstance(room, Integral) or room < 0:
+            raise QuestionError(f"room must be a whole number of positions, it is {room!r}")
+        if isinstance(image, Scene):
+            return self._own(image)
         scene = self._see(image)
         started = time.perf_counter()
         cache = self._runtime.new_cache(min(len(scene.embeddings) + room, self._context))
@@ -200,10 +211,9 @@ class Molmo:
         """As `ask`, piece by piece. The arguments are checked, and the image is encoded, before this returns."""
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
         _checked(question, "question")
-        scene = image if isinstance(image, Scene) else self._see(image)
-        if scene.owner is not self:
-            raise QuestionError("this scene was encoded by another Molmo: encode the image with the one you ask")
-        ids = text_ids(self._tokenizer, [*_turns(history), question])
+        turns = [*_turns(history), question]
+        scene = self._own(image) if isinstance(image, Scene) else self._see(image)
+        ids = text_ids(self._tokenizer, turns)
         most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), self._context)
         result: list[Answer] = []
         return Stream(self._answer(scene, ids, sampling, most, asked_scene=scene is image, result=result), result)
@@ -211,7 +221,7 @@ class Molmo:
     def _answer(
         self, scene: Scene, ids: np.ndarray, sampling: Sampling, most: int, *, asked_scene: bool, result: list[Answer]
     ) -> Iterator[str | Point]:
-        started = time.perf_counter()
+        began = time.perf_counter()
         embeddings = self._runtime.embed(ids)  # [n, d_model]
         capacity = len(scene.embeddings) + len(ids) + most - 1
         if scene.cache is not None and capacity <= scene.cache.capacity:
@@ -223,7 +233,7 @@ class Molmo:
         token_ids: list[int] = []
         points: list[Point] = []
         text = ""
-        first = 0.0  # when the first id was there
+        steps: list[float] = []  # seconds to each id and to the end, without those that the caller spends on a piece
         tokens = generate(
             self._runtime,
             embeddings,
@@ -233,8 +243,9 @@ class Molmo:
             vocab_size=self.config.decoder.vocab_size,
             capacity=capacity,
         )
-        for token in itertools.chain(tokens, [None]):
-            first = first or time.perf_counter()
+        while True:
+            token = next(tokens, None)
+            steps.append(time.perf_counter() - began)
             if token is not None:
                 token_ids.append(token)
             piece = decoder.flush() if token is None else decoder.feed(token)
@@ -246,8 +257,10 @@ class Molmo:
             if piece:
                 yield piece
             yield from closed
-        now = time.perf_counter()
-        spent = Seconds(load=self._load_seconds, prefill=first - started, decode=now - first)
+            if token is None:
+                break
+            began = time.perf_counter()
+        spent = Seconds(load=self._load_seconds, prefill=steps[0], decode=sum(steps[1:]))
         if not asked_scene:
             spent = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
         stated = parse_count(text)
@@ -267,23 +280,27 @@ class Molmo:
     def _context(self) -> int:
         return self.config.decoder.max_position_embeddings
 
+    def _own(self, scene: Scene) -> Scene:
+        if scene.owner is not self:
+            raise QuestionError("this scene was encoded by another Molmo: encode the image with the one you ask")
+        return scene
+
     def _see(self, image: Any) -> Scene:
         """Load, crop and encode `image`, without prefill."""
         started = time.perf_counter()
         rgb = load_image(image)
         prepared = self._process(rgb)
-        if 1 + len(prepared.tokens) >= self._context:
+        prompt = image_ids(self._tokenizer, prepared)
+        if len(prompt.ids) >= self._context:
             raise QuestionError(
-                f"the image takes {len(prepared.tokens)} of the model's {self._context} positions: lower max_crops"
+                f"the image takes {len(prompt.ids)} of the model's {self._context} positions: lower max_crops"
             )
         cropped = time.perf_counter()
         features = self._runtime.encode_image(prepared.crops, prepared.masks)  # [n_crops, cells^2, d_model]
-        ids = np.concatenate([[self._tokenizer.special.bos], prepared.tokens]).astype(np.int64)  # [1 + n]
-        embeddings = np.array(self._runtime.embed(ids), dtype=np.float32)  # [1 + n, d_model]
-        index = prepared.token_index.reshape(-1)
-        kept = index >= 0
-        # Added to the embedding of <im_patch>, not put in its place: released weights were trained so. +1: BOS.
-        embeddings[index[kept] + 1] += features.reshape(-1, features.shape[-1])[kept]
+        embeddings = np.array(self._runtime.embed(prompt.ids), dtype=np.float32)  # [n, d_model]
+        kept = prompt.token_index >= 0  # [n_crops, cells^2]
+        # Added to the embedding of <im_patch>, not put in its place: released weights were trained so.
+        embeddings[prompt.token_index[kept]] += features[kept]
         seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
         return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
 
@@ -303,9 +320,13 @@ def _checked(text: str, what: str) -> str:
 
 
 def _turns(history: History) -> Iterator[str]:
+    says = "history is a list of (question, answer) pairs, both of them str"
+    if not isinstance(history, (list, tuple)):
+        raise QuestionError(f"{says}; it is {type(history).__name__}")
     for turn in history:
-        if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise QuestionError("history is a list of (question, answer) pairs, both of them str")
+        # A str of two characters would pass for a pair.
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise QuestionError(says)
         yield from turn
 
 

@@ -18,14 +18,14 @@ from molmo_edge.tokenizer import Tokenizer
 
 
 class PromptError(MolmoEdgeError):
-    """A question that is empty, that does not fit, or turns that do not alternate."""
+    """A question that is empty, or turns that do not alternate."""
 
 
 class Prompt(NamedTuple):
-    """Ids for the decoder, and where the image goes among them."""
+    """BOS and an image as ids for the decoder, and where the image's features go among them."""
 
     ids: np.ndarray  # int32 [n], BOS first
-    token_index: np.ndarray  # int32 [n_crops, cells^2]: position in `ids`, negative where dropped; [0, 0] without image
+    token_index: np.ndarray  # int32 [n_crops, cells^2]: position in `ids`, negative where dropped
 
 
 def build_prompt(question: str, *, style: str | None = None) -> str:
@@ -49,33 +49,10 @@ def build_caption_prompt(style: str = "long_caption", length: int | None = 65) -
     return f" {style} {'' if length is None else length}:"
 
 
-def prompt_ids(
-    tokenizer: Tokenizer,
-    image: PreparedImage | None,
-    turns: Sequence[str],
-    *,
-    style: str | None = None,
-    context: int | None = None,
-) -> Prompt:
-    """Ids of BOS, the image and a conversation; `token_index` is the image's, moved behind BOS.
-
-    `context` is how many positions there are, None for no limit. For the rest see `text_ids`.
-
-    Raises PromptError as `text_ids` does, and where the sequence and one token of answer exceed `context`.
-    """
-    text = text_ids(tokenizer, turns, style=style)
-    head = np.array([tokenizer.special.bos], np.int32)
-    if image is not None:
-        head = np.concatenate([head, image.tokens])
-    if context is not None and len(head) + len(text) >= context:
-        remedy = "shorten the question" if image is None else "shorten the question or lower max_crops"
-        raise PromptError(
-            f"the question is {len(text)} tokens long, but of the model's {context} positions {len(head)} are taken by "
-            f"BOS and the image and at least 1 is the answer's: {remedy}"
-        )
-    index = np.empty((0, 0), np.int32) if image is None else image.token_index
-    moved = np.where(index < 0, index, index + 1).astype(np.int32)
-    return Prompt(np.concatenate([head, text]), moved)
+def image_ids(tokenizer: Tokenizer, image: PreparedImage) -> Prompt:
+    """What every sequence begins with: BOS and the image; `text_ids` follow it."""
+    ids = np.concatenate([[tokenizer.special.bos], image.tokens]).astype(np.int32)
+    return Prompt(ids, np.where(image.token_index < 0, image.token_index, image.token_index + 1).astype(np.int32))
 
 
 def text_ids(tokenizer: Tokenizer, turns: Sequence[str], *, style: str | None = None) -> np.ndarray:

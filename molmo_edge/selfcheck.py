@@ -8,6 +8,8 @@ from pathlib import Path
 from molmo_edge.bundle import Bundle, Check, open_bundle
 from molmo_edge.molmo import Molmo
 
+_MORE = 16  # tokens beyond the recorded ones, so that an answer that does not stop, or says it longer, is seen
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -15,11 +17,12 @@ class CheckReport:
     check: Check | None  # None: the bundle brings no check, only its files were compared
     token_ids: tuple[int, ...] = ()  # as answered here
     drift: float | None = None  # percent of a side, the largest of all points; None where their number differs
+    stopped: bool = True  # where the recorded answer did, this one did too
 
     @property
     def exact(self) -> bool:
-        """The very same ids."""
-        return self.check is not None and self.token_ids == self.check.token_ids
+        """The very same ids, and the stop behind them."""
+        return self.check is not None and self.token_ids == self.check.token_ids and self.stopped
 
     @property
     def passed(self) -> bool:
@@ -29,7 +32,8 @@ class CheckReport:
         """
         if self.check is None or self.exact:
             return True
-        return bool(self.check.points) and self.drift is not None and self.drift <= self.check.tolerance
+        near = self.drift is not None and self.drift <= self.check.tolerance
+        return self.stopped and bool(self.check.points) and near
 
 
 def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckReport:
@@ -39,9 +43,10 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
     if check is None:
         return CheckReport(bundle, None)
     with Molmo(bundle.directory, threads=threads) as molmo:
-        answer = molmo.ask(bundle.directory / check.image, check.question, max_new_tokens=max(1, len(check.token_ids)))
+        most = len(check.token_ids) + (_MORE if check.complete else 0)
+        answer = molmo.ask(bundle.directory / check.image.file, check.question, max_new_tokens=max(1, most))
     drift = None
     if len(answer.points) == len(check.points):
         pairs = zip(answer.points, check.points, strict=True)
         drift = max((max(abs(p.x - x), abs(p.y - y)) for p, (x, y) in pairs), default=0.0)
-    return CheckReport(bundle, check, answer.token_ids, drift)
+    return CheckReport(bundle, check, answer.token_ids, drift, stopped=answer.complete or not check.complete)

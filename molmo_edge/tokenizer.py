@@ -134,10 +134,6 @@ class Tokenizer:
         except KeyError:  # added tokens are written as they are, "   " for one
             return token.encode("utf-8")
 
-    def __len__(self) -> int:
-        """Highest id plus one, added tokens included."""
-        return max(self._text.get_vocab(with_added_tokens=True).values()) + 1
-
 
 class StreamDecoder:
     """Decodes ids one at a time. The pieces, joined, are what `Tokenizer.decode` makes of all ids at once."""

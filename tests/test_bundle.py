@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.bundle import BundleError, is_bundle, open_bundle, resolve_model
+from molmo_edge import Molmo
+from molmo_edge.bundle import BundleError, is_bundle, load_tokenizer, open_bundle, resolve_model
 from molmo_edge.config import MolmoConfig
-from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.selfcheck import check_bundle
 
 
@@ -120,12 +121,28 @@ def test_no_check_image_outside_the_bundle(bundle: Path) -> None:
         (lambda m: m["model"]["decoder"].update(n_heads=5), "n_heads 5"),
         (lambda m: m["model"]["decoder"].update(flux=1), "newer molmo-edge"),
         (lambda m: m["check"].update(points=[1, 2]), "malformed"),
+        (lambda m: m["check"].pop("sha256"), "no 'sha256'"),
+        (lambda m: m["components"]["decoder"].update(bytes=float("inf")), "malformed"),
+        (
+            lambda m: m["components"]["tokenizer"].update(file="other.json"),
+            r"it has to be tokenizer\.json",
+        ),
+        (lambda m: m.update(model=[]), "not an object"),
+        (lambda m: m["model"].update(image=[]), "no section for ImageConfig"),
+        (lambda m: m["model"].update(projector_dim=None), "projector_dim must be int"),
+        (lambda m: m["model"]["image"].update(crop_size="336"), "crop_size must be int"),
+        (lambda m: m["model"]["image"].update(overlap_margins=[4]), "overlap_margins must be"),
+        (lambda m: m["model"]["image"].update(pool=0), "pool must be positive"),
+        (lambda m: m["model"]["vision"].update(patch_size=0), "patch_size must be positive"),
+        (lambda m: m["model"]["decoder"].update(n_heads=0), "n_heads must be positive"),
+        (lambda m: m["model"]["decoder"].update(rope_theta=[1]), "rope_theta must be float"),
     ],
 )
 def test_a_manifest_that_does_not_add_up(bundle: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
     edit(bundle, change)
-    with pytest.raises(MolmoEdgeError, match=says):
+    with pytest.raises(BundleError, match=says) as caught:
         open_bundle(bundle)
+    assert "molmo_edge.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"x"'])
@@ -149,20 +166,44 @@ def test_resolve_model_names_what_it_was_given(
         resolve_model("nowhere")
     with pytest.raises(BundleError, match="no directory"):
         resolve_model("../a/b/c")
+    with pytest.raises(BundleError, match="it is int"):
+        resolve_model(7)  # type: ignore[arg-type]
 
 
 def test_a_hub_id_is_downloaded_without_code(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
 
     def snapshot(repo: str, **options: Any) -> str:
-        asked.update(repo=repo, **options)
+        asked.append(options | {"repo": repo})
         return str(bundle)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert resolve_model("someone/a-model") == bundle
-    assert asked["repo"] == "someone/a-model" and "*.py" in asked["ignore_patterns"]
+    first, rest = asked
+    assert first["repo"] == rest["repo"] == "someone/a-model"
+    assert "molmo_edge.json" in first["allow_patterns"] and "*.py" in rest["ignore_patterns"]
+
+
+@pytest.mark.parametrize(("file", "says"), [("config.json", "pip install"), ("README.md", "neither a bundle")])
+def test_what_cannot_run_here_is_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, says: str
+) -> None:
+    import huggingface_hub
+
+    asked: list[dict[str, Any]] = []
+
+    def snapshot(repo: str, **options: Any) -> str:
+        asked.append(options)
+        (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BundleError, match=says):
+        resolve_model("someone/a-model")
+    assert [set(options) for options in asked] == [{"allow_patterns"}]
 
 
 def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +216,47 @@ def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BundleError, match=r"someone/a-model .*connection refused") as caught:
         resolve_model("someone/a-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_the_graphs_is_refused(bundle: Path, golden: Path) -> None:
+    assert load_tokenizer(bundle).special.im_patch == 502
+    assert load_tokenizer(golden / "molmoe").special.im_patch == 502
+    edit(bundle, lambda m: m["special_ids"].update(im_patch=501))
+    with pytest.raises(BundleError, match="im_patch at 502, the manifest says 501"):
+        load_tokenizer(bundle)
+    with pytest.raises(BundleError, match="im_patch"):
+        Molmo(bundle)
+    flip_a_byte(bundle / "tokenizer.json")
+    with pytest.raises(BundleError, match="sha256"):
+        load_tokenizer(bundle)
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx.data", "decoder.onnx_data"])
+def test_weights_beside_a_graph_must_be_listed(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes(b"weights")
+    with pytest.raises(BundleError, match=f"{name} is not in the manifest"):
+        open_bundle(bundle)
+    entry = {"file": name, "bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    edit(bundle, lambda m: m["components"].update(decoder_data=entry))
+    open_bundle(bundle)
+
+
+def test_the_checks_own_image_is_verified(bundle: Path) -> None:
+    check = open_bundle(bundle).check
+    assert check is not None
+    flip_a_byte(bundle / check.image.file)
+    open_bundle(bundle)  # nothing looks at it here
+    with pytest.raises(BundleError, match="does not have the sha256"):
+        check_bundle(bundle, threads=1)
+
+
+def test_an_answer_that_does_not_stop_fails_the_check(bundle: Path) -> None:
+    check = open_bundle(bundle).check
+    assert check is not None and not check.complete  # the golden model never stops by itself
+    edit(bundle, lambda m: m["check"].update(complete=True))
+    report = check_bundle(bundle, threads=1)
+    assert report.token_ids[: len(check.token_ids)] == check.token_ids
+    assert not report.stopped and not report.exact and not report.passed
 
 
 def test_the_check_passes_on_a_sound_copy_and_fails_on_another_answer(bundle: Path) -> None:

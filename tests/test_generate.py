@@ -142,9 +142,20 @@ def test_a_seed_repeats_the_draw() -> None:
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": -1},
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": 2.5},
+        {"temperature": None},
+        {"temperature": "hot"},
+        {"top_k": None},
+        {"top_p": "all"},
+        {"seed": 1.5},
     ],
 )
-def test_settings_out_of_range(settings: dict[str, float]) -> None:
+def test_settings_of_another_type_or_out_of_range(settings: dict[str, object]) -> None:
     (name,) = settings
     with pytest.raises(GenerationError, match=name):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    assert Sampling(np.int64(3), np.float32(0.5), seed=np.int32(1)).max_new_tokens == 3  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from molmo_edge.images import (
     ImageProcessor,
     image_token_count,
     load_image,
-    most_image_tokens,
     select_tiling,
 )
 from molmo_edge.resize import resize
@@ -101,7 +100,7 @@ def test_shapes_and_tokens(config, size):
         [np.float32, np.float32, np.int32, np.int32]
     )
     assert np.isfinite(prepared.crops).all()
-    assert len(prepared.tokens) == image_token_count(config, prepared.tiling) <= most_image_tokens(config)
+    assert len(prepared.tokens) == image_token_count(config, prepared.tiling)
     # Every im_patch gets exactly one cell.
     kept = prepared.token_index[prepared.token_index >= 0]
     assert np.array_equal(np.sort(kept), np.flatnonzero(prepared.tokens == IM_PATCH))
@@ -158,11 +157,6 @@ def test_tilings(width, height, max_crops, tiling, tokens):
     config = ImageConfig(max_crops=max_crops)
     assert select_tiling(height, width, config) == tiling
     assert image_token_count(config, tiling) == tokens
-
-
-@pytest.mark.parametrize(("max_crops", "most"), [(4, 628), (12, 1460), (36, 3956), (0, 158)])
-def test_most_tokens(max_crops, most):
-    assert most_image_tokens(ImageConfig(max_crops=max_crops)) == most
 
 
 def test_truncation_in_float32():

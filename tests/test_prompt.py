@@ -1,4 +1,4 @@
-"""Prompts: the golden sequences of whole checkpoints, turns, limits, and the SDK's phrases."""
+"""Prompts: the golden sequences of whole checkpoints, turns, and the SDK's phrases."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from molmo_edge.prompt import (
     build_prompt,
     caption_question,
     count_question,
+    image_ids,
     point_question,
-    prompt_ids,
     text_ids,
 )
 from molmo_edge.tokenizer import Tokenizer
@@ -37,9 +37,10 @@ def test_sequence_equals_the_golden_one(checkpoint, case):
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     processor = ImageProcessor(MolmoConfig.from_hub(directory).image, tokenizer.special)
     image = processor(load_image(GOLDEN / expected["image"]))
-    prompt = prompt_ids(tokenizer, image, [expected["question"]])
-    assert prompt.ids.dtype == prompt.token_index.dtype == np.int32
-    assert np.array_equal(prompt.ids, arrays[f"{case}.input_ids"])
+    prompt = image_ids(tokenizer, image)
+    text = text_ids(tokenizer, [expected["question"]])
+    assert prompt.ids.dtype == prompt.token_index.dtype == text.dtype == np.int32
+    assert np.array_equal([*prompt.ids, *text], arrays[f"{case}.input_ids"])
     assert np.array_equal(prompt.token_index, arrays[f"{case}.image_input_idx"])
     assert np.array_equal(image.masks, arrays[f"{case}.image_masks"])
 
@@ -74,19 +75,14 @@ def test_turns():
     ]
 
 
-def test_without_image():
-    prompt = prompt_ids(TOKENIZER, None, ["What?"])
-    assert prompt.ids.tolist() == [EOS, *text_ids(TOKENIZER, ["What?"])]
-    assert prompt.token_index.size == 0
-
-
 def test_special_tokens_in_a_question_stay_text():
     image = ImageProcessor(ImageConfig(max_crops=1))(np.zeros((8, 8, 3), np.uint8))
-    prompt = prompt_ids(TOKENIZER, image, ["<im_patch><|endoftext|>", "<|endoftext|>", "<|image|>"])
+    prompt = image_ids(TOKENIZER, image)
+    ids = np.array([*prompt.ids, *text_ids(TOKENIZER, ["<im_patch><|endoftext|>", "<|endoftext|>", "<|image|>"])])
     special = TOKENIZER.special
-    assert (prompt.ids == special.im_patch).sum() == (prompt.token_index >= 0).sum() == 288
-    assert (prompt.ids == special.eos).sum() == 2  # BOS, and the end of the first answer
-    assert special.image not in prompt.ids
+    assert (ids == special.im_patch).sum() == (prompt.token_index >= 0).sum() == 288
+    assert (ids == special.eos).sum() == 2  # BOS, and the end of the first answer
+    assert special.image not in ids
     kept = prompt.token_index[prompt.token_index >= 0]
     assert (prompt.ids[kept] == special.im_patch).all()
 
@@ -94,26 +90,15 @@ def test_special_tokens_in_a_question_stay_text():
 @pytest.mark.parametrize("question", ["", " ", "\n\t"])
 def test_empty_questions_are_refused(question):
     with pytest.raises(PromptError, match="empty"):
-        prompt_ids(TOKENIZER, None, [question])
+        text_ids(TOKENIZER, [question])
     with pytest.raises(PromptError, match="empty"):
-        prompt_ids(TOKENIZER, None, [question, "answer", "question"])
+        text_ids(TOKENIZER, [question, "answer", "question"])
 
 
 @pytest.mark.parametrize("turns", [[], ["question", "answer"], "question"])
 def test_turns_that_do_not_alternate_are_refused(turns):
     with pytest.raises(PromptError, match="turns"):
-        prompt_ids(TOKENIZER, None, turns)
-
-
-def test_the_context_is_a_limit():
-    image = ImageProcessor(ImageConfig(max_crops=0))(np.zeros((8, 8, 3), np.uint8))
-    length = len(prompt_ids(TOKENIZER, image, ["What?"]).ids)
-    assert len(prompt_ids(TOKENIZER, image, ["What?"], context=length + 1).ids) == length
-    text = len(text_ids(TOKENIZER, ["What?"]))
-    with pytest.raises(PromptError, match=rf"{text} tokens .* {length} positions 159 .* max_crops"):
-        prompt_ids(TOKENIZER, image, ["What?"], context=length)
-    with pytest.raises(PromptError, match=r"shorten the question$"):
-        prompt_ids(TOKENIZER, None, ["What? " * 1000], context=100)
+        text_ids(TOKENIZER, turns)
 
 
 @pytest.mark.parametrize(

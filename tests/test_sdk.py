@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 
 from molmo_edge import Answer, Molmo, Point
 from molmo_edge.answer import DrawError, Seconds, draw_points
-from molmo_edge.bundle import Bundle, Check
+from molmo_edge.bundle import Bundle, Check, Component
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.molmo import MAX_QUESTION_CHARS, QuestionError
 from molmo_edge.readable import TagStripper, readable
@@ -125,6 +127,32 @@ def test_a_stream_left_half_way_still_has_its_answer(saying: Saying) -> None:
     assert stream.answer.text == TWO_DOGS
 
 
+def test_a_stream_that_failed_says_so_whenever_it_is_asked(saying: Saying, monkeypatch: pytest.MonkeyPatch) -> None:
+    molmo = saying(TWO_DOGS)
+    stream = molmo.stream(PHOTO, "Where?")
+    next(stream)
+
+    def fail(*_: object) -> None:
+        raise MolmoEdgeError("the engine is gone")
+
+    monkeypatch.setattr(molmo.fake, "forward", fail)  # type: ignore[attr-defined]
+    with pytest.raises(MolmoEdgeError, match="the engine is gone"):
+        list(stream)
+    for _ in range(2):
+        with pytest.raises(MolmoEdgeError, match="ask again"):
+            stream.answer  # noqa: B018
+
+
+def test_what_the_caller_does_between_pieces_is_not_the_models_time(saying: Saying) -> None:
+    stream = saying(TWO_DOGS).stream(PHOTO, "Where?")
+    next(stream)
+    time.sleep(0.5)
+    next(stream)
+    time.sleep(0.5)
+    assert 0 < stream.answer.usage.seconds.decode < 0.5
+    assert 0 < stream.answer.usage.seconds.prefill < 0.5
+
+
 def test_the_verbs_ask_in_molmos_own_words(saying: Saying, tokenizer: Any) -> None:
     molmo = saying("ok")
     for ask, words in (
@@ -146,8 +174,16 @@ def test_history_goes_in_front_of_the_question(saying: Saying, tokenizer: Any) -
     fed = [f for f in molmo.fake.fed if len(f) > 1][-1][:, 0]  # type: ignore[attr-defined]
     words = " User: First? Assistant: Yes.<|endoftext|> User: And now? Assistant:"
     assert tokenizer.decode(int(i) for i in fed) == words
-    with pytest.raises(QuestionError, match="history"):
-        molmo.ask(scene, "And now?", history=["First?"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "history", [["First?"], ["ab", "cd"], ("ab", "cd"), [1], [("q", 2)], [("q", "a", "x")], 5, "ab"]
+)
+def test_a_history_that_is_none(saying: Saying, history: Any) -> None:
+    molmo = saying("ok")
+    with pytest.raises(QuestionError, match="history is a list"):
+        molmo.ask(PHOTO, "And now?", history=history)
+    assert molmo.fake.images == 0  # type: ignore[attr-defined]
 
 
 def test_a_scene_is_encoded_once(saying: Saying) -> None:
@@ -159,8 +195,22 @@ def test_a_scene_is_encoded_once(saying: Saying) -> None:
     assert answers[0].usage.seconds.vision == 0
     assert answers[0].usage.crops == scene.crops == 2
     assert answers[0].usage.tokens.image == len(scene.embeddings)
-    with pytest.raises(QuestionError, match="another Molmo"):
-        saying("ok").ask(scene, "Why?")
+    assert molmo.encode(scene) is scene
+    for use in (lambda: saying("ok").ask(scene, "Why?"), lambda: saying("ok").encode(scene)):
+        with pytest.raises(QuestionError, match="another Molmo"):
+            use()
+
+
+def test_scenes_are_told_apart_by_identity(saying: Saying) -> None:
+    molmo = saying("ok")
+    one, other = molmo.encode(PHOTO), molmo.encode(PHOTO)
+    assert one != other and len({one, other, one}) == 2
+
+
+@pytest.mark.parametrize("room", [-1, 2.5, "512", None])
+def test_a_room_that_is_none(saying: Saying, room: Any) -> None:
+    with pytest.raises(QuestionError, match="room"):
+        saying("ok").encode(PHOTO, room=room)
 
 
 def test_usage_adds_up(saying: Saying) -> None:
@@ -174,8 +224,21 @@ def test_max_crops(saying: Saying) -> None:
     big = np.zeros((600, 900, 3), np.uint8)
     assert saying("ok", max_crops=0).encode(big).crops == 1
     assert saying("ok", max_crops=None).encode(big).crops > 5
+    for wrong in (-1, 2.5, "4"):
+        with pytest.raises(MolmoEdgeError, match="max_crops"):
+            saying("ok", max_crops=wrong)
+
+
+def test_wrong_arguments_and_tokenizers_are_found_before_an_engine_opens(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molmo_edge.runtimes.open_runtime", lambda *_, **__: pytest.fail("an engine was opened"))
     with pytest.raises(MolmoEdgeError, match="max_crops"):
-        saying("ok", max_crops=-1)
+        Molmo(tiny_bundle, max_crops=2.5)  # type: ignore[arg-type]
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / "tokenizer.json").write_text("{}")
+    with pytest.raises(MolmoEdgeError, match="tokenizer"):
+        Molmo(bundle)
 
 
 def test_an_answer_cut_off_says_so(saying: Saying) -> None:
@@ -300,10 +363,12 @@ def test_readable_whole_and_in_pieces(text: str, shown: str) -> None:
 
 def test_a_check_passes_on_the_same_points_in_other_words(tiny_bundle: Path) -> None:
     bundle = Bundle(tiny_bundle, "x", None, {}, {}, None, {})  # type: ignore[arg-type]
-    check = Check("a.png", "q", (1, 2), ((10.0, 10.0),), tolerance=2.0)
+    photo = Component("check image", "a.png", 1, "0" * 64)
+    check = Check(photo, "q", (1, 2), True, ((10.0, 10.0),), tolerance=2.0)
     assert CheckReport(bundle, check, (1, 2), None).passed
     assert CheckReport(bundle, check, (1, 3), 1.9).passed
     assert not CheckReport(bundle, check, (1, 3), 2.1).passed
     assert not CheckReport(bundle, check, (1, 3), None).passed
-    assert not CheckReport(bundle, Check("a.png", "q", (1, 2)), (1, 3), 0.0).passed
+    assert not CheckReport(bundle, Check(photo, "q", (1, 2), True), (1, 3), 0.0).passed
+    assert not CheckReport(bundle, check, (1, 2), 0.0, stopped=False).passed
     assert CheckReport(bundle, None).passed

@@ -43,7 +43,6 @@ def test_special_ids():
     assert (special.bos, special.eos, special.im_start, special.image) == (499, 499, 500, 504)
     # Molmo-7B-D's specials stand behind padding ids, in the rows of new_embedding.
     assert TOKENIZERS["qwen"].special.im_start > 504
-    assert len(TOKENIZERS["molmoe"]) == 505
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

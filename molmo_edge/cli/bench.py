@@ -56,15 +56,14 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time each stage, and the same on PyTorch if installed."""
-    from molmo_edge.bundle import resolve_model
+    from molmo_edge.bundle import load_tokenizer, resolve_model
     from molmo_edge.images import load_image
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
-    from molmo_edge.tokenizer import Tokenizer
 
     rgb = _synthetic(640, 480) if image is None else load_image(image)
     directory = resolve_model(model)
-    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    tokenizer = load_tokenizer(directory)
     timings: list[Timing] = []
 
     def measure(engine: str, runtime: Runtime, load: float) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json, progress
+
+if TYPE_CHECKING:
+    from molmo_edge.selfcheck import CheckReport
 
 
 def verify(
@@ -41,15 +44,17 @@ def verify(
     else:
         for component in report.bundle.components.values():
             print(f"sound  {component.bytes / 1e6:9.2f} MB  {component.file}")
-        print(_verdict(report.exact, report.drift) if report.check else "the bundle brings no question to check")
+        print(_verdict(report) if report.check else "the bundle brings no question to check")
     if not report.passed:
         note("molmo-edge: every file is as shipped, but this machine answers otherwise than the bundle says")
         raise typer.Exit(1)
 
 
-def _verdict(exact: bool, drift: float | None) -> str:
-    if exact:
+def _verdict(report: CheckReport) -> str:
+    if report.exact:
         return "its own question: answered with the same tokens"
-    if drift is None:
+    if not report.stopped:
+        return "its own question: the answer does not stop where it should"
+    if report.drift is None:
         return "its own question: answered with another number of points"
-    return f"its own question: other tokens, points at most {drift:.1f} percent away"
+    return f"its own question: other tokens, points at most {report.drift:.1f} percent away"
