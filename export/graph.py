@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu
-IR_VERSION = 9  # the one that came with opset 20; ONNX Runtime 1.17 reads it
+IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.quantize.int8
 _INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
 _PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
 

@@ -7,6 +7,9 @@ one is an outlier, and both the ViT and the decoder have such tokens (one row 50
 
 "q8": a scale for each 32 weights and each 32 inputs (MatMulNBits, like Q8_0 of GGUF). A half to a fifth of the
 error, as fast as "int8" for a single token, but no faster than fp32 for a whole prompt or a crop.
+
+ONNX Runtime 1.20, the oldest that molmo-edge takes, runs "fp32" and "int8"; "q8" needs 1.22, since MatMulNBits
+knew four bits only and before that refuses to load (tried with 1.20.1, 1.21.1, 1.22.1 and 1.32.0).
 """
 
 from __future__ import annotations
