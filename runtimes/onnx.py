@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +69,20 @@ class OnnxCache:
 class OnnxRuntime:
     """The four graphs of a bundle; `files` maps COMPONENTS to paths. They load side by side in the background."""
 
-    def __init__(self, config: MolmoConfig, files: dict[str, Path], *, threads: int | None = None) -> None:
+    def __init__(
+        self, config: MolmoConfig, files: dict[str, Path], *, threads: int | None = None, mapped: bool = False
+    ) -> None:
+        """`mapped`: weights in sidecars are used where they lie in the file, slower, but in next to no memory."""
         self.config = config
         # By size, the largest first: each session is waited for where it is first needed.
         order = sorted(files, key=lambda name: files[name].stat().st_size, reverse=True)
-        pool = ThreadPoolExecutor(len(order), thread_name_prefix="molmo-edge-load")
+        # Loading keeps a core busy: more loads at once than cores would be no sooner done, and close could stop fewer.
+        self._pool = ThreadPoolExecutor(min(len(order), os.cpu_count() or 1), thread_name_prefix="molmo-edge-load")
         self._sessions: dict[str, Future[Any]] = {
-            name: pool.submit(_load, files[name], 1 if name == "embed_tokens" else threads) for name in order
+            name: self._pool.submit(_load, files[name], 1 if name == "embed_tokens" else threads, mapped)
+            for name in order
         }
-        pool.shutdown(wait=False)
+        self._pool.shutdown(wait=False)  # its threads end with the last load
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         return self.connect(self.encode_crops(crops), masks)
@@ -126,13 +133,19 @@ class OnnxRuntime:
         return logits
 
     def close(self) -> None:
-        """Let go of the sessions; a cache that is still held keeps the decoder's alive."""
+        """Let go of the sessions; a cache that is still held keeps the decoder's alive.
+
+        Loads that have not begun never do. One that runs cannot be stopped: it ends in the background, unused,
+        and the end of the program waits for it.
+        """
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._sessions.clear()
 
     def _session(self, name: str) -> Any:
-        if name not in self._sessions:
-            raise EngineError("this runtime was closed")
-        return self._sessions[name].result()
+        if (future := self._sessions.get(name)) is not None:
+            with contextlib.suppress(CancelledError):  # another thread closed while this one waited
+                return future.result()
+        raise EngineError("this runtime was closed")
 
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return _guard(name, functools.partial(self._session(name).run, None, inputs))[0]
@@ -147,7 +160,7 @@ def _guard(name: str, run: functools.partial[Any]) -> Any:
         raise EngineError(f"{name} failed in onnxruntime: {_first_line(error)}") from error
 
 
-def _load(path: Path, threads: int | None) -> Any:
+def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -159,6 +172,8 @@ def _load(path: Path, threads: int | None) -> Any:
     # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_cpu_mem_arena = False  # as fast without, and memory of activations goes back after a run
+    if mapped:  # else a matrix is copied into the layout that its kernel likes best
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 4  # what fails is raised, and need not be printed too
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

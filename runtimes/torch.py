@@ -53,9 +53,16 @@ class TorchRuntime:
     def _take(self, model: Molmo, threads: int | None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model = model
+        self._model: Molmo | None = model
         self.config: MolmoConfig = model.config
         self.device = next(model.parameters()).device
+
+    @property
+    def model(self) -> Molmo:
+        """Raises EngineError after `close`."""
+        if self._model is None:
+            raise EngineError("this runtime was closed")
+        return self._model
 
     @torch.inference_mode()
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -87,7 +94,8 @@ class TorchRuntime:
         return self.model.decoder.logits(hidden[0, -1]).float().cpu().numpy()
 
     def close(self) -> None:
-        """Nothing to release: the model goes with its last reference."""
+        """Let go of the model: its memory is free unless the caller of `from_model` keeps it."""
+        self._model = None
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

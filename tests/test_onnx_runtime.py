@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from exported import ARCHITECTURES, CASES, bundle, case, expected, prompt, relative, runtime
+from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, prompt, relative, runtime
 
+import molmo_edge.runtimes.onnx as onnx_module
 from molmo_edge.bundle import BundleError
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.export.graph import FP32, Graph, Precision
+from molmo_edge.quantize.int8 import INT8, Q8
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
@@ -149,10 +155,92 @@ def test_open_runtime_says_what_it_needs(tmp_path: Path) -> None:
         open_runtime(bundle("qwen"), threads=0)
 
 
-def test_closed_means_closed() -> None:
-    engine = open_runtime(bundle("qwen"), threads=1)
-    engine.embed(np.array([1]))
+@pytest.mark.parametrize("engine_name", ["onnx", "torch"])
+def test_closed_means_closed(engine_name: str) -> None:
+    engine = open_runtime(bundle("qwen") if engine_name == "onnx" else GOLDEN / "qwen", threads=1)
+    row, cache = engine.embed(np.array([1])), engine.new_cache(4)
     engine.close()
     engine.close()
-    with pytest.raises(MolmoEdgeError, match="closed"):
-        engine.embed(np.array([1]))
+    for use in (
+        lambda: engine.embed(np.array([1])),
+        lambda: engine.encode_image(np.zeros((1, 576, 588), np.float32), np.ones((1, 576), np.float32)),
+        lambda: engine.new_cache(4),
+    ):
+        with pytest.raises(EngineError, match="this runtime was closed"):
+            use()
+    if engine_name == "torch":  # on onnxruntime a cache keeps what it needs
+        with pytest.raises(EngineError, match="this runtime was closed"):
+            engine.forward(row, cache)
+
+
+def test_a_closed_torch_runtime_frees_the_model() -> None:
+    engine = open_runtime(GOLDEN / "qwen", threads=1)
+    model = weakref.ref(engine.model)  # type: ignore[attr-defined]
+    engine.close()
+    gc.collect()
+    assert model() is None
+
+
+def test_closing_stops_loads_that_have_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the end of a program that failed early waits for gigabytes that nobody needs any more."""
+    begun, go_on = [], threading.Event()
+
+    def load(path: Path, *_: object) -> object:
+        begun.append(path.stem)
+        assert go_on.wait(30)
+        return object()
+
+    monkeypatch.setattr(onnx_module, "_load", load)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    files = {path.stem: path for path in bundle("qwen").glob("*.onnx")}
+    engine = OnnxRuntime(runtime("qwen").config, files)
+    largest = max(files, key=lambda name: files[name].stat().st_size)
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            engine.embed(np.array([1]))
+        except EngineError as error:
+            failures.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not engine._sessions["embed_tokens"]._condition._waiters:  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    engine.close()
+    waiting.join(30)
+    assert failures == ["this runtime was closed"]
+    go_on.set()
+    for thread in engine._pool._threads:
+        thread.join(30)
+    assert begun == [largest]
+
+
+@pytest.mark.parametrize("precision", [FP32, INT8, Q8])
+def test_mapped_weights_stay_in_their_file(precision: Precision, tmp_path: Path) -> None:
+    """What an export's trial run of a large bundle stands on."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("resident memory by kind is read from /proc")
+
+    def memory() -> int:  # MB that are no file's
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) // 1024
+
+    weight = np.random.default_rng(0).normal(size=(4096, 4096)).astype(np.float32)  # 64 MB, 16 in eight bits
+    graph = Graph("one matrix", tmp_path / "graph.onnx.data")
+    graph.input("x", np.float32, ["m", 4096])
+    y = precision.linear(graph, "x", "matrix", weight, None)
+    graph.output(graph.node("Identity", y, name="y"), np.float32, ["m", 4096])
+    graph.save(tmp_path / "graph.onnx")
+    x = np.random.default_rng(1).normal(size=(1, 4096)).astype(np.float32)
+    taken, found = {}, {}
+    for mapped in (True, False):
+        before = memory()
+        session = onnx_module._load(tmp_path / "graph.onnx", 1, mapped)
+        found[mapped] = session.run(None, {"x": x})[0]
+        taken[mapped] = memory() - before
+        del session
+    size = (tmp_path / "graph.onnx.data").stat().st_size >> 20
+    assert taken[True] < size / 4
+    assert taken[False] > size / 2  # the measure itself can tell
+    assert relative(found[True], found[False]) < 0.02  # q8 multiplies unpacked weights in float
