@@ -6,7 +6,7 @@ matrices. So an embedded model can be run, trained further or exported again whe
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 BACKBONE = "model.vision_backbone"
+TABLE = f"{TRANSFORMER}.wte"
 
 
 class BundleTensors:
@@ -48,7 +49,9 @@ class BundleTensors:
             for node in graph.node:
                 if node.op_type == "MatMulNBits":
                     self._inputs[node.input[1]] = next(a.i for a in node.attribute if a.name == "K")
-        self._read = {name: partial(self._plain, name) for name in self._arrays} | self._derived()
+        # Experts that lie in one matrix are asked for one after the other, each for its shape first.
+        self._last = lru_cache(maxsize=1)(self._widen)
+        self._read = {name: partial(self._last, name) for name in self._arrays} | self._derived()
         # Blocks behind the last one that is looked at are in a checkpoint, but not in a bundle: they never run.
         first = f"{VIT}.transformer.resblocks.0."
         for name in [name for name in self._read if name.startswith(first)]:
@@ -67,15 +70,21 @@ class BundleTensors:
             raise CheckpointError(f'the bundle has no tensor "{name}"')
         return self._read[name]()
 
-    def _plain(self, name: str) -> np.ndarray:
-        """A matrix as [out, in], or whatever else just as it is stored."""
+    def _widen(self, name: str) -> np.ndarray:
+        """A matrix as [out, in], the table as [rows, d], or whatever else just as it is stored. Read-only."""
+        array = self._float(name)
+        array.flags.writeable = False  # the next one who asks may get the same
+        return array
+
+    def _float(self, name: str) -> np.ndarray:
         array = self._arrays[name]
         scale = self._arrays.get(f"{name.removesuffix('.weight')}.scale")
         if array.dtype == np.uint8 and scale is not None:  # blocks, [out, blocks, 32]
             wide = (array.astype(np.float32) - ZERO_POINT) * scale.reshape(*array.shape[:2], 1)
             return wide.reshape(len(array), -1)[:, : self._inputs[name]]
-        if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output
-            return (array.astype(np.float32) * scale).T
+        if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
+            wide = array.astype(np.float32) * scale
+            return wide if name == TABLE else wide.T
         if array.ndim == 2 and name.endswith(".weight"):
             return array.T
         return array
@@ -83,32 +92,29 @@ class BundleTensors:
     def _zeros(self, like: str) -> np.ndarray:
         return np.zeros_like(self.get(like))
 
-    def _table(self) -> np.ndarray:
-        table, scale = self._arrays[f"{TRANSFORMER}.wte"], self._arrays.get(f"{TRANSFORMER}.wte.scale")
-        return table if scale is None else table.astype(np.float32) * scale
-
     def _derived(self) -> dict[str, Callable[[], np.ndarray]]:
         """Hub tensors that the export has folded, stacked or split."""
         v, d = self.config.vision, self.config.decoder
         read: dict[str, Callable[[], np.ndarray]] = {
-            f"{TRANSFORMER}.wte.embedding": lambda: self._table()[: d.embedding_size],
-            f"{TRANSFORMER}.wte.new_embedding": lambda: self._table()[d.embedding_size :],
+            f"{TABLE}.embedding": lambda: self._last(TABLE)[: d.embedding_size],
             f"{BACKBONE}.pad_embed": lambda: np.stack([self._arrays[f"{BACKBONE}.pad_embed.{k}"] for k in (0, 1)]),
             f"{VIT}.class_embedding": lambda: self._arrays[f"{VIT}.class_embedding"].reshape(-1),
         }
+        if d.additional_vocab_size:
+            read[f"{TABLE}.new_embedding"] = lambda: self._last(TABLE)[d.embedding_size :]
         if v.image_model_type == "dino":
             for n in range(v.last_layer + 1):
                 for scale in ("lambda1", "lambda2"):
                     read[f"{VIT}.transformer.resblocks.{n}.{scale}"] = lambda: np.ones(v.d_model, np.float32)
         for n in range(d.n_layers if d.n_experts else 0):
             experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
-            for e in range(d.n_experts):
-                for part in ("gate", "up", "down"):
+            for part in ("gate", "up", "down"):
+                for e in range(d.n_experts):
                     read[f"{experts}.{e}.{part}_proj.weight"] = partial(self._expert, f"{experts}.{part}_proj", part, e)
         return read
 
     def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
-        matrix, ffn = self._plain(f"{wide}.weight"), self.config.decoder.ffn_dim
+        matrix, ffn = self._last(f"{wide}.weight"), self.config.decoder.ffn_dim
         rows = slice(e * ffn, (e + 1) * ffn)
         return matrix[:, rows] if part == "down" else matrix[rows]
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exported import bundle
 
 from molmo_edge.bundle import default_bundle
 from molmo_edge.export import export_bundle
-from molmo_edge.export.unpack import load_bundle_weights
+from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
 from molmo_edge.images import load_image
 from molmo_edge.modeling import load_checkpoint, save_checkpoint
+from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.molmo import Molmo
 from molmo_edge.runtimes.torch import TorchRuntime
 from molmo_edge.tokenizer import Tokenizer
@@ -32,6 +35,38 @@ def test_weights_survive_a_bundle(architecture: str, precision: str, tolerance: 
             continue  # never runs, so a bundle does not hold it
         error = (again[name] - parameter).norm() / parameter.norm().clamp(min=1e-9)
         assert error <= tolerance, f"{name}: {error:.4f}"
+
+
+@pytest.mark.parametrize("precision", ["int8", "q8"])
+def test_experts_come_from_one_widened_matrix(precision: str) -> None:
+    """Widening all experts of a layer for each one of them took the square of their number."""
+    tensors = BundleTensors(bundle("molmoe", precision))
+    d = tensors.config.decoder
+    for part in ("gate", "up", "down"):
+        names = [f"model.transformer.blocks.0.mlp.experts.{e}.{part}_proj.weight" for e in range(d.n_experts)]
+        assert tensors.shape(names[0]) == ((d.d_model, d.ffn_dim) if part == "down" else (d.ffn_dim, d.d_model))
+        experts = [tensors.get(name) for name in names]
+        assert all(np.may_share_memory(expert.base, experts[0].base) for expert in experts)
+        assert not any(expert.flags.writeable for expert in experts)
+        assert not any(np.shares_memory(expert, experts[0]) for expert in experts[1:])
+
+
+def test_a_checkpoint_without_new_embedding(tmp_path: Path) -> None:
+    """additional_vocab_size 0: neither the checkpoint nor the bundle has such a tensor."""
+    model, _, config = load_checkpoint(GOLDEN / "molmoe")
+    config = replace(config, decoder=replace(config.decoder, additional_vocab_size=0))
+    model.config = config
+    model.decoder.new_embedding = torch.nn.Parameter(model.decoder.new_embedding.detach()[:0])
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", tmp_path / "checkpoint")
+    assert "model.transformer.wte.new_embedding" not in open_tensors(tmp_path / "checkpoint").names()
+    loaded, _, config_again = load_checkpoint(tmp_path / "checkpoint")
+    assert config_again == config
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    assert "model.transformer.wte.new_embedding" not in BundleTensors(tmp_path / "bundle").names()
+    again = load_bundle_weights(tmp_path / "bundle")
+    ids = torch.arange(config.decoder.embedding_size)
+    for other in (loaded, again):
+        assert torch.equal(other.decoder.embed(ids), model.decoder.embed(ids))
 
 
 def test_nano_on_onnx_equals_nano_on_pytorch_token_for_token(tmp_path: Path) -> None:

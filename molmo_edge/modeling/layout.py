@@ -48,7 +48,8 @@ def _connector() -> Iterator[tuple[str, Slot]]:
 def _decoder(config: MolmoConfig) -> Iterator[tuple[str, Slot]]:
     d, hub = config.decoder, "model.transformer"
     yield "decoder.embedding", (f"{hub}.wte.embedding",)
-    yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",)
+    if d.additional_vocab_size:
+        yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",)
     yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",)
     if not d.weight_tying:
         yield "decoder.head.weight", ("lm_head.weight" if d.n_experts else f"{hub}.ff_out.weight",)
