@@ -113,7 +113,7 @@ def test_save_is_checked_before_any_work(cli: Cli, tmp_path: Path, photo: Path) 
         (photo, "overwrite the photo"),
     ):
         status, out, err = cli("ask", photo, "What?", "-m", "/no/model", "--save", path)
-        assert (status, out) == (1, "") and says in err and len(err.splitlines()) == 1
+        assert (status, out) == (2, "") and says in err and "Traceback" not in err
     check_save(None, photo)
 
 
@@ -172,6 +172,9 @@ def test_bad_questions_are_one_line(cli: Cli, tiny_bundle: Path, photo: Path, ve
         ("ask", "a.png", "What?", "--temperature", "hot"),
         ("ask", "a.png", "What?", "--seed", "-3"),
         ("ask", "a.png", "What?", "--flux"),
+        ("ask", "a.png", "What?", "--device", "tpu"),
+        ("chat", "a.png", "--device", "gpu"),
+        ("ask", "a.png", "What?", "--save", "a.gif"),
         ("frobnicate",),
         ("export", "checkpoint"),
         ("export", "checkpoint", "--out", "x", "--precision", "decoder="),
@@ -187,12 +190,44 @@ def test_wrong_use_is_status_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     ("arguments", "says"),
     [
         (("--model", "/no/such/model"), "there is no directory"),
-        (("--device", "tpu"), "tpu"),
+        (("--device", "cuda"), "run on the CPU"),
     ],
 )
 def test_failures_are_status_1(cli: Cli, tiny_bundle: Path, photo: Path, arguments: tuple[str, ...], says: str) -> None:
     status, out, err = cli("ask", photo, "What?", "-m", tiny_bundle, *arguments)
     assert (status, out) == (1, "") and says in err and len(err.splitlines()) == 1
+
+
+def test_what_the_system_refuses_is_one_line(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    status, out, err = cli("export", golden / "molmoe", "--out", in_the_way / "bundle")
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1 and err.startswith("molmo-edge: ") and str(in_the_way) in err
+
+
+@pytest.mark.parametrize("command", [("ask", "What?"), ("chat",)])
+def test_a_photo_that_is_no_file_opens_no_model(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("molmo_edge.molmo.Molmo", lambda *_, **__: pytest.fail("a model was opened"))
+    verb, *question = command
+    status, out, err = cli(verb, tmp_path / "missing.jpg", *question)
+    assert (status, out) == (1, "") and "there is no image" in err
+
+
+@pytest.mark.parametrize("command", [("ask", "What?"), ("chat",)])
+def test_a_photo_that_cannot_be_read_closes_the_model(
+    cli: Cli, tmp_path: Path, saying: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    molmo = saying("ok")
+    monkeypatch.setattr("molmo_edge.molmo.Molmo", lambda *_, **__: molmo)
+    verb, *question = command
+    empty = tmp_path / "empty.jpg"
+    empty.touch()
+    assert cli(verb, empty, *question)[0] == 1
+    assert molmo.fake.closed
 
 
 def test_debug_shows_the_traceback(photo: Path) -> None:
@@ -270,6 +305,17 @@ def test_chat(tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
     assert len(run.stdout.splitlines()) == 2
     assert "must end in" in run.stderr and "wrote" in run.stderr and "shorten it" in run.stderr
     assert (tmp_path / "a.png").exists()
+
+
+def test_chat_survives_bytes_that_are_no_text(tiny_bundle: Path, photo: Path) -> None:
+    run = subprocess.run(
+        [*COMMAND, "chat", str(photo), "-m", str(tiny_bundle), "--max-new-tokens", "3"],
+        input=b"Wh\xffat?\nWhat?\n",
+        env={**ENV, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2 and b"Traceback" not in run.stderr
 
 
 def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:

@@ -52,9 +52,9 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `arguments` are those of the process unless given."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
+            stream.reconfigure(errors="replace")  # a character that cannot be shown, or read, is no reason to fail
     status = _run(arguments)
     try:
         sys.stdout.flush()
@@ -70,14 +70,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         app(arguments, prog_name="molmo-edge")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except MolmoEdgeError as error:
+    except (MolmoEdgeError, MemoryError, OSError) as error:
         if _tracebacks:
             raise
-        print(f"molmo-edge: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except MemoryError:
-        if _tracebacks:
-            raise
-        print("molmo-edge: out of memory: try --max-crops 4, or a smaller image or model", file=sys.stderr)
+        print(f"molmo-edge: {' '.join(_sentence(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: try --max-crops 4, or a smaller image or model"
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a directory that may not be written to
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)

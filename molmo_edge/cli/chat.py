@@ -12,6 +12,7 @@ from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer
+    from molmo_edge.molmo import Molmo, Scene
 
 _HELP = "a question, or: /new forgets the conversation, /save FILE draws the last answer's points, /quit ends"
 
@@ -32,12 +33,20 @@ def chat(
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed}
     if max_new_tokens is not None:
         sampling["max_new_tokens"] = max_new_tokens
-    with progress("opening the model and looking at the photo", quiet=quiet):
+    with progress("opening the model", quiet=quiet):
+        from molmo_edge.loading import load_image
         from molmo_edge.molmo import Molmo
 
+        photo = image if image.is_file() else load_image(image)  # what is no file is found out before a model opens
         molmo = Molmo(model, device=device, max_crops=max_crops, threads=threads)
-        scene = molmo.encode(image)
-    note(_HELP, quiet=quiet)
+    with molmo:
+        with progress("looking at the photo", quiet=quiet):
+            scene = molmo.encode(photo)
+        note(_HELP, quiet=quiet)
+        _converse(molmo, scene, image, sampling)
+
+
+def _converse(molmo: Molmo, scene: Scene, image: Path, sampling: dict[str, Any]) -> None:
     history: list[tuple[str, str]] = []
     last: Answer | None = None
     while (line := _read_line()) is not None:
@@ -55,7 +64,6 @@ def chat(
                 history.append((line, last.text))
         except MolmoEdgeError as error:  # a bad question ends the question, not the conversation
             note(f"molmo-edge: {error}")
-    molmo.close()
 
 
 def _read_line() -> str | None:

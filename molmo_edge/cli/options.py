@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+
+def _known_device(device: str) -> str:
+    from molmo_edge.runtimes import DEVICES  # it brings numpy, which no --help should wait for
+
+    if device not in DEVICES:
+        raise typer.BadParameter(f'"{device}" is not known; known are {", ".join(DEVICES)}')
+    return device
+
+
 Image = Annotated[Path, typer.Argument(help="The photo: any file that Pillow reads.", show_default=False)]
 Question = Annotated[str, typer.Argument(help='"Where is the dog?"', show_default=False)]
 Label = Annotated[str, typer.Argument(help='What to look for: "the dog", "cups".', show_default=False)]
@@ -14,7 +23,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
 ]
-Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".', callback=_known_device)]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
