@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import molmo_edge
-from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST
+from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.connector import connector
@@ -79,7 +78,7 @@ def export_bundle(
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
     config = MolmoConfig.from_hub(checkpoint)
     tensors = open_tensors(checkpoint)
-    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     chosen = _precisions(precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename on one file system.
@@ -94,8 +93,8 @@ def export_bundle(
             _try(config, files)
         if measure and any(kind is not FP32 for kind in chosen.values()):
             _measure(components, files, Path(scratch) / "fp32", config, tensors, chosen)
-        shutil.copyfile(checkpoint / "tokenizer.json", staging / "tokenizer.json")
-        components["tokenizer"] = _entry(staging / "tokenizer.json")
+        shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
+        components["tokenizer"] = _entry(staging / TOKENIZER)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -150,21 +149,13 @@ def _component(
 
 
 def _entry(path: Path, **more: Any) -> dict[str, Any]:
-    return {"file": path.name, **more, "sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"file": path.name, **more, "sha256": sha256_of(path), "bytes": path.stat().st_size}
 
 
 def _sources(checkpoint: Path) -> dict[str, str]:
     """sha256 of every file of weights, and of the configuration that they were read with."""
     weights = (*checkpoint.glob("model*.safetensors"), *checkpoint.glob("pytorch_model.bin"))
-    return {path.name: _sha256(path) for path in (checkpoint / "config.json", *sorted(weights))}
+    return {path.name: sha256_of(path) for path in (checkpoint / "config.json", *sorted(weights))}
 
 
 def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
@@ -214,7 +205,7 @@ def _answer(staging: Path, check: CheckPhoto) -> dict[str, Any]:
         answer = molmo.ask(image, check.question, max_new_tokens=check.max_new_tokens)
     return {
         "image": f"{folder.name}/{image.name}",
-        "sha256": _sha256(image),
+        "sha256": sha256_of(image),
         "bytes": image.stat().st_size,
         "question": check.question,
         "token_ids": [int(i) for i in answer.token_ids],

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from molmo_edge.bundle import open_bundle
+from molmo_edge.bundle import GRAPHS, open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.decoder import HUB as TRANSFORMER
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from molmo_edge.modeling import Molmo
 
-COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 BACKBONE = "model.vision_backbone"
 TABLE = f"{TRANSFORMER}.wte"
 
@@ -41,7 +40,7 @@ class BundleTensors:
         self.config: MolmoConfig = bundle.config
         self._arrays: dict[str, np.ndarray] = {}
         self._inputs: dict[str, int] = {}  # inputs of matrices in blocks, whose last block is padded
-        for component in COMPONENTS:
+        for component in GRAPHS:
             if bundle.components[component].engine != "onnx":
                 raise ExportError(f"{directory}: the weights of {component} are not in an ONNX graph")
             graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph

@@ -78,7 +78,7 @@ def open_runtime(directory: str | Path, *, device: str = "auto", threads: int | 
     if device not in DEVICES:
         raise Unavailable(f'device "{device}" is not known; known are {", ".join(DEVICES)}')
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
-        raise EngineError(f"threads must be a whole number from 1, it is {threads!r}")
+        raise EngineError(f"threads must be a whole number, at least 1, it is {threads!r}")
     if is_bundle(directory):
         from molmo_edge.runtimes.onnx import open_bundle_runtime
 

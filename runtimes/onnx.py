@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.bundle import open_bundle
+from molmo_edge.bundle import GRAPHS, open_bundle
 from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import first_line
 from molmo_edge.runtimes import Cache, EngineError, Runtime, Unavailable
 
-COMPONENTS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 
 
@@ -26,10 +26,10 @@ def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int |
             'bundles run on the CPU in this version: leave device at "auto", or run the checkpoint itself'
         )
     bundle = open_bundle(directory)
-    for name in COMPONENTS:
+    for name in GRAPHS:
         if (engine := bundle.components[name].engine) != "onnx":
             raise Unavailable(f'{directory}: {name} is for the engine "{engine}", which this version does not have')
-    return OnnxRuntime(bundle.config, {name: bundle.path(name) for name in COMPONENTS}, threads=threads)
+    return OnnxRuntime(bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads)
 
 
 class OnnxCache:
@@ -67,7 +67,7 @@ class OnnxCache:
 
 
 class OnnxRuntime:
-    """The four graphs of a bundle; `files` maps COMPONENTS to paths. They load side by side in the background."""
+    """The four graphs of a bundle; `files` maps GRAPHS to paths. They load side by side in the background."""
 
     def __init__(
         self, config: MolmoConfig, files: dict[str, Path], *, threads: int | None = None, mapped: bool = False
@@ -157,7 +157,7 @@ def _guard(name: str, run: functools.partial[Any]) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime raises its own classes, which share no base with a name
-        raise EngineError(f"{name} failed in onnxruntime: {_first_line(error)}") from error
+        raise EngineError(f"{name} failed in onnxruntime: {first_line(error)}") from error
 
 
 def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
@@ -178,8 +178,4 @@ def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise EngineError(f"{path} cannot be loaded by onnxruntime: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error

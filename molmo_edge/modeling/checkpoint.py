@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.errors import MolmoEdgeError, first_line
 
 SAFETENSORS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -189,9 +189,8 @@ def _open_pickle(path: Path) -> PickleSource:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a bad file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a plain, whole PyTorch checkpoint ({reason}): download it again"
+            f"{path} is not a plain, whole PyTorch checkpoint ({first_line(error)}): download it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path} holds something else than named tensors")
