@@ -20,10 +20,12 @@ from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST, TOKENIZER, sha25
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.connector import connector
-from molmo_edge.export.decoder import decoder, embed_tokens
+from molmo_edge.export.decoder import decoder, embed_tokens, head_name
 from molmo_edge.export.graph import FP32, Graph, Precision
 from molmo_edge.export.vision import vision_encoder
+from molmo_edge.loading import load_image
 from molmo_edge.modeling.checkpoint import TensorSource, open_tensors
+from molmo_edge.prompt import build_prompt
 from molmo_edge.runtimes import EngineError
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.tokenizer import Tokenizer
@@ -40,7 +42,7 @@ _PREFIXES = {
     "vision_encoder": ("model.vision_backbone.image_vit.",),
     "connector": ("model.vision_backbone.image_p", "model.vision_backbone.pad_embed"),
     "embed_tokens": ("model.transformer.wte.",),
-    "decoder": ("model.transformer.blocks.", "model.transformer.ff_out.", "lm_head."),
+    "decoder": ("model.transformer.blocks.",),  # and its head, see build_component
 }
 _SIDECAR_ABOVE = 1_800_000_000  # bytes; an .onnx file cannot pass 2 GB
 
@@ -70,12 +72,20 @@ def export_bundle(
     mapping of components to them, "fp32" where it names none. `measure`: run every component that is not fp32
     beside its fp32 form and write the errors into the manifest (molmo_edge.quantize.errors).
 
-    Returns the manifest. `out` appears whole or not at all, whatever interrupts. Memory holds one component,
-    and from 1.8 GB on one tensor of it. Raises ExportError, CheckpointError, ConfigError or TokenizerError.
+    Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
+    holds one component, and from 1.8 GB on one matrix of it and a few copies; for experts that is all of a layer's
+    side by side (537 MB in MolmoE-1B), and for the embeddings the whole table. The trial run reads larger weights
+    from their file, but `measure` and `check` hold the finished bundle in memory, as any use of it does.
+
+    Raises ExportError, CheckpointError, ConfigError or TokenizerError, and before anything is converted ImageError
+    or PromptError for a `check` that could not be answered.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists():
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
+    if check is not None:
+        load_image(check.image)
+        build_prompt(check.question)
     config = MolmoConfig.from_hub(checkpoint)
     tensors = open_tensors(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
@@ -89,8 +99,7 @@ def export_bundle(
         for component, kind in chosen.items():
             components |= _component(component, staging, config, tensors, kind)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
-        if not any(f"{component}_data" in components for component in BUILDERS):
-            _try(config, files)
+        _try(config, files)
         if measure and any(kind is not FP32 for kind in chosen.values()):
             _measure(components, files, Path(scratch) / "fp32", config, tensors, chosen)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
@@ -129,7 +138,10 @@ def build_component(
     component: str, path: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
 ) -> Path | None:
     """Write one graph to `path`; returns the sidecar with its large weights, if it needed one."""
-    size = sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(_PREFIXES[component]))
+    prefixes = _PREFIXES[component]
+    if component == "decoder":
+        prefixes += (head_name(config.decoder),)  # with tied weights the head is a second copy of the embedding
+    size = sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(prefixes))
     large = size * precision.bytes_per_weight > _SIDECAR_ABOVE
     graph = Graph(component, path.with_name(f"{path.name}.data") if large else None)
     BUILDERS[component](graph, config, tensors, precision)
@@ -159,8 +171,11 @@ def _sources(checkpoint: Path) -> dict[str, str]:
 
 
 def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
-    """No bundle leaves without having run: weights that do not fit their config.json show here."""
-    runtime = OnnxRuntime(config, files)
+    """No bundle leaves without having run: weights that do not fit their config.json show here.
+
+    Weights in sidecars stay in their files, so that a bundle larger than this machine's memory is tried as well.
+    """
+    runtime = OnnxRuntime(config, files, mapped=True)
     try:
         i = config.image
         crop = np.zeros((1, i.patches**2, i.patch_size**2 * 3), np.float32)

@@ -25,8 +25,10 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
 
     Every component gets the exact outputs of the one before it, so that the errors are its own. The image is
     a synthetic one, the text random ids; the decoder is compared on logits after an image and a text.
+
+    Memory holds what is in `files`, as any use of it does, and of `exact` only what has no sidecar.
     """
-    a, b = OnnxRuntime(config, exact), OnnxRuntime(config, files)
+    a, b = OnnxRuntime(config, exact, mapped=True), OnnxRuntime(config, files)
     rng = np.random.default_rng(0)
     crops, masks = sample_crops(config)
     ids = rng.integers(0, config.decoder.vocab_size, _TEXT)

@@ -18,11 +18,13 @@ from torch import nn
 import molmo_edge.export.bundle as bundle_module
 from molmo_edge.bundle import open_bundle
 from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.graph import FP32, Graph
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.hub_config import to_hub_config
+from molmo_edge.loading import ImageError
 from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
+from molmo_edge.prompt import PromptError
 from molmo_edge.runtimes.onnx import OnnxRuntime, open_bundle_runtime
 
 TOLERANCE = 1e-4  # relative to the largest value: the one the golden values come with
@@ -230,6 +232,29 @@ def test_large_weights_go_to_a_sidecar(tmp_path: Path, monkeypatch: pytest.Monke
     assert greedy(engine, prompt(engine, c), 24) == expected("olmo")[1]["wide_text"]["generated_ids"]
 
 
+def test_tied_weights_count_in_the_size_of_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is written once more, and may be what takes the graph past 2 GB."""
+    config = tiny_checkpoint(tmp_path / "tied", weight_tying=True)
+    tensors = open_tensors(tmp_path / "tied")
+    blocks = sum(tensors.get(name).nbytes for name in tensors.names() if ".transformer.blocks." in name)
+    monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", blocks + 1)
+    path = tmp_path / "decoder.onnx"
+    assert bundle_module.build_component("decoder", path, config, tensors, FP32) == tmp_path / "decoder.onnx.data"
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "error"),
+    [("missing.jpg", "What is it?", ImageError), ("coffee.png", " ", PromptError)],
+)
+def test_a_check_that_cannot_be_answered_is_refused_first(
+    image: str, question: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "_component", lambda *_: pytest.fail("the conversion was begun"))
+    with pytest.raises(error):
+        export_bundle(GOLDEN / "qwen", tmp_path / "bundle", check=CheckPhoto(GOLDEN / image, question))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -268,7 +293,11 @@ def test_precisions_mix(tmp_path: Path) -> None:
     assert written["components"] == manifest["components"]
 
 
-def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sidecar_above", [1_800_000_000, 10_000])
+def test_weights_of_another_config_are_refused(
+    sidecar_above: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", sidecar_above)
     tiny_checkpoint(tmp_path / "wrong", ffn_dim=40)
     with pytest.raises(ExportError, match="belong to these weights"):
         export_bundle(tmp_path / "wrong", tmp_path / "bundle")
