@@ -119,7 +119,7 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
 
 def _download(hub_id: str) -> Path:
     # What it is first: the rest may be 29 GB.
-    directory = _snapshot(hub_id, allow_patterns=[MANIFEST, "config.json"])
+    directory = _snapshot(hub_id, only=[MANIFEST, "config.json"])
     if not is_bundle(directory):
         if not (directory / "config.json").is_file():
             raise BundleError(f"{hub_id} on the hub holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
@@ -128,14 +128,14 @@ def _download(hub_id: str) -> Path:
                 f"{hub_id} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or name a bundle"
             )
     # Checkpoints on the hub bring their own Python: it is never run here, so it is not fetched either.
-    return _snapshot(hub_id, ignore_patterns=["*.py", "*.msgpack", "*.h5"])
+    return _snapshot(hub_id, but=["*.py", "*.msgpack", "*.h5"])
 
 
-def _snapshot(hub_id: str, **patterns: list[str]) -> Path:
+def _snapshot(hub_id: str, *, only: list[str] | None = None, but: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, **patterns))  # type: ignore[arg-type]
+        return Path(snapshot_download(hub_id, allow_patterns=only, ignore_patterns=but))
     except Exception as error:  # the hub's client raises its own, httpx's, requests' and OSError
         raise BundleError(
             f"{hub_id} is no directory here and could not be fetched from the hub: {first_line(error)}. "

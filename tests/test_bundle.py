@@ -203,7 +203,7 @@ def test_what_cannot_run_here_is_not_downloaded(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BundleError, match=says):
         resolve_model("someone/a-model")
-    assert [set(options) for options in asked] == [{"allow_patterns"}]
+    assert [options["ignore_patterns"] for options in asked] == [None]
 
 
 def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
 ]
-Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".', callback=_known_device)]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", or "cuda" for a checkpoint.', callback=_known_device)]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
