@@ -10,7 +10,7 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json, progress
 
-_PRECISION = '"fp32", "int8" (integer products) or "q8" (int8 in the file only); or by component: decoder=int8,...'
+_PRECISION = '"fp32", "int8" (fast) or "q8" (8 bit in blocks of 32, exact); or by component: decoder=int8,...'
 
 
 def export(

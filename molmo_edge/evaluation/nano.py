@@ -1,4 +1,4 @@
-"""Nano's own validation: pointing, counting, reading and clocks, on photos and on drawn scenes never seen.
+"""Nano's own validation: pointing, counting, absence, reading and clocks, on photos and on drawn scenes never seen.
 
 Every figure stands beside a baseline that does not look: one point in the centre, the most frequent count,
 the most frequent answer. `python -m molmo_edge.evaluation.nano --photos DIR --sprites DIR [--model DIR]`
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from molmo_edge.molmo import Molmo
 from molmo_edge.points import Point
 from molmo_edge.training.assets import load_assets
 from molmo_edge.training.photos import load_photos
+from molmo_edge.training.questions import absent_labels
 from molmo_edge.training.scenes import draw_scene
+from molmo_edge.training.sprite_names import COCO_LABELS
 
 MOST_INSTANCES = 12  # labels with more are not asked about, in training as here
 CENTRE = (Point(50.0, 50.0),)
@@ -38,6 +41,12 @@ class Case:
     group: str  # "scenes" or a photo source
     rgb: Callable[[], np.ndarray]
     annotation: dict[str, Any]
+
+    def absent(self) -> str | None:
+        """A COCO label that is certainly not in the picture, the same one at every run."""
+        labels = sorted(absent_labels(self.annotation, COCO_LABELS))
+        seed = zlib.crc32(json.dumps(self.annotation, sort_keys=True).encode())
+        return labels[seed % len(labels)] if labels else None
 
     def labels(self) -> list[tuple[str, list[list[float]]]]:
         """(label, boxes) of what can be pointed at and counted: no crowds."""
@@ -66,6 +75,7 @@ def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Ca
     pointed: dict[str, list[Pointing]] = {}
     centre: dict[str, list[Pointing]] = {}
     counted: dict[str, list[tuple[int | None, int]]] = {}
+    refused: dict[str, list[bool]] = {}
     read: list[tuple[str, str]] = []
     clocks: list[tuple[str, str]] = []
     started = time.monotonic()
@@ -76,6 +86,8 @@ def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Ca
             pointed.setdefault(case.group, []).append(score_points(points, boxes))
             centre.setdefault(case.group, []).append(score_points(CENTRE, boxes))
             counted.setdefault(case.group, []).append((molmo.count(scene, label).count, len(boxes)))
+        if absent := case.absent():
+            refused.setdefault(case.group, []).append(not molmo.point(scene, absent).points)
         if len(case.annotation.get("texts", ())) == 1:
             read.append((molmo.ask(scene, "What does the text say?").text.strip(), case.annotation["texts"][0]["text"]))
         if len(case.annotation.get("clocks", ())) == 1:
@@ -84,6 +96,7 @@ def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Ca
     return {
         "pointing": {g: summarise_points(v, centre[g]) for g, v in pointed.items()},
         "counting": {g: summarise_counts(v) for g, v in counted.items()},
+        "absent": {g: {"n": len(v), "no_points": mean(map(float, v))} for g, v in refused.items()},
         "reading": summarise_texts(read),
         "clocks": summarise_texts(clocks),
     }
@@ -140,7 +153,7 @@ def main() -> None:
     cases: list[Case] = []
     if args.photos:
         photos = list(photo_cases(args.photos))
-        step = max(1, len(photos) // args.limit) if args.limit else 1
+        step = -(-len(photos) // args.limit) if args.limit else 1
         cases += photos[::step]
     if args.sprites:
         for kind, share in (("sprites", 1), ("words", 3), ("clocks", 3)):

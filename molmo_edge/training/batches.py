@@ -181,7 +181,12 @@ class Visits(Sampler[list[tuple[int, int]]]):
             whole = size // self.batch * self.batch
             rows.append(start + rng.permutation(size)[:whole].reshape(-1, self.batch))
             start += size
-        return rng.permutation(np.concatenate(rows))
+        batches = np.concatenate(rows)
+        if not len(batches):
+            raise ValueError(
+                f"{sum(self.groups)} pictures do not fill one batch of {self.batch}: make more, or lower it"
+            )
+        return rng.permutation(batches)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -202,12 +202,20 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
+        now = dataclasses.asdict(self.config)
+        changed = {key: [old, now[key]] for key, old in state["config"].items() if now.get(key) != old}
+        if changed:  # allowed, to give a run more steps; but never without a word
+            self.log(stage="resume", changed=changed)
 
     def save(self) -> None:
         part = self.directory / "state.part"
-        torch.save(
-            {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}, part
-        )
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        torch.save(state, part)
         os.replace(part, self.directory / "state.pt")
 
     def log(self, **record: Any) -> None:

@@ -170,7 +170,7 @@ def _count(rng: np.random.Generator, item: Annotation) -> QA:
 
 def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
     """Two questions about what is certainly absent; one where nothing present can be asked for, lest "none" wins."""
-    absent = sorted(_absent(annotation, vocabulary))
+    absent = sorted(absent_labels(annotation, vocabulary))
     if not absent:
         return []
     size = min(2 if _countable(annotation) else 1, len(absent))
@@ -181,7 +181,8 @@ def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Col
     return questions
 
 
-def _absent(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
+def absent_labels(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
+    """Names of `vocabulary` that are certainly not in the picture, as far as its source annotates."""
     names = set(vocabulary)
     source = annotation["source"]
     if source == "coco":

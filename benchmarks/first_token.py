@@ -1,0 +1,64 @@
+"""From `import molmo_edge` to the first token of an answer about a 640x480 photo, each run in a fresh process.
+
+`python benchmarks/first_token.py [--photo FILE] [--runs 5] [--threads 2]` prints a table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CHILD = """
+import json, sys, time
+began = time.perf_counter()
+import molmo_edge
+imported = time.perf_counter()
+molmo = molmo_edge.Molmo(threads=int(sys.argv[2]) or None)
+stream = molmo.stream(sys.argv[1], "Point to the cat.")
+next(stream)
+first = time.perf_counter()
+spent = stream.answer.usage.seconds
+print(json.dumps({
+    "import": imported - began,
+    "first_token": first - began,
+    "preprocess": spent.preprocess,
+    "vision": spent.vision,
+    "prefill": spent.prefill,
+    "torch": "torch" in sys.modules,
+}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--photo", type=Path, default=Path(__file__).parent.parent / "examples" / "cat.jpg")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="0: the engine's choice")
+    args = parser.parse_args()
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as scratch:
+        photo = Path(scratch) / "photo.jpg"
+        with Image.open(args.photo) as image:
+            image.convert("RGB").resize((640, 480), Image.Resampling.BICUBIC).save(photo, quality=90)
+        command = [sys.executable, "-c", CHILD, str(photo), str(args.threads)]
+        runs = []
+        for _ in range(args.runs + 1):  # the first warms the disk's cache and verifies the hashes
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs.append(json.loads(done.stdout))
+    if any(run["torch"] for run in runs):
+        raise SystemExit("torch was imported")
+    print(f"{'seconds':12} {'median':>8} {'worst':>8} {'very first':>11}")
+    for stage in ("import", "preprocess", "vision", "prefill", "first_token"):
+        values = [run[stage] for run in runs[1:]]
+        print(f"{stage:12} {statistics.median(values):8.3f} {max(values):8.3f} {runs[0][stage]:11.3f}")
+    print(json.dumps({"runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
