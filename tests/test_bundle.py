@@ -259,6 +259,19 @@ def test_an_answer_that_does_not_stop_fails_the_check(bundle: Path) -> None:
     assert not report.stopped and not report.exact and not report.passed
 
 
+def test_an_answer_that_stops_where_it_did_passes_the_check(
+    bundle: Path, saying: Callable[..., Molmo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = saying("two dogs").ask(bundle / "check" / "photo.png", "What?")
+    assert recorded.complete
+    edit(bundle, lambda m: m["check"].update(complete=True, token_ids=list(recorded.token_ids), points=[]))
+    monkeypatch.setattr("molmo_edge.selfcheck.Molmo", lambda *_, **__: saying("two dogs"))
+    assert check_bundle(bundle).exact
+    monkeypatch.setattr("molmo_edge.selfcheck.Molmo", lambda *_, **__: saying("two dogs" + " and on" * 50))
+    report = check_bundle(bundle)
+    assert not report.stopped and not report.passed
+
+
 def test_the_check_passes_on_a_sound_copy_and_fails_on_another_answer(bundle: Path) -> None:
     report = check_bundle(bundle, threads=1)
     assert report.exact and report.passed and len(report.token_ids) == 8
