@@ -19,7 +19,7 @@ began = time.perf_counter()
 import molmo_edge
 imported = time.perf_counter()
 molmo = molmo_edge.Molmo(threads=int(sys.argv[2]) or None)
-stream = molmo.stream(sys.argv[1], "Point to the cat.")
+stream = molmo.stream(sys.argv[1], "How many cups are there?")
 next(stream)
 first = time.perf_counter()
 spent = stream.answer.usage.seconds
@@ -36,7 +36,7 @@ print(json.dumps({
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--photo", type=Path, default=Path(__file__).parent.parent / "examples" / "cat.jpg")
+    parser.add_argument("--photo", type=Path, default=Path(__file__).parent.parent / "examples" / "coffee.jpg")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="0: the engine's choice")
     args = parser.parse_args()

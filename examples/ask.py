@@ -1,4 +1,4 @@
-"""One question about one photo: `python examples/ask.py examples/cat.jpg "Point to the cat."`"""
+"""One question about one photo: `python examples/ask.py examples/coffee.jpg "Point to the cup."`"""
 
 import sys
 

@@ -322,7 +322,7 @@ PRESETS: dict[str, MolmoConfig] = {
             additional_vocab_size=128,
             qk_norm=True,
             rope_theta=1e5,
-            max_position_embeddings=4096,
+            max_position_embeddings=2048,
         ),
         projector_dim=1536,
     ),

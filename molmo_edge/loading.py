@@ -75,9 +75,9 @@ def _from_path(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; failing to open is not failing to read
     except FileNotFoundError:
-        raise ImageError(f"there is no image {name}") from None
+        raise ImageError(f"there is no image {name}: check the path") from None
     except IsADirectoryError:
-        raise ImageError(f"{name} is a directory, not an image") from None
+        raise ImageError(f"{name} is a directory, not an image: name one file") from None
     except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
         reason = getattr(error, "strerror", None) or error  # without the name, which may be very long
         raise ImageError(f"the image {name} cannot be opened: {reason}") from error
@@ -96,11 +96,11 @@ def _from_file(file: IO[bytes], name: str) -> np.ndarray:
         image = Image.open(file)
     except Image.UnidentifiedImageError:
         if file.seekable() and file.seek(0, os.SEEK_END) == 0:
-            raise ImageError(f"{name} is empty (0 bytes)") from None
-        raise ImageError(f"{name} is not an image of a kind that Pillow can read") from None
+            raise ImageError(f"{name} is empty (0 bytes): copy or download it again") from None
+        raise ImageError(f"{name} is not an image of a kind that Pillow can read: convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit, which is the app's to set; a warning arrives here where the app makes them errors.
-        raise ImageError(f"{name} is too large to be decoded (most are {MAX_PIXELS} pixels): {error}") from error
+        raise ImageError(f"{name} is too large to be decoded, scale it down to {MAX_PIXELS} pixels: {error}") from error
     except Exception as error:  # hostile headers make Pillow's parsers raise nearly anything
         raise ImageError(f"{name} cannot be read: {_reason(error)}") from error
     with image:
@@ -119,7 +119,7 @@ def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
     try:
         image.load()
     except Exception as error:  # as above: decoders raise OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"{name} is damaged or cut short: {_reason(error)}") from error
+        raise ImageError(f"{name} is damaged or cut short, copy or download it again: {_reason(error)}") from error
     turn = _TRANSPOSE.get(_orientation(image))
     if image.mode.startswith("I") or image.mode == "F":
         deep = np.asarray(image if turn is None else image.transpose(turn))
@@ -173,7 +173,7 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded to nearest
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise ImageError("the image array holds NaN or infinite values")
+            raise ImageError("the image array holds NaN or infinite values: replace them first")
         low, high = float(array.min()), float(array.max())
         if low < -1e-3 or high > 1 + 1e-3:  # a resize may overshoot by a rounding error, not by more
             raise ImageError(

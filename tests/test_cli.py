@@ -330,7 +330,12 @@ def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
 def test_an_interrupt_is_quiet(tiny_bundle: Path, photo: Path) -> None:
     command = [*COMMAND, "chat", str(photo), "-m", str(tiny_bundle)]
-    process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts its background jobs with interrupts ignored, and the tests may run in one.
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert process.stdin is not None and process.stderr is not None
     assert "a question" in process.stderr.readline()  # it waits for one now
     time.sleep(0.1)

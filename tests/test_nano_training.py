@@ -134,7 +134,7 @@ def test_point_queries_stand_before_each_x(start: Path, cache: Path) -> None:
         ids = item["packed"].input_ids
         for at in item["queries"]:
             text = tokenizer.decode(ids[: at + 1].tolist())
-            assert text.endswith('="') and text[-5:-2].strip(' x0123456789t') == "", text[-20:]
+            assert text.endswith('="') and text[-5:-2].strip(" x0123456789t") == "", text[-20:]
             assert tokenizer.decode([int(ids[at + 1])]).isdigit()
             checked += 1
     assert checked
@@ -153,7 +153,10 @@ def test_batches_are_padded_to_few_lengths(start: Path, cache: Path) -> None:
     data = PackedQuestions([cache], tokenizer, config, questions=3, names=NAMES, seed=0)
     batch = collate([data[i, 0] for i in range(3)])
     assert batch["ids"].shape[1] % 64 == 0 and len(batch["answered"]) % 64 == 0
-    assert torch.isfinite(batch["loss_weights"]).all() and (batch["targets"] != -100).sum() == (batch["loss_weights"] > 0).sum()
+    assert (
+        torch.isfinite(batch["loss_weights"]).all()
+        and (batch["targets"] != -100).sum() == (batch["loss_weights"] > 0).sum()
+    )
 
 
 def test_schedules() -> None:

@@ -108,7 +108,8 @@ def test_wheel_and_sdist_hold_what_they_must(artefacts: Path, source: Path) -> N
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"molmo_edge"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     nano = source / "molmo_edge" / "nano"
-    for file in nano.rglob("*") if nano.exists() else ():
+    assert (nano / "molmo_edge.json").is_file()
+    for file in nano.rglob("*"):
         if file.is_file():
             assert str(file.relative_to(source)).replace(os.sep, "/") in names
     with tarfile.open(sdist) as archive:
