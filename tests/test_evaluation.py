@@ -1,0 +1,74 @@
+"""Scores by hand, and nano's validation on a model that knows every answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from molmo_edge.evaluation.metrics import Pointing, character_error, score_points
+from molmo_edge.evaluation.nano import Case, evaluate
+from molmo_edge.points import Point
+
+
+def test_points_and_boxes_are_matched_one_to_one() -> None:
+    wide, narrow = [0, 0, 50, 50], [10, 10, 20, 20]
+    # The first point fits both boxes, the second only the wide one: greedy matching could waste it.
+    assert score_points([Point(15, 15), Point(40, 40)], [wide, narrow]).hits == 2
+    assert score_points([Point(15, 15), Point(16, 16)], [narrow]) == Pointing(hits=1, points=2, boxes=1)
+    assert score_points([Point(60, 60)], [wide, narrow]).f1 == 0
+    assert score_points([Point(20, 20)], [narrow]).f1 == 1, "the edge belongs to the box"
+    assert score_points([], []).f1 == 1
+    assert Pointing(hits=1, points=2, boxes=1).f1 == pytest.approx(2 / 3)
+
+
+def test_character_error_is_edit_distance_over_length() -> None:
+    assert character_error("Stop ", "stop") == 0
+    assert character_error("shop", "stop") == pytest.approx(0.25)
+    assert character_error("", "stop") == 1
+    assert character_error("something else", "a") == 1, "never more than 1"
+
+
+class Knowing:
+    """Answers from the annotation; `wrong` makes it point at the corner and miscount."""
+
+    def __init__(self, annotation: dict[str, Any], wrong: bool = False):
+        self.boxes = {o["label"]: o["boxes"] for o in annotation["objects"]}
+        self.annotation, self.wrong = annotation, wrong
+
+    def encode(self, rgb: np.ndarray) -> np.ndarray:
+        return rgb
+
+    def point(self, scene: Any, label: str) -> Any:
+        if self.wrong:
+            return SimpleNamespace(points=(Point(0, 0),))
+        return SimpleNamespace(points=[Point((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in self.boxes.get(label, [])])
+
+    def count(self, scene: Any, label: str) -> Any:
+        return SimpleNamespace(count=None if self.wrong else len(self.boxes[label]))
+
+    def ask(self, scene: Any, question: str) -> Any:
+        return SimpleNamespace(text=" Stop" if "text" in question else "3:25")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_validation_of_a_model_that_knows_and_of_one_that_does_not(wrong: bool) -> None:
+    annotation = {
+        "source": "scene",
+        "objects": [
+            {"label": "dog", "boxes": [[40, 40, 60, 60], [70, 70, 90, 90]]},
+            {"label": "people", "boxes": [[1, 1, 2, 2]], "crowd": True},
+        ],
+        "texts": [{"text": "stop", "box": [0, 0, 10, 10]}],
+        "clocks": [{"time": "3:25", "box": [10, 10, 20, 20]}],
+    }
+    case = Case("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation)
+    report = evaluate(Knowing(annotation, wrong), [case], per_picture=3, progress=lambda line: None)  # type: ignore[arg-type]
+    assert report["pointing"]["scenes"]["n"] == 1, "a crowd is not asked about"
+    assert report["pointing"]["scenes"]["f1"] == (0 if wrong else 1)
+    assert report["pointing"]["scenes"]["centre_guess_f1"] == pytest.approx(2 / 3, abs=1e-3)
+    assert report["counting"]["scenes"]["exact"] == (0 if wrong else 1)
+    assert report["absent"]["scenes"] == {"n": 1, "no_points": 0 if wrong else 1}
+    assert report["reading"]["exact"] == 1 and report["clocks"]["exact"] == 1
