@@ -1,17 +1,40 @@
-"""From a checkpoint in hub layout to a bundle of ONNX graphs (imported as `molmo_edge.export`)."""
+"""From a checkpoint to a bundle of ONNX graphs, or to safetensors (imported as `molmo_edge.export`).
+
+Names are looked up on first use: writing safetensors needs no onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+
+if TYPE_CHECKING:
+    from molmo_edge.export.bundle import CheckPhoto, export_bundle
+    from molmo_edge.export.checkpoint import export_checkpoint
+    from molmo_edge.export.unpack import load_bundle_weights
+
+__all__ = ["CheckPhoto", "ExportError", "export_bundle", "export_checkpoint", "load_bundle_weights"]
+
+_HOME = {
+    "CheckPhoto": "bundle",
+    "export_bundle": "bundle",
+    "export_checkpoint": "checkpoint",
+    "load_bundle_weights": "unpack",
+}
 
 
 class ExportError(MolmoEdgeError):
     """An export that was asked for something it cannot do, or that this installation lacks a part for."""
 
 
-try:
-    import onnx as _onnx  # noqa: F401  (the whole subpackage stands on it)
-except ImportError:
-    raise ExportError("exporting needs the onnx package: pip install 'molmo-edge[export]'") from None
-
-from molmo_edge.export.bundle import CheckPhoto, export_bundle  # noqa: E402
-
-__all__ = ["CheckPhoto", "ExportError", "export_bundle"]
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise ExportError("this needs the onnx package: pip install 'molmo-edge[export]'") from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from molmo_edge.config import ConfigError, MolmoConfig
-from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.hub_config import is_checkpoint
 from molmo_edge.tokenizer import SpecialIds, Tokenizer
 
 MANIFEST = "molmo_edge.json"
@@ -92,55 +92,38 @@ def is_bundle(directory: str | Path) -> bool:
     return (Path(directory) / MANIFEST).is_file()
 
 
-def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+def is_hub_id(model: object) -> bool:
+    """Whether a model argument names one on the hub: `owner/name`, and nothing here is called so."""
+    return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None = None, to_run: bool = True) -> Path:
     """Find the directory that `model` means.
 
-    None or "nano": the embedded bundle. A bundle directory, or a checkpoint directory in hub layout: itself.
-    A hub id `owner/name`: its files, downloaded once into the hub's own cache.
-    Raises BundleError for anything else, and where the hub cannot be reached.
+    None or "nano": the embedded bundle. A bundle directory, or a checkpoint directory: itself. A hub id `owner/name`:
+    its files at `revision`, downloaded once into the hub's own cache. `to_run`: see `molmo_edge.hub.fetch_model`.
+    Raises BundleError for anything else, HubError where the hub cannot give it.
     """
+    if model is not None and is_hub_id(model):
+        from molmo_edge.hub import fetch_model
+
+        return fetch_model(str(model), revision, to_run=to_run)
+    if revision is not None:
+        raise BundleError(f"a revision is for a model of the hub, owner/name, but the model is {model}")
     if model is None:
         return default_bundle()
     if not isinstance(model, (str, os.PathLike)):
         raise BundleError(f"the model must be a path or a hub id, it is {type(model).__name__}")
     path = Path(model)
     if path.is_dir():
-        if is_bundle(path) or (path / "config.json").is_file():
+        if is_bundle(path) or is_checkpoint(path):
             return path
         raise BundleError(f"{path} holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
     if path.exists():
         raise BundleError(f"{path} is a file: name the directory of the bundle or of the checkpoint")
     if str(model) == "nano":
         return default_bundle()
-    if isinstance(model, str) and _HUB_ID.fullmatch(model):
-        return _download(model)
     raise BundleError(f"there is no directory {path}, and it is not a hub id of the form owner/name")
-
-
-def _download(hub_id: str) -> Path:
-    # What it is first: the rest may be 29 GB.
-    directory = _snapshot(hub_id, only=[MANIFEST, "config.json"])
-    if not is_bundle(directory):
-        if not (directory / "config.json").is_file():
-            raise BundleError(f"{hub_id} on the hub holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
-        if importlib.util.find_spec("torch") is None:
-            raise BundleError(
-                f"{hub_id} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or name a bundle"
-            )
-    # Checkpoints on the hub bring their own Python: it is never run here, so it is not fetched either.
-    return _snapshot(hub_id, but=["*.py", "*.msgpack", "*.h5"])
-
-
-def _snapshot(hub_id: str, *, only: list[str] | None = None, but: list[str] | None = None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=only, ignore_patterns=but))
-    except Exception as error:  # the hub's client raises its own, httpx's, requests' and OSError
-        raise BundleError(
-            f"{hub_id} is no directory here and could not be fetched from the hub: {first_line(error)}. "
-            "Check the name and the connection, or name a local directory"
-        ) from error
 
 
 def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:

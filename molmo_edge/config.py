@@ -19,6 +19,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# Of weights on PyTorch: modeling/precision.py says what they mean.
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
+
+
 class ConfigError(MolmoEdgeError):
     """A configuration that cannot be read, or that contradicts itself."""
 
@@ -217,10 +221,10 @@ class MolmoConfig:
 
     @classmethod
     def from_hub(cls, directory: str | Path) -> MolmoConfig:
-        """Read `config.json` and `preprocessor_config.json` of a checkpoint directory in hub layout."""
-        from molmo_edge.hub_config import read_hub_config  # it builds on this module
+        """Read the configuration of a checkpoint directory, in hub layout or the reference's own."""
+        from molmo_edge.hub_config import read_config  # it builds on this module
 
-        return read_hub_config(Path(directory))
+        return read_config(Path(directory))
 
 
 def _dataclass(kind: type, data: Any) -> Any:

@@ -6,7 +6,7 @@ numpy Generator, so the same seed gives the same answer on every machine whose l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import numpy as np
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.runtimes import Cache, Runtime
+    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
 
 
 class GenerationError(MolmoEdgeError):
@@ -95,6 +95,36 @@ def generate(
         yield token
         if step + 1 < most:  # nobody would look at the logits behind the last id
             logits = runtime.forward(runtime.embed(np.array([token], dtype=np.int64)), cache)
+
+
+def generate_batch(
+    runtime: BatchRuntime,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    most: Sequence[int],
+    *,
+    eos_id: int,
+    vocab_size: int,
+) -> list[list[int]]:
+    """As `generate`, for several prompts (float32 [n_i, d_model]) side by side, each with ids and a draw of its own.
+
+    `most`: ids that each may have, see `most_new_tokens`. Returns the ids of each.
+    """
+    randoms = [np.random.default_rng(sampling.seed) for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    logits, batch = runtime.prefill_batch(prompts, max(most))
+    while going:
+        for i in sorted(going):
+            token = next_token(logits[i, :vocab_size], sampling, randoms[i])
+            if token != eos_id:
+                answers[i].append(token)
+            if token == eos_id or len(answers[i]) == most[i]:
+                going.discard(i)
+        if going:  # the ended ones run along: what they say is not read
+            last = np.array([ids[-1] if ids else eos_id for ids in answers], dtype=np.int64)
+            logits = runtime.forward_batch(runtime.embed(last), batch)
+    return answers
 
 
 def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

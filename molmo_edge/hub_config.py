@@ -1,6 +1,7 @@
 """The two dialects of `config.json` that the public checkpoints use, to a MolmoConfig and back.
 
-Dense models say `hidden_size`, ..., MolmoE says `d_model`, ....
+Dense models say `hidden_size`, ..., MolmoE says `d_model`, .... The reference's own folders hold a `config.yaml`
+instead, whose `model` section speaks MolmoE's dialect.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 from molmo_edge.config import (
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     ConfigError,
     DecoderConfig,
     ImageConfig,
@@ -19,6 +22,8 @@ from molmo_edge.config import (
     VisionConfig,
     as_tuple,
 )
+
+CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
 
 # What the public Molmos have in common. A checkpoint that says otherwise would run, and answer nonsense.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -31,10 +36,40 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_hub_config(directory: Path) -> MolmoConfig:
-    """`from_hub_config` of the files in `directory`. Raises ConfigError, also where they cannot be read."""
-    image = directory / "preprocessor_config.json"
-    return from_hub_config(_read_json(directory / "config.json"), _read_json(image) if image.exists() else {})
+def is_checkpoint(directory: Path) -> bool:
+    """Whether `directory` has the configuration of a checkpoint, the hub's or the reference's."""
+    return any((directory / name).is_file() for name in (CONFIG, REFERENCE_CONFIG))
+
+
+def read_config(directory: Path) -> MolmoConfig:
+    """The configuration of a checkpoint directory. Raises ConfigError, also where it cannot be read."""
+    if not (directory / CONFIG).exists() and (directory / REFERENCE_CONFIG).exists():
+        return read_reference_config(directory / REFERENCE_CONFIG)
+    image = directory / PREPROCESSOR
+    return from_hub_config(_read_json(directory / CONFIG), _read_json(image) if image.exists() else {})
+
+
+def read_reference_config(path: Path) -> MolmoConfig:
+    """The `model` section of the reference's config.yaml. Raises ConfigError."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    model = raw.get("model") if isinstance(raw, dict) else None
+    if not isinstance(model, dict):
+        raise ConfigError(f"{path} has no section `model`: it is not the configuration of a Molmo")
+    vision = model.get("vision_backbone")
+    if not isinstance(vision, dict):
+        raise ConfigError(f"{path} has no model.vision_backbone: it is the configuration of a text model")
+    # OmegaConf writes an enum's name, the hub its value.
+    model = model | {"model_type": "molmo", "image_pooling_2d": str(model.get("image_pooling_2d")).replace("_", "-")}
+    # As build_mm_preprocessor chooses them.
+    dino = vision.get("resize_mode") == "dino"
+    return from_hub_config(model, {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD} if dino else {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -166,32 +201,22 @@ def _dense_dialect(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inverse of `from_hub_config`, in MolmoE's dialect: (config.json, preprocessor_config.json)."""
+    """The inverse of `from_hub_config`: (config.json, preprocessor_config.json), in the dialect of such a decoder."""
     d, v, i = config.decoder, config.vision, config.image
-    raw = {
-        "architectures": ["OLMoForCausalLM"],
+    raw = _moe_keys(config) if d.n_experts else _dense_keys(d)
+    raw |= {
         "model_type": "molmo",
-        "activation_type": "swiglu",
         "additional_vocab_size": d.additional_vocab_size,
         "attention_layer_norm": d.qk_norm,
-        "block_type": "moe" if d.n_experts else "sequential",
-        "d_model": d.d_model,
+        "clip_qkv": None,
         "embedding_size": d.embedding_size,
         "image_pooling_h": i.pool,
         "image_pooling_w": i.pool,
         "image_projector_dim": config.projector_dim,
         "layer_norm_eps": d.norm_eps,
         "layer_norm_type": "rms",
-        "max_crops": i.max_crops,
         "max_position_embeddings": d.max_position_embeddings,
-        "mlp_hidden_size": 2 * d.ffn_dim,
-        "moe_num_experts": d.n_experts,
-        "moe_top_k": d.top_k,
-        "n_heads": d.n_heads,
-        "n_kv_heads": d.n_kv_heads,
-        "n_layers": d.n_layers,
         "norm_after": d.norm_after,
-        "overlap_margins": list(i.overlap_margins),
         "qkv_bias": d.qkv_bias,
         "rope_theta": d.rope_theta,
         "vit_layers": list(v.layers),
@@ -225,3 +250,39 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "overlap_margins": list(i.overlap_margins),
     }
     return raw, preprocessor
+
+
+def write_hub_config(config: MolmoConfig, directory: Path) -> None:
+    """Write config.json and preprocessor_config.json."""
+    for name, data in zip((CONFIG, PREPROCESSOR), to_hub_config(config), strict=True):
+        (directory / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _moe_keys(config: MolmoConfig) -> dict[str, Any]:
+    d, i = config.decoder, config.image
+    return {
+        "architectures": ["OLMoForCausalLM"],
+        "activation_type": "swiglu",
+        "block_type": "moe",
+        "d_model": d.d_model,
+        "max_crops": i.max_crops,
+        "mlp_hidden_size": 2 * d.ffn_dim,
+        "moe_num_experts": d.n_experts,
+        "moe_top_k": d.top_k,
+        "n_heads": d.n_heads,
+        "n_kv_heads": d.n_kv_heads,
+        "n_layers": d.n_layers,
+        "overlap_margins": list(i.overlap_margins),
+    }
+
+
+def _dense_keys(d: DecoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["MolmoForCausalLM"],
+        "hidden_size": d.d_model,
+        "intermediate_size": 2 * d.ffn_dim,
+        "num_attention_heads": d.n_heads,
+        "num_hidden_layers": d.n_layers,
+        "num_key_value_heads": d.n_kv_heads,
+        "tie_word_embeddings": d.weight_tying,
+    }

@@ -13,23 +13,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
 from molmo_edge.bundle import load_tokenizer, resolve_model
-from molmo_edge.config import ImageConfig
+from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, generate, most_new_tokens
+from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.points import Point, StreamParser, parse_count
+from molmo_edge.points import Point, StreamParser, parse_count, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
 from molmo_edge.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
-    from molmo_edge.runtimes import Cache, Runtime
+    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
 
@@ -84,10 +84,12 @@ class Stream(Iterator["str | Point"]):
 class Molmo:
     """A model, ready to be asked; safe to share between threads.
 
-    `model`: None for the embedded nano; a bundle directory; a checkpoint directory in hub layout (runs on
-    PyTorch); or a hub id. `device`: "cpu", "cuda" (checkpoints only: bundles run on the CPU) or "auto", the best
-    that there is. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU
-    threads, None for the engine's choice.
+    `model`: None for the embedded nano; a bundle directory; a checkpoint directory (runs on PyTorch), in hub layout
+    or the reference's own; or a hub id, with `revision` a branch, tag or commit there. `device`: "cpu", "cuda" or
+    "mps" (checkpoints only: bundles run on the CPU) or "auto", the best that there is. `precision`: of a checkpoint's
+    weights, "fp32", "bf16", "int8", "nf4" (both of bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU that has
+    the memory. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU threads,
+    None for the engine's choice.
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -99,6 +101,8 @@ class Molmo:
         model: str | os.PathLike[str] | None = None,
         *,
         device: str = "auto",
+        precision: str = "auto",
+        revision: str | None = None,
         max_crops: int | None = None,
         threads: int | None = None,
     ) -> None:
@@ -108,9 +112,12 @@ class Molmo:
         # What can be wrong is found before an engine opens: it would go on loading behind the error.
         if max_crops is not None:
             ImageConfig(max_crops=max_crops)
-        directory = resolve_model(model)
+        if precision not in PRECISIONS:
+            raise ConfigError(f'precision "{precision}" is not known; known are {", ".join(PRECISIONS)}')
+        directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
-        self._assemble(open_runtime(directory, device=device, threads=threads), tokenizer, max_crops, started)
+        runtime = open_runtime(directory, device=device, precision=precision, threads=threads)
+        self._assemble(runtime, tokenizer, max_crops, started)
 
     @classmethod
     def from_parts(cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None) -> Molmo:
@@ -120,7 +127,7 @@ class Molmo:
         return molmo
 
     def _assemble(self, runtime: Runtime, tokenizer: Tokenizer, max_crops: int | None, started: float) -> None:
-        self._runtime: Runtime = _Serial(runtime)
+        self._runtime = _Serial(runtime)
         self._tokenizer = tokenizer
         image = runtime.config.image
         if max_crops is not None:
@@ -263,18 +270,56 @@ class Molmo:
         spent = Seconds(load=self._load_seconds, prefill=steps[0], decode=sum(steps[1:]))
         if not asked_scene:
             spent = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
-        stated = parse_count(text)
-        result.append(
-            Answer(
-                text=text,
-                points=tuple(points),
-                count=len(points) or None if stated is None else stated,
-                token_ids=tuple(token_ids),
-                complete=len(token_ids) < most,
-                usage=Usage(Tokens(len(scene.embeddings), len(ids), len(token_ids)), scene.crops, spent),
-                image=scene.image,
-            )
+        result.append(_finished(scene, text, points, token_ids, len(ids), spent, complete=len(token_ids) < most))
+
+    def ask_batch(
+        self,
+        asks: Sequence[tuple[Any, str]],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        """Ask several (image, question) pairs; each gets the answer that `ask` gives it.
+
+        A checkpoint on PyTorch runs them side by side, which a GPU does in little more than the time of one; other
+        engines take one after the other. `usage.seconds` of prefill and decode are those of the whole batch.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        for question in _questions(asks):
+            _checked(question, "question")
+        if not self._runtime.batches:
+            options = dataclasses.asdict(sampling)
+            return [self.ask(image, question, **options) for image, question in asks]
+        scenes = [self._own(image) if isinstance(image, Scene) else self._see(image) for image, _ in asks]
+        texts = [text_ids(self._tokenizer, [question]) for _, question in asks]
+        most = [
+            most_new_tokens(sampling, len(scene.embeddings) + len(ids), self._context)
+            for scene, ids in zip(scenes, texts, strict=True)
+        ]
+        began = time.perf_counter()
+        prompts = [
+            np.concatenate([scene.embeddings, self._runtime.embed(ids)])
+            for scene, ids in zip(scenes, texts, strict=True)
+        ]
+        answers = generate_batch(
+            self._runtime,
+            prompts,
+            sampling,
+            most,
+            eos_id=self._tokenizer.special.eos,
+            vocab_size=self.config.decoder.vocab_size,
         )
+        spent = Seconds(load=self._load_seconds, decode=time.perf_counter() - began)
+        finished = []
+        for scene, ids, token_ids, limit in zip(scenes, texts, answers, most, strict=True):
+            text = self._tokenizer.decode(token_ids).lstrip()
+            seconds = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
+            complete = len(token_ids) < limit
+            finished.append(_finished(scene, text, parse_points(text), token_ids, len(ids), seconds, complete=complete))
+        return finished
 
     @property
     def _context(self) -> int:
@@ -303,6 +348,37 @@ class Molmo:
         embeddings[prompt.token_index[kept]] += features[kept]
         seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
         return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
+
+
+def _finished(
+    scene: Scene,
+    text: str,
+    points: Sequence[Point],
+    token_ids: Sequence[int],
+    prompt: int,
+    spent: Seconds,
+    *,
+    complete: bool,
+) -> Answer:
+    stated = parse_count(text)
+    return Answer(
+        text=text,
+        points=tuple(points),
+        count=len(points) or None if stated is None else stated,
+        token_ids=tuple(token_ids),
+        complete=complete,
+        usage=Usage(Tokens(len(scene.embeddings), prompt, len(token_ids)), scene.crops, spent),
+        image=scene.image,
+    )
+
+
+def _questions(asks: Any) -> list[str]:
+    says = "a batch is a list of (image, question) pairs"
+    if not isinstance(asks, (list, tuple)) or not asks:
+        raise QuestionError(f"{says}, at least one")
+    if not all(isinstance(ask, (list, tuple)) and len(ask) == 2 for ask in asks):
+        raise QuestionError(says)
+    return [question for _, question in asks]
 
 
 def _checked(text: str, what: str) -> str:
@@ -359,6 +435,19 @@ class _Serial:
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         with self._lock:
             return self._inner.forward(embeddings, cache)
+
+    @property
+    def batches(self) -> bool:
+        """Whether the runtime takes several prompts at once."""
+        return hasattr(self._inner, "prefill_batch")
+
+    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
+        with self._lock:
+            return cast("BatchRuntime", self._inner).prefill_batch(prompts, room)
+
+    def forward_batch(self, embeddings: np.ndarray, batch: Any) -> np.ndarray:
+        with self._lock:
+            return cast("BatchRuntime", self._inner).forward_batch(embeddings, batch)
 
     def close(self) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ A runtime never sees a question, the SDK never sees a tensor library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ import numpy as np
 from molmo_edge.bundle import is_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.hub_config import is_checkpoint
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class EngineError(MolmoEdgeError):
@@ -68,11 +70,27 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
-def open_runtime(directory: str | Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
-    """Open a bundle on ONNX Runtime, or a checkpoint directory in hub layout on PyTorch.
+class BatchRuntime(Runtime, Protocol):
+    """A runtime that answers several prompts in one go; see `molmo_edge.runtimes.torch.TorchRuntime`."""
 
-    `threads`: None leaves the number to the engine, which takes the physical cores.
-    Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle.
+    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
+        """Prompts [n_i, d_model], each with room for `room` tokens -> logits [batch, embedding_size], and a cache."""
+        ...
+
+    def forward_batch(self, embeddings: np.ndarray, batch: Any) -> np.ndarray:
+        """One token for each prompt, [batch, d_model] -> logits [batch, embedding_size]."""
+        ...
+
+
+def open_runtime(
+    directory: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+) -> Runtime:
+    """Open a bundle on ONNX Runtime, or a checkpoint directory on PyTorch.
+
+    `precision`: of a checkpoint's weights, "fp32", "bf16", "int8", "nf4", or "auto" (modeling/precision.py); a bundle
+    has its own. `threads`: None leaves the number to the engine, which takes the physical cores.
+    Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle,
+    PrecisionError for weights that do not fit into memory.
     """
     directory = Path(directory)
     if device not in DEVICES:
@@ -80,10 +98,12 @@ def open_runtime(directory: str | Path, *, device: str = "auto", threads: int | 
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
         raise EngineError(f"threads must be a whole number, at least 1, it is {threads!r}")
     if is_bundle(directory):
+        if precision != "auto":
+            raise EngineError(f'{directory} is a bundle, whose precision was chosen at its export, not "{precision}"')
         from molmo_edge.runtimes.onnx import open_bundle_runtime
 
         return open_bundle_runtime(directory, device=device, threads=threads)
-    if (directory / "config.json").is_file():
+    if is_checkpoint(directory):
         try:
             from molmo_edge.runtimes.torch import TorchRuntime
         except ModuleNotFoundError as error:
@@ -92,5 +112,5 @@ def open_runtime(directory: str | Path, *, device: str = "auto", threads: int | 
             raise Unavailable(
                 f"{directory} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or export it"
             ) from None
-        return TorchRuntime(directory, device=device, threads=threads)
+        return TorchRuntime(directory, device=device, precision=precision, threads=threads)
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")

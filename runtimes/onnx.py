@@ -21,7 +21,7 @@ _CHUNK = 512  # positions of a prompt that go through the decoder at once; bound
 
 def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
     """Verify the bundle in `directory` and open it. Raises BundleError or EngineError."""
-    if device == "cuda":
+    if device not in ("auto", "cpu"):
         raise Unavailable(
             'bundles run on the CPU in this version: leave device at "auto", or run the checkpoint itself'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,14 @@ import numpy as np
 import torch
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling import KVCache, Molmo, load_checkpoint
+from molmo_edge.memory import available_memory
+from molmo_edge.modeling import KVCache, Molmo
+from molmo_edge.modeling.checkpoint import open_tensors
+from molmo_edge.modeling.loading import build_model
+from molmo_edge.modeling.precision import choose_precision
 from molmo_edge.runtimes import EngineError, Unavailable
+
+_CROPS = 4  # crops that go through the vision tower at once; bounds the memory of activations
 
 
 @dataclass
@@ -35,19 +42,41 @@ class TorchCache:
         return TorchCache(self.inner.copy())
 
 
-class TorchRuntime:
-    """Runtime protocol over `modeling.Molmo`, float32."""
+@dataclass
+class TorchBatch:
+    """Prompts of different lengths side by side, padded behind; what is generated follows the longest."""
 
-    def __init__(self, checkpoint: str | Path, *, device: str = "auto", threads: int | None = None) -> None:
-        """Load a checkpoint directory in hub layout. Raises CheckpointError, or Unavailable without the device."""
-        model, _, _ = load_checkpoint(checkpoint, device=_pick_device(device))
-        self._take(model, threads)
+    inner: KVCache
+    lengths: torch.Tensor  # int [batch], of the prompts
+    prompt: int  # the longest of them
+
+
+class TorchRuntime:
+    """Runtime and BatchRuntime over `modeling.Molmo`."""
+
+    precision: str  # of the weights, "auto" resolved
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> None:
+        """Load a checkpoint directory, in hub layout or the reference's own.
+
+        Raises CheckpointError, Unavailable without the device, and PrecisionError where the weights do not fit into
+        the memory that is free.
+        """
+        kind = _pick_device(device)
+        config = MolmoConfig.from_hub(checkpoint)
+        tensors = open_tensors(checkpoint)
+        precision = choose_precision(config, precision, kind, _free_memory(kind))
+        self._take(build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind), threads)
+        self.precision = precision
 
     @classmethod
     def from_model(cls, model: Molmo, *, threads: int | None = None) -> TorchRuntime:
         """Over a model that is loaded already; it is shared, not copied."""
         runtime = cls.__new__(cls)
         runtime._take(model.eval(), threads)
+        runtime.precision = "fp32" if model.compute_dtype == torch.float32 else "bf16"
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
@@ -67,13 +96,18 @@ class TorchRuntime:
     @torch.inference_mode()
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> float32 [n, cells^2, d_model]."""
-        return self.model.encode_image(self._tensor(crops), self._tensor(masks)).float().cpu().numpy()
+        encode = self.model.encode_image
+        parts = [
+            encode(self._tensor(crops[i : i + _CROPS]), self._tensor(masks[i : i + _CROPS])).float().cpu().numpy()
+            for i in range(0, len(crops), _CROPS)
+        ]
+        return np.concatenate(parts)
 
     @torch.inference_mode()
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """int [n] -> float32 [n, d_model]."""
         ids = torch.as_tensor(np.asarray(token_ids), dtype=torch.long, device=self.device)
-        return self.model.decoder.embed(ids).float().cpu().numpy()
+        return self.model.decoder.embed(ids).cpu().numpy()
 
     def new_cache(self, capacity: int) -> TorchCache:
         decoder = self.config.decoder
@@ -81,7 +115,7 @@ class TorchRuntime:
             raise EngineError(
                 f"the model has {decoder.max_position_embeddings} positions, a cache of {capacity} was asked for"
             )
-        return TorchCache(KVCache.empty(decoder, 1, capacity, like=self.model.decoder.embedding.detach()))
+        return TorchCache(self._cache(1, capacity))
 
     @torch.inference_mode()
     def forward(self, embeddings: np.ndarray, cache: TorchCache) -> np.ndarray:
@@ -91,17 +125,59 @@ class TorchRuntime:
                 f"the cache holds {cache.capacity} positions, {cache.length + len(embeddings)} are needed"
             )
         hidden = self.model.decoder(self._tensor(embeddings)[None], cache=cache.inner)
-        return self.model.decoder.logits(hidden[0, -1]).float().cpu().numpy()
+        return self._logits(hidden[0, -1])
+
+    @torch.inference_mode()
+    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:
+        """Run prompts of float32 [n_i, d_model]; -> logits [batch, embedding_size] of their last positions, and a cache.
+
+        `room`: tokens that will follow each. Short prompts are padded behind, where causal attention never looks.
+        """
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        longest = int(lengths.max())
+        x = torch.zeros(len(prompts), longest, prompts[0].shape[1], device=self.device)
+        for row, prompt in zip(x, prompts, strict=True):
+            row[: len(prompt)] = self._tensor(prompt)
+        cache = self._cache(len(prompts), longest + room)
+        hidden = self.model.decoder(x, cache=cache)
+        last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+        return self._logits(last), TorchBatch(cache, lengths, longest)
+
+    @torch.inference_mode()
+    def forward_batch(self, embeddings: np.ndarray, batch: TorchBatch) -> np.ndarray:
+        """Append one token to each: float32 [batch, d_model] -> float32 logits [batch, embedding_size]."""
+        cache, end = batch.inner, batch.inner.length + 1
+        slots = torch.arange(end, device=self.device)
+        real = (slots < batch.lengths[:, None]) | (slots >= batch.prompt)  # [batch, keys]; padding lies between
+        positions = (batch.lengths + cache.length - batch.prompt)[:, None]
+        mask = real[:, None, None]  # [batch, 1, 1, keys]
+        hidden = self.model.decoder(self._tensor(embeddings)[:, None], positions, mask, cache)
+        return self._logits(hidden[:, 0])
 
     def close(self) -> None:
         """Let go of the model: its memory is free unless the caller of `from_model` keeps it."""
         self._model = None
+
+    def _cache(self, batch: int, capacity: int) -> KVCache:
+        like = torch.empty(0, dtype=self.model.compute_dtype, device=self.device)
+        return KVCache.empty(self.config.decoder, batch, capacity, like)
+
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        return self.model.decoder.logits(hidden).float().cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 def _pick_device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Unavailable("no CUDA device is available to PyTorch: use device='cpu'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if here[name])
+    if not here[device]:
+        raise Unavailable(f"no {device.upper()} device is available to PyTorch: use device='cpu'")
+    return device
+
+
+def _free_memory(device: str) -> int | None:
+    """Bytes; a Mac's GPU shares the memory of the system."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from molmo_edge.cli.opening import open_molmo
 from molmo_edge.cli.output import (
     OutputError,
     check_save,
@@ -24,7 +25,9 @@ def answer_command(
     question: str,
     *,
     model: str | None,
+    revision: str | None,
     device: str,
+    precision: str,
     max_crops: int | None,
     threads: int | None,
     max_new_tokens: int | None,
@@ -34,7 +37,7 @@ def answer_command(
     save: Path | None,
     quiet: bool,
 ) -> None:
-    """Open the model, ask it, print, save. Modules that bring numpy are imported here, not to show a --help."""
+    """Open the model, ask it, print, save."""
     try:
         check_save(save, image)
     except OutputError as error:
@@ -42,12 +45,16 @@ def answer_command(
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed}
     if max_new_tokens is not None:
         sampling["max_new_tokens"] = max_new_tokens
-    with progress("opening the model", quiet=quiet):
-        from molmo_edge.loading import load_image
-        from molmo_edge.molmo import Molmo
-
-        photo = image if image.is_file() else load_image(image)  # what is no file is found out before a model opens
-        molmo = Molmo(model, device=device, max_crops=max_crops, threads=threads)
+    molmo, photo = open_molmo(
+        image,
+        model=model,
+        revision=revision,
+        device=device,
+        precision=precision,
+        max_crops=max_crops,
+        threads=threads,
+        quiet=quiet,
+    )
     with molmo:
         with progress("looking at the photo", quiet=quiet):
             stream = molmo.stream(photo, question, **sampling)

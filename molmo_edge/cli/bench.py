@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
 
@@ -42,7 +43,9 @@ def bench(
     ] = None,
     *,
     model: options.Model = None,
+    revision: options.Revision = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
     threads: options.Threads = None,
     question: Annotated[str, typer.Option(help="What is asked.")] = "Describe this image.",
@@ -56,13 +59,13 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time each stage, and the same on PyTorch if installed."""
-    from molmo_edge.bundle import load_tokenizer, resolve_model
+    from molmo_edge.bundle import load_tokenizer
     from molmo_edge.images import load_image
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
 
     rgb = _synthetic(640, 480) if image is None else load_image(image)
-    directory = resolve_model(model)
+    directory = find_model(model, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(directory)
     timings: list[Timing] = []
 
@@ -72,7 +75,7 @@ def bench(
 
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
-        runtime = open_runtime(directory, device=device, threads=threads)
+        runtime = open_runtime(directory, device=device, precision=precision, threads=threads)
         measure(_engine(runtime), runtime, time.perf_counter() - started)
     note(f"{timings[0].engine} is done", quiet=quiet)
     if timings[0].engine != "pytorch":
@@ -106,7 +109,7 @@ def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, threads: 
 
     if checkpoint is not None:
         return TorchRuntime(checkpoint, device=device, threads=threads)
-    from molmo_edge.export.unpack import load_bundle_weights
+    from molmo_edge.export import load_bundle_weights
 
     return TorchRuntime.from_model(load_bundle_weights(bundle), threads=threads)
 

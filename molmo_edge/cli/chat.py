@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.cli import options
+from molmo_edge.cli.opening import open_molmo
 from molmo_edge.cli.output import check_save, note, print_stream, progress, save_image
 from molmo_edge.errors import MolmoEdgeError
 
@@ -21,7 +22,9 @@ def chat(
     image: options.Image,
     *,
     model: options.Model = None,
+    revision: options.Revision = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = None,
@@ -33,12 +36,16 @@ def chat(
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed}
     if max_new_tokens is not None:
         sampling["max_new_tokens"] = max_new_tokens
-    with progress("opening the model", quiet=quiet):
-        from molmo_edge.loading import load_image
-        from molmo_edge.molmo import Molmo
-
-        photo = image if image.is_file() else load_image(image)  # what is no file is found out before a model opens
-        molmo = Molmo(model, device=device, max_crops=max_crops, threads=threads)
+    molmo, photo = open_molmo(
+        image,
+        model=model,
+        revision=revision,
+        device=device,
+        precision=precision,
+        max_crops=max_crops,
+        threads=threads,
+        quiet=quiet,
+    )
     with molmo:
         with progress("looking at the photo", quiet=quiet):
             scene = molmo.encode(photo)

@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 
-_PRECISION = '"fp32", "int8" (fast) or "q8" (8 bit in blocks of 32, exact); or by component: decoder=int8,...'
+_PRECISION = (
+    'onnx: "fp32", "int8" (fast) or "q8" (8 bit in blocks of 32, exact), or by component, decoder=int8,...; '
+    'torch: "bf16" or "fp32". Without it: fp32 and bf16.'
+)
+
+
+class Engine(str, Enum):
+    onnx = "onnx"
+    torch = "torch"
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in hub layout.", show_default=False)],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Checkpoint directory, in hub layout or the reference's, or hub id.", show_default=False),
+    ],
     *,
-    out: Annotated[Path, typer.Option(help="The bundle directory to make; it must not exist.", show_default=False)],
-    precision: Annotated[str, typer.Option(help=_PRECISION)] = "fp32",
+    out: Annotated[Path, typer.Option(help="The directory to make; it must not exist.", show_default=False)],
+    engine: Annotated[
+        Engine, typer.Option(help="onnx: a bundle of graphs. torch: safetensors in hub layout, in shards.")
+    ] = Engine.onnx,
+    precision: Annotated[str | None, typer.Option(help=_PRECISION, show_default=False)] = None,
+    revision: options.Revision = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest. Without it: that of --out.")] = None,
     check_image: Annotated[Path | None, typer.Option(help="A photo that the bundle is to be checked with.")] = None,
     check_question: Annotated[str, typer.Option(help="What the check asks.")] = "Describe this image.",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a checkpoint to a bundle of ONNX graphs."""
+    """Convert a checkpoint to a bundle of ONNX graphs, or to safetensors."""
+    if engine is Engine.torch and (name is not None or check_image is not None):
+        raise typer.BadParameter("--name and --check-image are for bundles, --engine onnx")
+    directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
+    if engine is Engine.torch:
+        _safetensors(directory, out, precision or "bf16", json=json, quiet=quiet)
+    else:
+        check = None if check_image is None else (check_image, check_question)
+        _bundle(directory, out, precision or "fp32", name, check, json=json, quiet=quiet)
+
+
+def _bundle(
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    name: str | None,
+    check: tuple[Path, str] | None,
+    *,
+    json: bool,
+    quiet: bool,
+) -> None:
     from molmo_edge.export import CheckPhoto, export_bundle
 
-    check = None if check_image is None else CheckPhoto(check_image, check_question)
+    photo = None if check is None else CheckPhoto(*check)
     with progress(f"exporting {checkpoint}", quiet=quiet):
-        manifest = export_bundle(checkpoint, out, _by_component(precision), name=name, check=check)
+        manifest = export_bundle(checkpoint, out, _by_component(precision), name=name, check=photo)
     if json:
         print_json({"out": str(out), "manifest": manifest})
     for component in manifest["components"].values():
@@ -37,6 +77,30 @@ def export(
         detail = "" if error is None else f"  relative error {error:.2g}"
         note(f"{component['bytes'] / 1e6:9.2f} MB  {component['file']}{detail}", quiet=quiet)
     note(f"wrote {out}", quiet=quiet)
+
+
+def _safetensors(checkpoint: Path, out: Path, precision: str, *, json: bool, quiet: bool) -> None:
+    from molmo_edge.export import export_checkpoint
+
+    with _bar(f"converting {checkpoint.name}", quiet=quiet) as on_progress:
+        files = export_checkpoint(checkpoint, out, precision, on_progress=on_progress)
+    sizes = {path.name: path.stat().st_size for path in files}
+    if json:
+        print_json({"out": str(out), "precision": precision, "files": sizes})
+    for file, size in sizes.items():
+        note(f"{size / 1e6:9.2f} MB  {file}", quiet=quiet)
+    note(f"wrote {out}", quiet=quiet)
+
+
+@contextmanager
+def _bar(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where somebody is looking; what it yields takes the part done and the whole."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bars:
+        task = bars.add_task(text)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _by_component(precision: str) -> str | dict[str, str]:

@@ -16,6 +16,14 @@ def _known_device(device: str) -> str:
     return device
 
 
+def _known_precision(precision: str) -> str:
+    from molmo_edge.config import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f'"{precision}" is not known; known are {", ".join(PRECISIONS)}')
+    return precision
+
+
 Image = Annotated[Path, typer.Argument(help="The photo: any file that Pillow reads.", show_default=False)]
 Question = Annotated[str, typer.Argument(help='"Where is the dog?"', show_default=False)]
 Label = Annotated[str, typer.Argument(help='What to look for: "the dog", "cups".', show_default=False)]
@@ -23,7 +31,11 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
 ]
-Device = Annotated[str, typer.Option(help='"auto", "cpu", or "cuda" for a checkpoint.', callback=_known_device)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Without it: the main branch.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu"; for a checkpoint "cuda", "mps".', callback=_known_device)]
+Precision = Annotated[
+    str, typer.Option(help='Of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4".', callback=_known_precision)
+]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]

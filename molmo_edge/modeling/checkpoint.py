@@ -1,30 +1,34 @@
-"""Tensors of a checkpoint directory in hub layout, one at a time, as float32 numpy arrays.
+"""Where weights come from: one protocol over safetensors shards, MolmoE's pickle and the reference's own folders.
 
-Safetensors files are read without torch and without the safetensors package: the header is JSON, the rest is
-mapped memory, and bfloat16 (which numpy lacks) is widened by hand. Only the pickle of MolmoE needs torch.
+Tensors are named as on the hub, read one at a time, and never all held: a 29 GB checkpoint passes through the
+memory of its largest tensor. Only the pickles need torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.errors import MolmoEdgeError
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
 
 SAFETENSORS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-_DTYPES: dict[str, np.dtype[Any]] = {
+REFERENCE_PICKLE = "model.pt"  # beside config.yaml, in the folders of the reference
+
+# Of float tensors, by the names that safetensors gives them. numpy has no bfloat16: its bits travel as uint16.
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # numpy has none: see get
+    "BF16": np.dtype("<u2"),
 }
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
 class CheckpointError(MolmoEdgeError):
@@ -38,47 +42,38 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> str:
+        """As stored, one of DTYPES."""
+        ...
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor, to be named in an error."""
+        ...
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor as stored, bfloat16 as uint16, in memory of its own. It may be read-only."""
+        ...
+
     def get(self, name: str) -> np.ndarray:
-        """The tensor as float32; it may be a read-only view of the file."""
+        """The tensor as float32."""
         ...
 
 
-def open_tensors(directory: str | Path) -> TensorSource:
-    """Open the weights of a checkpoint directory; nothing but headers is read until `get`.
-
-    Takes `model.safetensors`, else `model.safetensors.index.json` and its shards, else `pytorch_model.bin`
-    (mapped, `weights_only=True`: code in the pickle is never run). Raises CheckpointError.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; a checkpoint is a directory in hub layout")
-    if (directory / SAFETENSORS).exists():
-        return SafetensorsSource(_read_header(directory / SAFETENSORS))
-    if (directory / INDEX).exists():
-        return SafetensorsSource(_read_index(directory / INDEX))
-    if (directory / PICKLE).exists():
-        return _open_pickle(directory / PICKLE)
-    raise CheckpointError(f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX} or {PICKLE}")
-
-
-def _unknown(name: str) -> CheckpointError:
-    return CheckpointError(f'the checkpoint has no tensor "{name}": does its config.json belong to these weights?')
-
-
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Where one tensor lies."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+    strides: tuple[int, ...] | None = None  # values from one index to the next; None: row by row
 
 
-class SafetensorsSource:
-    """A TensorSource over one safetensors file or over the shards of an index."""
+class FileSource:
+    """A TensorSource over entries of files, each read when it is asked for."""
 
-    def __init__(self, entries: dict[str, _Entry]) -> None:
+    def __init__(self, entries: dict[str, Entry]) -> None:
         self._entries = entries
 
     def names(self) -> list[str]:
@@ -87,111 +82,106 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    def get(self, name: str) -> np.ndarray:
-        e = self._entry(name)
-        if 0 in e.shape:  # an empty file range cannot be mapped
-            return np.zeros(e.shape, np.float32)
-        raw: np.ndarray = np.memmap(e.path, dtype=_DTYPES[e.dtype], mode="r", offset=e.offset, shape=e.shape)
-        if e.dtype == "BF16":  # the upper half of a float32
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(raw, dtype=np.float32)
+    def dtype(self, name: str) -> str:
+        return self._entry(name).dtype
 
-    def _entry(self, name: str) -> _Entry:
+    def file(self, name: str) -> Path:
+        return self._entry(name).path
+
+    def raw(self, name: str) -> np.ndarray:
+        # Read, not mapped: pages of a mapped file stay with the process and count as its memory, and Linux refuses
+        # to map a file writably, as torch.load would, that is larger than the machine's memory.
+        e = self._entry(name)
+        strides = e.strides or _row_by_row(e.shape)
+        span = 0 if 0 in e.shape else 1 + sum((n - 1) * step for n, step in zip(e.shape, strides, strict=True))
+        flat: np.ndarray = np.fromfile(e.path, DTYPES[e.dtype], span, offset=e.offset)
+        if len(flat) != span:
+            raise CheckpointError(f'{e.path} became shorter while "{name}" was read from it')
+        if strides == _row_by_row(e.shape):
+            return flat.reshape(e.shape)
+        size = flat.itemsize
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, e.shape, [size * step for step in strides]))
+
+    def get(self, name: str) -> np.ndarray:
+        return widen(self.raw(name), self._entry(name).dtype)
+
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            raise _unknown(name)
+            raise CheckpointError(
+                f'the checkpoint has no tensor "{name}": does its config.json belong to these weights?'
+            )
         return self._entries[name]
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file, or was cut short: download it again")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise CheckpointError(f"{path} has a damaged header: download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a damaged header: download it again")
-    header.pop("__metadata__", None)
-    return {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
+def _row_by_row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _entry(path: Path, name: str, info: Any, data: int, size: int) -> _Entry:
-    """Check one header record against the file; `data` is where the tensors start, `size` the file's, in bytes."""
+def open_tensors(directory: str | Path) -> TensorSource:
+    """Open the weights of a checkpoint directory; nothing but headers is read until `raw` or `get`.
+
+    Takes `model.safetensors`, else `model.safetensors.index.json` and its shards, else `pytorch_model.bin`, else the
+    reference's `model.pt` (code in a pickle is never run). Raises CheckpointError.
+    """
+    from molmo_edge.modeling.shards import read_header, read_index  # it builds on this module
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; a checkpoint is a directory in hub layout")
+    if (directory / SAFETENSORS).exists():
+        return FileSource(read_header(directory / SAFETENSORS))
+    if (directory / INDEX).exists():
+        return FileSource(read_index(directory / INDEX))
+    for path in (directory / PICKLE, directory / REFERENCE_PICKLE):
+        if path.exists():
+            return FileSource(_read_pickle(path))
+    raise CheckpointError(f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX} or {PICKLE}")
+
+
+def _read_pickle(path: Path) -> dict[str, Entry]:
     try:
-        dtype, shape = info["dtype"], tuple(int(n) for n in info["shape"])
-        begin, end = (int(n) for n in info["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f'{path} has a damaged header at "{name}": download it again') from None
-    if dtype not in _DTYPES:
-        raise CheckpointError(f'{path}: "{name}" is stored as {dtype}; known are {", ".join(_DTYPES)}')
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise CheckpointError(f'{path}: the size of "{name}" contradicts its shape {list(shape)}: download it again')
-    if data + end > size:
-        raise CheckpointError(
-            f'{path} was cut short: "{name}" ends {data + end - size} bytes past it; download it again'
-        )
-    return _Entry(path, dtype, shape, data + begin)
-
-
-def _read_index(path: Path) -> dict[str, _Entry]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(files.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f'{path} is damaged: it should map tensors to files under "weight_map"') from None
-    headers = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{path} points outside of its directory: {shard!r}")
-        if not (path.parent / shard).exists():
-            raise CheckpointError(f"{path.parent / shard} is missing, though {path.name} lists it: download it")
-        headers[shard] = _read_header(path.parent / shard)
-    missing = [name for name, shard in files.items() if name not in headers[shard]]
-    if missing:
-        raise CheckpointError(
-            f'{path.parent / files[missing[0]]} has no tensor "{missing[0]}", though {path.name} says so'
-        )
-    return {name: headers[shard][name] for name, shard in files.items()}
-
-
-class PickleSource:
-    """A TensorSource over the mapped state dict of `pytorch_model.bin`."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensor(name).shape)
-
-    def get(self, name: str) -> np.ndarray:
-        return self._tensor(name).float().numpy()
-
-    def _tensor(self, name: str) -> Any:
-        if name not in self._tensors:
-            raise _unknown(name)
-        return self._tensors[name]
-
-
-def _open_pickle(path: Path) -> PickleSource:
-    try:
-        import torch
-    except ImportError:
+        from molmo_edge.modeling.pickles import read_pickle
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise CheckpointError(
             f"{path} is a pickle, which only PyTorch reads: pip install 'molmo-edge[torch]'"
         ) from None
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a bad file
-        raise CheckpointError(
-            f"{path} is not a plain, whole PyTorch checkpoint ({first_line(error)}): download it again"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{path} holds something else than named tensors")
-    return PickleSource(tensors)
+    if path.name == PICKLE:
+        return read_pickle(path)
+    from molmo_edge.modeling.reference import hub_entries
+
+    return hub_entries(read_pickle(path), path)
+
+
+def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """What `TensorSource.raw` gave, as float32."""
+    if dtype == "BF16":  # the upper half of a float32
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return np.asarray(raw, dtype=np.float32)
+
+
+def check_tensors(config: MolmoConfig, source: TensorSource, *, where: str | Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor that `config` asks for is there and has its shape; returns the shapes by hub name.
+
+    Only headers are read. Raises CheckpointError that names the file and the tensor.
+    """
+    from molmo_edge.modeling.layout import hub_shapes
+
+    known, shapes = set(source.names()), hub_shapes(config)
+    for name, shape in shapes.items():
+        if name not in known:
+            raise CheckpointError(f"{where} has no tensor {name}: the download may be incomplete")
+        if source.shape(name) != shape:
+            raise CheckpointError(
+                f"{source.file(name)}: tensor {name} has shape {list(source.shape(name))}, "
+                f"but its configuration asks for {list(shape)}"
+            )
+    return shapes
+
+
+def stored_bytes(source: TensorSource, names: Iterable[str]) -> int:
+    """What the named tensors take as they are stored."""
+    return sum(math.prod(source.shape(name)) * DTYPES[source.dtype(name)].itemsize for name in names)

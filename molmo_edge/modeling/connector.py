@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling.linear import Linear
 from molmo_edge.modeling.vision import VisionAttention
 
 
@@ -18,9 +19,9 @@ class Projector(nn.Module):
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int):
         super().__init__()
-        self.w1 = nn.Linear(input_dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, output_dim, bias=False)
-        self.w3 = nn.Linear(input_dim, hidden_dim, bias=False)
+        self.w1 = Linear(input_dim, hidden_dim, bias=False)
+        self.w2 = Linear(hidden_dim, output_dim, bias=False)
+        self.w3 = Linear(input_dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -5,14 +5,23 @@ Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import DecoderConfig
+from molmo_edge.modeling.linear import Linear, match
+
+
+# One product for all experts; a name of PyTorch's own since 2.10.
+_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+_EXACT = 64  # logits that are computed in float32 whatever the head is
 
 
 class RMSNorm(nn.Module):
@@ -54,6 +63,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> KVCache:
+        """`like`: any tensor of the cache's dtype and device."""
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
@@ -73,8 +83,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         d, kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.att_proj = nn.Linear(d, d + 2 * kv, bias=config.qkv_bias)  # rows: q, k, v
-        self.attn_out = nn.Linear(d, d, bias=False)
+        self.att_proj = Linear(d, d + 2 * kv, bias=config.qkv_bias)  # rows: q, k, v
+        self.attn_out = Linear(d, d, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(d, config.norm_eps)
             self.k_norm = RMSNorm(kv, config.norm_eps)
@@ -104,8 +114,8 @@ class Attention(nn.Module):
 class DenseFFN(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.ff_proj = nn.Linear(config.d_model, 2 * config.ffn_dim, bias=False)  # rows: up, gate
-        self.ff_out = nn.Linear(config.ffn_dim, config.d_model, bias=False)
+        self.ff_proj = Linear(config.d_model, 2 * config.ffn_dim, bias=False)  # rows: up, gate
+        self.ff_out = Linear(config.ffn_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = self.ff_proj(x).chunk(2, dim=-1)
@@ -119,7 +129,7 @@ class SparseFFN(nn.Module):
         super().__init__()
         d, ffn, e = config.d_model, config.ffn_dim, config.n_experts
         self.top_k = config.top_k
-        self.router = nn.Linear(d, e, bias=False)
+        self.router = Linear(d, e, bias=False)
         self.gate = nn.Parameter(torch.empty(e, ffn, d))
         self.up = nn.Parameter(torch.empty(e, ffn, d))
         self.down = nn.Parameter(torch.empty(e, d, ffn))
@@ -131,32 +141,65 @@ class SparseFFN(nn.Module):
         return weights, experts
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> float32 [..., d]."""
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self.route(flat)
         # With half of the experts at work, one wide product wastes less than gathering tokens costs.
-        wide = 2 * self.top_k >= self.gate.shape[0]
-        return (self._wide(flat, weights, experts) if wide else self._grouped(flat, weights, experts)).view_as(x)
+        if 2 * self.top_k >= len(self.gate):
+            out = self._wide(flat, weights, experts)
+        elif flat.is_cuda and self.gate.dtype == torch.bfloat16 and _grouped_mm is not None:
+            out = self._fused(flat, weights, experts)
+        else:
+            out = by_expert(flat, weights, experts, len(self.gate), self.expert)
+        return out.view_as(x)
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        """SwiGLU of expert `e` alone: x [n, d] -> [n, d]."""
+        x = match(x, self.gate)
+        return F.linear(F.silu(F.linear(x, self.gate[e])) * F.linear(x, self.up[e]), self.down[e])
 
     def _wide(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """All experts as one SwiGLU; the unchosen ones are multiplied by zero."""
         e, ffn, d = self.gate.shape
+        x = match(x, self.gate)
         gates = x.new_zeros(len(x), e).scatter(1, experts, weights.to(x.dtype))  # [tokens, experts]
         hidden = F.silu(F.linear(x, self.gate.view(e * ffn, d))) * F.linear(x, self.up.view(e * ffn, d))
         hidden = (hidden.view(-1, e, ffn) * gates.to(hidden.dtype)[..., None]).flatten(1)
         return F.linear(hidden, self.down.transpose(0, 1).reshape(d, e * ffn))
 
-    def _grouped(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Tokens sorted by expert, one block of tokens an expert."""
-        order = experts.flatten().argsort(stable=True)  # [tokens * top_k]
-        token = order // self.top_k
-        counts = experts.flatten().bincount(minlength=self.gate.shape[0]).tolist()
-        outputs = []
-        for e, rows in enumerate(x[token].split(counts)):
-            if len(rows):
-                hidden = F.silu(F.linear(rows, self.gate[e])) * F.linear(rows, self.up[e])
-                outputs.append(F.linear(hidden, self.down[e]))
-        blocks = torch.cat(outputs) * weights.flatten()[order, None].to(outputs[0].dtype)
-        return torch.zeros_like(x).index_add(0, token, blocks.to(x.dtype))
+    def _fused(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
+        assert _grouped_mm is not None
+        order, token = _sorted(experts)
+        ends = experts.flatten().bincount(minlength=len(self.gate)).cumsum(0).int()
+        rows = match(x, self.gate)[token]  # [tokens * top_k, d], an expert's tokens side by side
+        gate, up = (_grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
+        out = _grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        return _scatter(out, weights, order, token, len(x))
+
+
+def by_expert(
+    x: Tensor, weights: Tensor, experts: Tensor, n_experts: int, expert: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Tokens sorted by expert, one block of tokens an expert: sum over k of weights[k] * expert[k](x).
+
+    x [tokens, d]; weights float32 and experts int, both [tokens, top_k]. Returns float32 [tokens, d].
+    """
+    order, token = _sorted(experts)
+    counts = experts.flatten().bincount(minlength=n_experts).tolist()
+    blocks = [expert(rows, e) for e, rows in enumerate(x[token].split(counts)) if len(rows)]
+    return _scatter(torch.cat(blocks), weights, order, token, len(x))
+
+
+def _sorted(experts: Tensor) -> tuple[Tensor, Tensor]:
+    """experts [tokens, top_k] -> the choices [tokens * top_k] in the order of their expert, and the token of each."""
+    order = experts.flatten().argsort(stable=True)
+    return order, order // experts.shape[1]
+
+
+def _scatter(out: Tensor, weights: Tensor, order: Tensor, token: Tensor, tokens: int) -> Tensor:
+    weighted = out.float() * weights.flatten()[order, None]
+    return weighted.new_zeros(tokens, out.shape[1]).index_add(0, token, weighted)
 
 
 class Block(nn.Module):
@@ -186,10 +229,10 @@ class Decoder(nn.Module):
         self.blocks = cast("list[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         if not config.weight_tying:
-            self.head = nn.Linear(config.d_model, config.embedding_size, bias=False)
+            self.head = Linear(config.d_model, config.embedding_size, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., d_model], looked up in embedding followed by new_embedding.
+        """ids [...] -> float32 [..., d_model], looked up in embedding followed by new_embedding.
 
         MolmoE's special ids fall into the padding rows of the embedding, Qwen2's into new_embedding;
         one table serves both.
@@ -199,7 +242,7 @@ class Decoder(nn.Module):
         new = ids >= size
         if new.any():
             rows = torch.where(new[..., None], F.embedding((ids - size).clamp(min=0), self.new_embedding), rows)
-        return rows
+        return rows.float()  # the residual stream is float32, see linear.py
 
     def forward(
         self,
@@ -227,5 +270,15 @@ class Decoder(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d_model] -> [..., embedding_size]."""
-        return F.linear(hidden, self.embedding if self.config.weight_tying else self.head.weight)
+        """[..., d_model] -> [..., embedding_size].
+
+        A head in bfloat16 would answer in bfloat16, where the likeliest tokens often tie: the best _EXACT logits are
+        computed again, in float32.
+        """
+        weight = self.embedding if self.config.weight_tying else self.head.weight
+        logits = F.linear(match(hidden, weight), weight)
+        if weight.dtype == torch.float32:
+            return logits
+        best = logits.topk(min(_EXACT, len(weight)), dim=-1).indices
+        exact = (weight[best].float() @ hidden.float()[..., None]).squeeze(-1)
+        return logits.float().scatter(-1, best, exact)

@@ -1,4 +1,4 @@
-"""Which hub tensor is which parameter: the public checkpoint layout, both ways.
+"""Which hub tensor is which parameter: the public checkpoint layout, both ways, with every shape.
 
 Names as in the public checkpoints (prefix "model."). MolmoE's remote code renames the blocks and
 splits the experts; its expert matrices are stacked here, one leading dimension for the expert.
@@ -12,62 +12,88 @@ from molmo_edge.config import MolmoConfig
 
 # A parameter of ours is one hub tensor, or several of them stacked along a new first dimension.
 Slot = tuple[str, ...]
+Shape = tuple[int, ...]
+_Line = tuple[str, Slot, Shape]  # parameter, hub names, shape of each
 
 
 def hub_layout(config: MolmoConfig) -> dict[str, Slot]:
     """Parameter name of `modeling.Molmo` -> hub tensor names (one, or one an expert)."""
-    return dict(_vision(config)) | dict(_connector()) | dict(_decoder(config))
+    return {name: slot for name, slot, _ in _lines(config)}
 
 
-def _vision(config: MolmoConfig) -> Iterator[tuple[str, Slot]]:
-    hub = "model.vision_backbone.image_vit"
-    dino = config.vision.image_model_type == "dino"
-    top = ["class_embedding", "positional_embedding", "patch_embedding.weight"]
-    top += ["patch_embedding.bias"] if dino else ["pre_ln.weight", "pre_ln.bias"]
-    for name in top:
-        yield f"vision.{name}", (f"{hub}.{name}",)
-    parts = [f"attention.{w}" for w in ("wq", "wk", "wv", "wo")]
-    parts += ["feed_forward.w1", "feed_forward.w2", "attention_norm", "ffn_norm"]
-    leaves = [f"{part}.{leaf}" for part in parts for leaf in ("weight", "bias")]
-    leaves += ["lambda1", "lambda2"] if dino else []
-    for n in range(config.vision.n_layers):
-        for leaf in leaves:
-            yield f"vision.blocks.{n}.{leaf}", (f"{hub}.transformer.resblocks.{n}.{leaf}",)
+def hub_shapes(config: MolmoConfig) -> dict[str, Shape]:
+    """Hub tensor name -> shape: a checkpoint's whole list of contents."""
+    return {hub: shape for _, slot, shape in _lines(config) for hub in slot}
 
 
-def _connector() -> Iterator[tuple[str, Slot]]:
-    hub = "model.vision_backbone"
-    yield "connector.pad_embed", (f"{hub}.pad_embed",)
-    for w in ("wq", "wk", "wv", "wo"):
-        for leaf in ("weight", "bias"):
-            yield f"connector.pooling.{w}.{leaf}", (f"{hub}.image_pooling_2d.{w}.{leaf}",)
-    for w in ("w1", "w2", "w3"):
-        yield f"connector.projector.{w}.weight", (f"{hub}.image_projector.{w}.weight",)
+def _lines(config: MolmoConfig) -> Iterator[_Line]:
+    yield from _vision(config)
+    yield from _connector(config)
+    yield from _decoder(config)
 
 
-def _decoder(config: MolmoConfig) -> Iterator[tuple[str, Slot]]:
+def _vision(config: MolmoConfig) -> Iterator[_Line]:
+    hub, v = "model.vision_backbone.image_vit", config.vision
+    d, dino = v.d_model, v.image_model_type == "dino"
+    top: dict[str, Shape] = {
+        "class_embedding": (d,),
+        "positional_embedding": (v.n_pos, d),
+        "patch_embedding.weight": (d, 3 * v.patch_size**2),
+    }
+    top |= {"patch_embedding.bias": (d,)} if dino else {"pre_ln.weight": (d,), "pre_ln.bias": (d,)}
+    for name, shape in top.items():
+        yield f"vision.{name}", (f"{hub}.{name}",), shape
+    leaves: dict[str, Shape] = {}
+    for part, rows, columns in (
+        *((f"attention.{w}", d, d) for w in ("wq", "wk", "wv", "wo")),
+        ("feed_forward.w1", v.mlp_dim, d),
+        ("feed_forward.w2", d, v.mlp_dim),
+    ):
+        leaves |= {f"{part}.weight": (rows, columns), f"{part}.bias": (rows,)}
+    for norm in ("attention_norm", "ffn_norm"):
+        leaves |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    leaves |= {"lambda1": (d,), "lambda2": (d,)} if dino else {}
+    for n in range(v.n_layers):
+        for leaf, shape in leaves.items():
+            yield f"vision.blocks.{n}.{leaf}", (f"{hub}.transformer.resblocks.{n}.{leaf}",), shape
+
+
+def _connector(config: MolmoConfig) -> Iterator[_Line]:
+    hub, d, width = "model.vision_backbone", config.vision.d_model, config.vision.feature_dim
+    yield "connector.pad_embed", (f"{hub}.pad_embed",), (2, width)
+    for w, columns in (("wq", width), ("wk", width), ("wv", width), ("wo", d)):
+        for leaf, shape in (("weight", (d, columns)), ("bias", (d,))):
+            yield f"connector.pooling.{w}.{leaf}", (f"{hub}.image_pooling_2d.{w}.{leaf}",), shape
+    inner, out = config.projector_dim, config.decoder.d_model
+    for w, shape in (("w1", (inner, d)), ("w2", (out, inner)), ("w3", (inner, d))):
+        yield f"connector.projector.{w}.weight", (f"{hub}.image_projector.{w}.weight",), shape
+
+
+def _decoder(config: MolmoConfig) -> Iterator[_Line]:
     d, hub = config.decoder, "model.transformer"
-    yield "decoder.embedding", (f"{hub}.wte.embedding",)
+    width, kv = d.d_model, d.n_kv_heads * d.head_dim
+    yield "decoder.embedding", (f"{hub}.wte.embedding",), (d.embedding_size, width)
     if d.additional_vocab_size:
-        yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",)
-    yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",)
+        yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",), (d.additional_vocab_size, width)
+    yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",), (width,)
     if not d.weight_tying:
-        yield "decoder.head.weight", ("lm_head.weight" if d.n_experts else f"{hub}.ff_out.weight",)
-    attention = ["att_proj.weight", "attn_out.weight"]
-    attention += ["att_proj.bias"] if d.qkv_bias else []
-    attention += ["q_norm.weight", "k_norm.weight"] if d.qk_norm else []
+        head = "lm_head.weight" if d.n_experts else f"{hub}.ff_out.weight"
+        yield "decoder.head.weight", (head,), (d.embedding_size, width)
+    attention: dict[str, Shape] = {"att_proj.weight": (width + 2 * kv, width), "attn_out.weight": (width, width)}
+    attention |= {"att_proj.bias": (width + 2 * kv,)} if d.qkv_bias else {}
+    attention |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)} if d.qk_norm else {}
     for n in range(d.n_layers):
         ours, block = f"decoder.blocks.{n}", f"{hub}.blocks.{n}"
         inner, mlp = (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
-        for leaf in attention:
-            yield f"{ours}.attn.{leaf}", (f"{inner}.{leaf}",)
-        yield f"{ours}.attn_norm.weight", (f"{inner}.attn_norm.weight",)
-        yield f"{ours}.ff_norm.weight", (f"{mlp}.ff_norm.weight",)
+        for leaf, shape in attention.items():
+            yield f"{ours}.attn.{leaf}", (f"{inner}.{leaf}",), shape
+        yield f"{ours}.attn_norm.weight", (f"{inner}.attn_norm.weight",), (width,)
+        yield f"{ours}.ff_norm.weight", (f"{mlp}.ff_norm.weight",), (width,)
         if d.n_experts:
-            yield f"{ours}.ffn.router.weight", (f"{mlp}.gate.weight",)
-            for part in ("gate", "up", "down"):
+            yield f"{ours}.ffn.router.weight", (f"{mlp}.gate.weight",), (d.n_experts, width)
+            for part, shape in (("gate", (d.ffn_dim, width)), ("up", (d.ffn_dim, width)), ("down", (width, d.ffn_dim))):
                 experts = tuple(f"{mlp}.experts.{e}.{part}_proj.weight" for e in range(d.n_experts))
-                yield f"{ours}.ffn.{part}", experts
+                yield f"{ours}.ffn.{part}", experts, shape
         else:
-            for leaf in ("ff_proj.weight", "ff_out.weight"):
-                yield f"{ours}.ffn.{leaf}", (f"{block}.{leaf}",)
+            yield f"{ours}.ffn.ff_proj.weight", (f"{block}.ff_proj.weight",), (2 * d.ffn_dim, width)
+            yield f"{ours}.ffn.ff_out.weight", (f"{block}.ff_out.weight",), (width, d.ffn_dim)

@@ -1,33 +1,38 @@
-"""Hub-layout directory <-> `modeling.Molmo`, tensor by tensor."""
+"""Checkpoint directory <-> `modeling.Molmo`, tensor by tensor."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.hub_config import to_hub_config
-from molmo_edge.modeling.checkpoint import CheckpointError, TensorSource, open_tensors
+from molmo_edge.hub_config import write_hub_config
+from molmo_edge.modeling.checkpoint import CheckpointError, TensorSource, check_tensors, open_tensors
 from molmo_edge.modeling.layout import hub_layout
 from molmo_edge.modeling.model import Molmo
+from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_dtype
 from molmo_edge.tokenizer import Tokenizer
 
 
 def load_checkpoint(
-    directory: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    directory: str | Path, *, precision: str = "fp32", device: str | torch.device = "cpu"
 ) -> tuple[Molmo, Tokenizer, MolmoConfig]:
-    """Read a checkpoint directory in hub layout (config.json, tokenizer.json, weights).
+    """Read a checkpoint directory: in hub layout (config.json, tokenizer.json, weights) or the reference's own.
 
-    Returns the model in eval mode, its tokenizer and its configuration. Raises CheckpointError naming
-    the file and the tensor where one is missing or has another shape than config.json says.
+    `precision`: "fp32", "bf16", "int8" or "nf4" (modeling/precision.py says what they mean). Memory holds the model in
+    that precision and one tensor of the checkpoint.
+
+    Returns the model in eval mode, its tokenizer and its configuration. Raises CheckpointError naming the file and
+    the tensor where one is missing or has another shape than the configuration says, before any is read.
     """
     directory = Path(directory)
     config = MolmoConfig.from_hub(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    model = build_model(config, open_tensors(directory), where=str(directory), dtype=dtype, device=device)
+    model = build_model(config, open_tensors(directory), where=str(directory), precision=precision, device=device)
     return model, tokenizer, config
 
 
@@ -36,31 +41,53 @@ def build_model(
     source: TensorSource,
     *,
     where: str,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> Molmo:
     """A `Molmo` in eval mode with its parameters filled from `source`, one hub tensor in memory at a time."""
+    shapes = check_tensors(config, source, where=where)
     with torch.device("meta"):
         model = Molmo(config)
-    model = model.to(dtype).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    known = set(source.names())
-    with torch.no_grad():
-        for name, slot in hub_layout(config).items():
-            parameter = parameters.pop(name)
-            for e, hub_name in enumerate(slot):
-                target = parameter if len(slot) == 1 else parameter[e]
-                if hub_name not in known:
-                    raise CheckpointError(f"{where} has no tensor {hub_name}: the download may be incomplete")
-                if tuple(source.shape(hub_name)) != tuple(target.shape):
-                    raise CheckpointError(
-                        f"{where}: tensor {hub_name} has shape {list(source.shape(hub_name))}, "
-                        f"but config.json asks for {list(target.shape)}"
-                    )
-                target.copy_(torch.from_numpy(np.array(source.get(hub_name))))  # a view of the file is read-only
-    if unknown := sorted(name for name, parameter in parameters.items() if parameter.numel()):
+    model.compute_dtype = compute_dtype(precision)
+    layout = hub_layout(config)
+    expected = {name for name, parameter in model.named_parameters() if parameter.numel()}
+    if unknown := sorted(expected - set(layout)):
         raise CheckpointError(f"no hub tensor is known for {', '.join(unknown)}")
+    if precision in ("int8", "nf4"):
+        from molmo_edge.quantize.bitsandbytes import Quantizer
+
+        quantizer = Quantizer(precision, device)
+    with torch.no_grad():
+        for name, slot in layout.items():
+            tensors = (_read(source, hub) for hub in slot)
+            if is_quantized(name, precision):
+                quantizer.put(model, name, tensors)
+            else:
+                one = shapes[slot[0]]
+                shape = one if len(slot) == 1 else (len(slot), *one)
+                dtype = storage_dtype(name, len(one), precision, torch.device(device).type)
+                _put(model, name, _filled(tensors, torch.empty(shape, dtype=dtype, device=device), one))
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:  # without rows, so without a tensor in the checkpoint
+                _put(model, name, torch.empty(parameter.shape, device=device))
     return model.eval()
+
+
+def _read(source: TensorSource, name: str) -> torch.Tensor:
+    raw = source.raw(name)
+    tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())  # torch takes no array that is read-only
+    return tensor.view(torch.bfloat16) if source.dtype(name) == "BF16" else tensor
+
+
+def _filled(tensors: Iterator[torch.Tensor], target: torch.Tensor, one: tuple[int, ...]) -> torch.Tensor:
+    for part, tensor in zip(target.view(-1, *one), tensors, strict=True):
+        part.copy_(tensor)
+    return target
+
+
+def _put(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(values))
 
 
 def save_checkpoint(model: Molmo, tokenizer_json: str | Path, directory: str | Path) -> None:
@@ -69,9 +96,7 @@ def save_checkpoint(model: Molmo, tokenizer_json: str | Path, directory: str | P
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    raw, preprocessor = to_hub_config(model.config)
-    (directory / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+    write_hub_config(model.config, directory)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
     parameters = dict(model.named_parameters())
     tensors: dict[str, np.ndarray] = {}

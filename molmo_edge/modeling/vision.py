@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import VisionConfig
+from molmo_edge.modeling.linear import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -25,10 +26,10 @@ class VisionAttention(nn.Module):
     def __init__(self, input_dim: int, d_model: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.wq = nn.Linear(input_dim, d_model)
-        self.wk = nn.Linear(input_dim, d_model)
-        self.wv = nn.Linear(input_dim, d_model)
-        self.wo = nn.Linear(d_model, d_model)
+        self.wq = Linear(input_dim, d_model)
+        self.wk = Linear(input_dim, d_model)
+        self.wv = Linear(input_dim, d_model)
+        self.wo = Linear(d_model, d_model)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """x [n, q, input_dim] attends to memory [n, k, input_dim] (itself when None) -> [n, q, d_model]."""
@@ -44,8 +45,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.d_model, config.mlp_dim)
-        self.w2 = nn.Linear(config.mlp_dim, config.d_model)
+        self.w1 = Linear(config.d_model, config.mlp_dim)
+        self.w2 = Linear(config.mlp_dim, config.d_model)
         self.act = quick_gelu if config.activation == "quick_gelu" else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,16 +81,17 @@ class VisionTransformer(nn.Module):
         clip = config.image_model_type == "openai"
         self.class_embedding = nn.Parameter(torch.zeros(config.d_model))
         self.positional_embedding = nn.Parameter(torch.zeros(config.n_pos, config.d_model))
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.d_model, bias=not clip)
+        self.patch_embedding = Linear(3 * config.patch_size**2, config.d_model, bias=not clip)
         self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if clip else nn.Identity()
         self.blocks = cast("list[VisionBlock]", nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers)))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Patch features of each crop: the outputs of `config.layers`, concatenated in that order.
 
-        crops: float32 [n, patches, 588]; a crop whose pixels are ALL -1 is padding and gives zeros
-        (reference: MolmoVisionBackbone.encode_image; "any" instead of "all" zeroes every crop in bf16).
-        Returns [n, patches, d_model * len(layers)].
+        crops: float32 [n, patches, 588], in every precision: in bfloat16 some pixel of nearly every crop rounds to
+        exactly -1. A crop whose pixels are ALL -1 is padding and gives zeros (reference:
+        MolmoVisionBackbone.encode_image; the public MolmoE code says "any", which blanks crops).
+        Returns float32 [n, patches, d_model * len(layers)].
         """
         real = ~torch.all(crops.flatten(1) == -1, dim=1)  # [n]
         x = self.patch_embedding(crops)

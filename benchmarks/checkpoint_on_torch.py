@@ -1,0 +1,52 @@
+"""A checkpoint on the PyTorch runtime: time by stage and peak memory, in a process that does nothing else.
+
+python benchmarks/make_random_checkpoint.py --preset molmoe-1b --out /data/random-molmoe
+python benchmarks/checkpoint_on_torch.py /data/random-molmoe --precision nf4
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+from molmo_edge import Molmo
+from molmo_edge.config import PRECISIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--image", type=Path, help="a photo; without it a synthetic one of 640x480")
+    parser.add_argument("--tokens", type=int, default=16)
+    args = parser.parse_args()
+    y, x = np.mgrid[:480, :640]
+    synthetic = np.stack([x * 255 // 640, y * 255 // 480, (x // 16 + y // 16) % 2 * 200], axis=-1).astype(np.uint8)
+    began = time.perf_counter()
+    molmo = Molmo(args.checkpoint, precision=args.precision, device=args.device)
+    loaded = time.perf_counter() - began
+    peak_loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    answers = [molmo.ask(args.image or synthetic, "Describe this image.", max_new_tokens=args.tokens) for _ in range(2)]
+    usage = answers[-1].usage  # the second: kernels are chosen and buffers made in the first
+    figures = {
+        "load_s": loaded,
+        **{f"{stage}_s": seconds for stage, seconds in dataclasses.asdict(usage.seconds).items() if stage != "load"},
+        "decode_tokens_per_s": (usage.tokens.generated - 1) / usage.seconds.decode,
+        "crops": usage.crops,
+        "positions": usage.tokens.image + usage.tokens.prompt,
+        "generated": usage.tokens.generated,
+        "peak_loading_gb": peak_loading / 1e9,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

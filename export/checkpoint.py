@@ -1,0 +1,101 @@
+"""A checkpoint in, sharded safetensors in hub layout out: MolmoE's pickle is touched once, and never again.
+
+One tensor is read and converted while the one before it is written, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from molmo_edge.bundle import TOKENIZER
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import ExportError
+from molmo_edge.hub_config import write_hub_config
+from molmo_edge.modeling.checkpoint import DTYPES, TensorSource, check_tensors, open_tensors, widen
+from molmo_edge.modeling.shards import ShardWriter
+from molmo_edge.tokenizer import Tokenizer
+
+PRECISIONS = {"bf16": "BF16", "fp32": "F32"}
+SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut them
+_SPARE = 200_000_000  # bytes that stay free on the disk
+_BESIDE = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    precision: str = "bf16",
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Convert a checkpoint directory, in hub layout or the reference's own, to safetensors in hub layout.
+
+    `precision`: "bf16" or "fp32". `out` must not exist yet, and appears whole or not at all. `on_progress` is told
+    the values that are written and all that there are. Returns the files of weights.
+
+    Raises ExportError for what cannot be asked for, or does not fit on the disk, and before any weight is read
+    CheckpointError, ConfigError or TokenizerError for a checkpoint that is not whole.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if precision not in PRECISIONS:
+        raise ExportError(
+            f'the precision "{precision}" is not known for safetensors; known are {", ".join(PRECISIONS)}'
+        )
+    if out.exists():
+        raise ExportError(f"{out} exists already: remove it, or choose another directory")
+    if shard_bytes <= 0:
+        raise ExportError(f"a shard must have room for something, not for {shard_bytes} bytes")
+    dtype = PRECISIONS[precision]
+    config = MolmoConfig.from_hub(checkpoint)
+    Tokenizer.from_file(checkpoint / TOKENIZER)
+    tensors = open_tensors(checkpoint)
+    shapes = check_tensors(config, tensors, where=checkpoint)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(out.parent, total * DTYPES[dtype].itemsize)
+    # Beside `out`, so that the last step is a rename on one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        staging = Path(scratch) / "checkpoint"
+        staging.mkdir()
+        done = 0
+        with ShardWriter(staging, shapes, dtype, shard_bytes) as writer:
+            for name, shape in shapes.items():
+                writer.write(name, _converted(tensors, name, dtype))
+                done += math.prod(shape)
+                if on_progress is not None:
+                    on_progress(done, total)
+        write_hub_config(config, staging)
+        for name in (TOKENIZER, *_BESIDE):
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, staging / name)
+        os.rename(staging, out)
+    return sorted(out.glob("model*.safetensors"))
+
+
+def _converted(tensors: TensorSource, name: str, dtype: str) -> np.ndarray:
+    raw, stored = tensors.raw(name), tensors.dtype(name)
+    if stored == dtype:
+        return raw
+    values = widen(raw, stored)
+    if dtype == "F32":
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()  # to nearest, ties to even
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed + _SPARE > free:
+        raise ExportError(
+            f"the weights take {needed / 1e9:.1f} GB, but {directory} has only {free / 1e9:.1f} GB free: make room, or "
+            "choose another place"
+        )

@@ -1,0 +1,119 @@
+"""Several questions about different images at once: the answers that each gets alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from molmo_edge import Molmo
+from molmo_edge.generate import Sampling, generate, generate_batch
+from molmo_edge.molmo import QuestionError
+from molmo_edge.runtimes.torch import TorchRuntime
+
+GOLDEN = Path(__file__).parent / "golden"
+ASKS = [
+    (GOLDEN / "astronaut.png", "Point to the helmet."),
+    (GOLDEN / "text.png", "What is written here, and in which language is it written?"),
+    (np.full((40, 400, 3), 90, np.uint8), "What?"),
+    (GOLDEN / "coffee.png", "How many cups are there?"),
+]
+
+
+@pytest.fixture(scope="module", params=["molmoe", "qwen", "olmo"])
+def molmo(request: pytest.FixtureRequest) -> Molmo:
+    return Molmo(GOLDEN / request.param, device="cpu", precision="fp32")
+
+
+def test_a_batch_equals_one_at_a_time(molmo: Molmo) -> None:
+    alone = [molmo.ask(image, question, max_new_tokens=12) for image, question in ASKS]
+    batch = molmo.ask_batch(ASKS, max_new_tokens=12)
+    assert len({answer.usage.tokens.image for answer in alone}) > 2  # of different lengths, or nothing is padded
+    for one, other in zip(alone, batch, strict=True):
+        assert one.token_ids == other.token_ids
+        assert (one.text, one.points, one.count, one.complete) == (
+            other.text,
+            other.points,
+            other.count,
+            other.complete,
+        )
+        assert one.usage.tokens == other.usage.tokens and one.usage.crops == other.usage.crops
+        assert np.array_equal(one.image, other.image)
+
+
+def test_a_batch_draws_as_one_at_a_time(molmo: Molmo) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3}
+    alone = [molmo.ask(image, question, **options).token_ids for image, question in ASKS[:3]]
+    assert [answer.token_ids for answer in molmo.ask_batch(ASKS[:3], **options)] == alone
+
+
+def test_scenes_go_into_a_batch(molmo: Molmo) -> None:
+    scene = molmo.encode(GOLDEN / "coffee.png")
+    first, second = molmo.ask_batch([(scene, "What is it?"), (ASKS[0][0], "Who?")], max_new_tokens=6)
+    assert first.token_ids == molmo.ask(scene, "What is it?", max_new_tokens=6).token_ids
+    assert second.token_ids == molmo.ask(ASKS[0][0], "Who?", max_new_tokens=6).token_ids
+
+
+@pytest.mark.parametrize("name", ["molmoe", "qwen", "olmo"])
+def test_padded_logits_equal_those_of_each_alone(name: str) -> None:
+    """Step by step, every logit: padding is never looked at, positions go on where each prompt ends."""
+    runtime = TorchRuntime(GOLDEN / name, device="cpu", precision="fp32")
+    rng = np.random.default_rng(0)
+    d = runtime.config.decoder.d_model
+    prompts = [rng.normal(size=(n, d)).astype(np.float32) for n in (7, 1, 30, 12)]
+    steps = [rng.normal(size=(4, d)).astype(np.float32) for _ in range(5)]
+    logits, batch = runtime.prefill_batch(prompts, len(steps))
+    caches = [runtime.new_cache(len(p) + len(steps)) for p in prompts]
+    alone = np.stack([runtime.forward(p, c) for p, c in zip(prompts, caches, strict=True)])
+    for step in steps:
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-4 * np.abs(alone).max())
+        logits = runtime.forward_batch(step, batch)
+        alone = np.stack([runtime.forward(row[None], c) for row, c in zip(step, caches, strict=True)])
+    np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-4 * np.abs(alone).max())
+
+
+def test_each_ends_at_its_own_stop(molmo: Molmo) -> None:
+    """Whatever id one of them says third is made the stop: that one ends there, the others go on."""
+    runtime = molmo._runtime._inner
+    rng = np.random.default_rng(1)
+    prompts = [rng.normal(size=(n, runtime.config.decoder.d_model)).astype(np.float32) for n in (9, 4, 17)]
+    sampling = Sampling(max_new_tokens=10)
+
+    def alone(prompt: np.ndarray, eos: int) -> list[int]:
+        cache = runtime.new_cache(40)
+        return list(generate(runtime, prompt, cache, sampling, eos_id=eos, vocab_size=500, capacity=40))
+
+    eos = alone(prompts[1], -1)[2]
+    together = generate_batch(runtime, prompts, sampling, [10, 10, 4], eos_id=eos, vocab_size=500)
+    assert together[:2] == [alone(prompts[0], eos), alone(prompts[1], eos)]
+    assert together[2] == alone(prompts[2], eos)[:4]
+    assert len(together[1]) <= 2
+
+
+def test_engines_without_batches_answer_one_after_the_other(tiny_bundle: Path, saying: Callable[..., Molmo]) -> None:
+    with Molmo(tiny_bundle) as molmo:
+        expected = json.loads((tiny_bundle / "molmo_edge.json").read_text())["check"]["token_ids"]
+        answers = molmo.ask_batch([(GOLDEN / "astronaut.png", "Point to the helmet.")] * 2, max_new_tokens=8)
+        assert [list(answer.token_ids) for answer in answers] == [expected] * 2
+    assert [a.text for a in saying("three").ask_batch([(ASKS[2][0], "a"), (ASKS[2][0], "b")])] == ["three", "three"]
+
+
+@pytest.mark.parametrize(
+    ("asks", "says"),
+    [
+        ([], "at least one"),
+        ("ab", "list of"),
+        ([("photo.jpg",)], "list of"),
+        ([("photo.jpg", "")], "question is empty"),
+        ([("photo.jpg", 3)], "must be a str"),
+        ([("no-such.jpg", "What?")], "no-such.jpg"),
+    ],
+)
+def test_wrong_batches_are_refused(saying: Callable[..., Molmo], asks: Any, says: str) -> None:
+    with pytest.raises(Exception, match=says) as caught:
+        saying("x").ask_batch(asks)
+    assert isinstance(caught.value, QuestionError) or "no-such" in says
