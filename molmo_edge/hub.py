@@ -1,7 +1,9 @@
 """Models by hub id: what is fetched, whether it fits on the disk, and what to do where the hub cannot be reached.
 
-huggingface_hub does the transfer, into its own cache: an interrupted download is resumed, HF_TOKEN, HF_HOME,
-HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean. Python code beside a checkpoint is never fetched.
+huggingface_hub does the transfer, into its own cache: HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what
+they always mean. Newer versions of it throw an unfinished file away, which for one of 28.9 GB is days on a slow line:
+large files are therefore kept as far as they came, resumed, and compared with the hub's sha256. Python code beside a
+checkpoint is never fetched.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.bundle import MANIFEST
+from molmo_edge.bundle import MANIFEST, sha256_of
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.hub_config import CONFIG
 
@@ -21,6 +23,7 @@ _CHECKPOINT = (CONFIG, "preprocessor_config.json", "generation_config.json", "to
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE = "pytorch_model.bin"
 _NOT_OF_A_BUNDLE = ("*.py", ".git*", "*.md")
+_LARGE = 50_000_000  # bytes from which on a file is worth resuming
 _SPARE = 500_000_000  # bytes that stay free on the disk
 
 
@@ -45,8 +48,8 @@ def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True
         return _cached(
             hub_id, revision, f"the hub ({constants.ENDPOINT}) cannot be reached for {name}: {first_line(error)}"
         )
-    wanted = _wanted(name, list(files), to_run)
-    _check_disk(hub_id, {file: files[file] for file in wanted})
+    wanted = {file: files[file] for file in _wanted(name, list(files), to_run)}
+    _check_disk(hub_id, wanted)
     return _download(hub_id, revision, wanted)
 
 
@@ -124,15 +127,54 @@ def _check_disk(hub_id: str, files: dict[str, tuple[int, str]]) -> None:
         )
 
 
-def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+def _download(hub_id: str, revision: str | None, files: dict[str, tuple[int, str]]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        for file, (size, commit) in files.items():
+            if size >= _LARGE:
+                _download_large(hub_id, file, size, commit)
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in files]))
+    except HubError:
+        raise
     except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
         raise HubError(
             f"the download of {hub_id} broke off: {first_line(error)}. Ask again: it goes on where it stopped"
         ) from error
+
+
+def _download_large(hub_id: str, file: str, size: int, commit: str) -> None:
+    """Put `file` where the cache looks for it by its hash, going on from what an earlier attempt has left."""
+    from filelock import FileLock
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(hub_id, file, revision=commit)
+    etag = get_hf_file_metadata(url).etag
+    cache, repo = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=hub_id, repo_type="model")
+    blobs, locks = cache / repo / "blobs", cache / ".locks" / repo
+    if etag is None or (blobs / etag).exists():
+        return
+    for directory in (blobs, locks):
+        directory.mkdir(parents=True, exist_ok=True)
+    part = blobs / f"{etag}.part"
+    with FileLock(locks / f"{part.name}.lock"):  # two at once would write into each other
+        if (blobs / etag).exists():
+            return
+        with part.open("ab") as out:
+            http_get(
+                url,
+                out,
+                resume_size=out.tell(),
+                headers=build_hf_headers(),
+                expected_size=size,
+                displayed_filename=file,
+            )
+        if len(etag) == 64 and sha256_of(part) != etag:  # of large files the hub's etag is the sha256
+            part.unlink()
+            raise HubError(f"{file} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
+        part.replace(blobs / etag)
 
 
 def _cached(hub_id: str, revision: str | None, why: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from molmo_edge.memory import give_back
 from molmo_edge.modeling.decoder import SparseFFN, by_expert
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import PrecisionError
@@ -69,19 +70,19 @@ class Quantizer:
             raise PrecisionError(f'precision "{kind}" runs on CPU and CUDA, not on {self._device.type}: use "bf16"')
 
     def put(self, model: Molmo, name: str, weights: Iterator[Tensor]) -> None:
-        """Place the layers for the parameter `name` of `model` (modeling/layout.py), from one weight, or one an expert."""
+        """Place the layers for the parameter `name` (modeling/layout.py), from one weight, or one an expert."""
         path, _, leaf = name.rpartition(".")
+        parent, _, child = path.rpartition(".")
+        module = model.get_submodule(path)
         if leaf == "weight":
             (weight,) = weights
-            parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, self.linear(weight))
-            return
-        module = model.get_submodule(path)
-        if isinstance(module, SparseFFN):
-            module = QuantizedExperts(module)
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        cast(nn.ModuleList, getattr(module, leaf)).extend(self.linear(weight) for weight in weights)
+        else:
+            if isinstance(module, SparseFFN):
+                module = QuantizedExperts(module)
+                setattr(model.get_submodule(parent), child, module)
+            cast(nn.ModuleList, getattr(module, leaf)).extend(self.linear(weight) for weight in weights)
+        give_back()
 
     def linear(self, weight: Tensor) -> QuantizedLinear:
         """A layer without bias from [out, in] of any float dtype."""

@@ -129,7 +129,7 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:
-        """Run prompts of float32 [n_i, d_model]; -> logits [batch, embedding_size] of their last positions, and a cache.
+        """Run prompts, float32 [n_i, d_model]; -> logits [batch, embedding_size] of their ends, and a cache.
 
         `room`: tokens that will follow each. Short prompts are padded behind, where causal attention never looks.
         """

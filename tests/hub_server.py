@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+_WEIGHTS = (".bin", ".safetensors")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -26,6 +27,7 @@ class Hub:
     token: str | None = None  # what a client must send; None: anybody may read
     gated: bool = False
     sizes: dict[str, int] = field(default_factory=dict)  # what it claims of files, where that is not the truth
+    hashes: dict[str, str] = field(default_factory=dict)  # likewise
     cut_after: int | None = None  # bytes of a weights file after which the connection breaks
     revisions: tuple[str, ...] = ("main",)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)  # file, and the Range header
@@ -39,10 +41,10 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:  # noqa: N802 (http.server's name)
+    def do_HEAD(self) -> None:
         self._answer(head=True)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer(head=False)
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -51,7 +53,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, head: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         hub = self.hub
-        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+        if (
+            hub.token is not None
+            and not path.startswith("/cdn/")
+            and self.headers.get("Authorization") != f"Bearer {hub.token}"
+        ):
             return self._error(401, "RepoNotFound", "Invalid username or password.")
         if hub.gated:
             return self._error(403, "GatedRepo", "Access to this model is restricted.")
@@ -62,7 +68,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(404, "RevisionNotFound", "Invalid rev id")
             return self._json(self._info() if match[1] == "revision" else self._tree(), head=head)
         if match := re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path):
+            if match[2].endswith(_WEIGHTS) and match[2] in hub.files:
+                return self._redirect(match[2])
             return self._file(match[2], head=head)
+        if path.startswith("/cdn/"):
+            if "Authorization" in self.headers:
+                return self._error(400, "", "A token of the hub went to another host.")
+            return self._file(path.removeprefix("/cdn/"), head=head)
         return self._error(404, "RepoNotFound", "Repository not found")
 
     def _size(self, name: str, data: bytes) -> int:
@@ -79,8 +91,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self) -> list[dict[str, object]]:
         return [
             {"type": "file", "path": name, "size": self._size(name, data), "oid": hashlib.sha1(data).hexdigest()}
+            | (
+                {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}}
+                if name.endswith(_WEIGHTS)
+                else {}
+            )
             for name, data in self.hub.files.items()
         ]
+
+    def _redirect(self, name: str) -> None:
+        """Weights lie elsewhere, and are known by their sha256."""
+        data = self.hub.files[name]
+        self.send_response(302)
+        self.send_header("Location", self.hub.url.replace("127.0.0.1", "localhost") + f"/cdn/{name}")  # another host
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Linked-Size", str(self._size(name, data)))
+        self.send_header("X-Linked-ETag", f'"{self.hub.hashes.get(name) or hashlib.sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _file(self, name: str, *, head: bool) -> None:
         files = self.hub.files
@@ -101,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         if head:
             return
         cut = self.hub.cut_after
-        if cut is not None and name.endswith((".bin", ".safetensors")):
+        if cut is not None and name.endswith(_WEIGHTS):
             self.wfile.write(data[start : max(start, cut)])
             self.close_connection = True
         else:

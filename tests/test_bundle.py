@@ -170,54 +170,6 @@ def test_resolve_model_names_what_it_was_given(
         resolve_model(7)  # type: ignore[arg-type]
 
 
-def test_a_hub_id_is_downloaded_without_code(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked: list[dict[str, Any]] = []
-
-    def snapshot(repo: str, **options: Any) -> str:
-        asked.append(options | {"repo": repo})
-        return str(bundle)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert resolve_model("someone/a-model") == bundle
-    first, rest = asked
-    assert first["repo"] == rest["repo"] == "someone/a-model"
-    assert "molmo_edge.json" in first["allow_patterns"] and "*.py" in rest["ignore_patterns"]
-
-
-@pytest.mark.parametrize(("file", "says"), [("config.json", "pip install"), ("README.md", "neither a bundle")])
-def test_what_cannot_run_here_is_not_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, says: str
-) -> None:
-    import huggingface_hub
-
-    asked: list[dict[str, Any]] = []
-
-    def snapshot(repo: str, **options: Any) -> str:
-        asked.append(options)
-        (tmp_path / file).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BundleError, match=says):
-        resolve_model("someone/a-model")
-    assert [options["ignore_patterns"] for options in asked] == [None]
-
-
-def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def snapshot(repo: str, **options: Any) -> str:
-        raise OSError("connection refused\nand a page more")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(BundleError, match=r"someone/a-model .*connection refused") as caught:
-        resolve_model("someone/a-model")
-    assert "\n" not in str(caught.value)
-
-
 def test_a_tokenizer_that_is_not_the_graphs_is_refused(bundle: Path, golden: Path) -> None:
     assert load_tokenizer(bundle).special.im_patch == 502
     assert load_tokenizer(golden / "molmoe").special.im_patch == 502

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from molmo_edge.config import DecoderConfig
 from molmo_edge.modeling.linear import Linear, match
 
-
 # One product for all experts; a name of PyTorch's own since 2.10.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 

@@ -39,8 +39,8 @@ def _entry(path: Path, name: object, tensor: torch.Tensor, size: int) -> Entry:
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
         raise CheckpointError(
-            f"{path}: PyTorch {torch.__version__} does not say where in this file a tensor lies. It takes 2.7 or later, "
-            "and a file in the zip format that PyTorch writes since 1.6"
+            f"{path}: PyTorch {torch.__version__} does not say where in this file a tensor lies. It takes 2.7 or "
+            "later, and a file in the zip format that PyTorch writes since 1.6"
         )
     dtype = _NAMES[tensor.dtype]
     offset = start + tensor.storage_offset() * DTYPES[dtype].itemsize

@@ -1,0 +1,200 @@
+"""Models by hub id, against a stand-in for the hub: fetched, resumed, cached, and refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import COMMIT, Hub, serve
+
+from molmo_edge.bundle import BundleError, resolve_model
+from molmo_edge.export import export_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT_FILES = {"config.json", "preprocessor_config.json", "tokenizer.json"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub with the golden Qwen2-style model, in shards, and the Python code that real checkpoints bring."""
+    directory = tmp_path / "served"
+    export_checkpoint(GOLDEN / "qwen", directory, shard_bytes=150_000)
+    (directory / "modeling_molmo.py").write_text("raise SystemExit('code of the hub was run')")
+    (directory / "README.md").write_text("a card")
+    (directory / "pytorch_model.bin").write_bytes(b"the same once more")
+    with serve(Hub("someone/a-model", directory)) as served:
+        yield served
+
+
+class Client:
+    """The command line in a process of its own, with a cache of its own: huggingface_hub reads its settings once."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.home = hub, home
+        self.environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+            "HF_HUB_ETAG_TIMEOUT": "2",
+        }
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
+            self.environment.pop(name, None)
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "molmo_edge.cli", *arguments]
+        return subprocess.run(
+            command, env=self.environment | environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def ask(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        photo = str(GOLDEN / "astronaut.png")
+        return self(
+            *("ask", photo, "Who?", "--model", self.hub.name, "--max-crops", "0", "--max-new-tokens", "2", "--json"),
+            *arguments,
+            **environment,
+        )
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path) -> Client:
+    return Client(hub, tmp_path / "home")
+
+
+def refused(process: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence that a failed command ends with."""
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    *_, last = process.stderr.strip().splitlines()
+    assert last.startswith("molmo-edge: ")
+    return last
+
+
+def test_a_checkpoint_is_fetched_once_without_code_and_answers(hub: Hub, client: Client) -> None:
+    first = client.ask()
+    assert first.returncode == 0, first.stderr
+    fetched = {file for file, _ in hub.downloads}
+    shards = {p.name for p in hub.directory.glob("model*.safetensors*")}
+    assert len(shards) > 2 and fetched == CHECKPOINT_FILES | shards
+    hub.downloads.clear()
+    again = client.ask()
+    assert hub.downloads == []
+    offline = client.ask(HF_HUB_OFFLINE="1")
+    hub.url = ""
+    unreachable = client.ask(HF_ENDPOINT="http://127.0.0.1:9")
+    local = client("ask", str(GOLDEN / "astronaut.png"), "Who?", "--model", str(hub.directory), "--max-crops", "0",
+                   "--max-new-tokens", "2", "--json")  # fmt: skip
+    answers = [json.loads(p.stdout)["token_ids"] for p in (first, again, offline, unreachable, local)]
+    assert answers == [answers[0]] * 5
+
+
+def test_a_bundle_is_fetched_whole(hub: Hub, client: Client, tiny_bundle: Path) -> None:
+    shutil.rmtree(hub.directory)
+    shutil.copytree(tiny_bundle, hub.directory)
+    assert client.ask().returncode == 0
+    assert {file for file, _ in hub.downloads} == {
+        str(p.relative_to(tiny_bundle)) for p in tiny_bundle.rglob("*") if p.is_file()
+    }
+
+
+def test_a_pickle_is_fetched_where_there_is_nothing_else(hub: Hub, client: Client, tmp_path: Path) -> None:
+    shutil.rmtree(hub.directory)
+    shutil.copytree(GOLDEN / "molmoe", hub.directory)
+    process = client("export", hub.name, "--engine", "torch", "--out", str(tmp_path / "out"), "--quiet")
+    assert process.returncode == 0 and process.stderr == ""
+    assert {file for file, _ in hub.downloads} == CHECKPOINT_FILES | {"pytorch_model.bin"}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, client: Client) -> None:
+    """The client itself throws away what it has of a file."""
+    large = with_large_weights(hub)
+    hub.cut_after = 35_000_000
+    assert "goes on where it stopped" in refused(client.ask(HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    hub.cut_after = None
+    hub.downloads.clear()
+    assert client.ask().returncode == 0
+    starts = [int(wanted.removeprefix("bytes=").split("-")[0]) for file, wanted in hub.downloads if wanted]
+    assert starts and min(starts) >= 30_000_000  # it writes in pieces of 10 MB
+    (blob,) = [p for p in (client.home / "hub").rglob("blobs/*") if p.stat().st_size == len(large)]
+    assert blob.read_bytes() == large
+    assert not list((client.home / "hub").rglob("*.part"))
+
+
+def test_what_arrives_damaged_is_thrown_away(hub: Hub, client: Client) -> None:
+    with_large_weights(hub)
+    hub.hashes["pytorch_model.bin"] = "0" * 64
+    assert "pytorch_model.bin of someone/a-model arrived damaged" in refused(client.ask())
+    assert not [p for p in (client.home / "hub").rglob("blobs/*") if p.stat().st_size > 1_000_000]
+
+
+def with_large_weights(hub: Hub) -> bytes:
+    """The hub's model becomes the golden MolmoE, with more than fits into a piece of what is kept of a download."""
+    shutil.rmtree(hub.directory)
+    shutil.copytree(GOLDEN / "molmoe", hub.directory)
+    weights = hub.directory / "pytorch_model.bin"
+    torch.save(torch.load(weights, weights_only=True) | {"more": torch.rand(15_000_000)}, weights)
+    return weights.read_bytes()
+
+
+def test_a_token_and_a_revision_reach_the_hub(hub: Hub, client: Client) -> None:
+    hub.token = "hf_secret"
+    assert "set HF_TOKEN" in refused(client.ask())
+    assert client.ask(HF_TOKEN="hf_secret").returncode == 0
+    assert client.ask("--revision", COMMIT, HF_TOKEN="hf_secret").returncode == 0
+    says = refused(client.ask("--revision", "no-such", HF_TOKEN="hf_secret"))
+    assert 'has no revision "no-such"' in says
+    hub.gated = True
+    assert "is gated: accept its conditions" in refused(Client(hub, client.home / "other").ask(HF_TOKEN="hf_secret"))
+
+
+def test_a_disk_too_small_is_seen_before_the_download(hub: Hub, client: Client) -> None:
+    shard = next(p.name for p in hub.directory.glob("model-00001*"))
+    hub.sizes[shard] = 10**15
+    says = refused(client.ask())
+    assert "takes 1000000.0 GB" in says and "HF_HOME" in says
+    assert hub.downloads == []
+
+
+def test_what_is_not_there_is_said_in_one_sentence(hub: Hub, client: Client) -> None:
+    offline = refused(client.ask(HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE is set" in offline and "hf download someone/a-model --local-dir" in offline
+    assert "cannot be reached" in refused(client.ask(HF_ENDPOINT="http://127.0.0.1:9"))
+    other = client("ask", str(GOLDEN / "astronaut.png"), "Who?", "--model", "someone/other")
+    assert "the hub has no such model" in refused(other)
+    (hub.directory / "config.json").unlink()
+    assert "holds neither a bundle" in refused(client.ask())
+
+
+def test_a_copy_that_is_not_whole_is_named_offline(hub: Hub, client: Client) -> None:
+    assert client.ask().returncode == 0
+    cached = next((client.home / "hub").rglob("snapshots/*"))
+    (cached / "tokenizer.json").unlink()
+    says = refused(client.ask(HF_HUB_OFFLINE="1"))
+    assert "lacks tokenizer.json" in says
+
+
+def test_without_pytorch_a_checkpoint_is_not_fetched(hub: Hub, client: Client) -> None:
+    program = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        "from molmo_edge.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "ask", str(GOLDEN / "astronaut.png"), "Who?", "--model", hub.name]
+    process = subprocess.run(command, env=client.environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "runs on PyTorch: pip install" in refused(process)
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize("model", [None, "nano", GOLDEN / "qwen"])
+def test_a_revision_is_for_the_hub(model: Any) -> None:
+    with pytest.raises(BundleError, match="a revision is for a model of the hub"):
+        resolve_model(model, revision="main")
