@@ -166,8 +166,8 @@ def _entry(path: Path, **more: Any) -> dict[str, Any]:
 
 def _sources(checkpoint: Path) -> dict[str, str]:
     """sha256 of every file of weights, and of the configuration that they were read with."""
-    weights = (*checkpoint.glob("model*.safetensors"), *checkpoint.glob("pytorch_model.bin"))
-    return {path.name: sha256_of(path) for path in (checkpoint / "config.json", *sorted(weights))}
+    patterns = ("config.json", "config.yaml", "model*.safetensors", "pytorch_model.bin", "model.pt")
+    return {path.name: sha256_of(path) for pattern in patterns for path in sorted(checkpoint.glob(pattern))}
 
 
 def _try(config: MolmoConfig, files: dict[str, Path]) -> None:

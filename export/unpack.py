@@ -38,6 +38,7 @@ class BundleTensors:
         """Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
         bundle = open_bundle(directory)
         self.config: MolmoConfig = bundle.config
+        self._directory = bundle.directory
         self._arrays: dict[str, np.ndarray] = {}
         self._inputs: dict[str, int] = {}  # inputs of matrices in blocks, whose last block is padded
         for component in GRAPHS:
@@ -63,6 +64,15 @@ class BundleTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.get(name).shape
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def file(self, name: str) -> Path:
+        return self._directory
+
+    def raw(self, name: str) -> np.ndarray:
+        return np.asarray(self.get(name), np.float32)
 
     def get(self, name: str) -> np.ndarray:
         if name not in self._read:

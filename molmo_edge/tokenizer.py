@@ -84,7 +84,9 @@ class Tokenizer:
         try:
             definition = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise TokenizerError(f"there is no tokenizer {path}") from None
+            raise TokenizerError(
+                f"there is no tokenizer {path}: copy the tokenizer.json of the same model on the hub there"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"the tokenizer {path} cannot be read: {error}") from None
         return cls(definition, name=str(path))

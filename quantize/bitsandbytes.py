@@ -97,8 +97,8 @@ class Quantizer:
         options = {"compress_statistics": False, "quant_type": "nf4"}
         layer = self._bnb.nn.Linear4bit(n_in, n_out, bias=False, compute_dtype=torch.bfloat16, device="meta", **options)
         layer.weight = self._bnb.nn.Params4bit(weight, requires_grad=False, **options).to(self._device)
-        # The processor's packed layout is for whole tiles only, which the layer does not look at.
-        layer.support_avx512bf16_for_cpu &= n_out % 32 == 0 and n_in % _BLOCK == 0
+        if n_out % 32 or n_in % _BLOCK:  # the processor's packed layout is for whole tiles, which it does not look at
+            layer.support_avx512bf16_for_cpu = False
         return QuantizedLinear(layer, torch.bfloat16)
 
     def _int8(self, weight: Tensor) -> QuantizedLinear:

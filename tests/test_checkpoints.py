@@ -17,14 +17,17 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
+from molmo_edge import Molmo
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.export import ExportError, export_checkpoint
+from molmo_edge.export import ExportError, export_bundle, export_checkpoint
 from molmo_edge.hub_config import from_hub_config, to_hub_config
-from molmo_edge.modeling import Molmo, load_checkpoint
+from molmo_edge.modeling import Molmo as Model
+from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.shards import ShardWriter
+from molmo_edge.tokenizer import TokenizerError
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("molmoe", "qwen", "olmo")
@@ -83,7 +86,7 @@ def _moe_dialect(config: MolmoConfig) -> dict[str, Any]:
 def test_the_layout_is_the_models(preset: str) -> None:
     config = PRESETS[preset]
     with torch.device("meta"):
-        model = Molmo(config)
+        model = Model(config)
     shapes, layout = hub_shapes(config), hub_layout(config)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if p.numel()}
     assert set(parameters) == set(layout)
@@ -236,14 +239,16 @@ class _Code:
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "molmoe", tmp_path / "in")
     weights = tmp_path / "in" / "pytorch_model.bin"
-    torch.save({"model.transformer.ln_f.weight": torch.ones(32), "x": _Code(tmp_path / "ran")}, weights)
+    torch.save(
+        {"model.transformer.ln_f.weight": torch.ones(32), "x": _Code(tmp_path / "ran")}, weights, pickle_protocol=2
+    )
     for attempt in (
         lambda: load_checkpoint(tmp_path / "in"),
         lambda: export_checkpoint(tmp_path / "in", tmp_path / "o"),
     ):
         with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not a plain, whole PyTorch checkpoint"):
             attempt()
-    weights.write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
+    weights.write_bytes(pickle.dumps(_Code(tmp_path / "ran"), protocol=2))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not a plain"):
         load_checkpoint(tmp_path / "in")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -292,6 +297,18 @@ def test_a_reference_folder_that_does_not_fit_its_config(tmp_path: Path) -> None
         (tmp_path / "in" / "config.yaml").write_text(broken)
         with pytest.raises(ConfigError, match=says):
             load_checkpoint(tmp_path / "in")
+
+
+def test_a_reference_folder_becomes_a_bundle(tmp_path: Path) -> None:
+    as_reference(GOLDEN / "qwen", tmp_path / "in")
+    manifest = export_bundle(tmp_path / "in", tmp_path / "bundle")
+    assert set(manifest["source"]["files"]) == {"config.yaml", "model.pt"}
+    with Molmo(tmp_path / "bundle") as ours, Molmo(GOLDEN / "qwen", device="cpu", precision="fp32") as theirs:
+        answers = [m.ask(GOLDEN / "coffee.png", "What?", max_new_tokens=6).token_ids for m in (ours, theirs)]
+    assert answers[0] == answers[1]
+    (tmp_path / "in" / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"copy the tokenizer\.json of the same model on the hub"):
+        load_checkpoint(tmp_path / "in")
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.memory import meminfo
 
 # What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
 _EXTRAS = {
     "torch": ("torch", "safetensors"),
     "export": ("onnx",),
-    "quantize": ("onnx",),
+    "quantize": ("torch", "onnx", "bitsandbytes"),
     "train": ("torch", "onnx", "gguf", "resvg-py"),
 }
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
@@ -68,12 +69,10 @@ def _version(distribution: str) -> str | None:
 
 def _memory() -> dict[str, str | None]:
     """Total and free memory where /proc tells, as on every Linux board; swap counts on an 8 GB Jetson."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
+    known = meminfo()
+    if not known:
         return {"memory": None}
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    gib = {name: kib.get(name, 0) / 2**20 for name in ("MemTotal", "MemAvailable", "SwapTotal")}
+    gib = {name: known.get(name, 0) / 2**30 for name in ("MemTotal", "MemAvailable", "SwapTotal")}
     return {"memory": f"{gib['MemTotal']:.1f} GiB, {gib['MemAvailable']:.1f} GiB free, {gib['SwapTotal']:.1f} GiB swap"}
 
 

@@ -47,18 +47,19 @@ def export(
     """Convert a checkpoint to a bundle of ONNX graphs, or to safetensors."""
     if engine is Engine.torch and (name is not None or check_image is not None):
         raise typer.BadParameter("--name and --check-image are for bundles, --engine onnx")
+    wishes = _by_component(precision or "fp32")
     directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
     if engine is Engine.torch:
         _safetensors(directory, out, precision or "bf16", json=json, quiet=quiet)
     else:
         check = None if check_image is None else (check_image, check_question)
-        _bundle(directory, out, precision or "fp32", name, check, json=json, quiet=quiet)
+        _bundle(directory, out, wishes, name, check, json=json, quiet=quiet)
 
 
 def _bundle(
     checkpoint: Path,
     out: Path,
-    precision: str,
+    precision: str | dict[str, str],
     name: str | None,
     check: tuple[Path, str] | None,
     *,
@@ -69,7 +70,7 @@ def _bundle(
 
     photo = None if check is None else CheckPhoto(*check)
     with progress(f"exporting {checkpoint}", quiet=quiet):
-        manifest = export_bundle(checkpoint, out, _by_component(precision), name=name, check=photo)
+        manifest = export_bundle(checkpoint, out, precision, name=name, check=photo)
     if json:
         print_json({"out": str(out), "manifest": manifest})
     for component in manifest["components"].values():
