@@ -176,14 +176,23 @@ def dense_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision: 
 
 
 def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision: Precision, x: str, name: str) -> str:
-    """OLMoE's experts, all of them computed as one wide SwiGLU whose hidden values the router scales.
+    """OLMoE's experts, by the precision's own operator, or all of them as one wide SwiGLU that the router scales.
 
-    Exact, and for a model as small as nano faster than picking experts: an expert not chosen is scaled by 0.
-    The chosen probabilities are not renormalised (OLMoE: norm_topk_prob false).
+    The wide form is exact, and for a model as small as nano faster than picking experts: an expert not chosen is
+    scaled by 0. The chosen probabilities are not renormalised (OLMoE: norm_topk_prob false).
     """
 
-    def stacked(part: str) -> list[np.ndarray]:
-        return [tensors.get(f"{name}.experts.{e}.{part}_proj.weight") for e in range(d.n_experts)]
+    def part(which: str, e: int) -> np.ndarray:
+        return tensors.get(f"{name}.experts.{e}.{which}_proj.weight")
+
+    def stacked(which: str) -> list[np.ndarray]:
+        return [part(which, e) for e in range(d.n_experts)]
+
+    if precision.experts is not None:
+        probabilities = _probabilities(graph, tensors, x, name)
+        picked = precision.experts(graph, d, x, probabilities, f"{name}.experts", part)
+        if picked is not None:
+            return picked
 
     wide = f"{name}.experts"  # matrices of all experts side by side
     gate = precision.linear(graph, x, f"{wide}.gate_proj", np.concatenate(stacked("gate")), None)
@@ -197,12 +206,17 @@ def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision
 
 def _route(graph: Graph, d: DecoderConfig, tensors: TensorSource, x: str, name: str) -> str:
     """Softmax over all experts, with all but the top_k set to 0: [1, n, n_experts]. Always in fp32."""
-    logits = FP32.linear(graph, x, f"{name}.gate", tensors.get(f"{name}.gate.weight"), None)
-    probabilities = graph.node("Softmax", logits, axis=-1)
+    probabilities = _probabilities(graph, tensors, x, name)
     outputs = (f"{name}.top_probabilities", f"{name}.top_experts")
     values, experts = graph.nodes("TopK", probabilities, graph.ints(d.top_k), outputs=outputs, axis=-1)
     nothing = graph.node("Mul", probabilities, graph.constant(0.0))
     return graph.node("ScatterElements", nothing, experts, values, axis=-1)
+
+
+def _probabilities(graph: Graph, tensors: TensorSource, x: str, name: str) -> str:
+    """The router's softmax over all experts, always in fp32: [1, n, n_experts]."""
+    logits = FP32.linear(graph, x, f"{name}.gate", tensors.get(f"{name}.gate.weight"), None)
+    return graph.node("Softmax", logits, axis=-1)
 
 
 def _silu(graph: Graph, x: str) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from molmo_edge.config import DecoderConfig
+
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.quantize.int8
@@ -24,6 +26,7 @@ _PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
 
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
@@ -114,16 +117,23 @@ Linear = Callable[[Graph, str, str, np.ndarray, "np.ndarray | None"], str]
 Table = Callable[[Graph, str, str, np.ndarray], str]
 """(graph, ids int64 [n], name, table [rows, d]) -> [n, d]"""
 
+ExpertPart = Callable[[str, int], np.ndarray]
+"""("gate", "up" or "down", expert) -> its matrix [out, in]"""
+Experts = Callable[[Graph, DecoderConfig, str, str, str, ExpertPart], "str | None"]
+"""(graph, config, x [1, n, d], router's probabilities [1, n, n_experts], hub name, part) -> [1, n, d], or None where
+these sizes cannot be taken, and the experts are matrices like any other"""
+
 
 @dataclass(frozen=True)
 class Precision:
     """How the matrices and the lookup table of a component are stored and multiplied."""
 
-    name: str  # as written into a manifest: "fp32", "int8", "q8"
-    suffix: str  # of the component's file: "", "_int8", "_q8"
-    bytes_per_weight: int
+    name: str  # as written into a manifest: "fp32", "int8", "q8", "q4"
+    suffix: str  # of the component's file: "", "_int8", "_q8", "_q4"
+    bytes_per_weight: float
     linear: Linear
     table: Table
+    experts: Experts | None = None  # None: experts are matrices like any other
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:

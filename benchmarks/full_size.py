@@ -1,7 +1,7 @@
-"""A checkpoint on the PyTorch runtime: time by stage and peak memory, in a process that does nothing else.
+"""A model of full size: time by stage and peak memory, in a process that does nothing else.
 
 python benchmarks/make_random_checkpoint.py --preset molmoe-1b --out /data/random-molmoe
-python benchmarks/checkpoint_on_torch.py /data/random-molmoe --precision nf4
+python benchmarks/full_size.py /data/random-molmoe --precision nf4
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from molmo_edge.config import PRECISIONS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("model", type=Path, help="a checkpoint, which runs on PyTorch, or a bundle")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--image", type=Path, help="a photo; without it a synthetic one of 640x480")
@@ -30,7 +30,7 @@ def main() -> None:
     y, x = np.mgrid[:480, :640]
     synthetic = np.stack([x * 255 // 640, y * 255 // 480, (x // 16 + y // 16) % 2 * 200], axis=-1).astype(np.uint8)
     began = time.perf_counter()
-    molmo = Molmo(args.checkpoint, precision=args.precision, device=args.device)
+    molmo = Molmo(args.model, precision=args.precision, device=args.device)
     loaded = time.perf_counter() - began
     peak_loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answers = [molmo.ask(args.image or synthetic, "Describe this image.", max_new_tokens=args.tokens) for _ in range(2)]
