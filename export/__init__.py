@@ -11,18 +11,28 @@ from typing import TYPE_CHECKING, Any
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.export.bundle import CheckPhoto, export_bundle
-    from molmo_edge.export.checkpoint import export_checkpoint
+    from molmo_edge.export.bundle import CheckPhoto, check_bundle_wishes, export_bundle
+    from molmo_edge.export.checkpoint import check_checkpoint_wishes, export_checkpoint
     from molmo_edge.export.unpack import load_bundle_weights
-
-__all__ = ["CheckPhoto", "ExportError", "export_bundle", "export_checkpoint", "load_bundle_weights"]
 
 _HOME = {
     "CheckPhoto": "bundle",
+    "check_bundle_wishes": "bundle",
+    "check_checkpoint_wishes": "checkpoint",
     "export_bundle": "bundle",
     "export_checkpoint": "checkpoint",
     "load_bundle_weights": "unpack",
 }
+
+__all__ = [
+    "CheckPhoto",
+    "ExportError",
+    "check_bundle_wishes",
+    "check_checkpoint_wishes",
+    "export_bundle",
+    "export_checkpoint",
+    "load_bundle_weights",
+]
 
 
 class ExportError(MolmoEdgeError):

@@ -73,8 +73,9 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Convert the checkpoint directory (hub layout) to a bundle directory `out`, which must not exist yet.
 
-    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything, or a
-    mapping of components to them, "fp32" where it names none. `measure`: run every component that is not fp32
+    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything; "q4", four
+    bits for the decoder (molmo_edge.quantize.int4) and eight for the rest; or a mapping of components to them, "fp32"
+    where it names none. `measure`: run every component that is not fp32
     beside its fp32 form and write the errors into the manifest (molmo_edge.quantize.errors).
 
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
@@ -86,15 +87,10 @@ def export_bundle(
     or PromptError for a `check` that could not be answered.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists():
-        raise ExportError(f"{out} exists already: remove it, or choose another directory")
-    if check is not None:
-        load_image(check.image)
-        build_prompt(check.question)
+    chosen = check_bundle_wishes(out, precision, check)
     config = MolmoConfig.from_hub(checkpoint)
     tensors = open_tensors(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
-    chosen = _precisions(precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename on one file system.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -125,6 +121,18 @@ def export_bundle(
             _write_manifest(staging, manifest)
         os.rename(staging, out)
     return manifest
+
+
+def check_bundle_wishes(
+    out: Path, precision: str | Mapping[str, str], check: CheckPhoto | None
+) -> dict[str, Precision]:
+    """The precision of each component. Raises for what cannot be asked for, before a checkpoint is fetched."""
+    if out.exists():
+        raise ExportError(f"{out} exists already: remove it, or choose another directory")
+    if check is not None:
+        load_image(check.image)
+        build_prompt(check.question)
+    return _precisions(precision)
 
 
 def _precisions(precision: str | Mapping[str, str]) -> dict[str, Precision]:

@@ -24,6 +24,7 @@ from molmo_edge.tokenizer import Tokenizer
 
 PRECISIONS = {"bf16": "BF16", "fp32": "F32"}
 SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut them
+_AT_ONCE = 1 << 16  # values that are rounded in the processor's cache
 _SPARE = 200_000_000  # bytes that stay free on the disk
 _BESIDE = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -45,12 +46,7 @@ def export_checkpoint(
     CheckpointError, ConfigError or TokenizerError for a checkpoint that is not whole.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if precision not in PRECISIONS:
-        raise ExportError(
-            f'the precision "{precision}" is not known for safetensors; known are {", ".join(PRECISIONS)}'
-        )
-    if out.exists():
-        raise ExportError(f"{out} exists already: remove it, or choose another directory")
+    check_checkpoint_wishes(out, precision)
     if shard_bytes <= 0:
         raise ExportError(f"a shard must have room for something, not for {shard_bytes} bytes")
     dtype = PRECISIONS[precision]
@@ -80,16 +76,38 @@ def export_checkpoint(
     return sorted(out.glob("model*.safetensors"))
 
 
+def check_checkpoint_wishes(out: Path, precision: str) -> None:
+    """Raise ExportError for what cannot be asked for, before a checkpoint is fetched."""
+    if precision not in PRECISIONS:
+        raise ExportError(
+            f'the precision "{precision}" is not known for safetensors; known are {", ".join(PRECISIONS)}'
+        )
+    if out.exists():
+        raise ExportError(f"{out} exists already: remove it, or choose another directory")
+
+
 def _converted(tensors: TensorSource, name: str, dtype: str) -> np.ndarray:
     raw, stored = tensors.raw(name), tensors.dtype(name)
     if stored == dtype:
         return raw
     values = widen(raw, stored)
-    if dtype == "F32":
-        return values
-    import torch
+    return values if dtype == "F32" else round_to_bfloat16(values)
 
-    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()  # to nearest, ties to even
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16 as uint16, to nearest, ties to even. Overflow gives infinity, NaN stays NaN."""
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    rounded = np.empty(flat.shape, np.uint16)
+    for start in range(0, flat.size, _AT_ONCE):
+        part = flat[start : start + _AT_ONCE]
+        bits = part.view(np.uint32)
+        half = (bits >> 16) & 1
+        half += bits
+        half += 0x7FFF
+        rounded[start : start + _AT_ONCE] = half >> 16
+        if np.isnan(part.min()):
+            rounded[start : start + _AT_ONCE][np.isnan(part)] = 0x7FC0
+    return rounded.reshape(values.shape)
 
 
 def _check_disk(directory: Path, needed: int) -> None:

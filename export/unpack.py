@@ -20,6 +20,8 @@ from molmo_edge.export import ExportError
 from molmo_edge.export.decoder import HUB as TRANSFORMER
 from molmo_edge.export.vision import HUB as VIT
 from molmo_edge.modeling.checkpoint import CheckpointError
+from molmo_edge.quantize import int4
+from molmo_edge.quantize.int4 import unpack_nibbles
 from molmo_edge.quantize.int8 import ZERO_POINT
 
 if TYPE_CHECKING:
@@ -40,15 +42,22 @@ class BundleTensors:
         self.config: MolmoConfig = bundle.config
         self._directory = bundle.directory
         self._arrays: dict[str, np.ndarray] = {}
-        self._inputs: dict[str, int] = {}  # inputs of matrices in blocks, whose last block is padded
+        self._blocks: dict[
+            str, tuple[int, int]
+        ] = {}  # of matrices in blocks: bits, and inputs, where the last is padded
         for component in GRAPHS:
             if bundle.components[component].engine != "onnx":
                 raise ExportError(f"{directory}: the weights of {component} are not in an ONNX graph")
             graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
             self._arrays |= {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
             for node in graph.node:
+                numbers = {a.name: a.i for a in node.attribute}
                 if node.op_type == "MatMulNBits":
-                    self._inputs[node.input[1]] = next(a.i for a in node.attribute if a.name == "K")
+                    self._blocks[node.input[1]] = numbers["bits"], numbers["K"]
+                elif node.op_type == "QMoE":
+                    d = self.config.decoder
+                    for weight, inputs in ((node.input[2], d.d_model), (node.input[5], d.ffn_dim)):
+                        self._blocks[weight] = numbers["expert_weight_bits"], inputs
         # Experts that lie in one matrix are asked for one after the other, each for its shape first.
         self._last = lru_cache(maxsize=1)(self._widen)
         self._read = {name: partial(self._last, name) for name in self._arrays} | self._derived()
@@ -88,9 +97,11 @@ class BundleTensors:
     def _float(self, name: str) -> np.ndarray:
         array = self._arrays[name]
         scale = self._arrays.get(f"{name.removesuffix('.weight')}.scale")
-        if array.dtype == np.uint8 and scale is not None:  # blocks, [out, blocks, 32]
-            wide = (array.astype(np.float32) - ZERO_POINT) * scale.reshape(*array.shape[:2], 1)
-            return wide.reshape(len(array), -1)[:, : self._inputs[name]]
+        if array.dtype == np.uint8 and scale is not None:  # scales [..., out, blocks]
+            bits, inputs = self._blocks[name]
+            codes, zero_point = (unpack_nibbles(array), int4.ZERO_POINT) if bits == 4 else (array, ZERO_POINT)
+            wide = (codes.reshape(*scale.shape, -1).astype(np.float32) - zero_point) * scale[..., None]
+            return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
         if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
             wide = array.astype(np.float32) * scale
             return wide if name == TABLE else wide.T
@@ -123,6 +134,11 @@ class BundleTensors:
         return read
 
     def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
+        experts = wide.rpartition(".")[0]
+        if f"{experts}.down.weight" in self._arrays:  # of QMoE, where rows of gate and up take turns
+            if part == "down":
+                return self._last(f"{experts}.down.weight")[e]
+            return self._last(f"{experts}.gate_up.weight")[e, ("gate", "up").index(part) :: 2]
         matrix, ffn = self._last(f"{wide}.weight"), self.config.decoder.ffn_dim
         rows = slice(e * ffn, (e + 1) * ffn)
         return matrix[:, rows] if part == "down" else matrix[rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,21 +99,22 @@ def generate(
 
 def generate_batch(
     runtime: BatchRuntime,
-    prompts: Sequence[np.ndarray],
+    prefilled: tuple[np.ndarray, Any],
     sampling: Sampling,
     most: Sequence[int],
     *,
     eos_id: int,
     vocab_size: int,
 ) -> list[list[int]]:
-    """As `generate`, for several prompts (float32 [n_i, d_model]) side by side, each with ids and a draw of its own.
+    """As `generate`, for several prompts side by side, each with ids and a draw of its own.
 
-    `most`: ids that each may have, see `most_new_tokens`. Returns the ids of each.
+    `prefilled`: what `runtime.prefill_batch` gave, with room for `max(most)`. `most`: ids that each prompt may get,
+    see `most_new_tokens`. Returns the ids of each.
     """
-    randoms = [np.random.default_rng(sampling.seed) for _ in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    logits, batch = runtime.prefill_batch(prompts, max(most))
+    logits, batch = prefilled
+    randoms = [np.random.default_rng(sampling.seed) for _ in most]
+    answers: list[list[int]] = [[] for _ in most]
+    going = set(range(len(most)))
     while going:
         for i in sorted(going):
             token = next_token(logits[i, :vocab_size], sampling, randoms[i])

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import re
 import shutil
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.bundle import MANIFEST, sha256_of
+from molmo_edge.bundle import MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.hub_config import CONFIG
 
-_CHECKPOINT = (CONFIG, "preprocessor_config.json", "generation_config.json", "tokenizer.json", "LICENSE*")
+_CHECKPOINT = (CONFIG, "preprocessor_config.json", "generation_config.json", "LICENSE*", TOKENIZER)
+_CHECKPOINT += ("tokenizer_config.json", "special_tokens_map.json")  # for other programs, beside a converted one
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE = "pytorch_model.bin"
 _NOT_OF_A_BUNDLE = ("*.py", ".git*", "*.md")
@@ -29,6 +32,14 @@ _SPARE = 500_000_000  # bytes that stay free on the disk
 
 class HubError(MolmoEdgeError):
     """A model that could not be had from the hub."""
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size: int  # bytes
+    commit: str
+    sha256: str | None  # of large files; the cache names their blobs by it
 
 
 def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True) -> Path:
@@ -48,17 +59,17 @@ def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True
         return _cached(
             hub_id, revision, f"the hub ({constants.ENDPOINT}) cannot be reached for {name}: {first_line(error)}"
         )
-    wanted = {file: files[file] for file in _wanted(name, list(files), to_run)}
-    _check_disk(hub_id, wanted)
-    return _download(hub_id, revision, wanted)
+    wanted = _wanted(name, list(files), to_run)
+    missing = [files[file] for file in wanted if not _is_cached(hub_id, files[file])]
+    _check_disk(hub_id, missing)
+    return _download(hub_id, revision, wanted, missing)
 
 
 class _Unreachable(Exception):  # noqa: N818 (a state, not a mistake)
     pass
 
 
-def _list(hub_id: str, revision: str | None) -> dict[str, tuple[int, str]]:
-    """File -> size in bytes and the commit it is of."""
+def _list(hub_id: str, revision: str | None) -> dict[str, _File]:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import (
         GatedRepoError,
@@ -88,7 +99,14 @@ def _list(hub_id: str, revision: str | None) -> dict[str, tuple[int, str]]:
         raise _Unreachable(error) from error
     except Exception as error:  # connections fail with httpx's errors or with requests', by the client's version
         raise _Unreachable(error) from error
-    return {s.rfilename: (int(s.size or 0), str(info.sha)) for s in info.siblings or ()}
+    files = {}
+    for sibling in info.siblings or ():
+        sha256 = sibling.lfs and str(
+            sibling.lfs.sha256
+        )  # it becomes a file's name: nothing else than a hash may be one
+        sha256 = sha256 if sha256 and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
+        files[sibling.rfilename] = _File(sibling.rfilename, int(sibling.size or 0), str(info.sha), sha256)
+    return files
 
 
 def _wanted(name: str, files: list[str], to_run: bool) -> list[str]:
@@ -99,6 +117,8 @@ def _wanted(name: str, files: list[str], to_run: bool) -> list[str]:
     weights = [file for file in files if _matches(file, _SAFETENSORS)] or [file for file in files if file == _PICKLE]
     if not weights:
         raise HubError(f"{name} on the hub has no weights: expected {', '.join(_SAFETENSORS[:2])} or {_PICKLE}")
+    if TOKENIZER not in files:
+        raise HubError(f"{name} on the hub has no {TOKENIZER}, without which nothing can be asked")
     if (to_run or weights == [_PICKLE]) and importlib.util.find_spec("torch") is None:
         why = "which runs on PyTorch" if to_run else "whose weights are a pickle, which only PyTorch reads"
         raise HubError(f"{name} is a checkpoint, {why}: pip install 'molmo-edge[torch]', or name a bundle")
@@ -109,32 +129,47 @@ def _matches(file: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(file, pattern) for pattern in patterns)
 
 
-def _check_disk(hub_id: str, files: dict[str, tuple[int, str]]) -> None:
-    from huggingface_hub import constants, try_to_load_from_cache
+def _is_cached(hub_id: str, file: _File) -> bool:
+    from huggingface_hub import try_to_load_from_cache
 
-    missing = sum(
-        size
-        for file, (size, commit) in files.items()
-        if not isinstance(try_to_load_from_cache(hub_id, file, revision=commit), str)
-    )
-    cache = Path(constants.HF_HUB_CACHE)
-    there = next(path for path in (cache, *cache.parents) if path.exists())
+    return isinstance(try_to_load_from_cache(hub_id, file.name, revision=file.commit), str)
+
+
+def _blobs(hub_id: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
+
+
+def _to_fetch(hub_id: str, file: _File) -> int:
+    """Bytes that are not on the disk yet."""
+    if file.sha256 is None:
+        return file.size
+    whole, part = _blobs(hub_id) / file.sha256, _blobs(hub_id) / f"{file.sha256}.part"
+    return 0 if whole.exists() else file.size - (part.stat().st_size if part.exists() else 0)
+
+
+def _check_disk(hub_id: str, missing: list[_File]) -> None:
+    blobs = _blobs(hub_id)
+    needed = sum(_to_fetch(hub_id, file) for file in missing)
+    there = next(path for path in blobs.parents if path.exists())
     free = shutil.disk_usage(there).free
-    if missing and missing + _SPARE > free:
+    if needed and needed + _SPARE > free:
         raise HubError(
-            f"{hub_id} takes {missing / 1e9:.1f} GB, but {there} has only {free / 1e9:.1f} GB free: make room, or let "
-            "HF_HOME name a directory on a larger disk"
+            f"{hub_id} takes {needed / 1e9:.1f} GB more, but {there} has only {free / 1e9:.1f} GB free: make room, or "
+            "let HF_HOME name a directory on a larger disk"
         )
 
 
-def _download(hub_id: str, revision: str | None, files: dict[str, tuple[int, str]]) -> Path:
+def _download(hub_id: str, revision: str | None, wanted: list[str], missing: list[_File]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for file, (size, commit) in files.items():
-            if size >= _LARGE:
-                _download_large(hub_id, file, size, commit)
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in files]))
+        for file in missing:
+            if file.size >= _LARGE and file.sha256 is not None:
+                _download_large(hub_id, file, file.sha256)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in wanted]))
     except HubError:
         raise
     except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
@@ -143,38 +178,36 @@ def _download(hub_id: str, revision: str | None, files: dict[str, tuple[int, str
         ) from error
 
 
-def _download_large(hub_id: str, file: str, size: int, commit: str) -> None:
+def _download_large(hub_id: str, file: _File, sha256: str) -> None:
     """Put `file` where the cache looks for it by its hash, going on from what an earlier attempt has left."""
     from filelock import FileLock
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    url = hf_hub_url(hub_id, file, revision=commit)
-    etag = get_hf_file_metadata(url).etag
-    cache, repo = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=hub_id, repo_type="model")
-    blobs, locks = cache / repo / "blobs", cache / ".locks" / repo
-    if etag is None or (blobs / etag).exists():
-        return
+    blobs = _blobs(hub_id)
+    locks = blobs.parent.parent / ".locks" / blobs.parent.name
     for directory in (blobs, locks):
         directory.mkdir(parents=True, exist_ok=True)
-    part = blobs / f"{etag}.part"
+    part = blobs / f"{sha256}.part"
     with FileLock(locks / f"{part.name}.lock"):  # two at once would write into each other
-        if (blobs / etag).exists():
+        if (blobs / sha256).exists():
             return
+        if part.exists() and part.stat().st_size > file.size:
+            part.unlink()
         with part.open("ab") as out:
             http_get(
-                url,
+                hf_hub_url(hub_id, file.name, revision=file.commit),
                 out,
                 resume_size=out.tell(),
                 headers=build_hf_headers(),
-                expected_size=size,
-                displayed_filename=file,
+                expected_size=file.size,
+                displayed_filename=file.name,
             )
-        if len(etag) == 64 and sha256_of(part) != etag:  # of large files the hub's etag is the sha256
+        if sha256_of(part) != sha256:
             part.unlink()
-            raise HubError(f"{file} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
-        part.replace(blobs / etag)
+            raise HubError(f"{file.name} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
+        part.replace(blobs / sha256)
 
 
 def _cached(hub_id: str, revision: str | None, why: str) -> Path:
@@ -193,7 +226,7 @@ def _cached(hub_id: str, revision: str | None, why: str) -> Path:
     missing = None
     if not (directory / MANIFEST).is_file():
         weights = any(any(directory.glob(pattern)) for pattern in (*_SAFETENSORS, _PICKLE))
-        there = {CONFIG: (directory / CONFIG).is_file(), "tokenizer.json": (directory / "tokenizer.json").is_file()}
+        there = {CONFIG: (directory / CONFIG).is_file(), TOKENIZER: (directory / TOKENIZER).is_file()}
         missing = next((file for file, found in (there | {"its weights": weights}).items() if not found), None)
     if missing is not None:
         raise HubError(f"{why}; the copy in {directory} lacks {missing}: {advice}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,27 @@ def meminfo() -> dict[str, int]:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process can take without others being pushed out, swap not counted; None where unknown."""
-    return meminfo().get("MemAvailable")
+    """Bytes that this process can take without others being pushed out, swap not counted.
+
+    On Linux what is available, and in a container no more than its limit leaves; on a Mac all that the machine has, as
+    a bound; None where nothing tells.
+    """
+    if (available := meminfo().get("MemAvailable")) is not None:
+        return min(available, _container_leaves(available))
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _container_leaves(otherwise: int) -> int:
+    try:
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
+        )
+    except (OSError, ValueError):  # no cgroup of the second version, or "max"
+        return otherwise
+    return max(0, limit - used)
 
 
 def give_back() -> None:

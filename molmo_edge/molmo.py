@@ -284,8 +284,9 @@ class Molmo:
     ) -> list[Answer]:
         """Ask several (image, question) pairs; each gets the answer that `ask` gives it.
 
-        A checkpoint on PyTorch runs them side by side, which a GPU does in little more than the time of one; other
-        engines take one after the other. `usage.seconds` of prefill and decode are those of the whole batch.
+        A checkpoint on PyTorch runs them side by side, other engines take one after the other. Side by side a product
+        may round otherwise, which in float32 has changed no answer yet. Memory grows with the number of pairs.
+        `usage.seconds` of prefill and decode are then those of the whole batch.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
         for question in _questions(asks):
@@ -304,19 +305,23 @@ class Molmo:
             np.concatenate([scene.embeddings, self._runtime.embed(ids)])
             for scene, ids in zip(scenes, texts, strict=True)
         ]
+        prefilled = self._runtime.prefill_batch(prompts, max(most))
+        prefill = time.perf_counter() - began
         answers = generate_batch(
             self._runtime,
-            prompts,
+            prefilled,
             sampling,
             most,
             eos_id=self._tokenizer.special.eos,
             vocab_size=self.config.decoder.vocab_size,
         )
-        spent = Seconds(load=self._load_seconds, decode=time.perf_counter() - began)
+        decode = time.perf_counter() - began - prefill
+        spent = Seconds(load=self._load_seconds, prefill=prefill, decode=decode)
         finished = []
-        for scene, ids, token_ids, limit in zip(scenes, texts, answers, most, strict=True):
-            text = self._tokenizer.decode(token_ids).lstrip()
-            seconds = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
+        for (image, _), scene, ids, token_ids, limit in zip(asks, scenes, texts, answers, most, strict=True):
+            text, seconds = self._tokenizer.decode(token_ids).lstrip(), spent
+            if scene is not image:
+                seconds = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
             complete = len(token_ids) < limit
             finished.append(_finished(scene, text, parse_points(text), token_ids, len(ids), seconds, complete=complete))
         return finished

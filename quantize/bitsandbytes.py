@@ -20,7 +20,7 @@ from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import PrecisionError
 
 _OUTLIER = 6.0  # the threshold of LLM.int8
-_FLOAT16_INPUT = 1000.0  # largest input, so that sums of products stay below 65504
+_FLOAT16_INPUT = 1000.0  # largest input: sums of products then stay below 65504, unless weights are large, too
 _BLOCK = 64  # weights that share a scale (NF4)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +17,35 @@ from molmo_edge.memory import available_memory
 from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.loading import build_model
-from molmo_edge.modeling.precision import choose_precision
+from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.runtimes import EngineError, Unavailable
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _CROPS = 4  # crops that go through the vision tower at once; bounds the memory of activations
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """PyTorch says RuntimeError to memory that is not there, on a GPU and on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise EngineError(
+            "there is not enough memory: ask with fewer crops, in smaller batches, or with a smaller precision"
+        ) from error
+
+
+def _inference(method: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(), _one_sentence():
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -54,8 +82,6 @@ class TorchBatch:
 class TorchRuntime:
     """Runtime and BatchRuntime over `modeling.Molmo`."""
 
-    precision: str  # of the weights, "auto" resolved
-
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> None:
@@ -68,15 +94,15 @@ class TorchRuntime:
         config = MolmoConfig.from_hub(checkpoint)
         tensors = open_tensors(checkpoint)
         precision = choose_precision(config, precision, kind, _free_memory(kind))
-        self._take(build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind), threads)
-        self.precision = precision
+        with _one_sentence():
+            model = build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind)
+        self._take(model, threads)
 
     @classmethod
     def from_model(cls, model: Molmo, *, threads: int | None = None) -> TorchRuntime:
         """Over a model that is loaded already; it is shared, not copied."""
         runtime = cls.__new__(cls)
         runtime._take(model.eval(), threads)
-        runtime.precision = "fp32" if model.compute_dtype == torch.float32 else "bf16"
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
@@ -93,7 +119,12 @@ class TorchRuntime:
             raise EngineError("this runtime was closed")
         return self._model
 
-    @torch.inference_mode()
+    @property
+    def precision(self) -> str:
+        """Of the weights, "auto" resolved."""
+        return self.model.precision
+
+    @_inference
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> float32 [n, cells^2, d_model]."""
         encode = self.model.encode_image
@@ -103,7 +134,7 @@ class TorchRuntime:
         ]
         return np.concatenate(parts)
 
-    @torch.inference_mode()
+    @_inference
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """int [n] -> float32 [n, d_model]."""
         ids = torch.as_tensor(np.asarray(token_ids), dtype=torch.long, device=self.device)
@@ -117,7 +148,7 @@ class TorchRuntime:
             )
         return TorchCache(self._cache(1, capacity))
 
-    @torch.inference_mode()
+    @_inference
     def forward(self, embeddings: np.ndarray, cache: TorchCache) -> np.ndarray:
         """Append float32 [n, d_model]; -> float32 [embedding_size], the logits of the last position."""
         if cache.length + len(embeddings) > cache.capacity:
@@ -127,7 +158,7 @@ class TorchRuntime:
         hidden = self.model.decoder(self._tensor(embeddings)[None], cache=cache.inner)
         return self._logits(hidden[0, -1])
 
-    @torch.inference_mode()
+    @_inference
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:
         """Run prompts, float32 [n_i, d_model]; -> logits [batch, embedding_size] of their ends, and a cache.
 
@@ -143,7 +174,7 @@ class TorchRuntime:
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         return self._logits(last), TorchBatch(cache, lengths, longest)
 
-    @torch.inference_mode()
+    @_inference
     def forward_batch(self, embeddings: np.ndarray, batch: TorchBatch) -> np.ndarray:
         """Append one token to each: float32 [batch, d_model] -> float32 logits [batch, embedding_size]."""
         cache, end = batch.inner, batch.inner.length + 1
@@ -159,7 +190,7 @@ class TorchRuntime:
         self._model = None
 
     def _cache(self, batch: int, capacity: int) -> KVCache:
-        like = torch.empty(0, dtype=self.model.compute_dtype, device=self.device)
+        like = torch.empty(0, dtype=compute_dtype(self.precision), device=self.device)
         return KVCache.empty(self.config.decoder, batch, capacity, like)
 
     def _logits(self, hidden: torch.Tensor) -> np.ndarray:
@@ -179,5 +210,10 @@ def _pick_device(device: str) -> str:
 
 
 def _free_memory(device: str) -> int | None:
-    """Bytes; a Mac's GPU shares the memory of the system."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
+    """Bytes. A Mac's GPU and a Jetson's share the memory of the system, where cached files can make room."""
+    if device != "cuda":
+        return available_memory()
+    # PyTorch keeps what earlier models had.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    shared = getattr(torch.cuda.get_device_properties(0), "is_integrated", False)
+    return max(free, available_memory() or 0) if shared else free

@@ -80,9 +80,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _size(self, name: str, data: bytes) -> int:
         return self.hub.sizes.get(name, len(data))
 
+    def _lfs(self, name: str, data: bytes) -> dict[str, object]:
+        if not name.endswith(_WEIGHTS):
+            return {}
+        sha256 = self.hub.hashes.get(name) or hashlib.sha256(data).hexdigest()
+        return {"lfs": {"sha256": sha256, "oid": sha256, "size": self._size(name, data), "pointerSize": 100}}
+
     def _info(self) -> dict[str, object]:
         siblings = [
             {"rfilename": name, "size": self._size(name, data), "blobId": hashlib.sha1(data).hexdigest()}
+            | self._lfs(name, data)
             for name, data in self.hub.files.items()
         ]
         return {"_id": "1", "id": self.hub.name, "modelId": self.hub.name, "sha": COMMIT, "siblings": siblings,
@@ -91,11 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self) -> list[dict[str, object]]:
         return [
             {"type": "file", "path": name, "size": self._size(name, data), "oid": hashlib.sha1(data).hexdigest()}
-            | (
-                {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}}
-                if name.endswith(_WEIGHTS)
-                else {}
-            )
+            | self._lfs(name, data)
             for name, data in self.hub.files.items()
         ]
 

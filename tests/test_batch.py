@@ -56,6 +56,8 @@ def test_scenes_go_into_a_batch(molmo: Molmo) -> None:
     first, second = molmo.ask_batch([(scene, "What is it?"), (ASKS[0][0], "Who?")], max_new_tokens=6)
     assert first.token_ids == molmo.ask(scene, "What is it?", max_new_tokens=6).token_ids
     assert second.token_ids == molmo.ask(ASKS[0][0], "Who?", max_new_tokens=6).token_ids
+    assert first.usage.seconds.vision == 0 < second.usage.seconds.vision
+    assert first.usage.seconds.prefill > 0 and first.usage.seconds.decode > 0
 
 
 @pytest.mark.parametrize("name", ["molmoe", "qwen", "olmo"])
@@ -88,7 +90,8 @@ def test_each_ends_at_its_own_stop(molmo: Molmo) -> None:
         return list(generate(runtime, prompt, cache, sampling, eos_id=eos, vocab_size=500, capacity=40))
 
     eos = alone(prompts[1], -1)[2]
-    together = generate_batch(runtime, prompts, sampling, [10, 10, 4], eos_id=eos, vocab_size=500)
+    prefilled = runtime.prefill_batch(prompts, 10)
+    together = generate_batch(runtime, prefilled, sampling, [10, 10, 4], eos_id=eos, vocab_size=500)
     assert together[:2] == [alone(prompts[0], eos), alone(prompts[1], eos)]
     assert together[2] == alone(prompts[2], eos)[:4]
     assert len(together[1]) <= 2

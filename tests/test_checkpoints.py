@@ -21,6 +21,7 @@ from molmo_edge import Molmo
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle, export_checkpoint
+from molmo_edge.export.checkpoint import round_to_bfloat16
 from molmo_edge.hub_config import from_hub_config, to_hub_config
 from molmo_edge.modeling import Molmo as Model
 from molmo_edge.modeling import load_checkpoint
@@ -153,6 +154,20 @@ def test_float32_is_rounded_to_nearest_even(tmp_path: Path) -> None:
         assert torch.equal(values, fine[name].to(torch.bfloat16)), name
 
 
+def test_rounding_is_pytorchs_and_needs_none_of_it() -> None:
+    values = (
+        np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+        * 10.0 ** np.arange(-100, 100).repeat(1000)
+        % 1e38
+    )
+    edge = [0.0, -0.0, np.inf, -np.inf, 3.4028235e38, 1e-45, 1.00390625, 1.01171875, -1.00390625]
+    values = np.concatenate([values, np.array(edge, np.float32)])
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(round_to_bfloat16(values), expected)
+    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], np.uint32).view(np.float32)
+    assert torch.from_numpy(round_to_bfloat16(nans)).view(torch.bfloat16).isnan().all()
+
+
 def test_conversion_says_how_far_it_is(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     export_checkpoint(GOLDEN / "qwen", tmp_path / "out", on_progress=lambda done, total: told.append((done, total)))
@@ -190,6 +205,10 @@ def _misplace_tensor(directory: Path) -> None:
     )
 
 
+def _outside(directory: Path) -> None:
+    _edit_index(directory, lambda where: where.update({"model.transformer.ln_f.weight": ".."}))
+
+
 def _other_shape(directory: Path) -> None:
     raw = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(raw | {"image_projector_dim": 20}))
@@ -214,6 +233,7 @@ def _integers(directory: Path) -> None:
         (_misplace_tensor, r"model-00001-of-00004.safetensors has no tensor \"model\.transformer\.ln_f\.weight\""),
         (_other_shape, r"model-0000\d-of-00004.safetensors: tensor model\.\S+image_projector\.w1\.weight has shape"),
         (_other_architecture, r"model_type is 'molmo2'"),
+        (_outside, r"points outside of its directory: '\.\.'"),
         (_integers, r"model-00004-of-00004.safetensors: \"\S+\" is stored as I32"),
     ],
 )

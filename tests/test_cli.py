@@ -271,7 +271,7 @@ def test_bench_times_every_stage_on_both_engines(cli: Cli, tiny_bundle: Path, go
         status, out, _ = cli(*arguments, *weights, "--json")
         assert status == 0
         ours, torch = json.loads(out)["timings"]
-        assert (ours["engine"], torch["engine"]) == ("onnxruntime", "pytorch")
+        assert (ours["engine"], torch["engine"]) == ("onnxruntime", "pytorch fp32")
         for timing in (ours, torch):
             assert min(timing[stage] for stage in ("cold", "preprocess", "vision", "prefill", "decode")) > 0
         assert ours["prompt_tokens"] == torch["prompt_tokens"] and ours["generated"] == torch["generated"]

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 from molmo_edge import Molmo
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.memory import available_memory
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, _grouped_mm, by_expert
-from molmo_edge.modeling.precision import PrecisionError, choose_precision, weight_bytes
+from molmo_edge.modeling.precision import PrecisionError, choose_precision, room, weight_bytes
 from molmo_edge.prompt import build_prompt
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.torch import TorchRuntime
@@ -198,22 +199,38 @@ def test_precision_and_memory() -> None:
         choose_precision(config, "auto", "cpu", 12 * gb)
     with pytest.raises(PrecisionError, match="no precision makes it fit"):
         choose_precision(config, "fp32", "cpu", 3 * gb)
-
-
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molmo_edge.runtimes.torch.available_memory", lambda: 1_000_000)
-    monkeypatch.setattr("molmo_edge.runtimes.torch.build_model", lambda *_, **__: pytest.fail("it was read"))
+    for name in ("int8", "nf4"):
+        with pytest.raises(PrecisionError, match=f'"{name}" is not for mps: use precision="bf16", or device="cpu"'):
+            choose_precision(config, name, "mps", None)
     with pytest.raises(PrecisionError, match="no precision makes it fit"):
-        Molmo(GOLDEN / "molmoe", device="cpu")
+        choose_precision(config, "auto", "mps", 8 * gb)
+    # Keys and values count: those of the 7B-O in float32 are four times MolmoE's in bfloat16, and more.
+    assert room(PRESETS["molmo-7b-o"], "fp32") > 4e9 > 2e9 > room(config, "bf16")
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16", "int8", "nf4"])
-def test_the_sdk_runs_a_checkpoint_in_every_precision(precision: str) -> None:
-    if precision in ("int8", "nf4"):
-        pytest.importorskip("bitsandbytes")
-    with Molmo(GOLDEN / "molmoe", device="cpu", precision=precision, max_crops=1) as molmo:
-        answer = molmo.ask(GOLDEN / "astronaut.png", "Who is it?", max_new_tokens=3)
-        assert len(answer.token_ids) + answer.complete >= 1
+def test_memory_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = TorchRuntime(GOLDEN / "molmoe", device="cpu")
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ):
+        monkeypatch.setattr(runtime.model.decoder, "embed", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(EngineError, match="not enough memory: ask with fewer crops"):
+            runtime.embed(np.zeros(1, np.int64))
+    monkeypatch.setattr(runtime.model.decoder, "embed", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        runtime.embed(np.zeros(1, np.int64))
+
+
+def test_what_a_container_leaves_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molmo_edge.memory.meminfo", lambda: {"MemAvailable": 5000})
+    texts = {"memory.max": "1000", "memory.current": "400"}
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: texts[self.name])
+    assert available_memory() == 600
+    texts["memory.current"] = "1100"
+    assert available_memory() == 0
+    texts["memory.max"] = "max"
+    assert available_memory() == 5000
 
 
 def test_wrong_precisions_and_devices(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.0), ("int8", 0.015), ("q8", 0.008)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.0), ("int8", 0.015), ("q8", 0.008), ("q4", 0.16)])
 def test_weights_survive_a_bundle(architecture: str, precision: str, tolerance: float, tmp_path: Path) -> None:
     model, _, config = load_checkpoint(GOLDEN / architecture)
     export_bundle(GOLDEN / architecture, tmp_path / "bundle", precision, measure=False)

@@ -75,17 +75,19 @@ def bench(
 
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
-        runtime = open_runtime(directory, device=device, precision=precision, threads=threads)
+        # With --checkpoint it is that one's precision that is meant.
+        own = precision if checkpoint is None else "auto"
+        runtime = open_runtime(directory, device=device, precision=own, threads=threads)
         measure(_engine(runtime), runtime, time.perf_counter() - started)
     note(f"{timings[0].engine} is done", quiet=quiet)
-    if timings[0].engine != "pytorch":
+    if not timings[0].engine.startswith("pytorch"):
         try:
             import torch  # noqa: F401  (in front of the clock: ours was imported before its own, too)
 
             with progress("measuring PyTorch", quiet=quiet):
                 started = time.perf_counter()
-                runtime = _torch_runtime(directory, checkpoint, device, threads)
-                measure("pytorch", runtime, time.perf_counter() - started)
+                runtime = _torch_runtime(directory, checkpoint, device, precision, threads)
+                measure(_engine(runtime), runtime, time.perf_counter() - started)
         except ImportError:
             note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
         except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
@@ -101,14 +103,15 @@ def bench(
 
 
 def _engine(runtime: Runtime) -> str:
-    return {"OnnxRuntime": "onnxruntime", "TorchRuntime": "pytorch"}.get(type(runtime).__name__, "engine")
+    precision = getattr(runtime, "precision", None)  # of PyTorch; a bundle's is in its manifest, by component
+    return "onnxruntime" if precision is None else f"pytorch {precision}"
 
 
-def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, threads: int | None) -> Runtime:
+def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, precision: str, threads: int | None) -> Runtime:
     from molmo_edge.runtimes.torch import TorchRuntime
 
     if checkpoint is not None:
-        return TorchRuntime(checkpoint, device=device, threads=threads)
+        return TorchRuntime(checkpoint, device=device, precision=precision, threads=threads)
     from molmo_edge.export import load_bundle_weights
 
     return TorchRuntime.from_model(load_bundle_weights(bundle), threads=threads)

@@ -17,7 +17,7 @@ from molmo_edge.memory import meminfo
 
 # What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
 _EXTRAS = {
-    "torch": ("torch", "safetensors"),
+    "torch": ("torch",),
     "export": ("onnx",),
     "quantize": ("torch", "onnx", "bitsandbytes"),
     "train": ("torch", "onnx", "gguf", "resvg-py"),

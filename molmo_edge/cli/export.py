@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,8 +15,12 @@ from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 
+if TYPE_CHECKING:
+    from molmo_edge.export import CheckPhoto
+
 _PRECISION = (
-    'onnx: "fp32", "int8" (fast) or "q8" (8 bit in blocks of 32, exact), or by component, decoder=int8,...; '
+    'onnx: "fp32", "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" (decoder in 4 bit), or by component, '
+    "decoder=q4,...; "
     'torch: "bf16" or "fp32". Without it: fp32 and bf16.'
 )
 
@@ -48,11 +52,19 @@ def export(
     if engine is Engine.torch and (name is not None or check_image is not None):
         raise typer.BadParameter("--name and --check-image are for bundles, --engine onnx")
     wishes = _by_component(precision or "fp32")
-    directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
+    # What cannot be had is said before 29 GB are fetched.
     if engine is Engine.torch:
+        from molmo_edge.export import check_checkpoint_wishes
+
+        check_checkpoint_wishes(out, precision or "bf16")
+        directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         _safetensors(directory, out, precision or "bf16", json=json, quiet=quiet)
     else:
-        check = None if check_image is None else (check_image, check_question)
+        from molmo_edge.export import CheckPhoto, check_bundle_wishes
+
+        check = None if check_image is None else CheckPhoto(check_image, check_question)
+        check_bundle_wishes(out, wishes, check)
+        directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         _bundle(directory, out, wishes, name, check, json=json, quiet=quiet)
 
 
@@ -61,16 +73,15 @@ def _bundle(
     out: Path,
     precision: str | dict[str, str],
     name: str | None,
-    check: tuple[Path, str] | None,
+    check: CheckPhoto | None,
     *,
     json: bool,
     quiet: bool,
 ) -> None:
-    from molmo_edge.export import CheckPhoto, export_bundle
+    from molmo_edge.export import export_bundle
 
-    photo = None if check is None else CheckPhoto(*check)
     with progress(f"exporting {checkpoint}", quiet=quiet):
-        manifest = export_bundle(checkpoint, out, precision, name=name, check=photo)
+        manifest = export_bundle(checkpoint, out, precision, name=name, check=check)
     if json:
         print_json({"out": str(out), "manifest": manifest})
     for component in manifest["components"].values():

@@ -128,14 +128,17 @@ def open_tensors(directory: str | Path) -> TensorSource:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint is a directory in hub layout")
-    if (directory / SAFETENSORS).exists():
+    if (directory / SAFETENSORS).is_file():
         return FileSource(read_header(directory / SAFETENSORS))
-    if (directory / INDEX).exists():
+    if (directory / INDEX).is_file():
         return FileSource(read_index(directory / INDEX))
     for path in (directory / PICKLE, directory / REFERENCE_PICKLE):
-        if path.exists():
+        if path.is_file():
             return FileSource(_read_pickle(path))
-    raise CheckpointError(f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX} or {PICKLE}")
+    raise CheckpointError(
+        f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX}, {PICKLE}, or the reference's "
+        f"{REFERENCE_PICKLE}"
+    )
 
 
 def _read_pickle(path: Path) -> dict[str, Entry]:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from molmo_edge.config import DecoderConfig
 from molmo_edge.modeling.linear import Linear, match
 
-# One product for all experts; a name of PyTorch's own since 2.10.
-_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+_grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
 
 _EXACT = 64  # logits that are computed in float32 whatever the head is
@@ -146,7 +145,7 @@ class SparseFFN(nn.Module):
         # With half of the experts at work, one wide product wastes less than gathering tokens costs.
         if 2 * self.top_k >= len(self.gate):
             out = self._wide(flat, weights, experts)
-        elif flat.is_cuda and self.gate.dtype == torch.bfloat16 and _grouped_mm is not None:
+        elif _has_grouped_mm(self.gate):
             out = self._fused(flat, weights, experts)
         else:
             out = by_expert(flat, weights, experts, len(self.gate), self.expert)
@@ -164,17 +163,24 @@ class SparseFFN(nn.Module):
         gates = x.new_zeros(len(x), e).scatter(1, experts, weights.to(x.dtype))  # [tokens, experts]
         hidden = F.silu(F.linear(x, self.gate.view(e * ffn, d))) * F.linear(x, self.up.view(e * ffn, d))
         hidden = (hidden.view(-1, e, ffn) * gates.to(hidden.dtype)[..., None]).flatten(1)
-        return F.linear(hidden, self.down.transpose(0, 1).reshape(d, e * ffn))
+        return F.linear(hidden, self.down.transpose(0, 1).reshape(d, e * ffn)).float()
 
     def _fused(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
-        assert _grouped_mm is not None
         order, token = _sorted(experts)
-        ends = experts.flatten().bincount(minlength=len(self.gate)).cumsum(0).int()
+        each = torch.arange(len(self.gate), device=x.device)
+        ends = torch.searchsorted(experts.flatten()[order], each, right=True).int()  # of each expert's tokens
         rows = match(x, self.gate)[token]  # [tokens * top_k, d], an expert's tokens side by side
         gate, up = (_grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
         out = _grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         return _scatter(out, weights, order, token, len(x))
+
+
+def _has_grouped_mm(weight: Tensor) -> bool:
+    """Its kernels are for bfloat16 on Ampere and later."""
+    if _grouped_mm is None or not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def by_expert(
@@ -279,5 +285,7 @@ class Decoder(nn.Module):
         if weight.dtype == torch.float32:
             return logits
         best = logits.topk(min(_EXACT, len(weight)), dim=-1).indices
-        exact = (weight[best].float() @ hidden.float()[..., None]).squeeze(-1)
-        return logits.float().scatter(-1, best, exact)
+        # A position at a time: for each, rows of the head are gathered.
+        pairs = zip(best.view(-1, best.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), strict=True)
+        exact = torch.stack([weight[rows].float() @ one.float() for rows, one in pairs])
+        return logits.float().scatter(-1, best, exact.view(best.shape))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.hub_config import write_hub_config
-from molmo_edge.modeling.checkpoint import CheckpointError, TensorSource, check_tensors, open_tensors
-from molmo_edge.modeling.layout import hub_layout
+from molmo_edge.modeling.checkpoint import SAFETENSORS, CheckpointError, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_dtype
+from molmo_edge.modeling.shards import ShardWriter
 from molmo_edge.tokenizer import Tokenizer
 
 
@@ -48,7 +48,8 @@ def build_model(
     shapes = check_tensors(config, source, where=where)
     with torch.device("meta"):
         model = Molmo(config)
-    model.compute_dtype = compute_dtype(precision)
+    compute_dtype(precision)  # it is one of those known
+    model.precision = precision
     layout = hub_layout(config)
     expected = {name for name, parameter in model.named_parameters() if parameter.numel()}
     if unknown := sorted(expected - set(layout)):
@@ -92,16 +93,14 @@ def _put(model: nn.Module, name: str, values: torch.Tensor) -> None:
 
 def save_checkpoint(model: Molmo, tokenizer_json: str | Path, directory: str | Path) -> None:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors (float32) in hub layout."""
-    from safetensors.numpy import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_hub_config(model.config, directory)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
     parameters = dict(model.named_parameters())
-    tensors: dict[str, np.ndarray] = {}
-    for name, slot in hub_layout(model.config).items():
-        parameter = parameters[name].detach().float().cpu()
-        parts = [parameter] if len(slot) == 1 else list(parameter)
-        tensors |= {hub: np.ascontiguousarray(part.numpy()) for hub, part in zip(slot, parts, strict=True)}
-    save_file(tensors, directory / "model.safetensors")
+    (directory / SAFETENSORS).unlink(missing_ok=True)
+    with ShardWriter(directory, hub_shapes(model.config), "F32", shard_bytes=1 << 62) as writer:
+        for name, slot in hub_layout(model.config).items():
+            parameter = parameters[name].detach().float().cpu()
+            for hub, part in zip(slot, [parameter] if len(slot) == 1 else list(parameter), strict=True):
+                writer.write(hub, part.numpy())

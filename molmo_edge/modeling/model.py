@@ -17,7 +17,7 @@ class Molmo(nn.Module):
     def __init__(self, config: MolmoConfig):
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32  # of keys, values and large products; see modeling/precision.py
+        self.precision = "fp32"  # of the weights; see modeling/precision.py
         self.vision = VisionTransformer(config.vision)
         self.connector = Connector(config)
         self.decoder = Decoder(config.decoder)

@@ -26,6 +26,8 @@ _QUANTIZED = re.compile(
 _FLOAT32 = re.compile(r"connector\.|vision\.(patch_embedding|class_embedding|positional_embedding)|.*\.router")
 # With their scales: one float32 for 64 weights, one for a row.
 _QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.01}
+_POSITIONS = 2048  # of a long image and what is said about it
+_ACTIVATIONS = 1_000_000_000  # bytes, the tensor that is being loaded counted in
 
 
 class PrecisionError(MolmoEdgeError):
@@ -35,7 +37,7 @@ class PrecisionError(MolmoEdgeError):
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of large matrices, of keys and of values. Raises PrecisionError."""
     if precision not in PRECISIONS[1:]:
-        raise PrecisionError(f'precision "{precision}" is not known; known are {", ".join(PRECISIONS)}')
+        raise PrecisionError(f'precision "{precision}" is not known; known are {", ".join(PRECISIONS[1:])}')
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
@@ -62,25 +64,39 @@ def weight_bytes(config: MolmoConfig, precision: str, device: str) -> int:
     return int(total)
 
 
+def room(config: MolmoConfig, precision: str) -> int:
+    """What answering takes beside the weights: keys and values of a scene and of its question, and activations."""
+    d = config.decoder
+    positions = min(_POSITIONS, d.max_position_embeddings)
+    a_cache = 2 * d.n_layers * d.n_kv_heads * d.head_dim * positions * compute_dtype(precision).itemsize
+    return 2 * a_cache + _ACTIVATIONS
+
+
 def choose_precision(config: MolmoConfig, precision: str, device: str, available: int | None) -> str:
     """What "auto" means: bf16 on an accelerator; on a CPU fp32 where it fits into `available` bytes, else bf16.
 
-    Raises PrecisionError for one that is not known, and where the weights would not fit.
+    Raises PrecisionError for one that is not known, or not on this device, and where the weights would not fit.
     """
+
+    def fits(name: str) -> bool:
+        return available is None or weight_bytes(config, name, device) + room(config, name) <= available
+
     if precision == "auto":
         # float32 is what every figure of the reference is compared with; a processor gains little from bfloat16.
-        fits = available is None or weight_bytes(config, "fp32", device) + ROOM < available
-        precision = "fp32" if device == "cpu" and fits else "bf16"
+        precision = "fp32" if device == "cpu" and fits("fp32") else "bf16"
     compute_dtype(precision)
-    needed = weight_bytes(config, precision, device)
-    if available is not None and needed + ROOM > available:
-        smaller = [name for name in ("bf16", "int8", "nf4") if weight_bytes(config, name, device) + ROOM < available]
-        advice = f'use precision="{smaller[0]}"' if smaller else "no precision makes it fit here"
+    here = [name for name in ("bf16", "int8", "nf4") if device != "mps" or name not in _QUANTIZED_BYTES]
+    if precision not in ("fp32", *here):
+        raise PrecisionError(f'precision "{precision}" is not for {device}: use precision="bf16", or device="cpu"')
+    if available is not None and not fits(precision):
+        smaller = next((name for name in here if fits(name)), None)
+        advice = "no precision makes it fit here" if smaller is None else f'use precision="{smaller}"'
+        weights, more, free = (
+            f"{count / 1e9:.1f} GB"
+            for count in (weight_bytes(config, precision, device), room(config, precision), available)
+        )
         raise PrecisionError(
-            f"the weights take {needed / 1e9:.1f} GB in {precision}, and answering up to {ROOM / 1e9:.1f} GB more, "
-            f"but only {available / 1e9:.1f} GB of memory are free: {advice}"
+            f"the weights take {weights} in {precision}, and answering {more} more, but only {free} of memory are "
+            f"free: {advice}"
         )
     return precision
-
-
-ROOM = 1_500_000_000  # bytes for activations, keys and values, and the tensor that is being loaded

@@ -67,9 +67,9 @@ def read_index(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f'{path} is damaged: it should map tensors to files under "weight_map"') from None
     headers = {}
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
             raise CheckpointError(f"{path} points outside of its directory: {shard!r}")
-        if not (path.parent / shard).exists():
+        if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path.parent / shard} is missing, though {path.name} lists it: download it")
         headers[shard] = read_header(path.parent / shard)
     missing = [name for name, shard in files.items() if name not in headers[shard]]

@@ -1,0 +1,142 @@
+"""Four-bit weights: the rounding, the packing, the two operators, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exported import ARCHITECTURES, bundle, case, prompt, runtime
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_quantize import norm_error, normal, run
+
+from molmo_edge.export import export_bundle
+from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
+from molmo_edge.modeling import load_checkpoint
+from molmo_edge.quantize.int4 import Q4, pack_nibbles, quantize_int4, unpack_nibbles
+from molmo_edge.quantize.int8 import quantize_rows
+from molmo_edge.runtimes.onnx import OnnxRuntime
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.sampled_from([16, 32, 64]))
+def test_rounding_uses_all_levels(seed: int, rows: int, blocks: int, block: int) -> None:
+    weight = np.random.default_rng(seed).standard_t(3, (rows, blocks * block)).astype(np.float32)
+    codes, scale = quantize_int4(weight, block)
+    assert codes.dtype == np.uint8 and codes.max() <= 15 and scale.shape == (rows, blocks)
+    each = weight.reshape(rows, blocks, block)
+    restored = (codes.reshape(each.shape).astype(np.float32) - 8) * scale[..., None]
+    largest = np.abs(each).max(axis=-1)
+    assert np.allclose(np.abs(restored).max(axis=-1), largest, rtol=1e-6)  # the largest is kept exactly
+    error, step = np.abs(restored - each), np.abs(scale)[..., None]
+    opposite = each * -np.sign(scale)[..., None] < -7.5 * step  # no level of their own: 7 is the last
+    assert (error <= step * 0.5001)[~opposite].all()
+    assert (error <= step * 1.0001).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+def test_packing_is_undone(seed: int, pairs: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, (3, 2 * pairs), dtype=np.uint8)
+    packed = pack_nibbles(codes)
+    assert packed.shape == (3, pairs) and (packed & 15 == codes[:, ::2]).all()
+    np.testing.assert_array_equal(unpack_nibbles(packed), codes)
+
+
+def test_the_signed_scale_beats_the_symmetric_one() -> None:
+    weight = normal(64, 256)
+    codes, scale = quantize_int4(weight, 32)
+    signed = ((codes.reshape(64, 8, 32).astype(np.float32) - 8) * scale[..., None]).reshape(weight.shape)
+    blocks = weight.reshape(64, 8, 32)
+    seven = np.abs(blocks).max(axis=-1, keepdims=True) / 7
+    symmetric = (np.rint(blocks / seven) * seven).reshape(weight.shape)
+    assert norm_error(signed, weight) < 0.95 * norm_error(symmetric, weight)
+
+
+def test_one_matrix() -> None:
+    """Against its own rounded weights only the rounding of inputs is left; a width that no block divides, too."""
+    for width in (576, 1536, 48):
+        x, weight, bias = normal(64, width), normal(96, width, seed=1), normal(96, seed=2)
+        padded = np.pad(weight, ((0, 0), (0, -width % 32)))
+        codes, scale = quantize_int4(padded)
+        restored = (codes.reshape(96, -1, 32).astype(np.float32) - 8) * scale[..., None]
+        exact = x @ restored.reshape(96, -1)[:, :width].T + bias
+        found = run(Q4, x, weight, bias)
+        assert norm_error(found, exact) < 0.012
+        assert 0.05 < norm_error(found, x @ weight.T + bias) < 0.13
+    x, weight = normal(3, 32), normal(5, 32, seed=1)
+    x[1], weight[2] = 0, 0
+    y = run(Q4, x, weight)
+    assert np.isfinite(y).all() and not y[1].any() and not y[:, 2].any()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_the_graph_computes_what_its_weights_say(architecture: str) -> None:
+    """The bundle's own weights, widened, on PyTorch: only the rounding of inputs to eight bits is left.
+
+    A wrong order of gate and up, a renormalised mixture or a wrong nibble would show as an error of order one.
+    """
+    directory, c = bundle(architecture, "q4"), case(architecture, "square")
+    model = load_bundle_weights(directory)
+    embeddings = prompt(runtime(architecture), c)
+    theirs = model.decoder.logits(model.decoder(torch.from_numpy(embeddings)[None])[0, -1]).numpy()
+    ours = runtime(architecture, "q4")
+    found = ours.forward(embeddings, ours.new_cache(len(embeddings)))
+    assert norm_error(found, theirs) < 0.08
+
+
+def test_experts_go_through_qmoe_and_come_back() -> None:
+    import onnx
+
+    directory = bundle("molmoe", "q4")
+    graph = onnx.load(str(directory / "decoder_q4.onnx")).graph
+    assert sum(node.op_type == "QMoE" for node in graph.node) == 2
+    assert not any("gate_proj" in tensor.name for tensor in graph.initializer)
+    tensors, (exact, _, _) = BundleTensors(directory), load_checkpoint(GOLDEN / "molmoe")
+    for part, matrices in (("gate", exact.decoder.blocks[1].ffn.gate), ("down", exact.decoder.blocks[1].ffn.down)):
+        for e, matrix in enumerate(matrices):
+            found = tensors.get(f"model.transformer.blocks.1.mlp.experts.{e}.{part}_proj.weight")
+            assert 0 < norm_error(found, matrix.detach().numpy()) < 0.15
+
+
+def test_q4_is_a_word_for_the_decoder() -> None:
+    manifest = json.loads((bundle("molmoe", "q4") / "molmo_edge.json").read_text())
+    precisions = {name: part["precision"] for name, part in manifest["components"].items() if "precision" in part}
+    assert precisions == {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "q4"}
+
+
+def test_sides_that_no_block_divides_are_matrices(tmp_path: Path) -> None:
+    """An odd FFN cannot go through QMoE; the model still exports, and answers nearly as in fp32."""
+    from dataclasses import replace
+
+    from molmo_edge.modeling import Molmo, save_checkpoint
+
+    _, _, config = load_checkpoint(GOLDEN / "molmoe")
+    config = replace(config, decoder=replace(config.decoder, ffn_dim=24), projector_dim=16)
+    model = Molmo(config).init_weights(std=0.1, generator=torch.Generator().manual_seed(0)).eval()
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "q4", {"decoder": "q4"}, measure=False)
+    export_bundle(tmp_path / "checkpoint", tmp_path / "fp32")
+    rows = normal(9, config.decoder.d_model)
+    found = []
+    for name in ("q4", "fp32"):
+        manifest = json.loads((tmp_path / name / "molmo_edge.json").read_text())
+        files = {part: tmp_path / name / manifest["components"][part]["file"] for part in ("decoder",)}
+        engine = OnnxRuntime(config, files)
+        found.append(engine.forward(rows, engine.new_cache(9)))
+        engine.close()
+    assert 0 < norm_error(*found) < 0.3
+
+
+def test_the_embedding_keeps_eight_bits() -> None:
+    table = load_checkpoint(GOLDEN / "molmoe")[0].decoder.embedding.detach().numpy()
+    q, scale = quantize_rows(table)
+    tensors = BundleTensors(bundle("molmoe", "q4"))
+    np.testing.assert_allclose(
+        tensors.get("model.transformer.wte.embedding"), q * scale[:, None].astype(np.float32), rtol=1e-6
+    )
