@@ -49,6 +49,7 @@ _PREFIXES = {
 _WHOLE = {
     "q4": {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "q4"},
 }
+_MEASURED_BELOW = 4_000_000_000  # bytes in float32; a larger decoder is not run beside its float32 form
 _SIDECAR_ABOVE = 1_800_000_000  # bytes; an .onnx file cannot pass 2 GB
 
 
@@ -75,8 +76,9 @@ def export_bundle(
 
     `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything; "q4", four
     bits for the decoder (molmo_edge.quantize.int4) and eight for the rest; or a mapping of components to them, "fp32"
-    where it names none. `measure`: run every component that is not fp32
-    beside its fp32 form and write the errors into the manifest (molmo_edge.quantize.errors).
+    where it names none. `measure`: run every component that is not fp32 beside its fp32 form, a decoder of less than
+    4 GB, and write the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there
+    in any case.
 
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
     holds one component, and from 1.8 GB on one matrix of it and a few copies; for experts that is all of a layer's
@@ -150,27 +152,36 @@ def _precisions(precision: str | Mapping[str, str]) -> dict[str, Precision]:
 
 def build_component(
     component: str, path: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
-) -> Path | None:
-    """Write one graph to `path`; returns the sidecar with its large weights, if it needed one."""
-    prefixes = _PREFIXES[component]
-    if component == "decoder":
-        prefixes += (head_name(config.decoder),)  # with tied weights the head is a second copy of the embedding
-    size = sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(prefixes))
-    large = size * precision.bytes_per_weight > _SIDECAR_ABOVE
+) -> Graph:
+    """Write one graph to `path`; its `sidecar` holds the large weights, if it needed one."""
+    large = _weights(component, config, tensors) * precision.bytes_per_weight > _SIDECAR_ABOVE
     graph = Graph(component, path.with_name(f"{path.name}.data") if large else None)
     BUILDERS[component](graph, config, tensors, precision)
     graph.save(path)
-    return graph.sidecar
+    return graph
+
+
+def _weights(component: str, config: MolmoConfig, tensors: TensorSource) -> int:
+    """How many a component has."""
+    prefixes = _PREFIXES[component]
+    if component == "decoder":
+        prefixes += (head_name(config.decoder),)  # with tied weights the head is a second copy of the embedding
+    return sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(prefixes))
 
 
 def _component(
     component: str, directory: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
 ) -> dict[str, dict[str, Any]]:
     path = directory / f"{component}{precision.suffix}.onnx"
-    sidecar = build_component(component, path, config, tensors, precision)
-    made = {component: _entry(path, engine="onnx", precision=precision.name)}
-    if sidecar is not None:
-        made[f"{component}_data"] = _entry(sidecar)
+    graph = build_component(component, path, config, tensors, precision)
+    needs = ".".join(map(str, graph.needs))
+    made = {component: _entry(path, engine="onnx", precision=precision.name, onnxruntime=needs)}
+    if graph.errors:  # norm of the difference over norm of the weights, and the largest difference
+        made[component]["weight_errors"] = {
+            name: [float(f"{e.relative:.3g}"), float(f"{e.largest:.3g}")] for name, e in graph.errors.items()
+        }
+    if graph.sidecar is not None:
+        made[f"{component}_data"] = _entry(graph.sidecar)
     return made
 
 
@@ -214,11 +225,13 @@ def _measure(
     scratch.mkdir()
     exact = {}
     for component, kind in chosen.items():
+        if component == "decoder" and 4 * _weights(component, config, tensors) > _MEASURED_BELOW:
+            continue
         exact[component] = files[component]
         if kind is not FP32:
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
-    for component, error in component_errors(config, exact, files).items():
+    for component, error in component_errors(config, exact, {name: files[name] for name in exact}).items():
         if chosen[component] is not FP32:
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 

@@ -34,6 +34,20 @@ _TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class WeightError:
+    """What rounding cost a matrix, or several."""
+
+    largest: float  # absolute difference
+    squared: float  # sum of squared differences
+    squared_weight: float  # sum of squared weights
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over norm of the weights."""
+        return math.sqrt(self.squared / self.squared_weight) if self.squared_weight else 0.0
+
+
 class Graph:
     """One ONNX graph under construction. A value is the name of a tensor in it.
 
@@ -45,6 +59,8 @@ class Graph:
         self.name = name
         self.sidecar = sidecar
         self.memo: dict[tuple[str, ...], str] = {}  # values that several consumers share, such as quantised inputs
+        self.errors: dict[str, WeightError] = {}  # of each matrix that was rounded
+        self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime that has all its operators
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -92,6 +108,20 @@ class Graph:
         name = f"{outputs[0]}/node"
         self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
         return tuple(outputs)
+
+    def need(self, *version: int) -> None:
+        """Say that an operator came with this version of ONNX Runtime."""
+        self.needs = max(self.needs, (version[0], version[1]))
+
+    def rounded(self, name: str, weight: np.ndarray, restored: np.ndarray) -> None:
+        """Note what rounding `weight` to `restored` cost; what is noted under one name adds up."""
+        before = self.errors.get(name, WeightError(0.0, 0.0, 0.0))
+        difference = restored.reshape(weight.shape) - weight
+        self.errors[name] = WeightError(
+            max(before.largest, float(np.abs(difference).max(initial=0))),
+            before.squared + float(np.vdot(difference, difference)),
+            before.squared_weight + float(np.vdot(weight, weight)),
+        )
 
     def save(self, path: Path) -> None:
         """Write the graph to `path`; its sidecar, if any, must stay beside it under the same name."""

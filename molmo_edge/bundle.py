@@ -45,7 +45,8 @@ class Component:
     bytes: int
     sha256: str
     engine: str = ""  # "onnx", "gguf"; empty for the tokenizer
-    precision: str = ""  # "fp32", "fp16", "int8", ...
+    precision: str = ""  # "fp32", "int8", "q8", "q4"
+    onnxruntime: str = ""  # the oldest version that has the graph's operators; empty where it is not said
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def _parse_component(where: Path, name: str, entry: dict[str, Any], file: Any) -
         sha256=str(entry["sha256"]).lower(),
         engine=str(entry.get("engine") or ""),
         precision=str(entry.get("precision") or ""),
+        onnxruntime=str(entry.get("onnxruntime") or ""),
     )
 
 

@@ -21,8 +21,11 @@ from molmo_edge.bundle import MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.hub_config import CONFIG
 
-_CHECKPOINT = (CONFIG, "preprocessor_config.json", "generation_config.json", "LICENSE*", TOKENIZER)
-_CHECKPOINT += ("tokenizer_config.json", "special_tokens_map.json")  # for other programs, beside a converted one
+_CHECKPOINT = (
+    *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),
+    # For other programs, beside a converted checkpoint.
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE = "pytorch_model.bin"
 _NOT_OF_A_BUNDLE = ("*.py", ".git*", "*.md")

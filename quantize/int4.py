@@ -58,7 +58,9 @@ def q4_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndar
     if name.endswith(("lm_head", "transformer.ff_out", "wte.embedding")):
         return q8_linear(graph, x, name, weight, bias)
     n_out, n_in = weight.shape
-    codes, scale = quantize_int4(np.pad(weight, ((0, 0), (0, -n_in % BLOCK))))
+    padded = np.pad(weight, ((0, 0), (0, -n_in % BLOCK)))
+    codes, scale = quantize_int4(padded)
+    graph.rounded(name, padded, _restored(codes, scale))
     matrix = graph.weight(f"{name}.weight", pack_nibbles(codes).reshape(n_out, -1, BLOCK // 2))
     y = graph.node(
         "MatMulNBits",
@@ -82,11 +84,19 @@ def q4_experts(graph: Graph, d: DecoderConfig, x: str, probabilities: str, name:
     first, first_scale = np.empty((n, 2 * f, w // 2), np.uint8), np.empty((n, 2 * f, w // block), np.float16)
     second, second_scale = np.empty((n, w, f // 2), np.uint8), np.empty((n, w, f // block), np.float16)
     for e in range(n):  # an expert at a time: all of a layer in float32 would be 1.6 GB
-        for k, which in enumerate(("gate", "up")):  # rows of the two take turns, the only layout of the CPU kernel
-            first[e, k::2], first_scale[e, k::2] = _packed(part(which, e), block)
-        second[e], second_scale[e] = _packed(part("down", e), block)
-    weights = (graph.weight(f"{name}.gate_up.weight", first), graph.weight(f"{name}.gate_up.scale", first_scale), "")
-    weights += (graph.weight(f"{name}.down.weight", second), graph.weight(f"{name}.down.scale", second_scale), "")
+        for which in ("gate", "up", "down"):
+            weight = part(which, e)
+            codes, scale = quantize_int4(weight, block)
+            scale = scale.astype(np.float16)
+            graph.rounded(f"{name}.{which}_proj", weight, _restored(codes, scale))
+            if which == "down":
+                second[e], second_scale[e] = pack_nibbles(codes), scale
+            else:  # rows of the two take turns, the only layout of the CPU kernel
+                rows = slice(("gate", "up").index(which), None, 2)
+                first[e, rows], first_scale[e, rows] = pack_nibbles(codes), scale
+    weights = [graph.weight(f"{name}.gate_up.weight", first), graph.weight(f"{name}.gate_up.scale", first_scale), ""]
+    weights += [graph.weight(f"{name}.down.weight", second), graph.weight(f"{name}.down.scale", second_scale), ""]
+    graph.need(1, 31)  # the first whose QMoE has accuracy_level; router_weights came with 1.26
     mix = graph.node("Reshape", probabilities, graph.ints(-1, n))  # [n, n_experts]
     return graph.node(
         "QMoE",
@@ -104,9 +114,9 @@ def q4_experts(graph: Graph, d: DecoderConfig, x: str, probabilities: str, name:
     )
 
 
-def _packed(weight: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    codes, scale = quantize_int4(weight, block)
-    return pack_nibbles(codes), scale.astype(np.float16)
+def _restored(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What codes [..., in] with scales [..., in / block] stand for, float32 [..., in / block, block]."""
+    return (codes.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT) * scale[..., None].astype(np.float32)
 
 
 Q4 = Precision("q4", "_q4", 0.5625, q4_linear, int8_table, q4_experts)

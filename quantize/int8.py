@@ -8,8 +8,8 @@ one is an outlier, and both the ViT and the decoder have such tokens (one row 50
 "q8": a scale for each 32 weights and each 32 inputs (MatMulNBits, like Q8_0 of GGUF). A half to a fifth of the
 error, as fast as "int8" for a single token, but no faster than fp32 for a whole prompt or a crop.
 
-ONNX Runtime 1.20, the oldest that molmo-edge takes, runs "fp32" and "int8"; "q8" needs 1.22, since MatMulNBits
-knew four bits only and before that refuses to load (tried with 1.20.1, 1.21.1, 1.22.1 and 1.32.0).
+ONNX Runtime 1.20 runs "fp32" and "int8"; "q8" needs 1.22, since MatMulNBits knew four bits only (tried with 1.20.1,
+1.21.1, 1.22.1 and 1.32.0). A graph says what it needs, and a bundle refuses what is older.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def int8_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.nd
     """Integer product with a scale for each row of the input and for each output channel."""
     inputs, row_scale = _quantize_input(graph, x)
     q, scale = quantize_channels(weight)
+    graph.rounded(name, weight, q * scale[:, None])
     matrix, scales = graph.weight(f"{name}.weight", q.T), graph.weight(f"{name}.scale", scale)
     one, zero_point = graph.constant(1.0), graph.constant(ZERO_POINT, np.uint8)
     y = graph.node("MatMulIntegerToFloat", inputs, matrix, one, scales, zero_point, domain=MICROSOFT)
@@ -76,6 +77,8 @@ def q8_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndar
     n_out, n_in = weight.shape
     blocks = np.pad(weight, ((0, 0), (0, -n_in % BLOCK))).reshape(n_out, -1, BLOCK)
     q, scale = quantize_rows(blocks)  # int8 [out, blocks, 32], float32 [out, blocks]
+    graph.rounded(name, blocks, q * scale[..., None])
+    graph.need(1, 22)  # before, MatMulNBits had four bits only
     matrix = graph.weight(f"{name}.weight", (q.astype(np.int16) + ZERO_POINT).astype(np.uint8))
     y = graph.node(
         "MatMulNBits",
@@ -93,6 +96,7 @@ def q8_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndar
 def int8_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
     """A scale a row; only the rows that are looked up are widened."""
     q, scale = quantize_rows(table)
+    graph.rounded(name, table, q * scale[:, None])
     rows = graph.node("Cast", graph.node("Gather", graph.weight(name, q), ids), to=_FLOAT)
     return graph.node("Mul", rows, graph.node("Gather", graph.weight(f"{name}.scale", scale[:, None]), ids))
 

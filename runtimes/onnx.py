@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from molmo_edge.bundle import GRAPHS, open_bundle
+from molmo_edge.bundle import GRAPHS, Component, open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.runtimes import Cache, EngineError, Runtime, Unavailable
@@ -29,7 +30,23 @@ def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int |
     for name in GRAPHS:
         if (engine := bundle.components[name].engine) != "onnx":
             raise Unavailable(f'{directory}: {name} is for the engine "{engine}", which this version does not have')
+        _check_version(directory, bundle.components[name])
     return OnnxRuntime(bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads)
+
+
+def _check_version(directory: Path, component: Component) -> None:
+    if not component.onnxruntime:
+        return
+    onnxruntime = _import()
+    if _numbers(onnxruntime.__version__) < _numbers(component.onnxruntime):
+        raise Unavailable(
+            f"{directory}: {component.file} needs onnxruntime {component.onnxruntime} or later, this is "
+            f"{onnxruntime.__version__}: pip install --upgrade onnxruntime"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 class OnnxCache:
@@ -160,11 +177,16 @@ def _guard(name: str, run: functools.partial[Any]) -> Any:
         raise EngineError(f"{name} failed in onnxruntime: {first_line(error)}") from error
 
 
-def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
+def _import() -> Any:
     try:
         import onnxruntime
     except ImportError:
         raise Unavailable("bundles run on onnxruntime, which is not installed: pip install onnxruntime") from None
+    return onnxruntime
+
+
+def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
+    onnxruntime = _import()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1

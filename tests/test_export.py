@@ -239,7 +239,8 @@ def test_tied_weights_count_in_the_size_of_the_decoder(tmp_path: Path, monkeypat
     blocks = sum(tensors.get(name).nbytes for name in tensors.names() if ".transformer.blocks." in name)
     monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", blocks + 1)
     path = tmp_path / "decoder.onnx"
-    assert bundle_module.build_component("decoder", path, config, tensors, FP32) == tmp_path / "decoder.onnx.data"
+    graph = bundle_module.build_component("decoder", path, config, tensors, FP32)
+    assert graph.sidecar == tmp_path / "decoder.onnx.data"
 
 
 @pytest.mark.parametrize(

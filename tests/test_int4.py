@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from test_quantize import norm_error, normal, run
 from molmo_edge.export import export_bundle
 from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.quantize.int4 import Q4, pack_nibbles, quantize_int4, unpack_nibbles
 from molmo_edge.quantize.int8 import quantize_rows
+from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,6 +105,44 @@ def test_experts_go_through_qmoe_and_come_back() -> None:
         for e, matrix in enumerate(matrices):
             found = tensors.get(f"model.transformer.blocks.1.mlp.experts.{e}.{part}_proj.weight")
             assert 0 < norm_error(found, matrix.detach().numpy()) < 0.15
+
+
+def test_the_manifest_says_what_rounding_cost_and_what_it_needs() -> None:
+    components = json.loads((bundle("molmoe", "q4") / "molmo_edge.json").read_text())["components"]
+    assert {name: part.get("onnxruntime") for name, part in components.items() if "engine" in part} == {
+        "vision_encoder": "1.20", "connector": "1.22", "embed_tokens": "1.20", "decoder": "1.31"
+    }  # fmt: skip
+    errors = components["decoder"]["weight_errors"]
+    exact, tensors = open_tensors(GOLDEN / "molmoe"), BundleTensors(bundle("molmoe", "q4"))
+    block = "model.transformer.blocks.1"
+    names = [f"{block}.mlp.experts.{e}.up_proj.weight" for e in range(8)]
+    for key, members in (
+        (f"{block}.attn.att_proj", [f"{block}.attn.att_proj.weight"]),
+        (f"{block}.mlp.experts.up_proj", names),
+    ):
+        ours, theirs = (np.stack([source.get(name) for name in members]) for source in (tensors, exact))
+        relative, largest = errors[key]
+        assert relative == pytest.approx(norm_error(ours, theirs), rel=0.01)
+        assert largest == pytest.approx(np.abs(ours - theirs).max(), rel=0.01)
+    assert {name for name in errors if "experts" in name} == {
+        f"model.transformer.blocks.{n}.mlp.experts.{part}_proj" for n in (0, 1) for part in ("gate", "up", "down")
+    }
+    assert all(0 < relative < 0.16 for relative, _ in errors.values())
+
+
+def test_an_older_onnxruntime_is_told_so(tmp_path: Path) -> None:
+    shutil.copytree(bundle("molmoe", "q4"), tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / "molmo_edge.json"
+    manifest.write_text(manifest.read_text().replace('"onnxruntime": "1.31"', '"onnxruntime": "99.5"'))
+    with pytest.raises(Unavailable, match=r"decoder_q4\.onnx needs onnxruntime 99\.5 or later, this is \d"):
+        open_runtime(tmp_path / "bundle")
+
+
+def test_a_large_decoder_is_not_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molmo_edge.export.bundle._MEASURED_BELOW", 100_000)
+    components = export_bundle(GOLDEN / "molmoe", tmp_path / "bundle", "q4")["components"]
+    assert "relative_error" in components["vision_encoder"] and "relative_error" not in components["decoder"]
+    assert components["decoder"]["weight_errors"]
 
 
 def test_q4_is_a_word_for_the_decoder() -> None:
