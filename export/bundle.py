@@ -60,7 +60,6 @@ class CheckPhoto:
     image: Path
     question: str
     max_new_tokens: int = 64
-    tolerance: float = 2.0  # percent of a side that a point may be off
 
 
 def export_bundle(
@@ -253,7 +252,6 @@ def _answer(staging: Path, check: CheckPhoto) -> dict[str, Any]:
         "token_ids": [int(i) for i in answer.token_ids],
         "complete": answer.complete,
         "points": [[float(np.round(p.x, 2)), float(np.round(p.y, 2))] for p in answer.points],
-        "tolerance": check.tolerance,
     }
 
 

@@ -51,14 +51,13 @@ class Component:
 
 @dataclass(frozen=True)
 class Check:
-    """What a sound copy of the bundle answers: greedy ids, and points within `tolerance` (percent of a side)."""
+    """What a sound copy of the bundle answers: greedy ids and their points (percent of a side); see selfcheck.py."""
 
     image: Component
     question: str
     token_ids: tuple[int, ...]
     complete: bool  # whether the answer stopped by itself behind `token_ids`
     points: tuple[tuple[float, float], ...] = ()
-    tolerance: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,6 @@ def _parse_check(where: Path, entry: Any) -> Check | None:
         token_ids=tuple(int(i) for i in entry["token_ids"]),
         complete=bool(entry["complete"]),
         points=tuple((float(x), float(y)) for x, y in entry.get("points") or ()),
-        tolerance=float(entry.get("tolerance", 2.0)),
     )
 
 

@@ -326,6 +326,24 @@ class Molmo:
             finished.append(_finished(scene, text, parse_points(text), token_ids, len(ids), seconds, complete=complete))
         return finished
 
+    def gaps(self, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True) -> list[float]:
+        """How far each id of a given answer lies behind the likeliest at its place, in logits; 0.0 where it is that one.
+
+        `complete`: the end behind the ids counts as one of them.
+        """
+        _checked(question, "question")
+        scene = self._own(image) if isinstance(image, Scene) else self._see(image)
+        given = [*token_ids, self._tokenizer.special.eos] if complete else list(token_ids)
+        prompt = np.concatenate([scene.embeddings, self._runtime.embed(text_ids(self._tokenizer, [question]))])
+        cache = self._runtime.new_cache(len(prompt) + len(given))
+        found = []
+        logits = self._runtime.forward(prompt, cache)
+        for token in given:
+            logits = logits[: self.config.decoder.vocab_size]
+            found.append(float(logits.max() - logits[token]))
+            logits = self._runtime.forward(self._runtime.embed(np.array([token])), cache)
+        return found
+
     @property
     def _context(self) -> int:
         return self.config.decoder.max_position_embeddings

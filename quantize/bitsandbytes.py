@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from molmo_edge.memory import give_back
-from molmo_edge.modeling.decoder import SparseFFN, by_expert
+from molmo_edge.modeling.decoder import SparseFFN, by_expert, choose_experts
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import PrecisionError
 
@@ -52,7 +52,7 @@ class QuantizedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> float32 [..., d]."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, experts = SparseFFN.route(cast(SparseFFN, self), flat)
+        weights, experts = choose_experts(self.router(flat), self.top_k)
         return by_expert(flat, weights, experts, self.n_experts, self.expert).view_as(x)
 
     def expert(self, x: Tensor, e: int) -> Tensor:

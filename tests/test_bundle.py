@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from molmo_edge import Molmo
 from molmo_edge.bundle import BundleError, is_bundle, load_tokenizer, open_bundle, resolve_model
@@ -200,6 +201,23 @@ def test_the_checks_own_image_is_verified(bundle: Path) -> None:
     open_bundle(bundle)  # nothing looks at it here
     with pytest.raises(BundleError, match="does not have the sha256"):
         check_bundle(bundle, threads=1)
+
+
+def test_another_models_answers_fail_the_check(bundle: Path, golden: Path, tmp_path: Path) -> None:
+    """Every file is as its manifest says, but one matrix was damaged before the export."""
+    from molmo_edge.export import export_bundle
+    from molmo_edge.modeling import load_checkpoint, save_checkpoint
+
+    model, _, _ = load_checkpoint(golden / "molmoe")
+    with torch.no_grad():
+        model.decoder.blocks[1].attn.attn_out.weight.mul_(-1)
+    save_checkpoint(model, golden / "molmoe" / "tokenizer.json", tmp_path / "damaged")
+    export_bundle(tmp_path / "damaged", tmp_path / "other")
+    shutil.copytree(bundle / "check", tmp_path / "other" / "check")
+    check = json.loads((bundle / "molmo_edge.json").read_text())["check"]
+    edit(tmp_path / "other", lambda m: m.update(check=check))
+    report = check_bundle(tmp_path / "other", threads=1)
+    assert not report.passed and report.gap is not None and report.gap > 0.5
 
 
 def test_an_answer_that_does_not_stop_fails_the_check(bundle: Path) -> None:

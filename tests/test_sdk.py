@@ -302,6 +302,15 @@ def test_sampling_is_checked_before_the_image_is_read(saying: Saying) -> None:
         saying("ok").ask("/no/such/photo.jpg", "What?", temperature=-1)
 
 
+def test_gaps_of_an_answer(saying: Saying, tokenizer: Any) -> None:
+    """The fake's next id has a logit of 1, every other one 0, and rows that stand for no text do not count."""
+    molmo, ids = saying("two dogs"), tokenizer.encode(" two dogs")
+    assert molmo.gaps(PHOTO, "What?", ids) == [0.0] * (len(ids) + 1)
+    assert molmo.gaps(PHOTO, "What?", ids[:-1]) == [0.0] * (len(ids) - 1) + [1.0]
+    assert molmo.gaps(PHOTO, "What?", ids[:-1], complete=False) == [0.0] * (len(ids) - 1)
+    assert molmo.gaps(PHOTO, "What?", [7, *ids[1:]], complete=False)[0] == 1.0
+
+
 def test_closing(saying: Saying) -> None:
     with saying("ok") as molmo:
         pass
@@ -361,14 +370,12 @@ def test_readable_whole_and_in_pieces(text: str, shown: str) -> None:
         assert "".join(pieces) + stripper.close() == shown
 
 
-def test_a_check_passes_on_the_same_points_in_other_words(tiny_bundle: Path) -> None:
+def test_a_check_passes_where_rounding_alone_chose(tiny_bundle: Path) -> None:
     bundle = Bundle(tiny_bundle, "x", None, {}, {}, None, {})  # type: ignore[arg-type]
     photo = Component("check image", "a.png", 1, "0" * 64)
-    check = Check(photo, "q", (1, 2), True, ((10.0, 10.0),), tolerance=2.0)
+    check = Check(photo, "q", (1, 2), True, ((10.0, 10.0),))
     assert CheckReport(bundle, check, (1, 2), None).passed
-    assert CheckReport(bundle, check, (1, 3), 1.9).passed
-    assert not CheckReport(bundle, check, (1, 3), 2.1).passed
-    assert not CheckReport(bundle, check, (1, 3), None).passed
-    assert not CheckReport(bundle, Check(photo, "q", (1, 2), True), (1, 3), 0.0).passed
-    assert not CheckReport(bundle, check, (1, 2), 0.0, stopped=False).passed
+    assert CheckReport(bundle, check, (1, 3), 3.0, gap=0.09).passed
+    assert not CheckReport(bundle, check, (1, 3), 0.0, gap=0.6).passed
+    assert not CheckReport(bundle, check, (1, 2), 0.0, stopped=False, gap=2.0).passed
     assert CheckReport(bundle, None).passed

@@ -38,6 +38,7 @@ def verify(
                 "check": report.check is not None,
                 "exact": report.exact,
                 "drift": report.drift,
+                "gap": report.gap,
                 "passed": report.passed,
             }
         )
@@ -53,8 +54,8 @@ def verify(
 def _verdict(report: CheckReport) -> str:
     if report.exact:
         return "its own question: answered with the same tokens"
-    if not report.stopped:
-        return "its own question: the answer does not stop where it should"
-    if report.drift is None:
-        return "its own question: answered with another number of points"
-    return f"its own question: other tokens, points at most {report.drift:.1f} percent away"
+    points = "another number of points" if report.drift is None else f"points at most {report.drift:.1f} percent away"
+    if report.passed:
+        return f"its own question: as recorded but for rounding (at most {report.gap:.2f} logits; {points})"
+    end = "" if report.stopped else ", and it does not stop where it should"
+    return f"its own question: other tokens than recorded, {report.gap:.2f} logits apart; {points}{end}"

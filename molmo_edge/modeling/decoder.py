@@ -134,9 +134,7 @@ class SparseFFN(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, d] -> weights float32 [tokens, top_k] and expert ids [tokens, top_k]."""
-        probabilities = F.softmax(self.router(x).float(), dim=-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        return weights, experts
+        return choose_experts(self.router(x), self.top_k)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> float32 [..., d]."""
@@ -174,6 +172,12 @@ class SparseFFN(nn.Module):
         gate, up = (_grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
         out = _grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         return _scatter(out, weights, order, token, len(x))
+
+
+def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The router's logits [tokens, experts] -> weights float32 and expert ids, both [tokens, top_k]."""
+    weights, experts = F.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
+    return weights, experts
 
 
 def _has_grouped_mm(weight: Tensor) -> bool:

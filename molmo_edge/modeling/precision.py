@@ -82,7 +82,7 @@ def choose_precision(config: MolmoConfig, precision: str, device: str, available
         return available is None or weight_bytes(config, name, device) + room(config, name) <= available
 
     if precision == "auto":
-        # float32 is what every figure of the reference is compared with; a processor gains little from bfloat16.
+        # float32 is what the reference's figures are compared with; bfloat16 would be faster on some processors.
         precision = "fp32" if device == "cpu" and fits("fp32") else "bf16"
     compute_dtype(precision)
     here = [name for name in ("bf16", "int8", "nf4") if device != "mps" or name not in _QUANTIZED_BYTES]
