@@ -327,7 +327,7 @@ class Molmo:
         return finished
 
     def gaps(self, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True) -> list[float]:
-        """How far each id of a given answer lies behind the likeliest at its place, in logits; 0.0 where it is that one.
+        """How far each id of a given answer lies behind the likeliest at its place, in logits; 0.0 where it is that.
 
         `complete`: the end behind the ids counts as one of them.
         """
