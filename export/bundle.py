@@ -47,10 +47,12 @@ _PREFIXES = {
 # What one word means for a whole bundle. Four bits make the ViT slower than fp32 on a CPU, eight make it faster; the
 # connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
 _WHOLE = {
-    "q4": {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "q4"},
+    word: {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": word}
+    for word in ("q4", "mixed")
 }
 _MEASURED_BELOW = 4_000_000_000  # bytes in float32; a larger decoder is not run beside its float32 form
-_SIDECAR_ABOVE = 1_800_000_000  # bytes; an .onnx file cannot pass 2 GB
+# Bytes. An .onnx file cannot pass 2 GB, and what lies inside of one is held twice, as read and as packed.
+_SIDECAR_ABOVE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Convert the checkpoint directory (hub layout) to a bundle directory `out`, which must not exist yet.
 
-    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything; "q4", four
-    bits for the decoder (molmo_edge.quantize.int4) and eight for the rest; or a mapping of components to them, "fp32"
-    where it names none. `measure`: run every component that is not fp32 beside its fp32 form, a decoder of less than
-    4 GB, and write the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there
-    in any case.
+    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything; "q4" and
+    "mixed", four bits for the decoder (molmo_edge.quantize.int4 says which) and eight for the rest; or a mapping of
+    components to them, "fp32" where it names none. `measure`: run every component that is not fp32 beside its fp32
+    form, a decoder of less than 4 GB, and write the errors into the manifest (molmo_edge.quantize.errors); the errors
+    of rounded weights are there in any case.
 
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
-    holds one component, and from 1.8 GB on one matrix of it and a few copies; for experts that is all of a layer's
+    holds one component, and from 100 MB on one matrix of it and a few copies; for experts that is all of a layer's
     side by side (537 MB in MolmoE-1B), and for the embeddings the whole table. The trial run reads larger weights
     from their file, but `measure` and `check` hold the finished bundle in memory, as any use of it does.
 
@@ -137,10 +139,10 @@ def check_bundle_wishes(
 
 
 def _precisions(precision: str | Mapping[str, str]) -> dict[str, Precision]:
-    from molmo_edge.quantize.int4 import Q4  # they build on export.graph, so they cannot be imported first
+    from molmo_edge.quantize.int4 import MIXED, Q4  # they build on export.graph, so they cannot be imported first
     from molmo_edge.quantize.int8 import INT8, Q8
 
-    known = {kind.name: kind for kind in (FP32, INT8, Q8, Q4)}
+    known = {kind.name: kind for kind in (FP32, INT8, Q8, Q4, MIXED)}
     names = _WHOLE.get(precision) or dict.fromkeys(BUILDERS, precision) if isinstance(precision, str) else precision
     if unknown := [component for component in names if component not in BUILDERS]:
         raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(BUILDERS)}")

@@ -45,7 +45,7 @@ class Component:
     bytes: int
     sha256: str
     engine: str = ""  # "onnx", "gguf"; empty for the tokenizer
-    precision: str = ""  # "fp32", "int8", "q8", "q4"
+    precision: str = ""  # "fp32", "int8", "q8", "q4", "mixed"
     onnxruntime: str = ""  # the oldest version that has the graph's operators; empty where it is not said
 
 

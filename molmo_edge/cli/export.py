@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from molmo_edge.export import CheckPhoto
 
 _PRECISION = (
-    'onnx: "fp32", "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" (decoder in 4 bit), or by component, '
-    "decoder=q4,...; "
+    'onnx: "fp32", "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 bit), or by '
+    "component, decoder=q4,...; "
     'torch: "bf16" or "fp32". Without it: fp32 and bf16.'
 )
 
