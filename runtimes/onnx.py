@@ -96,7 +96,13 @@ class OnnxRuntime:
         # Loading keeps a core busy: more loads at once than cores would be no sooner done, and close could stop fewer.
         self._pool = ThreadPoolExecutor(min(len(order), os.cpu_count() or 1), thread_name_prefix="molmo-edge-load")
         self._sessions: dict[str, Future[Any]] = {
-            name: self._pool.submit(_load, files[name], 1 if name == "embed_tokens" else threads, mapped)
+            name: self._pool.submit(
+                _load,
+                files[name],
+                1 if name == "embed_tokens" else threads,
+                mapped=mapped,
+                spin=name == "decoder" and _is_large(files[name]),
+            )
             for name in order
         }
         self._pool.shutdown(wait=False)  # its threads end with the last load
@@ -185,14 +191,20 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _load(path: Path, threads: int | None, mapped: bool = False) -> Any:
+def _is_large(path: Path) -> bool:
+    """Whether a graph's weights lie beside it."""
+    return path.with_name(f"{path.name}.data").exists()
+
+
+def _load(path: Path, threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
     onnxruntime = _import()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     # Four sessions have four pools: threads that spin while they wait take the cores from the one that works
-    # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides. A large
+    # decoder, whose threads wait between the many operators of a token, gains a tenth by it (MolmoE-1B).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.enable_cpu_mem_arena = False  # as fast without, and memory of activations goes back after a run
     if mapped:  # else a matrix is copied into the layout that its kernel likes best
         options.add_session_config_entry("session.disable_prepacking", "1")

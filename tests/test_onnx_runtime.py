@@ -231,7 +231,7 @@ def memory():  # MB that are no file's
 
 x = np.random.default_rng(1).normal(size=(1, 4096)).astype(np.float32)
 before = memory()
-session = onnx._load(Path(sys.argv[1]), 1, sys.argv[2] == "True")
+session = onnx._load(Path(sys.argv[1]), 1, mapped=sys.argv[2] == "True")
 np.save(sys.argv[3], session.run(None, {"x": x})[0])
 print(memory() - before)
 """
