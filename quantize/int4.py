@@ -10,7 +10,7 @@ Experts, nearly all of MolmoE, have a float16 scale for 64 weights. For 32, a fu
 1.2 GB more memory (ONNX Runtime widens scales and adds a sum for each block) and a quarter more time for a prompt, and
 the error of its weights was 0.9 of this one's.
 
-"mixed" keeps attention in int8 (molmo_edge.quantize.int8): at MolmoE's full size 0.1 GB more, a twelfth of the error of
+"mixed" keeps attention in int8 (molmo_edge.quantize.int8): at MolmoE's full size 0.1 GB more, an eighth of the error of
 those matrices, a prompt a seventh faster and a token a fourteenth slower.
 
 QMoE picks the experts by itself, and mixes them by its last input. Without that it renormalises over the chosen ones,

@@ -189,7 +189,7 @@ def test_closing_stops_loads_that_have_not_begun(monkeypatch: pytest.MonkeyPatch
     """Else the end of a program that failed early waits for gigabytes that nobody needs any more."""
     begun, go_on = [], threading.Event()
 
-    def load(path: Path, *_: object) -> object:
+    def load(path: Path, *_: object, **__: object) -> object:
         begun.append(path.stem)
         assert go_on.wait(30)
         return object()
@@ -210,6 +210,7 @@ def test_closing_stops_loads_that_have_not_begun(monkeypatch: pytest.MonkeyPatch
     waiting = threading.Thread(target=wait)
     waiting.start()
     while not engine._sessions["embed_tokens"]._condition._waiters:  # type: ignore[attr-defined]
+        assert waiting.is_alive(), failures
         time.sleep(0.01)
     engine.close()
     waiting.join(30)
