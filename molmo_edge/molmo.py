@@ -335,13 +335,13 @@ class Molmo:
         scene = self._own(image) if isinstance(image, Scene) else self._see(image)
         given = [*token_ids, self._tokenizer.special.eos] if complete else list(token_ids)
         prompt = np.concatenate([scene.embeddings, self._runtime.embed(text_ids(self._tokenizer, [question]))])
-        cache = self._runtime.new_cache(len(prompt) + len(given))
-        found = []
-        logits = self._runtime.forward(prompt, cache)
-        for token in given:
-            logits = logits[: self.config.decoder.vocab_size]
+        cache = self._runtime.new_cache(len(prompt) + max(0, len(given) - 1))
+        found: list[float] = []
+        rows = prompt
+        for token in given:  # the last of them is read off the logits, and never fed back
+            logits = self._runtime.forward(rows, cache)[: self.config.decoder.vocab_size]
             found.append(float(logits.max() - logits[token]))
-            logits = self._runtime.forward(self._runtime.embed(np.array([token])), cache)
+            rows = self._runtime.embed(np.array([token]))
         return found
 
     @property
