@@ -23,9 +23,13 @@ from molmo_edge.export.connector import connector
 from molmo_edge.export.decoder import decoder, embed_tokens, head_name
 from molmo_edge.export.graph import FP32, Graph, Precision
 from molmo_edge.export.vision import vision_encoder
+from molmo_edge.export.wishes import Wishes, check_wishes
 from molmo_edge.loading import load_image
 from molmo_edge.modeling.checkpoint import TensorSource, open_tensors
 from molmo_edge.prompt import build_prompt
+from molmo_edge.quantize.errors import component_errors
+from molmo_edge.quantize.int4 import Int4
+from molmo_edge.quantize.ranges import WATCHED, largest_values, too_large
 from molmo_edge.runtimes import EngineError
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.tokenizer import Tokenizer
@@ -44,12 +48,6 @@ _PREFIXES = {
     "embed_tokens": ("model.transformer.wte.",),
     "decoder": ("model.transformer.blocks.",),  # and its head, see build_component
 }
-# What one word means for a whole bundle. Four bits make the ViT slower than fp32 on a CPU, eight make it faster; the
-# connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
-_WHOLE = {
-    word: {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": word}
-    for word in ("q4", "mixed")
-}
 _MEASURED_BELOW = 4_000_000_000  # bytes in float32; a larger decoder is not run beside its float32 form
 # Bytes. An .onnx file cannot pass 2 GB, and what lies inside of one is held twice, as read and as packed.
 _SIDECAR_ABOVE = 100_000_000
@@ -67,30 +65,51 @@ class CheckPhoto:
 def export_bundle(
     checkpoint: str | Path,
     out: str | Path,
-    precision: str | Mapping[str, str] = "fp32",
+    precision: str | Mapping[str, str] | None = None,
     *,
+    target: str | None = None,
+    plain: bool = False,
+    block: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
     name: str | None = None,
     check: CheckPhoto | None = None,
     measure: bool = True,
 ) -> dict[str, Any]:
     """Convert the checkpoint directory (hub layout) to a bundle directory `out`, which must not exist yet.
 
-    `precision`: one of "fp32", "int8", "q8" (molmo_edge.quantize.int8 says what they are) for everything; "q4" and
-    "mixed", four bits for the decoder (molmo_edge.quantize.int4 says which) and eight for the rest; or a mapping of
-    components to them, "fp32" where it names none. `measure`: run every component that is not fp32 beside its fp32
-    form, a decoder of less than 4 GB, and write the errors into the manifest (molmo_edge.quantize.errors); the errors
-    of rounded weights are there in any case.
+    `precision`: one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8 says what
+    they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder (molmo_edge.quantize.int4 says
+    which) and eight or sixteen for the rest; or a mapping of components to them. What it leaves out is as `target`
+    wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes), or fp32.
+
+    `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
+    `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
+    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower and with about half of the error.
+
+    `measure`: run every component that is not fp32 beside its fp32 form, a decoder of less than 4 GB, and write the
+    errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
 
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
     holds one component, and from 100 MB on one matrix of it and a few copies; for experts that is all of a layer's
-    side by side (537 MB in MolmoE-1B), and for the embeddings the whole table. The trial run reads larger weights
-    from their file, but `measure` and `check` hold the finished bundle in memory, as any use of it does.
+    side by side (537 MB in MolmoE-1B), and for the embeddings the whole table. A calibration holds a layer in float32.
+    The trial run reads larger weights from their file, but `measure` and `check` hold the finished bundle in memory,
+    as any use of it does.
 
     Raises ExportError, CheckpointError, ConfigError or TokenizerError, and before anything is converted ImageError
     or PromptError for a `check` that could not be answered.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    chosen = check_bundle_wishes(out, precision, check)
+    wishes = check_bundle_wishes(
+        out,
+        check,
+        precision,
+        target=target,
+        plain=plain,
+        block=block,
+        asymmetric=asymmetric,
+        calibrate=calibrate,
+    )
     config = MolmoConfig.from_hub(checkpoint)
     tensors = open_tensors(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
@@ -100,12 +119,22 @@ def export_bundle(
         staging = Path(scratch) / "bundle"
         staging.mkdir()
         components: dict[str, dict[str, Any]] = {}
-        for component, kind in chosen.items():
-            components |= _component(component, staging, config, tensors, kind)
+        largest = _largest_values(Path(scratch) / "watched", config, tensors, wishes)
+        for component in BUILDERS:
+            keep = too_large(largest.get(component, {}))
+            how = wishes.int4
+            if component == "decoder" and wishes.calibrate is not None:
+                files = {name: staging / components[name]["file"] for name in BUILDERS if name != "decoder"}
+                how = _calibrated(wishes, config, tensors, tokenizer, files)
+            kind = wishes.make(component, how, keep)
+            components |= _component(component, staging, config, tensors, kind, plain=component in wishes.plain)
+            if component in largest:
+                components[component] |= {"largest_value": max(largest[component].values())}
+                components[component] |= {"kept_in_fp32": sorted(keep)} if keep else {}
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
-        if measure and any(kind is not FP32 for kind in chosen.values()):
-            _measure(components, files, Path(scratch) / "fp32", config, tensors, chosen)
+        if measure and any(word != "fp32" for word in wishes.precision.values()):
+            _measure(components, files, Path(scratch) / "fp32", config, tensors, wishes)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
         components["tokenizer"] = _entry(staging / TOKENIZER)
         manifest: dict[str, Any] = {
@@ -118,6 +147,12 @@ def export_bundle(
             "components": components,
             "source": {"checkpoint": checkpoint.resolve().name, "files": _sources(checkpoint)},
         }
+        if wishes.target is not None:
+            manifest["target"] = {
+                "name": wishes.target.name,
+                "device": wishes.target.device,
+                "defaults": wishes.target.why,
+            }
         _write_manifest(staging, manifest)
         if check is not None:
             manifest["check"] = _answer(staging, check)
@@ -127,36 +162,70 @@ def export_bundle(
 
 
 def check_bundle_wishes(
-    out: Path, precision: str | Mapping[str, str], check: CheckPhoto | None
-) -> dict[str, Precision]:
-    """The precision of each component. Raises for what cannot be asked for, before a checkpoint is fetched."""
+    out: Path, check: CheckPhoto | None, precision: str | Mapping[str, str] | None = None, **wishes: Any
+) -> Wishes:
+    """What the export is to do. Raises for what cannot be asked for, before a checkpoint is fetched.
+
+    `wishes`: see `export_bundle`.
+    """
     if out.exists():
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
     if check is not None:
         load_image(check.image)
         build_prompt(check.question)
-    return _precisions(precision)
+    return check_wishes(precision, **wishes)
 
 
-def _precisions(precision: str | Mapping[str, str]) -> dict[str, Precision]:
-    from molmo_edge.quantize.int4 import MIXED, Q4  # they build on export.graph, so they cannot be imported first
-    from molmo_edge.quantize.int8 import INT8, Q8
+def _calibrated(
+    wishes: Wishes, config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer, files: dict[str, Path]
+) -> Int4:
+    from molmo_edge.quantize.calibration import Calibration, find_prompts, sequences
 
-    known = {kind.name: kind for kind in (FP32, INT8, Q8, Q4, MIXED)}
-    names = _WHOLE.get(precision) or dict.fromkeys(BUILDERS, precision) if isinstance(precision, str) else precision
-    if unknown := [component for component in names if component not in BUILDERS]:
-        raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(BUILDERS)}")
-    if unknown := [kind for kind in names.values() if kind not in known]:
-        raise ExportError(f"the precision {unknown[0]!r} is not known; known are {', '.join(known)}")
-    return {component: known[names.get(component, "fp32")] for component in BUILDERS}
+    assert wishes.calibrate is not None
+    runtime = OnnxRuntime(config, files)
+    try:
+        rows = sequences(find_prompts(wishes.calibrate), runtime, tokenizer)
+    finally:
+        runtime.close()
+    return dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))
+
+
+def _largest_values(
+    scratch: Path, config: MolmoConfig, tensors: TensorSource, wishes: Wishes
+) -> dict[str, dict[str, float]]:
+    """By component that is to have float16 products: how large its numbers get, matrix by matrix."""
+    half = [component for component in BUILDERS if wishes.make(component).half]
+    if not half:
+        return {}
+    built = ["vision_encoder", "connector"]
+    if "decoder" in half and 4 * _weights("decoder", config, tensors) <= _MEASURED_BELOW:
+        built += ["embed_tokens", "decoder"]
+    elif "decoder" in half and config.decoder.norm_after:
+        raise ExportError(
+            "this decoder has no norms in front of its matrices, so its numbers may pass what float16 holds, and it is "
+            "too large to be tried here: choose decoder=q4, int8 or fp32"
+        )
+    scratch.mkdir()
+    files = {component: scratch / f"{component}.onnx" for component in built}
+    for component, path in files.items():
+        build_component(component, path, config, tensors, WATCHED)
+    found = largest_values(config, files)
+    shutil.rmtree(scratch)
+    return {component: found[component] for component in half if found.get(component)}
 
 
 def build_component(
-    component: str, path: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
+    component: str,
+    path: Path,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    precision: Precision,
+    *,
+    plain: bool = False,
 ) -> Graph:
     """Write one graph to `path`; its `sidecar` holds the large weights, if it needed one."""
     large = _weights(component, config, tensors) * precision.bytes_per_weight > _SIDECAR_ABOVE
-    graph = Graph(component, path.with_name(f"{path.name}.data") if large else None)
+    graph = Graph(component, path.with_name(f"{path.name}.data") if large else None, plain=plain)
     BUILDERS[component](graph, config, tensors, precision)
     graph.save(path)
     return graph
@@ -171,12 +240,20 @@ def _weights(component: str, config: MolmoConfig, tensors: TensorSource) -> int:
 
 
 def _component(
-    component: str, directory: Path, config: MolmoConfig, tensors: TensorSource, precision: Precision
+    component: str,
+    directory: Path,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    precision: Precision,
+    *,
+    plain: bool,
 ) -> dict[str, dict[str, Any]]:
     path = directory / f"{component}{precision.suffix}.onnx"
-    graph = build_component(component, path, config, tensors, precision)
+    graph = build_component(component, path, config, tensors, precision, plain=plain)
     needs = ".".join(map(str, graph.needs))
     made = {component: _entry(path, engine="onnx", precision=precision.name, onnxruntime=needs)}
+    if plain:
+        made[component]["operators"] = "onnx"  # its own alone
     if graph.errors:  # norm of the difference over norm of the weights, and the largest difference
         made[component]["weight_errors"] = {
             name: [float(f"{e.relative:.3g}"), float(f"{e.largest:.3g}")] for name, e in graph.errors.items()
@@ -219,21 +296,19 @@ def _measure(
     scratch: Path,
     config: MolmoConfig,
     tensors: TensorSource,
-    chosen: dict[str, Precision],
+    wishes: Wishes,
 ) -> None:
-    from molmo_edge.quantize.errors import component_errors
-
     scratch.mkdir()
     exact = {}
-    for component, kind in chosen.items():
+    for component, word in wishes.precision.items():
         if component == "decoder" and 4 * _weights(component, config, tensors) > _MEASURED_BELOW:
             continue
         exact[component] = files[component]
-        if kind is not FP32:
+        if word != "fp32":
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
     for component, error in component_errors(config, exact, {name: files[name] for name in exact}).items():
-        if chosen[component] is not FP32:
+        if wishes.precision[component] != "fp32":
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.graph import Graph, Precision
+from molmo_edge.export.operators import silu
 from molmo_edge.modeling.checkpoint import TensorSource
 
 HUB = "model.vision_backbone"
@@ -75,6 +76,4 @@ def _project(graph: Graph, tensors: TensorSource, precision: Precision, x: str) 
         name = f"{HUB}.image_projector.{part}"
         return precision.linear(graph, y, name, tensors.get(f"{name}.weight"), None)
 
-    gate = linear(x, "w1")
-    gate = graph.node("Mul", gate, graph.node("Sigmoid", gate))  # SiLU
-    return linear(graph.node("Mul", gate, linear(x, "w3")), "w2")
+    return linear(graph.node("Mul", silu(graph, linear(x, "w1")), linear(x, "w3")), "w2")

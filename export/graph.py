@@ -21,6 +21,7 @@ from molmo_edge.config import DecoderConfig
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.quantize.int8
+FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 _INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
 _PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
 
@@ -53,11 +54,13 @@ class Graph:
 
     `sidecar`: a file that takes the large weights as they come (an .onnx file itself cannot pass 2 GB), so that
     no more than one of them is in memory. Without it they stay inside of the graph.
+    `plain`: ONNX's own operators alone, none that only ONNX Runtime has (molmo_edge.export.operators).
     """
 
-    def __init__(self, name: str, sidecar: Path | None = None) -> None:
+    def __init__(self, name: str, sidecar: Path | None = None, *, plain: bool = False) -> None:
         self.name = name
         self.sidecar = sidecar
+        self.plain = plain
         self.memo: dict[tuple[str, ...], str] = {}  # values that several consumers share, such as quantised inputs
         self.errors: dict[str, WeightError] = {}  # of each matrix that was rounded
         self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime that has all its operators
@@ -125,7 +128,7 @@ class Graph:
 
     def save(self, path: Path) -> None:
         """Write the graph to `path`; its sidecar, if any, must stay beside it under the same name."""
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid("", OPSET)] + ([] if self.plain else [helper.make_opsetid(MICROSOFT, 1)])
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values()))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="molmo-edge")
         path.write_bytes(model.SerializeToString())
@@ -164,6 +167,7 @@ class Precision:
     linear: Linear
     table: Table
     experts: Experts | None = None  # None: experts are matrices like any other
+    half: bool = False  # attention, and so its cache, in float16
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:

@@ -20,9 +20,8 @@ from molmo_edge.export import ExportError
 from molmo_edge.export.decoder import HUB as TRANSFORMER
 from molmo_edge.export.vision import HUB as VIT
 from molmo_edge.modeling.checkpoint import CheckpointError
-from molmo_edge.quantize import int4
-from molmo_edge.quantize.int4 import unpack_nibbles
 from molmo_edge.quantize.int8 import ZERO_POINT
+from molmo_edge.quantize.rounding import Blocks, unpack_nibbles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,15 +98,21 @@ class BundleTensors:
         scale = self._arrays.get(f"{name.removesuffix('.weight')}.scale")
         if array.dtype == np.uint8 and scale is not None:  # scales [..., out, blocks]
             bits, inputs = self._blocks[name]
-            codes, zero_point = (unpack_nibbles(array), int4.ZERO_POINT) if bits == 4 else (array, ZERO_POINT)
-            wide = (codes.reshape(*scale.shape, -1).astype(np.float32) - zero_point) * scale[..., None]
-            return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
+            scale = scale.astype(np.float32)
+            if bits == 8:
+                wide = (array.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT) * scale[..., None]
+                return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
+            zero_point = self._arrays.get(f"{name.removesuffix('.weight')}.zero_point")
+            if zero_point is not None:
+                zero_point = unpack_nibbles(zero_point)[..., : scale.shape[-1]]
+            codes = unpack_nibbles(array).reshape(*scale.shape[:-1], -1)
+            return Blocks(codes, scale, zero_point).restored()[..., :inputs]
         if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
             wide = array.astype(np.float32) * scale
             return wide if name == TABLE else wide.T
-        if array.ndim == 2 and name.endswith(".weight"):
-            return array.T
-        return array
+        if array.dtype == np.float16:
+            array = array.astype(np.float32)
+        return array.T if array.ndim == 2 and name.endswith(".weight") else array
 
     def _zeros(self, like: str) -> np.ndarray:
         return np.zeros_like(self.get(like))
@@ -128,6 +133,8 @@ class BundleTensors:
                     read[f"{VIT}.transformer.resblocks.{n}.{scale}"] = lambda: np.ones(v.d_model, np.float32)
         for n in range(d.n_layers if d.n_experts else 0):
             experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
+            if f"{experts}.0.gate_proj.weight" in self._arrays:
+                continue  # one after the other, under their own names
             for part in ("gate", "up", "down"):
                 for e in range(d.n_experts):
                     read[f"{experts}.{e}.{part}_proj.weight"] = partial(self._expert, f"{experts}.{part}_proj", part, e)

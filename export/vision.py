@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from molmo_edge.config import MolmoConfig, VisionConfig
-from molmo_edge.export.graph import MICROSOFT, Graph, Precision
+from molmo_edge.export.graph import Graph, Precision
+from molmo_edge.export.operators import attention, quick_gelu
 from molmo_edge.modeling.checkpoint import TensorSource
 
 HUB = "model.vision_backbone.image_vit"
@@ -70,13 +71,10 @@ def _block(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Prec
 
     h = layer_norm(graph, x, f"{block}.attention_norm", tensors, v.norm_eps)
     q, k, value = (linear(h, f"attention.{w}") for w in ("wq", "wk", "wv"))
-    h = graph.node("MultiHeadAttention", q, k, value, domain=MICROSOFT, num_heads=v.n_heads)
+    h = attention(graph, q, k, value, v.n_heads, v.head_dim, half=precision.half)
     x = graph.node("Add", x, linear(h, "attention.wo", "lambda1"))
 
     h = layer_norm(graph, x, f"{block}.ffn_norm", tensors, v.norm_eps)
     h = linear(h, "feed_forward.w1")
-    if v.activation == "quick_gelu":
-        h = graph.node("QuickGelu", h, domain=MICROSOFT, alpha=1.702)
-    else:
-        h = graph.node("Gelu", h)
+    h = quick_gelu(graph, h) if v.activation == "quick_gelu" else graph.node("Gelu", h)
     return graph.node("Add", x, linear(h, "feed_forward.w2", "lambda2"), name=block)

@@ -69,6 +69,7 @@ class Bundle:
     components: dict[str, Component]
     check: Check | None
     manifest: dict[str, Any]  # as read, with source and measured errors
+    device: str = "cpu"  # what its target runs on: "cpu", "cuda", "tensorrt", "coreml"
 
     def path(self, component: str) -> Path:
         """The file of `component`. Raises BundleError where the bundle has none."""
@@ -192,6 +193,7 @@ def _parse(directory: Path) -> Bundle:
         special_ids = {field.name: int(special[field.name]) for field in dataclasses.fields(SpecialIds)}
         components = {name: _parse_component(where, name, entry, entry["file"]) for name, entry in listed.items()}
         check = _parse_check(where, manifest.get("check"))
+        device = str((manifest.get("target") or {}).get("device") or "cpu")
         config = MolmoConfig.from_dict(model)
     except ConfigError as error:
         raise BundleError(f"{where}: {error}") from None
@@ -205,7 +207,7 @@ def _parse(directory: Path) -> Bundle:
     if components["tokenizer"].file != TOKENIZER:
         raise BundleError(f"{where} calls the tokenizer {components['tokenizer'].file}, it has to be {TOKENIZER}")
     name = str(manifest.get("name") or directory.name)
-    return Bundle(directory, name, config, special_ids, components, check, manifest)
+    return Bundle(directory, name, config, special_ids, components, check, manifest, device)
 
 
 def _parse_component(where: Path, name: str, entry: dict[str, Any], file: Any) -> Component:

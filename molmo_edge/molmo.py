@@ -20,6 +20,7 @@ import numpy as np
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
 from molmo_edge.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
+from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
@@ -364,11 +365,7 @@ class Molmo:
                 f"the image takes {len(prompt.ids)} of the model's {self._context} positions: lower max_crops"
             )
         cropped = time.perf_counter()
-        features = self._runtime.encode_image(prepared.crops, prepared.masks)  # [n_crops, cells^2, d_model]
-        embeddings = np.array(self._runtime.embed(prompt.ids), dtype=np.float32)  # [n, d_model]
-        kept = prompt.token_index >= 0  # [n_crops, cells^2]
-        # Added to the embedding of <im_patch>, not put in its place: released weights were trained so.
-        embeddings[prompt.token_index[kept]] += features[kept]
+        embeddings = image_embeddings(self._runtime, prepared, prompt)
         seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
         return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from molmo_edge.export.graph import MICROSOFT, Graph, Precision, add_bias
+from molmo_edge.export.graph import FLOAT, MICROSOFT, Graph, Precision, add_bias
 
 LEVELS = 127  # symmetric: -127..127
 ZERO_POINT = 128  # of unsigned inputs (int8), which is what the x86 instructions take, and of unsigned weights (q8)
 BLOCK = 32  # weights that share a scale (q8)
 _INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
-_FLOAT, _UINT8 = 1, 2  # onnx.TensorProto
+_UINT8 = 2  # onnx.TensorProto
 _TINY = 1e-30  # keeps the scale of zeros from being 0
 
 
@@ -54,8 +54,13 @@ def int8_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.nd
     q, scale = quantize_channels(weight)
     graph.rounded(name, weight, q * scale[:, None])
     matrix, scales = graph.weight(f"{name}.weight", q.T), graph.weight(f"{name}.scale", scale)
-    one, zero_point = graph.constant(1.0), graph.constant(ZERO_POINT, np.uint8)
-    y = graph.node("MatMulIntegerToFloat", inputs, matrix, one, scales, zero_point, domain=MICROSOFT)
+    zero_point = graph.constant(ZERO_POINT, np.uint8)
+    if graph.plain:
+        product = graph.node("MatMulInteger", inputs, matrix, zero_point)
+        y = graph.node("Mul", graph.node("Cast", product, to=FLOAT), scales)
+    else:
+        one = graph.constant(1.0)
+        y = graph.node("MatMulIntegerToFloat", inputs, matrix, one, scales, zero_point, domain=MICROSOFT)
     return add_bias(graph, graph.node("Mul", y, row_scale), name, bias)
 
 
@@ -97,7 +102,7 @@ def int8_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
     """A scale a row; only the rows that are looked up are widened."""
     q, scale = quantize_rows(table)
     graph.rounded(name, table, q * scale[:, None])
-    rows = graph.node("Cast", graph.node("Gather", graph.weight(name, q), ids), to=_FLOAT)
+    rows = graph.node("Cast", graph.node("Gather", graph.weight(name, q), ids), to=FLOAT)
     return graph.node("Mul", rows, graph.node("Gather", graph.weight(f"{name}.scale", scale[:, None]), ids))
 
 

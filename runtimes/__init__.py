@@ -16,7 +16,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.hub_config import is_checkpoint
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml")
 
 
 class EngineError(MolmoEdgeError):

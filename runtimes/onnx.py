@@ -1,4 +1,4 @@
-"""A bundle on ONNX Runtime, on the CPU."""
+"""A bundle on ONNX Runtime: on the CPU, or with what molmo_edge.runtimes.providers gives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import functools
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,22 @@ from molmo_edge.bundle import GRAPHS, Component, open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.runtimes import Cache, EngineError, Runtime, Unavailable
+from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 
 
 def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
     """Verify the bundle in `directory` and open it. Raises BundleError or EngineError."""
-    if device not in ("auto", "cpu"):
-        raise Unavailable(
-            'bundles run on the CPU in this version: leave device at "auto", or run the checkpoint itself'
-        )
     bundle = open_bundle(directory)
     for name in GRAPHS:
         if (engine := bundle.components[name].engine) != "onnx":
             raise Unavailable(f'{directory}: {name} is for the engine "{engine}", which this version does not have')
         _check_version(directory, bundle.components[name])
-    return OnnxRuntime(bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads)
+    placement = place(device, bundle.device, _import().get_available_providers(), bundle.config)
+    return OnnxRuntime(
+        bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads, placement=placement
+    )
 
 
 def _check_version(directory: Path, component: Component) -> None:
@@ -49,28 +51,64 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
+@dataclass(frozen=True, eq=False)
+class _Buffer:
+    """Keys or values of one layer, [1, n_kv_heads, capacity, head_dim], where its session works."""
+
+    value: Any  # an OrtValue
+    number: type
+    array: np.ndarray | None = None  # on the CPU: the same memory
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], number: type, device: str) -> _Buffer:
+        from onnxruntime import OrtValue
+
+        if device != "cpu":
+            return cls(OrtValue.ortvalue_from_shape_and_type(shape, number, device, 0), number)
+        array: np.ndarray = np.empty(shape, number)
+        return cls(OrtValue.ortvalue_from_numpy(array), number, array)
+
+    def copy(self, length: int) -> _Buffer:
+        """A buffer of its own, with the same first `length` positions."""
+        shape = self.value.shape()
+        if self.array is None:
+            twin = _Buffer.empty(shape, self.number, self.value.device_name())
+            _import().copy_tensors([self.value], [twin.value])
+            return twin
+        twin = _Buffer.empty(shape, self.number, "cpu")
+        assert twin.array is not None
+        twin.array[:, :, :length] = self.array[:, :, :length]  # pages behind are never touched
+        return twin
+
+
 class OnnxCache:
     """Preallocated keys and values, bound to the decoder as its input and its output at once."""
 
-    def __init__(self, session: Any, buffers: dict[str, np.ndarray], logits: int, length: int = 0) -> None:
+    def __init__(self, session: Any, buffers: dict[str, _Buffer], logits: int, length: int = 0) -> None:
         from onnxruntime import OrtValue
 
         self.length = length
-        self.capacity = next(iter(buffers.values())).shape[2]
+        self.capacity = next(iter(buffers.values())).value.shape()[2]
         self._session, self._buffers = session, buffers
         self._logits = np.empty((1, logits), np.float32)
         self._binding = session.io_binding()
-        for name, buffer in buffers.items():  # [1, n_kv_heads, capacity, head_dim]
-            value = OrtValue.ortvalue_from_numpy(buffer)  # on the CPU: the same memory
-            self._binding.bind_ortvalue_input(f"past_{name}", value)
-            self._binding.bind_ortvalue_output(f"present_{name}", value)
+        for name, buffer in buffers.items():
+            self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
+            self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
         self._binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(self._logits))
 
-    def copy(self) -> OnnxCache:
+    @classmethod
+    def empty(cls, session: Any, capacity: int, logits: int, device: str) -> OnnxCache:
         buffers = {}
-        for name, buffer in self._buffers.items():
-            buffers[name] = np.empty_like(buffer)  # pages behind `length` are never touched
-            buffers[name][:, :, : self.length] = buffer[:, :, : self.length]
+        for past in session.get_inputs():
+            if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
+                shape = [capacity if size == "capacity" else size for size in past.shape]
+                number = np.float16 if past.type == "tensor(float16)" else np.float32
+                buffers[past.name.removeprefix("past_")] = _Buffer.empty(shape, number, device)
+        return cls(session, buffers, logits)
+
+    def copy(self) -> OnnxCache:
+        buffers = {name: buffer.copy(self.length) for name, buffer in self._buffers.items()}
         return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
 
     def append(self, embeddings: np.ndarray) -> np.ndarray:
@@ -87,10 +125,17 @@ class OnnxRuntime:
     """The four graphs of a bundle; `files` maps GRAPHS to paths. They load side by side in the background."""
 
     def __init__(
-        self, config: MolmoConfig, files: dict[str, Path], *, threads: int | None = None, mapped: bool = False
+        self,
+        config: MolmoConfig,
+        files: dict[str, Path],
+        *,
+        threads: int | None = None,
+        mapped: bool = False,
+        placement: Placement = Placement(),  # noqa: B008 (frozen)
     ) -> None:
         """`mapped`: weights in sidecars are used where they lie in the file, slower, but in next to no memory."""
         self.config = config
+        self._placement = placement
         # By size, the largest first: each session is waited for where it is first needed.
         order = sorted(files, key=lambda name: files[name].stat().st_size, reverse=True)
         # Loading keeps a core busy: more loads at once than cores would be no sooner done, and close could stop fewer.
@@ -100,6 +145,7 @@ class OnnxRuntime:
                 _load,
                 files[name],
                 1 if name == "embed_tokens" else threads,
+                placement.of(name),
                 mapped=mapped,
                 spin=name == "decoder" and _is_large(files[name]),
             )
@@ -112,9 +158,9 @@ class OnnxRuntime:
 
     def encode_crops(self, crops: np.ndarray) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
-        crops = np.ascontiguousarray(crops, np.float32)
-        # One by one: a crop fills the cores, and memory does not grow with their number.
-        return np.concatenate([self._run("vision_encoder", {"crops": crops[i : i + 1]}) for i in range(len(crops))])
+        crops, some = np.ascontiguousarray(crops, np.float32), self._placement.crops_at_once
+        parts = (crops[i : i + some] for i in range(0, len(crops), some))
+        return np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
 
     def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """features [n, patches^2, feature_dim], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
@@ -136,12 +182,7 @@ class OnnxRuntime:
                 "use fewer crops, a shorter question or a smaller max_new_tokens"
             )
         session = self._session("decoder")
-        buffers = {}
-        for past in session.get_inputs():
-            if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
-                shape = [capacity if size == "capacity" else size for size in past.shape]
-                buffers[past.name.removeprefix("past_")] = np.empty(shape, np.float32)
-        return OnnxCache(session, buffers, d.embedding_size)
+        return OnnxCache.empty(session, capacity, d.embedding_size, self._placement.cache)
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         if not isinstance(cache, OnnxCache):
@@ -196,7 +237,14 @@ def _is_large(path: Path) -> bool:
     return path.with_name(f"{path.name}.data").exists()
 
 
-def _load(path: Path, threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
+def _load(
+    path: Path,
+    threads: int | None,
+    providers: Sequence[Provider] = (CPU,),
+    *,
+    mapped: bool = False,
+    spin: bool = False,
+) -> Any:
     onnxruntime = _import()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -210,6 +258,10 @@ def _load(path: Path, threads: int | None, *, mapped: bool = False, spin: bool =
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 4  # what fails is raised, and need not be printed too
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+    if missing := [name for name, _ in providers if name not in session.get_providers()]:
+        # ONNX Runtime would go on without it, many times slower, and say so in a log that nobody reads.
+        raise Unavailable(f"onnxruntime has {missing[0]} but cannot start it: are its libraries and its driver here?")
+    return session

@@ -201,6 +201,8 @@ class TorchRuntime:
 
 
 def _pick_device(device: str) -> str:
+    if device in ("tensorrt", "coreml"):
+        raise Unavailable(f'"{device}" runs bundles, not checkpoints: molmo-edge export --target {device}')
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if here[name])

@@ -28,24 +28,26 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="molmo-edge-test-")
 
 
-def bundle(architecture: str, precision: str = "fp32") -> Path:
-    return _bundle(architecture, precision)
+def bundle(architecture: str, precision: str | None = "fp32", **options: Any) -> Path:
+    """`options`: as of `export_bundle`; a calibration is with the golden photos."""
+    return _bundle(architecture, precision, **options)
 
 
-def runtime(architecture: str, precision: str = "fp32") -> OnnxRuntime:
-    return _runtime(architecture, precision)
+def runtime(architecture: str, precision: str | None = "fp32", **options: Any) -> OnnxRuntime:
+    return _runtime(architecture, precision, **options)
 
 
 @functools.cache
-def _bundle(architecture: str, precision: str) -> Path:
-    directory = Path(_scratch().name) / f"{architecture}-{precision}"
-    export_bundle(GOLDEN / architecture, directory, precision)
+def _bundle(architecture: str, precision: str | None, **options: Any) -> Path:
+    words = [architecture, precision, *(f"{key}-{Path(str(value)).name}" for key, value in options.items())]
+    directory = Path(_scratch().name) / "-".join(map(str, words))
+    export_bundle(GOLDEN / architecture, directory, precision, **options)
     return directory
 
 
 @functools.cache
-def _runtime(architecture: str, precision: str) -> OnnxRuntime:
-    opened = open_bundle_runtime(bundle(architecture, precision), threads=2)
+def _runtime(architecture: str, precision: str | None, **options: Any) -> OnnxRuntime:
+    opened = open_bundle_runtime(bundle(architecture, precision, **options), threads=2)
     assert isinstance(opened, OnnxRuntime)
     return opened
 
@@ -99,3 +101,27 @@ def relative(found: np.ndarray, exact: np.ndarray) -> float:
     """Largest difference over the largest value."""
     assert found.shape == exact.shape
     return float(np.abs(found - exact).max() / np.abs(exact).max())
+
+
+def costs(architecture: str, engine: OnnxRuntime) -> tuple[float, float]:
+    """Mean KL divergence from fp32, and the share of positions with the same top token.
+
+    At the last 32 positions of the three golden cases, each image encoded by the same bundle.
+    """
+    divergences, same = [], []
+    for name in CASES:
+        logits = []
+        for each in (runtime(architecture), engine):
+            rows = prompt(each, case(architecture, name))
+            cache = each.new_cache(len(rows))
+            each.forward(rows[:-32], cache)
+            logits.append(np.stack([each.forward(row[None], cache)[:REAL_IDS] for row in rows[-32:]]))
+        exact, found = (_log_softmax(part.astype(np.float64)) for part in logits)
+        divergences += (np.exp(exact) * (exact - found)).sum(-1).tolist()
+        same += (exact.argmax(-1) == found.argmax(-1)).tolist()
+    return float(np.mean(divergences)), float(np.mean(same))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

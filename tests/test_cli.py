@@ -190,7 +190,7 @@ def test_wrong_use_is_status_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     ("arguments", "says"),
     [
         (("--model", "/no/such/model"), "there is no directory"),
-        (("--device", "cuda"), "run on the CPU"),
+        (("--device", "cuda"), "no CUDAExecutionProvider"),
     ],
 )
 def test_failures_are_status_1(cli: Cli, tiny_bundle: Path, photo: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from exported import ARCHITECTURES, CASES, REAL_IDS, bundle, case, prompt, runtime
+from exported import ARCHITECTURES, bundle, case, costs, prompt, runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import norm_error, normal, run
 
-from molmo_edge.export import export_bundle
+from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.quantize.int4 import Q4, pack_nibbles, quantize_int4, unpack_nibbles
+from molmo_edge.quantize.int4 import int4_precision
 from molmo_edge.quantize.int8 import quantize_rows
+from molmo_edge.quantize.rounding import nearest, pack_nibbles, unpack_nibbles
 from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
@@ -27,19 +30,34 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.sampled_from([16, 32, 64]))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.sampled_from([16, 32, 64, 128]))
 def test_rounding_uses_all_levels(seed: int, rows: int, blocks: int, block: int) -> None:
     weight = np.random.default_rng(seed).standard_t(3, (rows, blocks * block)).astype(np.float32)
-    codes, scale = quantize_int4(weight, block)
-    assert codes.dtype == np.uint8 and codes.max() <= 15 and scale.shape == (rows, blocks)
+    rounded = nearest("", weight, block, False)
+    assert rounded.codes.dtype == np.uint8 and rounded.codes.max() <= 15 and rounded.scale.shape == (rows, blocks)
     each = weight.reshape(rows, blocks, block)
-    restored = (codes.reshape(each.shape).astype(np.float32) - 8) * scale[..., None]
+    restored = (rounded.codes.reshape(each.shape).astype(np.float32) - 8) * rounded.scale[..., None]
+    np.testing.assert_array_equal(restored.reshape(weight.shape), rounded.restored())
     largest = np.abs(each).max(axis=-1)
     assert np.allclose(np.abs(restored).max(axis=-1), largest, rtol=1e-6)  # the largest is kept exactly
-    error, step = np.abs(restored - each), np.abs(scale)[..., None]
-    opposite = each * -np.sign(scale)[..., None] < -7.5 * step  # no level of their own: 7 is the last
+    error, step = np.abs(restored - each), np.abs(rounded.scale)[..., None]
+    opposite = each * -np.sign(rounded.scale)[..., None] < -7.5 * step  # no level of their own: 7 is the last
     assert (error <= step * 0.5001)[~opposite].all()
     assert (error <= step * 1.0001).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.floats(-3, 3), st.sampled_from([16, 32, 64, 128]))
+def test_a_zero_point_keeps_zero_and_both_ends(seed: int, shift: float, block: int) -> None:
+    weight = (np.random.default_rng(seed).normal(size=(3, 2 * block)) + shift).astype(np.float32)
+    weight[0, 0] = 0
+    rounded = nearest("", weight, block, True)
+    assert rounded.zero_point is not None and rounded.zero_point.dtype == np.uint8 and rounded.zero_point.max() <= 15
+    assert rounded.restored()[0, 0] == 0
+    steps = np.repeat(rounded.scale, block, axis=-1)
+    assert (np.abs(rounded.restored() - weight) <= steps * 1.0001).all()  # half a step, and half of the zero point's
+    if abs(shift) > 2:  # of one sign: a symmetric block leaves half of its levels unused
+        assert norm_error(rounded.restored(), weight) < norm_error(nearest("", weight, block, False).restored(), weight)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5))
@@ -52,8 +70,7 @@ def test_packing_is_undone(seed: int, pairs: int) -> None:
 
 def test_the_signed_scale_beats_the_symmetric_one() -> None:
     weight = normal(64, 256)
-    codes, scale = quantize_int4(weight, 32)
-    signed = ((codes.reshape(64, 8, 32).astype(np.float32) - 8) * scale[..., None]).reshape(weight.shape)
+    signed = nearest("", weight, 32, False).restored()
     blocks = weight.reshape(64, 8, 32)
     seven = np.abs(blocks).max(axis=-1, keepdims=True) / 7
     symmetric = (np.rint(blocks / seven) * seven).reshape(weight.shape)
@@ -65,15 +82,13 @@ def test_one_matrix() -> None:
     for width in (576, 1536, 48):
         x, weight, bias = normal(64, width), normal(96, width, seed=1), normal(96, seed=2)
         padded = np.pad(weight, ((0, 0), (0, -width % 32)))
-        codes, scale = quantize_int4(padded)
-        restored = (codes.reshape(96, -1, 32).astype(np.float32) - 8) * scale[..., None]
-        exact = x @ restored.reshape(96, -1)[:, :width].T + bias
-        found = run(Q4, x, weight, bias)
+        exact = x @ nearest("", padded, 32, False).restored()[:, :width].T + bias
+        found = run(int4_precision("q4"), x, weight, bias)
         assert norm_error(found, exact) < 0.012
         assert 0.05 < norm_error(found, x @ weight.T + bias) < 0.13
     x, weight = normal(3, 32), normal(5, 32, seed=1)
     x[1], weight[2] = 0, 0
-    y = run(Q4, x, weight)
+    y = run(int4_precision("q4"), x, weight)
     assert np.isfinite(y).all() and not y[1].any() and not y[:, 2].any()
 
 
@@ -95,8 +110,6 @@ def test_the_graph_computes_what_its_weights_say(architecture: str, precision: s
 
 
 def test_experts_go_through_qmoe_and_come_back() -> None:
-    import onnx
-
     directory = bundle("molmoe", "q4")
     graph = onnx.load(str(directory / "decoder_q4.onnx")).graph
     assert sum(node.op_type == "QMoE" for node in graph.node) == 2
@@ -197,20 +210,41 @@ def test_the_embedding_keeps_eight_bits() -> None:
     [("int8", 0.0023, 0.85), ("q8", 0.0011, 0.9), ("q4", 0.07, 0.55), ("mixed", 0.014, 0.75)],
 )
 def test_bundles_say_what_their_precision_costs(architecture: str, precision: str, most: float, least: float) -> None:
-    """The last 32 positions of the three golden cases, the image encoded by the same bundle, against fp32."""
-    divergences, same = [], []
-    for name in CASES:
-        c = case(architecture, name)
-        logits = []
-        for engine in (runtime(architecture), runtime(architecture, precision)):
-            rows = prompt(engine, c)
-            cache = engine.new_cache(len(rows))
-            engine.forward(rows[:-32], cache)
-            logits.append(np.stack([engine.forward(row[None], cache)[:REAL_IDS] for row in rows[-32:]]))
-        exact, ours = (torch.from_numpy(part).double().log_softmax(-1) for part in logits)
-        divergences += (exact.exp() * (exact - ours)).sum(-1).tolist()
-        same += (exact.argmax(-1) == ours.argmax(-1)).tolist()
-    share, kl = np.mean(same), np.mean(divergences)
-    print(f"{architecture} {precision}: same top token {share:.1%}, mean KL {kl:.2g}, {len(same)} positions")
+    kl, same = costs(architecture, runtime(architecture, precision))
+    print(f"{architecture} {precision}: same top token {same:.1%}, mean KL {kl:.2g}, 96 positions")
     assert 0 < kl < most
-    assert share > least
+    assert same > least
+
+
+def bits(node: onnx.NodeProto) -> int:
+    return next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+
+
+@pytest.mark.parametrize("options", [{"block": 64}, {"block": 128}, {"asymmetric": True}], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_other_blocks_and_zero_points(architecture: str, options: dict[str, Any]) -> None:
+    """As `test_the_graph_computes_what_its_weights_say`."""
+    directory, c = bundle(architecture, "q4", **options), case(architecture, "square")
+    model = load_bundle_weights(directory)
+    embeddings = prompt(runtime(architecture), c)
+    theirs = model.decoder.logits(model.decoder(torch.from_numpy(embeddings)[None])[0, -1]).numpy()
+    ours = runtime(architecture, "q4", **options)
+    assert norm_error(ours.forward(embeddings, ours.new_cache(len(embeddings))), theirs) < 0.08
+    graph = onnx.load(str(directory / "decoder_q4.onnx"), load_external_data=False).graph
+    zero_points = {bool(node.input[3:]) for node in graph.node if node.op_type == "MatMulNBits" and bits(node) == 4}
+    assert zero_points == {bool(options.get("asymmetric"))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "q4", "block": 48}, "32, 64, 128 weights, not 48"),
+        ({"precision": "int8", "block": 64}, "four-bit weights"),
+        ({"precision": {"vision_encoder": "q4"}, "calibrate": "."}, "for the decoder, which was to be fp32"),
+        ({"precision": "q4", "calibrate": "no/such"}, "is not a folder"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_bundle(GOLDEN / "molmoe", tmp_path / "bundle", **options)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,14 +15,13 @@ from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 
-if TYPE_CHECKING:
-    from molmo_edge.export import CheckPhoto
-
 _PRECISION = (
-    'onnx: "fp32", "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 bit), or by '
-    "component, decoder=q4,...; "
-    'torch: "bf16" or "fp32". Without it: fp32 and bf16.'
+    'onnx: "fp32", "fp16" (GPUs), "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 '
+    'bit), "q4f16" (the same for GPUs), or by component, decoder=q4,...; torch: "bf16" or "fp32". Without it: what the '
+    "target wants, else fp32 and bf16."
 )
+_TARGET = 'Chooses precisions and operators: "cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml".'
+_CALIBRATE = "A folder of photos to round four-bit weights with (GPTQ, on PyTorch): slower, half of the error."
 
 
 class Engine(str, Enum):
@@ -41,6 +40,13 @@ def export(
         Engine, typer.Option(help="onnx: a bundle of graphs. torch: safetensors in hub layout, in shards.")
     ] = Engine.onnx,
     precision: Annotated[str | None, typer.Option(help=_PRECISION, show_default=False)] = None,
+    target: Annotated[str | None, typer.Option(help=_TARGET, show_default=False)] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="ONNX's own operators alone: fp32, fp16 or int8.")] = False,
+    block: Annotated[
+        int | None, typer.Option(help="Four-bit weights that share a scale: 32, 64 or 128.", show_default=False)
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each of those blocks.")] = False,
+    calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
     revision: options.Revision = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest. Without it: that of --out.")] = None,
     check_image: Annotated[Path | None, typer.Option(help="A photo that the bundle is to be checked with.")] = None,
@@ -49,9 +55,15 @@ def export(
     quiet: options.Quiet = False,
 ) -> None:
     """Convert a checkpoint to a bundle of ONNX graphs, or to safetensors."""
-    if engine is Engine.torch and (name is not None or check_image is not None):
-        raise typer.BadParameter("--name and --check-image are for bundles, --engine onnx")
-    wishes = _by_component(precision or "fp32")
+    wishes: dict[str, Any] = {
+        "target": target,
+        "plain": plain,
+        "block": block,
+        "asymmetric": asymmetric,
+        "calibrate": calibrate,
+    }
+    if engine is Engine.torch and (name is not None or check_image is not None or any(wishes.values())):
+        raise typer.BadParameter("--engine torch takes --precision, --revision and --out; the others are for bundles")
     # What cannot be had is said before 29 GB are fetched.
     if engine is Engine.torch:
         from molmo_edge.export import check_checkpoint_wishes
@@ -60,33 +72,25 @@ def export(
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         _safetensors(directory, out, precision or "bf16", json=json, quiet=quiet)
     else:
-        from molmo_edge.export import CheckPhoto, check_bundle_wishes
+        from molmo_edge.export import CheckPhoto, check_bundle_wishes, export_bundle
 
+        kinds = None if precision is None else _by_component(precision)
         check = None if check_image is None else CheckPhoto(check_image, check_question)
-        check_bundle_wishes(out, wishes, check)
+        check_bundle_wishes(out, check, kinds, **wishes)
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
-        _bundle(directory, out, wishes, name, check, json=json, quiet=quiet)
+        with progress(f"exporting {directory}", quiet=quiet):
+            manifest = export_bundle(directory, out, kinds, name=name, check=check, **wishes)
+        _report(manifest, out, json=json, quiet=quiet)
 
 
-def _bundle(
-    checkpoint: Path,
-    out: Path,
-    precision: str | dict[str, str],
-    name: str | None,
-    check: CheckPhoto | None,
-    *,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from molmo_edge.export import export_bundle
-
-    with progress(f"exporting {checkpoint}", quiet=quiet):
-        manifest = export_bundle(checkpoint, out, precision, name=name, check=check)
+def _report(manifest: dict[str, Any], out: Path, *, json: bool, quiet: bool) -> None:
     if json:
         print_json({"out": str(out), "manifest": manifest})
     for component in manifest["components"].values():
         error = component.get("relative_error")
         detail = "" if error is None else f"  relative error {error:.2g}"
+        if kept := component.get("kept_in_fp32"):
+            detail += f"  {len(kept)} matrices in float32: their numbers pass float16"
         note(f"{component['bytes'] / 1e6:9.2f} MB  {component['file']}{detail}", quiet=quiet)
     note(f"wrote {out}", quiet=quiet)
 

@@ -32,7 +32,8 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Without it: the main branch.")]
-Device = Annotated[str, typer.Option(help='"auto", "cpu"; for a checkpoint "cuda", "mps".', callback=_known_device)]
+_DEVICE = '"auto", "cpu", "cuda"; for a checkpoint "mps"; for a bundle "tensorrt", "coreml".'
+Device = Annotated[str, typer.Option(help=_DEVICE, callback=_known_device)]
 Precision = Annotated[
     str, typer.Option(help='Of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4".', callback=_known_precision)
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from molmo_edge.config import MolmoConfig
 from molmo_edge.hub_config import write_hub_config
 from molmo_edge.modeling.checkpoint import SAFETENSORS, CheckpointError, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.decoder import Block
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_dtype
@@ -72,6 +73,20 @@ def build_model(
             if parameter.is_meta:  # without rows, so without a tensor in the checkpoint
                 _put(model, name, torch.empty(parameter.shape, device=device))
     return model.eval()
+
+
+def load_block(config: MolmoConfig, source: TensorSource, layer: int) -> Block:
+    """One block of the decoder, float32, in eval mode: a model that does not fit into memory is run block by block."""
+    with torch.device("meta"):
+        block = Block(config.decoder, layer)
+    prefix, shapes = f"decoder.blocks.{layer}.", hub_shapes(config)
+    with torch.no_grad():
+        for name, slot in hub_layout(config).items():
+            if name.startswith(prefix):
+                one = shapes[slot[0]]
+                target = torch.empty(one if len(slot) == 1 else (len(slot), *one))
+                _put(block, name.removeprefix(prefix), _filled((_read(source, hub) for hub in slot), target, one))
+    return block.eval()
 
 
 def _read(source: TensorSource, name: str) -> torch.Tensor:

@@ -1,0 +1,156 @@
+"""What an export is asked for, checked before a checkpoint is fetched: precisions, targets, four-bit settings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from molmo_edge.bundle import GRAPHS
+from molmo_edge.export import ExportError
+from molmo_edge.export.graph import FP32, Precision
+from molmo_edge.quantize.float16 import float16
+from molmo_edge.quantize.int4 import Int4, int4_precision
+from molmo_edge.quantize.int8 import INT8, Q8
+
+WORDS = ("fp32", "fp16", "int8", "q8", "q4", "mixed", "q4f16")
+_FOUR_BITS = ("q4", "mixed", "q4f16")
+_PLAIN = ("fp32", "fp16", "int8")  # what ONNX's own operators can do
+
+
+def _by_component(vision_encoder: str, connector: str, embed_tokens: str, decoder: str) -> dict[str, str]:
+    return dict(zip(GRAPHS, (vision_encoder, connector, embed_tokens, decoder), strict=True))
+
+
+# What one word means for a whole bundle. Four bits make the ViT slower than fp32 on a CPU, eight make it faster; the
+# connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
+_WHOLE = {word: _by_component("int8", "q8", "int8", word) for word in ("q4", "mixed")}
+_WHOLE["q4f16"] = _by_component("fp16", "fp16", "fp16", "q4f16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine: what a bundle for it is made of where nobody says otherwise."""
+
+    name: str
+    device: str  # of molmo_edge.runtimes, where it is there
+    precision: Mapping[str, str]
+    plain: frozenset[str]  # components in ONNX's own operators, which are all that this engine takes
+    why: str  # written into the manifest
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "cpu-x86",
+            "cpu",
+            _WHOLE["mixed"],
+            frozenset(),
+            "measured at MolmoE's full size on AVX-512 with VNNI: an int8 ViT is 2.6 to 4 times as fast as fp32, a "
+            "four-bit one slower than it; int8 attention has an eighth of q4's error and a faster prompt",
+        ),
+        Target(
+            "cpu-arm64",
+            "cpu",
+            _WHOLE["mixed"],
+            frozenset(),
+            "as for x86: answers are equal on an emulated processor, times have not been measured",
+        ),
+        Target(
+            "cuda",
+            "cuda",
+            _WHOLE["q4f16"],
+            frozenset(),
+            "float16 products, which CUDA's attention and experts ask for, four-bit weights for the decoder, which "
+            "reads each of them for every token; not measured on a GPU",
+        ),
+        Target(
+            "tensorrt",
+            "tensorrt",
+            _WHOLE["q4f16"],
+            frozenset(("vision_encoder", "connector")),
+            "TensorRT knows ONNX's own operators alone: the vision tower and the connector are made of them, the "
+            "decoder runs through CUDA; not measured on a GPU",
+        ),
+        Target(
+            "coreml",
+            "coreml",
+            _by_component("fp16", "fp16", "int8", "mixed"),
+            frozenset(("vision_encoder", "connector")),
+            "Core ML has no attention with a cache and no four-bit products: it gets the vision tower and the "
+            "connector in ONNX's own operators, the CPU the decoder; not measured on a Mac",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    precision: Mapping[str, str]  # of each component, one of WORDS
+    target: Target | None
+    plain: frozenset[str]  # components in ONNX's own operators alone
+    int4: Int4
+    calibrate: Path | None  # a folder of photos: molmo_edge.quantize.calibration
+
+    def make(self, component: str, how: Int4 | None = None, keep: Collection[str] = ()) -> Precision:
+        """The component's precision. `keep`: matrices that float16 has no room for."""
+        word = self.precision[component]
+        if word in _FOUR_BITS:
+            return int4_precision(word, how or self.int4, keep)
+        return float16(keep) if word == "fp16" else {"fp32": FP32, "int8": INT8, "q8": Q8}[word]
+
+
+def check_wishes(
+    precision: str | Mapping[str, str] | None = None,
+    *,
+    target: str | None = None,
+    plain: bool = False,
+    block: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
+) -> Wishes:
+    """Raises ExportError for what cannot be asked for; see molmo_edge.export.export_bundle."""
+    if target is not None and target not in TARGETS:
+        raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
+    aim = None if target is None else TARGETS[target]
+    words = _words(precision, aim)
+    in_plain = frozenset(GRAPHS) if plain else aim.plain if aim else frozenset()
+    for component in GRAPHS:
+        if component in in_plain and words[component] not in _PLAIN:
+            raise ExportError(
+                f"{component} cannot be {words[component]} in ONNX's own operators alone, only {', '.join(_PLAIN)}"
+            )
+    if (block or asymmetric or calibrate) and not any(word in _FOUR_BITS for word in words.values()):
+        raise ExportError("blocks, zero points and a calibration are for four-bit weights: q4, mixed or q4f16")
+    if calibrate is not None and words["decoder"] not in _FOUR_BITS:
+        raise ExportError(f"a calibration is for the decoder, which was to be {words['decoder']}")
+    folder = None if calibrate is None else Path(calibrate)
+    if folder is not None:
+        _find_calibration(folder)
+    return Wishes(words, aim, in_plain, Int4(block, asymmetric), folder)
+
+
+def _words(precision: str | Mapping[str, str] | None, target: Target | None) -> dict[str, str]:
+    whole = dict(target.precision) if target else dict.fromkeys(GRAPHS, "fp32")
+    if precision is None:
+        return whole
+    if isinstance(precision, str):
+        names = _WHOLE.get(precision) or dict.fromkeys(GRAPHS, precision)
+    else:
+        names = whole | dict(precision)
+    if unknown := [component for component in names if component not in GRAPHS]:
+        raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(GRAPHS)}")
+    if unknown := [word for word in names.values() if word not in WORDS]:
+        raise ExportError(f"the precision {unknown[0]!r} is not known; known are {', '.join(WORDS)}")
+    return dict(names)
+
+
+def _find_calibration(folder: Path) -> None:
+    try:
+        from molmo_edge.quantize.calibration import find_prompts
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ExportError("a calibration runs on PyTorch: pip install 'molmo-edge[torch]'") from None
+    find_prompts(folder)

@@ -1,0 +1,238 @@
+"""What the decoder's matrices get to see: prompts with photos, run through it layer by layer, for GPTQ.
+
+A Molmo prompt is mostly image, and image positions look nothing like text: matrices that are calibrated on text alone
+are rounded for the wrong inputs. So each sequence here is a photo, a question, and the answer where one is given.
+
+Layers come one after the other, each with the rounded ones before it, as in use; memory holds one layer and the
+sequences' states.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.embeddings import image_embeddings
+from molmo_edge.export import ExportError
+from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.decoder import SparseFFN, rotary_tables
+from molmo_edge.modeling.loading import load_block
+from molmo_edge.prompt import caption_question, image_ids, text_ids
+from molmo_edge.quantize.gptq import gptq
+from molmo_edge.quantize.rounding import Blocks, nearest
+from molmo_edge.runtimes import Runtime
+from molmo_edge.tokenizer import Tokenizer
+
+_Thing = TypeVar("_Thing")
+
+PROMPTS = "prompts.jsonl"
+MOST = 32  # prompts; each is some hundred positions
+_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# For photos about which nothing is known; the last names the kinds of answer that Molmo was trained to give.
+_QUESTIONS = (
+    caption_question(),
+    "Point to the main object.",
+    "How many people are there?",
+    "What is written in this image?",
+    "Point to everything that a person could pick up.",
+)
+_SHARED = 0.1  # how much an expert's inputs are helped by those of all experts, which are many more
+_NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    image: Path
+    question: str
+    answer: str = ""  # where there is one, its tokens are seen as well
+
+
+def find_prompts(folder: str | Path) -> list[Prompt]:
+    """The prompts of a folder, at most MOST, evenly over what it has.
+
+    From its prompts.jsonl, a line {"image": path in the folder, "question": ..., "answer": ...} each, the answer
+    optional; without that file every photo in it gets one of a few common questions. Raises ExportError.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder of photos to calibrate with")
+    listed = folder / PROMPTS
+    if listed.is_file():
+        lines = enumerate(listed.read_text("utf-8").splitlines(), 1)
+        prompts = _some([_parse(listed, number, line) for number, line in lines if line.strip()])
+    else:
+        photos = _some(sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PHOTOS))
+        prompts = [Prompt(path, _QUESTIONS[i % len(_QUESTIONS)]) for i, path in enumerate(photos)]
+    if not prompts:
+        raise ExportError(f"{folder} holds no photos to calibrate with, and no {PROMPTS}")
+    return prompts
+
+
+def _some(things: list[_Thing]) -> list[_Thing]:
+    return [things[i * len(things) // MOST] for i in range(MOST)] if len(things) > MOST else things
+
+
+def _parse(file: Path, number: int, line: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+        prompt = Prompt(file.parent / entry["image"], entry["question"], entry.get("answer") or "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f'{file}, line {number}: expected {{"image": ..., "question": ..., "answer": ...}}: {error}'
+        ) from None
+    if not prompt.image.is_file():
+        raise ExportError(f"{file}, line {number}: there is no {prompt.image}")
+    return prompt
+
+
+def sequences(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """What the decoder is fed with for each prompt, float32 [n, d_model]; `runtime` needs no decoder."""
+    process = ImageProcessor(runtime.config.image, tokenizer.special)
+    most = runtime.config.decoder.max_position_embeddings
+    found = []
+    for prompt in prompts:
+        prepared = process(load_image(prompt.image))
+        ids = text_ids(tokenizer, [prompt.question])
+        if prompt.answer:
+            ids = np.concatenate([ids, tokenizer.encode(f" {prompt.answer}")])
+        image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
+        found.append(np.concatenate([image, runtime.embed(ids)])[:most])
+    return found
+
+
+class Calibration:
+    """A `Round` (molmo_edge.quantize.rounding) for a decoder whose matrices are asked for in its own order."""
+
+    def __init__(self, config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray]) -> None:
+        """`rows`: what `sequences` gave."""
+        self._config, self._tensors = config, tensors
+        self._states = [torch.from_numpy(np.ascontiguousarray(row, np.float32))[None] for row in rows]
+        self._tables = [rotary_tables(torch.arange(s.shape[1])[None], config.decoder) for s in self._states]
+        self._layer = 0
+        self._block = load_block(config, tensors, 0)
+        self._experts: dict[tuple[int, str], Blocks] = {}
+
+    @torch.inference_mode()
+    def __call__(self, name: str, weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:
+        found = _NAME.search(name)
+        if found is None:  # the experts as one matrix: nothing here has its inputs
+            return nearest(name, weight, block, asymmetric)
+        layer, expert, which, leaf = found.groups()
+        self._go_to(int(layer))
+        if expert is not None:
+            if not self._experts:
+                self._experts = self._round_experts(block, asymmetric)
+            return self._experts.pop((int(expert), which))
+        module = getattr(self._block.attn if leaf.startswith("att") else self._block.ffn, leaf)
+        inputs = self._hessian(module)
+        grown = weight.shape[1] - len(inputs)  # the columns that a block was filled up with
+        rounded = _rounded(torch.from_numpy(weight), F.pad(inputs, (0, grown, 0, grown)), block, asymmetric)
+        module.weight.copy_(torch.from_numpy(rounded.restored())[:, : weight.shape[1] - grown])
+        return rounded
+
+    def _go_to(self, layer: int) -> None:
+        while self._layer < layer:
+            for i, (state, tables) in enumerate(zip(self._states, self._tables, strict=True)):
+                self._states[i] = self._block(state, *tables, None, None)
+            self._layer += 1
+            self._block = load_block(self._config, self._tensors, self._layer)
+            self._experts = {}
+
+    def _inputs(self, module: nn.Module) -> Iterator[Tensor]:
+        """What the module is fed with in each sequence, [n, in]."""
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            seen.append(inputs[0][0])
+            raise _Enough
+
+        # Where a norm follows, a position's error counts against its own size: those of OLMo's positions lie a
+        # thousandfold apart, and unscaled the largest few would be all that counts.
+        relative = self._config.decoder.norm_after
+
+        hook = module.register_forward_pre_hook(stop)
+        for state, tables in zip(self._states, self._tables, strict=True):
+            try:
+                self._block(state, *tables, None, None)
+            except _Enough:
+                x = seen.pop()
+                yield F.normalize(x, dim=-1) if relative else x
+        hook.remove()
+
+    def _hessian(self, module: nn.Module) -> Tensor:
+        return torch.stack([x.T @ x for x in self._inputs(module)]).sum(dim=0)
+
+    def _round_experts(self, block: int, asymmetric: bool) -> dict[tuple[int, str], Blocks]:
+        """All of the layer: each on the positions that chose it, by the weight that they gave it."""
+        ffn = self._block.ffn
+        assert isinstance(ffn, SparseFFN)
+        x = torch.cat(list(self._inputs(ffn)))  # [tokens, d_model]
+        weights, chosen = ffn.route(x)
+        shared = x.T @ x
+        found: dict[tuple[int, str], Blocks] = {}
+
+        @torch.inference_mode()
+        def one(e: int) -> None:
+            token, k = torch.nonzero(chosen == e, as_tuple=True)
+            weight = weights[token, k, None]
+            mine = x[token]
+            inputs = (mine * weight).T @ (mine * weight)
+            share = inputs.trace() / shared.trace() if len(token) else shared.new_ones(())
+            inputs += shared * (share * _SHARED)
+            for which, rounded in zip(
+                ("gate", "up"), _both(ffn.gate[e], ffn.up[e], inputs, block, asymmetric), strict=True
+            ):
+                found[e, which] = rounded
+                getattr(ffn, which)[e] = torch.from_numpy(rounded.restored())
+            h = F.silu(F.linear(mine, ffn.gate[e])) * F.linear(mine, ffn.up[e]) * weight
+            found[e, "down"] = _rounded(ffn.down[e], h.T @ h, block, asymmetric)
+            ffn.down[e] = torch.from_numpy(found[e, "down"].restored())
+
+        # Many small steps: a thread for each expert is many times faster than all threads on one.
+        with _single_threaded() as workers, ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, range(len(ffn.gate))))
+        return found
+
+
+class _Enough(Exception):  # noqa: N818 (a signal, not an error)
+    """What was to be seen has been seen."""
+
+
+@contextmanager
+def _single_threaded() -> Iterator[int]:
+    """PyTorch with one thread in each of our own; yields how many it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
+def _both(gate: Tensor, up: Tensor, inputs: Tensor, block: int, asymmetric: bool) -> list[Blocks]:
+    """Two matrices with the same inputs: side by side, since a row minds no other row."""
+    codes, scale, zero_point = gptq(torch.cat([gate, up]), inputs, block, asymmetric=asymmetric)
+    parts = ([None, None] if part is None else part.chunk(2) for part in (codes, scale, zero_point))
+    return [_blocks(*three) for three in zip(*parts, strict=True)]
+
+
+def _rounded(weight: Tensor, inputs: Tensor, block: int, asymmetric: bool) -> Blocks:
+    with _single_threaded():
+        return _blocks(*gptq(weight, inputs, block, asymmetric=asymmetric))
+
+
+def _blocks(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Blocks:
+    return Blocks(codes.numpy(), scale.numpy(), None if zero_point is None else zero_point.numpy())

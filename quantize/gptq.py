@@ -1,0 +1,87 @@
+"""GPTQ: four-bit rounding that makes up for its own errors (Frantar et al., 2022, arXiv:2210.17323).
+
+The columns of a matrix are rounded one after the other, and what a column's rounding costs is taken out of the columns
+still to come, as far as the inputs of a calibration show them to move together. Scales are those of
+molmo_edge.quantize.rounding, taken when a block's turn comes; of several clippings the one that costs least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molmo_edge.quantize.rounding import MIDDLE
+
+_TOP = 15
+_DAMP = 0.01  # of the mean diagonal, added to it: a direction that no input had costs a little, too
+_CLIPS = (1.0, 0.95, 0.9, 0.85)  # of a block's range
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, block: int, *, asymmetric: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight [..., out, in] and hessian [..., in, in], the inputs' X^T X -> codes, scale, zero point.
+
+    codes uint8 [..., out, in], scale float32 [..., out, in / block], zero point uint8 like scale, or None. Leading
+    dimensions are matrices side by side. float32 throughout; a hessian of zeros alone means plain rounding.
+    """
+    shape = weight.shape
+    work = (
+        weight.float().reshape(-1, *shape[-2:]).transpose(1, 2).contiguous()
+    )  # [matrices, in, out]: a column lies in a row
+    factor = _inverse_factor(hessian.float()).reshape(-1, shape[-1], shape[-1])
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    scales, zeros = [], []
+    for start in range(0, shape[-1], block):
+        end = start + block
+        rows = work[:, start:end].clone()  # [matrices, block, out]
+        inner = factor[:, start:end, start:end]
+        scale, zero = _scale(rows, inner.diagonal(dim1=-2, dim2=-1), asymmetric)
+        step = torch.where(scale == 0, 1.0, scale)
+        errors = torch.empty_like(rows)
+        for i in range(block):
+            code = (rows[:, i] / step).round_().add_(zero).clamp_(0, _TOP)
+            codes[:, start + i] = code
+            errors[:, i] = (rows[:, i] - (code - zero) * scale) / inner[:, i, i, None]
+            rows[:, i + 1 :].baddbmm_(inner[:, i, i + 1 :, None], errors[:, i, None, :], alpha=-1)
+        work[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+        scales.append(scale)
+        zeros.append(zero)
+    per_block = (*shape[:-1], -1)
+    zero_point = torch.stack(zeros, dim=-1).to(torch.uint8).reshape(per_block) if asymmetric else None
+    return codes.transpose(1, 2).reshape(shape), torch.stack(scales, dim=-1).reshape(per_block), zero_point
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse [..., in, in]."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    damp = (_DAMP * diagonal.mean(dim=-1)).clamp(min=1e-12)
+    damped = hessian + damp[..., None, None] * torch.eye(hessian.shape[-1], device=hessian.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _scale(rows: Tensor, spread: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """rows [matrices, block, out] -> scale and zero point, both float32 [matrices, out].
+
+    `spread`: the factor's diagonal [matrices, block]; a rounding error counts by 1 / spread^2 (the paper's equation 2).
+    """
+    importance = spread.pow(-2).unsqueeze(-1)
+    best = torch.full_like(rows[:, 0], torch.inf)
+    kept = torch.zeros_like(best), torch.zeros_like(best)
+    for clip in _CLIPS:
+        if asymmetric:
+            low = rows.amin(dim=1).clamp(max=0) * clip
+            scale = (rows.amax(dim=1).clamp(min=0) * clip - low) / _TOP
+            zero = torch.round(-low / torch.where(scale == 0, 1.0, scale))
+        else:
+            at = rows.abs().argmax(dim=1, keepdim=True)
+            scale = rows.gather(1, at).squeeze(1) * (clip / -MIDDLE)  # with its sign: all sixteen levels
+            zero = torch.full_like(scale, MIDDLE)
+        step = torch.where(scale == 0, 1.0, scale)[:, None]
+        codes = (rows / step).round_().add_(zero[:, None]).clamp_(0, _TOP)
+        cost = (((codes - zero[:, None]) * step - rows).pow_(2) * importance).sum(dim=1)
+        better = cost < best
+        best = torch.where(better, cost, best)
+        kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
+    return kept

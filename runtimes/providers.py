@@ -1,0 +1,96 @@
+"""Which of ONNX Runtime's execution providers run which part of a bundle.
+
+Options are those of ONNX Runtime's own documentation. CUDA, TensorRT and Core ML could not be tried where this was
+written: what is tested is which part goes where, and that what is missing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from molmo_edge.bundle import GRAPHS, cache_directory
+from molmo_edge.config import MolmoConfig
+from molmo_edge.runtimes import Unavailable
+
+_INSTALL = {
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu; on a Jetson, the wheel of your JetPack"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu and TensorRT"),
+    "coreml": ("CoreMLExecutionProvider", "onnxruntime on a Mac"),
+}
+_MOST_CROPS = 37  # of one image, for TensorRT's shapes: the global view and six by six
+
+Provider = tuple[str, dict[str, Any]]  # name, options
+CPU: Provider = ("CPUExecutionProvider", {})
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of a bundle run."""
+
+    device: str = "cpu"
+    providers: Mapping[str, tuple[Provider, ...]] = field(default_factory=dict)  # by component; missing: the CPU
+    cache: str = "cpu"  # where keys and values lie: "cpu" or "cuda"
+    crops_at_once: int = 1  # on a CPU a crop fills the cores, and memory does not grow with their number
+
+    def of(self, component: str) -> list[Provider]:
+        return [*self.providers.get(component, ()), CPU]
+
+
+def place(device: str, made_for: str, available: Collection[str], config: MolmoConfig) -> Placement:
+    """`device`: as asked for. `made_for`: the device of the bundle's target, which is what "auto" means where it is.
+
+    `available`: providers of this onnxruntime. Raises Unavailable.
+    """
+    if device == "auto":
+        device = made_for if made_for in _INSTALL and _INSTALL[made_for][0] in available else "cpu"
+    if device == "cpu":
+        return Placement()
+    if device not in _INSTALL:
+        raise Unavailable(f'bundles do not run on "{device}": on a Mac use device="coreml", or "cpu"')
+    provider, install = _INSTALL[device]
+    if provider not in available:
+        raise Unavailable(f'this onnxruntime has no {provider} for device="{device}": install {install}')
+    # A gathered row needs no GPU: the embeddings' table stays with the CPU everywhere.
+    if device == "coreml":
+        options = {
+            "ModelFormat": "MLProgram",
+            "MLComputeUnits": "ALL",
+            "ModelCacheDirectory": str(cache_directory() / "coreml"),
+        }
+        parts = dict.fromkeys(("vision_encoder", "connector"), ((provider, options),))
+        return Placement(device, parts)
+    # The arena grows by what is asked for, not in powers of two: a Jetson's GPU shares its memory with the rest.
+    cuda: Provider = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
+    on_gpu: dict[str, tuple[Provider, ...]] = {name: (cuda,) for name in GRAPHS if name != "embed_tokens"}
+    if device == "tensorrt":
+        for name, shapes in _shapes(config).items():
+            on_gpu[name] = ((provider, _tensorrt(shapes)), cuda)
+    return Placement(device, on_gpu, cache="cuda", crops_at_once=4)
+
+
+def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
+    """By component and input: the shape without the crops."""
+    patches = config.image.patches**2
+    features = f"{patches}x{config.vision.feature_dim}"
+    return {
+        "vision_encoder": {"crops": f"{patches}x{3 * config.image.patch_size**2}"},
+        "connector": {"features": features, "masks": str(patches)},
+    }
+
+
+def _tensorrt(shapes: dict[str, str]) -> dict[str, Any]:
+    directory = str(cache_directory() / "tensorrt")
+    # Building an engine takes minutes, once: it is kept.
+    options: dict[str, Any] = {
+        "trt_fp16_enable": True,
+        "trt_layer_norm_fp32_fallback": True,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": directory,
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": directory,
+    }
+    for key, crops in (("min", 1), ("opt", 4), ("max", _MOST_CROPS)):
+        options[f"trt_profile_{key}_shapes"] = ",".join(f"{name}:{crops}x{rest}" for name, rest in shapes.items())
+    return options
