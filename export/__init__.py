@@ -13,6 +13,7 @@ from molmo_edge.errors import MolmoEdgeError
 if TYPE_CHECKING:
     from molmo_edge.export.bundle import CheckPhoto, check_bundle_wishes, export_bundle
     from molmo_edge.export.checkpoint import check_checkpoint_wishes, export_checkpoint
+    from molmo_edge.export.optimum import export_with_optimum, quantize_with_optimum
     from molmo_edge.export.unpack import load_bundle_weights
 
 _HOME = {
@@ -21,7 +22,9 @@ _HOME = {
     "check_checkpoint_wishes": "checkpoint",
     "export_bundle": "bundle",
     "export_checkpoint": "checkpoint",
+    "export_with_optimum": "optimum",
     "load_bundle_weights": "unpack",
+    "quantize_with_optimum": "optimum",
 }
 
 __all__ = [
@@ -31,7 +34,9 @@ __all__ = [
     "check_checkpoint_wishes",
     "export_bundle",
     "export_checkpoint",
+    "export_with_optimum",
     "load_bundle_weights",
+    "quantize_with_optimum",
 ]
 
 

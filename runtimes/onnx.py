@@ -147,7 +147,7 @@ class OnnxRuntime:
                 1 if name == "embed_tokens" else threads,
                 placement.of(name),
                 mapped=mapped,
-                spin=name == "decoder" and _is_large(files[name]),
+                spin=name == "decoder" and is_large(files[name]),
             )
             for name in order
         }
@@ -232,7 +232,7 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _is_large(path: Path) -> bool:
+def is_large(path: Path) -> bool:
     """Whether a graph's weights lie beside it."""
     return path.with_name(f"{path.name}.data").exists()
 

@@ -20,6 +20,7 @@ _EXTRAS = {
     "torch": ("torch",),
     "export": ("onnx",),
     "quantize": ("torch", "onnx", "bitsandbytes"),
+    "optimum": ("torch", "onnx", "optimum-onnx"),
     "train": ("torch", "onnx", "gguf", "resvg-py"),
 }
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")

@@ -1,0 +1,272 @@
+"""The Python half of benchmarks/arm64.sh: bundles made, asked on one machine, and the answers of two compared.
+
+What may differ is measured too. Rounding a layer's input to eight bits makes a step of a last bit's difference, so
+every bundle but fp32 answers a photo whose pixels are a millionth off as differently as another processor does. The
+host therefore asks such photos as well ("nudged"), and what the other machine does is held against that.
+
+`export` needs molmo-edge[export,torch]; `ask` runs on either machine with what an app installs; `compare` reads what
+`ask` wrote. Everything lies in one folder, WORK: bundles/, images/, answers/MACHINE/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ARCHITECTURES = ("molmoe", "qwen", "olmo")
+PRECISIONS = ("fp32", "int8", "q4", "mixed")
+NEW_TOKENS = 24
+# (image, max_crops, questions): few crops, since an emulated processor is some tens of times slower.
+GOLDEN = (
+    ("astronaut.png", 1, ("Point to the helmet.", "Describe this image.")),
+    ("coffee.png", 2, ("How many cups are there?",)),
+    ("text.png", 0, ("What does the text say?", "Point to the first word.")),
+)
+NANO = (
+    ("coffee.jpg", 0, ("How many cups are there?", "Point to the spoon.", "Describe this image.")),
+    ("astronaut.png", 1, ("Point to the helmet.", "How many people are there?")),
+)
+NUDGE = 1e-6  # noise on the pixels, a part of each: float32's own precision, about
+# Logits behind the likeliest that rounding accounts for anyway, as in molmo_edge/selfcheck.py.
+NEAR = 0.5
+# The median difference of logits may be this many times that of nudged pixels; below the floor it is float32's own.
+TYPICAL, FLOOR = 1.5, 1e-4
+# Bits of AT_HWCAP and AT_HWCAP2 (Linux, arch/arm64/include/uapi/asm/hwcap.h) that choose kernels.
+HWCAP = {"asimd": 1, "fphp": 9, "asimddp": 20, "sve": 22}
+HWCAP2 = {"i8mm": 13, "bf16": 14, "sme": 23}
+
+
+class Recorder:
+    """A runtime that keeps the logits of every call: molmo_edge.runtimes.Runtime around another.
+
+    `nudge`: the seed of noise on the pixels, None for none.
+    """
+
+    def __init__(self, runtime: Any, nudge: int | None) -> None:
+        self._runtime = runtime
+        self._nudge = nudge
+        self.config = runtime.config
+        self.embed, self.new_cache, self.close = runtime.embed, runtime.new_cache, runtime.close
+        self.logits: list[np.ndarray] = []  # each [embedding_size]
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        if self._nudge is not None:
+            noise = np.random.default_rng(self._nudge).uniform(-NUDGE, NUDGE, crops.shape)
+            crops = (crops * (1 + noise)).astype(np.float32)
+        return self._runtime.encode_image(crops, masks)
+
+    def forward(self, embeddings: np.ndarray, cache: Any) -> np.ndarray:
+        self.logits.append(self._runtime.forward(embeddings, cache))
+        return self.logits[-1]
+
+
+def export(golden: Path, work: Path) -> None:
+    from molmo_edge.export import CheckPhoto, export_bundle
+
+    check = CheckPhoto(golden / "coffee.png", "How many cups are there?", max_new_tokens=8)
+    for architecture in ARCHITECTURES:
+        for precision in PRECISIONS:
+            name = f"{architecture}-{precision}"
+            # The one check is for `molmo-edge verify`: it sees all crops, which takes its time.
+            asked = check if name == "molmoe-mixed" else None
+            export_bundle(golden / architecture, work / "bundles" / name, precision, check=asked)
+
+
+def ask(work: Path, machine: str, follow: str | None, threads: int, nudge: int | None) -> None:
+    """Ask every bundle, and the embedded nano, everything.
+
+    `follow`: the machine whose answers decide which ids come before the logits that are kept. An answer that parts
+    from them is followed a second time: two machines can be compared only where they have read the same.
+    """
+    import onnxruntime
+
+    out = work / "answers" / machine
+    out.mkdir(parents=True)
+    told = json.loads((work / "answers" / follow / "answers.json").read_text())["answers"] if follow else {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    began = time.perf_counter()
+    for name in (*(f"{a}-{p}" for a in ARCHITECTURES for p in PRECISIONS), "nano"):
+        started = time.perf_counter()
+        found[name], logits = _asked(work, name, told.get(name), threads, nudge)
+        np.savez(out / f"{name}.npz", *logits)
+        print(f"{name:14} {time.perf_counter() - started:7.1f} s", file=sys.stderr, flush=True)
+    about = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+        "features": _features(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    (out / "answers.json").write_text(json.dumps({"about": about, "answers": found}, indent=1) + "\n")
+    print(json.dumps(about))
+
+
+def _asked(
+    work: Path, name: str, told: list[dict[str, Any]] | None, threads: int, nudge: int | None
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    from molmo_edge.bundle import default_bundle, load_tokenizer
+    from molmo_edge.molmo import Molmo
+    from molmo_edge.runtimes import open_runtime
+
+    directory = default_bundle() if name == "nano" else work / "bundles" / name
+    runtime = Recorder(open_runtime(directory, threads=threads), nudge)
+    answers: list[dict[str, Any]] = []
+    kept = []
+    for image, max_crops, questions in NANO if name == "nano" else GOLDEN:
+        molmo = Molmo.from_parts(runtime, load_tokenizer(directory), max_crops=max_crops)
+        scene = molmo.encode(work / "images" / image)
+        for question in questions:
+            runtime.logits.clear()
+            answer = molmo.ask(scene, question, max_new_tokens=NEW_TOKENS)
+            entry: dict[str, Any] = {
+                "image": image,
+                "crops": scene.crops,
+                "question": question,
+                "token_ids": [int(i) for i in answer.token_ids],
+                "complete": answer.complete,
+                "text": answer.text,
+            }
+            if told is not None and _said(told[len(answers)]) != _said(entry):
+                other = told[len(answers)]
+                runtime.logits.clear()
+                entry["gaps"] = molmo.gaps(scene, question, other["token_ids"], complete=other["complete"])
+            kept.append(np.stack(runtime.logits)[:, : molmo.config.decoder.vocab_size])  # [n, vocab_size]
+            answers.append(entry)
+    runtime.close()
+    return answers, kept
+
+
+def _said(entry: dict[str, Any]) -> tuple[list[int], bool]:
+    return entry["token_ids"], entry["complete"]
+
+
+def _features() -> list[str]:
+    """What the processor says it has: an engine picks its kernels by this."""
+    if platform.machine() != "aarch64":
+        return []
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return [
+        name for kind, bits in ((16, HWCAP), (26, HWCAP2)) for name, bit in bits.items() if getauxval(kind) >> bit & 1
+    ]
+
+
+class Answers:
+    """What `ask` wrote on one machine."""
+
+    def __init__(self, folder: Path) -> None:
+        read = json.loads((folder / "answers.json").read_text())
+        self.name, self.about, self.bundles = folder.name, read["about"], read["answers"]
+        self._folder = folder
+
+    def logits(self, bundle: str) -> list[np.ndarray]:
+        """[n, vocab_size] for each question, behind the ids of the machine that was followed."""
+        with np.load(self._folder / f"{bundle}.npz") as arrays:
+            return [arrays[f"arr_{i}"] for i in range(len(self.bundles[bundle]))]
+
+    def gaps(self, bundle: str) -> list[float]:
+        """How far the followed ids lie behind the likeliest here, at all positions of all answers."""
+        pairs = zip(self.bundles[bundle], self.logits(bundle), strict=True)
+        return [gap for entry, x in pairs for gap in entry.get("gaps", [0.0] * len(x))]
+
+    def equal(self, bundle: str) -> int:
+        return sum("gaps" not in entry for entry in self.bundles[bundle])
+
+
+def compare(work: Path, here: str, there: str) -> bool:
+    """Print how the answers of `there` differ from those of `here`; -> whether rounding accounts for it all."""
+    folders = work / "answers"
+    mine, theirs = Answers(folders / here), Answers(folders / there)
+    nudged = [Answers(folder) for folder in sorted(folders.glob("nudged-*"))]
+    for side in (mine, theirs):
+        about = (f"{k} {'+'.join(v) if isinstance(v, list) else v}" for k, v in side.about.items() if v)
+        print(f"{side.name}: {', '.join(about)}")
+    if mine.about["onnxruntime"] != theirs.about["onnxruntime"]:
+        raise SystemExit("the two sides ran different versions of onnxruntime")
+    print(
+        f"\nIn brackets: {len(nudged)} times {here} with pixels {NUDGE:g} off. Logits: how far apart behind equal ids."
+    )
+    columns = ("answers equal", "ids equal", "logits, median", "logits, most", "farthest id")
+    print(f"{'':13}" + "".join(f"{column:>19}" for column in columns))
+    wrong, notes = [], []
+    for bundle in mine.bundles:
+        exact = mine.logits(bundle)
+        drift = _drift(exact, theirs.logits(bundle))  # [positions]
+        usual = np.stack([_drift(exact, other.logits(bundle)) for other in nudged])  # [nudged, positions]
+        gaps, others = np.array(theirs.gaps(bundle)), np.array([other.gaps(bundle) for other in nudged])
+        asked = len(mine.bundles[bundle])
+        cells = (
+            f"{theirs.equal(bundle)}/{asked} ({sum(o.equal(bundle) for o in nudged)}/{asked * len(nudged)})",
+            f"{(gaps == 0).sum()}/{gaps.size} ({(others == 0).mean():.1%})",
+            f"{np.median(drift):.2g} ({np.median(usual):.2g})",
+            f"{drift.max():.2g} ({usual.max():.2g})",
+            f"{gaps.max():.2g} ({others.max():.2g})",
+        )
+        print(f"{bundle:13}" + "".join(f"{cell:>19}" for cell in cells))
+        # Two logits that each move by as much as nudged pixels move them change places by twice of it.
+        if (gaps > np.maximum(NEAR, 2 * usual.max(axis=0))).any():
+            wrong.append(f"{bundle}: an id lies {gaps.max():.2g} logits behind, more than rounding accounts for")
+        if np.median(drift) > max(FLOOR, TYPICAL * np.median(usual)):
+            wrong.append(f"{bundle}: the logits differ by more than {TYPICAL:g} times what nudged pixels do")
+        notes += _differences(mine, theirs, bundle)
+    print(*notes, *wrong, sep="\n")
+    return not wrong
+
+
+def _drift(exact: list[np.ndarray], found: list[np.ndarray]) -> np.ndarray:
+    """The largest difference of any logit, at all positions of all answers."""
+    return np.concatenate([np.abs(x - y).max(axis=1) for x, y in zip(exact, found, strict=True)])
+
+
+def _differences(mine: Answers, theirs: Answers, bundle: str) -> list[str]:
+    """A line for each answer that is another: where they part, and by how little."""
+    lines = []
+    rows = zip(theirs.bundles[bundle], mine.logits(bundle), theirs.logits(bundle), strict=True)
+    for entry, x, y in rows:
+        if "gaps" in entry:
+            at = int(np.flatnonzero(x.argmax(1) != y.argmax(1))[0])
+            a, b = int(x[at].argmax()), int(y[at].argmax())
+            lines.append(
+                f"{bundle}, {entry['image']}, {entry['question']} Id {at} is {a}, there {b}: {a} is ahead of it by "
+                f"{x[at, a] - x[at, b]:.2g}, there behind by {y[at, b] - y[at, a]:.2g}"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("export", help="the golden checkpoints as bundles")
+    one.add_argument("golden", type=Path)
+    one.add_argument("work", type=Path)
+    two = commands.add_parser("ask", help="ask all bundles on this machine")
+    two.add_argument("work", type=Path)
+    two.add_argument("machine", help="a name for it")
+    two.add_argument("--follow", help="the machine that answered before")
+    two.add_argument("--threads", type=int, default=2)
+    two.add_argument("--nudge", type=int, help="seed of noise on the pixels")
+    three = commands.add_parser("compare", help="exit status 1: an id differs beyond rounding")
+    three.add_argument("work", type=Path)
+    three.add_argument("here")
+    three.add_argument("there")
+    args = parser.parse_args()
+    if args.command == "export":
+        export(args.golden, args.work)
+    elif args.command == "ask":
+        ask(args.work, args.machine, args.follow, args.threads, args.nudge)
+    elif not compare(args.work, args.here, args.there):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
