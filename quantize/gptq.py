@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molmo_edge.quantize.rounding import MIDDLE
+from molmo_edge.quantize.rounding import CLIPS, MIDDLE
 
 _TOP = 15
 _DAMP = 0.01  # of the mean diagonal, added to it: a direction that no input had costs a little, too
-_CLIPS = (1.0, 0.95, 0.9, 0.85)  # of a block's range
 
 
 def gptq(
@@ -69,7 +68,7 @@ def _scale(rows: Tensor, spread: Tensor, asymmetric: bool) -> tuple[Tensor, Tens
     importance = spread.pow(-2).unsqueeze(-1)
     best = torch.full_like(rows[:, 0], torch.inf)
     kept = torch.zeros_like(best), torch.zeros_like(best)
-    for clip in _CLIPS:
+    for clip in CLIPS:
         if asymmetric:
             low = rows.amin(dim=1).clamp(max=0) * clip
             scale = (rows.amax(dim=1).clamp(min=0) * clip - low) / _TOP

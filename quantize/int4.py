@@ -9,6 +9,10 @@ those matrices, a prompt a seventh faster and a token a fourteenth slower.
 
 "q4f16": as q4, with float16 inputs, for GPUs.
 
+Experts, nearly all of MolmoE, share a scale among 128 weights. At its full size that is a quarter more tokens of a
+prompt a second than 64, and 0.2 GB less; the error of the weights is 3 % larger (normal weights: 0.098 against 0.095,
+where 32 have 0.084). A calibration gains several times what the larger blocks lose.
+
 QMoE picks the experts by itself, and mixes them by its last input. Without that it renormalises over the chosen ones,
 which OLMoE does not: a relative error of 0.48.
 """
@@ -31,7 +35,7 @@ from molmo_edge.quantize.rounding import Blocks, Round, nearest, pack_nibbles
 
 BLOCKS = (32, 64, 128)  # weights that may share a scale
 _BLOCK = 32
-_EXPERT_BLOCK = 64
+_EXPERT_BLOCK = 128  # of experts, where 128 divides their sides
 _INT8_ACTIVATIONS = 4  # accuracy_level
 
 
@@ -39,7 +43,7 @@ _INT8_ACTIVATIONS = 4  # accuracy_level
 class Int4:
     """How four-bit weights are made."""
 
-    block: int | None = None  # weights that share a scale; None: 32, and 64 of experts
+    block: int | None = None  # weights that share a scale; None: 32, and 128 of experts
     asymmetric: bool = False  # a zero point for each block
     round: Round = nearest
 
@@ -87,7 +91,7 @@ class Int4:
 
         Scales are float16 on disk and in float32 beside float32 inputs in memory.
         """
-        sizes = (self.block or _EXPERT_BLOCK, 32, 16)
+        sizes = (self.block or _EXPERT_BLOCK, 64, 32, 16)
         block = next((b for b in sizes if not d.d_model % b and not d.ffn_dim % b), None)
         if block is None:
             return None

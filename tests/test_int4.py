@@ -38,12 +38,16 @@ def test_rounding_uses_all_levels(seed: int, rows: int, blocks: int, block: int)
     each = weight.reshape(rows, blocks, block)
     restored = (rounded.codes.reshape(each.shape).astype(np.float32) - 8) * rounded.scale[..., None]
     np.testing.assert_array_equal(restored.reshape(weight.shape), rounded.restored())
-    largest = np.abs(each).max(axis=-1)
-    assert np.allclose(np.abs(restored).max(axis=-1), largest, rtol=1e-6)  # the largest is kept exactly
-    error, step = np.abs(restored - each), np.abs(rounded.scale)[..., None]
-    opposite = each * -np.sign(rounded.scale)[..., None] < -7.5 * step  # no level of their own: 7 is the last
-    assert (error <= step * 0.5001)[~opposite].all()
-    assert (error <= step * 1.0001).all()
+    largest, step = np.abs(each).max(axis=-1), np.abs(rounded.scale)[..., None]
+    assert (largest * 0.8399 <= 8 * step[..., 0]).all() and (8 * step[..., 0] <= largest * 1.0001).all()
+    if block <= 32:
+        assert np.allclose(np.abs(restored).max(axis=-1), largest, rtol=1e-6)  # the largest is kept exactly
+    inside = np.abs(each) <= 7 * step
+    assert (np.abs(restored - each) <= step * 0.5001)[inside].all()
+    # Never worse than the plain rule, the largest value over -8.
+    plain = each[np.abs(each) == largest[..., None]].reshape(rows, blocks, -1)[..., :1] / np.float32(-8)
+    levels = np.clip(np.rint(each / plain), -8, 7) * plain
+    assert (((restored - each) ** 2).sum(axis=-1) <= ((levels - each) ** 2).sum(axis=-1) * 1.0001).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -55,7 +59,8 @@ def test_a_zero_point_keeps_zero_and_both_ends(seed: int, shift: float, block: i
     assert rounded.zero_point is not None and rounded.zero_point.dtype == np.uint8 and rounded.zero_point.max() <= 15
     assert rounded.restored()[0, 0] == 0
     steps = np.repeat(rounded.scale, block, axis=-1)
-    assert (np.abs(rounded.restored() - weight) <= steps * 1.0001).all()  # half a step, and half of the zero point's
+    # Half a step, half of the zero point's, and what a narrower range cuts off.
+    assert (np.abs(rounded.restored() - weight) <= steps * (1.0001 + 15 * 0.16)).all()
     if abs(shift) > 2:  # of one sign: a symmetric block leaves half of its levels unused
         assert norm_error(rounded.restored(), weight) < norm_error(nearest("", weight, block, False).restored(), weight)
 
@@ -74,7 +79,7 @@ def test_the_signed_scale_beats_the_symmetric_one() -> None:
     blocks = weight.reshape(64, 8, 32)
     seven = np.abs(blocks).max(axis=-1, keepdims=True) / 7
     symmetric = (np.rint(blocks / seven) * seven).reshape(weight.shape)
-    assert norm_error(signed, weight) < 0.95 * norm_error(symmetric, weight)
+    assert norm_error(signed, weight) < 0.93 * norm_error(symmetric, weight)
 
 
 def test_one_matrix() -> None:
