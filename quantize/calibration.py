@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from molmo_edge.embeddings import image_embeddings
 from molmo_edge.export import ExportError
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.decoder import SparseFFN, rotary_tables
-from molmo_edge.modeling.loading import load_block
+from molmo_edge.modeling.decoder import Block, SparseFFN, rotary_tables
+from molmo_edge.modeling.loading import load_part
 from molmo_edge.prompt import caption_question, image_ids, text_ids
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.rounding import Blocks, nearest
@@ -122,7 +122,7 @@ class Calibration:
         self._states = [torch.from_numpy(np.ascontiguousarray(row, np.float32))[None] for row in rows]
         self._tables = [rotary_tables(torch.arange(s.shape[1])[None], config.decoder) for s in self._states]
         self._layer = 0
-        self._block = load_block(config, tensors, 0)
+        self._block = self._load(0)
         self._experts: dict[tuple[int, str], Blocks] = {}
 
     @torch.inference_mode()
@@ -148,8 +148,11 @@ class Calibration:
             for i, (state, tables) in enumerate(zip(self._states, self._tables, strict=True)):
                 self._states[i] = self._block(state, *tables, None, None)
             self._layer += 1
-            self._block = load_block(self._config, self._tensors, self._layer)
+            self._block = self._load(self._layer)
             self._experts = {}
+
+    def _load(self, layer: int) -> Block:
+        return cast(Block, load_part(self._config, self._tensors, f"decoder.blocks.{layer}"))
 
     def _inputs(self, module: nn.Module) -> Iterator[Tensor]:
         """What the module is fed with in each sequence, [n, in]."""

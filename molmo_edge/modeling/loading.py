@@ -11,7 +11,6 @@ from torch import nn
 from molmo_edge.config import MolmoConfig
 from molmo_edge.hub_config import write_hub_config
 from molmo_edge.modeling.checkpoint import SAFETENSORS, CheckpointError, TensorSource, check_tensors, open_tensors
-from molmo_edge.modeling.decoder import Block
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_dtype
@@ -75,18 +74,22 @@ def build_model(
     return model.eval()
 
 
-def load_block(config: MolmoConfig, source: TensorSource, layer: int) -> Block:
-    """One block of the decoder, float32, in eval mode: a model that does not fit into memory is run block by block."""
+def load_part(config: MolmoConfig, source: TensorSource, part: str) -> nn.Module:
+    """A submodule of `Molmo` alone, "vision" or "decoder.blocks.3", float32, in eval mode; nothing else is read.
+
+    So a model that does not fit into memory can be run block by block.
+    """
     with torch.device("meta"):
-        block = Block(config.decoder, layer)
-    prefix, shapes = f"decoder.blocks.{layer}.", hub_shapes(config)
+        module = Molmo(config).get_submodule(part)
+    shapes = hub_shapes(config)
     with torch.no_grad():
         for name, slot in hub_layout(config).items():
-            if name.startswith(prefix):
+            if name.startswith(f"{part}."):
                 one = shapes[slot[0]]
                 target = torch.empty(one if len(slot) == 1 else (len(slot), *one))
-                _put(block, name.removeprefix(prefix), _filled((_read(source, hub) for hub in slot), target, one))
-    return block.eval()
+                inside = name.removeprefix(f"{part}.")
+                _put(module, inside, _filled((_read(source, hub) for hub in slot), target, one))
+    return module.eval()
 
 
 def _read(source: TensorSource, name: str) -> torch.Tensor:

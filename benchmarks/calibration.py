@@ -1,0 +1,123 @@
+"""What a four-bit decoder costs, rounded plainly and with a calibration: divergence from fp32 on photos not seen.
+
+    python benchmarks/calibration.py --photos PHOTOS                        # the embedded nano
+    python benchmarks/calibration.py --photos PHOTOS --checkpoint DIR
+
+PHOTOS is a directory in the format of `molmo_edge.training.photos`. Prompts with their annotated answers from its
+`train` split calibrate; photos of its `val` split are asked, and at each token of fp32's own greedy answer the
+candidates' distributions are held against fp32's. Vision, connector and embeddings are fp32's everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge import Molmo
+from molmo_edge.bundle import TOKENIZER, default_bundle, load_tokenizer
+from molmo_edge.export import export_bundle, load_bundle_weights
+from molmo_edge.modeling.loading import save_checkpoint
+from molmo_edge.points import format_points
+from molmo_edge.prompt import point_question, text_ids
+from molmo_edge.quantize.calibration import MOST, PROMPTS
+from molmo_edge.runtimes.onnx import open_bundle_runtime
+from molmo_edge.training.photos import load_photos
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    f"{word}{', zero points' if asymmetric else ''}, blocks of {block}{', calibrated' if calibrated else ''}": {
+        "precision": {"decoder": word}, "block": block, "asymmetric": asymmetric, "calibrated": calibrated
+    }
+    for word, asymmetric in (("q4", False), ("q4", True), ("mixed", False))
+    for block in (32, 64, 128)
+    for calibrated in (False, True)
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="in hub layout; the embedded nano if left out")
+    parser.add_argument("--limit", type=int, default=40, help="photos that are asked about")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        checkpoint = args.checkpoint or _unpacked_nano(folder / "nano")
+        _write_prompts(args.photos, folder / "prompts")
+        export_bundle(checkpoint, folder / "fp32", measure=False)
+        asked = _ask(folder / "fp32", args.photos, args.limit, args.tokens)
+        exact = _distributions(folder / "fp32", asked)
+        rows = []
+        for n, (name, options) in enumerate(CANDIDATES.items()):
+            calibrate = folder / "prompts" if options["calibrated"] else None
+            wishes = {key: value for key, value in options.items() if key != "calibrated"}
+            out = folder / str(n)
+            manifest = export_bundle(checkpoint, out, calibrate=calibrate, measure=False, **wishes)
+            found = _distributions(out, asked)
+            kl = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)])
+            same = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, found, strict=True)])
+            size = manifest["components"]["decoder"]["bytes"] / 1e6
+            rows.append({"decoder": name, "mean_kl": kl.mean(), "same_top": same.mean(), "n": kl.size, "mb": size})
+            print(f"{name:48} mean KL {kl.mean():.2g}, same top token {same.mean():.1%} of {kl.size}, {size:.1f} MB")
+        print(json.dumps(rows))
+
+
+def _unpacked_nano(out: Path) -> Path:
+    save_checkpoint(load_bundle_weights(default_bundle()), default_bundle() / TOKENIZER, out)
+    return out
+
+
+def _write_prompts(photos: Path, folder: Path) -> None:
+    """One annotated label of each of some training photos, and where it is."""
+    folder.mkdir()
+    lines = []
+    for photo in load_photos(photos, "train"):
+        objects = [o for o in photo.annotation.get("objects", ()) if not o.get("crowd") and 1 <= len(o["points"]) <= 12]
+        if objects:
+            label, points = objects[0]["label"], objects[0]["points"]
+            answer = format_points([tuple(point) for point in points], label)
+            lines.append({"image": str(photo.path.resolve()), "question": point_question(label), "answer": answer})
+    lines = lines[:: max(1, len(lines) // MOST)][:MOST]
+    (folder / PROMPTS).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+Asked = tuple[np.ndarray, np.ndarray]  # the prompt's rows [n, d_model], and its answer's ids
+
+
+def _ask(bundle: Path, photos: Path, limit: int, tokens: int) -> list[Asked]:
+    tokenizer, asked = load_tokenizer(bundle), []
+    cases = [photo for photo in load_photos(photos, "val") if photo.annotation.get("objects")]
+    runtime = open_bundle_runtime(bundle)
+    molmo = Molmo.from_parts(runtime, tokenizer)
+    for photo in cases[:: max(1, len(cases) // limit)][:limit]:
+        question = point_question(photo.annotation["objects"][0]["label"])
+        scene = molmo.encode(photo.path)
+        answer = np.array(molmo.ask(scene, question, max_new_tokens=tokens).token_ids, np.int64)
+        rows = np.concatenate([scene.embeddings, runtime.embed(text_ids(tokenizer, [question]))])
+        asked.append((rows, answer))
+    runtime.close()
+    return asked
+
+
+def _distributions(bundle: Path, asked: list[Asked]) -> list[np.ndarray]:
+    """Log probabilities at each token of the answers, float64 [tokens + 1, vocab_size]."""
+    runtime = open_bundle_runtime(bundle)
+    found = []
+    for rows, answer in asked:
+        cache = runtime.new_cache(len(rows) + len(answer))
+        logits = [runtime.forward(rows, cache)]
+        logits += [runtime.forward(row[None], cache) for row in runtime.embed(answer)]
+        wide = np.stack(logits)[:, : runtime.config.decoder.vocab_size].astype(np.float64)
+        wide -= wide.max(axis=-1, keepdims=True)
+        found.append(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+    runtime.close()
+    return found
+
+
+if __name__ == "__main__":
+    main()
