@@ -32,7 +32,7 @@ class Placement:
     device: str = "cpu"
     providers: Mapping[str, tuple[Provider, ...]] = field(default_factory=dict)  # by component; missing: the CPU
     cache: str = "cpu"  # where keys and values lie: "cpu" or "cuda"
-    crops_at_once: int = 1  # on a CPU a crop fills the cores, and memory does not grow with their number
+    crops_at_once: int = 1
 
     def of(self, component: str) -> list[Provider]:
         return [*self.providers.get(component, ()), CPU]
