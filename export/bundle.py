@@ -18,6 +18,7 @@ import numpy as np
 import molmo_edge
 from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import first_line
 from molmo_edge.export import ExportError
 from molmo_edge.export.connector import connector
 from molmo_edge.export.decoder import decoder, embed_tokens, head_name
@@ -25,7 +26,7 @@ from molmo_edge.export.graph import FP32, Graph, Precision
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.export.wishes import Wishes, check_wishes
 from molmo_edge.loading import load_image
-from molmo_edge.modeling.checkpoint import TensorSource, open_tensors
+from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
 from molmo_edge.prompt import build_prompt
 from molmo_edge.quantize.errors import component_errors
 from molmo_edge.quantize.int4 import Int4
@@ -125,12 +126,15 @@ def export_bundle(
             how = wishes.int4
             if component == "decoder" and wishes.calibrate is not None:
                 files = {name: staging / components[name]["file"] for name in BUILDERS if name != "decoder"}
-                how = _calibrated(wishes, config, tensors, tokenizer, files)
+                how = _calibrated(wishes, config, tensors, tokenizer, files, where=checkpoint)
             kind = wishes.make(component, how, keep)
+            del how  # with a layer of the decoder in it
             components |= _component(component, staging, config, tensors, kind, plain=component in wishes.plain)
-            if component in largest:
-                components[component] |= {"largest_value": max(largest[component].values())}
+            if kind.half:
+                found = largest.get(component)
+                components[component]["largest_value"] = max(found.values()) if found else None  # None: not tried
                 components[component] |= {"kept_in_fp32": sorted(keep)} if keep else {}
+            del kind
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
         if measure and any(word != "fp32" for word in wishes.precision.values()):
@@ -177,11 +181,18 @@ def check_bundle_wishes(
 
 
 def _calibrated(
-    wishes: Wishes, config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer, files: dict[str, Path]
+    wishes: Wishes,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    tokenizer: Tokenizer,
+    files: dict[str, Path],
+    *,
+    where: Path,
 ) -> Int4:
     from molmo_edge.quantize.calibration import Calibration, find_prompts, sequences
 
     assert wishes.calibrate is not None
+    check_tensors(config, tensors, where=where)
     runtime = OnnxRuntime(config, files)
     try:
         rows = sequences(find_prompts(wishes.calibrate), runtime, tokenizer)
@@ -194,13 +205,14 @@ def _largest_values(
     scratch: Path, config: MolmoConfig, tensors: TensorSource, wishes: Wishes
 ) -> dict[str, dict[str, float]]:
     """By component that is to have float16 products: how large its numbers get, matrix by matrix."""
-    half = [component for component in BUILDERS if wishes.make(component).half]
+    half = [component for component in BUILDERS if component != "embed_tokens" and wishes.make(component).half]
+    too_heavy = 4 * _weights("decoder", config, tensors) > _MEASURED_BELOW
+    if too_heavy and "decoder" in half and not config.decoder.norm_after:
+        half.remove("decoder")
     if not half:
         return {}
-    built = ["vision_encoder", "connector"]
-    if "decoder" in half and 4 * _weights("decoder", config, tensors) <= _MEASURED_BELOW:
-        built += ["embed_tokens", "decoder"]
-    elif "decoder" in half and config.decoder.norm_after:
+    built = list(BUILDERS)[: list(BUILDERS).index(half[-1]) + 1]  # each needs what comes before it
+    if too_heavy and "decoder" in half:
         raise ExportError(
             "this decoder has no norms in front of its matrices, so its numbers may pass what float16 holds, and it is "
             "too large to be tried here: choose decoder=q4, int8 or fp32"
@@ -209,7 +221,10 @@ def _largest_values(
     files = {component: scratch / f"{component}.onnx" for component in built}
     for component, path in files.items():
         build_component(component, path, config, tensors, WATCHED)
-    found = largest_values(config, files)
+    try:
+        found = largest_values(config, files)
+    except Exception as error:  # onnxruntime raises its own classes, which share no base with a name
+        raise _not_running(first_line(error)) from error
     shutil.rmtree(scratch)
     return {component: found[component] for component in half if found.get(component)}
 
@@ -283,11 +298,18 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
         i = config.image
         crop = np.zeros((1, i.patches**2, i.patch_size**2 * 3), np.float32)
         features = runtime.encode_image(crop, np.ones((1, i.patches**2), np.float32))
-        runtime.forward(features[0] + runtime.embed(np.zeros(1, np.int64)), runtime.new_cache(i.cells**2))
+        rows = features[0] + runtime.embed(np.zeros(1, np.int64))
+        logits = runtime.forward(rows, runtime.new_cache(i.cells**2))
     except EngineError as error:
-        raise ExportError(f"the graphs do not run: {error}. Does config.json belong to these weights?") from error
+        raise _not_running(str(error)) from error
     finally:
         runtime.close()
+    if not np.isfinite(logits).all():
+        raise ExportError("the graphs give no numbers: these weights, or these precisions for them, are not sound")
+
+
+def _not_running(why: str) -> ExportError:
+    return ExportError(f"the graphs do not run: {why}. Does config.json belong to these weights?")
 
 
 def _measure(

@@ -35,8 +35,8 @@ def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision:
     """embeddings float32 [1, n, d_model], total_length int32 [1], keys, values -> logits [1, embedding_size].
 
     `total_length` counts the positions after these n; the logits are those of the last one. For each layer i,
-    past_key.i and past_value.i are float32 [1, n_kv_heads, capacity, head_dim] (rounded up to a multiple of 16),
-    and so are present_key.i and present_value.i, to be bound to the same memory.
+    past_key.i and past_value.i are [1, n_kv_heads, capacity, head_dim], and so are present_key.i and present_value.i,
+    to be bound to the same memory: float32, or float16 in "fp16" and "q4f16" (molmo_edge.export.operators).
     """
     d = config.decoder
     x = graph.input("embeddings", np.float32, [1, "n", d.d_model])
@@ -106,7 +106,8 @@ def _attention(
             rms_norm(graph, part, f"{name}.{norm}", tensors.get(f"{name}.{norm}.weight"), d.norm_eps)
             for part, norm in ((q, "q_norm"), (k, "k_norm"))
         )
-    h = cached_attention(graph, d, (q, k, v), name, layer, where, half=precision.half)
+    half = precision.half_after(f"{name}.att_proj")
+    h = cached_attention(graph, d, (q, k, v), name, layer, where, half=half)
     return precision.linear(graph, h, f"{name}.attn_out", tensors.get(f"{name}.attn_out.weight"), None)
 
 

@@ -7,7 +7,7 @@ weight keeps its hub name, so that `model.transformer.blocks.0.attn.att_proj.wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from molmo_edge.config import DecoderConfig
+from molmo_edge.export import ExportError
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu
@@ -117,11 +118,17 @@ class Graph:
         self.needs = max(self.needs, (version[0], version[1]))
 
     def rounded(self, name: str, weight: np.ndarray, restored: np.ndarray) -> None:
-        """Note what rounding `weight` to `restored` cost; what is noted under one name adds up."""
+        """Note what rounding `weight` to `restored` cost; what is noted under one name adds up.
+
+        Raises ExportError for weights that are not numbers, which rounding would hide.
+        """
         before = self.errors.get(name, WeightError(0.0, 0.0, 0.0))
         difference = restored.reshape(weight.shape) - weight
+        largest = float(np.abs(difference).max(initial=0))
+        if not math.isfinite(largest):
+            raise ExportError(f"{name} holds values that are not numbers, or too large for this precision")
         self.errors[name] = WeightError(
-            max(before.largest, float(np.abs(difference).max(initial=0))),
+            max(before.largest, largest),
             before.squared + float(np.vdot(difference, difference)),
             before.squared_weight + float(np.vdot(weight, weight)),
         )
@@ -161,13 +168,18 @@ these sizes cannot be taken, and the experts are matrices like any other"""
 class Precision:
     """How the matrices and the lookup table of a component are stored and multiplied."""
 
-    name: str  # as written into a manifest: "fp32", "int8", "q8", "q4"
-    suffix: str  # of the component's file: "", "_int8", "_q8", "_q4"
+    name: str  # as written into a manifest, one of molmo_edge.export.wishes.WORDS
+    suffix: str  # of the component's file: "" for fp32, else "_" and the name
     bytes_per_weight: float
     linear: Linear
     table: Table
     experts: Experts | None = None  # None: experts are matrices like any other
-    half: bool = False  # attention, and so its cache, in float16
+    half: bool = False  # products in float16, attention's and so its cache too
+    keep: Collection[str] = ()  # but for these matrices (hub names without ".weight"), which float16 has no room for
+
+    def half_after(self, *matrices: str) -> bool:
+        """Whether what these matrices give may be multiplied in float16."""
+        return self.half and not any(name in self.keep for name in matrices)
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:

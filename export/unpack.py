@@ -1,6 +1,6 @@
 """A bundle's weights back as tensors under their hub names: `export_bundle` read backwards.
 
-Eight-bit weights come back as the floats that they stand for, LayerScale as ones, since it is folded into the
+Rounded weights come back as the floats that they stand for, LayerScale as ones, since it is folded into the
 matrices. So an embedded model can be run, trained further or exported again where its checkpoint is not at hand.
 """
 

@@ -71,7 +71,8 @@ def _block(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Prec
 
     h = layer_norm(graph, x, f"{block}.attention_norm", tensors, v.norm_eps)
     q, k, value = (linear(h, f"attention.{w}") for w in ("wq", "wk", "wv"))
-    h = attention(graph, q, k, value, v.n_heads, v.head_dim, half=precision.half)
+    half = precision.half_after(*(f"{block}.attention.{w}" for w in ("wq", "wk", "wv")))
+    h = attention(graph, q, k, value, v.n_heads, v.head_dim, half=half)
     x = graph.node("Add", x, linear(h, "attention.wo", "lambda1"))
 
     h = layer_norm(graph, x, f"{block}.ffn_norm", tensors, v.norm_eps)

@@ -119,7 +119,8 @@ def check_wishes(
     for component in GRAPHS:
         if component in in_plain and words[component] not in _PLAIN:
             raise ExportError(
-                f"{component} cannot be {words[component]} in ONNX's own operators alone, only {', '.join(_PLAIN)}"
+                f"{component} would be {words[component]}, but in ONNX's own operators alone it can only be "
+                f"{', '.join(_PLAIN)}: choose with --precision {component}=..."
             )
     if (block or asymmetric or calibrate) and not any(word in _FOUR_BITS for word in words.values()):
         raise ExportError("blocks, zero points and a calibration are for four-bit weights: q4, mixed or q4f16")

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -30,7 +30,7 @@ from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.decoder import Block, SparseFFN, rotary_tables
 from molmo_edge.modeling.loading import load_part
-from molmo_edge.prompt import caption_question, image_ids, text_ids
+from molmo_edge.prompt import build_prompt, caption_question, image_ids, text_ids
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.rounding import Blocks, nearest
 from molmo_edge.runtimes import Runtime
@@ -49,6 +49,7 @@ _QUESTIONS = (
     "What is written in this image?",
     "Point to everything that a person could pick up.",
 )
+_NARROW = 4096  # inputs; below, GPTQ is many small steps, which one thread takes faster than several
 _SHARED = 0.1  # how much an expert's inputs are helped by those of all experts, which are many more
 _NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
 
@@ -64,20 +65,27 @@ def find_prompts(folder: str | Path) -> list[Prompt]:
     """The prompts of a folder, at most MOST, evenly over what it has.
 
     From its prompts.jsonl, a line {"image": path in the folder, "question": ..., "answer": ...} each, the answer
-    optional; without that file every photo in it gets one of a few common questions. Raises ExportError.
+    optional; without that file every photo in it gets one of a few common questions. Raises ExportError, and ImageError
+    or PromptError for what cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder of photos to calibrate with")
     listed = folder / PROMPTS
     if listed.is_file():
-        lines = enumerate(listed.read_text("utf-8").splitlines(), 1)
+        try:
+            lines = enumerate(listed.read_text("utf-8").splitlines(), 1)
+        except UnicodeDecodeError:
+            raise ExportError(f"{listed} is not in UTF-8") from None
         prompts = _some([_parse(listed, number, line) for number, line in lines if line.strip()])
     else:
-        photos = _some(sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PHOTOS))
+        photos = _some(sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PHOTOS and path.is_file()))
         prompts = [Prompt(path, _QUESTIONS[i % len(_QUESTIONS)]) for i, path in enumerate(photos)]
     if not prompts:
         raise ExportError(f"{folder} holds no photos to calibrate with, and no {PROMPTS}")
+    for prompt in prompts:  # now, not after an hour
+        load_image(prompt.image)
+        build_prompt(prompt.question)
     return prompts
 
 
@@ -89,6 +97,8 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
         prompt = Prompt(file.parent / entry["image"], entry["question"], entry.get("answer") or "")
+        if not isinstance(prompt.question, str) or not isinstance(prompt.answer, str):
+            raise TypeError("question and answer are texts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
             f'{file}, line {number}: expected {{"image": ..., "question": ..., "answer": ...}}: {error}'
@@ -133,6 +143,11 @@ class Calibration:
         layer, expert, which, leaf = found.groups()
         self._go_to(int(layer))
         if expert is not None:
+            if weight.shape[1] % block or weight.shape[1] not in (
+                self._config.decoder.d_model,
+                self._config.decoder.ffn_dim,
+            ):
+                return nearest(name, weight, block, asymmetric)  # filled up to a block
             if not self._experts:
                 self._experts = self._round_experts(block, asymmetric)
             return self._experts.pop((int(expert), which))
@@ -148,6 +163,7 @@ class Calibration:
             for i, (state, tables) in enumerate(zip(self._states, self._tables, strict=True)):
                 self._states[i] = self._block(state, *tables, None, None)
             self._layer += 1
+            del self._block  # before the next is there: a layer of MolmoE is 1.6 GB
             self._block = self._load(self._layer)
             self._experts = {}
 
@@ -166,17 +182,22 @@ class Calibration:
         # thousandfold apart, and unscaled the largest few would be all that counts.
         relative = self._config.decoder.norm_after
 
-        hook = module.register_forward_pre_hook(stop)
         for state, tables in zip(self._states, self._tables, strict=True):
+            hook = module.register_forward_pre_hook(stop)
             try:
                 self._block(state, *tables, None, None)
             except _Enough:
                 x = seen.pop()
                 yield F.normalize(x, dim=-1) if relative else x
-        hook.remove()
+            finally:
+                hook.remove()
 
     def _hessian(self, module: nn.Module) -> Tensor:
-        return torch.stack([x.T @ x for x in self._inputs(module)]).sum(dim=0)
+        total: Tensor | None = None
+        for x in self._inputs(module):
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None
+        return total
 
     def _round_experts(self, block: int, asymmetric: bool) -> dict[tuple[int, str], Blocks]:
         """All of the layer: each on the positions that chose it, by the weight that they gave it."""
@@ -233,7 +254,7 @@ def _both(gate: Tensor, up: Tensor, inputs: Tensor, block: int, asymmetric: bool
 
 
 def _rounded(weight: Tensor, inputs: Tensor, block: int, asymmetric: bool) -> Blocks:
-    with _single_threaded():
+    with _single_threaded() if weight.shape[1] <= _NARROW else nullcontext():
         return _blocks(*gptq(weight, inputs, block, asymmetric=asymmetric))
 
 

@@ -3,7 +3,8 @@
 The products are float16: matrices, and q, k, v and the cache of attention. What lies between them, norms, activations,
 softmax and the residual stream, stays float32, where large values are: the ViT's few huge channels, the sums of many
 layers. So only what enters or leaves a product can pass float16's 65504; molmo_edge.quantize.ranges finds
-those matrices, and they stay float32.
+those matrices, and they stay float32, as does the attention behind them. Attention's scores are not watched: queries
+are scaled before they meet the keys.
 
 On a CPU ONNX Runtime widens it again: it runs, no faster and in more memory than fp32.
 """
@@ -37,4 +38,4 @@ def float16(keep: Collection[str] = ()) -> Precision:
     def linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         return (fp32_linear if name in keep else float16_linear)(graph, x, name, weight, bias)
 
-    return Precision("fp16", "_fp16", 2, linear, float16_table, half=True)
+    return Precision("fp16", "_fp16", 2, linear, float16_table, half=True, keep=frozenset(keep))

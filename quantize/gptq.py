@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molmo_edge.export import ExportError
 from molmo_edge.quantize.rounding import CLIPS, MIDDLE
 
 _TOP = 15
@@ -22,7 +23,8 @@ def gptq(
     """weight [..., out, in] and hessian [..., in, in], the inputs' X^T X -> codes, scale, zero point.
 
     codes uint8 [..., out, in], scale float32 [..., out, in / block], zero point uint8 like scale, or None. Leading
-    dimensions are matrices side by side. float32 throughout; a hessian of zeros alone means plain rounding.
+    dimensions are matrices side by side. float32 throughout. A hessian of zeros alone leaves
+    nothing to make up for. Raises ExportError for one that is not positive, as of inputs that are not numbers.
     """
     shape = weight.shape
     work = (
@@ -53,11 +55,15 @@ def gptq(
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the damped inverse [..., in, in]."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    damp = (_DAMP * diagonal.mean(dim=-1)).clamp(min=1e-12)
-    damped = hessian + damp[..., None, None] * torch.eye(hessian.shape[-1], device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    damped = hessian.clone()  # of a wide FFN each copy is a gigabyte
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal += (_DAMP * diagonal.mean(dim=-1, keepdim=True)).clamp(min=1e-12)
+    try:
+        factor = torch.linalg.cholesky(damped)
+        del damped, diagonal
+        return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise ExportError("the calibration's inputs are not numbers: are these weights sound?") from error
 
 
 def _scale(rows: Tensor, spread: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:

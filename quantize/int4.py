@@ -187,4 +187,6 @@ def int4_precision(word: str, how: Int4 | None = None, keep: Collection[str] = (
         return how.experts(graph, d, x, probabilities, name, part, half=half)
 
     half = word == "q4f16"
-    return Precision(word, f"_{word}", 0.6, linear, float16_table if half else int8_table, experts, half=half)
+    return Precision(
+        word, f"_{word}", 0.6, linear, float16_table if half else int8_table, experts, half=half, keep=frozenset(keep)
+    )

@@ -29,8 +29,8 @@ WATCHED = Precision("fp32", "", 4, _watched_linear, fp32_table)
 def largest_values(config: MolmoConfig, files: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Run graphs that were built as WATCHED, on the same probe as `component_errors`.
 
-    `files`: components, in the order of the data's way: "vision_encoder", "connector", "embed_tokens", "decoder"; the
-    last two together, or neither. Returns for each component the largest absolute value at each matrix, by hub name.
+    `files`: components, as many of "vision_encoder", "connector", "embed_tokens" and "decoder", in this order, as there
+    are to be looked at. Returns for each component the largest absolute value at each matrix, by hub name.
     """
     found: dict[str, dict[str, float]] = {}
 
@@ -49,7 +49,8 @@ def largest_values(config: MolmoConfig, files: dict[str, Path]) -> dict[str, dic
 
     crops, masks = sample_crops(config)
     features = run("vision_encoder", {"crops": crops})
-    image = run("connector", {"features": features, "masks": masks})
+    if "connector" in files:
+        image = run("connector", {"features": features, "masks": masks})
     if "decoder" in files:
         ids = np.random.default_rng(0).integers(0, config.decoder.vocab_size, 32)
         rows = np.concatenate([*image, run("embed_tokens", {"ids": ids})])

@@ -31,7 +31,8 @@ def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int |
         if (engine := bundle.components[name].engine) != "onnx":
             raise Unavailable(f'{directory}: {name} is for the engine "{engine}", which this version does not have')
         _check_version(directory, bundle.components[name])
-    placement = place(device, bundle.device, _import().get_available_providers(), bundle.config)
+    identity = bundle.components["vision_encoder"].sha256[:16] + bundle.components["connector"].sha256[:16]
+    placement = place(device, bundle.device, _import().get_available_providers(), bundle.config, identity)
     return OnnxRuntime(
         bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads, placement=placement
     )
@@ -74,7 +75,10 @@ class _Buffer:
         shape = self.value.shape()
         if self.array is None:
             twin = _Buffer.empty(shape, self.number, self.value.device_name())
-            _import().copy_tensors([self.value], [twin.value])
+            if hasattr(onnxruntime := _import(), "copy_tensors"):
+                onnxruntime.copy_tensors([self.value], [twin.value])
+            else:  # an older one, as Jetsons have: by way of the CPU
+                twin.value.update_inplace(self.value.numpy())
             return twin
         twin = _Buffer.empty(shape, self.number, "cpu")
         assert twin.array is not None
@@ -187,7 +191,8 @@ class OnnxRuntime:
                 "use fewer crops, a shorter question or a smaller max_new_tokens"
             )
         session = self._session("decoder")
-        return OnnxCache.empty(session, capacity, d.embedding_size, self._placement.cache)
+        make = functools.partial(OnnxCache.empty, session, capacity, d.embedding_size, self._placement.cache)
+        return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be full
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         if not isinstance(cache, OnnxCache):
@@ -268,5 +273,8 @@ def _load(
         raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
     if missing := [name for name, _ in providers if name not in session.get_providers()]:
         # ONNX Runtime would go on without it, many times slower, and say so in a log that nobody reads.
-        raise Unavailable(f"onnxruntime has {missing[0]} but cannot start it: are its libraries and its driver here?")
+        raise Unavailable(
+            f"onnxruntime has {missing[0]} but cannot start it: are its libraries and its driver here? "
+            "device='cpu' does without"
+        )
     return session

@@ -38,13 +38,15 @@ class Placement:
         return [*self.providers.get(component, ()), CPU]
 
 
-def place(device: str, made_for: str, available: Collection[str], config: MolmoConfig) -> Placement:
+def place(device: str, made_for: str, available: Collection[str], config: MolmoConfig, identity: str = "") -> Placement:
     """`device`: as asked for. `made_for`: the device of the bundle's target, which is what "auto" means where it is.
 
-    `available`: providers of this onnxruntime. Raises Unavailable.
+    `available`: providers of this onnxruntime. `identity`: of the weights; engines are kept by file names alone, and
+    one that was built of another bundle would answer for this one. Raises Unavailable.
     """
     if device == "auto":
-        device = made_for if made_for in _INSTALL and _INSTALL[made_for][0] in available else "cpu"
+        likely = (made_for, "cuda") if made_for == "tensorrt" else (made_for,)
+        device = next((name for name in likely if name in _INSTALL and _INSTALL[name][0] in available), "cpu")
     if device == "cpu":
         return Placement()
     if device not in _INSTALL:
@@ -57,7 +59,7 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
         options = {
             "ModelFormat": "MLProgram",
             "MLComputeUnits": "ALL",
-            "ModelCacheDirectory": str(cache_directory() / "coreml"),
+            "ModelCacheDirectory": str(cache_directory() / "coreml" / identity),
         }
         parts = dict.fromkeys(("vision_encoder", "connector"), ((provider, options),))
         return Placement(device, parts)
@@ -66,7 +68,7 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
     on_gpu: dict[str, tuple[Provider, ...]] = {name: (cuda,) for name in GRAPHS if name != "embed_tokens"}
     if device == "tensorrt":
         for name, shapes in _shapes(config).items():
-            on_gpu[name] = ((provider, _tensorrt(shapes)), cuda)
+            on_gpu[name] = ((provider, _tensorrt(shapes, identity)), cuda)
     return Placement(device, on_gpu, cache="cuda", crops_at_once=4)
 
 
@@ -80,8 +82,8 @@ def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
     }
 
 
-def _tensorrt(shapes: dict[str, str]) -> dict[str, Any]:
-    directory = str(cache_directory() / "tensorrt")
+def _tensorrt(shapes: dict[str, str], identity: str) -> dict[str, Any]:
+    directory = str(cache_directory() / "tensorrt" / identity)
     # Building an engine takes minutes, once: it is kept.
     options: dict[str, Any] = {
         "trt_fp16_enable": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, costs, expected, greedy, prompt, relative, runtime
 from onnx.reference import ReferenceEvaluator
 
 from molmo_edge.bundle import open_bundle
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export import bundle as bundle_module
 from molmo_edge.export import experts as experts_module
 from molmo_edge.export.unpack import load_bundle_weights
 from molmo_edge.export.wishes import TARGETS, check_wishes
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.modeling.loading import save_checkpoint
 from molmo_edge.quantize.ranges import too_large
 from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
@@ -99,7 +103,7 @@ def test_experts_one_by_one(precision: str, plain: bool, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("precision", ["q8", "q4", "mixed", "q4f16"])
 def test_plain_has_no_blocks(precision: str) -> None:
-    with pytest.raises(ExportError, match=r"cannot be .* in ONNX's own operators alone, only fp32, fp16, int8"):
+    with pytest.raises(ExportError, match="in ONNX's own operators alone it can only be fp32, fp16, int8"):
         check_wishes(precision, plain=True)
 
 
@@ -141,6 +145,48 @@ def test_what_float16_cannot_hold_stays_float32() -> None:
     assert "kept_in_fp32" not in entry["vision_encoder"] and 1 < entry["vision_encoder"]["largest_value"] < 16000
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_attention_behind_what_stays_float32_does_too(plain: bool, tmp_path: Path) -> None:
+    """Values a million times larger, and the matrix behind them so much smaller: the same model, not for float16."""
+    model, _, config = load_checkpoint(GOLDEN / "qwen")
+    d = config.decoder
+    with torch.no_grad():
+        attention = model.decoder.blocks[0].attn
+        attention.att_proj.weight[-d.n_kv_heads * d.head_dim :] *= 1e6
+        attention.att_proj.bias[-d.n_kv_heads * d.head_dim :] *= 1e6
+        attention.attn_out.weight *= 1e-6
+    save_checkpoint(model, GOLDEN / "qwen" / "tokenizer.json", tmp_path / "checkpoint")
+    manifest = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", {"decoder": "fp16"}, plain=plain)
+    block = "model.transformer.blocks.0"
+    assert {f"{block}.att_proj", f"{block}.attn_out"} <= set(manifest["components"]["decoder"]["kept_in_fp32"])
+    graph = onnx.load(open_bundle(tmp_path / "bundle").path("decoder")).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    assert types["past_value.0"] == onnx.TensorProto.FLOAT and types["past_value.1"] == onnx.TensorProto.FLOAT16
+    assert manifest["components"]["decoder"]["relative_error"] < 1e-3
+
+
+def test_weights_that_give_no_numbers_are_refused(tmp_path: Path) -> None:
+    model, _, _ = load_checkpoint(GOLDEN / "qwen")
+    with torch.no_grad():
+        model.decoder.blocks[1].ffn.ff_out.weight[0, 0] = float("nan")
+    save_checkpoint(model, GOLDEN / "qwen" / "tokenizer.json", tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match="give no numbers"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    with pytest.raises(ExportError, match="not numbers"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "q4", calibrate=GOLDEN)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "q4", "calibrate": GOLDEN}], ids=str)
+def test_a_config_of_other_weights_is_a_sentence(options: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "qwen", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(MolmoEdgeError, match=r"config\.json|configuration"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", **options)
+
+
 def test_too_large() -> None:
     values = {"a": 16000.0, "b": 17000.0, "c": float("inf"), "d": float("nan"), "e": 0.0}
     assert too_large(values) == {"b", "c", "d"}
@@ -150,7 +196,8 @@ def test_a_decoder_that_cannot_be_tried_is_refused_float16(tmp_path: Path, monke
     monkeypatch.setattr(bundle_module, "_MEASURED_BELOW", 1000)
     with pytest.raises(ExportError, match="may pass what float16 holds"):
         export_bundle(GOLDEN / "olmo", tmp_path / "olmo", "q4f16")
-    export_bundle(GOLDEN / "qwen", tmp_path / "qwen", "q4f16")
+    components = export_bundle(GOLDEN / "qwen", tmp_path / "qwen", "q4f16")["components"]
+    assert components["decoder"]["largest_value"] is None and components["vision_encoder"]["largest_value"] > 0
 
 
 # Targets.
@@ -175,7 +222,7 @@ def test_a_wish_beats_the_target() -> None:
     assert wishes.precision == dict(TARGETS["cuda"].precision, decoder="fp16")
     with pytest.raises(ExportError, match="known are cpu-x86, cpu-arm64, cuda, tensorrt, coreml"):
         check_wishes(target="tpu")
-    with pytest.raises(ExportError, match="vision_encoder cannot be q8"):
+    with pytest.raises(ExportError, match="vision_encoder would be q8"):
         check_wishes({"vision_encoder": "q8"}, target="coreml")
 
 
@@ -197,6 +244,8 @@ ALL = {"CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvid
         ("auto", "cpu", ALL, "cpu"),
         ("auto", "cuda", ALL, "cuda"),
         ("auto", "cuda", {"CPUExecutionProvider"}, "cpu"),
+        ("auto", "tensorrt", ALL - {"TensorrtExecutionProvider"}, "cuda"),
+        ("auto", "tensorrt", {"CPUExecutionProvider"}, "cpu"),
         ("auto", "elsewhere", ALL, "cpu"),  # a target of a later version
         ("cpu", "cuda", ALL, "cpu"),
         ("cuda", "cpu", ALL, "cuda"),
@@ -222,6 +271,13 @@ def test_tensorrt_is_told_its_shapes() -> None:
     options = dict(placement.of("connector")[0][1])
     width = runtime("molmoe").config.vision.feature_dim
     assert options["trt_profile_min_shapes"] == f"features:1x576x{width},masks:1x576"
+    # Engines are kept by the names of files and nodes, which all bundles share.
+    folders = {
+        dict(place("tensorrt", "cpu", ALL, runtime("molmoe").config, identity).of("connector")[0][1])[key]
+        for identity in ("one", "other")
+        for key in ("trt_engine_cache_path", "trt_timing_cache_path")
+    }
+    assert len(folders) == 2
     assert options["trt_profile_max_shapes"] == f"features:37x576x{width},masks:37x576"
 
 

@@ -21,7 +21,7 @@ _PRECISION = (
     "target wants, else fp32 and bf16."
 )
 _TARGET = 'Chooses precisions and operators: "cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml".'
-_CALIBRATE = "A folder of photos to round four-bit weights with (GPTQ, on PyTorch): slower, half of the error."
+_CALIBRATE = "A folder of photos to round four-bit weights with (GPTQ, on PyTorch): slower, and closer to fp32."
 
 
 class Engine(str, Enum):
@@ -62,7 +62,9 @@ def export(
         "asymmetric": asymmetric,
         "calibrate": calibrate,
     }
-    if engine is Engine.torch and (name is not None or check_image is not None or any(wishes.values())):
+    if engine is Engine.torch and (
+        name is not None or check_image is not None or any(wish not in (None, False) for wish in wishes.values())
+    ):
         raise typer.BadParameter("--engine torch takes --precision, --revision and --out; the others are for bundles")
     # What cannot be had is said before 29 GB are fetched.
     if engine is Engine.torch:
@@ -90,7 +92,7 @@ def _report(manifest: dict[str, Any], out: Path, *, json: bool, quiet: bool) -> 
         error = component.get("relative_error")
         detail = "" if error is None else f"  relative error {error:.2g}"
         if kept := component.get("kept_in_fp32"):
-            detail += f"  {len(kept)} matrices in float32: their numbers pass float16"
+            detail += f"  {len(kept)} matrices in float32: their numbers are too large for float16"
         note(f"{component['bytes'] / 1e6:9.2f} MB  {component['file']}{detail}", quiet=quiet)
     note(f"wrote {out}", quiet=quiet)
 
