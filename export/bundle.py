@@ -88,8 +88,8 @@ def export_bundle(
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
     photos to round four-bit weights with (molmo_edge.quantize.calibration), slower and with about half of the error.
 
-    `measure`: run every component that is not fp32 beside its fp32 form, a decoder of less than 4 GB, and write the
-    errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
+    `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
+    the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
 
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
     holds one component, and from 100 MB on one matrix of it and a few copies; for experts that is all of a layer's
@@ -137,7 +137,7 @@ def export_bundle(
             del kind
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
-        if measure and any(word != "fp32" for word in wishes.precision.values()):
+        if measure and any(word not in ("fp32", "fp16") for word in wishes.precision.values()):
             _measure(components, files, Path(scratch) / "fp32", config, tensors, wishes)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
         components["tokenizer"] = _entry(staging / TOKENIZER)
@@ -330,7 +330,7 @@ def _measure(
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
     for component, error in component_errors(config, exact, {name: files[name] for name in exact}).items():
-        if wishes.precision[component] != "fp32":
+        if wishes.precision[component] not in ("fp32", "fp16"):  # a CPU does not round as fp16 says
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 
 

@@ -6,7 +6,8 @@ layers. So only what enters or leaves a product can pass float16's 65504; molmo_
 those matrices, and they stay float32, as does the attention behind them. Attention's scores are not watched: queries
 are scaled before they meet the keys.
 
-On a CPU ONNX Runtime widens it again: it runs, no faster and in more memory than fp32.
+On a CPU ONNX Runtime widens it again, and leaves out the rounding of what enters a product: it runs, no faster and in
+more memory than fp32, and shows nothing of what float16 costs. onnx's own evaluator does (tests/test_targets.py).
 """
 
 from __future__ import annotations
