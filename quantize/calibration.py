@@ -143,11 +143,9 @@ class Calibration:
         layer, expert, which, leaf = found.groups()
         self._go_to(int(layer))
         if expert is not None:
-            if weight.shape[1] % block or weight.shape[1] not in (
-                self._config.decoder.d_model,
-                self._config.decoder.ffn_dim,
-            ):
-                return nearest(name, weight, block, asymmetric)  # filled up to a block
+            d = self._config.decoder
+            if weight.shape[1] != (d.ffn_dim if which == "down" else d.d_model):  # filled up to whole blocks
+                return nearest(name, weight, block, asymmetric)
             if not self._experts:
                 self._experts = self._round_experts(block, asymmetric)
             return self._experts.pop((int(expert), which))
@@ -178,23 +176,21 @@ class Calibration:
             seen.append(inputs[0][0])
             raise _Enough
 
-        # Where a norm follows, a position's error counts against its own size: those of OLMo's positions lie a
-        # thousandfold apart, and unscaled the largest few would be all that counts.
-        relative = self._config.decoder.norm_after
-
         for state, tables in zip(self._states, self._tables, strict=True):
             hook = module.register_forward_pre_hook(stop)
             try:
                 self._block(state, *tables, None, None)
             except _Enough:
-                x = seen.pop()
-                yield F.normalize(x, dim=-1) if relative else x
+                yield seen.pop()
             finally:
                 hook.remove()
 
     def _hessian(self, module: nn.Module) -> Tensor:
         total: Tensor | None = None
         for x in self._inputs(module):
+            # Where a norm follows, a position's error counts against its own size: those of OLMo's positions lie a
+            # thousandfold apart, and unscaled the largest few would be all that counts.
+            x = F.normalize(x, dim=-1) if self._config.decoder.norm_after else x
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total
