@@ -34,7 +34,7 @@ cache=${1:-${HOME:?}/.cache/molmo-edge-arm64}
 mkdir -p "$cache"
 cache=$(cd "$cache" && pwd)
 root=$cache/root
-work=$root/work # seen as /work from inside
+work=$root/molmo # seen as /molmo from inside
 export PIP_CACHE_DIR=$cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 unset PYTHONPATH
 
@@ -142,7 +142,7 @@ emulated() { # emulated CPU ARGUMENTS-OF-PYTHON...
         for folder in proc sys dev; do mount --bind "/$folder" "$root/$folder"; done
         mount --bind "$cpuinfo" "$root/proc/cpuinfo"
         cd /
-        exec env -i PATH=/usr/bin HOME=/work LANG=C.UTF-8 PYTHONPATH=/work/site MOLMO_EDGE_CACHE=/work/cache \
+        exec env -i PATH=/usr/bin HOME=/molmo LANG=C.UTF-8 PYTHONPATH=/molmo/site MOLMO_EDGE_CACHE=/molmo/cache \
             "$(command -v chroot)" "$root" /usr/bin/qemu-aarch64-static -cpu "$cpu" /usr/bin/python3 "$@"
     ' emulated "$root" "$cache/cpuinfo" "$cpu" "$@"
 }
@@ -160,9 +160,9 @@ on() { # on CPU: what fails on one processor is noted, and the next one still ru
     {
         emulated "$1" -m molmo_edge.cli doctor --json &&
             emulated "$1" -m molmo_edge.cli verify --threads "$THREADS" &&
-            emulated "$1" -m molmo_edge.cli verify --threads "$THREADS" /work/bundles/molmoe-mixed
+            emulated "$1" -m molmo_edge.cli verify --threads "$THREADS" /molmo/bundles/molmoe-mixed
     } || failed+=("$1: doctor or verify")
-    emulated "$1" /work/arm64_answers.py ask /work "$1" --follow x86-64 --threads "$THREADS" || failed+=("$1: ask")
+    emulated "$1" /molmo/arm64_answers.py ask /molmo "$1" --follow x86-64 --threads "$THREADS" || failed+=("$1: ask")
 }
 
 step "tools" tools

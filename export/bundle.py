@@ -86,7 +86,7 @@ def export_bundle(
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
-    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower and with about half of the error.
+    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower, and closer to fp32.
 
     `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
     the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
@@ -189,13 +189,13 @@ def _calibrated(
     *,
     where: Path,
 ) -> Int4:
-    from molmo_edge.quantize.calibration import Calibration, find_prompts, sequences
+    from molmo_edge.quantize.calibration import Calibration, sequences
 
     assert wishes.calibrate is not None
     check_tensors(config, tensors, where=where)
     runtime = OnnxRuntime(config, files)
     try:
-        rows = sequences(find_prompts(wishes.calibrate), runtime, tokenizer)
+        rows = sequences(wishes.calibrate, runtime, tokenizer)
     finally:
         runtime.close()
     return dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))

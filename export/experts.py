@@ -12,7 +12,7 @@ from molmo_edge.export.graph import FP32, ExpertPart, Graph, Precision
 from molmo_edge.export.operators import silu
 from molmo_edge.modeling.checkpoint import TensorSource
 
-# Weights of a layer's experts. Below, computing all of them is faster than picking some: nano has 2 million.
+# Weights of a layer's experts. Below, computing all of them is faster than picking some: nano has 2.7 million.
 _WIDE_BELOW = 8_000_000
 
 
