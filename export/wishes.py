@@ -59,8 +59,8 @@ TARGETS = {
             "cpu",
             _WHOLE["mixed"],
             frozenset(),
-            "as for x86: on an emulated processor ids differ as rarely as they do on x86 when rounding does; times have "
-            "not been measured",
+            "as for x86: on an emulated processor ids differ as rarely as they do on x86 when rounding does; its speed "
+            "was not measured",
         ),
         Target(
             "cuda",
