@@ -25,7 +25,7 @@ from molmo_edge.modeling.loading import save_checkpoint
 from molmo_edge.points import format_points
 from molmo_edge.prompt import point_question, text_ids
 from molmo_edge.quantize.calibration import MOST, PROMPTS
-from molmo_edge.runtimes.onnx import open_bundle_runtime
+from molmo_edge.runtimes import open_runtime
 from molmo_edge.training.photos import load_photos
 
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ Asked = tuple[np.ndarray, np.ndarray]  # the prompt's rows [n, d_model], and its
 def _ask(bundle: Path, photos: Path, limit: int, tokens: int) -> list[Asked]:
     tokenizer, asked = load_tokenizer(bundle), []
     cases = [photo for photo in load_photos(photos, "val") if photo.annotation.get("objects")]
-    runtime = open_bundle_runtime(bundle)
+    runtime = open_runtime(bundle)
     molmo = Molmo.from_parts(runtime, tokenizer)
     for photo in cases[:: max(1, len(cases) // limit)][:limit]:
         question = point_question(photo.annotation["objects"][0]["label"])
@@ -106,7 +106,7 @@ def _ask(bundle: Path, photos: Path, limit: int, tokens: int) -> list[Asked]:
 
 def _distributions(bundle: Path, asked: list[Asked]) -> list[np.ndarray]:
     """Log probabilities at each token of the answers, float64 [tokens + 1, vocab_size]."""
-    runtime = open_bundle_runtime(bundle)
+    runtime = open_runtime(bundle)
     found = []
     for rows, answer in asked:
         cache = runtime.new_cache(len(rows) + len(answer))

@@ -1,4 +1,4 @@
-"""Write a bundle: four graphs, the tokenizer, and the manifest that names them."""
+"""Write a bundle: four graphs, or three and a GGUF, the tokenizer, and the manifest that names them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.export import ExportError
 from molmo_edge.export.connector import connector
-from molmo_edge.export.decoder import decoder, embed_tokens, head_name
+from molmo_edge.export.decoder import decoder, embed_tokens
 from molmo_edge.export.graph import FP32, Graph, Precision
+from molmo_edge.export.source import open_source
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.export.wishes import Wishes, check_wishes
 from molmo_edge.loading import load_image
-from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.checkpoint import TensorSource, check_tensors
+from molmo_edge.modeling.layout import head_name
 from molmo_edge.prompt import build_prompt
 from molmo_edge.quantize.errors import component_errors
 from molmo_edge.quantize.int4 import Int4
 from molmo_edge.quantize.ranges import WATCHED, largest_values, too_large
-from molmo_edge.runtimes import EngineError
+from molmo_edge.runtimes import EngineError, open_files
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.tokenizer import Tokenizer
 
@@ -49,6 +51,7 @@ _PREFIXES = {
     "embed_tokens": ("model.transformer.wte.",),
     "decoder": ("model.transformer.blocks.",),  # and its head, see build_component
 }
+_EXACT = ("fp32", "fp16", "f32")  # whose error is not measured: a CPU does not round as ONNX's fp16 says
 _MEASURED_BELOW = 4_000_000_000  # bytes in float32; a larger decoder is not run beside its float32 form
 # Bytes. An .onnx file cannot pass 2 GB, and what lies inside of one is held twice, as read and as packed.
 _SIDECAR_ABOVE = 100_000_000
@@ -68,25 +71,34 @@ def export_bundle(
     out: str | Path,
     precision: str | Mapping[str, str] | None = None,
     *,
+    engine: str = "onnx",
     target: str | None = None,
     plain: bool = False,
     block: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    mmproj: bool = False,
     name: str | None = None,
     check: CheckPhoto | None = None,
     measure: bool = True,
 ) -> dict[str, Any]:
-    """Convert the checkpoint directory (hub layout) to a bundle directory `out`, which must not exist yet.
+    """Convert `checkpoint` to a bundle directory `out`, which must not exist yet.
 
-    `precision`: one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8 says what
+    `checkpoint`: a directory in hub layout or the reference's own, or a bundle, whose weights are read back.
+
+    `engine`: of the decoder. "onnx", or "gguf": a file for llama.cpp, in one of the precisions of
+    molmo_edge.quantize.gguf ("f16", "q8_0", "q4_k_m", ...), the rest ONNX as before, its embeddings in float32;
+    `mmproj` adds vision and connector as a GGUF (molmo_edge.export.mmproj).
+
+    For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8 says what
     they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder (molmo_edge.quantize.int4 says
     which) and eight or sixteen for the rest; or a mapping of components to them. What it leaves out is as `target`
     wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes), or fp32.
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
-    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower, and closer to fp32.
+    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower, and closer to fp32; for a GGUF they
+    tell llama.cpp which inputs matter (molmo_edge.quantize.importance).
 
     `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
     the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
@@ -105,14 +117,15 @@ def export_bundle(
         out,
         check,
         precision,
+        engine=engine,
         target=target,
         plain=plain,
         block=block,
         asymmetric=asymmetric,
         calibrate=calibrate,
+        mmproj=mmproj,
     )
-    config = MolmoConfig.from_hub(checkpoint)
-    tensors = open_tensors(checkpoint)
+    config, tensors = open_source(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename on one file system.
@@ -121,12 +134,11 @@ def export_bundle(
         staging.mkdir()
         components: dict[str, dict[str, Any]] = {}
         largest = _largest_values(Path(scratch) / "watched", config, tensors, wishes)
-        for component in BUILDERS:
+        for component in wishes.graphs:
             keep = too_large(largest.get(component, {}))
             how = wishes.int4
             if component == "decoder" and wishes.calibrate is not None:
-                files = {name: staging / components[name]["file"] for name in BUILDERS if name != "decoder"}
-                how = _calibrated(wishes, config, tensors, tokenizer, files, where=checkpoint)
+                how = _calibrated(wishes, config, tensors, _rows(wishes, config, tokenizer, staging, components))
             kind = wishes.make(component, how, keep)
             del how  # with a layer of the decoder in it
             components |= _component(component, staging, config, tensors, kind, plain=component in wishes.plain)
@@ -135,9 +147,12 @@ def export_bundle(
                 components[component]["largest_value"] = max(found.values()) if found else None  # None: not tried
                 components[component] |= {"kept_in_fp32": sorted(keep)} if keep else {}
             del kind
+        if wishes.engine == "gguf":
+            rows = None if wishes.calibrate is None else _rows(wishes, config, tokenizer, staging, components)
+            components |= _ggufs(wishes, checkpoint, staging, Path(scratch), config, tensors, rows, name or out.name)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
-        if measure and any(word not in ("fp32", "fp16") for word in wishes.precision.values()):
+        if measure and any(word not in _EXACT for word in wishes.precision.values()):
             _measure(components, files, Path(scratch) / "fp32", config, tensors, wishes)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
         components["tokenizer"] = _entry(staging / TOKENIZER)
@@ -180,32 +195,63 @@ def check_bundle_wishes(
     return check_wishes(precision, **wishes)
 
 
-def _calibrated(
-    wishes: Wishes,
-    config: MolmoConfig,
-    tensors: TensorSource,
-    tokenizer: Tokenizer,
-    files: dict[str, Path],
-    *,
-    where: Path,
-) -> Int4:
-    from molmo_edge.quantize.calibration import Calibration, sequences
+def _rows(
+    wishes: Wishes, config: MolmoConfig, tokenizer: Tokenizer, staging: Path, components: dict[str, dict[str, Any]]
+) -> list[np.ndarray]:
+    """What the decoder will be fed with for the prompts of a calibration."""
+    from molmo_edge.quantize.calibration import sequences
 
     assert wishes.calibrate is not None
-    check_tensors(config, tensors, where=where)
+    files = {name: staging / components[name]["file"] for name in BUILDERS if name != "decoder"}
     runtime = OnnxRuntime(config, files)
     try:
-        rows = sequences(wishes.calibrate, runtime, tokenizer)
+        return sequences(wishes.calibrate, runtime, tokenizer)
     finally:
         runtime.close()
+
+
+def _calibrated(wishes: Wishes, config: MolmoConfig, tensors: TensorSource, rows: list[np.ndarray]) -> Int4:
+    from molmo_edge.quantize.calibration import Calibration
+
     return dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))
+
+
+def _ggufs(
+    wishes: Wishes,
+    checkpoint: Path,
+    staging: Path,
+    scratch: Path,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    rows: list[np.ndarray] | None,
+    name: str,
+) -> dict[str, dict[str, Any]]:
+    from molmo_edge.export.gguf import export_decoder
+
+    weigh = None
+    if rows is not None:
+        from molmo_edge.quantize.importance import importance
+
+        weigh = importance(config, tensors, rows)
+    word = wishes.precision["decoder"]
+    path = export_decoder(staging, scratch, checkpoint, config, tensors, word, name, weigh)
+    made = {"decoder": _entry(path, engine="gguf", precision=word)}
+    if weigh is not None:
+        made["decoder"]["importance"] = "mean squares of its inputs on photos"
+    if wishes.mmproj:
+        from molmo_edge.export.mmproj import write_mmproj
+
+        path = staging / "mmproj-f16.gguf"
+        write_mmproj(path, config, tensors, Tokenizer.from_file(checkpoint / TOKENIZER), name)
+        made["mmproj"] = _entry(path, engine="gguf", precision="f16")
+    return made
 
 
 def _largest_values(
     scratch: Path, config: MolmoConfig, tensors: TensorSource, wishes: Wishes
 ) -> dict[str, dict[str, float]]:
     """By component that is to have float16 products: how large its numbers get, matrix by matrix."""
-    half = [component for component in BUILDERS if component != "embed_tokens" and wishes.make(component).half]
+    half = [component for component in wishes.graphs if component != "embed_tokens" and wishes.make(component).half]
     too_heavy = 4 * _weights("decoder", config, tensors) > _MEASURED_BELOW
     if too_heavy and "decoder" in half and not config.decoder.norm_after:
         half.remove("decoder")
@@ -283,17 +329,18 @@ def _entry(path: Path, **more: Any) -> dict[str, Any]:
 
 
 def _sources(checkpoint: Path) -> dict[str, str]:
-    """sha256 of every file of weights, and of the configuration that they were read with."""
-    patterns = ("config.json", "config.yaml", "model*.safetensors", "pytorch_model.bin", "model.pt")
+    """sha256 of every file of weights, and of the configuration that they were read with; of a bundle's manifest."""
+    patterns = (MANIFEST, "config.json", "config.yaml", "model*.safetensors", "pytorch_model.bin", "model.pt")
     return {path.name: sha256_of(path) for pattern in patterns for path in sorted(checkpoint.glob(pattern))}
 
 
 def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     """No bundle leaves without having run: weights that do not fit their config.json show here.
 
-    Weights in sidecars stay in their files, so that a bundle larger than this machine's memory is tried as well.
+    Weights in sidecars and GGUFs stay in their files, so that a bundle larger than this machine's memory is tried as
+    well.
     """
-    runtime = OnnxRuntime(config, files, mapped=True)
+    runtime = open_files(config, files, mapped=True)
     try:
         i = config.image
         crop = np.zeros((1, i.patches**2, i.patch_size**2 * 3), np.float32)
@@ -305,7 +352,9 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     finally:
         runtime.close()
     if not np.isfinite(logits).all():
-        raise ExportError("the graphs give no numbers: these weights, or these precisions for them, are not sound")
+        # llama.cpp narrows what a matrix of 16 bits is multiplied with to the same 16.
+        advice = "; choose decoder=bf16 or f32" if files["decoder"].suffix == ".gguf" else ""
+        raise ExportError(f"it gives no numbers: these weights, or these precisions for them, are not sound{advice}")
 
 
 def _not_running(why: str) -> ExportError:
@@ -330,7 +379,7 @@ def _measure(
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
     for component, error in component_errors(config, exact, {name: files[name] for name in exact}).items():
-        if wishes.precision[component] not in ("fp32", "fp16"):  # a CPU does not round as fp16 says
+        if wishes.precision[component] not in _EXACT:
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 
 

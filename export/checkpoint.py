@@ -56,7 +56,7 @@ def export_checkpoint(
     shapes = check_tensors(config, tensors, where=checkpoint)
     total = sum(math.prod(shape) for shape in shapes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(out.parent, total * DTYPES[dtype].itemsize)
+    check_disk(out.parent, total * DTYPES[dtype].itemsize)
     # Beside `out`, so that the last step is a rename on one file system.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         staging = Path(scratch) / "checkpoint"
@@ -110,7 +110,8 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return rounded.reshape(values.shape)
 
 
-def _check_disk(directory: Path, needed: int) -> None:
+def check_disk(directory: Path, needed: int) -> None:
+    """Raise ExportError where `needed` bytes do not fit."""
     free = shutil.disk_usage(directory).free
     if needed + _SPARE > free:
         raise ExportError(

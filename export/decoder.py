@@ -13,6 +13,7 @@ from molmo_edge.export.experts import experts_ffn
 from molmo_edge.export.graph import Graph, Precision
 from molmo_edge.export.operators import Positions, cached_attention, positions, rms_norm, silu
 from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.layout import head_name
 
 HUB = "model.transformer"
 
@@ -49,13 +50,6 @@ def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision:
     name = head_name(d)
     logits = precision.linear(graph, x, name.removesuffix(".weight"), tensors.get(name), None)
     graph.output(graph.node("Identity", logits, name="logits"), np.float32, [1, d.embedding_size])
-
-
-def head_name(d: DecoderConfig) -> str:
-    """The hub's name of the matrix that makes logits; the remote code of MolmoE moved it to the top level."""
-    if d.weight_tying:
-        return f"{HUB}.wte.embedding"
-    return "lm_head.weight" if d.n_experts else f"{HUB}.ff_out.weight"
 
 
 def _block(

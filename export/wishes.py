@@ -1,4 +1,4 @@
-"""What an export is asked for, checked before a checkpoint is fetched: precisions, targets, four-bit settings."""
+"""What an export is asked for, checked before a checkpoint is fetched: engine, precisions, targets, bits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from molmo_edge.bundle import GRAPHS
 from molmo_edge.export import ExportError
 from molmo_edge.export.graph import FP32, Precision
 from molmo_edge.quantize.float16 import float16
+from molmo_edge.quantize.gguf import FLOATS, GGUF_WORDS
 from molmo_edge.quantize.int4 import Int4, int4_precision
 from molmo_edge.quantize.int8 import INT8, Q8
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 WORDS = ("fp32", "fp16", "int8", "q8", "q4", "mixed", "q4f16")
 _FOUR_BITS = ("q4", "mixed", "q4f16")
 _PLAIN = ("fp32", "fp16", "int8")  # what ONNX's own operators can do
+ENGINES = ("onnx", "gguf")  # of the decoder; the rest is ONNX in both
 
 
 def _by_component(vision_encoder: str, connector: str, embed_tokens: str, decoder: str) -> dict[str, str]:
@@ -30,6 +32,11 @@ def _by_component(vision_encoder: str, connector: str, embed_tokens: str, decode
 # connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
 _WHOLE = {word: _by_component("int8", "q8", "int8", word) for word in ("q4", "mixed")}
 _WHOLE["q4f16"] = _by_component("fp16", "fp16", "fp16", "q4f16")
+# For llama.cpp. Rows of the embedding are looked up on our side, in full precision: they lie on the disk, and only those
+# that are asked for come into memory.
+_GGUF = {
+    word: _by_component(*("fp32", "fp32") if word in FLOATS else ("int8", "q8"), "fp32", word) for word in GGUF_WORDS
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,18 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Wishes:
-    precision: Mapping[str, str]  # of each component, one of WORDS
+    engine: str  # of the decoder, one of ENGINES
+    precision: Mapping[str, str]  # of each component, one of WORDS; of a GGUF, one of GGUF_WORDS
     target: Target | None
     plain: frozenset[str]  # components in ONNX's own operators alone
     int4: Int4
     calibrate: Sequence[Prompt] | None  # what four-bit weights are rounded with
+    mmproj: bool = False  # vision and connector as a GGUF as well
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The components that are ONNX."""
+        return GRAPHS if self.engine == "onnx" else tuple(name for name in GRAPHS if name != "decoder")
 
     def make(self, component: str, how: Int4 | None = None, keep: Collection[str] = ()) -> Precision:
         """The component's precision. `keep`: matrices that float16 has no room for."""
@@ -109,45 +123,93 @@ class Wishes:
 def check_wishes(
     precision: str | Mapping[str, str] | None = None,
     *,
+    engine: str = "onnx",
     target: str | None = None,
     plain: bool = False,
     block: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    mmproj: bool = False,
 ) -> Wishes:
     """Raises ExportError for what cannot be asked for; see molmo_edge.export.export_bundle."""
+    if engine not in ENGINES:
+        raise ExportError(f"the engine {engine!r} is not known; known are {', '.join(ENGINES)}")
     if target is not None and target not in TARGETS:
         raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
     aim = None if target is None else TARGETS[target]
-    words = _words(precision, aim)
+    words = _words(precision, aim, engine)
+    if engine == "gguf":
+        return _gguf_wishes(words, aim, plain, block or asymmetric, calibrate, mmproj)
+    if mmproj:
+        raise ExportError("an mmproj is a GGUF, for those who build on ggml: it is made with the engine gguf")
     in_plain = frozenset(GRAPHS) if plain else aim.plain if aim else frozenset()
-    for component in GRAPHS:
-        if component in in_plain and words[component] not in _PLAIN:
-            raise ExportError(
-                f"{component} would be {words[component]}, but in ONNX's own operators alone it can only be "
-                f"{', '.join(_PLAIN)}: choose with --precision {component}=..."
-            )
+    _check_plain(in_plain, words)
     if (block or asymmetric or calibrate) and not any(word in _FOUR_BITS for word in words.values()):
         raise ExportError("blocks, zero points and a calibration are for four-bit weights: q4, mixed or q4f16")
     if calibrate is not None and words["decoder"] not in _FOUR_BITS:
         raise ExportError(f"a calibration is for the decoder, which was to be {words['decoder']}")
     prompts = None if calibrate is None else _prompts(Path(calibrate))
-    return Wishes(words, aim, in_plain, Int4(block, asymmetric), prompts)
+    return Wishes("onnx", words, aim, in_plain, Int4(block, asymmetric), prompts)
 
 
-def _words(precision: str | Mapping[str, str] | None, target: Target | None) -> dict[str, str]:
+def _gguf_wishes(
+    words: dict[str, str],
+    target: Target | None,
+    plain: bool,
+    blocks: object,
+    calibrate: str | Path | None,
+    mmproj: bool,
+) -> Wishes:
+    in_plain = frozenset(GRAPHS) - {"decoder"} if plain else target.plain if target else frozenset()
+    _check_plain(in_plain, words)
+    if blocks:
+        raise ExportError("blocks and zero points are for four-bit weights in ONNX: llama.cpp's types have their own")
+    if calibrate is not None and words["decoder"] in FLOATS:
+        raise ExportError(f"a calibration is for rounded weights, the decoder was to be {words['decoder']}")
+    try:
+        import gguf  # noqa: F401
+
+        from molmo_edge.runtimes.llama_library import install_command, load_library
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ExportError(f"writing a GGUF needs the gguf package: {install_command()}") from None
+    load_library()
+    prompts = None if calibrate is None else _prompts(Path(calibrate))
+    return Wishes("gguf", words, target, in_plain, Int4(None, False), prompts, mmproj)
+
+
+def _check_plain(plain: Collection[str], words: Mapping[str, str]) -> None:
+    for component in GRAPHS:
+        if component in plain and words[component] not in _PLAIN:
+            raise ExportError(
+                f"{component} would be {words[component]}, but in ONNX's own operators alone it can only be "
+                f"{', '.join(_PLAIN)}: choose with --precision {component}=..."
+            )
+
+
+def _words(precision: str | Mapping[str, str] | None, target: Target | None, engine: str) -> dict[str, str]:
     whole = dict(target.precision) if target else dict.fromkeys(GRAPHS, "fp32")
+    if engine == "gguf":
+        whole |= {"embed_tokens": "fp32", "decoder": "q4_k_m"} if target else {"decoder": "f16"}
     if precision is None:
         return whole
+    known = GGUF_WORDS if engine == "gguf" else WORDS
     if isinstance(precision, str):
-        names = _WHOLE.get(precision) or dict.fromkeys(GRAPHS, precision)
-    else:
-        names = whole | dict(precision)
+        word = precision.lower()
+        if word not in known:
+            raise ExportError(f"the precision {precision!r} is not known for {engine}; known are {', '.join(known)}")
+        names = (_GGUF if engine == "gguf" else _WHOLE).get(word) or dict.fromkeys(GRAPHS, word)
+        # A target knows what the rest of its machine likes; the word is about the decoder.
+        return whole | {"decoder": word} if engine == "gguf" and target else dict(names)
+    names = whole | {component: word.lower() for component, word in precision.items()}
     if unknown := [component for component in names if component not in GRAPHS]:
         raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(GRAPHS)}")
-    if unknown := [word for word in names.values() if word not in WORDS]:
-        raise ExportError(f"the precision {unknown[0]!r} is not known; known are {', '.join(WORDS)}")
-    return dict(names)
+    for component, word in names.items():
+        known = GGUF_WORDS if engine == "gguf" and component == "decoder" else WORDS
+        if word not in known:
+            raise ExportError(f"the precision {word!r} is not known for {component}; known are {', '.join(known)}")
+    return names
 
 
 def _prompts(folder: Path) -> list[Prompt]:

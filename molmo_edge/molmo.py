@@ -31,6 +31,7 @@ from molmo_edge.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
+    from molmo_edge.runtimes.llama_options import LlamaOptions
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
 
@@ -86,11 +87,11 @@ class Molmo:
     """A model, ready to be asked; safe to share between threads.
 
     `model`: None for the embedded nano; a bundle directory; a checkpoint directory (runs on PyTorch), in hub layout
-    or the reference's own; or a hub id, with `revision` a branch, tag or commit there. `device`: "cpu", "cuda" or
-    "mps" (checkpoints only: bundles run on the CPU) or "auto", the best that there is. `precision`: of a checkpoint's
+    or the reference's own; or a hub id, with `revision` a branch, tag or commit there. `device`: one of
+    `molmo_edge.runtimes.DEVICES`; "auto" is the best that there is. `precision`: of a checkpoint's
     weights, "fp32", "bf16", "int8", "nf4" (both of bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU that has
     the memory. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU threads,
-    None for the engine's choice.
+    None for the engine's choice. `llama`: how llama.cpp runs a bundle's GGUF (molmo_edge.runtimes.llama_options).
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -106,6 +107,7 @@ class Molmo:
         revision: str | None = None,
         max_crops: int | None = None,
         threads: int | None = None,
+        llama: LlamaOptions | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -117,7 +119,7 @@ class Molmo:
             raise ConfigError(f'precision "{precision}" is not known; known are {", ".join(PRECISIONS)}')
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
-        runtime = open_runtime(directory, device=device, precision=precision, threads=threads)
+        runtime = open_runtime(directory, device=device, precision=precision, threads=threads, llama=llama)
         self._assemble(runtime, tokenizer, max_crops, started)
 
     @classmethod

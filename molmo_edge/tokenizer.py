@@ -123,11 +123,15 @@ class Tokenizer:
         """
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
+    def token(self, token_id: int) -> str | None:
+        """The token as tokenizer.json writes it; None for an id that has none."""
+        return self._text.id_to_token(int(token_id))
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for: often a word, sometimes a part of a character."""
         if token_id < 0:
             raise TokenizerError(f"{token_id} is not a token id")
-        token = self._text.id_to_token(int(token_id))
+        token = self.token(token_id)
         if token is None:
             return b""
         table = _byte_of_char()

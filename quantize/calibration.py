@@ -1,10 +1,9 @@
-"""What the decoder's matrices get to see: prompts with photos, run through it layer by layer, for GPTQ.
+"""Prompts with photos to round a decoder with, and GPTQ on what its matrices make of them.
 
 A Molmo prompt is mostly image, and image positions look nothing like text: matrices that are calibrated on text alone
 are rounded for the wrong inputs. So each sequence here is a photo, a question, and the answer where one is given.
 
-Layers come one after the other, each with the rounded ones before it, as in use; memory holds one layer and the
-sequences' states.
+Layers come one after the other (molmo_edge.quantize.walk), each with the rounded ones before it, as in use.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.embeddings import image_embeddings
 from molmo_edge.export import ExportError
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.decoder import Block, SparseFFN, rotary_tables
-from molmo_edge.modeling.loading import load_part
+from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.prompt import build_prompt, caption_question, image_ids, text_ids
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.rounding import Blocks, nearest
+from molmo_edge.quantize.walk import Walk
 from molmo_edge.runtimes import Runtime
 from molmo_edge.tokenizer import Tokenizer
 
@@ -128,11 +127,8 @@ class Calibration:
 
     def __init__(self, config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray]) -> None:
         """`rows`: what `sequences` gave."""
-        self._config, self._tensors = config, tensors
-        self._states = [torch.from_numpy(np.ascontiguousarray(row, np.float32))[None] for row in rows]
-        self._tables = [rotary_tables(torch.arange(s.shape[1])[None], config.decoder) for s in self._states]
-        self._layer = 0
-        self._block = self._load(0)
+        self._config = config
+        self._walk = Walk(config, tensors, rows)
         self._experts: dict[tuple[int, str], Blocks] = {}
 
     @torch.inference_mode()
@@ -141,7 +137,8 @@ class Calibration:
         if found is None:  # the experts as one matrix: nothing here has its inputs
             return nearest(name, weight, block, asymmetric)
         layer, expert, which, leaf = found.groups()
-        self._go_to(int(layer))
+        if self._walk.go_to(int(layer)):
+            self._experts = {}
         if expert is not None:
             d = self._config.decoder
             if weight.shape[1] != (d.ffn_dim if which == "down" else d.d_model):  # filled up to whole blocks
@@ -149,57 +146,26 @@ class Calibration:
             if not self._experts:
                 self._experts = self._round_experts(block, asymmetric)
             return self._experts.pop((int(expert), which))
-        module = getattr(self._block.attn if leaf.startswith("att") else self._block.ffn, leaf)
+        home = self._walk.block.attn if leaf.startswith("att") else self._walk.block.ffn
+        module = getattr(home, leaf)
         inputs = self._hessian(module)
         grown = weight.shape[1] - len(inputs)  # the columns that a block was filled up with
         rounded = _rounded(torch.from_numpy(weight), F.pad(inputs, (0, grown, 0, grown)), block, asymmetric)
         module.weight.copy_(torch.from_numpy(rounded.restored())[:, : weight.shape[1] - grown])
         return rounded
 
-    def _go_to(self, layer: int) -> None:
-        while self._layer < layer:
-            for i, (state, tables) in enumerate(zip(self._states, self._tables, strict=True)):
-                self._states[i] = self._block(state, *tables, None, None)
-            self._layer += 1
-            del self._block  # before the next is there: a layer of MolmoE is 1.6 GB
-            self._block = self._load(self._layer)
-            self._experts = {}
-
-    def _load(self, layer: int) -> Block:
-        return cast(Block, load_part(self._config, self._tensors, f"decoder.blocks.{layer}"))
-
-    def _inputs(self, module: nn.Module) -> Iterator[Tensor]:
-        """What the module is fed with in each sequence, [n, in]."""
-        seen: list[Tensor] = []
-
-        def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            seen.append(inputs[0][0])
-            raise _Enough
-
-        for state, tables in zip(self._states, self._tables, strict=True):
-            hook = module.register_forward_pre_hook(stop)
-            try:
-                self._block(state, *tables, None, None)
-            except _Enough:
-                yield seen.pop()
-            finally:
-                hook.remove()
-
     def _hessian(self, module: nn.Module) -> Tensor:
         total: Tensor | None = None
-        for x in self._inputs(module):
-            # Where a norm follows, a position's error counts against its own size: those of OLMo's positions lie a
-            # thousandfold apart, and unscaled the largest few would be all that counts.
-            x = F.normalize(x, dim=-1) if self._config.decoder.norm_after else x
+        for x in self._walk.inputs(module):
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total
 
     def _round_experts(self, block: int, asymmetric: bool) -> dict[tuple[int, str], Blocks]:
         """All of the layer: each on the positions that chose it, by the weight that they gave it."""
-        ffn = self._block.ffn
+        ffn = self._walk.block.ffn
         assert isinstance(ffn, SparseFFN)
-        x = torch.cat(list(self._inputs(ffn)))  # [tokens, d_model]
+        x = torch.cat(list(self._walk.inputs(ffn)))  # [tokens, d_model]
         weights, chosen = ffn.route(x)
         shared = x.T @ x
         found: dict[tuple[int, str], Blocks] = {}
@@ -225,10 +191,6 @@ class Calibration:
         with _single_threaded() as workers, ThreadPoolExecutor(workers) as pool:
             list(pool.map(one, range(len(ffn.gate))))
         return found
-
-
-class _Enough(Exception):  # noqa: N818 (a signal, not an error)
-    """What was to be seen has been seen."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes import Runtime, open_files
 
 _TEXT = 32  # tokens after the image
 _SCORED = 8  # of them, the last ones, are compared
@@ -21,7 +21,7 @@ class ComponentError:
 
 
 def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]) -> dict[str, ComponentError]:
-    """Compare the graphs in `files` with those in `exact`; both map the same component names to .onnx files.
+    """Compare what is in `files` with what is in `exact`; both map the same components to .onnx files, or to a .gguf.
 
     The decoder, which may be too large to be run twice, may be missing.
 
@@ -30,7 +30,7 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
 
     Memory holds what is in `files`, as any use of it does, and of `exact` only what has no sidecar.
     """
-    a, b = OnnxRuntime(config, exact, mapped=True), OnnxRuntime(config, files)
+    a, b = open_files(config, exact, mapped=True), open_files(config, files)
     rng = np.random.default_rng(0)
     crops, masks = sample_crops(config)
     ids = rng.integers(0, config.decoder.vocab_size, _TEXT)
@@ -65,7 +65,7 @@ def sample_crops(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(crops).astype(np.float32), np.ones((2, i.patches**2), np.float32)
 
 
-def _logits(runtime: OnnxRuntime, sequence: np.ndarray) -> np.ndarray:
+def _logits(runtime: Runtime, sequence: np.ndarray) -> np.ndarray:
     cache = runtime.new_cache(len(sequence))
     runtime.forward(sequence[:-_SCORED], cache)
     return np.stack([runtime.forward(row[None], cache) for row in sequence[-_SCORED:]])

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from molmo_edge.bundle import is_bundle
+from molmo_edge.bundle import is_bundle, open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.hub_config import is_checkpoint
 
-DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml")
+if TYPE_CHECKING:
+    from molmo_edge.runtimes.llama import LlamaRuntime
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+    from molmo_edge.runtimes.onnx import OnnxRuntime
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml", "vulkan")
 
 
 class EngineError(MolmoEdgeError):
@@ -83,12 +88,18 @@ class BatchRuntime(Runtime, Protocol):
 
 
 def open_runtime(
-    directory: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+    directory: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    llama: LlamaOptions | None = None,
 ) -> Runtime:
-    """Open a bundle on ONNX Runtime, or a checkpoint directory on PyTorch.
+    """Open a bundle on ONNX Runtime, its decoder on llama.cpp where it is a GGUF, or a checkpoint on PyTorch.
 
     `precision`: of a checkpoint's weights, "fp32", "bf16", "int8", "nf4", or "auto" (modeling/precision.py); a bundle
-    has its own. `threads`: None leaves the number to the engine, which takes the physical cores.
+    has its own. `threads`: None leaves the number to the engine, which takes the physical cores. `llama`: how
+    llama.cpp runs (molmo_edge.runtimes.llama_options).
     Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle,
     PrecisionError for weights that do not fit into memory.
     """
@@ -100,9 +111,18 @@ def open_runtime(
     if is_bundle(directory):
         if precision != "auto":
             raise EngineError(f'{directory} is a bundle, whose precision was chosen at its export, not "{precision}"')
+        bundle = open_bundle(directory)
+        if bundle.components["decoder"].engine == "gguf":
+            from molmo_edge.runtimes.llama import open_llama_runtime
+
+            return open_llama_runtime(bundle, device=device, threads=threads, options=llama)
+        if llama is not None:
+            raise EngineError(f"{directory} has no GGUF, so llama.cpp's options are not for it")
         from molmo_edge.runtimes.onnx import open_bundle_runtime
 
-        return open_bundle_runtime(directory, device=device, threads=threads)
+        return open_bundle_runtime(bundle, device=device, threads=threads)
+    if llama is not None:
+        raise EngineError(f"{directory} is a checkpoint, which does not run on llama.cpp: export it first")
     if is_checkpoint(directory):
         try:
             from molmo_edge.runtimes.torch import TorchRuntime
@@ -114,3 +134,21 @@ def open_runtime(
             ) from None
         return TorchRuntime(directory, device=device, precision=precision, threads=threads)
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
+
+
+def open_files(config: MolmoConfig, files: dict[str, Path], *, mapped: bool = False) -> OnnxRuntime | LlamaRuntime:
+    """A runtime over the components of a bundle that is not whole yet; none of them is verified.
+
+    `files`: by component; a decoder may be a .gguf, or be left out where nothing is asked of it. `mapped`: weights stay
+    in their files, slower, and in next to no memory.
+    """
+    from molmo_edge.runtimes.onnx import OnnxRuntime
+
+    decoder = files.get("decoder")
+    if decoder is None or decoder.suffix != ".gguf":
+        return OnnxRuntime(config, files, mapped=mapped)
+    from molmo_edge.runtimes.llama import LlamaRuntime
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+    graphs = OnnxRuntime(config, {name: path for name, path in files.items() if name != "decoder"}, mapped=mapped)
+    return LlamaRuntime(config, graphs, decoder, options=LlamaOptions(repack=False if mapped else None))

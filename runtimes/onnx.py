@@ -14,39 +14,49 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.bundle import GRAPHS, Component, open_bundle
+from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.runtimes import Cache, EngineError, Runtime, Unavailable
+from molmo_edge.runtimes import Cache, EngineError, Unavailable
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 _SMALL_CROPS = 8  # of a small vision tower, at once
 
 
-def open_bundle_runtime(directory: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
-    """Verify the bundle in `directory` and open it. Raises BundleError or EngineError."""
-    bundle = open_bundle(directory)
-    for name in GRAPHS:
-        if (engine := bundle.components[name].engine) != "onnx":
-            raise Unavailable(f'{directory}: {name} is for the engine "{engine}", which this version does not have')
-        _check_version(directory, bundle.components[name])
+def open_bundle_runtime(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> OnnxRuntime:
+    """Open a verified bundle. Raises EngineError or Unavailable."""
+    check_components(bundle, GRAPHS)
+    placement = place_bundle(bundle, device)
+    files = {name: bundle.path(name) for name in GRAPHS}
+    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement)
+
+
+def check_components(bundle: Bundle, names: Sequence[str]) -> None:
+    """Raises Unavailable for a component of another engine, or for a newer onnxruntime than this."""
+    for name in names:
+        component = bundle.components[name]
+        if component.engine != "onnx":
+            raise Unavailable(
+                f'{bundle.directory}: {name} is for the engine "{component.engine}", which this version does not have'
+            )
+        needed, onnxruntime = component.onnxruntime, _import()
+        if needed and _numbers(onnxruntime.__version__) < _numbers(needed):
+            raise Unavailable(
+                f"{bundle.directory}: {component.file} needs onnxruntime {needed} or later, this is "
+                f"{onnxruntime.__version__}: pip install --upgrade onnxruntime"
+            )
+
+
+def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placement:
+    """Raises Unavailable for a device that this onnxruntime does not have; without `insist` the CPU stands in."""
     identity = bundle.components["vision_encoder"].sha256[:16] + bundle.components["connector"].sha256[:16]
-    placement = place(device, bundle.device, _import().get_available_providers(), bundle.config, identity)
-    return OnnxRuntime(
-        bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=threads, placement=placement
-    )
-
-
-def _check_version(directory: Path, component: Component) -> None:
-    if not component.onnxruntime:
-        return
-    onnxruntime = _import()
-    if _numbers(onnxruntime.__version__) < _numbers(component.onnxruntime):
-        raise Unavailable(
-            f"{directory}: {component.file} needs onnxruntime {component.onnxruntime} or later, this is "
-            f"{onnxruntime.__version__}: pip install --upgrade onnxruntime"
-        )
+    try:
+        return place(device, bundle.device, _import().get_available_providers(), bundle.config, identity)
+    except Unavailable:
+        if insist:
+            raise
+        return Placement()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from molmo_edge.export import export_bundle
 from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.runtimes.onnx import OnnxRuntime, open_bundle_runtime
+from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,7 +48,7 @@ def _bundle(architecture: str, precision: str | None, **options: Any) -> Path:
 
 @functools.cache
 def _runtime(architecture: str, precision: str | None, **options: Any) -> OnnxRuntime:
-    opened = open_bundle_runtime(bundle(architecture, precision, **options), threads=2)
+    opened = open_runtime(bundle(architecture, precision, **options), threads=2)
     assert isinstance(opened, OnnxRuntime)
     return opened
 

@@ -25,7 +25,8 @@ from molmo_edge.hub_config import to_hub_config
 from molmo_edge.loading import ImageError
 from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
 from molmo_edge.prompt import PromptError
-from molmo_edge.runtimes.onnx import OnnxRuntime, open_bundle_runtime
+from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes.onnx import OnnxRuntime
 
 TOLERANCE = 1e-4  # relative to the largest value: the one the golden values come with
 
@@ -190,7 +191,7 @@ def load_file_as_float(directory: Path) -> dict[str, np.ndarray]:
 def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "tied", weight_tying=True)
     export_bundle(tmp_path / "tied", tmp_path / "bundle")
-    engine = open_bundle_runtime(tmp_path / "bundle", threads=1)
+    engine = open_runtime(tmp_path / "bundle", threads=1)
     untied = runtime("qwen")
     row = untied.embed(np.array([7]))
     logits = engine.forward(row, engine.new_cache(1))
@@ -226,7 +227,7 @@ def test_large_weights_go_to_a_sidecar(tmp_path: Path, monkeypatch: pytest.Monke
     opened = open_bundle(tmp_path / "bundle", hashes=True)
     assert opened.components["decoder_data"].file == "decoder.onnx.data"
     assert opened.components["decoder"].bytes < 20_000
-    engine, c = open_bundle_runtime(tmp_path / "bundle", threads=2), case("olmo", "wide_text")
+    engine, c = open_runtime(tmp_path / "bundle", threads=2), case("olmo", "wide_text")
     assert isinstance(engine, OnnxRuntime)
     np.testing.assert_array_equal(prompt(engine, c), prompt(runtime("olmo"), c))
     assert greedy(engine, prompt(engine, c), 24) == expected("olmo")[1]["wide_text"]["generated_ids"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molmo_edge.config import MolmoConfig
+from molmo_edge.config import DecoderConfig, MolmoConfig
 
 # A parameter of ours is one hub tensor, or several of them stacked along a new first dimension.
 Slot = tuple[str, ...]
@@ -24,6 +24,13 @@ def hub_layout(config: MolmoConfig) -> dict[str, Slot]:
 def hub_shapes(config: MolmoConfig) -> dict[str, Shape]:
     """Hub tensor name -> shape: a checkpoint's whole list of contents."""
     return {hub: shape for _, slot, shape in _lines(config) for hub in slot}
+
+
+def head_name(d: DecoderConfig) -> str:
+    """The hub's name of the matrix that makes logits; the remote code of MolmoE moved it to the top level."""
+    if d.weight_tying:
+        return "model.transformer.wte.embedding"
+    return "lm_head.weight" if d.n_experts else "model.transformer.ff_out.weight"
 
 
 def _lines(config: MolmoConfig) -> Iterator[_Line]:
@@ -77,8 +84,7 @@ def _decoder(config: MolmoConfig) -> Iterator[_Line]:
         yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",), (d.additional_vocab_size, width)
     yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",), (width,)
     if not d.weight_tying:
-        head = "lm_head.weight" if d.n_experts else f"{hub}.ff_out.weight"
-        yield "decoder.head.weight", (head,), (d.embedding_size, width)
+        yield "decoder.head.weight", (head_name(d),), (d.embedding_size, width)
     attention: dict[str, Shape] = {"att_proj.weight": (width + 2 * kv, width), "attn_out.weight": (width, width)}
     attention |= {"att_proj.bias": (width + 2 * kv,)} if d.qkv_bias else {}
     attention |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)} if d.qk_norm else {}

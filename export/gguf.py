@@ -1,0 +1,116 @@
+"""The decoder as a GGUF in llama.cpp's own names, for its own graphs: olmoe, qwen2 and olmo2.
+
+Written tensor by tensor in 16 or 32 bits; molmo_edge.quantize.gguf makes fewer of them. The file is a whole language
+model with its tokenizer, which any program on llama.cpp can chat with in text; images enter as embeddings, from the
+graphs beside it (molmo_edge.runtimes.llama).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+import molmo_edge
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import ExportError
+from molmo_edge.export.checkpoint import check_disk, round_to_bfloat16
+from molmo_edge.export.gguf_vocab import add_vocabulary
+from molmo_edge.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
+from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.quantize.gguf import FLOATS, quantize_gguf
+
+_FLOATS = {
+    "f32": (4, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (2, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (2, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
+_LARGEST = 65504.0  # of float16
+
+
+def export_decoder(
+    directory: Path,
+    scratch: Path,
+    source: Path,
+    config: MolmoConfig,
+    tensors: TensorSource,
+    word: str,
+    name: str,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """The decoder in `directory` in one of GGUF_WORDS, by way of 16 bits in `scratch` where it is rounded.
+
+    `source`: has the tokenizer.json. Raises as `write_decoder` and `quantize_gguf` do, and ExportError where the disk
+    has no room.
+    """
+    path = directory / f"decoder-{word}.gguf"
+    listed = list(decoder_tensors(config.decoder))
+    weights = sum(tensor.weights for tensor in listed)
+    if word in FLOATS:
+        check_disk(directory, _FLOATS[word][0] * weights)
+        write_decoder(path, source, config, tensors, word, name)
+        return path
+    check_disk(directory, 3 * weights)  # 16 bits, and the 8 or fewer that are made of them
+    whole = scratch / path.name
+    # The weights' own 16 bits, so that only llama.cpp rounds them.
+    stored = {tensors.dtype(tensor.parts[0].hub) for tensor in listed if not tensor.exact}
+    write_decoder(whole, source, config, tensors, "bf16" if stored == {"BF16"} else "f16", name)
+    quantize_gguf(whole, path, word, importance)
+    whole.unlink()
+    return path
+
+
+def write_decoder(
+    path: Path, directory: Path, config: MolmoConfig, tensors: TensorSource, kind: str, name: str
+) -> None:
+    """Write the decoder to `path` in `kind`, "f32", "f16" or "bf16"; `directory` has its tokenizer.json.
+
+    Memory holds one tensor, for experts those of one kind in a layer. Raises NoGraphError where llama.cpp has no graph
+    for it, ExportError where it has no way to cut its texts, and for weights that float16 cannot hold.
+    """
+    d = config.decoder
+    listed = list(decoder_tensors(d))
+    writer = GGUFWriter(path, architecture(d))
+    try:
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(_FLOATS[kind][2])
+        writer.add_string("molmo_edge.created_by", f"molmo-edge {molmo_edge.__version__}")
+        for key, value in shape_metadata(d).items():
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+        add_vocabulary(writer, directory, d)
+        write_tensors(writer, listed, tensors, kind)
+    finally:
+        writer.close()
+
+
+def write_tensors(writer: GGUFWriter, listed: list[GgufTensor], tensors: TensorSource, kind: str) -> None:
+    """Header, metadata and tensors, one after the other."""
+    for tensor in listed:
+        size, raw, _ = _FLOATS["f32" if tensor.exact else kind]
+        # The dtype only tells numbers from packed blocks; what is stored is `raw`.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size * tensor.weights, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in listed:
+        writer.write_tensor_data(_values(tensor, tensors, "f32" if tensor.exact else kind))
+
+
+def _values(tensor: GgufTensor, tensors: TensorSource, kind: str) -> np.ndarray:
+    parts = []
+    for part in tensor.parts:
+        rows = slice(part.start, None if part.rows is None else part.start + part.rows)
+        parts.append(_narrow(tensors.get(part.hub)[rows], kind, part.hub))
+    values = parts[0] if len(parts) == 1 else np.stack(parts)
+    return np.ascontiguousarray(values.reshape(tensor.shape))
+
+
+def _narrow(values: np.ndarray, kind: str, name: str) -> np.ndarray:
+    if kind == "bf16":
+        return round_to_bfloat16(values)
+    if kind == "f16" and np.abs(values).max(initial=0.0) > _LARGEST:
+        raise ExportError(f"{name} has weights that float16 cannot hold: choose bf16 or f32")
+    return np.asarray(values, np.float16 if kind == "f16" else np.float32)

@@ -1,0 +1,29 @@
+"""Where an export takes its weights from: a checkpoint, or a bundle, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from molmo_edge.bundle import is_bundle
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
+
+
+def open_source(directory: Path) -> tuple[MolmoConfig, TensorSource]:
+    """Configuration and tensors, all of them there and of the right shapes.
+
+    Rounded weights of a bundle are the floats that they stand for: rounding them again costs again, though little where
+    they had eight bits and get four.
+
+    Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle whose decoder is a GGUF.
+    """
+    tensors: TensorSource
+    if is_bundle(directory):
+        from molmo_edge.export.unpack import BundleTensors
+
+        tensors = bundle = BundleTensors(directory)
+        config = bundle.config
+    else:
+        config, tensors = MolmoConfig.from_hub(directory), open_tensors(directory)
+    check_tensors(config, tensors, where=directory)
+    return config, tensors

@@ -1,0 +1,391 @@
+"""A bundle whose decoder is a GGUF: vision, connector and embeddings on ONNX Runtime, the decoder on llama.cpp.
+
+llama.cpp is given embeddings, image and text alike, so it needs to know nothing of Molmo. Rows are looked up in the
+bundle's own table in full precision: the file's is rounded, and lacks Molmo's image tokens where they lie behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import platform
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.memory import available_memory
+from molmo_edge.runtimes import Cache, EngineError
+from molmo_edge.runtimes.gguf_header import check_decoder
+from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, physical_cores
+from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
+from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
+
+_CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
+_SEQUENCES = 16  # caches that share one context's memory
+_NO_ROOM, _ABORTED = 1, 2  # what llama_decode returns
+_ABORTABLE = 16  # positions; a shorter run is over before anybody could interrupt it
+_SPARE = 1_500_000_000  # bytes that stay free when weights are laid out anew
+_BETTER_REPACKED = ("q4_0", "iq4_nl")  # on x86; a prompt in K-quants takes twice as long with it, measured
+
+
+def open_llama_runtime(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, options: LlamaOptions | None = None
+) -> LlamaRuntime:
+    """Open a verified bundle. Raises BundleError for a GGUF that is not its own, EngineError or Unavailable."""
+    options = options or LlamaOptions()
+    load_library()
+    gpu = on_gpu(device) and options.gpu_layers != 0
+    check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
+    parts = [name for name in GRAPHS if name != "decoder"]
+    check_components(bundle, parts)
+    # The image's part goes to the same kind of device where this onnxruntime has it, and else stays with the CPU:
+    # on a Jetson llama.cpp with CUDA is there sooner than onnxruntime with CUDA.
+    placement = place_bundle(bundle, device, insist=False)
+    options = dataclasses.replace(options, repack=_repack(bundle, options, gpu))
+    graphs = OnnxRuntime(
+        bundle.config, {name: bundle.path(name) for name in parts}, threads=threads, placement=placement
+    )
+    return LlamaRuntime(bundle.config, graphs, bundle.path("decoder"), threads=threads, gpu=gpu, options=options)
+
+
+class LlamaRuntime:
+    """`molmo_edge.runtimes.Runtime` over three graphs and a GGUF, which loads in the background."""
+
+    def __init__(
+        self,
+        config: MolmoConfig,
+        graphs: OnnxRuntime,
+        decoder: Path,
+        *,
+        threads: int | None = None,
+        gpu: bool = False,
+        options: LlamaOptions | None = None,
+    ) -> None:
+        """`graphs`: with vision, connector and embeddings; it is closed with this. `gpu`: where the decoder goes.
+
+        The GGUF is taken as it is: see `molmo_edge.runtimes.gguf_header.check_decoder`.
+        """
+        self.config, self._graphs = config, graphs
+        self._stop = threading.Event()
+        loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
+        made = (decoder, threads or physical_cores(), gpu, options or LlamaOptions(), self._stop)
+        self._loading: Future[_Model] | None = loader.submit(_Model, *made)
+        loader.shutdown(wait=False)
+        self.encode_image, self.encode_crops, self.connect = graphs.encode_image, graphs.encode_crops, graphs.connect
+        self.embed = graphs.embed
+
+    def new_cache(self, capacity: int) -> LlamaCache:
+        most = self.config.decoder.max_position_embeddings
+        if not 0 < capacity <= most:
+            raise EngineError(
+                f"{capacity} positions were asked for, this model has {most}: "
+                "use fewer crops, a shorter question or a smaller max_new_tokens"
+            )
+        return LlamaCache(_Context(self._model(), capacity))
+
+    def restore(self, state: bytes | bytearray, length: int, capacity: int) -> LlamaCache:
+        """A cache with what `LlamaCache.state` gave when it had `length` positions. Raises EngineError."""
+        cache = self.new_cache(capacity)
+        cache.fill(state, length)
+        return cache
+
+    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        if not isinstance(cache, LlamaCache):
+            raise EngineError("this cache was made by another runtime")
+        embeddings = np.ascontiguousarray(embeddings, np.float32)
+        if not len(embeddings):
+            raise EngineError("there is nothing to run: no embeddings were given")
+        if embeddings.shape[1] != self.config.decoder.d_model:
+            raise EngineError(f"embeddings must be {self.config.decoder.d_model} wide, they are {embeddings.shape[1]}")
+        if cache.length + len(embeddings) > cache.capacity:
+            raise EngineError(f"{len(embeddings)} positions do not fit: {cache.length} of {cache.capacity} are filled")
+        return cache.append(embeddings)
+
+    def close(self) -> None:
+        """Let go of model and sessions; a cache that is still held keeps the model's memory."""
+        self._stop.set()
+        self._loading = None
+        self._graphs.close()
+
+    def _model(self) -> _Model:
+        if (loading := self._loading) is not None:
+            try:
+                return loading.result()
+            except CancelledError:
+                pass
+        raise EngineError("this runtime was closed")
+
+
+class LlamaCache:
+    """One sequence. Copies share a context's memory, and with it what they have in common, until it is full."""
+
+    def __init__(self, context: _Context, length: int = 0, capacity: int | None = None) -> None:
+        self.length = length
+        self.capacity = capacity or context.capacity
+        self._filled = length  # positions that llama.cpp has; `length` set lower forgets the rest at the next run
+        self._take(context)
+
+    def _take(self, context: _Context) -> None:
+        self._context, self._sequence = context, context.new_sequence()
+        self._drop = weakref.finalize(self, context.dropped.append, self._sequence)
+        self._drop.atexit = False
+
+    def copy(self) -> LlamaCache:
+        """Costs nothing where the context has a sequence to spare: positions belong to both, not to each."""
+        twin = LlamaCache.__new__(LlamaCache)
+        twin.length = twin._filled = self.length
+        twin.capacity = self.capacity
+        if self._context.full():
+            twin._take(_Context(self._context.model, self.capacity))
+            twin._context.restore(twin._sequence, self.state())
+        else:
+            twin._take(self._context)
+            self._context.share(self._sequence, twin._sequence, self.length)
+        return twin
+
+    def append(self, embeddings: np.ndarray) -> np.ndarray:
+        """Run [n, d_model] at the end; -> logits [embedding_size]. `length` moves only when all of it succeeded."""
+        if self._filled > self.length:
+            self._context.forget(self._sequence, self.length)
+            self._filled = self.length
+        try:
+            for start in range(0, len(embeddings), _CHUNK):
+                part = embeddings[start : start + _CHUNK]
+                if not self._context.run(self._sequence, part, self._filled):
+                    self._move_out()
+                    if not self._context.run(self._sequence, part, self._filled):
+                        raise EngineError("llama.cpp found no room for these positions")
+                self._filled += len(part)
+        except BaseException:
+            self._filled += _CHUNK  # a run that broke off may have left some: the next one forgets them
+            raise
+        self.length = self._filled
+        return self._context.logits()
+
+    def state(self) -> bytearray:
+        """Keys and values as llama.cpp writes them, for `LlamaRuntime.restore` with the same bundle and options."""
+        if self._filled > self.length:
+            self._context.forget(self._sequence, self.length)
+            self._filled = self.length
+        return self._context.state(self._sequence)
+
+    def fill(self, state: bytes | bytearray, length: int) -> None:
+        """Take over what `state` gave. Raises EngineError for one that does not fit this model or this cache."""
+        if length > self.capacity:
+            raise EngineError(f"a state of {length} positions does not fit into {self.capacity}")
+        self._context.restore(self._sequence, state)
+        if self._context.positions(self._sequence) != length:
+            raise EngineError(f"this state does not have {length} positions")
+        self.length = self._filled = length
+
+    def _move_out(self) -> None:
+        """To a context of its own: those that it shares one with have filled it."""
+        state = self._context.state(self._sequence)
+        self._drop()
+        self._take(_Context(self._context.model, self.capacity))
+        self._context.restore(self._sequence, state)
+
+
+class _Context:
+    """A llama_context: memory for `capacity` positions, shared by up to _SEQUENCES caches. Threads take turns."""
+
+    def __init__(self, model: _Model, capacity: int) -> None:
+        self.model, self.capacity = model, capacity
+        self.dropped: deque[int] = deque()  # sequences whose caches are gone; put here by whatever thread collects them
+        self._free = list(range(_SEQUENCES))
+        self._lock = threading.RLock()
+        self._api = model.api
+        self._pointer = model.new_context(capacity)
+        self._finalizer = weakref.finalize(self, model.api.llama_free, self._pointer)
+        self._memory = self._api.llama_get_memory(self._pointer)
+
+    def full(self) -> bool:
+        with self._lock:
+            self._collect()
+            return not self._free
+
+    def new_sequence(self) -> int:
+        with self._lock:
+            self._collect()
+            return self._free.pop()
+
+    def _collect(self) -> None:
+        while self.dropped:
+            sequence = self.dropped.popleft()
+            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            self._free.append(sequence)
+
+    def share(self, sequence: int, other: int, length: int) -> None:
+        with self._lock:
+            self._api.llama_memory_seq_cp(self._memory, sequence, other, 0, length)
+
+    def forget(self, sequence: int, length: int) -> None:
+        with self._lock:
+            self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def positions(self, sequence: int) -> int:
+        with self._lock:
+            return self._api.llama_memory_seq_pos_max(self._memory, sequence) + 1
+
+    def state(self, sequence: int) -> bytearray:
+        with self._lock:
+            size = self._api.llama_state_seq_get_size(self._pointer, sequence)
+            state = bytearray(size)
+            view = (ctypes.c_uint8 * size).from_buffer(state)
+            written = self._api.llama_state_seq_get_data(self._pointer, view, size, sequence)
+        if written != size:
+            raise EngineError("llama.cpp could not copy the keys and values of this sequence")
+        return state
+
+    def restore(self, sequence: int, state: bytes | bytearray) -> None:
+        kind = ctypes.c_uint8 * len(state)
+        buffer = kind.from_buffer(state) if isinstance(state, bytearray) else kind.from_buffer_copy(state)
+        with self._lock:
+            last_words()
+            read = self._api.llama_state_seq_set_data(self._pointer, buffer, len(state), sequence)
+        if read != len(state):
+            raise EngineError(f"these keys and values are not of this model, or do not fit: {last_words()}")
+
+    def run(self, sequence: int, embeddings: np.ndarray, start: int) -> bool:
+        """Append [n, d_model] at position `start`; False where the memory has no room for them."""
+        with self._lock:
+            self._collect()
+            last_words()
+            code = self.model.decode(self._pointer, _batch(self._api, sequence, embeddings, start))
+        if code == _NO_ROOM:
+            return False
+        if code:
+            raise EngineError(f"llama.cpp failed ({code}): {last_words() or 'it does not say why'}")
+        return True
+
+    def logits(self) -> np.ndarray:
+        """Of the last position of the last run, float32 [embedding_size]."""
+        with self._lock:
+            values = self._api.llama_get_logits_ith(self._pointer, -1)
+            return np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+
+
+def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int) -> Any:
+    """A llama_batch over the rows as they lie; logits are asked for the last of them."""
+    n = len(embeddings)
+    positions = (ctypes.c_int32 * n)(*range(start, start + n))
+    one = (ctypes.c_int32 * 1)(sequence)
+    counts, sequences = (ctypes.c_int32 * n)(*([1] * n)), (ctypes.POINTER(ctypes.c_int32) * n)(*([one] * n))
+    wanted = (ctypes.c_int8 * n)()
+    wanted[n - 1] = 1
+    return api.llama_batch(
+        n_tokens=n,
+        token=None,
+        embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        pos=positions,
+        n_seq_id=counts,
+        seq_id=sequences,
+        logits=wanted,
+    )
+
+
+class _Model:
+    """A llama_model, and how contexts of it are made."""
+
+    def __init__(self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event) -> None:
+        self.api = load_library()
+        self._threads, self._gpu, self._options = threads, gpu, options
+        params = self.api.llama_model_default_params()
+        layers = -1 if options.gpu_layers is None else options.gpu_layers
+        params.n_gpu_layers = layers if gpu else 0
+        params.use_extra_bufts = bool(options.repack)
+        go_on = self.api.llama_progress_callback(lambda progress, data: not stop.is_set())
+        params.progress_callback = go_on
+        if not gpu:
+            none = (ctypes.c_void_p * 1)()  # no device beside the CPU, not even for the products of long prompts
+            params.devices = ctypes.cast(none, ctypes.c_void_p)
+        last_words()
+        self._pointer = self.api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._pointer:
+            if stop.is_set():
+                raise EngineError("this runtime was closed")
+            raise EngineError(f"{path} cannot be loaded by llama.cpp: {last_words() or 'it does not say why'}")
+        weakref.finalize(self, self.api.llama_model_free, self._pointer)
+        self.n_vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._pointer))
+        # One thread, so that llama.cpp's own threads are its for good.
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
+        self._abort = threading.Event()
+        self._asks = self.api.ggml_abort_callback(lambda data: self._abort.is_set())
+        self._asks_nothing = ctypes.cast(None, self.api.ggml_abort_callback)
+
+    def new_context(self, capacity: int) -> Any:
+        params, options = self.api.llama_context_default_params(), self._options
+        params.n_ctx = capacity
+        params.n_batch = params.n_ubatch = min(_CHUNK, capacity)
+        params.n_seq_max = params.n_outputs_max = _SEQUENCES
+        params.kv_unified = True  # what a copy has in common with its original is there once
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = CACHE_TYPES[options.cache]
+        flash = options.flash_attention
+        if flash is None and not self._gpu:  # slower on a CPU, and it adds values up in float16
+            flash = options.cache not in ("f32", "f16", "bf16")
+        params.flash_attn_type = -1 if flash is None else int(flash)
+        params.offload_kqv = params.op_offload = self._gpu
+        params.no_perf = True
+        last_words()
+        pointer = self.api.llama_init_from_model(self._pointer, params)
+        if not pointer:
+            raise EngineError(
+                f"llama.cpp cannot make room for {capacity} positions: {last_words() or 'it does not say why'}"
+            )
+        return pointer
+
+    def decode(self, context: Any, batch: Any) -> int:
+        """llama_decode, which Ctrl-C can interrupt where it takes long."""
+        if batch.n_tokens < _ABORTABLE:
+            return self.api.llama_decode(context, batch)
+        self.api.llama_set_abort_callback(context, self._asks, None)
+        running = self._runner.submit(self.api.llama_decode, context, batch)
+        try:
+            return _wait(running)
+        except BaseException:
+            self._abort.set()
+            _wait_out(running)
+            raise
+        finally:
+            self._abort.clear()
+            self.api.llama_set_abort_callback(context, self._asks_nothing, None)
+
+
+def _wait(running: Future[int]) -> int:
+    while True:  # with a timeout: on Windows a wait without one cannot be interrupted
+        try:
+            return running.result(timeout=1.0)
+        except NotYet:
+            continue
+
+
+def _wait_out(running: Future[int]) -> None:
+    """Until llama.cpp is out of the batch's memory, however often somebody presses Ctrl-C."""
+    while not running.done():
+        try:
+            running.exception(timeout=1.0)
+        except (NotYet, KeyboardInterrupt):
+            continue
+
+
+def _repack(bundle: Bundle, options: LlamaOptions, gpu: bool) -> bool:
+    """Weights laid out for the CPU's own kernels are a second copy beside the mapped file."""
+    if gpu or options.repack is not None:
+        return bool(options.repack)
+    decoder = bundle.components["decoder"]
+    if platform.machine().lower() in ("x86_64", "amd64") and decoder.precision not in _BETTER_REPACKED:
+        return False
+    free = available_memory()
+    return free is None or free > 2 * decoder.bytes + _SPARE
