@@ -5,7 +5,8 @@
 molmoe-1b: one float32 pickle of 28.9 GB, as on the hub. molmo-7b-d and its kin: float32 safetensors in shards of
 5 GB with their index. Full-size figures are measured on these where no hub is reachable. Matrices are normal with a
 standard deviation of 0.02, norms are ones, biases zeros; a tensor's values depend on --seed and on its name only.
-Without --tokenizer a stand-in is written: single bytes and one merge, and Molmo's special tokens where the preset has them.
+Without --tokenizer a stand-in is written: single bytes, one merge, and Molmo's special tokens where the preset has
+them.
 """
 
 from __future__ import annotations

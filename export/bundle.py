@@ -27,7 +27,7 @@ from molmo_edge.export.source import open_source
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.export.wishes import Wishes, check_wishes
 from molmo_edge.loading import load_image
-from molmo_edge.modeling.checkpoint import TensorSource, check_tensors
+from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.layout import head_name
 from molmo_edge.prompt import build_prompt
 from molmo_edge.quantize.errors import component_errors
@@ -90,10 +90,11 @@ def export_bundle(
     molmo_edge.quantize.gguf ("f16", "q8_0", "q4_k_m", ...), the rest ONNX as before, its embeddings in float32;
     `mmproj` adds vision and connector as a GGUF (molmo_edge.export.mmproj).
 
-    For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8 says what
-    they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder (molmo_edge.quantize.int4 says
-    which) and eight or sixteen for the rest; or a mapping of components to them. What it leaves out is as `target`
-    wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes), or fp32.
+    For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8
+    says what they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder
+    (molmo_edge.quantize.int4 says which) and eight or sixteen for the rest; or a mapping of components to them. What it
+    leaves out is as `target` wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes),
+    or fp32.
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
@@ -354,7 +355,7 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     if not np.isfinite(logits).all():
         # llama.cpp narrows what a matrix of 16 bits is multiplied with to the same 16.
         advice = "; choose decoder=bf16 or f32" if files["decoder"].suffix == ".gguf" else ""
-        raise ExportError(f"it gives no numbers: these weights, or these precisions for them, are not sound{advice}")
+        raise ExportError(f"the bundle gives no numbers: these weights, or these precisions for them, are not sound{advice}")
 
 
 def _not_running(why: str) -> ExportError:

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.bundle import TOKENIZER
-from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
+from molmo_edge.export.source import open_source
 from molmo_edge.hub_config import write_hub_config
-from molmo_edge.modeling.checkpoint import DTYPES, TensorSource, check_tensors, open_tensors, widen
+from molmo_edge.modeling.checkpoint import DTYPES, TensorSource, widen
+from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.modeling.shards import ShardWriter
 from molmo_edge.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ def export_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Convert a checkpoint directory, in hub layout or the reference's own, to safetensors in hub layout.
+    """Convert a checkpoint directory, in hub layout or the reference's own, or a bundle to safetensors in hub layout.
 
     `precision`: "bf16" or "fp32". `out` must not exist yet, and appears whole or not at all. `on_progress` is told
     the values that are written and all that there are. Returns the files of weights.
@@ -50,10 +51,9 @@ def export_checkpoint(
     if shard_bytes <= 0:
         raise ExportError(f"a shard must have room for something, not for {shard_bytes} bytes")
     dtype = PRECISIONS[precision]
-    config = MolmoConfig.from_hub(checkpoint)
+    config, tensors = open_source(checkpoint)
     Tokenizer.from_file(checkpoint / TOKENIZER)
-    tensors = open_tensors(checkpoint)
-    shapes = check_tensors(config, tensors, where=checkpoint)
+    shapes = hub_shapes(config)
     total = sum(math.prod(shape) for shape in shapes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     check_disk(out.parent, total * DTYPES[dtype].itemsize)

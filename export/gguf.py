@@ -79,7 +79,10 @@ def write_decoder(
         writer.add_file_type(_FLOATS[kind][2])
         writer.add_string("molmo_edge.created_by", f"molmo-edge {molmo_edge.__version__}")
         for key, value in shape_metadata(d).items():
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+            if isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                writer.add_uint32(key, value)
         add_vocabulary(writer, directory, d)
         write_tensors(writer, listed, tensors, kind)
     finally:

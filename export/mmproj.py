@@ -1,8 +1,8 @@
 """Vision tower, connector and the image tokens' rows as a GGUF of the kind that llama.cpp calls mmproj.
 
-No program runs it as it is: llama.cpp has no graph for Molmo's crops, pooling and additive features. It is for those who
-build one on ggml, so that they need neither PyTorch nor a pickle. docs/gguf.md documents every name. Where llama.cpp's
-own names fit (its CLIP towers), they are taken.
+No program runs it as it is: llama.cpp has no graph for Molmo's crops, pooling and additive features. It is for those
+who build one on ggml, so that they need neither PyTorch nor a pickle. docs/gguf.md documents every name. Where
+llama.cpp's own names fit (its CLIP towers), they are taken.
 """
 
 from __future__ import annotations

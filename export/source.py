@@ -17,13 +17,11 @@ def open_source(directory: Path) -> tuple[MolmoConfig, TensorSource]:
 
     Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle whose decoder is a GGUF.
     """
-    tensors: TensorSource
-    if is_bundle(directory):
+    if is_bundle(directory):  # all there, or it would not have been made
         from molmo_edge.export.unpack import BundleTensors
 
-        tensors = bundle = BundleTensors(directory)
-        config = bundle.config
-    else:
-        config, tensors = MolmoConfig.from_hub(directory), open_tensors(directory)
+        bundle = BundleTensors(directory)
+        return bundle.config, bundle
+    config, tensors = MolmoConfig.from_hub(directory), open_tensors(directory)
     check_tensors(config, tensors, where=directory)
     return config, tensors

@@ -32,8 +32,8 @@ def _by_component(vision_encoder: str, connector: str, embed_tokens: str, decode
 # connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
 _WHOLE = {word: _by_component("int8", "q8", "int8", word) for word in ("q4", "mixed")}
 _WHOLE["q4f16"] = _by_component("fp16", "fp16", "fp16", "q4f16")
-# For llama.cpp. Rows of the embedding are looked up on our side, in full precision: they lie on the disk, and only those
-# that are asked for come into memory.
+# For llama.cpp. Rows of the embedding are looked up on our side, in full precision: they lie on the disk, and only
+# those that are asked for come into memory.
 _GGUF = {
     word: _by_component(*("fp32", "fp32") if word in FLOATS else ("int8", "q8"), "fp32", word) for word in GGUF_WORDS
 }

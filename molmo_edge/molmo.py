@@ -442,6 +442,10 @@ class _Serial:
     def config(self) -> MolmoConfig:
         return self._inner.config
 
+    @property
+    def engine(self) -> str:
+        return self._inner.engine
+
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         with self._lock:
             return self._inner.encode_image(crops, masks)

@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.embeddings import image_embeddings
@@ -156,7 +156,7 @@ class Calibration:
 
     def _hessian(self, module: nn.Module) -> Tensor:
         total: Tensor | None = None
-        for x in self._walk.inputs(module):
+        for x in self._walk.scaled_inputs(module):
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total

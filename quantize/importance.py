@@ -29,7 +29,8 @@ def importance(config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.nda
     `rows`: what `molmo_edge.quantize.calibration.sequences` gave. The head and the embedding are not among them:
     llama.cpp keeps more bits of the one, and nothing reads the other.
     """
-    walk, found = Walk(config, tensors, rows), {}
+    walk = Walk(config, tensors, rows)
+    found: dict[str, np.ndarray] = {}
     for layer in range(config.decoder.n_layers):
         walk.go_to(layer)
         block, name = walk.block, f"blk.{layer}"
@@ -48,8 +49,7 @@ def importance(config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.nda
 
 
 def _mean_squares(walk: Walk, module: nn.Module) -> Tensor:
-    parts = list(walk.inputs(module))
-    return sum(x.square().sum(0) for x in parts) / sum(len(x) for x in parts)
+    return torch.cat(list(walk.scaled_inputs(module))).square().mean(0)
 
 
 def _experts(ffn: SparseFFN, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,7 @@ class Walk:
         return self.layer > started
 
     def inputs(self, module: nn.Module) -> Iterator[Tensor]:
-        """What the module, one of `block`, is fed with in each sequence, [n, in].
-
-        Where norms stand behind the branches a position's error counts against its own size: those of OLMo's lie a
-        thousandfold apart, and as they are the largest few would be all that counts. They come scaled to one size.
-        """
+        """What the module, one of `block`, is fed with in each sequence, [n, in]."""
         seen: list[Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -58,10 +54,18 @@ class Walk:
             try:
                 self.block(state, *tables, None, None)
             except _Enough:
-                x = seen.pop()
-                yield F.normalize(x, dim=-1) if self._config.decoder.norm_after else x
+                yield seen.pop()
             finally:
                 hook.remove()
+
+    def scaled_inputs(self, module: nn.Module) -> Iterator[Tensor]:
+        """As `inputs`, each position as large as its errors count.
+
+        Where norms stand behind the branches that is one size for all: OLMo's positions lie a thousandfold apart, and
+        as they are the largest few would be all that counts.
+        """
+        for x in self.inputs(module):
+            yield F.normalize(x, dim=-1) if self._config.decoder.norm_after else x
 
     def _load(self, layer: int) -> Block:
         return cast(Block, load_part(self._config, self._tensors, f"decoder.blocks.{layer}"))

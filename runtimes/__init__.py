@@ -53,6 +53,11 @@ class Runtime(Protocol):
     @property
     def config(self) -> MolmoConfig: ...
 
+    @property
+    def engine(self) -> str:
+        """What runs the decoder, for people to read: "onnxruntime", "llama.cpp", "pytorch bf16"."""
+        ...
+
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
         ...

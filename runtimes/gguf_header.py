@@ -162,7 +162,9 @@ def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
         if name in tensors or not dimensions or min(dimensions) < 1:
             raise _damaged(path, f"its tensor {name} has the shape {dimensions}, or is there twice")
         if kind not in _TYPES:
-            raise BundleError(f"{path}: {name} is of ggml's type {kind}, which this molmo-edge does not know: update it")
+            raise BundleError(
+                f"{path}: {name} is of ggml's type {kind}, which this molmo-edge does not know: update it"
+            )
         block, bytes_ = _TYPES[kind]
         if dimensions[0] % block:
             raise _damaged(path, f"the rows of its tensor {name} do not fill its blocks of {block}")

@@ -13,7 +13,6 @@ import platform
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 
 from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.config import MolmoConfig
-from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.memory import available_memory
 from molmo_edge.runtimes import Cache, EngineError
 from molmo_edge.runtimes.gguf_header import check_decoder
@@ -61,6 +59,8 @@ def open_llama_runtime(
 
 class LlamaRuntime:
     """`molmo_edge.runtimes.Runtime` over three graphs and a GGUF, which loads in the background."""
+
+    engine = "llama.cpp"
 
     def __init__(
         self,
@@ -280,8 +280,8 @@ def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int) -> Any:
     """A llama_batch over the rows as they lie; logits are asked for the last of them."""
     n = len(embeddings)
     positions = (ctypes.c_int32 * n)(*range(start, start + n))
-    one = (ctypes.c_int32 * 1)(sequence)
-    counts, sequences = (ctypes.c_int32 * n)(*([1] * n)), (ctypes.POINTER(ctypes.c_int32) * n)(*([one] * n))
+    counts, one = (ctypes.c_int32 * n)(*([1] * n)), ctypes.pointer(ctypes.c_int32(sequence))
+    sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*([one] * n))
     wanted = (ctypes.c_int8 * n)()
     wanted[n - 1] = 1
     return api.llama_batch(
@@ -322,7 +322,7 @@ class _Model:
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
         self._abort = threading.Event()
         self._asks = self.api.ggml_abort_callback(lambda data: self._abort.is_set())
-        self._asks_nothing = ctypes.cast(None, self.api.ggml_abort_callback)
+        self._asks_nothing = self.api.ggml_abort_callback()
 
     def new_context(self, capacity: int) -> Any:
         params, options = self.api.llama_context_default_params(), self._options

@@ -100,9 +100,7 @@ def gpus() -> list[str]:
     load_library()
     from llama_cpp._ggml import libggml
 
-    count, get, name, kind = (
-        getattr(libggml, f"ggml_backend_dev_{part}") for part in ("count", "get", "name", "type")
-    )
+    count, get, name, kind = (getattr(libggml, f"ggml_backend_dev_{part}") for part in ("count", "get", "name", "type"))
     count.restype, get.restype, name.restype, kind.restype = (
         ctypes.c_size_t,
         ctypes.c_void_p,

@@ -139,6 +139,8 @@ class OnnxCache:
 class OnnxRuntime:
     """The four graphs of a bundle; `files` maps GRAPHS to paths. They load side by side in the background."""
 
+    engine = "onnxruntime"
+
     def __init__(
         self,
         config: MolmoConfig,

@@ -120,6 +120,10 @@ class TorchRuntime:
         return self._model
 
     @property
+    def engine(self) -> str:
+        return f"pytorch {self.precision}"
+
+    @property
     def precision(self) -> str:
         """Of the weights, "auto" resolved."""
         return self.model.precision

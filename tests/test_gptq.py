@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from exported import ARCHITECTURES, GOLDEN, bundle, case, costs, prompt, runtime
 from test_quantize import norm_error
 from torch import Tensor
@@ -20,9 +21,11 @@ from molmo_edge.loading import ImageError
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.prompt import PromptError, text_ids
-from molmo_edge.quantize.calibration import MOST, Calibration, Prompt, find_prompts, sequences
+from molmo_edge.quantize.calibration import MOST, Prompt, find_prompts, sequences
 from molmo_edge.quantize.gptq import gptq
+from molmo_edge.quantize.importance import importance
 from molmo_edge.quantize.rounding import Blocks, nearest
+from molmo_edge.quantize.walk import Walk
 from molmo_edge.tokenizer import Tokenizer
 
 
@@ -104,13 +107,13 @@ def test_the_calibration_sees_what_the_decoder_sees(architecture: str) -> None:
         if name.endswith(("att_proj", "attn_out", "ff_proj", "ff_out", "ffn")):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
     model.decoder(torch.from_numpy(rows)[None])
-    calibration = Calibration(config, open_tensors(GOLDEN / architecture), [rows])
+    walk = Walk(config, open_tensors(GOLDEN / architecture), [rows])
     for layer in range(config.decoder.n_layers):
-        calibration._go_to(layer)
-        for name, module in calibration._block.named_modules():
+        walk.go_to(layer)
+        for name, module in walk.block.named_modules():
             exact = seen.get(f"blocks.{layer}.{name}")
             if exact is not None:
-                (found,) = calibration._inputs(module)
+                (found,) = walk.inputs(module)
                 torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -207,3 +210,34 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no photo")
     with pytest.raises(ImageError):
         find_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_importance_is_what_the_inputs_squared_are(architecture: str) -> None:
+    """Of a GGUF: recomputed from the whole model's own inputs, for a dense layer and for an expert."""
+    model, _, config = load_checkpoint(GOLDEN / architecture)
+    rows = prompt(runtime(architecture), case(architecture, "square"))
+    seen: dict[str, Tensor] = {}
+    for name, module in model.decoder.named_modules():
+        if name.endswith(("att_proj", "ff_out", "ffn")):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
+    model.decoder(torch.from_numpy(rows)[None])
+    found = importance(config, open_tensors(GOLDEN / architecture), [rows])
+    last = config.decoder.n_layers - 1
+
+    def squares(x: Tensor) -> Tensor:
+        return (F.normalize(x, dim=-1) if config.decoder.norm_after else x).square().mean(0)
+
+    exact = squares(seen[f"blocks.{last}.attn.att_proj"])
+    torch.testing.assert_close(torch.from_numpy(found[f"blk.{last}.attn_k.weight"]), exact, rtol=1e-3, atol=1e-8)
+    if not config.decoder.n_experts:
+        exact = squares(seen[f"blocks.{last}.ffn.ff_out"])
+        torch.testing.assert_close(torch.from_numpy(found[f"blk.{last}.ffn_down.weight"]), exact, rtol=1e-3, atol=1e-8)
+        return
+    x, ffn = seen[f"blocks.{last}.ffn"], model.decoder.blocks[last].ffn
+    weights, chosen = ffn.route(x)
+    e = int(chosen.flatten().mode().values)
+    inputs = torch.stack([x[t] * weights[t, k] for t, k in torch.nonzero(chosen == e)]).square().sum(0)
+    blended = inputs + 0.1 * inputs.sum() * x.square().mean(0) / x.square().mean(0).sum()
+    torch.testing.assert_close(torch.from_numpy(found[f"blk.{last}.ffn_up_exps.weight"][e]), blended, rtol=1e-3, atol=0)

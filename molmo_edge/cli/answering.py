@@ -30,6 +30,7 @@ def answer_command(
     precision: str,
     max_crops: int | None,
     threads: int | None,
+    llama: str | None,
     max_new_tokens: int | None,
     temperature: float,
     seed: int | None,
@@ -53,6 +54,7 @@ def answer_command(
         precision=precision,
         max_crops=max_crops,
         threads=threads,
+        llama=llama,
         quiet=quiet,
     )
     with molmo:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.opening import find_model, llama_options
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
 
@@ -48,6 +48,7 @@ def bench(
     precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
     threads: options.Threads = None,
+    llama: options.Llama = None,
     question: Annotated[str, typer.Option(help="What is asked.")] = "Describe this image.",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, at most.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Answers to take the median of; one before them warms up.")] = 3,
@@ -77,8 +78,9 @@ def bench(
         started = time.perf_counter()
         # With --checkpoint it is that one's precision that is meant.
         own = precision if checkpoint is None else "auto"
-        runtime = open_runtime(directory, device=device, precision=own, threads=threads)
-        measure(_engine(runtime), runtime, time.perf_counter() - started)
+        wish = llama_options(llama)
+        runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=wish)
+        measure(runtime.engine, runtime, time.perf_counter() - started)
     note(f"{timings[0].engine} is done", quiet=quiet)
     if not timings[0].engine.startswith("pytorch"):
         try:
@@ -87,7 +89,7 @@ def bench(
             with progress("measuring PyTorch", quiet=quiet):
                 started = time.perf_counter()
                 runtime = _torch_runtime(directory, checkpoint, device, precision, threads)
-                measure(_engine(runtime), runtime, time.perf_counter() - started)
+                measure(runtime.engine, runtime, time.perf_counter() - started)
         except ImportError:
             note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
         except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
@@ -100,11 +102,6 @@ def bench(
     else:
         print(f"{directory.name}, image {width}x{height}, {timings[0].prompt_tokens} tokens in; medians of {repeat}")
         _print_table(timings)
-
-
-def _engine(runtime: Runtime) -> str:
-    precision = getattr(runtime, "precision", None)  # of PyTorch; a bundle's is in its manifest, by component
-    return "onnxruntime" if precision is None else f"pytorch {precision}"
 
 
 def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, precision: str, threads: int | None) -> Runtime:

@@ -27,6 +27,7 @@ def chat(
     precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
     threads: options.Threads = None,
+    llama: options.Llama = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
@@ -44,6 +45,7 @@ def chat(
         precision=precision,
         max_crops=max_crops,
         threads=threads,
+        llama=llama,
         quiet=quiet,
     )
     with molmo:

@@ -17,27 +17,37 @@ from molmo_edge.cli.output import note, print_json, progress
 
 _PRECISION = (
     'onnx: "fp32", "fp16" (GPUs), "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 '
-    'bit), "q4f16" (the same for GPUs), or by component, decoder=q4,...; torch: "bf16" or "fp32". Without it: what the '
-    "target wants, else fp32 and bf16."
+    'bit), "q4f16" (the same for GPUs), or by component, decoder=q4,...; gguf: the decoder in "f16", "q8_0", "q6_k", '
+    '"q4_k_m", "q4_0", ...; torch: "bf16" or "fp32". Without it: what the target wants, else fp32, f16 and bf16.'
 )
 _TARGET = 'Chooses precisions and operators: "cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml".'
-_CALIBRATE = "A folder of photos to round four-bit weights with (GPTQ, on PyTorch): slower, and closer to fp32."
+_CALIBRATE = (
+    "A folder of photos to round four-bit weights with, on PyTorch: slower, and closer to fp32. onnx: GPTQ; gguf: an "
+    "importance matrix."
+)
+_MMPROJ = "gguf: vision and connector as a GGUF as well, for those who build on ggml."
 
 
 class Engine(str, Enum):
     onnx = "onnx"
+    gguf = "gguf"
     torch = "torch"
 
 
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="Checkpoint directory, in hub layout or the reference's, or hub id.", show_default=False),
+        typer.Argument(
+            help="Checkpoint directory, in hub layout or the reference's, hub id, or bundle.", show_default=False
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="The directory to make; it must not exist.", show_default=False)],
     engine: Annotated[
-        Engine, typer.Option(help="onnx: a bundle of graphs. torch: safetensors in hub layout, in shards.")
+        Engine,
+        typer.Option(
+            help="onnx: a bundle of graphs. gguf: one whose decoder is for llama.cpp. torch: safetensors in hub layout."
+        ),
     ] = Engine.onnx,
     precision: Annotated[str | None, typer.Option(help=_PRECISION, show_default=False)] = None,
     target: Annotated[str | None, typer.Option(help=_TARGET, show_default=False)] = None,
@@ -47,6 +57,7 @@ def export(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each of those blocks.")] = False,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
+    mmproj: Annotated[bool, typer.Option("--mmproj", help=_MMPROJ)] = False,
     revision: options.Revision = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest. Without it: that of --out.")] = None,
     check_image: Annotated[Path | None, typer.Option(help="A photo that the bundle is to be checked with.")] = None,
@@ -54,13 +65,14 @@ def export(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a checkpoint to a bundle of ONNX graphs, or to safetensors."""
+    """Convert a checkpoint to a bundle for ONNX Runtime or llama.cpp, or to safetensors."""
     wishes: dict[str, Any] = {
         "target": target,
         "plain": plain,
         "block": block,
         "asymmetric": asymmetric,
         "calibrate": calibrate,
+        "mmproj": mmproj,
     }
     if engine is Engine.torch and (
         name is not None or check_image is not None or any(wish not in (None, False) for wish in wishes.values())
@@ -78,6 +90,7 @@ def export(
 
         kinds = None if precision is None else _by_component(precision)
         check = None if check_image is None else CheckPhoto(check_image, check_question)
+        wishes["engine"] = engine.value
         check_bundle_wishes(out, check, kinds, **wishes)
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         with progress(f"exporting {directory}", quiet=quiet):

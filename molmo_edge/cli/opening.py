@@ -9,6 +9,7 @@ from molmo_edge.cli.output import progress
 
 if TYPE_CHECKING:
     from molmo_edge.molmo import Molmo
+    from molmo_edge.runtimes.llama_options import LlamaOptions
 
 
 def find_model(model: str | None, *, revision: str | None, quiet: bool, to_run: bool = True) -> Path:
@@ -31,6 +32,7 @@ def open_molmo(
     precision: str,
     max_crops: int | None,
     threads: int | None,
+    llama: str | None,
     quiet: bool,
 ) -> tuple[Molmo, Any]:
     """A Molmo, and what to give it as the image. Modules that bring numpy are imported here, not to show a --help."""
@@ -42,4 +44,19 @@ def open_molmo(
     # In front of the spinner: the download has progress bars of its own.
     directory = find_model(model, revision=revision, quiet=quiet)
     with progress("opening the model", quiet=quiet):
-        return Molmo(directory, device=device, precision=precision, max_crops=max_crops, threads=threads), photo
+        molmo = Molmo(
+            directory,
+            device=device,
+            precision=precision,
+            max_crops=max_crops,
+            threads=threads,
+            llama=llama_options(llama),
+        )
+    return molmo, photo
+
+
+def llama_options(text: str | None) -> LlamaOptions | None:
+    """What --llama says."""
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+    return None if text is None else LlamaOptions.parse(text)

@@ -24,6 +24,18 @@ def _known_precision(precision: str) -> str:
     return precision
 
 
+def _known_llama(text: str | None) -> str | None:
+    if text is not None:
+        from molmo_edge.runtimes import EngineError
+        from molmo_edge.runtimes.llama_options import LlamaOptions
+
+        try:
+            LlamaOptions.parse(text)
+        except EngineError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
+
+
 Image = Annotated[Path, typer.Argument(help="The photo: any file that Pillow reads.", show_default=False)]
 Question = Annotated[str, typer.Argument(help='"Where is the dog?"', show_default=False)]
 Label = Annotated[str, typer.Argument(help='What to look for: "the dog", "cups".', show_default=False)]
@@ -32,13 +44,15 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Without it: the main branch.")]
-_DEVICE = '"auto", "cpu", "cuda"; for a checkpoint "mps"; for a bundle "tensorrt", "coreml".'
+_DEVICE = '"auto", "cpu", "cuda"; a checkpoint "mps"; a bundle "tensorrt", "coreml"; a GGUF also "mps", "vulkan".'
 Device = Annotated[str, typer.Option(help=_DEVICE, callback=_known_device)]
 Precision = Annotated[
     str, typer.Option(help='Of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4".', callback=_known_precision)
 ]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
+_LLAMA = "Of a GGUF: gpu_layers=N, cache=f16|q8_0|..., flash_attention=yes|no, repack=yes|no, with commas between."
+Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 Save = Annotated[Path | None, typer.Option(help="Write the photo with the points drawn in: .png, .jpg or .webp.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
