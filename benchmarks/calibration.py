@@ -1,6 +1,7 @@
-"""What a four-bit decoder costs, rounded plainly and with a calibration: divergence from fp32 on photos not seen.
+"""What a rounded decoder costs, rounded plainly and with a calibration: divergence from fp32 on photos not seen.
 
     python benchmarks/calibration.py --photos PHOTOS                        # the embedded nano
+    python benchmarks/calibration.py --photos PHOTOS --engine gguf          # the same on llama.cpp
     python benchmarks/calibration.py --photos PHOTOS --checkpoint DIR
 
 PHOTOS is a directory in the format of `molmo_edge.training.photos`. Prompts with their annotated answers from its
@@ -28,7 +29,7 @@ from molmo_edge.quantize.calibration import MOST, PROMPTS
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.training.photos import load_photos
 
-CANDIDATES: dict[str, dict[str, Any]] = {
+ONNX: dict[str, dict[str, Any]] = {
     f"{word}{', zero points' if asymmetric else ''}, blocks of {block}{', calibrated' if calibrated else ''}": {
         "precision": {"decoder": word}, "block": block, "asymmetric": asymmetric, "calibrated": calibrated
     }
@@ -36,12 +37,23 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     for block in (32, 64, 128)
     for calibrated in (False, True)
 }  # fmt: skip
+GGUF: dict[str, dict[str, Any]] = {
+    f"{word}{', importance matrix' if calibrated else ''}": {
+        "precision": {"decoder": word}, "engine": "gguf", "calibrated": calibrated
+    }
+    for word, both in (
+        ("f32", False), ("f16", False), ("q8_0", False), ("q6_k", True), ("q5_k_m", True), ("q4_k_m", True),
+        ("iq4_xs", True), ("q4_0", True), ("q3_k_m", True),
+    )
+    for calibrated in ((False, True) if both else (False,))
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="in hub layout; the embedded nano if left out")
+    parser.add_argument("--engine", choices=("onnx", "gguf"), default="onnx")
     parser.add_argument("--limit", type=int, default=40, help="photos that are asked about")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
     args = parser.parse_args()
@@ -53,7 +65,7 @@ def main() -> None:
         asked = _ask(folder / "fp32", args.photos, args.limit, args.tokens)
         exact = _distributions(folder / "fp32", asked)
         rows = []
-        for n, (name, options) in enumerate(CANDIDATES.items()):
+        for n, (name, options) in enumerate({"onnx": ONNX, "gguf": GGUF}[args.engine].items()):
             calibrate = folder / "prompts" if options["calibrated"] else None
             wishes = {key: value for key, value in options.items() if key != "calibrated"}
             out = folder / str(n)
@@ -61,9 +73,16 @@ def main() -> None:
             found = _distributions(out, asked)
             kl = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)])
             same = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, found, strict=True)])
-            size = manifest["components"]["decoder"]["bytes"] / 1e6
-            rows.append({"decoder": name, "mean_kl": kl.mean(), "same_top": same.mean(), "n": kl.size, "mb": size})
-            print(f"{name:48} mean KL {kl.mean():.2g}, same top token {same.mean():.1%} of {kl.size}, {size:.1f} MB")
+            answers = np.mean([(p.argmax(-1) == q.argmax(-1)).all() for p, q in zip(exact, found, strict=True)])
+            parts = [c for part, c in manifest["components"].items() if part in ("decoder", "decoder_data")]
+            size = sum(part["bytes"] for part in parts) / 1e6
+            row = {"mean_kl": kl.mean(), "same_top": same.mean(), "n": kl.size, "same_answers": answers, "mb": size}
+            rows.append({"decoder": name, **row})
+            print(
+                f"{name:40} mean KL {kl.mean():.2g}, same top token {same.mean():.1%} of {kl.size}, "
+                f"same answer {answers:.1%} of {len(exact)}, {size:.1f} MB",
+                flush=True,
+            )
         print(json.dumps(rows))
 
 

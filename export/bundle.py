@@ -355,7 +355,7 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     if not np.isfinite(logits).all():
         # llama.cpp narrows what a matrix of 16 bits is multiplied with to the same 16.
         advice = "; choose decoder=bf16 or f32" if files["decoder"].suffix == ".gguf" else ""
-        raise ExportError(f"the bundle gives no numbers: these weights, or these precisions for them, are not sound{advice}")
+        raise ExportError(f"the bundle gives no numbers: these weights, or their precisions, are not sound{advice}")
 
 
 def _not_running(why: str) -> ExportError:

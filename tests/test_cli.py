@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 import molmo_edge
-from molmo_edge.cli import main
 from molmo_edge.cli.output import OutputError, check_save, save_image
 
 HOME = Path(molmo_edge.__file__).parent.parent
@@ -28,20 +27,7 @@ ENV = {**os.environ, "PYTHONPATH": str(HOME)}
 COMMAND = [sys.executable, "-m", "molmo_edge.cli"]
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
-Cli = Callable[..., tuple[int, str, str]]
+Cli = Callable[..., tuple[int, str, str]]  # the fixture of conftest.py
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
+import shutil
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -402,6 +404,40 @@ class TestExport:
             export_bundle(tmp_path / "nano", tmp_path / "again")
 
 
+class TestCommandLine:
+    def test_from_a_checkpoint_to_an_answer(self, cli: Any, tmp_path: Path) -> None:
+        out = tmp_path / "bundle"
+        status, said, _ = cli(
+            "export", GOLDEN / "molmoe", "--engine", "gguf", "--precision", "f32", "--mmproj", "--out", out, "--json"
+        )
+        assert status == 0
+        assert {"decoder", "mmproj"} <= set(json.loads(said)["manifest"]["components"])
+        wanted = expected("molmoe")[1]["square"]
+        options = ("--max-new-tokens", 24, "--json", "--llama", "cache=f32,flash_attention=no")
+        status, said, _ = cli("ask", GOLDEN / wanted["image"], wanted["question"], "-m", out, *options)
+        assert status == 0 and json.loads(said)["token_ids"] == wanted["generated_ids"]
+        assert cli("verify", out)[0] == 0
+        status, said, _ = cli(
+            "bench", "-m", out, "--max-new-tokens", 2, "--repeat", 1, "--max-crops", 1, "--json", "-q"
+        )
+        assert status == 0 and json.loads(said)["timings"][0]["engine"] == "llama.cpp"
+
+    def test_wrong_use(self, cli: Any, tmp_path: Path) -> None:
+        photo = GOLDEN / "coffee.png"
+        status, _, said = cli("ask", photo, "What?", "--llama", "cache=q9")
+        assert status == 2 and "'q9' is not known" in " ".join(said.split())
+        status, _, said = cli("ask", photo, "What?", "--llama", "cache=f16")  # nano is no GGUF
+        assert status == 1 and "not for it" in said
+        status, _, said = cli("export", GOLDEN / "qwen", "--engine", "gguf", "--block", 32, "--out", tmp_path / "no")
+        assert status == 1 and "have their own" in said
+        status, _, said = cli("export", GOLDEN / "qwen", "--engine", "torch", "--mmproj", "--out", tmp_path / "no")
+        assert status == 2
+
+    def test_doctor_names_what_llama_cpp_has(self, cli: Any) -> None:
+        status, said, _ = cli("doctor", "--json")
+        assert status == 0 and json.loads(said)["llama_cpp_devices"][-1] == "CPU"
+
+
 class TestMmproj:
     def test_it_holds_the_vision_part(self) -> None:
         """Read back into a model of our own, it gives the reference's features; float16 matrices cost a little."""
@@ -423,9 +459,6 @@ class TestForeign:
     @pytest.fixture
     def swapped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         """`swapped(bytes)` is a bundle of the golden MolmoE whose manifest vouches for these bytes as its decoder."""
-        import json
-        import shutil
-
         from molmo_edge.bundle import MANIFEST, sha256_of
         from molmo_edge.runtimes import llama
 
@@ -447,8 +480,6 @@ class TestForeign:
         return make
 
     def test_damage_that_the_hash_sees(self, tmp_path: Path) -> None:
-        import shutil
-
         shutil.copytree(bundle("molmoe", "f32"), tmp_path / "b")
         with (tmp_path / "b" / "decoder-f32.gguf").open("r+b") as file:
             file.seek(5000)

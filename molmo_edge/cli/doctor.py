@@ -19,6 +19,7 @@ from molmo_edge.memory import meminfo
 _EXTRAS = {
     "torch": ("torch",),
     "export": ("onnx",),
+    "gguf": ("gguf", "llama-cpp-python"),
     "quantize": ("torch", "onnx", "bitsandbytes"),
     "optimum": ("torch", "onnx", "optimum-onnx"),
     "train": ("torch", "onnx", "gguf", "resvg-py"),
@@ -38,6 +39,7 @@ def doctor(*, json: options.Json = False) -> None:
         "jetson": _jetson(),
         "versions": {name: _version(name) for name in _CORE},
         "onnxruntime_providers": _providers(problems),
+        "llama_cpp_devices": _llama(problems),
         "extras": {extra: all(_version(part) for part in parts) for extra, parts in _EXTRAS.items()},
         "model": _model(problems),
         "cache": _cache(problems),
@@ -93,6 +95,19 @@ def _providers(problems: list[str]) -> list[str]:
         return list(onnxruntime.get_available_providers())
     except ImportError as error:  # a wheel for another Python, or a missing system library
         problems.append(f"onnxruntime does not load ({error}): pip install --force-reinstall onnxruntime")
+        return []
+
+
+def _llama(problems: list[str]) -> list[str] | None:
+    """What llama.cpp was built for and finds here; None without it, which only bundles with a GGUF need."""
+    if _version("llama-cpp-python") is None:
+        return None
+    from molmo_edge.runtimes.llama_library import gpus
+
+    try:
+        return [*gpus(), "CPU"]
+    except MolmoEdgeError as error:
+        problems.append(str(error))
         return []
 
 

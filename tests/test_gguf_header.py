@@ -1,0 +1,129 @@
+"""The head of a GGUF: read as another reader reads it, and whatever is wrong with it named. Needs no llama.cpp."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from molmo_edge.bundle import BundleError
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import gguf_vocab
+from molmo_edge.export.gguf import write_decoder
+from molmo_edge.modeling.checkpoint import open_tensors
+from molmo_edge.runtimes.gguf_header import _TYPES, check_decoder, read_header
+from molmo_edge.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = MolmoConfig.from_hub(GOLDEN / "molmoe")
+TOKENIZER = Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden MolmoE's decoder; how its texts are cut is llama.cpp's to say, which is not asked here."""
+    out = tmp_path_factory.mktemp("gguf") / "decoder.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_vocab, "_cut", lambda *_: "olmo")
+        write_decoder(out, GOLDEN / "molmoe", CONFIG, open_tensors(GOLDEN / "molmoe"), "f16", "golden")
+    return out
+
+
+@pytest.fixture(scope="module")
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def test_it_reads_what_another_reader_reads(path: Path) -> None:
+    header, reader = check_decoder(path, CONFIG.decoder, TOKENIZER), GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    for name, value in fields.items():
+        assert header.metadata[name] == value or np.allclose(header.metadata[name], value), name
+    assert set(header.metadata) == set(fields)
+    for tensor in reader.tensors:
+        found = header.tensors[tensor.name]
+        assert found.shape == tuple(map(int, tensor.shape[::-1])) and found.size == tensor.n_bytes
+
+
+def test_sizes_of_types_are_those_of_ggml() -> None:
+    theirs = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+    assert {kind: size for kind, size in _TYPES.items() if theirs.get(kind) != size} == {}
+    common = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
+    assert {int(GGMLQuantizationType[name]) for name in common} <= set(_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: b"", "is not a GGUF"),
+        (lambda c: c[:20], "is not a GGUF"),
+        (lambda c: b"GGML" + c[4:], "is not a GGUF"),
+        (lambda c: c[:4] + struct.pack("<I", 1) + c[8:], "version 1"),
+        (lambda c: c[:4] + c[7:3:-1] + c[8:], "version 50331648"),  # big-endian
+        (lambda c: c[:8] + struct.pack("<Q", 1 << 60) + c[16:], "claims"),
+        (lambda c: c[:16] + struct.pack("<Q", 1 << 60) + c[24:], "claims"),
+        (lambda c: c[:24] + struct.pack("<Q", 1 << 40) + c[32:], "claims"),
+        (lambda c: c[:3000], "ends in the middle of its header"),
+        (lambda c: c[:-32], "bytes behind the file"),
+        (lambda c: c.replace(b"olmoe.block_count", b"olmoe.block_c0unt"), "block_count is None, this model's is 2"),
+        (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_w.weight"), "no tensor blk.0.attn_v.weight"),
+        (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_q.weight"), "is there twice"),
+        (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0olmoe", b"\x05\0\0\0\0\0\0\0llama"), 'architecture "llama"'),
+        (lambda c: c.replace(b"gpt2", b"bert"), "no byte-level BPE"),
+    ],
+)
+def test_what_is_wrong_is_named(change: object, why: str, content: bytes, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(change(content))  # type: ignore[operator]
+    with pytest.raises(BundleError, match=why) as error:
+        check_decoder(bad, CONFIG.decoder, TOKENIZER)
+    assert str(bad) in str(error.value)
+
+
+def test_another_tokenizer_s_file_is_refused(path: Path) -> None:
+    text = (GOLDEN / "molmoe" / "tokenizer.json").read_text("utf-8")
+    text = text.replace("<im_col>", "<im_x>").replace("<im_start>", "<im_col>").replace("<im_x>", "<im_start>")
+    with pytest.raises(BundleError, match="another tokenizer: token 500 is '<im_start>', here it is '<im_col>'"):
+        check_decoder(path, CONFIG.decoder, Tokenizer(text))
+
+
+def test_types_that_are_not_known_and_tensors_that_overlap(tmp_path: Path) -> None:
+    for raw, why in ((200, "type 200"), (8, "do not fill its blocks of 32")):
+        bad = tmp_path / f"{raw}.gguf"
+        writer = GGUFWriter(bad, "olmoe")
+        writer.add_tensor("x", np.zeros((2, 33), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        kind = struct.pack("<QQI", 33, 2, 0)
+        bad.write_bytes(bad.read_bytes().replace(kind, struct.pack("<QQI", 33, 2, raw)))
+        with pytest.raises(BundleError, match=why):
+            read_header(bad)
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_header(tmp_path / "none.gguf")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_gets_past_with_another_error(data: st.DataObject, content: bytes, tmp_path: Path) -> None:
+    """Bytes changed or cut off anywhere in the header: named, or harmless (a name, a merge)."""
+    end = content.index(b"output_norm.weight") + 64
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from((None, None, data.draw(st.integers(0, end)))))
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(damaged[:cut])
+    try:
+        check_decoder(bad, CONFIG.decoder, TOKENIZER)
+    except BundleError as error:
+        assert str(bad) in str(error)
+    else:
+        assert cut is None
