@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ _FTYPES = {
 }  # fmt: skip
 GGUF_WORDS = (*FLOATS, *_FTYPES)
 _AT_ONCE = 512_000_000  # bytes of a tensor's rows that llama.cpp holds while it rounds them
+_CHILD = "from molmo_edge.quantize.gguf import _main; _main()"
 
 
 def quantize_gguf(source: Path, out: Path, kind: str, importance: Mapping[str, np.ndarray] | None = None) -> None:
@@ -29,8 +33,29 @@ def quantize_gguf(source: Path, out: Path, kind: str, importance: Mapping[str, n
 
     `importance`: by tensor, how much an error in each input column counts, float32 [in], of experts [n, in] (see
     molmo_edge.quantize.importance). llama.cpp keeps vectors and the router, and takes another type where a row does
-    not fill that type's blocks of 256. Raises ExportError where it fails.
+    not fill that type's blocks of 256.
+
+    In a process of its own: llama.cpp takes minutes, in which nothing else could interrupt it. Raises ExportError where
+    it fails.
     """
+    load_library()  # says what is missing
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        weights = Path(scratch) / "importance.npz"
+        if importance:
+            np.savez(weights, **importance)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", _CHILD, str(source), str(out), kind, str(weights) if importance else ""]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        run = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if run.returncode:
+        said = run.stderr.strip().splitlines()
+        why = said[-1] if said else f"it ended with status {run.returncode}"
+        raise ExportError(f"llama.cpp cannot make {kind} of this decoder: {why}")
+
+
+def _main() -> None:
+    """In the process of its own: source, out, kind, and the importances or nothing."""
+    source, out, kind, weights = sys.argv[1:]
+    importance: Mapping[str, np.ndarray] = np.load(weights) if weights else {}
     llama_cpp = load_library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.max_buf_size = _FTYPES[kind], physical_cores(), _AT_ONCE
@@ -43,6 +68,5 @@ def quantize_gguf(source: Path, out: Path, kind: str, importance: Mapping[str, n
             entry.data = flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             held.append(flat)
         params.imatrix = entries
-    last_words()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), params):
-        raise ExportError(f"llama.cpp cannot make {kind} of this decoder: {last_words() or 'it does not say why'}")
+        sys.exit(last_words() or "it does not say why")

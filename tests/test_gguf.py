@@ -29,7 +29,7 @@ from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.gguf_layout import NoGraphError, decoder_tensors
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.prompt import text_ids
-from molmo_edge.quantize.gguf import GGUF_WORDS
+from molmo_edge.quantize.gguf import GGUF_WORDS, quantize_gguf
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.llama import LlamaCache, LlamaRuntime
 from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -366,6 +366,11 @@ class TestExport:
         with pytest.raises(ExportError, match=r"no numbers.*bf16 or f32"):
             export_bundle(GOLDEN / "olmo", tmp_path / "no", "f16", engine="gguf")
         assert not (tmp_path / "no").exists()
+
+    def test_what_llama_cpp_will_not_round(self, tmp_path: Path) -> None:
+        (tmp_path / "no.gguf").write_bytes(b"GGUF")
+        with pytest.raises(ExportError, match=r"cannot make q8_0 of this decoder: .*failed to"):
+            quantize_gguf(tmp_path / "no.gguf", tmp_path / "out.gguf", "q8_0")
 
     def test_decoders_without_a_graph(self) -> None:
         plain = DecoderConfig(n_kv_heads=16)
