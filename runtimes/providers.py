@@ -50,7 +50,10 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
     if device == "cpu":
         return Placement()
     if device not in _INSTALL:
-        raise Unavailable(f'bundles do not run on "{device}": on a Mac use device="coreml", or "cpu"')
+        raise Unavailable(
+            f'graphs do not run on "{device}": on a Mac use device="coreml", or "cpu"; a decoder for llama.cpp does '
+            "(molmo-edge export --engine gguf)"
+        )
     provider, install = _INSTALL[device]
     if provider not in available:
         raise Unavailable(f'this onnxruntime has no {provider} for device="{device}": install {install}')

@@ -205,8 +205,9 @@ class TorchRuntime:
 
 
 def _pick_device(device: str) -> str:
-    if device in ("tensorrt", "coreml"):
-        raise Unavailable(f'"{device}" runs bundles, not checkpoints: molmo-edge export --target {device}')
+    if device in ("tensorrt", "coreml", "vulkan"):
+        makes = "--engine gguf" if device == "vulkan" else f"--target {device}"
+        raise Unavailable(f'"{device}" runs bundles, not checkpoints: molmo-edge export {makes}')
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if here[name])

@@ -322,13 +322,14 @@ def test_tensorrt_is_told_its_shapes() -> None:
         ("tensorrt", "no TensorrtExecutionProvider"),
         ("coreml", "no CoreMLExecutionProvider"),
         ("mps", 'on a Mac use device="coreml"'),
+        ("vulkan", "molmo-edge export --engine gguf"),
     ],
 )
 def test_a_provider_that_is_not_there(device: str, says: str) -> None:
     with pytest.raises(Unavailable, match=says):
         open_runtime(bundle("qwen"), device=device)
-    if device in ("tensorrt", "coreml"):
-        with pytest.raises(Unavailable, match=f"--target {device}"):
+    if device in ("tensorrt", "coreml", "vulkan"):
+        with pytest.raises(Unavailable, match="--engine gguf" if device == "vulkan" else f"--target {device}"):
             open_runtime(GOLDEN / "qwen", device=device)
 
 
