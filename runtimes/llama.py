@@ -31,7 +31,7 @@ from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 _SEQUENCES = 16  # caches that share one context's memory
-_NO_ROOM, _ABORTED = 1, 2  # what llama_decode returns
+_NO_ROOM = 1  # what llama_decode returns
 _ABORTABLE = 16  # positions; a shorter run is over before anybody could interrupt it
 _SPARE = 1_500_000_000  # bytes that stay free when weights are laid out anew
 _BETTER_REPACKED = ("q4_0", "iq4_nl")  # on x86; a prompt in K-quants takes twice as long with it, measured
@@ -162,16 +162,18 @@ class LlamaCache:
         try:
             for start in range(0, len(embeddings), _CHUNK):
                 part = embeddings[start : start + _CHUNK]
-                if not self._context.run(self._sequence, part, self._filled):
+                logits = self._context.run(self._sequence, part, self._filled)
+                if logits is None:
                     self._move_out()
-                    if not self._context.run(self._sequence, part, self._filled):
-                        raise EngineError("llama.cpp found no room for these positions")
+                    logits = self._context.run(self._sequence, part, self._filled)
+                if logits is None:
+                    raise EngineError("llama.cpp found no room for these positions")
                 self._filled += len(part)
         except BaseException:
             self._filled += _CHUNK  # a run that broke off may have left some: the next one forgets them
             raise
         self.length = self._filled
-        return self._context.logits()
+        return logits
 
     def state(self) -> bytearray:
         """Keys and values as llama.cpp writes them, for `LlamaRuntime.restore` with the same bundle and options."""
@@ -257,21 +259,16 @@ class _Context:
         if read != len(state):
             raise EngineError(f"these keys and values are not of this model, or do not fit: {last_words()}")
 
-    def run(self, sequence: int, embeddings: np.ndarray, start: int) -> bool:
-        """Append [n, d_model] at position `start`; False where the memory has no room for them."""
+    def run(self, sequence: int, embeddings: np.ndarray, start: int) -> np.ndarray | None:
+        """Append [n, d_model] at position `start`; -> logits [n_vocab] of the last, None where there is no room."""
         with self._lock:
             self._collect()
             last_words()
             code = self.model.decode(self._pointer, _batch(self._api, sequence, embeddings, start))
-        if code == _NO_ROOM:
-            return False
-        if code:
-            raise EngineError(f"llama.cpp failed ({code}): {last_words() or 'it does not say why'}")
-        return True
-
-    def logits(self) -> np.ndarray:
-        """Of the last position of the last run, float32 [embedding_size]."""
-        with self._lock:
+            if code == _NO_ROOM:
+                return None
+            if code:
+                raise EngineError(f"llama.cpp failed ({code}): {last_words() or 'it does not say why'}")
             values = self._api.llama_get_logits_ith(self._pointer, -1)
             return np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
 

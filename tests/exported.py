@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 
 from molmo_edge.export import export_bundle
 from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes import Runtime, open_runtime
+from molmo_edge.runtimes.llama import LlamaRuntime
+from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.tokenizer import Tokenizer
 
@@ -53,6 +55,20 @@ def _runtime(architecture: str, precision: str | None, **options: Any) -> OnnxRu
     return opened
 
 
+EXACT = LlamaOptions(cache="f32", flash_attention=False)
+
+
+def gguf_bundle(architecture: str, precision: str, **options: Any) -> Path:
+    return _bundle(architecture, precision, engine="gguf", **options)
+
+
+@functools.cache
+def gguf_runtime(architecture: str, precision: str, options: LlamaOptions = EXACT) -> LlamaRuntime:
+    opened = open_runtime(gguf_bundle(architecture, precision), threads=2, llama=options)
+    assert isinstance(opened, LlamaRuntime)
+    return opened
+
+
 @functools.cache
 def expected(architecture: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     directory = GOLDEN / architecture
@@ -81,7 +97,7 @@ def case(architecture: str, name: str) -> Case:
     )
 
 
-def prompt(engine: OnnxRuntime, c: Case) -> np.ndarray:
+def prompt(engine: Runtime, c: Case) -> np.ndarray:
     """The embeddings [n, d_model] of a case, image features added."""
     embeddings = engine.embed(c.ids)
     features = engine.encode_image(c.crops, c.masks)
@@ -89,7 +105,7 @@ def prompt(engine: OnnxRuntime, c: Case) -> np.ndarray:
     return embeddings
 
 
-def greedy(engine: OnnxRuntime, embeddings: np.ndarray, n: int) -> list[int]:
+def greedy(engine: Runtime, embeddings: np.ndarray, n: int) -> list[int]:
     cache = engine.new_cache(len(embeddings) + n)
     logits, ids = engine.forward(embeddings, cache), []
     for _ in range(n):
@@ -104,7 +120,7 @@ def relative(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(found - exact).max() / np.abs(exact).max())
 
 
-def costs(architecture: str, engine: OnnxRuntime) -> tuple[float, float]:
+def costs(architecture: str, engine: Runtime) -> tuple[float, float]:
     """Mean KL divergence from fp32, and the share of positions with the same top token.
 
     At the last 32 positions of the three golden cases, each image encoded by the same bundle.

@@ -1,0 +1,150 @@
+"""Caches on llama.cpp share memory with their copies; nobody may notice."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llama_cpp")
+
+import exported
+from exported import EXACT, GOLDEN, case, gguf_bundle, gguf_runtime, prompt, relative
+
+from molmo_edge import Molmo
+from molmo_edge.runtimes import EngineError, open_runtime
+from molmo_edge.runtimes.llama import LlamaCache, LlamaRuntime
+
+
+class TestCaches:
+    """Copies share memory; nobody may notice."""
+
+    rows: np.ndarray
+
+    @pytest.fixture(autouse=True)
+    def _prepare(self) -> None:
+        self.engine = gguf_runtime("molmoe", "f32")
+        self.rows = prompt(self.engine, case("molmoe", "square"))
+        self.text = [self.engine.embed(np.array(ids)) for ids in ([5, 9, 77, 3], [200, 1, 8, 9, 10, 11])]
+
+    def alone(self, *parts: np.ndarray) -> np.ndarray:
+        rows = np.concatenate(parts)
+        return self.engine.forward(rows, self.engine.new_cache(len(rows)))
+
+    def test_copies_are_independent(self) -> None:
+        base = self.engine.new_cache(len(self.rows) + 8)
+        self.engine.forward(self.rows, base)
+        copies = [base.copy() for _ in range(2)]
+        found = [self.engine.forward(text, copy) for text, copy in zip(self.text, copies, strict=True)]
+        again = self.engine.forward(self.text[1], base)  # the original too, after its copies
+        for logits, text in zip([*found, again], [*self.text, self.text[1]], strict=True):
+            assert relative(logits, self.alone(self.rows, text)) < 1e-5
+        assert [base.length, *(copy.length for copy in copies)] == [len(self.rows) + n for n in (6, 4, 6)]
+
+    def test_many_copies_that_do_not_fit_into_one_memory(self) -> None:
+        base = self.engine.new_cache(len(self.rows) + 6)
+        self.engine.forward(self.rows, base)
+        copies = [base.copy() for _ in range(40)]  # more than sequences, and their texts more than positions
+        for i, copy in enumerate(copies):
+            text = self.text[i % 2]
+            assert relative(self.engine.forward(text, copy), self.alone(self.rows, text)) < 1e-5
+        assert relative(self.engine.forward(self.text[0], base), self.alone(self.rows, self.text[0])) < 1e-5
+
+    def test_copies_that_are_gone_give_their_room_back(self) -> None:
+        base = self.engine.new_cache(len(self.rows) + 6)
+        self.engine.forward(self.rows, base)
+        for i in range(60):
+            copy = base.copy()
+            self.engine.forward(self.text[i % 2], copy)
+            assert copy._context is base._context
+            del copy
+            gc.collect()
+
+    def test_a_shorter_length_forgets(self) -> None:
+        cache = self.engine.new_cache(len(self.rows) + 16)
+        self.engine.forward(self.rows, cache)
+        self.engine.forward(self.text[0], cache)
+        cache.length = len(self.rows)
+        copy = cache.copy()
+        for each in (cache, copy):
+            logits = self.engine.forward(self.text[1], each)
+            assert relative(logits, self.alone(self.rows, self.text[1])) < 1e-5
+
+    def test_a_saved_state_goes_on_elsewhere(self, tmp_path: Path) -> None:
+        cache = self.engine.new_cache(len(self.rows) + 6)
+        self.engine.forward(self.rows, cache)
+        (tmp_path / "state").write_bytes(cache.state())
+        other = open_runtime(gguf_bundle("molmoe", "f32"), llama=EXACT)  # as another process would
+        assert isinstance(other, LlamaRuntime)
+        restored = other.restore((tmp_path / "state").read_bytes(), cache.length, cache.length + 6)
+        assert relative(other.forward(self.text[0], restored), self.alone(self.rows, self.text[0])) < 1e-5
+        with pytest.raises(EngineError, match="are not of this model"):
+            other.restore(bytes(cache.state()[:-100]), cache.length, cache.length + 6)
+        with pytest.raises(EngineError, match="does not have 3 positions"):
+            other.restore(bytes(cache.state()), 3, cache.length)
+        other.close()
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        cache = self.engine.new_cache(4)
+        with pytest.raises(EngineError, match="5 positions do not fit"):
+            self.engine.forward(self.rows[:5], cache)
+        with pytest.raises(EngineError, match="nothing to run"):
+            self.engine.forward(self.rows[:0], cache)
+        with pytest.raises(EngineError, match="32 wide"):
+            self.engine.forward(self.rows[:2, :7], cache)
+        with pytest.raises(EngineError, match="this model has"):
+            self.engine.new_cache(10**6)
+        with pytest.raises(EngineError, match="another runtime"):
+            self.engine.forward(self.rows[:2], exported.runtime("molmoe").new_cache(8))
+
+    def test_an_interrupted_prompt_leaves_a_sound_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from molmo_edge.runtimes import llama
+
+        cache = self.engine.new_cache(len(self.rows) + 8)
+        self.engine.forward(self.text[0], cache)
+
+        def interrupted(running: Any) -> int:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(llama, "_wait", interrupted)
+            self.engine.forward(self.rows, cache)
+        assert cache.length == len(self.text[0])
+        logits = self.engine.forward(self.text[1], cache)
+        assert relative(logits, self.alone(self.text[0], self.text[1])) < 1e-5
+
+
+def test_threads_share_a_molmo() -> None:
+    molmo = Molmo(gguf_bundle("qwen", "f32"), threads=1, llama=EXACT, max_crops=1)
+    scene = molmo.encode(GOLDEN / "coffee.png", room=40)
+    questions = [f"Point to the {thing}." for thing in ("cup", "spoon", "table", "saucer")]
+    alone = [molmo.ask(scene, question, max_new_tokens=8).token_ids for question in questions]
+    found: dict[str, Any] = {}
+
+    def ask(question: str) -> None:
+        found[question] = molmo.ask(scene, question, max_new_tokens=8).token_ids
+
+    threads = [threading.Thread(target=ask, args=(question,)) for question in questions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[question] for question in questions] == alone
+    molmo.close()
+    with pytest.raises(EngineError, match="closed"):
+        molmo.ask(GOLDEN / "coffee.png", "What?")
+
+
+def test_a_closed_runtime_s_caches_stay_sound() -> None:
+    engine = open_runtime(gguf_bundle("qwen", "f32"))
+    cache = engine.new_cache(8)
+    assert isinstance(cache, LlamaCache)
+    engine.forward(np.zeros((3, 32), np.float32), cache)
+    engine.close()
+    del engine
+    gc.collect()
+    assert len(cache.copy().state()) == len(cache.state())
