@@ -30,6 +30,10 @@ _FLOATS = {
 _LARGEST = 65504.0  # of float16
 
 
+class TooLargeForFloat16Error(ExportError):
+    """A weight beyond 65504."""
+
+
 def export_decoder(
     directory: Path,
     scratch: Path,
@@ -52,11 +56,16 @@ def export_decoder(
         check_disk(directory, _FLOATS[word][0] * weights)
         write_decoder(path, source, config, tensors, word, name)
         return path
-    check_disk(directory, 3 * weights)  # 16 bits, and the 8 or fewer that are made of them
-    whole = scratch / path.name
-    # The weights' own 16 bits, so that only llama.cpp rounds them.
+    # By way of 16 bits: a bfloat16 checkpoint's own, and of others float16's, which keep far more than is left after.
     stored = {tensors.dtype(tensor.parts[0].hub) for tensor in listed if not tensor.exact}
-    write_decoder(whole, source, config, tensors, "bf16" if stored == {"BF16"} else "f16", name)
+    whole, kind = scratch / path.name, "bf16" if stored == {"BF16"} else "f16"
+    check_disk(directory, 3 * weights)  # 16 bits, and the 8 or fewer that are made of them
+    try:
+        write_decoder(whole, source, config, tensors, kind, name)
+    except TooLargeForFloat16Error:
+        whole.unlink()
+        check_disk(directory, 5 * weights)
+        write_decoder(whole, source, config, tensors, "f32", name)
     quantize_gguf(whole, path, word, importance)
     whole.unlink()
     return path
@@ -68,7 +77,7 @@ def write_decoder(
     """Write the decoder to `path` in `kind`, "f32", "f16" or "bf16"; `directory` has its tokenizer.json.
 
     Memory holds one tensor, for experts those of one kind in a layer. Raises NoGraphError where llama.cpp has no graph
-    for it, ExportError where it has no way to cut its texts, and for weights that float16 cannot hold.
+    for it, ExportError where it has no way to cut its texts, TooLargeForFloat16Error for weights beyond that.
     """
     d = config.decoder
     listed = list(decoder_tensors(d))
@@ -115,5 +124,5 @@ def _narrow(values: np.ndarray, kind: str, name: str) -> np.ndarray:
     if kind == "bf16":
         return round_to_bfloat16(values)
     if kind == "f16" and np.abs(values).max(initial=0.0) > _LARGEST:
-        raise ExportError(f"{name} has weights that float16 cannot hold: choose bf16 or f32")
+        raise TooLargeForFloat16Error(f"{name} has weights that float16 cannot hold: choose bf16 or f32")
     return np.asarray(values, np.float16 if kind == "f16" else np.float32)

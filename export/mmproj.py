@@ -8,6 +8,9 @@ llama.cpp's own names fit (its CLIP towers), they are taken.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,10 @@ from gguf import GGUFWriter, LlamaFileType
 import molmo_edge
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.tokenizer import Tokenizer
 
-_BACKBONE = "model.vision_backbone"
+_BACKBONE, _WTE = "model.vision_backbone", "model.transformer.wte"
 _VIT = f"{_BACKBONE}.image_vit"
 _BLOCK = {
     "attention_norm": "ln1",
@@ -34,40 +38,27 @@ _POOL = {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_out"}
 _PROJECTOR = {"w1": "mm.gate", "w3": "mm.up", "w2": "mm.down"}
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    dtype: type  # float16 for matrices, float32 for the rest
+
+
 def write_mmproj(path: Path, config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer, name: str) -> None:
-    """Matrices in float16, the rest in float32. The blocks behind the last that is used are left out."""
+    """One tensor after the other. The blocks behind the last that is used are left out."""
+    listed = list(_tensors(config, tensors, tokenizer))
     writer = GGUFWriter(path, "clip")
     try:
         _metadata(writer, config, tokenizer, name)
-        v, get = config.vision, tensors.get
-        dino = v.image_model_type == "dino"
-        patch = get(f"{_VIT}.patch_embedding.weight")  # [d, (row, column, channel)]
-        patch = patch.reshape(-1, v.patch_size, v.patch_size, 3).transpose(0, 3, 1, 2)  # as a convolution has it
-        _add(writer, "v.patch_embd.weight", np.ascontiguousarray(patch))
-        _add(writer, "v.class_embd", get(f"{_VIT}.class_embedding").reshape(-1))
-        _add(writer, "v.position_embd.weight", get(f"{_VIT}.positional_embedding"), exact=True)
-        if dino:
-            _add(writer, "v.patch_embd.bias", get(f"{_VIT}.patch_embedding.bias"))
-        else:
-            for leaf in ("weight", "bias"):
-                _add(writer, f"v.pre_ln.{leaf}", get(f"{_VIT}.pre_ln.{leaf}"))
-        for n in range(v.last_layer + 1):
-            block = f"{_VIT}.transformer.resblocks.{n}"
-            for theirs, ours in _BLOCK.items():
-                for leaf in ("weight", "bias"):
-                    _add(writer, f"v.blk.{n}.{ours}.{leaf}", get(f"{block}.{theirs}.{leaf}"))
-            for k in (1, 2) if dino else ():
-                _add(writer, f"v.blk.{n}.ls{k}.weight", get(f"{block}.lambda{k}"))
-        _add(writer, "mm.pad_embd.weight", get(f"{_BACKBONE}.pad_embed"), exact=True)
-        for theirs, ours in _POOL.items():
-            for leaf in ("weight", "bias"):
-                _add(writer, f"mm.pool.{ours}.{leaf}", get(f"{_BACKBONE}.image_pooling_2d.{theirs}.{leaf}"))
-        for theirs, ours in _PROJECTOR.items():
-            _add(writer, f"{ours}.weight", get(f"{_BACKBONE}.image_projector.{theirs}.weight"))
-        _add(writer, "mm.token_embd.weight", _image_rows(config, tensors, tokenizer), exact=True)
+        for t in listed:
+            writer.add_tensor_info(t.name, t.shape, np.dtype(t.dtype), np.dtype(t.dtype).itemsize * math.prod(t.shape))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for t in listed:
+            writer.write_tensor_data(np.ascontiguousarray(t.make().reshape(t.shape), t.dtype))
     finally:
         writer.close()
 
@@ -77,19 +68,49 @@ def image_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: i for name, i in dataclasses.asdict(tokenizer.special).items() if name not in ("bos", "eos")}
 
 
-def _add(writer: GGUFWriter, name: str, values: np.ndarray, *, exact: bool = False) -> None:
-    narrow = values.ndim > 1 and not exact and np.abs(values).max() < np.finfo(np.float16).max
-    writer.add_tensor(name, values.astype(np.float16 if narrow else np.float32))
+def _tensors(config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer) -> Iterator[_Tensor]:
+    v, shapes = config.vision, hub_shapes(config)
+    dino = v.image_model_type == "dino"
 
+    def same(name: str, hub: str, *, exact: bool = False) -> _Tensor:
+        shape = shapes[hub]
+        return _Tensor(name, shape, lambda: tensors.get(hub), np.float32 if exact or len(shape) == 1 else np.float16)
 
-def _image_rows(config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer) -> np.ndarray:
-    """Float32 [tokens, d_model], looked up in concat(embedding, new_embedding) as ever."""
-    d, wte = config.decoder, "model.transformer.wte"
-    ids = list(image_token_ids(tokenizer).values())
-    table = tensors.get(f"{wte}.embedding")
-    if max(ids) >= d.embedding_size:
-        table = np.concatenate([table, tensors.get(f"{wte}.new_embedding")])
-    return table[ids]
+    def both(name: str, hub: str) -> Iterator[_Tensor]:
+        yield from (same(f"{name}.{leaf}", f"{hub}.{leaf}") for leaf in ("weight", "bias"))
+
+    def patches() -> np.ndarray:  # [d, (row, column, channel)], as a convolution has it
+        weight = tensors.get(f"{_VIT}.patch_embedding.weight")
+        return weight.reshape(-1, v.patch_size, v.patch_size, 3).transpose(0, 3, 1, 2)
+
+    def rows() -> np.ndarray:  # of concat(embedding, new_embedding), as ever
+        ids, size = np.array(list(image_token_ids(tokenizer).values())), config.decoder.embedding_size
+        found = np.empty((len(ids), config.decoder.d_model), np.float32)
+        for table, inside, first in (("embedding", ids < size, 0), ("new_embedding", ids >= size, size)):
+            if inside.any():
+                found[inside] = tensors.get(f"{_WTE}.{table}")[ids[inside] - first]
+        return found
+
+    yield _Tensor("v.patch_embd.weight", (v.d_model, 3, v.patch_size, v.patch_size), patches, np.float16)
+    yield same("v.class_embd", f"{_VIT}.class_embedding")
+    yield same("v.position_embd.weight", f"{_VIT}.positional_embedding", exact=True)
+    if dino:
+        yield same("v.patch_embd.bias", f"{_VIT}.patch_embedding.bias")
+    else:
+        yield from both("v.pre_ln", f"{_VIT}.pre_ln")
+    for n in range(v.last_layer + 1):
+        block = f"{_VIT}.transformer.resblocks.{n}"
+        for theirs, ours in _BLOCK.items():
+            yield from both(f"v.blk.{n}.{ours}", f"{block}.{theirs}")
+        for k in (1, 2) if dino else ():
+            yield same(f"v.blk.{n}.ls{k}.weight", f"{block}.lambda{k}")
+    yield same("mm.pad_embd.weight", f"{_BACKBONE}.pad_embed", exact=True)
+    for theirs, ours in _POOL.items():
+        yield from both(f"mm.pool.{ours}", f"{_BACKBONE}.image_pooling_2d.{theirs}")
+    for theirs, ours in _PROJECTOR.items():
+        yield same(f"{ours}.weight", f"{_BACKBONE}.image_projector.{theirs}.weight")
+    tokens = len(image_token_ids(tokenizer))
+    yield _Tensor("mm.token_embd.weight", (tokens, config.decoder.d_model), rows, np.float32)
 
 
 def _metadata(writer: GGUFWriter, config: MolmoConfig, tokenizer: Tokenizer, name: str) -> None:

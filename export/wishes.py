@@ -11,7 +11,7 @@ from molmo_edge.bundle import GRAPHS
 from molmo_edge.export import ExportError
 from molmo_edge.export.graph import FP32, Precision
 from molmo_edge.quantize.float16 import float16
-from molmo_edge.quantize.gguf import FLOATS, GGUF_WORDS
+from molmo_edge.quantize.gguf import FLOATS, GGUF_WORDS, WEIGHED
 from molmo_edge.quantize.int4 import Int4, int4_precision
 from molmo_edge.quantize.int8 import INT8, Q8
 
@@ -164,8 +164,10 @@ def _gguf_wishes(
     _check_plain(in_plain, words)
     if blocks:
         raise ExportError("blocks and zero points are for four-bit weights in ONNX: llama.cpp's types have their own")
-    if calibrate is not None and words["decoder"] in FLOATS:
-        raise ExportError(f"a calibration is for rounded weights, the decoder was to be {words['decoder']}")
+    if calibrate is not None and words["decoder"] not in WEIGHED:
+        raise ExportError(
+            f"llama.cpp rounds {words['decoder']} without a calibration: choose one of {', '.join(WEIGHED)}"
+        )
     try:
         import gguf  # noqa: F401
 

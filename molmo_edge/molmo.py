@@ -91,7 +91,8 @@ class Molmo:
     `molmo_edge.runtimes.DEVICES`; "auto" is the best that there is. `precision`: of a checkpoint's
     weights, "fp32", "bf16", "int8", "nf4" (both of bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU that has
     the memory. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU threads,
-    None for the engine's choice. `llama`: how llama.cpp runs a bundle's GGUF (molmo_edge.runtimes.llama_options).
+    None for the engine's choice. `llama`: how llama.cpp runs a bundle's GGUF, "cache=q8_0" or
+    LlamaOptions (molmo_edge.runtimes.llama_options).
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -107,7 +108,7 @@ class Molmo:
         revision: str | None = None,
         max_crops: int | None = None,
         threads: int | None = None,
-        llama: LlamaOptions | None = None,
+        llama: LlamaOptions | str | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 

@@ -24,6 +24,7 @@ _FTYPES = {
     "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_k_l": 13, "q3_k_m": 12, "q3_k_s": 11,
 }  # fmt: skip
 GGUF_WORDS = (*FLOATS, *_FTYPES)
+WEIGHED = tuple(word for word in _FTYPES if word != "q8_0")  # rounded with an importance matrix, where there is one
 _AT_ONCE = 512_000_000  # bytes of a tensor's rows that llama.cpp holds while it rounds them
 _CHILD = "from molmo_edge.quantize.gguf import _main; _main()"
 

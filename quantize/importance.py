@@ -49,7 +49,10 @@ def importance(config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.nda
 
 
 def _mean_squares(walk: Walk, module: nn.Module) -> Tensor:
-    return torch.cat(list(walk.scaled_inputs(module))).square().mean(0)
+    total, count = torch.zeros(()), 0
+    for x in walk.scaled_inputs(module):  # one sequence at a time: all of them are many times a layer
+        total, count = total + x.square().sum(0), count + len(x)
+    return total / count
 
 
 def _experts(ffn: SparseFFN, x: Tensor) -> tuple[Tensor, Tensor]:

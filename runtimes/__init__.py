@@ -98,13 +98,13 @@ def open_runtime(
     device: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
-    llama: LlamaOptions | None = None,
+    llama: LlamaOptions | str | None = None,
 ) -> Runtime:
     """Open a bundle on ONNX Runtime, its decoder on llama.cpp where it is a GGUF, or a checkpoint on PyTorch.
 
     `precision`: of a checkpoint's weights, "fp32", "bf16", "int8", "nf4", or "auto" (modeling/precision.py); a bundle
     has its own. `threads`: None leaves the number to the engine, which takes the physical cores. `llama`: how
-    llama.cpp runs (molmo_edge.runtimes.llama_options).
+    llama.cpp runs, LlamaOptions or their text (molmo_edge.runtimes.llama_options).
     Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle,
     PrecisionError for weights that do not fit into memory.
     """
@@ -120,7 +120,7 @@ def open_runtime(
         if bundle.components["decoder"].engine == "gguf":
             from molmo_edge.runtimes.llama import open_llama_runtime
 
-            return open_llama_runtime(bundle, device=device, threads=threads, options=llama)
+            return open_llama_runtime(bundle, device=device, threads=threads, options=_llama_options(llama))
         if llama is not None:
             raise EngineError(f"{directory} has no GGUF, so llama.cpp's options are not for it")
         from molmo_edge.runtimes.onnx import open_bundle_runtime
@@ -141,6 +141,16 @@ def open_runtime(
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
 
 
+def _llama_options(given: Any) -> LlamaOptions:
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+    if isinstance(given, str):
+        return LlamaOptions.parse(given)
+    if given is not None and not isinstance(given, LlamaOptions):
+        raise EngineError(f"llama must be LlamaOptions, or a text like 'cache=q8_0', it is {type(given).__name__}")
+    return given or LlamaOptions()
+
+
 def open_files(config: MolmoConfig, files: dict[str, Path], *, mapped: bool = False) -> OnnxRuntime | LlamaRuntime:
     """A runtime over the components of a bundle that is not whole yet; none of them is verified.
 
@@ -153,7 +163,6 @@ def open_files(config: MolmoConfig, files: dict[str, Path], *, mapped: bool = Fa
     if decoder is None or decoder.suffix != ".gguf":
         return OnnxRuntime(config, files, mapped=mapped)
     from molmo_edge.runtimes.llama import LlamaRuntime
-    from molmo_edge.runtimes.llama_options import LlamaOptions
 
     graphs = OnnxRuntime(config, {name: path for name, path in files.items() if name != "decoder"}, mapped=mapped)
-    return LlamaRuntime(config, graphs, decoder, options=LlamaOptions(repack=False if mapped else None))
+    return LlamaRuntime(config, graphs, decoder)

@@ -7,27 +7,28 @@ another tokenizer answers, in the wrong words. Format: ggml/docs/gguf.md, versio
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from molmo_edge.bundle import BundleError
 from molmo_edge.config import DecoderConfig
 from molmo_edge.gguf_layout import architecture, decoder_tensors, shape_metadata, token_names
 from molmo_edge.tokenizer import Tokenizer
 
-_MAGIC = b"GGUF"
+_MAGIC, _F32 = b"GGUF", 0
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST = {"entries": 100_000, "tensors": 100_000, "dimensions": 4, "string": 1 << 24}
 
-# ggml's types that a file has: weights in a block, bytes of a block.
+# ggml's types that weights have: weights in a block, bytes of a block.
 _TYPES = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74),
-    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
-    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
+    29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
 
 
@@ -49,8 +50,10 @@ def read_header(path: Path) -> GgufHeader:
     """Raises BundleError for a file that is no GGUF, is cut short, or whose parts do not fit together."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            return _read(_Reader(file, size, path), size, path)
+        if size < 24:
+            raise _no_gguf(path)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(_Reader(data, path), size, path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, struct.error, OverflowError, MemoryError) as error:
@@ -67,12 +70,18 @@ def check_decoder(path: Path, d: DecoderConfig, tokenizer: Tokenizer) -> GgufHea
         found = header.metadata.get(key)
         if not isinstance(found, (int, float)) or not math.isclose(found, value, rel_tol=1e-6):
             raise _foreign(path, f"its {key} is {found}, this model's is {value}")
-    wanted = {tensor.name: tensor.shape for tensor in decoder_tensors(d)}
-    for name, shape in wanted.items():
-        if name not in header.tensors:
+    # Anything more about the shape changes what is computed, and some of it ends the process.
+    if more := sorted(key for key in header.metadata if key.startswith(f"{said}.") and key not in shape_metadata(d)):
+        raise _foreign(path, f"it has a {more[0]}, which this model has not")
+    wanted = {tensor.name: tensor for tensor in decoder_tensors(d)}
+    for name, tensor in wanted.items():
+        found = header.tensors.get(name)
+        if found is None:
             raise _foreign(path, f"it has no tensor {name}")
-        if header.tensors[name].shape != shape:
-            raise _foreign(path, f"its {name} is {header.tensors[name].shape}, this model's is {shape}")
+        if found.shape != tensor.shape:
+            raise _foreign(path, f"its {name} is {found.shape}, this model's is {tensor.shape}")
+        if tensor.exact and found.kind != _F32:
+            raise _foreign(path, f"its {name} is not in float32")
     if unknown := sorted(set(header.tensors) - set(wanted)):
         raise _foreign(path, f"it has a tensor {unknown[0]}, which this model has not")
     _check_tokens(path, header.metadata, d, tokenizer)
@@ -93,6 +102,10 @@ def _check_tokens(path: Path, metadata: dict[str, Any], d: DecoderConfig, tokeni
             raise _foreign(path, f"its {key} is {found}, this tokenizer's is {tokenizer.special.eos}")
 
 
+def _no_gguf(path: Path) -> BundleError:
+    return BundleError(f"{path} is not a GGUF: fetch or export the bundle again")
+
+
 def _damaged(path: Path, why: str) -> BundleError:
     return BundleError(f"{path} is damaged ({why}): fetch or export the bundle again")
 
@@ -102,16 +115,16 @@ def _foreign(path: Path, why: str) -> BundleError:
 
 
 class _Reader:
-    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
-        self._file, self._size, self._path = file, size, path
+    """Over the bytes of the file, which are mapped, not read: those of the tensors are never looked at."""
 
-    def position(self) -> int:
-        return self._file.tell()
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data, self._path, self.at = data, path, 0
 
     def raw(self, count: int) -> bytes:
-        if count > self._size - self._file.tell():
+        if count > len(self._data) - self.at:
             raise _damaged(self._path, "it ends in the middle of its header")
-        return self._file.read(count)
+        self.at += count
+        return self._data[self.at - count : self.at]
 
     def scalar(self, kind: int) -> Any:
         if kind not in _SCALARS:
@@ -122,12 +135,24 @@ class _Reader:
     def count(self, what: str) -> int:
         """A number of things that cannot be more than `_MOST`, nor than the file's bytes."""
         number = self.scalar(4 if what == "dimensions" else 10)
-        if number > min(_MOST.get(what, self._size), self._size):
+        if number > min(_MOST.get(what, len(self._data)), len(self._data)):
             raise _damaged(self._path, f"it claims {number} for its {what}")
         return number
 
     def string(self) -> str:
         return self.raw(self.count("string")).decode("utf-8")
+
+    def strings(self, count: int) -> list[str]:
+        """As `string`, many times: of a vocabulary's tokens and merges there are some hundred thousand."""
+        data, at, size, length, found = self._data, self.at, len(self._data), struct.Struct("<Q"), []
+        for _ in range(count):
+            n = length.unpack_from(data, at)[0] if at + 8 <= size else size
+            if at + 8 + n > size:
+                raise _damaged(self._path, "it ends in the middle of its header")
+            found.append(data[at + 8 : at + 8 + n])
+            at += 8 + n
+        self.at = at
+        return [text.decode("utf-8") for text in found]
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -136,7 +161,7 @@ class _Reader:
             return self.scalar(kind)
         inner, length = self.scalar(4), self.count("array")
         if inner == _STRING:
-            return [self.string() for _ in range(length)]
+            return self.strings(length)
         if inner not in _SCALARS:
             raise _damaged(self._path, f"it has an array of the unknown kind {inner}")
         form = f"<{length}{_SCALARS[inner]}"
@@ -144,8 +169,8 @@ class _Reader:
 
 
 def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
-    if size < 24 or reader.raw(4) != _MAGIC:
-        raise BundleError(f"{path} is not a GGUF: fetch or export the bundle again")
+    if reader.raw(4) != _MAGIC:
+        raise _no_gguf(path)
     version = reader.scalar(4)
     if version not in (2, 3):
         raise BundleError(f"{path} is a GGUF of version {version}, this molmo-edge reads 2 and 3, little-endian")
@@ -172,7 +197,7 @@ def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
         raise _damaged(path, f"its alignment is {alignment}")
-    start = -(-reader.position() // alignment) * alignment
+    start = -(-reader.at // alignment) * alignment
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset % alignment or start + tensor.offset < end:

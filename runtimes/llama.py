@@ -13,10 +13,10 @@ import platform
 import threading
 import weakref
 from collections import deque
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, 
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
 
+_Thing = TypeVar("_Thing")
+
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 _SEQUENCES = 16  # caches that share one context's memory
 _NO_ROOM = 1  # what llama_decode returns
@@ -37,18 +39,15 @@ _SPARE = 1_500_000_000  # bytes that stay free when weights are laid out anew
 _BETTER_REPACKED = ("q4_0", "iq4_nl")  # on x86; a prompt in K-quants takes twice as long with it, measured
 
 
-def open_llama_runtime(
-    bundle: Bundle, *, device: str = "auto", threads: int | None = None, options: LlamaOptions | None = None
-) -> LlamaRuntime:
+def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, options: LlamaOptions) -> LlamaRuntime:
     """Open a verified bundle. Raises BundleError for a GGUF that is not its own, EngineError or Unavailable."""
-    options = options or LlamaOptions()
     load_library()
     gpu = on_gpu(device) and options.gpu_layers != 0
     check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
     parts = [name for name in GRAPHS if name != "decoder"]
     check_components(bundle, parts)
-    # The image's part goes to the same kind of device where this onnxruntime has it, and else stays with the CPU:
-    # on a Jetson llama.cpp with CUDA is there sooner than onnxruntime with CUDA.
+    # The image's part goes where the bundle's target says, or to the device that is insisted on, if this onnxruntime
+    # has it, and else stays with the CPU: on a Jetson llama.cpp with CUDA is there sooner than onnxruntime with CUDA.
     placement = place_bundle(bundle, device, insist=False)
     options = dataclasses.replace(options, repack=_repack(bundle, options, gpu))
     graphs = OnnxRuntime(
@@ -70,7 +69,7 @@ class LlamaRuntime:
         *,
         threads: int | None = None,
         gpu: bool = False,
-        options: LlamaOptions | None = None,
+        options: LlamaOptions = LlamaOptions(),  # noqa: B008 (frozen)
     ) -> None:
         """`graphs`: with vision, connector and embeddings; it is closed with this. `gpu`: where the decoder goes.
 
@@ -79,7 +78,7 @@ class LlamaRuntime:
         self.config, self._graphs = config, graphs
         self._stop = threading.Event()
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
-        made = (decoder, threads or physical_cores(), gpu, options or LlamaOptions(), self._stop)
+        made = (decoder, threads or physical_cores(), gpu, options, self._stop)
         self._loading: Future[_Model] | None = loader.submit(_Model, *made)
         loader.shutdown(wait=False)
         self.encode_image, self.encode_crops, self.connect = graphs.encode_image, graphs.encode_crops, graphs.connect
@@ -95,7 +94,12 @@ class LlamaRuntime:
         return LlamaCache(_Context(self._model(), capacity))
 
     def restore(self, state: bytes | bytearray, length: int, capacity: int) -> LlamaCache:
-        """A cache with what `LlamaCache.state` gave when it had `length` positions. Raises EngineError."""
+        """A cache with what `LlamaCache.state` gave when it had `length` positions.
+
+        Raises EngineError for a state that does not fit this model, these options, or `capacity`.
+        """
+        if length > capacity:
+            raise EngineError(f"a state of {length} positions does not fit into {capacity}")
         cache = self.new_cache(capacity)
         cache.fill(state, length)
         return cache
@@ -119,84 +123,90 @@ class LlamaRuntime:
         self._graphs.close()
 
     def _model(self) -> _Model:
-        if (loading := self._loading) is not None:
-            try:
-                return loading.result()
-            except CancelledError:
-                pass
-        raise EngineError("this runtime was closed")
+        if (loading := self._loading) is None:
+            raise EngineError("this runtime was closed")
+        return _wait(loading)
 
 
 class LlamaCache:
     """One sequence. Copies share a context's memory, and with it what they have in common, until it is full."""
 
-    def __init__(self, context: _Context, length: int = 0, capacity: int | None = None) -> None:
-        self.length = length
-        self.capacity = capacity or context.capacity
-        self._filled = length  # positions that llama.cpp has; `length` set lower forgets the rest at the next run
-        self._take(context)
+    def __init__(self, context: _Context) -> None:
+        self.length = 0
+        self.capacity = context.capacity
+        self._filled = 0  # positions that llama.cpp may have; those behind `length` are forgotten at the next run
+        sequence = context.new_sequence()
+        assert sequence is not None  # a new context has all of them to spare
+        self._take(context, sequence)
 
-    def _take(self, context: _Context) -> None:
-        self._context, self._sequence = context, context.new_sequence()
-        self._drop = weakref.finalize(self, context.dropped.append, self._sequence)
+    def _take(self, context: _Context, sequence: int) -> None:
+        self._context, self._sequence = context, sequence
+        self._drop = weakref.finalize(self, context.dropped.append, sequence)
         self._drop.atexit = False
 
     def copy(self) -> LlamaCache:
         """Costs nothing where the context has a sequence to spare: positions belong to both, not to each."""
+        self._forget_rest()
         twin = LlamaCache.__new__(LlamaCache)
         twin.length = twin._filled = self.length
         twin.capacity = self.capacity
-        if self._context.full():
-            twin._take(_Context(self._context.model, self.capacity))
-            twin._context.restore(twin._sequence, self.state())
+        if (sequence := self._context.new_sequence()) is None:
+            twin._take(*self._elsewhere())
         else:
-            twin._take(self._context)
-            self._context.share(self._sequence, twin._sequence, self.length)
+            twin._take(self._context, sequence)
+            self._context.share(self._sequence, sequence, self.length)
         return twin
 
     def append(self, embeddings: np.ndarray) -> np.ndarray:
         """Run [n, d_model] at the end; -> logits [embedding_size]. `length` moves only when all of it succeeded."""
-        if self._filled > self.length:
-            self._context.forget(self._sequence, self.length)
-            self._filled = self.length
-        try:
-            for start in range(0, len(embeddings), _CHUNK):
-                part = embeddings[start : start + _CHUNK]
-                logits = self._context.run(self._sequence, part, self._filled)
-                if logits is None:
-                    self._move_out()
-                    logits = self._context.run(self._sequence, part, self._filled)
-                if logits is None:
-                    raise EngineError("llama.cpp found no room for these positions")
-                self._filled += len(part)
-        except BaseException:
-            self._filled += _CHUNK  # a run that broke off may have left some: the next one forgets them
-            raise
-        self.length = self._filled
+        self._forget_rest()
+        done = self.length
+        for start in range(0, len(embeddings), _CHUNK):
+            part = embeddings[start : start + _CHUNK]
+            self._filled = done + len(part)  # said before it is true: a run that breaks off may leave some
+            logits = self._run(part, done)
+            done += len(part)
+        self.length = done
         return logits
 
     def state(self) -> bytearray:
         """Keys and values as llama.cpp writes them, for `LlamaRuntime.restore` with the same bundle and options."""
-        if self._filled > self.length:
-            self._context.forget(self._sequence, self.length)
-            self._filled = self.length
+        self._forget_rest()
         return self._context.state(self._sequence)
 
     def fill(self, state: bytes | bytearray, length: int) -> None:
-        """Take over what `state` gave. Raises EngineError for one that does not fit this model or this cache."""
-        if length > self.capacity:
-            raise EngineError(f"a state of {length} positions does not fit into {self.capacity}")
+        """Take over what `state` gave, into a cache that is empty: see `LlamaRuntime.restore`."""
         self._context.restore(self._sequence, state)
         if self._context.positions(self._sequence) != length:
             raise EngineError(f"this state does not have {length} positions")
         self.length = self._filled = length
 
+    def _run(self, part: np.ndarray, start: int) -> np.ndarray:
+        logits = self._context.run(self._sequence, part, start)
+        if logits is None:  # those that it shares the context with have filled it
+            self._move_out()
+            logits = self._context.run(self._sequence, part, start)
+        if logits is None:
+            raise EngineError("llama.cpp found no room for these positions")
+        return logits
+
+    def _forget_rest(self) -> None:
+        if self._filled > self.length:
+            self._context.forget(self._sequence, self.length)
+            self._filled = self.length
+
+    def _elsewhere(self) -> tuple[_Context, int]:
+        """A context of one's own, with what this cache holds, and its sequence there."""
+        context = _Context(self._context.model, self.capacity)
+        sequence = context.new_sequence()
+        assert sequence is not None
+        context.restore(sequence, self._context.state(self._sequence))
+        return context, sequence
+
     def _move_out(self) -> None:
-        """To a context of its own: those that it shares one with have filled it."""
-        state = self._context.state(self._sequence)
-        self._drop()
-        self._take(_Context(self._context.model, self.capacity))
-        self._context.restore(self._sequence, state)
+        there, leave = self._elsewhere(), self._drop  # the new place is whole before the old one is given up
+        self._take(*there)
+        leave()
 
 
 class _Context:
@@ -209,18 +219,16 @@ class _Context:
         self._lock = threading.RLock()
         self._api = model.api
         self._pointer = model.new_context(capacity)
-        self._finalizer = weakref.finalize(self, model.api.llama_free, self._pointer)
+        weakref.finalize(self, _free_context, model, self._pointer)
         self._memory = self._api.llama_get_memory(self._pointer)
+        abort = self._abort = threading.Event()  # by name: a callback that knew this object would keep it alive
+        self._asks = self._api.ggml_abort_callback(lambda data: abort.is_set())
 
-    def full(self) -> bool:
+    def new_sequence(self) -> int | None:
+        """None where all of them are taken."""
         with self._lock:
             self._collect()
-            return not self._free
-
-    def new_sequence(self) -> int:
-        with self._lock:
-            self._collect()
-            return self._free.pop()
+            return self._free.pop() if self._free else None
 
     def _collect(self) -> None:
         while self.dropped:
@@ -264,13 +272,33 @@ class _Context:
         with self._lock:
             self._collect()
             last_words()
-            code = self.model.decode(self._pointer, _batch(self._api, sequence, embeddings, start))
+            code = self._decode(_batch(self._api, sequence, embeddings, start))
             if code == _NO_ROOM:
                 return None
             if code:
                 raise EngineError(f"llama.cpp failed ({code}): {last_words() or 'it does not say why'}")
             values = self._api.llama_get_logits_ith(self._pointer, -1)
             return np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+
+    def _decode(self, batch: Any) -> int:
+        """llama_decode, which Ctrl-C can interrupt where it takes long."""
+        if batch.n_tokens < _ABORTABLE:
+            return self._api.llama_decode(self._pointer, batch)
+        self._api.llama_set_abort_callback(self._pointer, self._asks, None)
+        try:
+            return _wait(self.model.runner.submit(self._api.llama_decode, self._pointer, batch))
+        except BaseException:
+            self._abort.set()
+            _wait_out(self.model.runner)  # the batch's memory is this frame's
+            raise
+        finally:
+            self._abort.clear()
+            self._api.llama_set_abort_callback(self._pointer, self._api.ggml_abort_callback(), None)
+
+
+def _free_context(model: _Model, pointer: Any) -> None:
+    """The model is named here so that it lives until its contexts are gone."""
+    model.api.llama_free(pointer)
 
 
 def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int) -> Any:
@@ -316,10 +344,7 @@ class _Model:
         weakref.finalize(self, self.api.llama_model_free, self._pointer)
         self.n_vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._pointer))
         # One thread, so that llama.cpp's own threads are its for good.
-        self._runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
-        self._abort = threading.Event()
-        self._asks = self.api.ggml_abort_callback(lambda data: self._abort.is_set())
-        self._asks_nothing = self.api.ggml_abort_callback()
+        self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
 
     def new_context(self, capacity: int) -> Any:
         params, options = self.api.llama_context_default_params(), self._options
@@ -343,36 +368,24 @@ class _Model:
             )
         return pointer
 
-    def decode(self, context: Any, batch: Any) -> int:
-        """llama_decode, which Ctrl-C can interrupt where it takes long."""
-        if batch.n_tokens < _ABORTABLE:
-            return self.api.llama_decode(context, batch)
-        self.api.llama_set_abort_callback(context, self._asks, None)
-        running = self._runner.submit(self.api.llama_decode, context, batch)
-        try:
-            return _wait(running)
-        except BaseException:
-            self._abort.set()
-            _wait_out(running)
-            raise
-        finally:
-            self._abort.clear()
-            self.api.llama_set_abort_callback(context, self._asks_nothing, None)
 
-
-def _wait(running: Future[int]) -> int:
+def _wait(running: Future[_Thing]) -> _Thing:
     while True:  # with a timeout: on Windows a wait without one cannot be interrupted
         try:
             return running.result(timeout=1.0)
         except NotYet:
-            continue
+            if running.done():  # it is its own
+                raise
 
 
-def _wait_out(running: Future[int]) -> None:
-    """Until llama.cpp is out of the batch's memory, however often somebody presses Ctrl-C."""
-    while not running.done():
+def _wait_out(runner: ThreadPoolExecutor) -> None:
+    """Until all that was given to its one thread is over, however often somebody presses Ctrl-C."""
+    last: Future[int] | None = None
+    while True:
         try:
-            running.exception(timeout=1.0)
+            last = last or runner.submit(int)
+            last.result(timeout=1.0)
+            return
         except (NotYet, KeyboardInterrupt):
             continue
 
@@ -385,4 +398,4 @@ def _repack(bundle: Bundle, options: LlamaOptions, gpu: bool) -> bool:
     if platform.machine().lower() in ("x86_64", "amd64") and decoder.precision not in _BETTER_REPACKED:
         return False
     free = available_memory()
-    return free is None or free > 2 * decoder.bytes + _SPARE
+    return free is not None and free > 2 * decoder.bytes + _SPARE

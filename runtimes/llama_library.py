@@ -52,9 +52,9 @@ def load_library() -> Any:
 
 def last_words() -> str:
     """What llama.cpp logged as errors since this was last asked, on one line."""
-    said = "; ".join(line for line in (" ".join(line.split()) for line in _lines) if line)
+    lines = list(_lines)  # a copy in one step: llama.cpp's threads may be adding to it
     _lines.clear()
-    return said
+    return "; ".join(line for line in (" ".join(line.split()) for line in lines) if line)
 
 
 @functools.cache
@@ -98,9 +98,12 @@ def is_jetson() -> bool:
 def gpus() -> list[str]:
     """Names of the devices beside the CPU that this build can use and that are there: ["CUDA0"], ["MTL0"], []."""
     load_library()
-    from llama_cpp._ggml import libggml
+    from llama_cpp._ctypes_extensions import load_shared_library
+    from llama_cpp._ggml import libggml, libggml_base_path
 
-    count, get, name, kind = (getattr(libggml, f"ggml_backend_dev_{part}") for part in ("count", "get", "name", "type"))
+    base = load_shared_library("ggml-base", libggml_base_path)  # on Windows each symbol has to be asked of its own
+    count, get = libggml.ggml_backend_dev_count, libggml.ggml_backend_dev_get
+    name, kind = base.ggml_backend_dev_name, base.ggml_backend_dev_type
     count.restype, get.restype, name.restype, kind.restype = (
         ctypes.c_size_t,
         ctypes.c_void_p,
@@ -129,7 +132,7 @@ def on_gpu(device: str) -> bool:
 
 
 def physical_cores() -> int:
-    """Cores that this process may run on, two threads of one counted once: llama.cpp is fastest with these."""
+    """Cores that this process may run on; on Linux, two threads of one are counted once: these are the fastest."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     mine, cores = os.sched_getaffinity(0), set()

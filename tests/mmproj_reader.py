@@ -21,7 +21,8 @@ def vision_from_mmproj(path: Path, model: Molmo) -> Molmo:
     assert said["general.architecture"] == "clip" and said["clip.projector_type"] == "molmo"
     assert said["clip.vision.block_count"] == v.last_layer + 1
     assert said["molmo.vision.blocks"] == [layer % v.n_layers for layer in v.layers]
-    assert tensors["mm.token_embd.weight"].shape == (5, model.config.decoder.d_model)
+    ids = [said[f"molmo.token.{token}"] for token in ("im_start", "im_end", "im_patch", "im_col", "image")]
+    assert torch.equal(tensors["mm.token_embd.weight"], model.decoder.embed(torch.tensor(ids)))
 
     patch = tensors["v.patch_embd.weight"].permute(0, 2, 3, 1).flatten(1)  # [d, (row, column, channel)]
     filled = {

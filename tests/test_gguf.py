@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from exported import (
     ARCHITECTURES,
     CASES,
+    EXACT,
     GOLDEN,
     case,
     costs,
@@ -145,13 +146,18 @@ def test_text_alone_in_any_program() -> None:
 
 def test_options_change_no_token() -> None:
     rows = prompt(gguf_runtime("molmoe", "f32"), case("molmoe", "square"))
-    for options in (
-        LlamaOptions(repack=True),
-        LlamaOptions(flash_attention=True),
-        LlamaOptions(cache="bf16", gpu_layers=0),
-    ):
+    for options in (LlamaOptions(flash_attention=True), LlamaOptions(cache="bf16", gpu_layers=0)):
         engine = gguf_runtime("molmoe", "f16", options)
         assert greedy(engine, rows, 24) == expected("molmoe")[1]["square"]["generated_ids"], options
+
+
+def test_weights_laid_out_anew_are_the_same_weights() -> None:
+    """q4_0 is what llama.cpp repacks; its other kernel adds up in another order."""
+    rows = prompt(gguf_runtime("molmoe", "f32"), case("molmoe", "square"))
+    plain, repacked = (
+        logits_of(gguf_runtime("molmoe", "q4_0", replace(EXACT, repack=repack)), rows, 16) for repack in (False, True)
+    )
+    assert relative(repacked, plain) < 1e-2
 
 
 def test_options_are_read_and_refused() -> None:
@@ -170,6 +176,10 @@ def test_options_are_read_and_refused() -> None:
     ):
         with pytest.raises(EngineError, match=why):
             LlamaOptions.parse(text)
+    for given in ({"cache": "q8_0"}, 3, True):
+        with pytest.raises(EngineError, match="llama must be LlamaOptions"):
+            open_runtime(gguf_bundle("molmoe", "f32"), llama=given)  # type: ignore[arg-type]
+    assert open_runtime(gguf_bundle("molmoe", "f32"), llama="cache=f32").engine == "llama.cpp"
     with pytest.raises(EngineError, match="not for it"):
         open_runtime(exported.bundle("molmoe"), llama=LlamaOptions())
     with pytest.raises(EngineError, match="does not run on llama"):

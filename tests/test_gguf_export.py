@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class TestExport:
             ({"precision": "q4"}, "'q4' is not known for gguf"),
             ({"precision": {"decoder": "mixed"}}, "'mixed' is not known for decoder"),
             ({"precision": "q4_k_m", "block": 64}, "have their own"),
-            ({"precision": "f16", "calibrate": GOLDEN}, "for rounded weights"),
+            ({"precision": "f16", "calibrate": GOLDEN}, "rounds f16 without"),
+            ({"precision": "q8_0", "calibrate": GOLDEN}, "rounds q8_0 without"),
             ({"precision": "q8_0", "plain": True}, "connector would be q8|vision_encoder"),
         ):
             with pytest.raises(ExportError, match=why):
@@ -88,6 +90,8 @@ class TestExport:
         """An importance matrix from the golden photos, on the golden photos: the divergence falls."""
         plain = costs("molmoe", gguf_runtime("molmoe", "q4_0", LlamaOptions()))[0]
         weighed = gguf_bundle("molmoe", "q4_0", calibrate=GOLDEN)
+        entry = json.loads((weighed / MANIFEST).read_text())["components"]["decoder"]
+        assert "photos" in entry["importance"]
         engine = open_runtime(weighed)
         assert costs("molmoe", engine)[0] < plain  # type: ignore[arg-type]
         engine.close()
@@ -162,17 +166,15 @@ class TestForeign:
     """Refused by name, before llama.cpp sees the file."""
 
     @pytest.fixture
-    def swapped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def swapped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         """`swapped(bytes)` is a bundle of the golden MolmoE whose manifest vouches for these bytes as its decoder."""
         from molmo_edge.runtimes import llama
 
-        def never(*_: Any) -> None:
-            raise AssertionError("llama.cpp was given the file")
-
+        given: list[Any] = []
         directory = tmp_path / "bundle"
         shutil.copytree(gguf_bundle("molmoe", "f32"), directory)
         gguf_bundle("qwen", "f32")  # made now, while llama.cpp may be used
-        monkeypatch.setattr(llama, "_Model", never)
+        monkeypatch.setattr(llama, "_Model", lambda *arguments: given.append(arguments))
 
         def make(content: bytes) -> Path:
             path = directory / "decoder-f32.gguf"
@@ -182,7 +184,8 @@ class TestForeign:
             (directory / MANIFEST).write_text(json.dumps(manifest))
             return directory
 
-        return make
+        yield make
+        assert not given, "llama.cpp was given the file"
 
     def test_damage_that_the_hash_sees(self, tmp_path: Path) -> None:
         shutil.copytree(gguf_bundle("molmoe", "f32"), tmp_path / "b")

@@ -40,6 +40,14 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def as_type(content: bytes, tensor: bytes, kind: int) -> bytes:
+    """The tensor's type behind its name, number of dimensions and dimensions."""
+    at = content.index(tensor) + len(tensor)
+    (dimensions,) = struct.unpack_from("<I", content, at)
+    at += 4 + 8 * dimensions
+    return content[:at] + struct.pack("<I", kind) + content[at + 4 :]
+
+
 def test_it_reads_what_another_reader_reads(path: Path) -> None:
     header, reader = check_decoder(path, CONFIG.decoder, TOKENIZER), GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -76,6 +84,9 @@ def test_sizes_of_types_are_those_of_ggml() -> None:
         (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_q.weight"), "is there twice"),
         (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0olmoe", b"\x05\0\0\0\0\0\0\0llama"), 'architecture "llama"'),
         (lambda c: c.replace(b"gpt2", b"bert"), "no byte-level BPE"),
+        (lambda c: c.replace(b"molmo_edge.created_by", b"olmoe.key_length_mla_"), "has a olmoe.key_length_mla_, which"),
+        (lambda c: as_type(c, b"blk.0.attn_norm.weight", 1), "attn_norm.weight is not in float32"),
+        (lambda c: as_type(c, b"blk.0.attn_v.weight", 26), "type 26, which"),
     ],
 )
 def test_what_is_wrong_is_named(change: object, why: str, content: bytes, tmp_path: Path) -> None:

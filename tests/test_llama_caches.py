@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,36 @@ class TestCaches:
         assert [base.length, *(copy.length for copy in copies)] == [len(self.rows) + n for n in (6, 4, 6)]
 
     def test_many_copies_that_do_not_fit_into_one_memory(self) -> None:
-        base = self.engine.new_cache(len(self.rows) + 6)
-        self.engine.forward(self.rows, base)
-        copies = [base.copy() for _ in range(40)]  # more than sequences, and their texts more than positions
-        for i, copy in enumerate(copies):
-            text = self.text[i % 2]
-            assert relative(self.engine.forward(text, copy), self.alone(self.rows, text)) < 1e-5
-        assert relative(self.engine.forward(self.text[0], base), self.alone(self.rows, self.text[0])) < 1e-5
+        rows, text = self.rows[:200], self.rows[200:230]
+        base = self.engine.new_cache(256)  # which is what llama.cpp takes, too
+        self.engine.forward(rows, base)
+        copies = [base.copy() for _ in range(20)]  # more than sequences, and their texts more than positions
+        contexts = [copy._context for copy in copies]
+        assert sum(context is base._context for context in contexts) == 15
+        exact = self.alone(rows, text)
+        for copy in copies:
+            assert relative(self.engine.forward(text, copy), exact) < 1e-5
+        assert sum(copy._context is base._context for copy in copies) == 1  # the first had the room, the others moved
+        assert relative(self.engine.forward(text, base), exact) < 1e-5
+
+    def test_a_move_that_fails_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from molmo_edge.runtimes import llama
+
+        rows, text = self.rows[:200], self.rows[200:230]
+        base = self.engine.new_cache(256)
+        self.engine.forward(rows, base)
+        first, second = base.copy(), base.copy()
+        self.engine.forward(text, first)
+        for part in ("__init__", "restore"):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(llama._Context, part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                self.engine.forward(text, second)
+            assert second._context is base._context and second.length == 200
+        third = base.copy()
+        for cache in (second, third):
+            assert relative(self.engine.forward(text, cache), self.alone(rows, text)) < 1e-5
+        row = self.rows[230:231]
+        assert relative(self.engine.forward(row, first), self.alone(rows, text, row)) < 1e-5
 
     def test_copies_that_are_gone_give_their_room_back(self) -> None:
         base = self.engine.new_cache(len(self.rows) + 6)
@@ -101,21 +125,51 @@ class TestCaches:
         with pytest.raises(EngineError, match="another runtime"):
             self.engine.forward(self.rows[:2], exported.runtime("molmoe").new_cache(8))
 
-    def test_an_interrupted_prompt_leaves_a_sound_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_interrupted_prompt_stops_and_leaves_a_sound_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import llama_cpp
+
         from molmo_edge.runtimes import llama
 
-        cache = self.engine.new_cache(len(self.rows) + 8)
+        cache = self.engine.new_cache(len(self.rows) + 16)
         self.engine.forward(self.text[0], cache)
+        started, codes, decode = threading.Event(), [], llama_cpp.llama_decode
+
+        def slow(context: Any, batch: Any) -> int:
+            started.set()
+            assert cache._context._abort.wait(10)  # so that there is something to stop, however small the model is
+            codes.append(decode(context, batch))
+            return codes[-1]
 
         def interrupted(running: Any) -> int:
+            started.wait(10)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(llama, "_wait", interrupted)
+            patch.setattr(llama_cpp, "llama_decode", slow)
             self.engine.forward(self.rows, cache)
+        assert codes == [2]  # llama.cpp's word for "aborted"
         assert cache.length == len(self.text[0])
         logits = self.engine.forward(self.text[1], cache)
         assert relative(logits, self.alone(self.text[0], self.text[1])) < 1e-5
+
+    def test_copies_are_made_while_others_run(self) -> None:
+        base = self.engine.new_cache(len(self.rows) + 200)
+        self.engine.forward(self.rows, base)
+        exact, wrong = [self.alone(self.rows, text) for text in self.text], []
+
+        def ask(k: int) -> None:
+            for i in range(12):
+                found = self.engine.forward(self.text[(i + k) % 2], base.copy())
+                if relative(found, exact[(i + k) % 2]) > 1e-5:
+                    wrong.append((k, i))
+
+        threads = [threading.Thread(target=ask, args=(k,)) for k in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
 
 
 def test_threads_share_a_molmo() -> None:
@@ -148,3 +202,28 @@ def test_a_closed_runtime_s_caches_stay_sound() -> None:
     del engine
     gc.collect()
     assert len(cache.copy().state()) == len(cache.state())
+
+
+def test_closing_frees_the_model_at_once() -> None:
+    engine = open_runtime(gguf_bundle("qwen", "f32"))
+    assert isinstance(engine, LlamaRuntime)
+    cache = engine.new_cache(600)
+    engine.forward(np.zeros((300, 32), np.float32), cache)
+    model, context = weakref.ref(engine._model()), weakref.ref(cache._context)
+    gc.disable()  # what only a collection would free is not freed at once
+    try:
+        engine.close()
+        assert model() is not None  # a cache is still held
+        del cache, engine
+        assert context() is None and model() is None
+    finally:
+        gc.enable()
+
+
+def test_a_load_is_stopped_by_closing() -> None:
+    from molmo_edge.runtimes.llama import _Model
+
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(EngineError, match="was closed"):
+        _Model(gguf_bundle("qwen", "f32") / "decoder-f32.gguf", 1, False, EXACT, stop)

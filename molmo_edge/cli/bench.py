@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model, llama_options
+from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
 
@@ -78,8 +78,7 @@ def bench(
         started = time.perf_counter()
         # With --checkpoint it is that one's precision that is meant.
         own = precision if checkpoint is None else "auto"
-        wish = llama_options(llama)
-        runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=wish)
+        runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=llama)
         measure(runtime.engine, runtime, time.perf_counter() - started)
     note(f"{timings[0].engine} is done", quiet=quiet)
     if not timings[0].engine.startswith("pytorch"):

@@ -9,7 +9,6 @@ from molmo_edge.cli.output import progress
 
 if TYPE_CHECKING:
     from molmo_edge.molmo import Molmo
-    from molmo_edge.runtimes.llama_options import LlamaOptions
 
 
 def find_model(model: str | None, *, revision: str | None, quiet: bool, to_run: bool = True) -> Path:
@@ -50,13 +49,6 @@ def open_molmo(
             precision=precision,
             max_crops=max_crops,
             threads=threads,
-            llama=llama_options(llama),
+            llama=llama,
         )
     return molmo, photo
-
-
-def llama_options(text: str | None) -> LlamaOptions | None:
-    """What --llama says."""
-    from molmo_edge.runtimes.llama_options import LlamaOptions
-
-    return None if text is None else LlamaOptions.parse(text)
