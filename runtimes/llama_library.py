@@ -82,16 +82,18 @@ def install_command(device: str = "auto", *, again: bool = False) -> str:
 def _likely_flags() -> str:
     if sys.platform == "darwin":
         return "-DGGML_METAL=on" if platform.machine() == "arm64" else ""
-    if is_jetson() or shutil.which("nvidia-smi"):
+    if jetson() or shutil.which("nvidia-smi"):
         return "-DGGML_CUDA=on"
     return "-DGGML_VULKAN=on" if shutil.which("vulkaninfo") else ""
 
 
-def is_jetson() -> bool:
+def jetson() -> str | None:
+    """What this Jetson calls itself; None on anything else."""
     try:
-        return b"NVIDIA" in Path("/proc/device-tree/model").read_bytes()
+        name = Path("/proc/device-tree/model").read_bytes().rstrip(b"\0").decode("utf-8", errors="replace")
     except OSError:
-        return False
+        return None
+    return name if "NVIDIA" in name else None
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def machine(patch: pytest.MonkeyPatch, system: str, processor: str, *programs: str, jetson: bool = False) -> None:
     patch.setattr(sys, "platform", system)
     patch.setattr(llama_library.platform, "machine", lambda: processor)
-    patch.setattr(llama_library, "is_jetson", lambda: jetson)
+    patch.setattr(llama_library, "jetson", lambda: "NVIDIA Jetson Orin Nano" if jetson else None)
     patch.setattr(llama_library.shutil, "which", lambda name: f"/usr/bin/{name}" if name in programs else None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import typer
 
@@ -29,6 +28,8 @@ _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typ
 
 def doctor(*, json: options.Json = False) -> None:
     """Say what this machine has, and what is missing."""
+    from molmo_edge.runtimes.llama_library import jetson
+
     problems: list[str] = []
     facts: dict[str, object] = {
         "molmo_edge": molmo_edge.__version__,
@@ -36,7 +37,7 @@ def doctor(*, json: options.Json = False) -> None:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **_memory(),
-        "jetson": _jetson(),
+        "jetson": jetson(),
         "versions": {name: _version(name) for name in _CORE},
         "onnxruntime_providers": _providers(problems),
         "llama_cpp_devices": _llama(problems),
@@ -77,15 +78,6 @@ def _memory() -> dict[str, str | None]:
         return {"memory": None}
     gib = {name: known.get(name, 0) / 2**30 for name in ("MemTotal", "MemAvailable", "SwapTotal")}
     return {"memory": f"{gib['MemTotal']:.1f} GiB, {gib['MemAvailable']:.1f} GiB free, {gib['SwapTotal']:.1f} GiB swap"}
-
-
-def _jetson() -> str | None:
-    model = Path("/proc/device-tree/model")
-    try:
-        name = model.read_bytes().rstrip(b"\0").decode("utf-8", errors="replace")
-    except OSError:
-        return None
-    return name if "NVIDIA" in name else None
 
 
 def _providers(problems: list[str]) -> list[str]:
