@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.runtimes import open_runtime
-from molmo_edge.runtimes.llama_options import LlamaOptions
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         "onnxruntime": open_runtime(args.onnx, threads=args.threads),
         "llama.cpp": open_runtime(args.gguf, threads=args.threads),
         "llama.cpp, its defaults": open_runtime(
-            args.gguf, threads=args.threads, llama=LlamaOptions(repack=True, flash_attention=True)
+            args.gguf, threads=args.threads, llama="repack=yes,flash_attention=yes"
         ),
     }
     width = engines["onnxruntime"].config.decoder.d_model

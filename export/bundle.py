@@ -150,7 +150,7 @@ def export_bundle(
             del kind
         if wishes.engine == "gguf":
             rows = None if wishes.calibrate is None else _rows(wishes, config, tokenizer, staging, components)
-            components |= _ggufs(wishes, checkpoint, staging, Path(scratch), config, tensors, rows, name or out.name)
+            components |= _ggufs(wishes, tokenizer, staging, Path(scratch), config, tensors, rows, name or out.name)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
         if measure and any(word not in _EXACT for word in wishes.precision.values()):
@@ -219,7 +219,7 @@ def _calibrated(wishes: Wishes, config: MolmoConfig, tensors: TensorSource, rows
 
 def _ggufs(
     wishes: Wishes,
-    checkpoint: Path,
+    tokenizer: Tokenizer,
     staging: Path,
     scratch: Path,
     config: MolmoConfig,
@@ -235,7 +235,7 @@ def _ggufs(
 
         weigh = importance(config, tensors, rows)
     word = wishes.precision["decoder"]
-    path = export_decoder(staging, scratch, checkpoint, config, tensors, word, name, weigh)
+    path = export_decoder(staging, scratch, tokenizer, config, tensors, word, name, weigh)
     made = {"decoder": _entry(path, engine="gguf", precision=word)}
     if weigh is not None:
         made["decoder"]["importance"] = "mean squares of its inputs on photos"
@@ -243,7 +243,7 @@ def _ggufs(
         from molmo_edge.export.mmproj import write_mmproj
 
         path = staging / "mmproj-f16.gguf"
-        write_mmproj(path, config, tensors, Tokenizer.from_file(checkpoint / TOKENIZER), name)
+        write_mmproj(path, config, tensors, tokenizer, name)
         made["mmproj"] = _entry(path, engine="gguf", precision="f16")
     return made
 

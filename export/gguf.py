@@ -21,6 +21,7 @@ from molmo_edge.export.gguf_vocab import add_vocabulary
 from molmo_edge.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.quantize.gguf import FLOATS, quantize_gguf
+from molmo_edge.tokenizer import Tokenizer
 
 _FLOATS = {
     "f32": (4, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -37,7 +38,7 @@ class TooLargeForFloat16Error(ExportError):
 def export_decoder(
     directory: Path,
     scratch: Path,
-    source: Path,
+    tokenizer: Tokenizer,
     config: MolmoConfig,
     tensors: TensorSource,
     word: str,
@@ -46,7 +47,7 @@ def export_decoder(
 ) -> Path:
     """The decoder in `directory` in one of GGUF_WORDS, by way of 16 bits in `scratch` where it is rounded.
 
-    `source`: has the tokenizer.json. Raises as `write_decoder` and `quantize_gguf` do, and ExportError where the disk
+    Raises as `write_decoder` and `quantize_gguf` do, and ExportError where the disk
     has no room.
     """
     path = directory / f"decoder-{word}.gguf"
@@ -54,27 +55,27 @@ def export_decoder(
     weights = sum(tensor.weights for tensor in listed)
     if word in FLOATS:
         check_disk(directory, _FLOATS[word][0] * weights)
-        write_decoder(path, source, config, tensors, word, name)
+        write_decoder(path, tokenizer, config, tensors, word, name)
         return path
     # By way of 16 bits: a bfloat16 checkpoint's own, and of others float16's, which keep far more than is left after.
     stored = {tensors.dtype(tensor.parts[0].hub) for tensor in listed if not tensor.exact}
     whole, kind = scratch / path.name, "bf16" if stored == {"BF16"} else "f16"
     check_disk(directory, 3 * weights)  # 16 bits, and the 8 or fewer that are made of them
     try:
-        write_decoder(whole, source, config, tensors, kind, name)
+        write_decoder(whole, tokenizer, config, tensors, kind, name)
     except TooLargeForFloat16Error:
         whole.unlink()
         check_disk(directory, 5 * weights)
-        write_decoder(whole, source, config, tensors, "f32", name)
+        write_decoder(whole, tokenizer, config, tensors, "f32", name)
     quantize_gguf(whole, path, word, importance)
     whole.unlink()
     return path
 
 
 def write_decoder(
-    path: Path, directory: Path, config: MolmoConfig, tensors: TensorSource, kind: str, name: str
+    path: Path, tokenizer: Tokenizer, config: MolmoConfig, tensors: TensorSource, kind: str, name: str
 ) -> None:
-    """Write the decoder to `path` in `kind`, "f32", "f16" or "bf16"; `directory` has its tokenizer.json.
+    """Write the decoder to `path` in `kind`, "f32", "f16" or "bf16".
 
     Memory holds one tensor, for experts those of one kind in a layer. Raises NoGraphError where llama.cpp has no graph
     for it, ExportError where it has no way to cut its texts, TooLargeForFloat16Error for weights beyond that.
@@ -92,23 +93,19 @@ def write_decoder(
                 writer.add_float32(key, value)
             else:
                 writer.add_uint32(key, value)
-        add_vocabulary(writer, directory, d)
-        write_tensors(writer, listed, tensors, kind)
+        add_vocabulary(writer, tokenizer, d)
+        for tensor in listed:
+            size, raw, _ = _FLOATS["f32" if tensor.exact else kind]
+            # The dtype only tells numbers from packed blocks; what is stored is `raw`.
+            bytes_ = size * tensor.weights
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), bytes_, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in listed:
+            writer.write_tensor_data(_values(tensor, tensors, "f32" if tensor.exact else kind))
     finally:
         writer.close()
-
-
-def write_tensors(writer: GGUFWriter, listed: list[GgufTensor], tensors: TensorSource, kind: str) -> None:
-    """Header, metadata and tensors, one after the other."""
-    for tensor in listed:
-        size, raw, _ = _FLOATS["f32" if tensor.exact else kind]
-        # The dtype only tells numbers from packed blocks; what is stored is `raw`.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size * tensor.weights, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in listed:
-        writer.write_tensor_data(_values(tensor, tensors, "f32" if tensor.exact else kind))
 
 
 def _values(tensor: GgufTensor, tensors: TensorSource, kind: str) -> np.ndarray:

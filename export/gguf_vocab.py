@@ -46,19 +46,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def add_vocabulary(writer: GGUFWriter, directory: Path, d: DecoderConfig) -> str:
-    """Write the tokenizer of `directory` into the GGUF's metadata; returns llama.cpp's name for how it cuts texts.
+def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, d: DecoderConfig) -> None:
+    """Write the tokenizer into the GGUF's metadata.
 
     Raises ExportError for a tokenizer that llama.cpp cuts texts otherwise for, whatever it is told.
     """
-    from molmo_edge.bundle import TOKENIZER
-
-    path = directory / TOKENIZER
-    tokenizer = Tokenizer.from_file(path)
-    definition = json.loads(path.read_text("utf-8"))
-    cut = _cut(tokenizer, definition, d)
-    _add(writer, tokenizer, definition, d, cut)
-    return cut
+    definition = json.loads(tokenizer.definition)
+    _add(writer, tokenizer, definition, d, _cut(tokenizer, definition, d))
 
 
 def _add(writer: GGUFWriter, tokenizer: Tokenizer, definition: dict[str, Any], d: DecoderConfig, cut: str) -> None:

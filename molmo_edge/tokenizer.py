@@ -68,7 +68,7 @@ class Tokenizer:
         decoder = parsed.get("decoder") if isinstance(parsed, dict) else None
         if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
             raise TokenizerError(f"{name} is not the tokenizer of a Molmo: those are byte-level BPE")
-        self._definition = definition
+        self.definition = definition  # the text of the tokenizer.json
         self._name = name
         self._text = self._load()
         self._text.encode_special_tokens = True  # special tokens in a text are text
@@ -95,7 +95,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Bpe
 
         try:
-            return Bpe.from_str(self._definition)
+            return Bpe.from_str(self.definition)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{self._name} is damaged: {error}") from None
 

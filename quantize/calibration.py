@@ -31,7 +31,7 @@ from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.prompt import build_prompt, caption_question, image_ids, text_ids
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.rounding import Blocks, nearest
-from molmo_edge.quantize.walk import Walk
+from molmo_edge.quantize.walk import SHARED, Walk
 from molmo_edge.runtimes import Runtime
 from molmo_edge.tokenizer import Tokenizer
 
@@ -49,7 +49,6 @@ _QUESTIONS = (
     "Point to everything that a person could pick up.",
 )
 _NARROW = 4096  # inputs; below, GPTQ is many small steps, which one thread takes faster than several
-_SHARED = 0.1  # how much an expert's inputs are helped by those of all experts, which are many more
 _NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
 
 
@@ -177,7 +176,7 @@ class Calibration:
             mine = x[token]
             inputs = (mine * weight).T @ (mine * weight)
             share = inputs.trace() / shared.trace() if len(token) else shared.new_ones(())
-            inputs += shared * (share * _SHARED)
+            inputs += shared * (share * SHARED)
             for which, rounded in zip(
                 ("gate", "up"), _both(ffn.gate[e], ffn.up[e], inputs, block, asymmetric), strict=True
             ):

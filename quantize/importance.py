@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.decoder import DenseFFN, SparseFFN
-from molmo_edge.quantize.walk import Walk
-
-_SHARED = 0.1  # how much an expert's inputs are helped by those of all experts, which are many more
+from molmo_edge.quantize.walk import SHARED, Walk
 
 
 @torch.inference_mode()
@@ -65,10 +63,10 @@ def _experts(ffn: SparseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         weight, mine = weights[token, k, None], x[token]
         squares = (mine * weight).square().sum(0)
         share = squares.sum() / shared.sum() if len(token) else 1.0
-        into.append(squares + shared * (share * _SHARED))
+        into.append(squares + shared * (share * SHARED))
         if not len(token):  # as if all had chosen it: nothing is known of what it would be asked
             weight, mine = torch.ones(len(x), 1), x
         h = F.silu(F.linear(mine, ffn.gate[e])) * F.linear(mine, ffn.up[e]) * weight
         squares = h.square().sum(0)
-        out.append(squares + squares.mean() * _SHARED)
+        out.append(squares + squares.mean() * SHARED)
     return torch.stack(into), torch.stack(out)

@@ -18,6 +18,8 @@ from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.decoder import Block, rotary_tables
 from molmo_edge.modeling.loading import load_part
 
+SHARED = 0.1  # how much an expert's inputs are helped by those of all experts, which are many more
+
 
 class Walk:
     """Begins in front of layer 0; `block` is the layer that the sequences stand in front of, and may be changed."""

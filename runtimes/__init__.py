@@ -80,6 +80,25 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
+def check_capacity(capacity: int, config: MolmoConfig) -> None:
+    """Raise EngineError for a cache that has no positions, or more than the model."""
+    most = config.decoder.max_position_embeddings
+    if not 0 < capacity <= most:
+        raise EngineError(
+            f"{capacity} positions were asked for, this model has {most}: "
+            "use fewer crops, a shorter question or a smaller max_new_tokens"
+        )
+
+
+def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+    """The rows to append, as one block of float32. Raises EngineError for none, or for more than fit into `cache`."""
+    if not len(embeddings):
+        raise EngineError("there is nothing to run: no embeddings were given")
+    if cache.length + len(embeddings) > cache.capacity:
+        raise EngineError(f"{len(embeddings)} positions do not fit: {cache.length} of {cache.capacity} are filled")
+    return np.ascontiguousarray(embeddings, np.float32)
+
+
 class BatchRuntime(Runtime, Protocol):
     """A runtime that answers several prompts in one go; see `molmo_edge.runtimes.torch.TorchRuntime`."""
 

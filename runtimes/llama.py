@@ -23,7 +23,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.config import MolmoConfig
 from molmo_edge.memory import available_memory
-from molmo_edge.runtimes import Cache, EngineError
+from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_rows
 from molmo_edge.runtimes.gguf_header import check_decoder
 from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, physical_cores
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
@@ -85,12 +85,7 @@ class LlamaRuntime:
         self.embed = graphs.embed
 
     def new_cache(self, capacity: int) -> LlamaCache:
-        most = self.config.decoder.max_position_embeddings
-        if not 0 < capacity <= most:
-            raise EngineError(
-                f"{capacity} positions were asked for, this model has {most}: "
-                "use fewer crops, a shorter question or a smaller max_new_tokens"
-            )
+        check_capacity(capacity, self.config)
         return LlamaCache(_Context(self._model(), capacity))
 
     def restore(self, state: bytes | bytearray, length: int, capacity: int) -> LlamaCache:
@@ -107,13 +102,9 @@ class LlamaRuntime:
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         if not isinstance(cache, LlamaCache):
             raise EngineError("this cache was made by another runtime")
-        embeddings = np.ascontiguousarray(embeddings, np.float32)
-        if not len(embeddings):
-            raise EngineError("there is nothing to run: no embeddings were given")
+        embeddings = check_rows(embeddings, cache)
         if embeddings.shape[1] != self.config.decoder.d_model:
             raise EngineError(f"embeddings must be {self.config.decoder.d_model} wide, they are {embeddings.shape[1]}")
-        if cache.length + len(embeddings) > cache.capacity:
-            raise EngineError(f"{len(embeddings)} positions do not fit: {cache.length} of {cache.capacity} are filled")
         return cache.append(embeddings)
 
     def close(self) -> None:

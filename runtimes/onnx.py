@@ -17,7 +17,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.runtimes import Cache, EngineError, Unavailable
+from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_rows
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
@@ -196,24 +196,15 @@ class OnnxRuntime:
         return self._run("embed_tokens", {"ids": ids})
 
     def new_cache(self, capacity: int) -> OnnxCache:
-        d = self.config.decoder
-        if not 0 < capacity <= d.max_position_embeddings:
-            raise EngineError(
-                f"{capacity} positions were asked for, this model has {d.max_position_embeddings}: "
-                "use fewer crops, a shorter question or a smaller max_new_tokens"
-            )
-        session = self._session("decoder")
-        make = functools.partial(OnnxCache.empty, session, capacity, d.embedding_size, self._placement.cache)
+        check_capacity(capacity, self.config)
+        session, logits = self._session("decoder"), self.config.decoder.embedding_size
+        make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache)
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be full
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         if not isinstance(cache, OnnxCache):
             raise EngineError("this cache was made by another runtime")
-        embeddings = np.ascontiguousarray(embeddings, np.float32)
-        if not len(embeddings):
-            raise EngineError("there is nothing to run: no embeddings were given")
-        if cache.length + len(embeddings) > cache.capacity:
-            raise EngineError(f"{len(embeddings)} positions do not fit: {cache.length} of {cache.capacity} are filled")
+        embeddings = check_rows(embeddings, cache)
         for start in range(0, len(embeddings), _CHUNK):
             logits = _guard("decoder", functools.partial(cache.append, embeddings[start : start + _CHUNK]))
         return logits

@@ -215,8 +215,6 @@ class TestForeign:
         from molmo_edge.modeling.checkpoint import open_tensors
 
         checkpoint = GOLDEN / "molmoe"
-        other = tmp_path / "other"
-        other.mkdir()
         text = (checkpoint / "tokenizer.json").read_text("utf-8")
         tokens = Tokenizer(text)
         a, b = (
@@ -228,8 +226,7 @@ class TestForeign:
         i, j = (vocab.index(key) for key in swap)
         (i, first), (j, second) = sorted(((i, f'"{a}":'), (j, f'"{b}":')))
         vocab = vocab[:i] + swap[first] + vocab[i + len(first) : j] + swap[second] + vocab[j + len(second) :]
-        (other / "tokenizer.json").write_text(head + vocab, "utf-8")
-        config = MolmoConfig.from_hub(checkpoint)
+        other, config = Tokenizer(head + vocab), MolmoConfig.from_hub(checkpoint)
         write_decoder(tmp_path / "other.gguf", other, config, open_tensors(checkpoint), "f32", "other")
         with pytest.raises(BundleError, match="made for another tokenizer: token"):
             open_runtime(swapped((tmp_path / "other.gguf").read_bytes()))

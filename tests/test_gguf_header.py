@@ -31,7 +31,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "decoder.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_vocab, "_cut", lambda *_: "olmo")
-        write_decoder(out, GOLDEN / "molmoe", CONFIG, open_tensors(GOLDEN / "molmoe"), "f16", "golden")
+        write_decoder(out, TOKENIZER, CONFIG, open_tensors(GOLDEN / "molmoe"), "f16", "golden")
     return out
 
 
