@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import molmo_edge
-from molmo_edge.bundle import FORMAT, FORMAT_VERSION, MANIFEST, TOKENIZER, sha256_of
+from molmo_edge.bundle import FORMAT, FORMAT_VERSION, GRAPHS, MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.export import ExportError
@@ -51,7 +51,6 @@ _PREFIXES = {
     "embed_tokens": ("model.transformer.wte.",),
     "decoder": ("model.transformer.blocks.",),  # and its head, see build_component
 }
-_EXACT = ("fp32", "fp16", "f32")  # whose error is not measured: a CPU does not round as ONNX's fp16 says
 _MEASURED_BELOW = 4_000_000_000  # bytes in float32; a larger decoder is not run beside its float32 form
 # Bytes. An .onnx file cannot pass 2 GB, and what lies inside of one is held twice, as read and as packed.
 _SIDECAR_ABOVE = 100_000_000
@@ -92,9 +91,9 @@ def export_bundle(
 
     For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8
     says what they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder
-    (molmo_edge.quantize.int4 says which) and eight or sixteen for the rest; or a mapping of components to them. What it
-    leaves out is as `target` wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes),
-    or fp32.
+    (molmo_edge.quantize.int4 says which) and eight or sixteen for the rest; or a mapping of components to them, and of
+    parts of the decoder ("attention", "experts", "router", "head": molmo_edge.quantize.parts). What it leaves out is as
+    `target` wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes), or fp32.
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
@@ -153,7 +152,7 @@ def export_bundle(
             components |= _ggufs(wishes, tokenizer, staging, Path(scratch), config, tensors, rows, name or out.name)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
-        if measure and any(word not in _EXACT for word in wishes.precision.values()):
+        if measure and any(map(wishes.rounds, GRAPHS)):
             _measure(components, files, Path(scratch) / "fp32", config, tensors, wishes)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
         components["tokenizer"] = _entry(staging / TOKENIZER)
@@ -376,11 +375,11 @@ def _measure(
         if component == "decoder" and 4 * _weights(component, config, tensors) > _MEASURED_BELOW:
             continue
         exact[component] = files[component]
-        if word != "fp32":
+        if word != "fp32" or wishes.rounds(component):
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
     for component, error in component_errors(config, exact, {name: files[name] for name in exact}).items():
-        if wishes.precision[component] not in _EXACT:
+        if wishes.rounds(component):
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 
 

@@ -1,6 +1,7 @@
 """OLMoE's experts in a graph, in one of three forms.
 
-The router is float32 everywhere, and the chosen probabilities are not renormalised (OLMoE: norm_topk_prob false).
+The router is float32 unless a precision by part says otherwise, and the chosen probabilities are not renormalised
+(OLMoE: norm_topk_prob false).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.export.graph import FP32, ExpertPart, Graph, Precision
+from molmo_edge.export.graph import ExpertPart, Graph, Precision
 from molmo_edge.export.operators import silu
 from molmo_edge.modeling.checkpoint import TensorSource
 
@@ -26,7 +27,7 @@ def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision
     def part(which: str, e: int) -> np.ndarray:
         return tensors.get(f"{name}.experts.{e}.{which}_proj.weight")
 
-    logits = FP32.linear(graph, x, f"{name}.gate", tensors.get(f"{name}.gate.weight"), None)
+    logits = precision.router(graph, x, f"{name}.gate", tensors.get(f"{name}.gate.weight"), None)
     probabilities = graph.node("Softmax", logits, axis=-1)  # [1, n, n_experts]
     if precision.experts is not None and not graph.plain:
         picked = precision.experts(graph, d, x, probabilities, f"{name}.experts", part)

@@ -164,24 +164,6 @@ Experts = Callable[[Graph, DecoderConfig, str, str, str, ExpertPart], "str | Non
 these sizes cannot be taken, and the experts are matrices like any other"""
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How the matrices and the lookup table of a component are stored and multiplied."""
-
-    name: str  # as written into a manifest, one of molmo_edge.export.wishes.WORDS
-    suffix: str  # of the component's file: "" for fp32, else "_" and the name
-    bytes_per_weight: float
-    linear: Linear
-    table: Table
-    experts: Experts | None = None  # None: experts are matrices like any other
-    half: bool = False  # products in float16, attention's and so its cache too
-    keep: Collection[str] = ()  # but for these matrices (hub names without ".weight"), which float16 has no room for
-
-    def half_after(self, *matrices: str) -> bool:
-        """Whether what these matrices give may be multiplied in float16."""
-        return self.half and not any(name in self.keep for name in matrices)
-
-
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
     # Stored transposed, [in, out], as MatMul wants it.
     y = graph.node("MatMul", x, graph.weight(f"{name}.weight", weight.T))
@@ -194,6 +176,25 @@ def fp32_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
 
 def add_bias(graph: Graph, y: str, name: str, bias: np.ndarray | None) -> str:
     return y if bias is None else graph.node("Add", y, graph.weight(f"{name}.bias", bias))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the matrices and the lookup table of a component are stored and multiplied."""
+
+    name: str  # as written into a manifest, one of molmo_edge.export.wishes.WORDS
+    suffix: str  # of the component's file: "" for fp32, else "_" and the name
+    bytes_per_weight: float
+    linear: Linear
+    table: Table
+    experts: Experts | None = None  # None: experts are matrices like any other
+    router: Linear = fp32_linear  # small, and a wrong choice is a whole expert
+    half: bool = False  # products in float16, attention's and so its cache too
+    keep: Collection[str] = ()  # but for these matrices (hub names without ".weight"), which float16 has no room for
+
+    def half_after(self, *matrices: str) -> bool:
+        """Whether what these matrices give may be multiplied in float16."""
+        return self.half and not any(name in self.keep for name in matrices)
 
 
 FP32 = Precision("fp32", "", 4, fp32_linear, fp32_table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,14 @@ from molmo_edge.quantize.float16 import float16
 from molmo_edge.quantize.gguf import FLOATS, GGUF_WORDS, WEIGHED
 from molmo_edge.quantize.int4 import Int4, int4_precision
 from molmo_edge.quantize.int8 import INT8, Q8
+from molmo_edge.quantize.parts import PART_WORDS, PARTS, by_part
 
 if TYPE_CHECKING:
     from molmo_edge.quantize.calibration import Prompt
 
 WORDS = ("fp32", "fp16", "int8", "q8", "q4", "mixed", "q4f16")
 _FOUR_BITS = ("q4", "mixed", "q4f16")
+_FLOATS = ("fp32", "fp16", "f32")
 _PLAIN = ("fp32", "fp16", "int8")  # what ONNX's own operators can do
 ENGINES = ("onnx", "gguf")  # of the decoder; the rest is ONNX in both
 
@@ -106,6 +108,7 @@ class Wishes:
     int4: Int4
     calibrate: Sequence[Prompt] | None  # what four-bit weights are rounded with
     mmproj: bool = False  # vision and connector as a GGUF as well
+    parts: Mapping[str, str] = field(default_factory=dict)  # of a decoder in ONNX, what differs from its precision
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -114,10 +117,16 @@ class Wishes:
 
     def make(self, component: str, how: Int4 | None = None, keep: Collection[str] = ()) -> Precision:
         """The component's precision. `keep`: matrices that float16 has no room for."""
-        word = self.precision[component]
+        word, how = self.precision[component], how or self.int4
         if word in _FOUR_BITS:
-            return int4_precision(word, how or self.int4, keep)
-        return float16(keep) if word == "fp16" else {"fp32": FP32, "int8": INT8, "q8": Q8}[word]
+            made = int4_precision(word, how, keep)
+        else:
+            made = float16(keep) if word == "fp16" else {"fp32": FP32, "int8": INT8, "q8": Q8}[word]
+        return by_part(made, self.parts, how) if component == "decoder" and self.parts else made
+
+    def rounds(self, component: str) -> bool:
+        """Whether it has integers for weights. (A CPU does not round to float16 as ONNX says.)"""
+        return self.precision[component] not in _FLOATS or (component == "decoder" and bool(self.parts))
 
 
 def check_wishes(
@@ -137,19 +146,22 @@ def check_wishes(
     if target is not None and target not in TARGETS:
         raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
     aim = None if target is None else TARGETS[target]
-    words = _words(precision, aim, engine)
+    words, parts = _words(precision, aim, engine)
     if engine == "gguf":
         return _gguf_wishes(words, aim, plain, block or asymmetric, calibrate, mmproj)
     if mmproj:
         raise ExportError("an mmproj is a GGUF, for those who build on ggml: it is made with the engine gguf")
     in_plain = frozenset(GRAPHS) if plain else aim.plain if aim else frozenset()
     _check_plain(in_plain, words)
-    if (block or asymmetric or calibrate) and not any(word in _FOUR_BITS for word in words.values()):
+    if parts and ("decoder" in in_plain or words["decoder"] in ("fp16", "q4f16")):
+        raise ExportError("parts of a decoder cannot be chosen in ONNX's own operators, nor in float16")
+    four = [word in _FOUR_BITS for word in (*words.values(), *parts.values())]
+    if (block or asymmetric or calibrate) and not any(four):
         raise ExportError("blocks, zero points and a calibration are for four-bit weights: q4, mixed or q4f16")
-    if calibrate is not None and words["decoder"] not in _FOUR_BITS:
+    if calibrate is not None and not any(word in _FOUR_BITS for word in (words["decoder"], *parts.values())):
         raise ExportError(f"a calibration is for the decoder, which was to be {words['decoder']}")
     prompts = None if calibrate is None else _prompts(Path(calibrate))
-    return Wishes("onnx", words, aim, in_plain, Int4(block, asymmetric), prompts)
+    return Wishes("onnx", words, aim, in_plain, Int4(block, asymmetric), prompts, parts=parts)
 
 
 def _gguf_wishes(
@@ -190,12 +202,15 @@ def _check_plain(plain: Collection[str], words: Mapping[str, str]) -> None:
             )
 
 
-def _words(precision: str | Mapping[str, str] | None, target: Target | None, engine: str) -> dict[str, str]:
+def _words(
+    precision: str | Mapping[str, str] | None, target: Target | None, engine: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """By component, and by part of the decoder where a part is named."""
     whole = dict(target.precision) if target else dict.fromkeys(GRAPHS, "fp32")
     if engine == "gguf":
         whole |= {"embed_tokens": "fp32", "decoder": "q4_k_m"} if target else {"decoder": "f16"}
     if precision is None:
-        return whole
+        return whole, {}
     known = GGUF_WORDS if engine == "gguf" else WORDS
     if isinstance(precision, str):
         word = precision.lower()
@@ -203,15 +218,20 @@ def _words(precision: str | Mapping[str, str] | None, target: Target | None, eng
             raise ExportError(f"the precision {precision!r} is not known for {engine}; known are {', '.join(known)}")
         names = (_GGUF if engine == "gguf" else _WHOLE).get(word) or dict.fromkeys(GRAPHS, word)
         # A target knows what the rest of its machine likes; the word is about the decoder.
-        return whole | {"decoder": word} if engine == "gguf" and target else dict(names)
-    names = whole | {component: word.lower() for component, word in precision.items()}
+        return (whole | {"decoder": word} if engine == "gguf" and target else dict(names)), {}
+    given = {name: word.lower() for name, word in precision.items()}
+    parts = {name: given.pop(name) for name in PARTS if name in given}
+    if parts and engine == "gguf":
+        raise ExportError(f"{next(iter(parts))} cannot be chosen in a GGUF: llama.cpp's types say what each part gets")
+    names = whole | given
     if unknown := [component for component in names if component not in GRAPHS]:
-        raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join(GRAPHS)}")
-    for component, word in names.items():
+        raise ExportError(f"there is no component {unknown[0]!r}; there are {', '.join((*GRAPHS, *PARTS))}")
+    for component, word in (*names.items(), *parts.items()):
         known = GGUF_WORDS if engine == "gguf" and component == "decoder" else WORDS
+        known = PART_WORDS if component in PARTS else known
         if word not in known:
             raise ExportError(f"the precision {word!r} is not known for {component}; known are {', '.join(known)}")
-    return names
+    return names, parts
 
 
 def _prompts(folder: Path) -> list[Prompt]:

@@ -47,7 +47,7 @@ class QuestionError(MolmoEdgeError):
 class Scene:
     """An image, encoded and prefilled once by `Molmo.encode`; ask it as often as you like, from any thread."""
 
-    image: np.ndarray  # uint8 [h, w, 3], EXIF rotation applied
+    image: np.ndarray | None  # uint8 [h, w, 3], EXIF rotation applied; None of `Molmo.no_image`
     crops: int  # the global view counted
     embeddings: np.ndarray  # float32 [n, d_model]: BOS and the image tokens, features added
     seconds: Seconds  # what encoding took
@@ -55,6 +55,8 @@ class Scene:
     owner: Molmo
 
     def __repr__(self) -> str:
+        if self.image is None:
+            return "Scene(no image)"
         height, width = self.image.shape[:2]
         return f"Scene({width}x{height}, {self.crops} crops, {len(self.embeddings)} positions)"
 
@@ -170,6 +172,11 @@ class Molmo:
         self._runtime.forward(scene.embeddings, cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene, seconds=seconds, cache=cache)
+
+    def no_image(self) -> Scene:
+        """A Scene for questions in words alone, as some benchmarks ask them. Nothing stands for the image."""
+        bos = self._runtime.embed(np.array([self._tokenizer.special.bos]))
+        return Scene(None, 0, np.asarray(bos, np.float32), Seconds(), None, self)
 
     def ask(
         self,

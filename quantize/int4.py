@@ -166,7 +166,7 @@ def _packed(rounded: Blocks, number: type) -> tuple[np.ndarray, np.ndarray, np.n
     return pack_nibbles(rounded.codes), rounded.scale.astype(number), zero_point
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
     return name.endswith(("lm_head", "transformer.ff_out", "wte.embedding"))
 
 
@@ -177,7 +177,7 @@ def int4_precision(word: str, how: Int4 | None = None, keep: Collection[str] = (
     def linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
         if name in keep:
             return fp32_linear(graph, x, name, weight, bias)
-        if _is_head(name):
+        if is_head(name):
             return (float16_linear if half else q8_linear)(graph, x, name, weight, bias)
         if word == "mixed" and name.endswith((".att_proj", ".attn_out")):
             return int8_linear(graph, x, name, weight, bias)

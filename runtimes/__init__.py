@@ -59,7 +59,18 @@ class Runtime(Protocol):
         ...
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
+        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model].
+
+        It is `connect(encode_crops(crops), masks)`.
+        """
+        ...
+
+    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
+        ...
+
+    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """Patch features and masks [n, patches^2] -> image features [n, cells^2, d_model]."""
         ...
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import platform
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -54,6 +55,25 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
         bundle.config, {name: bundle.path(name) for name in parts}, threads=threads, placement=placement
     )
     return LlamaRuntime(bundle.config, graphs, bundle.path("decoder"), threads=threads, gpu=gpu, options=options)
+
+
+def open_watched(
+    bundle: Bundle,
+    watch: Any,
+    *,
+    threads: int | None = None,
+    options: LlamaOptions = LlamaOptions(),  # noqa: B008 (frozen)
+) -> Callable[[int], LlamaCache]:
+    """The decoder of a verified bundle alone, on the CPU: makes caches of a capacity whose runs `watch` is shown.
+
+    `watch`: a `llama_cpp.ggml_backend_sched_eval_callback`. It must answer True to what is not asked, or llama.cpp
+    leaves the rest of a run out without a word. Raises as `open_llama_runtime` does.
+    """
+    load_library()
+    check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
+    options = dataclasses.replace(options, repack=_repack(bundle, options, gpu=False))
+    model = _Model(bundle.path("decoder"), threads or physical_cores(), False, options, threading.Event())
+    return lambda capacity: LlamaCache(_Context(model, capacity, watch))
 
 
 class LlamaRuntime:
@@ -188,7 +208,7 @@ class LlamaCache:
 
     def _elsewhere(self) -> tuple[_Context, int]:
         """A context of one's own, with what this cache holds, and its sequence there."""
-        context = _Context(self._context.model, self.capacity)
+        context = _Context(self._context.model, self.capacity, self._context.watch)
         sequence = context.new_sequence()
         assert sequence is not None
         context.restore(sequence, self._context.state(self._sequence))
@@ -203,13 +223,14 @@ class LlamaCache:
 class _Context:
     """A llama_context: memory for `capacity` positions, shared by up to _SEQUENCES caches. Threads take turns."""
 
-    def __init__(self, model: _Model, capacity: int) -> None:
-        self.model, self.capacity = model, capacity
+    def __init__(self, model: _Model, capacity: int, watch: Any = None) -> None:
+        """`watch`: see `open_watched`."""
+        self.model, self.capacity, self.watch = model, capacity, watch
         self.dropped: deque[int] = deque()  # sequences whose caches are gone; put here by whatever thread collects them
         self._free = list(range(_SEQUENCES))
         self._lock = threading.RLock()
         self._api = model.api
-        self._pointer = model.new_context(capacity)
+        self._pointer = model.new_context(capacity, watch)
         weakref.finalize(self, _free_context, model, self._pointer)
         self._memory = self._api.llama_get_memory(self._pointer)
         abort = self._abort = threading.Event()  # by name: a callback that knew this object would keep it alive
@@ -263,7 +284,7 @@ class _Context:
         with self._lock:
             self._collect()
             last_words()
-            code = self._decode(_batch(self._api, sequence, embeddings, start))
+            code = self._decode(_batch(self._api, sequence, embeddings, start, every=self.watch is not None))
             if code == _NO_ROOM:
                 return None
             if code:
@@ -292,13 +313,13 @@ def _free_context(model: _Model, pointer: Any) -> None:
     model.api.llama_free(pointer)
 
 
-def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int) -> Any:
-    """A llama_batch over the rows as they lie; logits are asked for the last of them."""
+def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int, *, every: bool) -> Any:
+    """A llama_batch over the rows as they lie; logits are asked for the last of them, or for `every` one."""
     n = len(embeddings)
     positions = (ctypes.c_int32 * n)(*range(start, start + n))
     counts, one = (ctypes.c_int32 * n)(*([1] * n)), ctypes.pointer(ctypes.c_int32(sequence))
     sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*([one] * n))
-    wanted = (ctypes.c_int8 * n)()
+    wanted = (ctypes.c_int8 * n)(*([int(every)] * n))
     wanted[n - 1] = 1
     return api.llama_batch(
         n_tokens=n,
@@ -337,11 +358,15 @@ class _Model:
         # One thread, so that llama.cpp's own threads are its for good.
         self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
 
-    def new_context(self, capacity: int) -> Any:
+    def new_context(self, capacity: int, watch: Any) -> Any:
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
         params.n_batch = params.n_ubatch = min(_CHUNK, capacity)
         params.n_seq_max = params.n_outputs_max = _SEQUENCES
+        if watch is not None:
+            params.cb_eval = watch
+            # Of every position: where no logits are asked for, llama.cpp leaves the last layer's experts out.
+            params.n_outputs_max = max(_SEQUENCES, params.n_batch)
         params.kv_unified = True  # what a copy has in common with its original is there once
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = CACHE_TYPES[options.cache]

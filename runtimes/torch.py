@@ -131,10 +131,23 @@ class TorchRuntime:
     @_inference
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> float32 [n, cells^2, d_model]."""
-        encode = self.model.encode_image
+        return self._in_parts(self.model.encode_image, crops, masks)
+
+    @_inference
+    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
+        """crops float32 [n, patches^2, 588] -> patch features float32 [n, patches^2, feature_dim]."""
+        return self._in_parts(self.model.vision, crops)
+
+    @_inference
+    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """float32 [n, patches^2, feature_dim] and [n, patches^2] -> image features [n, cells^2, d_model]."""
+        return self._in_parts(self.model.connector, features, masks)
+
+    def _in_parts(self, module: Callable[..., torch.Tensor], *arrays: np.ndarray) -> np.ndarray:
+        """Some crops at a time."""
         parts = [
-            encode(self._tensor(crops[i : i + _CROPS]), self._tensor(masks[i : i + _CROPS])).float().cpu().numpy()
-            for i in range(0, len(crops), _CROPS)
+            module(*(self._tensor(array[i : i + _CROPS]) for array in arrays)).float().cpu().numpy()
+            for i in range(0, len(arrays[0]), _CROPS)
         ]
         return np.concatenate(parts)
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge.evaluation.metrics import Pointing, character_error, score_points
 from molmo_edge.evaluation.nano import Case, evaluate
+from molmo_edge.evaluation.pointing import Pointing, score_points
+from molmo_edge.evaluation.text_scores import character_error
 from molmo_edge.points import Point
 
 

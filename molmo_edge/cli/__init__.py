@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import molmo_edge
-from molmo_edge.cli import ask, bench, caption, chat, count, doctor, export, point, verify
+from molmo_edge.cli import ablate, ask, bench, caption, chat, count, doctor, eval, export, loss, point, quantize, verify
 from molmo_edge.errors import MolmoEdgeError
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it opens in half the time
 )
-for _command in (ask, point, count, caption, chat, verify, doctor, bench, export):
+for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
     app.command()(getattr(_command, _command.__name__.rpartition(".")[2]))
 
 _tracebacks = False

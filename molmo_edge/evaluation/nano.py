@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.evaluation.metrics import Pointing, character_error, score_points
+from molmo_edge.evaluation.pointing import Pointing, score_points
+from molmo_edge.evaluation.text_scores import character_error
 from molmo_edge.images import load_image
 from molmo_edge.molmo import Molmo
 from molmo_edge.points import Point

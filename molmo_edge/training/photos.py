@@ -35,7 +35,7 @@ class Photo:
 
 
 def load_photos(root: str | Path, split: str) -> list[Photo]:
-    """The photos of `split` ("train" or "val") listed in `root`/annotations.jsonl, in its order.
+    """The photos of `split` ("train" or "val") listed in `root`/annotations.jsonl, in its order, and those of no split.
 
     Raises PhotoError where the list is missing or a line is not JSON. The pictures are not opened.
     """
@@ -49,7 +49,7 @@ def load_photos(root: str | Path, split: str) -> list[Photo]:
     for number, line in enumerate(lines, 1):
         try:
             annotation = json.loads(line)
-            if annotation["split"] == split:
+            if annotation.get("split", split) == split:
                 photos.append(Photo(root / annotation["image"], annotation))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise PhotoError(f"{path}, line {number}, is not an annotation: {error!r}") from None

@@ -1,0 +1,190 @@
+"""`molmo-edge eval`"""
+
+from __future__ import annotations
+
+import json as json_
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molmo_edge.cli import options
+from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.cli.tasks import Asked, bars, open_suite
+from molmo_edge.errors import MolmoEdgeError
+
+if TYPE_CHECKING:
+    from molmo_edge.evaluation.questions import Question
+    from molmo_edge.evaluation.stats import Figure
+
+_TASKS = "What to ask, with commas between: nano-val, photos:DIR, ai2d, chart_qa, ..., or academic for all of those."
+_OUT = "The run's folder: started again, it goes on where it was. Without it: NAME-eval here."
+Results = dict[str, dict[str, dict[str, "Figure"]]]  # by suite, group and score
+
+
+class EvalError(MolmoEdgeError):
+    """A process of a run that failed."""
+
+
+def eval(
+    bundle: Annotated[
+        str | None,
+        typer.Argument(help="Bundle or checkpoint directory, or hub id. Without it: nano.", show_default=False),
+    ] = None,
+    *,
+    tasks: Annotated[str, typer.Option(help=_TASKS)] = "nano-val",
+    limit: Asked.Limit = None,
+    data: Asked.Data = None,
+    out: Annotated[Path | None, typer.Option(help=_OUT, show_default=False)] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes side by side; with CUDA, one for each GPU.")] = 1,
+    shard: Annotated[str | None, typer.Option(help='"2/4": this machine\'s part alone, for a cluster.')] = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    max_crops: options.MaxCrops = None,
+    threads: options.Threads = None,
+    llama: options.Llama = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Ask a model benchmarks and score its answers."""
+    from molmo_edge.evaluation.facts import model_identity
+    from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
+    from molmo_edge.evaluation.suites import expand
+    from molmo_edge.molmo import Molmo
+
+    mine = Shard.parse(shard) if shard else Shard()
+    if shard and processes > 1:
+        raise typer.BadParameter("--shard is one process of several already", param_hint="--processes")
+    names = expand([name.strip() for name in tasks.split(",") if name.strip()])
+    if len({stem(name) for name in names}) < len(names):
+        raise typer.BadParameter("two tasks would share a file: rename one of the folders", param_hint="--tasks")
+    directory = find_model(bundle, revision=revision, quiet=quiet)
+    folder = out or Path(f"{directory.name}-eval")
+    settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "limit": limit}
+    claim(folder, {"model": model_identity(directory), "tasks": names, **settings})
+    with progress("opening the tasks", quiet=quiet):
+        asked = {
+            name: [question for question in open_suite(name, limit, data, quiet=quiet) if question.kind != "caption"]
+            for name in names
+        }
+    left = sum(len(asked[name]) - count_asked(folder, name) for name in names)
+    if processes > 1 and left:
+        given = {**settings, "tasks": tasks, "data": data, "out": folder}
+        # Or each of them would take all cores.
+        given["threads"] = threads or (None if _on_gpu(device) else max(1, (os.cpu_count() or 1) // processes))
+        _share_out(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
+    elif left:
+        with Molmo(
+            directory, device=device, precision=precision, max_crops=max_crops, threads=threads, llama=llama
+        ) as molmo:
+            for name, questions in asked.items():
+                with bars(quiet=quiet) as bar:
+                    advance = bar(name, len(questions), count_asked(folder, name))
+                    ask(molmo, questions, folder, name, mine, advance)
+    if shard:  # several of them at once would get into each other's way
+        note(f"{shard} is done. When all are, the same command without --shard joins them", quiet=quiet)
+        return
+    results: Results = {}
+    for name, questions in asked.items():
+        lines = finish(questions, folder, name)
+        if lines is None:
+            raise RunError(f"{name} is not whole although every question was asked: remove {folder} and start again")
+        results[name] = summary(lines, questions)
+    _report(results, folder, directory, json=json, quiet=quiet)
+
+
+def _arguments(given: dict[str, Any]) -> list[str]:
+    return [
+        part
+        for name, value in given.items()
+        if value is not None
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def _share_out(
+    processes: int,
+    device: str,
+    arguments: Sequence[str],
+    asked: dict[str, list[Question]],
+    folder: Path,
+    *,
+    quiet: bool,
+) -> None:
+    """This command once for each shard, and a bar over what they have written."""
+    from molmo_edge.evaluation.runs import count_asked
+
+    command = [sys.executable, "-m", "molmo_edge.cli", "eval", *arguments, "--quiet", "--shard"]
+    workers = [
+        subprocess.Popen([*command, f"{i + 1}/{processes}"], env=_environment(device, i)) for i in range(processes)
+    ]
+    try:
+        before = sum(count_asked(folder, name) for name in asked)
+        with bars(quiet=quiet) as bar:
+            advance = bar(f"{processes} processes", sum(map(len, asked.values())), before)
+            while any(worker.poll() is None for worker in workers):
+                time.sleep(0.5)
+                now = sum(count_asked(folder, name) for name in asked)
+                for _ in range(now - before):
+                    advance()
+                before = now
+                if any(worker.poll() for worker in workers):
+                    break
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+    if any(worker.returncode for worker in workers):
+        raise EvalError("a process of this run failed; what was asked is kept: start it again")
+
+
+def _on_gpu(device: str) -> bool:
+    return device in ("cuda", "tensorrt")
+
+
+def _environment(device: str, number: int) -> dict[str, str]:
+    """A process a GPU: the number-th of those that can be seen."""
+    environment = dict(os.environ)
+    if _on_gpu(device):
+        seen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)] if seen else str(number)
+    return environment
+
+
+def _report(results: Results, folder: Path, directory: Path, *, json: bool, quiet: bool) -> None:
+    plain: dict[str, Any] = {
+        name: {group: {score: figure.to_dict() for score, figure in scores.items()} for group, scores in groups.items()}
+        for name, groups in results.items()
+    }
+    (folder / "results.json").write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    if json:
+        print_json({"model": str(directory), "results": plain})
+    else:
+        _print_table(results)
+    note(f"answers and results are in {folder}", quiet=quiet)
+
+
+def _print_table(results: Results) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("what", "score"):
+        table.add_column(title)
+    for title in ("%", "95 % between", "n"):
+        table.add_column(title, justify="right")
+    for groups in results.values():
+        for group, scores in groups.items():
+            for score, f in scores.items():
+                table.add_row(
+                    group, score, f"{100 * f.value:.1f}", f"{100 * f.low:.1f} and {100 * f.high:.1f}", str(f.n)
+                )
+    Console().print(table)

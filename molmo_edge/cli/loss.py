@@ -1,0 +1,143 @@
+"""`molmo-edge loss`"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from molmo_edge.cli import options
+from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.cli.tasks import Asked, bars, open_suites
+
+if TYPE_CHECKING:
+    from molmo_edge.evaluation.loss import Loss, Measured
+    from molmo_edge.evaluation.stats import Figure
+
+_REPORT = "A folder for loss.json and report.html; it may exist."
+_NOISE = (
+    'What the reference differs from itself by: "threads" (one thread, pixels moved by a millionth), "bf16" (its '
+    'weights in bf16 on PyTorch) or "none".'
+)
+
+
+def loss(
+    reference: Annotated[str, typer.Argument(help="Bundle, checkpoint or hub id: what is right.", show_default=False)],
+    candidates: Annotated[list[str], typer.Argument(help="What is smaller.", show_default=False)],
+    *,
+    suite: Asked.Suite = None,
+    limit: Asked.Limit = None,
+    data: Asked.Data = None,
+    report: Annotated[Path | None, typer.Option(help=_REPORT, show_default=False)] = None,
+    noise: Annotated[str, typer.Option(help=_NOISE)] = "threads",
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    max_crops: options.MaxCrops = None,
+    threads: options.Threads = None,
+    llama: options.Llama = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what smaller models lose, on the same prompts."""
+    from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
+    from molmo_edge.runtimes import EngineError
+
+    if noise not in NOISES:
+        raise typer.BadParameter(f'"{noise}" is not known; known are {", ".join(NOISES)}', param_hint="--noise")
+    if report is not None:
+        from molmo_edge.evaluation.report import check_report
+
+        check_report(report)
+    names, questions = open_suites(suite, limit, data, quiet=quiet)
+
+    def model(name: str) -> Model:
+        directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
+        gguf = any(directory.glob("*.gguf"))
+        return Model(directory, precision, device, threads, llama if gguf else None)
+
+    models = [model(name) for name in (reference, *candidates)]
+    if llama is not None and not any(m.llama for m in models):
+        raise EngineError("none of these has a GGUF, so llama.cpp's options are not for them")
+    with bars(quiet=quiet) as on_model:
+        found = measure_loss(
+            models[0], models[1:], questions, suites=names, noise=noise, max_crops=max_crops, on_model=on_model
+        )
+    if report is not None:
+        from molmo_edge.evaluation.report import write_report
+
+        with progress("writing the report", quiet=quiet):
+            write_report(found, report)
+        note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+
+
+def _print(found: Loss) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
+        f"{found.images} images, {found.questions} questions, {found.tokens} tokens of its own answers",
+        highlight=False,
+    )
+    columns = [*([found.noise] if found.noise else []), *found.candidates]
+    heads = [_head(measured, found) for measured in columns]
+    for title, rows in (("against the reference", figure_rows(columns)), ("scores, %", score_rows(columns))):
+        table = Table(padding=(0, 1))
+        table.add_column(title)
+        table.add_column("n", justify="right")
+        for head in ["reference", *heads] if title.startswith("scores") else heads:
+            table.add_column(head, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        "± reaches to the further end of the 95 % interval; scores: the candidate's and its change. --report has all ends.",
+        highlight=False,
+    )
+
+
+def _head(measured: Measured, found: Loss) -> str:
+    if measured is found.noise:
+        return measured.facts.name.replace(" (", "\n(")
+    return f"{measured.facts.name}\n{measured.engine}\n{measured.facts.bytes / 1e6:.1f} MB"
+
+
+def figure_rows(columns: list[Measured]) -> list[list[str]]:
+    """Title, n, and a cell for each of `columns`."""
+    from molmo_edge.evaluation.figures import KINDS
+
+    rows = []
+    for name, kind in KINDS.items():
+        given = [measured.figures.get(name) for measured in columns]
+        if any(given):
+            n = next(figure.n for figure in given if figure)
+            cells = ["" if f is None else kind.write(f.value) + _around(f, kind.write) for f in given]
+            rows.append([kind.title, str(n), *cells])
+    return rows
+
+
+def _around(figure: Figure, write: Callable[[float], str]) -> str:
+    reach = max(figure.high - figure.value, figure.value - figure.low)
+    return f" ±{write(reach)}" if reach else ""
+
+
+def score_rows(columns: list[Measured]) -> list[list[str]]:
+    """Title, n, the reference's score, and a cell for each of `columns`."""
+    rows = []
+    for group, by_name in columns[0].scores.items():
+        for name, first in by_name.items():
+            cells = []
+            for measured in columns:
+                s = measured.scores[group][name]
+                change = f" {100 * s.difference.value:+.1f}" + _around(s.difference, lambda v: f"{100 * v:.1f}")
+                cells.append(f"{100 * s.candidate.value:.1f}" + (change if s.difference.value or "±" in change else ""))
+            rows.append([f"{group} {name}", str(first.reference.n), f"{100 * first.reference.value:.1f}", *cells])
+    return rows

@@ -1,0 +1,167 @@
+"""Which part of a model costs what: one part rounded, everything else as it was.
+
+A part is a component of a bundle, or attention, experts, router or head of its decoder. Each is measured as
+molmo_edge.evaluation.compare measures a candidate. Parts of the decoder are given the reference's image features, so
+that what they differ by is their own, and no image is encoded twice.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molmo_edge.bundle import GRAPHS, TOKENIZER
+from molmo_edge.evaluation.compare import compare
+from molmo_edge.evaluation.figures import figures
+from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.trace import Subject, Trace, record
+from molmo_edge.runtimes import open_files
+from molmo_edge.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
+    from molmo_edge.modeling.checkpoint import TensorSource
+
+_OF_DECODER = ("attention", "experts", "router", "head")
+PARTS = ("vision_encoder", "connector", "embed_tokens", *_OF_DECODER)
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """One part, otherwise than the reference."""
+
+    part: str
+    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.blame)
+    saved: int  # bytes
+    figures: dict[str, Figure]
+
+    @property
+    def kl(self) -> float:
+        return self.figures["kl_mean"].value
+
+    @property
+    def kl_per_megabyte(self) -> float:
+        """Nats a token for each megabyte saved; infinite where nothing is."""
+        return self.kl / (self.saved / 1e6) if self.saved > 0 else float("inf")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "part": self.part,
+            "precision": self.precision,
+            "saved": self.saved,
+            "kl_per_megabyte": self.kl_per_megabyte if self.saved > 0 else None,
+            "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
+        }
+
+
+class Bench:
+    """A reference in float32, what it answered, and a place to build its variants in. Use it with `with`."""
+
+    def __init__(
+        self,
+        reference: Path,
+        questions: Sequence[Question],
+        *,
+        max_crops: int | None = None,
+        threads: int | None = None,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> None:
+        from molmo_edge.export.source import open_source
+
+        self.config, self.tensors = open_source(reference)
+        self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
+        self.reference = reference
+        self._max_crops, self._threads = max_crops, threads
+        self._scratch = tempfile.TemporaryDirectory(prefix="molmo-edge-ablation-")
+        self._built = 0
+        self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
+        with self._opened(self.files) as subject:
+            self.trace: Trace = record(subject, questions, self._folder() / "trace", on_answer)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._scratch.cleanup()
+
+    def build(
+        self, component: str, words: Mapping[str, str], tensors: TensorSource | None = None, **wishes: Any
+    ) -> Path:
+        """A component's graph, in a folder of its own. `words`, `wishes`: as of `molmo_edge.export.export_bundle`."""
+        from molmo_edge.export.bundle import build_component
+        from molmo_edge.export.wishes import check_wishes
+
+        precision = check_wishes(dict(words), **wishes).make(component)
+        path = self._folder() / f"{component}.onnx"
+        build_component(component, path, self.config, tensors or self.tensors, precision)
+        return path
+
+    def measure(self, files: Mapping[str, Path], on_answer: Callable[[], None] = lambda: None) -> dict[str, Figure]:
+        """The figures of the reference with some of its files exchanged."""
+        changed = {**self.files, **files}
+        see = any(changed[name] != self.files[name] for name in ("vision_encoder", "connector"))
+        with self._opened(changed) as subject:
+            return figures(compare(self.trace, subject, see=see, on_answer=on_answer))
+
+    def forget(self, path: Path) -> None:
+        """A variant that is not needed any more: they are as large as the model."""
+        shutil.rmtree(path.parent)
+
+    def _folder(self) -> Path:
+        self._built += 1
+        folder = Path(self._scratch.name) / str(self._built)
+        folder.mkdir()
+        return folder
+
+    @contextmanager
+    def _opened(self, files: dict[str, Path]) -> Iterator[Subject]:
+        runtime = open_files(self.config, files)
+        try:
+            yield Subject(runtime, self.tokenizer, self._max_crops)
+        finally:
+            runtime.close()
+
+
+def ablate(
+    bench: Bench,
+    precisions: Sequence[str],
+    parts: Sequence[str] = PARTS,
+    on_part: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
+) -> Iterator[Ablated]:
+    """Each part in each precision, alone; those that a part cannot have are left out (an embedding in four bits)."""
+    for part in parts:
+        for word in precisions:
+            if word in words_of(part, bench.config):
+                path = bench.build(component_of(part), variant(part, word))
+                found = bench.measure({component_of(part): path}, on_part(f"{part} {word}"))
+                saved = size_of(bench.files[component_of(part)]) - size_of(path)
+                bench.forget(path)
+                yield Ablated(part, word, saved, found)
+
+
+def component_of(part: str) -> str:
+    return "decoder" if part in _OF_DECODER else part
+
+
+def variant(part: str, word: str) -> dict[str, str]:
+    """What `export_bundle` is asked for."""
+    return {"decoder": "fp32", part: word} if part in _OF_DECODER else {part: word}
+
+
+def words_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
+    """The smaller precisions that a part may have, the largest first."""
+    if part == "router" and not config.decoder.n_experts:
+        return ()
+    return ("int8",) if part == "embed_tokens" else ("q8", "int8", "q4")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    sidecar = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (sidecar.stat().st_size if sidecar.exists() else 0)

@@ -1,0 +1,163 @@
+"""A candidate held against what the reference did: features, distributions, answers, points and scores.
+
+Teacher-forced figures are taken at every id of the reference's own answer, given the image and the question as the
+candidate sees them. What the candidate would have said by itself goes on from where its choice first differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from molmo_edge.evaluation.pointing import drift
+from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.text_scores import token_f1
+from molmo_edge.evaluation.trace import Answered, Scene, Seen, Subject, Trace, answer_text
+from molmo_edge.points import Point, parse_points
+
+
+@dataclass(frozen=True)
+class Features:
+    """How far an image's features lie from the reference's: 1 - cosine, over patches or cells."""
+
+    mean: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class ComparedImage:
+    image_id: str
+    patches: Features | None  # of the vision encoder; None where the candidate was given the reference's
+    cells: Features | None  # of the connector
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One question. Arrays have an entry for each id of the reference's answer, its end among them."""
+
+    question: Question
+    kl: np.ndarray  # KL(reference || candidate), nats
+    same_top: np.ndarray  # bool: the same likeliest id
+    nll: np.ndarray  # of the id, by the candidate, nats
+    nll_reference: np.ndarray
+    divergence: int | None  # index of the first id that the candidate would have chosen otherwise
+    reference_text: str
+    text: str
+    drift: tuple[float, ...]  # percent of the diagonal, of points matched between the two answers
+    unmatched: int  # points that only one of the two answers has
+    scores_reference: dict[str, float]
+    scores: dict[str, float]
+
+    @property
+    def reference_points(self) -> list[Point]:
+        return parse_points(self.reference_text)
+
+    @property
+    def points(self) -> list[Point]:
+        return parse_points(self.text)
+
+
+@dataclass
+class Comparison:
+    images: list[ComparedImage] = field(default_factory=list)
+    answers: list[Compared] = field(default_factory=list)
+
+
+def compare(
+    trace: Trace, subject: Subject, *, see: bool = True, on_answer: Callable[[], None] = lambda: None
+) -> Comparison:
+    """Ask the candidate what the reference was asked. `see` False: it is given the reference's image features.
+
+    Both must take the same ids: `check_comparable` before.
+    """
+    found = Comparison()
+    for group in trace.by_image():
+        first = group[0]
+        patches, cells = trace.features(first.image)
+        seen = subject.see(first.question)
+        own_patches, own_cells = _encode(subject, seen) if see else (None, cells)
+        found.images.append(
+            ComparedImage(
+                first.question.image_id,
+                None if own_patches is None else _features(patches, own_patches),
+                _features(cells, own_cells) if see else None,
+            )
+        )
+        rows = seen.rows(subject.runtime, own_cells)
+        scene = Scene(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
+        for answered in group:
+            found.answers.append(_compare_answer(subject, scene, answered))
+            on_answer()
+    return found
+
+
+def _encode(subject: Subject, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    patches = subject.runtime.encode_crops(seen.crops)
+    return patches, subject.runtime.connect(patches, seen.masks)
+
+
+def _features(exact: np.ndarray, found: np.ndarray) -> Features:
+    distance = cosine_distance(exact, found)
+    return Features(float(distance.mean()), float(distance.max()))
+
+
+def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 - cosine along the last axis, float64, exactly 0 for equal vectors; of two zero vectors 0, of one 1."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    product, squares = (a * b).sum(-1), (a * a).sum(-1) * (b * b).sum(-1)
+    equal = (a == b).all(-1)
+    cosine = np.divide(product, np.sqrt(squares), out=np.zeros_like(product), where=squares > 0)
+    return np.where(equal, 0.0, np.maximum(0.0, 1 - cosine))
+
+
+def _compare_answer(subject: Subject, scene: Scene, answered: Answered) -> Compared:
+    question, targets = answered.question, list(answered.targets)
+    exact = np.load(answered.logits)
+    logits, cache = scene.begin(question)
+    start, rows = cache.length, [logits]
+    for token in targets[:-1]:
+        rows.append(scene.feed(token, cache))
+    found = np.stack(rows)
+    p, q = log_softmax(exact), log_softmax(found)
+    chosen = found.argmax(-1)
+    differs = np.flatnonzero(chosen != np.array(targets))
+    divergence, text = None, answered.text
+    if len(differs):
+        divergence = int(differs[0])
+        cache.length = start + divergence  # forget what it would not have said
+        _, own = scene.go_on(rows[divergence], cache, question.max_new_tokens - divergence)
+        text = answer_text(subject.tokenizer, [*targets[:divergence], *own])
+    at = np.arange(len(targets)), np.array(targets)
+    a, b = parse_points(answered.text), parse_points(text)
+    moved = drift(a, b, *answered.size)
+    reference_scores, scores = (_scores(question, answered.text, one) for one in (answered.text, text))
+    return Compared(
+        question=question,
+        # Rounding may leave a tiny negative sum where the two are all but equal.
+        kl=np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)),
+        same_top=exact.argmax(-1) == chosen,
+        nll=-q[at],
+        nll_reference=-p[at],
+        divergence=divergence,
+        reference_text=answered.text,
+        text=text,
+        drift=tuple(moved),
+        unmatched=len(a) + len(b) - 2 * len(moved),
+        scores_reference=reference_scores,
+        scores=scores,
+    )
+
+
+def _scores(question: Question, reference_text: str, text: str) -> dict[str, float]:
+    if question.kind == "caption":
+        return {"same words (F1)": token_f1(text, reference_text)}
+    return question.score(text)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64, along the last axis."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))

@@ -1,0 +1,259 @@
+"""What a smaller model lost: a reference, its candidates, and how much of the difference is noise."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from molmo_edge.bundle import load_tokenizer
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.evaluation.compare import Comparison, compare
+from molmo_edge.evaluation.facts import ModelFacts, model_facts
+from molmo_edge.evaluation.figures import ScoreFigure, figures, scores
+from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.routing import agreement, router_choices
+from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
+from molmo_edge.runtimes import Runtime, open_runtime
+
+if TYPE_CHECKING:
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+ROUTED = 16  # questions whose experts are compared; the image's positions are most of each
+NOISES = ("threads", "bf16", "none")
+
+
+class LossError(MolmoEdgeError):
+    """Two models that are not asked the same thing, or nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle or a checkpoint, and how it is run."""
+
+    directory: Path
+    precision: str = "auto"  # of a checkpoint
+    device: str = "auto"
+    threads: int | None = None
+    llama: LlamaOptions | str | None = None  # of a GGUF
+
+    @contextmanager
+    def opened(self, max_crops: int | None = None, *, moved: bool = False) -> Iterator[Subject]:
+        runtime = open_runtime(
+            self.directory, device=self.device, precision=self.precision, threads=self.threads, llama=self.llama
+        )
+        try:
+            yield Subject(runtime, load_tokenizer(self.directory), max_crops, moved)
+        finally:
+            runtime.close()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate, or the noise."""
+
+    facts: ModelFacts
+    engine: str
+    comparison: Comparison
+    figures: dict[str, Figure]
+    scores: dict[str, dict[str, ScoreFigure]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.facts.to_dict(),
+            "engine": self.engine,
+            "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
+            "scores": {
+                group: {
+                    name: {
+                        "reference": s.reference.to_dict(),
+                        "candidate": s.candidate.to_dict(),
+                        "difference": s.difference.to_dict(),
+                    }
+                    for name, s in by_name.items()
+                }
+                for group, by_name in self.scores.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Loss:
+    reference: ModelFacts
+    engine: str
+    suites: tuple[str, ...]
+    images: int
+    questions: int
+    tokens: int  # of the reference's answers, their ends counted
+    noise_kind: str  # of NOISES
+    noise: Measured | None
+    candidates: tuple[Measured, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "reference": {**self.reference.to_dict(), "engine": self.engine},
+            "suites": list(self.suites),
+            "images": self.images,
+            "questions": self.questions,
+            "tokens": self.tokens,
+            "noise": None if self.noise is None else {"kind": self.noise_kind, **self.noise.to_dict()},
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+        }
+
+
+def measure_loss(
+    reference: Model,
+    candidates: Sequence[Model],
+    questions: Sequence[Question],
+    *,
+    suites: Sequence[str] = (),
+    noise: str = "threads",
+    max_crops: int | None = None,
+    on_model: Callable[[str, int], Callable[[], None]] = lambda name, questions: lambda: None,
+) -> Loss:
+    """Ask the reference, then each candidate the same. One model is in memory at a time.
+
+    `noise`: what the reference differs from itself by, with one thread and pixels moved by a millionth ("threads"), or
+    with its weights in bf16 on PyTorch ("bf16"). `on_model(name, questions)` is called for each model, and what it
+    returns for each of its answers. Raises LossError for models that do not take the same prompts.
+    """
+    if noise not in NOISES:
+        raise LossError(f'noise "{noise}" is not known; known are {", ".join(NOISES)}')
+    for candidate in candidates:
+        check_comparable(reference.directory, candidate.directory)
+    with tempfile.TemporaryDirectory(prefix="molmo-edge-loss-") as scratch:
+        with reference.opened(max_crops) as subject:
+            engine = subject.runtime.engine
+            on_answer = on_model(reference.directory.name, len(questions))
+            trace = record(subject, questions, Path(scratch) / "trace", on_answer)
+        routed = _Routed(trace, reference, max_crops)
+        baseline = None
+        if noise != "none":
+            on_answer = on_model(f"noise ({noise})", len(questions))
+            baseline = _noise(noise, reference, trace, routed, max_crops, on_answer)
+        found = []
+        for candidate in candidates:
+            on_answer = on_model(candidate.directory.name, len(questions))
+            with candidate.opened(max_crops) as subject:
+                comparison, its_engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
+                rows = routed.rows(subject)
+            facts = model_facts(candidate.directory, candidate.precision)
+            kept = routed.kept(candidate, rows)
+            found.append(Measured(facts, its_engine, comparison, figures(comparison, kept), scores(comparison.answers)))
+    return Loss(
+        reference=model_facts(reference.directory, reference.precision),
+        engine=engine,
+        suites=tuple(suites),
+        images=len({answered.image for answered in trace.answers}),
+        questions=len(trace.answers),
+        tokens=sum(len(answered.targets) for answered in trace.answers),
+        noise_kind=noise,
+        noise=baseline,
+        candidates=tuple(found),
+    )
+
+
+def check_comparable(reference: Path, candidate: Path) -> None:
+    """Raises LossError for another tokenizer or other crops: their prompts would not be the same."""
+    a, b = load_tokenizer(reference), load_tokenizer(candidate)
+    if a.definition != b.definition:
+        raise LossError(f"{candidate} has another tokenizer than {reference}: its answers cannot be compared")
+    one, other = _config(reference), _config(candidate)
+    if one.image != other.image:
+        raise LossError(f"{candidate} crops images otherwise than {reference}: its answers cannot be compared")
+    if one.decoder.n_experts != other.decoder.n_experts or one.decoder.n_layers != other.decoder.n_layers:
+        raise LossError(f"{candidate} is not a smaller form of {reference}: its decoder has another shape")
+
+
+def _config(directory: Path) -> Any:
+    from molmo_edge.bundle import is_bundle, open_bundle
+    from molmo_edge.config import MolmoConfig
+
+    return open_bundle(directory).config if is_bundle(directory) else MolmoConfig.from_hub(directory)
+
+
+def _noise(
+    kind: str,
+    reference: Model,
+    trace: Trace,
+    routed: _Routed,
+    max_crops: int | None,
+    on_answer: Callable[[], None],
+) -> Measured:
+    kept = None
+    if kind == "threads":
+        again = replace(reference, threads=1)
+        with again.opened(max_crops, moved=True) as subject:
+            comparison, engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
+            rows = routed.rows(subject)
+        kept = routed.kept(again, rows)
+    else:
+        runtime = _bf16(reference.directory)
+        try:
+            subject = Subject(runtime, load_tokenizer(reference.directory), max_crops)
+            comparison, engine = compare(trace, subject, on_answer=on_answer), runtime.engine
+        finally:
+            runtime.close()
+    facts = replace(model_facts(reference.directory, reference.precision), name=f"noise ({kind})")
+    return Measured(facts, engine, comparison, figures(comparison, kept), scores(comparison.answers))
+
+
+def _bf16(directory: Path) -> Runtime:
+    """The model's weights on PyTorch, in bfloat16; a bundle's are read back."""
+    try:
+        from molmo_edge.export.source import open_source
+        from molmo_edge.modeling.loading import build_model
+        from molmo_edge.runtimes.torch import TorchRuntime
+    except ModuleNotFoundError as error:
+        raise LossError(f"noise in bf16 needs {error.name}: pip install 'molmo-edge[torch,export]'") from None
+    config, tensors = open_source(directory)
+    return TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision="bf16"))
+
+
+class _Routed:
+    """Which experts the reference chose for some questions, evenly from all of them."""
+
+    def __init__(self, trace: Trace, reference: Model, max_crops: int | None) -> None:
+        groups = list(trace.by_image())
+        step = max(1, len(groups) // ROUTED)
+        self._asked = [group[0] for group in groups[::step][:ROUTED]]
+        self._choices: list[np.ndarray] | None = None
+        if not _config(reference.directory).decoder.n_experts:
+            self._asked = []
+            return
+        with reference.opened(max_crops) as subject:
+            rows = self.rows(subject)
+        self._choices = router_choices(reference.directory, rows, **_how(reference))
+
+    def rows(self, subject: Subject) -> list[np.ndarray]:
+        """What the decoder is fed with for each question and the reference's answer to it."""
+        return [_rows(subject, answered) for answered in self._asked]
+
+    def kept(self, model: Model, rows: list[np.ndarray]) -> list[float] | None:
+        """The share of the reference's choices that `model` makes, by question; None for a dense decoder."""
+        if self._choices is None:
+            return None
+        choices = router_choices(model.directory, rows, **_how(model))
+        assert choices is not None
+        return [agreement(a, b) for a, b in zip(self._choices, choices, strict=True)]
+
+
+def _how(model: Model) -> dict[str, Any]:
+    return {"threads": model.threads, "precision": model.precision}
+
+
+def _rows(subject: Subject, answered: Answered) -> np.ndarray:
+    from molmo_edge.prompt import text_ids
+
+    runtime = subject.runtime
+    seen = subject.see(answered.question)
+    image = seen.rows(runtime, runtime.encode_image(seen.crops, seen.masks))
+    ids = np.concatenate([text_ids(subject.tokenizer, [answered.question.text]), answered.targets[:-1]])
+    return np.concatenate([image, runtime.embed(ids)])

@@ -1,0 +1,111 @@
+"""Plots of a loss report, as SVG to be put into a page. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from molmo_edge.errors import MolmoEdgeError
+
+if TYPE_CHECKING:
+    from molmo_edge.evaluation.ablation import Ablated
+    from molmo_edge.evaluation.loss import Loss, Measured
+
+COLOURS = ("#0072ce", "#e5256b", "#00875a", "#d95f02", "#754cc0", "#5c6670", "#00a3a3", "#a67c00")
+
+
+class PlotError(MolmoEdgeError):
+    """matplotlib is not installed."""
+
+
+def size_and_loss(loss: Loss) -> str:
+    """Megabytes against mean KL, with intervals; the noise is the line below which nothing can be told apart."""
+    figure, axes = _axes()
+    for i, m in enumerate(loss.candidates):
+        f = m.figures["kl_mean"]
+        megabytes = m.facts.bytes / 1e6
+        error = [[max(0.0, f.value - f.low)], [max(0.0, f.high - f.value)]]
+        axes.errorbar(megabytes, f.value, yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3)
+        axes.annotate(m.facts.name, (megabytes, f.value), xytext=(7, 5), textcoords="offset points", fontsize=9)
+    values = [m.figures["kl_mean"].value for m in loss.candidates]
+    noise = None if loss.noise is None else loss.noise.figures["kl_mean"].value
+    if noise:
+        axes.axhline(noise, color="#5c6670", linestyle=":", label=f"noise ({loss.noise_kind}): {noise:.1g}")
+        axes.legend(frameon=False, fontsize=9)
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("MB of weights")
+    axes.set_ylabel("mean KL a token, nats")
+    axes.margins(x=0.25)
+    return _svg(figure)
+
+
+def drifts(measured: Sequence[Measured]) -> str:
+    """How many points moved how far, for each candidate."""
+    figure, axes = _axes()
+    most = max((d for m in measured for a in m.comparison.answers for d in a.drift), default=0.0)
+    edges = [most * i / 30 for i in range(31)] if most else [0, 1]
+    for i, m in enumerate(measured):
+        moved = [d for a in m.comparison.answers for d in a.drift]
+        axes.hist(
+            moved,
+            bins=edges,
+            histtype="step",
+            linewidth=1.6,
+            color=COLOURS[i % len(COLOURS)],
+            label=f"{m.facts.name}: {sum(d == 0 for d in moved)} of {len(moved)} points did not move",
+        )
+    axes.set_yscale("symlog")
+    axes.set_xlabel("drift of a point, % of the image's diagonal")
+    axes.set_ylabel("points")
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def parts(found: Sequence[Ablated]) -> str:
+    """Each part alone: megabytes saved against mean KL."""
+    figure, axes = _axes()
+    names = list(dict.fromkeys(a.part for a in found))
+    for a in found:
+        colour = COLOURS[names.index(a.part) % len(COLOURS)]
+        axes.plot(a.saved / 1e6, a.kl, "o", color=colour)
+        text = f"{a.part} {a.precision}"
+        axes.annotate(text, (a.saved / 1e6, a.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    if all(a.kl > 0 for a in found):
+        axes.set_yscale("log")
+    axes.set_xlabel("MB saved")
+    axes.set_ylabel("mean KL a token, nats")
+    axes.margins(x=0.2)
+    return _svg(figure)
+
+
+def check_plots() -> None:
+    """Raises PlotError without matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise PlotError(f"a report's plots need {error.name}: pip install 'molmo-edge[eval]'") from None
+
+
+def _axes() -> tuple[Any, Any]:
+    check_plots()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, color="#e4e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "molmo-edge"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

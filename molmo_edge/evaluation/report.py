@@ -1,0 +1,197 @@
+"""A loss as a page that stands alone: tables, plots, and photos with both models' points. Nothing is fetched by it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.evaluation.compare import Compared
+from molmo_edge.evaluation.figures import KINDS, ScoreFigure
+from molmo_edge.evaluation.loss import Loss, Measured
+from molmo_edge.evaluation.plots import check_plots, drifts, size_and_loss
+from molmo_edge.evaluation.stats import Figure
+from molmo_edge.images import load_image
+from molmo_edge.points import Point, parse_points
+from molmo_edge.readable import readable
+
+PAGE, DATA = "report.html", "loss.json"
+EXAMPLES = 6  # of each candidate: where its points lie furthest from the reference's
+_SIDE = 460  # longest side of an example, pixels
+_REFERENCE, _CANDIDATE = (0, 135, 90), (229, 37, 107)
+
+
+class ReportError(MolmoEdgeError):
+    """A report that cannot be written."""
+
+
+def check_report(folder: Path) -> None:
+    """Raises ReportError, or PlotError without matplotlib, before hours of measuring."""
+    check_plots()
+    if folder.exists() and not folder.is_dir():
+        raise ReportError(f"{folder} is a file: name a folder for the report")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ReportError(f"{folder} cannot be written to")
+
+
+def write_report(loss: Loss, folder: Path) -> None:
+    """`folder`/report.html and loss.json. Images are opened again for the examples."""
+    check_report(folder)
+    _write(folder / DATA, json.dumps(loss.to_dict(), indent=1) + "\n")
+    _write(folder / PAGE, page(loss))
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def page(loss: Loss) -> str:
+    columns = [*([loss.noise] if loss.noise else []), *loss.candidates]
+    r = loss.reference
+    body = [
+        f"<h1>What {_e(', '.join(m.facts.name for m in loss.candidates))} lost</h1>",
+        f"<p>Against <b>{_e(r.name)}</b> ({_e(loss.engine)}, {_e(r.precision)}, {r.bytes / 1e6:.1f} MB), on "
+        f"{_e(', '.join(loss.suites) or 'questions of your own')}: {loss.images} images, {loss.questions} questions, "
+        f"{loss.tokens} tokens of the reference's own answers.</p>",
+        "<p class=note>Brackets hold 95 % intervals: a bootstrap over images, Wilson's for shares. Noise is what the "
+        "reference differs from itself by, with one thread and pixels moved by a millionth, or in bf16.</p>",
+        _verdict(loss),
+        "<h2>Figures</h2>",
+        _figures(columns),
+        "<h2>Scores</h2>",
+        _scores(columns),
+        "<h2>Size and loss</h2>",
+        size_and_loss(loss),
+        "<h2>Points that moved</h2>",
+        drifts(columns),
+    ]
+    for measured in loss.candidates:
+        body += [f"<h2>Where {_e(measured.facts.name)} points elsewhere</h2>", *_examples(measured)]
+    return f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>molmo-edge loss</title>{_STYLE}{''.join(body)}"
+
+
+def _verdict(loss: Loss) -> str:
+    lines = []
+    for m in loss.candidates:
+        kl, same, answers = (m.figures[name].value for name in ("kl_mean", "same_top", "same_answer"))
+        lines.append(
+            f"<li><b>{_e(m.facts.name)}</b>: {100 * same:.1f} % of tokens and {100 * answers:.0f} % of answers are "
+            f"the reference's, KL {kl:.2g} nats a token, {m.facts.bytes / max(1, loss.reference.bytes):.2f} of its "
+            "size</li>"
+        )
+    return f"<ul>{''.join(lines)}</ul>"
+
+
+def _figures(columns: Sequence[Measured]) -> str:
+    rows = []
+    for name, kind in KINDS.items():
+        given = [m.figures.get(name) for m in columns]
+        if any(given):
+            n = next(f.n for f in given if f)
+            cells = [_cell(f, kind.write) for f in given]
+            rows.append(f"<tr><th>{_e(kind.title)}<td>{n}{''.join(cells)}")
+    heads = "".join(f"<th>{_e(m.facts.name)}<br><small>{_e(m.engine)}</small>" for m in columns)
+    return f"<table><thead><tr><th><th>n{heads}<tbody>{''.join(rows)}</table>"
+
+
+def _cell(f: Figure | None, write: Callable[[float], str]) -> str:
+    if f is None:
+        return "<td>"
+    return f"<td>{_e(write(f.value))} <small>[{_e(write(f.low))}, {_e(write(f.high))}]</small>"
+
+
+def _scores(columns: Sequence[Measured]) -> str:
+    rows = []
+    for group, by_name in columns[0].scores.items():
+        for name, first in by_name.items():
+            cells = [_change(m.scores[group][name]) for m in columns]
+            reference = f"{100 * first.reference.value:.1f}"
+            rows.append(f"<tr><th>{_e(group)} {_e(name)}<td>{first.reference.n}<td>{reference}{''.join(cells)}")
+    heads = "".join(f"<th>{_e(m.facts.name)}" for m in columns)
+    return f"<table><thead><tr><th>percent<th>n<th>reference{heads}<tbody>{''.join(rows)}</table>"
+
+
+def _change(s: ScoreFigure) -> str:
+    d = s.difference
+    sure = " class=worse" if d.high < 0 else " class=better" if d.low > 0 else ""
+    return (
+        f"<td{sure}>{100 * s.candidate.value:.1f} "
+        f"<small>{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]</small>"
+    )
+
+
+def _examples(measured: Measured) -> Iterable[str]:
+    def apart(a: Compared) -> float:
+        return max((*a.drift, 100.0 * a.unmatched), default=0.0)
+
+    moved = sorted((a for a in measured.comparison.answers if apart(a) > 0), key=apart, reverse=True)
+    if not moved:
+        yield "<p>Nowhere: every point is where the reference has it.</p>"
+        return
+    yield "<p class=note>Rings are the reference's points, crosses the candidate's.</p><div class=examples>"
+    for a in moved[:EXAMPLES]:
+        picture = base64.b64encode(_drawn(a)).decode()
+        yield (
+            f"<figure><img alt='' src='data:image/jpeg;base64,{picture}'><figcaption><b>{_e(a.question.text)}</b><br>"
+            f"<span class=ref>{_e(_short(a.reference_text))}</span><br>"
+            f"<span class=cand>{_e(_short(a.text))}</span></figcaption></figure>"
+        )
+    yield "</div>"
+
+
+def _drawn(a: Compared) -> bytes:
+    picture = Image.fromarray(load_image(a.question.image()))
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    for x, y in _pixels(a.reference_points, picture.size):
+        for radius, colour in ((9, (255, 255, 255)), (8, _REFERENCE), (7, _REFERENCE)):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour)
+    for x, y in _pixels(a.points, picture.size):
+        for width, colour in ((5, (255, 255, 255)), (3, _CANDIDATE)):
+            draw.line((x - 6, y - 6, x + 6, y + 6), fill=colour, width=width)
+            draw.line((x - 6, y + 6, x + 6, y - 6), fill=colour, width=width)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def _pixels(points: Sequence[Point], size: tuple[int, int]) -> list[tuple[float, float]]:
+    return [point.pixel(*size) for point in points]
+
+
+def _short(text: str) -> str:
+    plain = " ".join(readable(text).split())
+    plain = plain if len(plain) <= 120 else plain[:119] + "…"
+    points = len(parse_points(text))
+    return f"{plain} ({points} point{'s' * (points != 1)})" if points else plain
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+_STYLE = """<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid #e4e7eb; vertical-align: top }
+tbody th { text-align: left; font-weight: 500 } small { color: #5c6670 } .note { color: #5c6670; max-width: 46rem }
+td.worse { background: #fde8ef } td.better { background: #e3f4ec }
+svg { max-width: 100%; height: auto }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem }
+figure { margin: 0 } figure img { max-width: 100%; border-radius: 4px } figcaption { font-size: 13px }
+.ref { color: #00704b } .cand { color: #b3124d }
+</style>"""

@@ -1,0 +1,278 @@
+"""Which experts an OLMoE decoder's routers choose, on every engine, for the same rows.
+
+Rounding changes an answer in two ways: the chosen expert computes something else, or another one is chosen. What is
+read here is each router's softmax over all experts, which every engine makes in float32; the top_k largest are taken
+by one rule for all of them, so that no engine's way of sorting ties shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from molmo_edge.bundle import Bundle, is_bundle, open_bundle
+from molmo_edge.config import DecoderConfig, MolmoConfig
+from molmo_edge.errors import first_line
+from molmo_edge.hub_config import is_checkpoint
+from molmo_edge.runtimes import EngineError, Unavailable, check_capacity, open_runtime
+
+if TYPE_CHECKING:
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+Probabilities = Callable[[np.ndarray], np.ndarray]
+"""Rows float32 [n, d_model] -> what the routers make of them, float32 [n_layers, n, n_experts]"""
+
+_CHUNK = 512  # positions that go through an ONNX decoder at once, as molmo_edge.runtimes.onnx has it
+_GATE = "model.transformer.blocks.{}.mlp.gate.weight"  # a router's matrix in a graph, whatever it was rounded to
+_SHOWN = re.compile(r"ffn_moe_probs-(\d+)")  # the softmax in llama.cpp's graph (llm_graph_context::build_moe_ffn)
+
+
+def router_choices(
+    model: str | Path,
+    rows: Sequence[np.ndarray],
+    *,
+    precision: str = "fp32",
+    threads: int | None = None,
+    llama: LlamaOptions | str | None = None,
+) -> list[np.ndarray] | None:
+    """The experts that are chosen at every position of some prompts; None for a decoder without experts.
+
+    `model`: the directory of a bundle, with a decoder in ONNX or as a GGUF, or of a checkpoint, on PyTorch in
+    `precision`. It is loaded for this alone, and runs on the CPU. `rows`: prompts as the decoder is fed with them,
+    float32 [n, d_model] each. `llama`: how llama.cpp runs a GGUF, as `molmo_edge.runtimes.open_runtime` takes it.
+
+    Returns for each prompt int16 [n_layers, n, top_k], ids ascending along the last axis. Where probabilities are
+    equal the lower id counts as chosen.
+
+    Raises MolmoEdgeError: what `molmo_edge.runtimes.open_runtime` raises, Unavailable where an ONNX decoder is to be
+    read without onnx, EngineError for rows that do not fit the model and for probabilities that are not numbers.
+    """
+    directory = Path(model)
+    bundle = open_bundle(directory) if is_bundle(directory) else None
+    if bundle is None and not is_checkpoint(directory):
+        raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
+    config = MolmoConfig.from_hub(directory) if bundle is None else bundle.config
+    if not config.decoder.n_experts:
+        return None
+    prompts = [_checked(prompt, config) for prompt in rows]
+    if bundle is None:
+        probabilities = _on_pytorch(directory, precision, threads)
+    elif bundle.components["decoder"].engine == "gguf":
+        probabilities = _on_llama(bundle, threads, llama)
+    else:
+        probabilities = _on_onnx(bundle, threads)
+    return [_choose(probabilities(prompt), config.decoder.top_k) for prompt in prompts]
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """The share of the choices of `a` that `b` makes too, 0 to 1; both [n_layers, n, top_k] of the same prompt."""
+    if a.shape[:2] != b.shape[:2] or not a.size:
+        raise ValueError(f"choices of the same layers and positions are compared, these are {a.shape} and {b.shape}")
+    return float((a[..., :, None] == b[..., None, :]).any(axis=-1).mean())
+
+
+def _checked(prompt: np.ndarray, config: MolmoConfig) -> np.ndarray:
+    width = config.decoder.d_model
+    if prompt.ndim != 2 or prompt.shape[1] != width:
+        raise EngineError(f"a prompt must be rows [n, {width}] for this model, it is {list(prompt.shape)}")
+    check_capacity(len(prompt), config)
+    return np.ascontiguousarray(prompt, np.float32)
+
+
+def _choose(probabilities: np.ndarray, top_k: int) -> np.ndarray:
+    if not np.isfinite(probabilities).all():  # they would be sorted to the end without a word
+        raise EngineError("the routers give no numbers for these rows: are the weights, or their precision, sound?")
+    order = np.argsort(-probabilities, axis=-1, kind="stable")[..., :top_k]
+    return np.sort(order, axis=-1).astype(np.int16)  # of many prompts at once: a quarter of the memory
+
+
+# PyTorch.
+
+
+def _on_pytorch(directory: Path, precision: str, threads: int | None) -> Probabilities:
+    runtime = open_runtime(directory, device="cpu", precision=precision, threads=threads)
+    import torch
+
+    from molmo_edge.runtimes.torch import TorchRuntime
+
+    assert isinstance(runtime, TorchRuntime)
+    seen: list[np.ndarray] = []
+
+    def keep(_: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        seen.append(torch.softmax(logits.float(), dim=-1).numpy())
+
+    for block in runtime.model.decoder.blocks:
+        cast(Any, block.ffn).router.register_forward_hook(keep)  # of experts in whichever form
+
+    def probabilities(rows: np.ndarray) -> np.ndarray:
+        seen.clear()
+        runtime.forward(rows, runtime.new_cache(len(rows)))
+        return np.stack(seen)
+
+    return probabilities
+
+
+# ONNX Runtime, over the bundle's graph with the probabilities among its outputs.
+
+
+def _on_onnx(bundle: Bundle, threads: int | None) -> Probabilities:
+    from molmo_edge.runtimes.onnx import check_components
+
+    check_components(bundle, ("decoder",))
+    path, d = bundle.path("decoder"), bundle.config.decoder
+    graph, outputs = _with_probabilities(path, d)
+    session = _open_session(graph, path, threads)
+
+    def probabilities(rows: np.ndarray) -> np.ndarray:
+        try:
+            return _run_session(session, outputs, rows, d)
+        except MemoryError:
+            raise
+        except Exception as error:  # onnxruntime raises its own classes, which share no base with a name
+            raise EngineError(f"decoder failed in onnxruntime: {first_line(error)}") from error
+
+    return probabilities
+
+
+def _with_probabilities(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]:
+    """The graph without the weights that lie beside it, and the outputs that were added, layer by layer.
+
+    A router's logits go nowhere but into its softmax, so that is where everything that reads its matrix ends, in
+    whatever form the matrix is stored and multiplied.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise Unavailable(
+            "the routers of an ONNX decoder are read with onnx, which is not installed: "
+            "pip install 'molmo-edge[export]'"
+        ) from None
+    model = onnx.load(path, load_external_data=False)
+    readers = defaultdict(list)
+    for node in model.graph.node:
+        for value in node.input:
+            readers[value].append(node)
+    outputs: list[str] = []
+    for layer in range(d.n_layers):
+        found, values = set(), [_GATE.format(layer)]
+        while values:
+            for node in readers.pop(values.pop(), []):  # once
+                if node.op_type == "Softmax":
+                    found.add(node.output[0])
+                else:
+                    values.extend(node.output)
+        if len(found) != 1:
+            raise EngineError(
+                f"{path}: layer {layer} has {len(found)} softmaxes behind {_GATE.format(layer)}, where its router has "
+                "one: export the bundle again"
+            )
+        outputs += found
+    shape: list[int | str | None] = [1, "n", d.n_experts]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, shape) for o in outputs)
+    return model.SerializeToString(), outputs
+
+
+def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
+    """As molmo_edge.runtimes.onnx opens the decoder at `path` on a CPU, whose sidecar serves the changed graph too."""
+    import onnxruntime
+
+    from molmo_edge.runtimes.onnx import is_large
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if is_large(path) else "0")
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4  # what fails is raised, and need not be printed too
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+
+
+def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: DecoderConfig) -> np.ndarray:
+    from onnxruntime import OrtValue
+
+    binding = session.io_binding()
+    for past in session.get_inputs():
+        if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim], input and output at once
+            shape = [len(rows) if size == "capacity" else size for size in past.shape]
+            number = np.float16 if past.type == "tensor(float16)" else np.float32
+            buffer = OrtValue.ortvalue_from_shape_and_type(shape, number, "cpu", 0)
+            binding.bind_ortvalue_input(past.name, buffer)
+            binding.bind_ortvalue_output(past.name.replace("past_", "present_"), buffer)
+    parts = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        part = np.empty((d.n_layers, 1, len(chunk), d.n_experts), np.float32)
+        for name, layer in zip(outputs, part, strict=True):
+            binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(layer))  # the same memory
+        binding.bind_cpu_input("embeddings", chunk[None])
+        binding.bind_cpu_input("total_length", np.array([start + len(chunk)], np.int32))
+        session.run_with_iobinding(binding)
+        parts.append(part[:, 0])
+    return np.concatenate(parts, axis=1)
+
+
+# llama.cpp, which shows the tensors of its graph to a callback as they are computed.
+
+
+def _on_llama(bundle: Bundle, threads: int | None, given: LlamaOptions | str | None) -> Probabilities:
+    from molmo_edge.runtimes.llama import open_watched
+    from molmo_edge.runtimes.llama_library import load_library
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+
+    options = LlamaOptions.parse(given) if isinstance(given, str) else given or LlamaOptions()
+    d = bundle.config.decoder
+    api, read = load_library(), _reader()
+    seen: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    @api.ggml_backend_sched_eval_callback
+    def watch(tensor: int, ask: bool, _: object) -> bool:
+        name, values = read(tensor, not ask)
+        shown = _SHOWN.fullmatch(name)
+        if shown is not None and not ask:
+            seen[int(shown[1])].append(values.reshape(-1, d.n_experts))
+        return shown is not None or not ask
+
+    new_cache = open_watched(bundle, watch, threads=threads, options=options)
+
+    def probabilities(rows: np.ndarray) -> np.ndarray:
+        seen.clear()
+        new_cache(len(rows)).append(rows)
+        layers = [np.concatenate(seen[layer]) if seen[layer] else rows[:0] for layer in range(d.n_layers)]
+        if missing := [layer for layer, part in enumerate(layers) if len(part) != len(rows)]:
+            raise EngineError(
+                f"this llama.cpp showed {len(layers[missing[0]])} of {len(rows)} positions of layer {missing[0]}'s "
+                "router: its graph is not the one that this version of molmo-edge knows"
+            )
+        return np.stack(layers)
+
+    return probabilities
+
+
+def _reader() -> Callable[[int, bool], tuple[str, np.ndarray]]:
+    """(ggml_tensor's address, whether its values are wanted) -> its name, and float32 values as they lie, or none."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+    from llama_cpp._ggml import libggml_base_path
+
+    base = load_shared_library("ggml-base", libggml_base_path)  # on Windows each symbol has to be asked of its own
+    name, size, get = base.ggml_get_name, base.ggml_nbytes, base.ggml_backend_tensor_get
+    name.argtypes, name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_size_t
+    get.argtypes, get.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+
+    def read(tensor: int, wanted: bool) -> tuple[str, np.ndarray]:
+        values = np.empty(size(tensor) // 4 if wanted else 0, np.float32)
+        if wanted:
+            get(tensor, values.ctypes.data, 0, values.nbytes)
+        return name(tensor).decode(), values
+
+    return read

@@ -1,0 +1,266 @@
+"""Rows of a data set, from the hub or from a local copy, and pictures that a row names by URL.
+
+A row's cells are read one by one, when they are asked for: a split's pictures may be many gigabytes. huggingface_hub
+does the download, into its own cache, of one split alone (`datasets` would fetch the training split too); the
+package `datasets` then reads the parquet files. No code of a hub repository is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.errors import MolmoEdgeError, first_line
+
+ROWS = "rows.jsonl"
+_MOST_BYTES = 100_000_000  # of a picture
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be another one in a moment
+_AGENT = "Mozilla/5.0 (compatible; molmo-edge)"  # many hosts refuse Python's own
+
+
+class RowsError(MolmoEdgeError):
+    """A data set that cannot be read, or rows that are not as expected."""
+
+
+class FetchError(MolmoEdgeError):
+    """A picture that its URL no longer gives. Links die: leave the row out, and count it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one split, in their order."""
+
+    where: str  # for people
+    folder: Path  # what paths in cells are relative to
+    columns: tuple[str, ...]
+    length: int
+    cell: Callable[[int, str], Any]  # (row, column) -> its value, pictures not decoded
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return Row(self, index)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, index) for index in range(self.length))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row. It holds nothing: every access reads a cell."""
+
+    rows: Rows
+    index: int
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.rows.columns
+
+    def __getitem__(self, column: str) -> Any:
+        """Raises RowsError for a column that does not exist."""
+        if column not in self.rows.columns:
+            raise RowsError(
+                f'{self.rows.where} has no column "{column}", only {", ".join(self.rows.columns)}: is it a copy of '
+                "another data set?"
+            )
+        return self.rows.cell(self.index, column)
+
+    def get(self, column: str) -> Any:
+        """None for a column that does not exist."""
+        return self.rows.cell(self.index, column) if column in self.rows.columns else None
+
+    def image(self, column: str) -> Any:
+        """What `molmo_edge.loading.load_image` takes, bytes of a file or a path for the most part; None: no picture."""
+        value = self[column]
+        if isinstance(value, dict):  # the struct of datasets.Image
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            return self.rows.folder / value if value else None
+        return value
+
+
+def rows_of(where: Path, listed: Sequence[dict[str, Any]]) -> Rows:
+    """Rows that are in memory already. Paths in them are relative to the folder `where`."""
+    columns = tuple(dict.fromkeys(column for row in listed for column in row))
+    return Rows(str(where), where, columns, len(listed), lambda index, column: listed[index].get(column))
+
+
+def load_rows(hub_id: str, configs: Sequence[str], split: str, local: Path | None) -> Rows:
+    """The rows of `split`: from the folder `local`, or from the hub where that is None.
+
+    `configs`: names of configurations, whose rows come one after the other; empty where the data set has but one.
+    `local` is one of:
+    - a clone or a download of the hub repository, with parquet files named after the split;
+    - a directory that Dataset.save_to_disk or DatasetDict.save_to_disk has written (or one of them for each config);
+    - a folder with rows.jsonl, one JSON object a row, pictures as paths relative to the folder. `split` plays no part.
+
+    Raises RowsError, also where the package `datasets` is missing and needed.
+    """
+    folder = _download(hub_id, configs, split) if local is None else local
+    if not folder.is_dir():
+        raise RowsError(f"there is no folder {folder} with a copy of {hub_id}: check the path")
+    if (folder / ROWS).is_file():
+        return _from_jsonl(folder)
+    saved = _saved_in(folder, configs)
+    if saved:
+        return _from_datasets(folder, [_load_saved(path, split) for path in saved])
+    return _from_datasets(folder, [_load_parquet(_parquet_in(folder, hub_id, configs, split), split)])
+
+
+def _from_jsonl(folder: Path) -> Rows:
+    listed = []
+    with (folder / ROWS).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise RowsError(f"line {number} of {folder / ROWS} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise RowsError(f"line {number} of {folder / ROWS} is not a JSON object")
+            listed.append(row)
+    return rows_of(folder, listed)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise RowsError("reading this data set needs the package `datasets`: pip install 'molmo-edge[eval]'") from None
+    return datasets
+
+
+def _from_datasets(folder: Path, parts: Sequence[Any]) -> Rows:
+    whole = parts[0] if len(parts) == 1 else _datasets().concatenate_datasets(list(parts))
+    arrow = whole.with_format("arrow")  # a row as a slice of memory: nothing is decoded or copied
+
+    def cell(index: int, column: str) -> Any:
+        return arrow[index].column(column)[0].as_py()
+
+    return Rows(str(folder), folder, tuple(whole.column_names), len(whole), cell)
+
+
+def _saved_in(folder: Path, configs: Sequence[str]) -> list[Path]:
+    """Directories of save_to_disk: the folder itself, or one for each config; none if that is not what it holds."""
+    parts = [folder / config for config in configs]
+    for found in ([folder], parts):
+        if found and all((path / mark).is_file() for path in found for mark in _marks(path)):
+            return found
+    return []
+
+
+def _marks(path: Path) -> tuple[str, ...]:
+    return ("dataset_dict.json",) if (path / "dataset_dict.json").is_file() else ("dataset_info.json", "state.json")
+
+
+def _load_saved(path: Path, split: str) -> Any:
+    datasets = _datasets()
+    saved = datasets.load_from_disk(str(path))
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise RowsError(f'{path} has no split "{split}", only {", ".join(saved)}')
+    return saved[split]
+
+
+def _parquet_in(folder: Path, hub_id: str, configs: Sequence[str], split: str) -> list[Path]:
+    """The split's files, config by config. A copy that has all configs in one is taken as well."""
+    split_by_config = {config: sorted((folder / config).glob(f"{split}-*.parquet")) for config in configs}
+    missing = [config for config, files in split_by_config.items() if not files]
+    if missing and len(missing) < len(configs):
+        raise RowsError(f'{folder} lacks the split "{split}" of {", ".join(missing)}: copy {hub_id} whole')
+    whole = [file for files in split_by_config.values() for file in files]
+    for place in (folder / "data", folder):
+        whole = whole or sorted(place.glob(f"{split}-*.parquet"))
+    if not whole:
+        there = sorted({re.sub(r"-\d+-of-.*", "", path.stem) for path in folder.rglob("*.parquet")})
+        has = f"it has {', '.join(there)}" if there else "it has no parquet files at all"
+        raise RowsError(f'{folder} has no files of the split "{split}" of {hub_id}; {has}')
+    return whole
+
+
+def _load_parquet(files: Sequence[Path], split: str) -> Any:
+    datasets = _datasets()
+    try:
+        return datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
+    except Exception as error:  # of datasets, of pyarrow, and OSError from a disk that is full
+        because = first_line(error.__cause__ or error)
+        raise RowsError(f"{files[0].parent} cannot be read: {because}. Is a file damaged, or the disk full?") from error
+
+
+def _download(hub_id: str, configs: Sequence[str], split: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    _datasets()  # or its absence would be found out after some gigabytes
+    patterns = [f"{folder}/{split}-*.parquet" for folder in configs or ("data",)]
+    try:
+        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
+        raise RowsError(
+            f"{hub_id} cannot be had from the hub: {first_line(error)}. Ask again, or fetch it elsewhere "
+            f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DIR) and name that folder"
+        ) from error
+
+
+def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.0, timeout: float = 20.0) -> Path:
+    """The file behind `url`, out of `folder` if it is there, else downloaded into it.
+
+    `sha256`: of the file's bytes, lower case; None to take what comes. `pause`: seconds before the first of three
+    retries, twice as many before each next. What fails for good (404, another hash) is not asked for again, but the
+    next call does. Raises FetchError.
+    """
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file's name
+        raise FetchError(f"{url} should have the sha256 {sha256!r}, which is none")
+    path = folder / (sha256 or hashlib.sha256(url.encode()).hexdigest())
+    if path.exists():
+        return path
+    data = _get(url, pause, timeout)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise FetchError(f"{url} gives another file than it did: its sha256 is not {sha256}")
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{path.name}.{os.getpid()}"
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
+    return path
+
+
+def _get(url: str, pause: float, timeout: float) -> bytes:
+    if not url.startswith(("http://", "https://")):
+        raise FetchError(f"{url} is no http address")
+    # Addresses in data sets have spaces and umlauts, which urllib does not send.
+    address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")
+    for wait in (pause, 2 * pause, 4 * pause, None):
+        try:
+            request = urllib.request.Request(address, headers={"User-Agent": _AGENT})
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                data = response.read(_MOST_BYTES + 1)
+                if response.length and len(data) <= _MOST_BYTES:  # read() with a limit does not mind a cut
+                    raise http.client.IncompleteRead(data, response.length)
+        except urllib.error.HTTPError as error:
+            if error.code not in _TRANSIENT or wait is None:
+                raise FetchError(f"{url} cannot be fetched: HTTP status {error.code}") from error
+            after = error.headers.get("Retry-After", "")
+            wait = max(wait, min(30.0, float(after))) if after.isdecimal() else wait
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, ValueError) or wait is None:  # ValueError: an address that cannot be one
+                raise FetchError(f"{url} cannot be fetched: {first_line(error)}") from error
+        else:
+            if len(data) > _MOST_BYTES:
+                raise FetchError(f"{url} gives more than {_MOST_BYTES} bytes, too many for a picture")
+            return data
+        time.sleep(wait)
+    raise AssertionError("unreachable: the last try raises or returns")

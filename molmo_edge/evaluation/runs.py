@@ -1,0 +1,194 @@
+"""Asking many questions, a line of JSON each, so that a run can be killed, started again and shared out.
+
+A run's folder holds `run.json` (what is being evaluated), while it goes a part for each process,
+`SUITE.part-2-of-4.jsonl`, and when all is asked `SUITE.jsonl`, whose lines stand in the suite's order: the same bytes
+whatever happened on the way. No line holds a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.evaluation.questions import Question, by_image
+from molmo_edge.evaluation.stats import Figure, mean, share
+from molmo_edge.molmo import Molmo, Scene
+
+RUN = "run.json"
+Line = dict[str, Any]
+
+
+class RunError(MolmoEdgeError):
+    """A folder that holds another run, or lines that are not of this one."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of several processes this is."""
+
+    number: int = 1  # 1 to `of`
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise RunError(f"shard {self.number}/{self.of} does not exist: the first is 1/{self.of}")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From "2/4". Raises RunError."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal()):
+            raise RunError(f'{text!r} is not a shard such as "2/4"')
+        return cls(int(number), int(of))
+
+
+def claim(folder: Path, what: Line) -> None:
+    """Make the folder this run's, or see that it is. Raises RunError where it is another's.
+
+    `what`: model, suites and settings, anything that changes an answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(what, indent=1, sort_keys=True) + "\n"
+    try:
+        with (folder / RUN).open("x", encoding="utf-8") as file:
+            file.write(text)
+        return
+    except FileExistsError:
+        pass
+    try:
+        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{folder / RUN} is damaged: choose another folder") from None
+    if before != json.loads(text):
+        changed = sorted(key for key in {*before, *what} if before.get(key) != what.get(key))
+        raise RunError(
+            f"{folder} holds another run ({', '.join(changed)} differ): choose another folder, or remove this one"
+        )
+
+
+def ask(
+    molmo: Molmo,
+    questions: Sequence[Question],
+    folder: Path,
+    suite: str,
+    shard: Shard = Shard(),
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Ask this shard's questions that nobody has asked yet, and append a line for each.
+
+    Pictures are dealt out, not questions, so that each is encoded by one process.
+    """
+    done = set(_lines(folder, suite))
+    groups = [group for i, group in enumerate(by_image(questions)) if i % shard.of == shard.number - 1]
+    part = folder / f"{stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
+    if part.exists():
+        os.truncate(part, len(_whole_lines(part)))
+    with part.open("a", encoding="utf-8") as file:
+        for group in groups:
+            left = [question for question in group if question.id not in done]
+            scene = _scene(molmo, left[0]) if left else None
+            for question in left:
+                assert scene is not None
+                answer = molmo.ask(scene, question.text, max_new_tokens=question.max_new_tokens)
+                line = {
+                    "id": question.id,
+                    "group": question.group,
+                    "question": question.text,
+                    "truth": question.truth,
+                    "answer": answer.text,
+                    "complete": answer.complete,
+                    "scores": _rounded(question.score(answer.text)),
+                }
+                file.write(json.dumps(line, sort_keys=True) + "\n")
+                file.flush()
+                on_answer()
+
+
+def finish(questions: Sequence[Question], folder: Path, suite: str) -> list[Line] | None:
+    """Write `SUITE.jsonl` when every question has its line, and return the lines; None while some are missing.
+
+    Raises RunError for lines of questions that this suite does not have.
+    """
+    lines = _lines(folder, suite)
+    wanted = [question.id for question in questions]
+    if foreign := lines.keys() - set(wanted):
+        raise RunError(f"{folder} has answers that are not of {suite} as it is now, {min(foreign)} for one")
+    if any(name not in lines for name in wanted):
+        return None
+    whole = folder / f"{stem(suite)}.jsonl"
+    scratch = whole.with_name(f".{whole.name}.{os.getpid()}")
+    scratch.write_text("".join(lines[name] for name in wanted), encoding="utf-8")
+    os.replace(scratch, whole)
+    for part in _parts(folder, suite):
+        part.unlink(missing_ok=True)
+    return [json.loads(lines[name]) for name in wanted]
+
+
+def count_asked(folder: Path, suite: str) -> int:
+    """Questions that have their line."""
+    return len(_lines(folder, suite))
+
+
+def summary(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, dict[str, Figure]]:
+    """{group: {score: Figure}}: the mean over questions, Wilson's interval where a score is right or wrong."""
+    pictures = {question.id: question.image_id for question in questions}
+    values: dict[str, dict[str, list[tuple[float, str]]]] = {}
+    for line in lines:
+        for name, value in line["scores"].items():
+            values.setdefault(line["group"], {}).setdefault(name, []).append((value, pictures[line["id"]]))
+    return {
+        group: {name: average([v for v, _ in pairs], [p for _, p in pairs]) for name, pairs in scores.items()}
+        for group, scores in values.items()
+    }
+
+
+def average(values: Sequence[float], pictures: Sequence[str]) -> Figure:
+    """Wilson's interval where each picture has one answer, right or wrong, and where all of them are alike.
+
+    A bootstrap knows no doubt about n of n. Wilson's n is then that of the pictures.
+    """
+    n = len(set(pictures))
+    if set(values) <= {0.0, 1.0} and (n == len(values) or len(set(values)) == 1):
+        return replace(share(list(values)[:n]), n=len(values))
+    return mean(values, pictures)
+
+
+def _lines(folder: Path, suite: str) -> dict[str, str]:
+    """{question's id: its line}. A line that a kill has cut off, or that another process is writing, is not one yet."""
+    found: dict[str, str] = {}
+    whole = folder / f"{stem(suite)}.jsonl"
+    for path in [*([whole] if whole.exists() else []), *_parts(folder, suite)]:
+        for line in _whole_lines(path).decode("utf-8").splitlines(keepends=True):
+            try:
+                found.setdefault(json.loads(line)["id"], line)
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{path} holds a line that is no answer: {line[:60]!r}") from None
+    return found
+
+
+def _whole_lines(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _parts(folder: Path, suite: str) -> list[Path]:
+    return sorted(folder.glob(f"{stem(suite)}.part-*-of-*.jsonl"))
+
+
+def stem(suite: str) -> str:
+    """What a suite's files are called: "photos:/data/mine" -> "photos-mine"."""
+    kind, colon, where = suite.partition(":")
+    return f"{kind}-{Path(where).resolve().name}" if colon else kind
+
+
+def _scene(molmo: Molmo, question: Question) -> Scene:
+    return molmo.no_image() if question.words_alone else molmo.encode(question.image())
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in scores.items()}

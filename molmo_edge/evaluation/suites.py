@@ -1,0 +1,168 @@
+"""What is asked: annotated pictures as questions, and suites by name.
+
+nano-val            scenes drawn here, from pictures that come along
+nano-val:DIR        these and the validation photos of DIR
+photos:DIR          photos of DIR, in the annotations format of molmo_edge.training.photos
+ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.academic; `academic` is all of them
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.evaluation.pictures import RECEIPTS, Picture, own_scenes, photo_pictures
+from molmo_edge.evaluation.pointing import Box, is_valid_point_answer, score_points
+from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.text_scores import anls, clock_score
+from molmo_edge.points import parse_count, parse_points
+from molmo_edge.prompt import caption_question, count_question, point_question
+
+_Thing = TypeVar("_Thing")
+
+SCENES = 60  # of nano-val
+PER_PICTURE = 3  # labels that are pointed at and counted
+_FIELDS = {"total": "What is the total?", "date": "What is the date?", "company": "Which company is this from?"}
+_POINTS = 256  # new tokens; an answer of twelve points takes about 200
+
+
+class SuiteError(MolmoEdgeError):
+    """A suite that does not exist, or has nothing to ask."""
+
+
+def suite(
+    name: str,
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    skipped: Callable[[str], None] = lambda why: None,
+) -> list[Question]:
+    """The questions of a suite, in a fixed order. Images are opened when they are asked about.
+
+    `data`: a folder with local copies of benchmarks, DATA/NAME each. `limit`: most pictures, or questions of a
+    benchmark, taken evenly from all of them. `skipped` hears of rows that cannot be had. Raises SuiteError,
+    PhotoError, and what a benchmark's loader raises.
+    """
+    kind, _, folder = name.partition(":")
+    if kind in ("nano-val", "photos"):
+        if kind == "photos" and not folder:
+            raise SuiteError("photos:DIR names the folder with the photos and their annotations.jsonl")
+        pictures = own_scenes(SCENES) if kind == "nano-val" else []
+        if folder:
+            pictures += photo_pictures(Path(folder))
+        return _some_questions(name, evenly(pictures, limit))
+    from molmo_edge.evaluation.academic import TASKS, questions
+
+    if name not in TASKS:
+        raise SuiteError(f'there is no suite "{name}"; there are nano-val, photos:DIR, {", ".join(TASKS)}')
+    local = data / name if data is not None and (data / name).exists() else None
+    found = list(questions(name, local=local, limit=limit, skipped=skipped))
+    if not found:
+        raise SuiteError(f"{name} has no questions that can be asked")
+    return found
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The names, `academic` replaced by all benchmarks, each once."""
+    from molmo_edge.evaluation.academic import TASKS
+
+    return list(dict.fromkeys(one for name in names for one in (TASKS if name == "academic" else (name,))))
+
+
+def _some_questions(name: str, pictures: Sequence[Picture]) -> list[Question]:
+    found = [question for picture in pictures for question in picture_questions(picture)]
+    if not found:
+        raise SuiteError(f"{name} has nothing to ask: are its pictures annotated, and do some belong to val?")
+    return found
+
+
+def evenly(things: Sequence[_Thing], limit: int | None) -> list[_Thing]:
+    """At most `limit`, evenly over all of them."""
+    if limit is None or limit >= len(things):
+        return list(things)
+    return [things[i * len(things) // limit] for i in range(limit)]
+
+
+def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Iterator[Question]:
+    """Points and counts of some labels, one that is absent, a text, a clock, fields of a receipt, and a caption."""
+    for label, boxes in picture.labels()[:per_picture]:
+        yield _question(picture, "point", label, point_question(label), _point_score(boxes), boxes)
+        yield _question(picture, "count", label, count_question(label), _count_score(len(boxes)), len(boxes))
+    if absent := picture.absent():
+        yield _question(picture, "absent", absent, point_question(absent), _absent_score, [])
+    texts, clocks = picture.annotation.get("texts", ()), picture.annotation.get("clocks", ())
+    if picture.group == RECEIPTS:
+        fields = picture.annotation.get("fields", {})
+        for key, text in _FIELDS.items():
+            if fields.get(key):
+                yield _question(picture, "read", key, text, _read_score(fields[key]), fields[key])
+    elif len(texts) == 1:
+        text = texts[0]["text"]
+        yield _question(picture, "read", "text", "What does the text say?", _read_score(text), text)
+    if len(clocks) == 1:
+        time = clocks[0]["time"]
+        yield _question(picture, "clock", "time", "What time is it?", _clock_score(time), time)
+    yield _question(picture, "caption", "caption", caption_question(), _nothing, None)
+
+
+def _question(
+    picture: Picture, kind: str, about: str, text: str, score: Callable[[str], dict[str, float]], truth: object
+) -> Question:
+    return Question(
+        id=f"{picture.id}/{kind}/{about}",
+        group=f"{kind}/{picture.group}",
+        kind=kind,
+        image_id=picture.id,
+        image=picture.rgb,
+        text=text,
+        score=score,
+        max_new_tokens=_POINTS if kind in ("point", "count") else 64,
+        truth=truth,
+    )
+
+
+def _point_score(boxes: Sequence[Box]) -> Callable[[str], dict[str, float]]:
+    def score(text: str) -> dict[str, float]:
+        found = score_points(parse_points(text), boxes)
+        return {
+            "precision": found.hits / found.points if found.points else 0.0,
+            "recall": found.hits / found.boxes,
+            "f1": found.f1,
+            "format": float(is_valid_point_answer(text)),
+        }
+
+    return score
+
+
+def _count_score(truth: int) -> Callable[[str], dict[str, float]]:
+    def score(text: str) -> dict[str, float]:
+        count = parse_count(text)
+        return {"exact": float(count == truth), "close": float(count is not None and abs(count - truth) <= 1)}
+
+    return score
+
+
+def _absent_score(text: str) -> dict[str, float]:
+    return {"refused": float(not parse_points(text))}
+
+
+def _read_score(truth: str) -> Callable[[str], dict[str, float]]:
+    return lambda text: {"anls": anls(truth, text.strip()), "exact": float(text.strip().lower() == truth.lower())}
+
+
+def _clock_score(time: str) -> Callable[[str], dict[str, float]]:
+    hour, minute = (int(part) for part in time.split(":"))
+    return functools.partial(clock_score, hour=hour % 12, minute=minute)
+
+
+def _nothing(text: str) -> dict[str, float]:
+    """Of a caption: it is compared with the reference's own, molmo_edge.evaluation.compare."""
+    return {}
+
+
+def unique(questions: Iterable[Question]) -> list[Question]:
+    """Each id once: suites may share photos."""
+    return list({question.id: question for question in questions}.values())
