@@ -97,8 +97,9 @@ def export_bundle(
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
-    photos to round four-bit weights with (molmo_edge.quantize.calibration), slower, and closer to fp32; for a GGUF they
-    tell llama.cpp which inputs matter (molmo_edge.quantize.importance).
+    photos to round four-bit weights with (molmo_edge.quantize.calibration) and to quieten the loud inputs of int8
+    (molmo_edge.quantize.smooth), slower, and closer to fp32; for a GGUF they tell llama.cpp which inputs matter
+    (molmo_edge.quantize.importance).
 
     `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
     the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
@@ -137,19 +138,21 @@ def export_bundle(
         for component in wishes.graphs:
             keep = too_large(largest.get(component, {}))
             how = wishes.int4
+            weights = tensors
             if component == "decoder" and wishes.calibrate is not None:
-                how = _calibrated(wishes, config, tensors, _rows(wishes, config, tokenizer, staging, components))
+                rows = _rows(wishes, config, tokenizer, staging, components)
+                weights, how = _calibrated(wishes, config, tensors, rows)
             kind = wishes.make(component, how, keep)
             del how  # with a layer of the decoder in it
-            components |= _component(component, staging, config, tensors, kind, plain=component in wishes.plain)
+            components |= _component(component, staging, config, weights, kind, plain=component in wishes.plain)
             if kind.half:
                 found = largest.get(component)
                 components[component]["largest_value"] = max(found.values()) if found else None  # None: not tried
                 components[component] |= {"kept_in_fp32": sorted(keep)} if keep else {}
             del kind
         if wishes.engine == "gguf":
-            rows = None if wishes.calibrate is None else _rows(wishes, config, tokenizer, staging, components)
-            components |= _ggufs(wishes, tokenizer, staging, Path(scratch), config, tensors, rows, name or out.name)
+            seen = None if wishes.calibrate is None else _rows(wishes, config, tokenizer, staging, components)
+            components |= _ggufs(wishes, tokenizer, staging, Path(scratch), config, tensors, seen, name or out.name)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
         if measure and any(map(wishes.rounds, GRAPHS)):
@@ -210,10 +213,18 @@ def _rows(
         runtime.close()
 
 
-def _calibrated(wishes: Wishes, config: MolmoConfig, tensors: TensorSource, rows: list[np.ndarray]) -> Int4:
+def _calibrated(
+    wishes: Wishes, config: MolmoConfig, tensors: TensorSource, rows: list[np.ndarray]
+) -> tuple[TensorSource, Int4]:
+    """The decoder's weights, smoothed where int8 will round them, and how its four-bit ones are rounded."""
     from molmo_edge.quantize.calibration import Calibration
+    from molmo_edge.quantize.smooth import Smoothed
 
-    return dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))
+    if parts := wishes.smooth():
+        tensors = Smoothed(config, tensors, rows, parts)
+    if not wishes.fours():
+        return tensors, wishes.int4
+    return tensors, dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))
 
 
 def _ggufs(

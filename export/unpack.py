@@ -6,6 +6,7 @@ matrices. So an embedded model can be run, trained further or exported again whe
 
 from __future__ import annotations
 
+import zlib
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from molmo_edge.export import ExportError
 from molmo_edge.export.decoder import HUB as TRANSFORMER
 from molmo_edge.export.vision import HUB as VIT
 from molmo_edge.modeling.checkpoint import CheckpointError
+from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.quantize.int8 import ZERO_POINT
 from molmo_edge.quantize.rounding import Blocks, unpack_nibbles
 
@@ -35,11 +37,14 @@ TABLE = f"{TRANSFORMER}.wte"
 class BundleTensors:
     """A TensorSource over the graphs of a bundle; each tensor is widened when it is asked for."""
 
-    def __init__(self, directory: str | Path) -> None:
-        """Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
+    def __init__(self, directory: str | Path, *, dither: int | None = None) -> None:
+        """`dither`: a seed. Each rounded weight is then a random one of those that round to it, as its original was:
+        rounding it again costs what rounding costs, where what lies on the grid already would seem to cost nothing.
+
+        Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
         bundle = open_bundle(directory)
         self.config: MolmoConfig = bundle.config
-        self._directory = bundle.directory
+        self._directory, self._dither = bundle.directory, dither
         self._arrays: dict[str, np.ndarray] = {}
         self._blocks: dict[
             str, tuple[int, int]
@@ -68,7 +73,7 @@ class BundleTensors:
                 self._read[unused] = partial(self._zeros, name)
 
     def names(self) -> list[str]:
-        return list(self._read)
+        return [name for name in hub_shapes(self.config) if name in self._read]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.get(name).shape
@@ -100,19 +105,26 @@ class BundleTensors:
             bits, inputs = self._blocks[name]
             scale = scale.astype(np.float32)
             if bits == 8:
-                wide = (array.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT) * scale[..., None]
+                codes = array.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT
+                wide = self._dithered(name, codes) * scale[..., None]
                 return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
             zero_point = self._arrays.get(f"{name.removesuffix('.weight')}.zero_point")
             if zero_point is not None:
                 zero_point = unpack_nibbles(zero_point)[..., : scale.shape[-1]]
             codes = unpack_nibbles(array).reshape(*scale.shape[:-1], -1)
-            return Blocks(codes, scale, zero_point).restored()[..., :inputs]
+            return Blocks(self._dithered(name, codes), scale, zero_point).restored()[..., :inputs]
         if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
-            wide = array.astype(np.float32) * scale
+            wide = self._dithered(name, array.astype(np.float32)) * scale
             return wide if name == TABLE else wide.T
         if array.dtype == np.float16:
             array = array.astype(np.float32)
         return array.T if array.ndim == 2 and name.endswith(".weight") else array
+
+    def _dithered(self, name: str, codes: np.ndarray) -> np.ndarray:
+        if self._dither is None:
+            return codes
+        random = np.random.default_rng([self._dither, zlib.crc32(name.encode())])
+        return codes + random.uniform(-0.5, 0.5, codes.shape).astype(np.float32)
 
     def _zeros(self, like: str) -> np.ndarray:
         return np.zeros_like(self.get(like))
@@ -151,9 +163,12 @@ class BundleTensors:
         return matrix[:, rows] if part == "down" else matrix[rows]
 
 
-def load_bundle_weights(directory: str | Path) -> Molmo:
-    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode, float32. Needs PyTorch."""
+def load_bundle_weights(directory: str | Path, *, dither: int | None = None) -> Molmo:
+    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode, float32. Needs PyTorch.
+
+    `dither`: see BundleTensors.
+    """
     from molmo_edge.modeling.loading import build_model
 
-    tensors = BundleTensors(directory)
+    tensors = BundleTensors(directory, dither=dither)
     return build_model(tensors.config, tensors, where=str(directory))

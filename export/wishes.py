@@ -32,7 +32,7 @@ def _by_component(vision_encoder: str, connector: str, embed_tokens: str, decode
 
 # What one word means for a whole bundle. Four bits make the ViT slower than fp32 on a CPU, eight make it faster; the
 # connector's input has channels so large that a scale a row costs it ten times what a scale a block does.
-_WHOLE = {word: _by_component("int8", "q8", "int8", word) for word in ("q4", "mixed")}
+_WHOLE = {word: _by_component("int8", "q8", "int8", word) for word in ("int8", "q4", "mixed")}
 _WHOLE["q4f16"] = _by_component("fp16", "fp16", "fp16", "q4f16")
 # For llama.cpp. Rows of the embedding are looked up on our side, in full precision: they lie on the disk, and only
 # those that are asked for come into memory.
@@ -124,6 +124,16 @@ class Wishes:
             made = float16(keep) if word == "fp16" else {"fp32": FP32, "int8": INT8, "q8": Q8}[word]
         return by_part(made, self.parts, how) if component == "decoder" and self.parts else made
 
+    def fours(self) -> bool:
+        """Whether the decoder has four-bit weights."""
+        return any(word in _FOUR_BITS for word in (self.precision["decoder"], *self.parts.values()))
+
+    def smooth(self) -> frozenset[str]:
+        """The decoder's parts whose inputs are rounded a row at a time, where loud channels matter."""
+        base = {"int8": ("attention", "experts"), "mixed": ("attention",)}.get(self.precision["decoder"], ())
+        words = {**dict.fromkeys(base, "int8"), **self.parts}
+        return frozenset(part for part in ("attention", "experts") if words.get(part) == "int8")
+
     def rounds(self, component: str) -> bool:
         """Whether it has integers for weights. (A CPU does not round to float16 as ONNX says.)"""
         return self.precision[component] not in _FLOATS or (component == "decoder" and bool(self.parts))
@@ -147,6 +157,8 @@ def check_wishes(
         raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
     aim = None if target is None else TARGETS[target]
     words, parts = _words(precision, aim, engine)
+    if plain and words == _WHOLE["int8"]:
+        words["connector"] = "int8"  # blocks are none of ONNX's own operators
     if engine == "gguf":
         return _gguf_wishes(words, aim, plain, block or asymmetric, calibrate, mmproj)
     if mmproj:
@@ -155,11 +167,12 @@ def check_wishes(
     _check_plain(in_plain, words)
     if parts and ("decoder" in in_plain or words["decoder"] in ("fp16", "q4f16")):
         raise ExportError("parts of a decoder cannot be chosen in ONNX's own operators, nor in float16")
-    four = [word in _FOUR_BITS for word in (*words.values(), *parts.values())]
-    if (block or asymmetric or calibrate) and not any(four):
-        raise ExportError("blocks, zero points and a calibration are for four-bit weights: q4, mixed or q4f16")
-    if calibrate is not None and not any(word in _FOUR_BITS for word in (words["decoder"], *parts.values())):
-        raise ExportError(f"a calibration is for the decoder, which was to be {words['decoder']}")
+    if (block or asymmetric) and not any(word in _FOUR_BITS for word in (*words.values(), *parts.values())):
+        raise ExportError("blocks and zero points are for four-bit weights: q4, mixed or q4f16")
+    if calibrate is not None and not any(w in (*_FOUR_BITS, "int8") for w in (words["decoder"], *parts.values())):
+        raise ExportError(
+            f"a calibration is for a decoder in q4, mixed, q4f16 or int8; it was to be {words['decoder']}"
+        )
     prompts = None if calibrate is None else _prompts(Path(calibrate))
     return Wishes("onnx", words, aim, in_plain, Int4(block, asymmetric), prompts, parts=parts)
 

@@ -30,7 +30,7 @@ from molmo_edge.export import ExportError
 from molmo_edge.export.graph import MICROSOFT, ExpertPart, Graph, Precision, add_bias, fp32_linear
 from molmo_edge.export.operators import from_half, to_half
 from molmo_edge.quantize.float16 import float16_linear, float16_table
-from molmo_edge.quantize.int8 import int8_linear, int8_table, q8_linear
+from molmo_edge.quantize.int8 import int8_linear, int8_table, is_head, q8_linear
 from molmo_edge.quantize.rounding import Blocks, Round, nearest, pack_nibbles
 
 BLOCKS = (32, 64, 128)  # weights that may share a scale
@@ -164,10 +164,6 @@ class _Stack:
 def _packed(rounded: Blocks, number: type) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     zero_point = None if rounded.zero_point is None else pack_nibbles(rounded.zero_point)
     return pack_nibbles(rounded.codes), rounded.scale.astype(number), zero_point
-
-
-def is_head(name: str) -> bool:
-    return name.endswith(("lm_head", "transformer.ff_out", "wte.embedding"))
 
 
 def int4_precision(word: str, how: Int4 | None = None, keep: Collection[str] = ()) -> Precision:

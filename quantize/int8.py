@@ -8,7 +8,8 @@ one is an outlier, and both the ViT and the decoder have such tokens (one row 50
 "q8": a scale for each 32 weights and each 32 inputs (MatMulNBits, like Q8_0 of GGUF). A half to a fifth of the
 error, as fast as "int8" for a single token, but no faster than fp32 for a whole prompt or a crop.
 
-ONNX Runtime 1.20 runs "fp32" and "int8"; "q8" needs 1.22, since MatMulNBits knew four bits only (tried with 1.20.1,
+ONNX Runtime 1.20 runs "fp32" and "int8" in ONNX's own operators; "q8", and the head of an "int8" decoder, which is in
+"q8" too, need 1.22, since MatMulNBits knew four bits only (tried with 1.20.1,
 1.21.1, 1.22.1 and 1.32.0). A graph says what it needs, and a bundle refuses what is older.
 """
 
@@ -106,5 +107,15 @@ def int8_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
     return graph.node("Mul", rows, graph.node("Gather", graph.weight(f"{name}.scale", scale[:, None]), ids))
 
 
-INT8 = Precision("int8", "_int8", 1, int8_linear, int8_table)
+def is_head(name: str) -> bool:
+    """Whether a matrix, by its hub name without ".weight", makes the decoder's logits."""
+    return name.endswith(("lm_head", "transformer.ff_out", "wte.embedding"))
+
+
+def _int8_but_the_head(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+    """The head sees one position at a time, where blocks cost no time; rounded to "int8" it lost more than it saved."""
+    return (q8_linear if is_head(name) and not graph.plain else int8_linear)(graph, x, name, weight, bias)
+
+
+INT8 = Precision("int8", "_int8", 1, _int8_but_the_head, int8_table)
 Q8 = Precision("q8", "_q8", 1, q8_linear, int8_table)

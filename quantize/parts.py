@@ -13,8 +13,8 @@ import numpy as np
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.graph import ExpertPart, Graph, Linear, Precision, fp32_linear
-from molmo_edge.quantize.int4 import Int4, is_head
-from molmo_edge.quantize.int8 import int8_linear, q8_linear
+from molmo_edge.quantize.int4 import Int4
+from molmo_edge.quantize.int8 import int8_linear, is_head, q8_linear
 
 PARTS = ("attention", "experts", "router", "head")
 PART_WORDS = ("fp32", "int8", "q8", "q4")

@@ -259,17 +259,7 @@ def _load(
     spin: bool = False,
 ) -> Any:
     onnxruntime = _import()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    # Four sessions have four pools: threads that spin while they wait take the cores from the one that works
-    # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides. A large
-    # decoder, whose threads wait between the many operators of a token, gains a tenth by it (MolmoE-1B).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    options.enable_cpu_mem_arena = False  # as fast without, and memory of activations goes back after a run
-    if mapped:  # else a matrix is copied into the layout that its kernel likes best
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    options.log_severity_level = 4  # what fails is raised, and need not be printed too
+    options = session_options(threads, mapped=mapped, spin=spin)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
@@ -281,3 +271,19 @@ def _load(
             "device='cpu' does without"
         )
     return session
+
+
+def session_options(threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
+    """An onnxruntime.SessionOptions."""
+    options = _import().SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # Four sessions have four pools: threads that spin while they wait take the cores from the one that works
+    # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides. A large
+    # decoder, whose threads wait between the many operators of a token, gains a tenth by it (MolmoE-1B).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.enable_cpu_mem_arena = False  # as fast without, and memory of activations goes back after a run
+    if mapped:  # else a matrix is copied into the layout that its kernel likes best
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 4  # what fails is raised, and need not be printed too
+    return options

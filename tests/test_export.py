@@ -274,7 +274,12 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "message"),
-    [("int3", "'int3' is not known"), ({"decoder": "fp8"}, "'fp8' is not known"), ({"tail": "int8"}, "no component"), ({"head": "fp16"}, "not known for head")],
+    [
+        ("int3", "'int3' is not known"),
+        ({"decoder": "fp8"}, "'fp8' is not known"),
+        ({"tail": "int8"}, "no component"),
+        ({"head": "fp16"}, "not known for head"),
+    ],
 )
 def test_unknown_precisions_are_refused(tmp_path: Path, precision: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):

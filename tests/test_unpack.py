@@ -118,3 +118,15 @@ def test_a_bundle_is_exported_again(architecture: str, tmp_path: Path) -> None:
     export_bundle(GOLDEN / architecture, tmp_path / "direct", "q8", measure=False)
     for file in (tmp_path / "direct").glob("*.onnx"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["int8", "q8", "q4"])
+def test_dithered_weights_lie_as_far_from_the_bundle_as_the_original(precision: str) -> None:
+    original, plain = open_tensors(GOLDEN / "molmoe"), BundleTensors(bundle("molmoe", precision))
+    dithered, again = (BundleTensors(bundle("molmoe", precision), dither=seed) for seed in (1, 1))
+    name = "model.transformer.blocks.0.attn.att_proj.weight"
+    far = float(np.linalg.norm(dithered.get(name) - plain.get(name)))
+    assert far == pytest.approx(float(np.linalg.norm(original.get(name) - plain.get(name))), rel=0.1)
+    assert (dithered.get(name) == again.get(name)).all(), "the same at every run"
+    norm = "model.transformer.blocks.0.attn.attn_norm.weight"
+    assert (dithered.get(norm) == original.get(norm)).all(), "what was not rounded is as it was"

@@ -37,9 +37,9 @@ def ablate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what each part of a model costs, or which part of a copy is to blame."""
-    from molmo_edge.evaluation import need_export
+    from molmo_edge.evaluation import need_onnx
 
-    need_export("an ablation")
+    need_onnx("an ablation")
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.quantize.parts import PART_WORDS
 

@@ -22,8 +22,8 @@ _PRECISION = (
 )
 _TARGET = 'Chooses precisions and operators: "cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml".'
 _CALIBRATE = (
-    "A folder of photos to round four-bit weights with, on PyTorch: slower, and closer to fp32. onnx: GPTQ; gguf: an "
-    "importance matrix."
+    "A folder of photos to round the decoder with, on PyTorch: slower, and closer to fp32. onnx: GPTQ for four bits, "
+    "smoothing for int8; gguf: an importance matrix."
 )
 _MMPROJ = "gguf: vision and connector as a GGUF as well, for those who build on ggml."
 

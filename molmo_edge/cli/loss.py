@@ -42,11 +42,13 @@ def loss(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what smaller models lose, on the same prompts."""
+    from molmo_edge.evaluation import need_onnx
     from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
     from molmo_edge.runtimes import EngineError
 
     if noise not in NOISES:
         raise typer.BadParameter(f'"{noise}" is not known; known are {", ".join(NOISES)}', param_hint="--noise")
+    need_onnx("a loss")
     if report is not None:
         from molmo_edge.evaluation.report import check_report
 
@@ -99,7 +101,8 @@ def _print(found: Loss) -> None:
             table.add_row(*row)
         console.print(table)
     console.print(
-        "± reaches to the further end of the 95 % interval; scores: the candidate's and its change. --report has all ends.",
+        "± reaches to the further end of the 95 % interval. Scores: the candidate's and its change. "
+        "--report has all ends.",
         highlight=False,
     )
 

@@ -42,9 +42,9 @@ def quantize(
     """Choose each part's precision by what it costs, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
-    from molmo_edge.evaluation import need_export
+    from molmo_edge.evaluation import need_onnx
 
-    need_export("a search")
+    need_onnx("a search")
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.export import check_bundle_wishes, export_bundle
     from molmo_edge.quantize.search import search

@@ -7,11 +7,9 @@ class EvaluationError(MolmoEdgeError):
     """An extra that is not installed."""
 
 
-def need_export(what: str) -> None:
-    """Raises EvaluationError without the package that writes graphs."""
+def need_onnx(what: str) -> None:
+    """Raises EvaluationError without the package that reads and writes graphs: now, not after an hour of asking."""
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"{what} writes graphs, which needs {error.name}: pip install 'molmo-edge[export]'"
-        ) from None
+        raise EvaluationError(f"{what} needs {error.name}: pip install 'molmo-edge[eval]'") from None

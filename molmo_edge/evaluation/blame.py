@@ -18,10 +18,12 @@ from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, component_of
 from molmo_edge.evaluation.loss import LossError, check_comparable
 from molmo_edge.export.source import open_source
 from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.quantize.parts import part_of
 
 OTHERWISE = 5.0  # times its kind's median: a matrix that differs by more stands out
 _TINY = 0.02  # relative error below which nothing stands out
+_BEHIND_NORM = re.compile(r"\.(?:(att_proj)|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj)\.weight$")
 
 
 def blame_parts(
@@ -58,13 +60,13 @@ def matrices(bench: Bench, candidate: Path) -> list[Matrix]:
     """All tensors that differ, the most different first: names a single damaged expert without running anything."""
     config, theirs = open_source(candidate)
     kinds: dict[tuple[str, str], dict[str, float]] = {}
-    for name in theirs.names():
+    for name in hub_shapes(config):
         if not _runs(name, config):
             continue
         a, b = (_folded(source, name) for source in (bench.tensors, theirs))
         size, difference = float(np.linalg.norm(a)), float(np.linalg.norm(a - b))
         error = difference / size if size else float(difference > 0)
-        kinds.setdefault((tensor_part(name), name.split(".")[-2]), {})[name] = error
+        kinds.setdefault((tensor_part(name), re.sub(r"\d+", "", name)), {})[name] = error
     found = []
     for (part, _), errors in kinds.items():
         limit = max(_TINY, OTHERWISE * float(np.median(list(errors.values()))))
@@ -73,19 +75,24 @@ def matrices(bench: Bench, candidate: Path) -> list[Matrix]:
 
 
 def _runs(name: str, config: MolmoConfig) -> bool:
-    """Blocks behind the last layer that is looked at do not, and LayerScale is compared with what it scales."""
+    """Blocks behind the last layer that is looked at do not; LayerScale and gains are compared with what they scale."""
+    if name.endswith((".attn_norm.weight", ".ff_norm.weight")) and not config.decoder.norm_after:
+        return False
     block = re.search(r"\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
     return not (block and int(block[1]) > config.vision.last_layer) and not name.endswith((".lambda1", ".lambda2"))
 
 
 def _folded(tensors: TensorSource, name: str) -> np.ndarray:
-    """The tensor, with the LayerScale of its rows, which a bundle has in its matrices and a checkpoint beside them."""
-    array = np.asarray(tensors.get(name), np.float32)
+    """The tensor with the scales that an export may move: LayerScale into its rows, a norm's gain into its columns."""
+    array, names = np.asarray(tensors.get(name), np.float32), tensors.names()
     for matrix, scale in ((".attention.wo.", "lambda1"), (".feed_forward.w2.", "lambda2")):
         block, found, _ = name.partition(matrix)
-        if found and f"{block}.{scale}" in tensors.names():
+        if found and f"{block}.{scale}" in names:
             scales = tensors.get(f"{block}.{scale}")
             return array * (scales[:, None] if array.ndim == 2 else scales)
+    if behind := _BEHIND_NORM.search(name):
+        gain = f"{name[: behind.start()]}.{'attn_norm' if behind[1] else 'ff_norm'}.weight"
+        return array * tensors.get(gain) if gain in names else array
     return array
 
 

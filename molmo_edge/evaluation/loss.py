@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_edge.bundle import load_tokenizer
+from molmo_edge.bundle import is_bundle, load_tokenizer, open_bundle
+from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.compare import Comparison, compare
 from molmo_edge.evaluation.facts import ModelFacts, model_facts
@@ -19,7 +20,9 @@ from molmo_edge.evaluation.figures import ScoreFigure, figures, scores
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.suites import evenly
 from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
+from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import Runtime, open_runtime
 
 if TYPE_CHECKING:
@@ -133,7 +136,8 @@ def measure_loss(
             engine = subject.runtime.engine
             on_answer = on_model(reference.directory.name, len(questions))
             trace = record(subject, questions, Path(scratch) / "trace", on_answer)
-        routed = _Routed(trace, reference, max_crops)
+            routed = _Routed(trace, subject)
+        routed.choose(reference)
         baseline = None
         if noise != "none":
             on_answer = on_model(f"noise ({noise})", len(questions))
@@ -172,10 +176,7 @@ def check_comparable(reference: Path, candidate: Path) -> None:
         raise LossError(f"{candidate} is not a smaller form of {reference}: its decoder has another shape")
 
 
-def _config(directory: Path) -> Any:
-    from molmo_edge.bundle import is_bundle, open_bundle
-    from molmo_edge.config import MolmoConfig
-
+def _config(directory: Path) -> MolmoConfig:
     return open_bundle(directory).config if is_bundle(directory) else MolmoConfig.from_hub(directory)
 
 
@@ -220,17 +221,17 @@ def _bf16(directory: Path) -> Runtime:
 class _Routed:
     """Which experts the reference chose for some questions, evenly from all of them."""
 
-    def __init__(self, trace: Trace, reference: Model, max_crops: int | None) -> None:
-        groups = list(trace.by_image())
-        step = max(1, len(groups) // ROUTED)
-        self._asked = [group[0] for group in groups[::step][:ROUTED]]
+    def __init__(self, trace: Trace, subject: Subject) -> None:
+        groups = list(trace.by_image()) if subject.runtime.config.decoder.n_experts else []
+        self._asked = [group[0] for group in evenly(groups, ROUTED)]
+        self._rows = self.rows(subject)
         self._choices: list[np.ndarray] | None = None
-        if not _config(reference.directory).decoder.n_experts:
-            self._asked = []
-            return
-        with reference.opened(max_crops) as subject:
-            rows = self.rows(subject)
-        self._choices = router_choices(reference.directory, rows, **_how(reference))
+
+    def choose(self, reference: Model) -> None:
+        """With its runtime closed: the decoder is loaded again, with its routers shown."""
+        if self._asked:
+            self._choices = router_choices(reference.directory, self._rows, **_how(reference))
+        self._rows = []
 
     def rows(self, subject: Subject) -> list[np.ndarray]:
         """What the decoder is fed with for each question and the reference's answer to it."""
@@ -246,12 +247,10 @@ class _Routed:
 
 
 def _how(model: Model) -> dict[str, Any]:
-    return {"threads": model.threads, "precision": model.precision}
+    return {"threads": model.threads, "precision": model.precision, "llama": model.llama}
 
 
 def _rows(subject: Subject, answered: Answered) -> np.ndarray:
-    from molmo_edge.prompt import text_ids
-
     runtime = subject.runtime
     seen = subject.see(answered.question)
     image = seen.rows(runtime, runtime.encode_image(seen.crops, seen.masks))

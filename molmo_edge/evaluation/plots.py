@@ -106,6 +106,6 @@ def _svg(figure: Any) -> str:
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "molmo-edge"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]

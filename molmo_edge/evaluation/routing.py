@@ -182,15 +182,10 @@ def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
     """As molmo_edge.runtimes.onnx opens the decoder at `path` on a CPU, whose sidecar serves the changed graph too."""
     import onnxruntime
 
-    from molmo_edge.runtimes.onnx import is_large
+    from molmo_edge.runtimes.onnx import is_large, session_options
 
-    options = onnxruntime.SessionOptions()
+    options = session_options(threads, spin=is_large(path))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if is_large(path) else "0")
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 4  # what fails is raised, and need not be printed too
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above

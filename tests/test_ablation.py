@@ -1,0 +1,157 @@
+"""Parts of a decoder in precisions of their own, what each costs, and a search that keeps to a size or a loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import GOLDEN, bundle, case, prompt, relative, runtime
+
+from molmo_edge.bundle import open_bundle
+from molmo_edge.config import MolmoConfig
+from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, ablate, size_of, words_of
+from molmo_edge.evaluation.blame import tensor_part
+from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.suites import suite
+from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.modeling.layout import hub_shapes
+from molmo_edge.quantize.search import Choice, search, steps
+
+CROPS = 1
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    questions = [replace(question, max_new_tokens=8) for question in suite("nano-val", limit=2)]
+    with Bench(bundle("molmoe"), questions, max_crops=CROPS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def parts(bench: Bench) -> list[Ablated]:
+    return list(ablate(bench, ["q8", "q4"]))
+
+
+@pytest.mark.parametrize("part", ["attention", "experts", "router", "head"])
+@pytest.mark.parametrize("word", ["int8", "q8", "q4"])
+def test_a_part_alone_is_rounded_and_nothing_else(part: str, word: str, tmp_path: Path) -> None:
+    manifest = export_bundle(GOLDEN / "molmoe", tmp_path / "b", {part: word}, measure=True)
+    decoder = manifest["components"]["decoder"]
+    assert {tensor_part(f"{name}.weight") for name in decoder["weight_errors"]} == {part}
+    assert decoder["precision"] == f"fp32,{part}={word}" and decoder["file"] == "decoder_parts.onnx"
+    assert 0 < decoder["relative_error"] < 0.3
+    c = case("molmoe", "square")
+    from molmo_edge.runtimes import open_runtime
+
+    engine = open_runtime(tmp_path / "b")
+    rows = prompt(runtime("molmoe"), c)
+    exact, found = (each.forward(rows, each.new_cache(len(rows))) for each in (runtime("molmoe"), engine))
+    engine.close()
+    assert 0 < relative(found, exact) < 0.5
+
+
+def test_parts_on_top_of_a_word(tmp_path: Path) -> None:
+    manifest = export_bundle(
+        GOLDEN / "qwen", tmp_path / "b", {"decoder": "q4", "attention": "fp32", "head": "int8"}, measure=False
+    )
+    rounded = {tensor_part(f"{name}.weight") for name in manifest["components"]["decoder"]["weight_errors"]}
+    assert rounded == {"experts", "head"}, "a dense decoder's feed-forward is its experts"
+    assert open_bundle(tmp_path / "b").components["decoder"].precision == "q4,attention=fp32,head=int8"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ({"head": "fp16"}, {}, "'fp16' is not known for head"),
+        ({"decoder": "q4f16", "head": "q8"}, {}, "nor in float16"),
+        ({"head": "int8"}, {"plain": True}, "cannot be chosen in ONNX's own operators"),
+        ({"head": "q8"}, {"calibrate": GOLDEN}, "a calibration is for a decoder in q4"),
+    ],
+)
+def test_parts_that_cannot_be_had(precision: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_bundle(GOLDEN / "molmoe", tmp_path / "b", precision, **options)
+
+
+@pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
+def test_every_tensor_belongs_to_one_part(architecture: str) -> None:
+    config = MolmoConfig.from_hub(GOLDEN / architecture)
+    found = {tensor_part(name) for name in hub_shapes(config)}
+    assert found == set(PARTS) - (set() if config.decoder.n_experts else {"router"})
+
+
+def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, parts: list[Ablated]) -> None:
+    assert [(p.part, p.precision) for p in parts] == [
+        (part, word) for part in PARTS for word in ("q8", "q4") if word in words_of(part, bench.config)
+    ]
+    by_name = {(p.part, p.precision): p for p in parts}
+    for (part, word), found in by_name.items():
+        assert found.kl > 0, (part, word)
+        if word == "q4":
+            assert found.kl > by_name[part, "q8"].kl
+        sees = part in ("vision_encoder", "connector")
+        assert ("image" in found.figures) == sees, "only what sees is shown the image again"
+    assert by_name["experts", "q4"].saved > by_name["experts", "q8"].saved > 0
+
+
+def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[Ablated]) -> None:
+    whole, all_of_it = sum(map(size_of, bench.files.values())), steps(parts)[-1].saved
+    some, less = whole - all_of_it // 3, whole - 9 * all_of_it // 10
+    found = search(bench, parts, max_bytes=some)
+    assert less < found.bytes <= some and found.kl > 0
+    assert found.kl < search(bench, parts, max_bytes=less).kl
+    with pytest.raises(ExportError, match="nothing fits"):
+        search(bench, parts, max_bytes=whole // 100)
+
+
+def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[Ablated]) -> None:
+    dearest = max(part.kl for part in parts)
+    found = search(bench, parts, max_kl=dearest / 4)
+    assert 0 < found.kl <= dearest / 4 and found.choice.words
+    all_of_it = search(bench, parts, max_kl=1e9)
+    assert all_of_it.bytes < found.bytes
+    assert dict(all_of_it.choice.words) == dict(steps(parts)[-1].words)
+    with pytest.raises(ExportError, match="only one of them"):
+        search(bench, parts)
+
+
+def ablated(part: str, word: str, saved: int, kl: float) -> Ablated:
+    return Ablated(part, word, saved, {"kl_mean": Figure(kl, kl, kl, 1)})
+
+
+def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:
+    found = steps(
+        [
+            ablated("head", "q8", 100, 0.1),
+            ablated("head", "q4", 150, 1.0),
+            ablated("experts", "q8", 1000, 0.2),
+            ablated("experts", "q4", 1500, 0.4),
+            ablated("router", "q8", -5, 0.0),
+        ]
+    )
+    assert [dict(choice.words) for choice in found] == [
+        {},
+        {"experts": "q8"},
+        {"experts": "q4"},
+        {"experts": "q4", "head": "q8"},
+        {"experts": "q4", "head": "q4"},
+    ]
+    assert found[-1].saved == 1650 and found[-1].predicted == pytest.approx(1.4)
+    assert Choice().to_precision() == {}
+
+
+def test_the_commands(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, _ = cli("ablate", bundle("molmoe"), bundle("molmoe", "q4"), "--limit", 1, "--max-crops", 0, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert {part["part"] for part in found["parts"]} == set(PARTS) and found["matrices"]
+    assert cli("ablate", bundle("molmoe"), "--precisions", "q3")[0] == 2
+    assert cli("quantize", bundle("molmoe"), "--out", tmp_path / "x")[0] == 2
+    status, _, err = cli("quantize", bundle("molmoe"), "--out", tmp_path, "--max-kl", 1)
+    assert status == 1 and "exists already" in err
+    assert np.isfinite(found["parts"][0]["figures"]["kl_mean"]["value"])

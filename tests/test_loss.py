@@ -1,0 +1,156 @@
+"""A loss on the golden MolmoE: nothing of a copy, something of four bits, and a damaged expert found by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exported import GOLDEN, bundle
+
+from molmo_edge.evaluation.ablation import Bench
+from molmo_edge.evaluation.blame import blame_parts, matrices
+from molmo_edge.evaluation.figures import KINDS
+from molmo_edge.evaluation.loss import Loss, LossError, Model, check_comparable, measure_loss
+from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.report import write_report
+from molmo_edge.evaluation.suites import suite
+from molmo_edge.export import export_bundle
+from molmo_edge.modeling import load_checkpoint
+from molmo_edge.modeling.decoder import SparseFFN
+from molmo_edge.modeling.loading import save_checkpoint
+from molmo_edge.points import format_points
+
+CROPS = 1
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    """Of three scenes. Random weights find no end: answers are cut."""
+    return [replace(question, max_new_tokens=16) for question in suite("nano-val", limit=3)]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden MolmoE as a bundle, one matrix of one expert turned upside down."""
+    folder = tmp_path_factory.mktemp("damaged")
+    model = load_checkpoint(GOLDEN / "molmoe")[0]
+    ffn = model.decoder.blocks[1].ffn
+    assert isinstance(ffn, SparseFFN)
+    with torch.no_grad():
+        ffn.down[5] = -20 * ffn.down[5].flip(0)
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def loss(questions: list[Question], damaged: Path) -> Loss:
+    candidates = [bundle("molmoe"), bundle("molmoe", "q4"), damaged]
+    return measure_loss(
+        Model(bundle("molmoe"), threads=2), [Model(c, threads=2) for c in candidates], questions, max_crops=CROPS
+    )
+
+
+def test_a_copy_loses_exactly_nothing(loss: Loss) -> None:
+    copy = loss.candidates[0]
+    for name, figure in copy.figures.items():
+        none = KINDS[name].none
+        assert figure.value == none and figure.n > 0, name
+        if name not in ("same_answer", "same_points"):  # Wilson knows better than to be sure
+            assert figure.low == figure.high == none, name
+    assert "first_divergence" not in copy.figures
+    for group, by_name in copy.scores.items():
+        for name, score in by_name.items():
+            d = score.difference
+            assert d.value == d.low == d.high == 0, (group, name)
+    assert {"point/scenes", "count/scenes", "absent/scenes", "caption/scenes"} <= set(copy.scores)
+
+
+def test_four_bits_lose_something_and_say_how_much(loss: Loss) -> None:
+    q4 = loss.candidates[1].figures
+    assert q4["kl_mean"].low > 0 and q4["kl_median"].value < q4["kl_mean"].value < q4["kl_p99"].value
+    assert 0 < q4["vision"].value < q4["vision_worst"].value
+    assert 0 < q4["image"].value < q4["image_worst"].value
+    assert 0.8 < q4["router"].value < 1 and abs(q4["perplexity_ratio"].value - 1) > 1e-3
+    assert loss.candidates[1].facts.bytes < loss.reference.bytes
+    assert q4["kl_mean"].n == loss.tokens and q4["same_answer"].n == loss.questions
+
+
+def test_noise_lies_far_below_the_loss(loss: Loss) -> None:
+    assert loss.noise is not None
+    assert 0 < loss.noise.figures["kl_mean"].value < 1e-3 * loss.candidates[1].figures["kl_mean"].value
+    assert 0 < loss.noise.figures["vision"].value < 1e-6
+
+
+def test_a_damaged_expert_shows_in_at_least_three_figures(loss: Loss) -> None:
+    damaged, noise = loss.candidates[2].figures, loss.noise
+    assert noise is not None
+    assert damaged["vision"].value == damaged["image"].value == 0, "the image's part is sound"
+    shown = [
+        name
+        for name in ("kl_mean", "kl_median", "kl_p99", "same_top", "perplexity_ratio", "same_answer", "router")
+        if name in damaged
+        and abs(damaged[name].value - KINDS[name].none) > 10 * abs(noise.figures[name].value - KINDS[name].none)
+        and abs(damaged[name].value - KINDS[name].none) > 1e-3
+    ]
+    assert len(shown) >= 3, shown
+
+
+def test_a_damaged_expert_is_named(questions: list[Question], damaged: Path) -> None:
+    with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
+        parts = list(blame_parts(bench, damaged))
+        found = matrices(bench, damaged)
+        assert matrices(bench, bundle("molmoe")) == []
+    by_kl = sorted(parts, key=lambda part: -part.kl)
+    assert by_kl[0].part == "experts" and by_kl[0].kl > 0
+    assert {part.part: part.kl for part in by_kl[1:]} == dict.fromkeys((part.part for part in by_kl[1:]), 0.0)
+    assert [(m.name, m.part, m.stands_out) for m in found] == [
+        ("model.transformer.blocks.1.mlp.experts.5.down_proj.weight", "experts", True)
+    ]
+
+
+def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
+    measured = loss.candidates[1]  # random weights give no points: these are written here
+    answers = measured.comparison.answers
+    answers[0] = replace(
+        answers[0],
+        reference_text=format_points([(20.0, 30.0)], "dog <b>"),
+        text=format_points([(50.0, 70.0)], "dog <b>"),
+        drift=(12.5,),
+    )
+    write_report(loss, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert [name for name in loss.candidates[1].figures if KINDS[name].title not in page] == []
+    assert page.count("<svg") == 2 and page.count("data:image/jpeg;base64,") == 1
+    assert "dog &lt;b&gt;" in page and "dog <b>" not in page
+    assert not [
+        word for word in ("http://", "https://", "src='/", "<script") if word in page.replace("http://www.w3.org", "")
+    ]
+    data = json.loads((tmp_path / "report" / "loss.json").read_text())
+    assert data["questions"] == loss.questions and data["noise"]["kind"] == "threads"
+    assert data["candidates"][0]["figures"]["kl_mean"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": loss.tokens}
+
+
+def test_a_checkpoint_on_pytorch_is_its_bundle(questions: list[Question]) -> None:
+    found = measure_loss(
+        Model(GOLDEN / "molmoe", precision="fp32"),
+        [Model(bundle("molmoe"))],
+        questions[:4],
+        noise="bf16",
+        max_crops=CROPS,
+    )
+    figures = found.candidates[0].figures
+    assert figures["kl_mean"].value < 1e-8 and figures["same_top"].value == 1 and figures["vision_worst"].value < 1e-6
+    assert figures["router"].value > 0.999
+    assert found.noise is not None and found.noise.engine == "pytorch bf16"
+    assert found.noise.figures["kl_mean"].value > 1e3 * figures["kl_mean"].value
+
+
+def test_models_of_other_prompts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LossError, match="another tokenizer"):
+        check_comparable(bundle("molmoe"), bundle("qwen"))
+    with pytest.raises(LossError, match="noise"):
+        measure_loss(Model(bundle("molmoe")), [], [], noise="luck")

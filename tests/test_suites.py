@@ -1,0 +1,125 @@
+"""What annotated pictures are asked, and how right answers score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo_edge.evaluation.pictures import Picture, own_scenes
+from molmo_edge.evaluation.suites import SuiteError, evenly, expand, picture_questions, suite, unique
+from molmo_edge.points import format_count, format_points
+from molmo_edge.training.photos import PhotoError
+
+TWO_DOGS = [[10, 10, 20, 20], [60, 60, 80, 80]]
+ANNOTATION: dict[str, Any] = {
+    "source": "scene",
+    "objects": [
+        {"label": "dog", "boxes": TWO_DOGS, "points": [[15, 15], [70, 70]]},
+        {"label": "people", "boxes": [[1, 1, 2, 2]], "points": [[1.5, 1.5]], "crowd": True},
+    ],
+    "texts": [{"text": "stop", "box": [0, 0, 10, 10]}],
+    "clocks": [{"time": "12:25", "box": [10, 10, 20, 20]}],
+}
+
+
+def asked(annotation: dict[str, Any], group: str = "scenes") -> dict[str, Any]:
+    picture = Picture(group, lambda: np.zeros((4, 4, 3), np.uint8), annotation)
+    return {f"{q.kind} {q.id.rpartition('/')[2]}": q for q in picture_questions(picture)}
+
+
+def test_what_a_picture_is_asked() -> None:
+    found = asked(ANNOTATION)
+    texts = {q.kind: q.text for q in found.values()}
+    assert [q.kind for q in found.values()] == ["point", "count", "absent", "read", "clock", "caption"], "no crowds"
+    assert texts["point"] == "Point to the dog." and texts["count"] == "How many dog are there?"
+    assert {q.image_id for q in found.values()} == {next(iter(found.values())).id.rsplit("/", 2)[0]}
+
+
+def test_right_answers_score_one_and_wrong_ones_do_not() -> None:
+    found = asked(ANNOTATION)
+    absent = next(q for q in found.values() if q.kind == "absent")
+    points = [(15.0, 15.0), (70.0, 70.0)]
+    everything = {"precision": 1, "recall": 1, "f1": 1, "format": 1}
+    assert found["point dog"].score(format_points(points, "dog")) == everything
+    half = found["point dog"].score(format_points(points[:1], "dog"))
+    assert (half["precision"], half["recall"], half["f1"]) == (1, 0.5, pytest.approx(2 / 3))
+    assert found["point dog"].score("There are none.") == {"precision": 0, "recall": 0, "f1": 0, "format": 0}
+    assert found["count dog"].score(format_count(points, "dogs")) == {"exact": 1, "close": 1}
+    assert found["count dog"].score("3") == {"exact": 0, "close": 1} and found["count dog"].score("?")["close"] == 0
+    assert absent.score("There are none.") == {"refused": 1}
+    assert absent.score(format_points(points[:1], "x")) == {"refused": 0}
+    assert found["read text"].score(" STOP ") == {"anls": 1, "exact": 1} and found["read text"].score("x")["anls"] == 0
+    assert found["clock time"].score("12:25") == {"exact": 1, "close": 1}
+    assert found["clock time"].score("12:27") == {"exact": 0, "close": 1}
+
+
+def test_receipts_are_asked_for_their_fields() -> None:
+    fields = {"total": "9.50", "date": "", "company": "ACME"}
+    found = asked({"source": "receipts", "fields": fields, "texts": [{"text": "x"}]}, "receipts")
+    read = [q.text for q in found.values() if q.kind == "read"]
+    assert read == ["What is the total?", "Which company is this from?"]
+
+
+def test_scenes_are_the_same_at_every_run_and_hold_every_kind() -> None:
+    scenes = own_scenes(24)
+    first, again = (own_scenes(3) for _ in range(2))
+    assert all((a.rgb() == b.rgb()).all() and a.annotation == b.annotation for a, b in zip(first, again, strict=True))
+    assert first[2].annotation == scenes[2].annotation, "fewer of them are the first of more"
+    kinds = {q.kind for scene in scenes for q in picture_questions(scene)}
+    assert kinds == {"point", "count", "absent", "read", "clock", "caption"}
+    assert len({scene.id for scene in scenes}) == 24
+
+
+def write_photos(folder: Path, *annotations: dict[str, Any]) -> None:
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i, annotation in enumerate(annotations):
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(folder / "images" / f"{i}.png")
+        lines.append(json.dumps({"image": f"images/{i}.png", **annotation}))
+    (folder / "annotations.jsonl").write_text("\n".join(lines))
+
+
+def test_photos_of_ones_own_need_no_split_and_no_source(tmp_path: Path) -> None:
+    cat = {"label": "cat", "boxes": [[0, 0, 50, 50]], "points": [[25, 25]]}
+    none = {"label": "dog", "boxes": [], "points": []}
+    write_photos(
+        tmp_path, {"objects": [cat, none]}, {"objects": [cat], "split": "train"}, {"objects": [cat], "split": "val"}
+    )
+    found = suite(f"photos:{tmp_path}")
+    pictures = list(dict.fromkeys(q.image_id for q in found))
+    assert len(pictures) == 2, "training photos are not asked about"
+    assert [q.text for q in found if q.kind == "absent"] == ["Point to the dog."], "said to be absent, not guessed"
+    assert len(suite(f"photos:{tmp_path}", limit=1)) < len(found)
+    assert found[0].image().shape == (30, 40, 3)
+
+
+def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
+    for name, error, message in (
+        ("nothing", SuiteError, 'no suite "nothing"'),
+        ("photos", SuiteError, "names the folder"),
+        (f"photos:{tmp_path}", PhotoError, "annotations.jsonl is missing"),
+    ):
+        with pytest.raises(error, match=message):
+            suite(name)
+    write_photos(tmp_path / "empty", {"split": "train"})
+    with pytest.raises(SuiteError, match="nothing to ask"):
+        suite(f"photos:{tmp_path / 'empty'}")
+
+
+def test_academic_is_all_benchmarks_each_once() -> None:
+    names = expand(["ai2d", "academic", "nano-val"])
+    assert len(names) == 13 and names[0] == "ai2d" and names[-1] == "nano-val"
+
+
+def test_a_limit_is_spread_over_all() -> None:
+    assert evenly(range(10), 3) == [0, 3, 6] and evenly(range(3), None) == evenly(range(3), 9) == [0, 1, 2]
+
+
+def test_questions_that_suites_share_are_asked_once() -> None:
+    questions = suite("nano-val", limit=2)
+    assert unique([*questions, *questions]) == questions
