@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint = args.checkpoint or _unpacked_nano(folder / "nano")
-        _write_prompts(args.photos, folder / "prompts")
+        write_prompts(args.photos, folder / "prompts")
         export_bundle(checkpoint, folder / "fp32", measure=False)
         asked = _ask(folder / "fp32", args.photos, args.limit, args.tokens)
         exact = _distributions(folder / "fp32", asked)
@@ -91,7 +91,7 @@ def _unpacked_nano(out: Path) -> Path:
     return out
 
 
-def _write_prompts(photos: Path, folder: Path) -> None:
+def write_prompts(photos: Path, folder: Path) -> None:
     """One annotated label of each of some training photos, and where it is."""
     folder.mkdir()
     lines = []

@@ -57,8 +57,8 @@ class Found:
 def steps(parts: Iterable[Ablated]) -> list[Choice]:
     """From float32 to all that the parts allow, one part a step, the cheapest of all possible steps each time."""
     options: dict[str, list[Ablated]] = {}
-    for part in parts:
-        options.setdefault(part.part, []).append(part)
+    for option in parts:
+        options.setdefault(option.part, []).append(option)
     now: dict[str, Ablated | None] = dict.fromkeys(options)
     path = [Choice()]
     while True:

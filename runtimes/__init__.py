@@ -59,18 +59,7 @@ class Runtime(Protocol):
         ...
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model].
-
-        It is `connect(encode_crops(crops), masks)`.
-        """
-        ...
-
-    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
-        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
-        ...
-
-    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """Patch features and masks [n, patches^2] -> image features [n, cells^2, d_model]."""
+        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
         ...
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
@@ -89,6 +78,18 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class PartedRuntime(Runtime, Protocol):
+    """A runtime that shows what lies between vision tower and connector: all of ours."""
+
+    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
+        ...
+
+    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """Patch features and masks [n, patches^2] -> image features [n, cells^2, d_model], as `encode_image` does."""
+        ...
 
 
 def check_capacity(capacity: int, config: MolmoConfig) -> None:
@@ -129,7 +130,7 @@ def open_runtime(
     precision: str = "auto",
     threads: int | None = None,
     llama: LlamaOptions | str | None = None,
-) -> Runtime:
+) -> PartedRuntime:
     """Open a bundle on ONNX Runtime, its decoder on llama.cpp where it is a GGUF, or a checkpoint on PyTorch.
 
     `precision`: of a checkpoint's weights, "fp32", "bf16", "int8", "nf4", or "auto" (modeling/precision.py); a bundle

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge.evaluation.nano import Case, evaluate
+from molmo_edge.evaluation.nano import evaluate
+from molmo_edge.evaluation.pictures import Picture
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
 from molmo_edge.points import Point
@@ -65,7 +66,7 @@ def test_validation_of_a_model_that_knows_and_of_one_that_does_not(wrong: bool) 
         "texts": [{"text": "stop", "box": [0, 0, 10, 10]}],
         "clocks": [{"time": "3:25", "box": [10, 10, 20, 20]}],
     }
-    case = Case("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation)
+    case = Picture("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation)
     report = evaluate(Knowing(annotation, wrong), [case], per_picture=3, progress=lambda line: None)  # type: ignore[arg-type]
     assert report["pointing"]["scenes"]["n"] == 1, "a crowd is not asked about"
     assert report["pointing"]["scenes"]["f1"] == (0 if wrong else 1)

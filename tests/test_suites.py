@@ -36,7 +36,7 @@ def test_what_a_picture_is_asked() -> None:
     found = asked(ANNOTATION)
     texts = {q.kind: q.text for q in found.values()}
     assert [q.kind for q in found.values()] == ["point", "count", "absent", "read", "clock", "caption"], "no crowds"
-    assert texts["point"] == "Point to the dog." and texts["count"] == "How many dog are there?"
+    assert texts["point"] == "Point to the dog." and texts["count"] == "How many dogs are there?"
     assert {q.image_id for q in found.values()} == {next(iter(found.values())).id.rsplit("/", 2)[0]}
 
 

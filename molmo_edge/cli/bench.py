@@ -78,7 +78,7 @@ def bench(
         started = time.perf_counter()
         # With --checkpoint it is that one's precision that is meant.
         own = precision if checkpoint is None else "auto"
-        runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=llama)
+        runtime: Runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=llama)
         measure(runtime.engine, runtime, time.perf_counter() - started)
     note(f"{timings[0].engine} is done", quiet=quiet)
     if not timings[0].engine.startswith("pytorch"):

@@ -74,6 +74,7 @@ def eval(
             name: [question for question in open_suite(name, limit, data, quiet=quiet) if question.kind != "caption"]
             for name in names
         }
+    _say_published_crops(names, max_crops, quiet=quiet)
     left = sum(len(asked[name]) - count_asked(folder, name) for name in names)
     if processes > 1 and left:
         given = {**settings, "tasks": tasks, "data": data, "out": folder}
@@ -98,6 +99,14 @@ def eval(
             raise RunError(f"{name} is not whole although every question was asked: remove {folder} and start again")
         results[name] = summary(lines, questions)
     _report(results, folder, directory, json=json, quiet=quiet)
+
+
+def _say_published_crops(names: Sequence[str], max_crops: int | None, *, quiet: bool) -> None:
+    from molmo_edge.evaluation.academic import TASKS
+
+    for most in sorted({TASKS[name].max_crops for name in names if name in TASKS} - {max_crops}):
+        of = ", ".join(name for name in names if name in TASKS and TASKS[name].max_crops == most)
+        note(f"published figures of {of} were made with --max-crops {most}", quiet=quiet)
 
 
 def _arguments(given: dict[str, Any]) -> list[str]:

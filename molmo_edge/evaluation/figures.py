@@ -117,7 +117,8 @@ def scores(answers: Sequence[Compared]) -> dict[str, dict[str, ScoreFigure]]:
 
 
 def _score_figure(rows: Sequence[tuple[float, float, str]]) -> ScoreFigure:
-    exact, found, pictures = ([row[i] for row in rows] for i in range(3))
+    exact, found = [a for a, _, _ in rows], [b for _, b, _ in rows]
+    pictures = [picture for _, _, picture in rows]
     return ScoreFigure(
         average(exact, pictures),
         average(found, pictures),

@@ -23,7 +23,7 @@ from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
 from molmo_edge.prompt import text_ids
-from molmo_edge.runtimes import Runtime, open_runtime
+from molmo_edge.runtimes import PartedRuntime, open_runtime
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -206,7 +206,7 @@ def _noise(
     return Measured(facts, engine, comparison, figures(comparison, kept), scores(comparison.answers))
 
 
-def _bf16(directory: Path) -> Runtime:
+def _bf16(directory: Path) -> PartedRuntime:
     """The model's weights on PyTorch, in bfloat16; a bundle's are read back."""
     try:
         from molmo_edge.export.source import open_source

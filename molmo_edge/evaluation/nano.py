@@ -10,69 +10,24 @@ import argparse
 import json
 import sys
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from molmo_edge.evaluation.pictures import RECEIPTS, Picture, photo_pictures, scene_pictures
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
-from molmo_edge.images import load_image
 from molmo_edge.molmo import Molmo
 from molmo_edge.points import Point
-from molmo_edge.training.assets import load_assets
-from molmo_edge.training.photos import load_photos
-from molmo_edge.training.questions import absent_labels
-from molmo_edge.training.scenes import draw_scene
-from molmo_edge.training.sprite_names import COCO_LABELS
 
-MOST_INSTANCES = 12  # labels with more are not asked about, in training as here
 CENTRE = (Point(50.0, 50.0),)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One picture and what is asked about it."""
-
-    group: str  # "scenes" or a photo source
-    rgb: Callable[[], np.ndarray]
-    annotation: dict[str, Any]
-
-    def absent(self) -> str | None:
-        """A COCO label that is certainly not in the picture, the same one at every run."""
-        labels = sorted(absent_labels(self.annotation, COCO_LABELS))
-        seed = zlib.crc32(json.dumps(self.annotation, sort_keys=True).encode())
-        return labels[seed % len(labels)] if labels else None
-
-    def labels(self) -> list[tuple[str, list[list[float]]]]:
-        """(label, boxes) of what can be pointed at and counted: no crowds."""
-        objects = self.annotation.get("objects", ())
-        return [
-            (o["label"], o["boxes"]) for o in objects if not o.get("crowd") and 1 <= len(o["boxes"]) <= MOST_INSTANCES
-        ]
-
-
-def photo_cases(root: Path) -> Iterator[Case]:
-    for photo in load_photos(root, "val"):
-        if photo.annotation["source"] != "receipts":
-            yield Case(photo.annotation["source"], partial(load_image, photo.path), photo.annotation)
-
-
-def scene_cases(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Case]:
-    """Scenes from sprites of the validation split, so that no picture in them was trained on."""
-    assets = load_assets(sprites, split="val")
-    for i in range(number):
-        rgb, annotation = draw_scene(np.random.default_rng([seed, i]), assets, kind)
-        yield Case("scenes", partial(np.asarray, rgb), annotation)
-
-
-def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Ask every case; at most `per_picture` labels of each for pointing and counting."""
+def evaluate(
+    molmo: Molmo, pictures: Iterable[Picture], per_picture: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Ask about every picture; at most `per_picture` labels of each for pointing and counting."""
     pointed: dict[str, list[Pointing]] = {}
     centre: dict[str, list[Pointing]] = {}
     counted: dict[str, list[tuple[int | None, int]]] = {}
@@ -80,19 +35,21 @@ def evaluate(molmo: Molmo, cases: Iterable[Case], per_picture: int, progress: Ca
     read: list[tuple[str, str]] = []
     clocks: list[tuple[str, str]] = []
     started = time.monotonic()
-    for n, case in enumerate(cases, 1):
-        scene = molmo.encode(case.rgb())
-        for label, boxes in case.labels()[:per_picture]:
+    for n, picture in enumerate(pictures, 1):
+        scene = molmo.encode(picture.rgb())
+        for label, boxes in picture.labels()[:per_picture]:
             points = molmo.point(scene, label).points
-            pointed.setdefault(case.group, []).append(score_points(points, boxes))
-            centre.setdefault(case.group, []).append(score_points(CENTRE, boxes))
-            counted.setdefault(case.group, []).append((molmo.count(scene, label).count, len(boxes)))
-        if absent := case.absent():
-            refused.setdefault(case.group, []).append(not molmo.point(scene, absent).points)
-        if len(case.annotation.get("texts", ())) == 1:
-            read.append((molmo.ask(scene, "What does the text say?").text.strip(), case.annotation["texts"][0]["text"]))
-        if len(case.annotation.get("clocks", ())) == 1:
-            clocks.append((molmo.ask(scene, "What time is it?").text.strip(), case.annotation["clocks"][0]["time"]))
+            pointed.setdefault(picture.group, []).append(score_points(points, boxes))
+            centre.setdefault(picture.group, []).append(score_points(CENTRE, boxes))
+            counted.setdefault(picture.group, []).append((molmo.count(scene, label).count, len(boxes)))
+        if absent := picture.absent():
+            refused.setdefault(picture.group, []).append(not molmo.point(scene, absent).points)
+        if len(picture.annotation.get("texts", ())) == 1:
+            read.append(
+                (molmo.ask(scene, "What does the text say?").text.strip(), picture.annotation["texts"][0]["text"])
+            )
+        if len(picture.annotation.get("clocks", ())) == 1:
+            clocks.append((molmo.ask(scene, "What time is it?").text.strip(), picture.annotation["clocks"][0]["time"]))
         progress(f"{n} pictures, {time.monotonic() - started:.0f} s")
     return {
         "pointing": {g: summarise_points(v, centre[g]) for g, v in pointed.items()},
@@ -151,16 +108,16 @@ def main() -> None:
     parser.add_argument("--per-picture", type=int, default=3, help="most labels asked about a picture")
     parser.add_argument("--max-crops", type=int)
     args = parser.parse_args()
-    cases: list[Case] = []
+    pictures: list[Picture] = []
     if args.photos:
-        photos = list(photo_cases(args.photos))
+        photos = [photo for photo in photo_pictures(args.photos) if photo.group != RECEIPTS]
         step = -(-len(photos) // args.limit) if args.limit else 1
-        cases += photos[::step]
+        pictures += photos[::step]
     if args.sprites:
         for kind, share in (("sprites", 1), ("words", 3), ("clocks", 3)):
-            cases += scene_cases(args.sprites, args.scenes // share, kind)
+            pictures += scene_pictures(args.sprites, args.scenes // share, kind)
     with Molmo(args.model, max_crops=args.max_crops) as molmo:
-        report = evaluate(molmo, cases, args.per_picture, lambda line: print(f"\r{line}", end="", file=sys.stderr))
+        report = evaluate(molmo, pictures, args.per_picture, lambda line: print(f"\r{line}", end="", file=sys.stderr))
     print(file=sys.stderr)
     print(json.dumps(report, indent=1))
 

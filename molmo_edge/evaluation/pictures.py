@@ -82,15 +82,16 @@ def own_scenes(number: int, seed: int = 2025) -> list[Picture]:
 
     About three in five of sprites, one of words, one of clocks. nano has seen these sprites in other scenes.
     """
-    sheet, assets = Image.open(_SHEET).convert("RGBA"), {}
+    sheet = Image.open(_SHEET).convert("RGBA")
+    sprites: dict[str, tuple[Image.Image, ...]] = {}
     columns = sheet.width // _SIDE
     for i, name in enumerate(_NAMES):
         x, y = i % columns * _SIDE, i // columns * _SIDE
         cell = sheet.crop((x, y, x + _SIDE, y + _SIDE))
-        assets[name] = (cell.crop(cell.getchannel("A").getbbox()),)
+        sprites[name] = (cell.crop(cell.getchannel("A").getbbox()),)
     kinds = np.random.default_rng(seed).choice(["sprites", "words", "clocks"], number, p=[0.6, 0.2, 0.2])
-    drawn = Assets(assets)
-    return [picture for i, kind in enumerate(kinds) for picture in _drawn(drawn, 1, str(kind), seed, first=i)]
+    assets = Assets(sprites)
+    return [picture for i, kind in enumerate(kinds) for picture in _drawn(assets, 1, str(kind), seed, first=i)]
 
 
 def _drawn(assets: Assets, number: int, kind: str, seed: int, first: int = 0) -> Iterator[Picture]:

@@ -20,6 +20,7 @@ from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.text_scores import anls, clock_score
 from molmo_edge.points import parse_count, parse_points
 from molmo_edge.prompt import caption_question, count_question, point_question
+from molmo_edge.training.english import plural
 
 _Thing = TypeVar("_Thing")
 
@@ -90,7 +91,8 @@ def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Itera
     """Points and counts of some labels, one that is absent, a text, a clock, fields of a receipt, and a caption."""
     for label, boxes in picture.labels()[:per_picture]:
         yield _question(picture, "point", label, point_question(label), _point_score(boxes), boxes)
-        yield _question(picture, "count", label, count_question(label), _count_score(len(boxes)), len(boxes))
+        counted = count_question(plural(label))
+        yield _question(picture, "count", label, counted, _count_score(len(boxes)), len(boxes))
     if absent := picture.absent():
         yield _question(picture, "absent", absent, point_question(absent), _absent_score, [])
     texts, clocks = picture.annotation.get("texts", ()), picture.annotation.get("clocks", ())

@@ -16,7 +16,7 @@ import numpy as np
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.prompt import Prompt, image_ids, text_ids
-from molmo_edge.runtimes import Cache, EngineError, Runtime
+from molmo_edge.runtimes import Cache, EngineError, PartedRuntime, Runtime
 from molmo_edge.tokenizer import Tokenizer
 
 _MOVED = 1e-6  # of a pixel's value: less than two resizing libraries differ by
@@ -26,7 +26,7 @@ _MOVED = 1e-6  # of a pixel's value: less than two resizing libraries differ by
 class Subject:
     """A model as it is measured."""
 
-    runtime: Runtime
+    runtime: PartedRuntime
     tokenizer: Tokenizer
     max_crops: int | None = None
     moved: bool = False  # pixels by a millionth: what is then found is no loss, but noise

@@ -1,0 +1,98 @@
+"""What every engine and precision costs nano: the table of docs/quantization.md.
+
+    python benchmarks/quantization.py --photos PHOTOS --out DIR [--limit 60] [--only onnx-int8,...]
+
+PHOTOS is a directory in the format of `molmo_edge.training.photos`; its `train` split calibrates, its `val` split and
+the scenes of nano-val are asked about. The reference is nano in float32. What is stored of nano is rounded to eight
+bits, and rounding that again would seem free: each weight of the reference is a random one of those that round to what
+is stored (molmo_edge.export.unpack.BundleTensors, dither).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calibration import write_prompts
+
+from molmo_edge.bundle import TOKENIZER, default_bundle
+from molmo_edge.evaluation.loss import Model, measure_loss
+from molmo_edge.evaluation.report import write_report
+from molmo_edge.evaluation.suites import suite
+from molmo_edge.export import export_bundle, load_bundle_weights
+from molmo_edge.modeling.loading import save_checkpoint
+
+SEED = 6
+BUNDLES: dict[str, dict[str, Any]] = {
+    "onnx-q8": {"precision": "q8"},
+    "onnx-int8": {"precision": "int8"},
+    "onnx-int8-calibrated": {"precision": "int8", "calibrate": True},
+    "onnx-mixed": {"precision": "mixed"},
+    "onnx-mixed-calibrated": {"precision": "mixed", "calibrate": True},
+    "onnx-q4": {"precision": "q4"},
+    "onnx-q4-calibrated": {"precision": "q4", "calibrate": True},
+    "gguf-f16": {"precision": "f16", "engine": "gguf"},
+    "gguf-q8_0": {"precision": "q8_0", "engine": "gguf"},
+    "gguf-q6_k": {"precision": "q6_k", "engine": "gguf"},
+    "gguf-q4_k_m": {"precision": "q4_k_m", "engine": "gguf"},
+    "gguf-q4_0-calibrated": {"precision": "q4_0", "engine": "gguf", "calibrate": True},
+    "gguf-iq4_xs-calibrated": {"precision": "iq4_xs", "engine": "gguf", "calibrate": True},
+}
+CHECKPOINTS = {"pytorch-bf16": "bf16", "pytorch-int8": "int8", "pytorch-nf4": "nf4"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="for the models and the report; it may exist")
+    parser.add_argument("--limit", type=int, default=60, help="pictures")
+    parser.add_argument("--only", help="names with commas between; all of them if left out")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else [*BUNDLES, *CHECKPOINTS]
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, reference = args.out / "checkpoint", args.out / "reference"
+    if not checkpoint.exists():
+        save_checkpoint(load_bundle_weights(default_bundle(), dither=SEED), default_bundle() / TOKENIZER, checkpoint)
+    if not reference.exists():
+        export_bundle(checkpoint, reference, measure=False)
+    prompts = args.out / "prompts"
+    if not prompts.exists():
+        write_prompts(args.photos, prompts)
+    models = [_model(name, args.out, checkpoint, prompts) for name in names]
+    questions = suite(f"nano-val:{args.photos}", limit=args.limit)
+    loss = measure_loss(Model(reference), models, questions, suites=["nano-val:PHOTOS"], on_model=_say)
+    write_report(loss, args.out / "report")
+    for measured in loss.candidates:
+        figures = {name: f"{f.value:.3g} [{f.low:.2g}, {f.high:.2g}]" for name, f in measured.figures.items()}
+        changes = {
+            f"{group} {name}": [round(100 * s.reference.value, 1), round(100 * s.difference.value, 2),
+                                round(100 * s.difference.low, 2), round(100 * s.difference.high, 2)]
+            for group, by_name in measured.scores.items() if group in ("point/all", "count/all", "absent/all")
+            for name, s in by_name.items() if name in ("f1", "exact", "refused", "format")
+        }  # fmt: skip
+        print(measured.facts.name, round(measured.facts.bytes / 1e6, 1), json.dumps(figures), json.dumps(changes))
+
+
+def _model(name: str, out: Path, checkpoint: Path, prompts: Path) -> Model:
+    if name in CHECKPOINTS:
+        linked = out / name  # a name of its own in the report
+        if not linked.exists():
+            linked.symlink_to(checkpoint.resolve(), target_is_directory=True)
+        return Model(linked, precision=CHECKPOINTS[name])
+    if not (out / name).exists():
+        wishes = dict(BUNDLES[name])
+        wishes["calibrate"] = prompts if wishes.get("calibrate") else None
+        export_bundle(checkpoint, out / name, measure=False, **wishes)
+    return Model(out / name)
+
+
+def _say(name: str, questions: int) -> Callable[[], None]:
+    print(f"{name}: {questions} questions", flush=True)
+    return lambda: None
+
+
+if __name__ == "__main__":
+    main()

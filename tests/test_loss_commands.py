@@ -1,0 +1,105 @@
+"""`molmo-edge eval` and `molmo-edge loss` from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from exported import bundle
+
+from molmo_edge.cli import eval as eval_command
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, golden: Path) -> Path:
+    """One photo, with what is asked of it kept short: an answer of random weights finds no end."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "coffee.png").write_bytes((golden / "coffee.png").read_bytes())
+    fields = {"total": "9", "date": "1.1.", "company": "A"}
+    (folder / "annotations.jsonl").write_text(
+        json.dumps({"image": "coffee.png", "source": "receipts", "fields": fields, "objects": []})
+    )
+    return folder
+
+
+def test_eval_writes_answers_and_results(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["eval", bundle("molmoe"), "--tasks", f"photos:{photos}", "--max-crops", 0, "--out", out]
+    status, stdout, stderr = cli(*arguments)
+    assert status == 0 and "read/receipts" in stdout and "anls" in stdout and str(out) in stderr
+    lines = [json.loads(line) for line in (out / "photos-photos.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines if line["group"] == "read/receipts"] == [
+        "What is the total?",
+        "What is the date?",
+        "Which company is this from?",
+    ]
+    status, again, _ = cli(*arguments, "--json")
+    found = json.loads(again)
+    assert found["results"] == json.loads((out / "results.json").read_text())
+    assert found["results"][f"photos:{photos}"]["read/receipts"]["anls"]["n"] == 3
+    status, _, stderr = cli(*[*arguments[:-3], 1, "--out", out])
+    assert status == 1 and "another run (max_crops differ)" in stderr
+
+
+def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    arguments = ["eval", bundle("molmoe"), "--tasks", f"photos:{photos}", "--max-crops", 0, "--out", tmp_path / "run"]
+    for shard in ("1/2", "2/2"):
+        status, stdout, stderr = cli(*arguments, "--shard", shard)
+        assert (status, stdout) == (0, "") and "without --shard joins them" in stderr
+    status, stdout, _ = cli(*arguments, "--processes", 2)
+    assert status == 0 and "anls" in stdout, "all is asked: no process is started"
+
+
+def test_a_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [eval_command._environment("cuda", i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["3", "5", "3"]
+    assert eval_command._environment("cpu", 1)["CUDA_VISIBLE_DEVICES"] == "3,5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert eval_command._environment("cuda", 1)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    arguments = ["loss", bundle("molmoe"), bundle("molmoe"), bundle("molmoe", "int8"), "--max-crops", 0]
+    arguments += ["--suite", f"photos:{photos}"]
+    status, stdout, stderr = cli(*arguments, "--report", tmp_path / "report", "--noise", "none", "--quiet")
+    assert (status, stderr) == (0, "")
+    assert "KL a token, mean" in stdout and "experts chosen alike" in stdout and "read/receipts" in stdout
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "loss.json"}
+    copy, int8 = json.loads((tmp_path / "report" / "loss.json").read_text())["candidates"]
+    assert copy["figures"]["kl_mean"]["value"] == 0 < int8["figures"]["kl_mean"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--suite", "nothing"], 1, 'no suite "nothing"'),
+        (["--suite", "photos"], 1, "names the folder"),
+        (["--noise", "luck"], 2, "luck"),
+        (["--llama", "cache=q8_0"], 1, "none of these has a GGUF"),
+        (["--report", "{file}"], 1, "is a file"),
+        (["--limit", "0"], 2, "limit"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(
+    cli: Cli, tmp_path: Path, more: list[str], status: int, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [part.replace("{file}", str(tmp_path / "file")) for part in more]
+    found, stdout, stderr = cli("loss", bundle("molmoe"), bundle("molmoe"), *given)
+    assert (found, stdout) == (status, "") and message in stderr
+
+
+def test_other_wrong_uses(cli: Cli, tmp_path: Path) -> None:
+    for arguments, status, message in (
+        (["eval", "nano", "--tasks", "nano-val", "--shard", "1/2", "--processes", "2"], 2, "--processes"),
+        (["eval", tmp_path / "nothing"], 1, "nothing"),
+        (["eval", "--shard", "3/2"], 1, "does not exist"),
+        (["loss", bundle("molmoe"), bundle("qwen")], 1, "another tokenizer"),
+    ):
+        found, _, stderr = cli(*arguments)
+        assert found == status and message in stderr, (arguments, stderr)
