@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> np.ndarray:
     """BOS and the image tokens, float32 [n, d_model]; `prompt` is that of `image` (molmo_edge.prompt.image_ids)."""
-    features = runtime.encode_image(image.crops, image.masks)  # [n_crops, cells^2, d_model]
+    return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks))
+
+
+def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.ndarray:
+    """As `image_embeddings`, from image features [n_crops, cells^2, d_model]."""
     embeddings = np.array(runtime.embed(prompt.ids), dtype=np.float32)  # [n, d_model]
     kept = prompt.token_index >= 0  # [n_crops, cells^2]
     # Added to the embedding of <im_patch>, not put in its place: released weights were trained so.

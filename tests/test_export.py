@@ -213,9 +213,10 @@ def test_manifest_describes_the_bundle() -> None:
     config = MolmoConfig.from_hub(GOLDEN / "qwen")
     assert opened.config == config
     assert opened.special_ids["im_patch"] > 0
-    for name in ("vision_encoder", "connector", "embed_tokens", "decoder"):
+    words = {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "int8"}
+    for name, word in words.items():
         component = opened.components[name]
-        assert (component.engine, component.precision, component.file) == ("onnx", "int8", f"{name}_int8.onnx")
+        assert (component.engine, component.precision, component.file) == ("onnx", word, f"{name}_{word}.onnx")
         assert 0 < opened.manifest["components"][name]["relative_error"] < 0.1
     assert (opened.directory / "tokenizer.json").read_bytes() == (GOLDEN / "qwen" / "tokenizer.json").read_bytes()
 

@@ -65,6 +65,7 @@ def test_a_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> None:
     arguments = ["loss", bundle("molmoe"), bundle("molmoe"), bundle("molmoe", "int8"), "--max-crops", 0]
+    arguments += ["--precision", "fp32"]  # of checkpoints, which these are not
     arguments += ["--suite", f"photos:{photos}"]
     status, stdout, stderr = cli(*arguments, "--report", tmp_path / "report", "--noise", "none", "--quiet")
     assert (status, stderr) == (0, "")

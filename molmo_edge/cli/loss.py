@@ -42,6 +42,7 @@ def loss(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what smaller models lose, on the same prompts."""
+    from molmo_edge.bundle import is_bundle
     from molmo_edge.evaluation import need_onnx
     from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
     from molmo_edge.runtimes import EngineError
@@ -57,8 +58,8 @@ def loss(
 
     def model(name: str) -> Model:
         directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
-        gguf = any(directory.glob("*.gguf"))
-        return Model(directory, precision, device, threads, llama if gguf else None)
+        own = "auto" if is_bundle(directory) else precision  # a bundle has its own, and only some have a GGUF
+        return Model(directory, own, device, threads, llama if any(directory.glob("*.gguf")) else None)
 
     models = [model(name) for name in (reference, *candidates)]
     if llama is not None and not any(m.llama for m in models):

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from molmo_edge.embeddings import with_features
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.text_scores import token_f1
-from molmo_edge.evaluation.trace import Answered, Scene, Seen, Subject, Trace, answer_text
+from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text
 from molmo_edge.points import Point, parse_points
 
 
@@ -85,10 +86,10 @@ def compare(
                 _features(cells, own_cells) if see else None,
             )
         )
-        rows = seen.rows(subject.runtime, own_cells)
-        scene = Scene(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
+        rows = with_features(subject.runtime, seen.prompt, own_cells)
+        prefilled = Prefilled(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
         for answered in group:
-            found.answers.append(_compare_answer(subject, scene, answered))
+            found.answers.append(_compare_answer(subject, prefilled, answered))
             on_answer()
     return found
 
@@ -112,13 +113,13 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(equal, 0.0, np.maximum(0.0, 1 - cosine))
 
 
-def _compare_answer(subject: Subject, scene: Scene, answered: Answered) -> Compared:
+def _compare_answer(subject: Subject, prefilled: Prefilled, answered: Answered) -> Compared:
     question, targets = answered.question, list(answered.targets)
     exact = np.load(answered.logits)
-    logits, cache = scene.begin(question)
+    logits, cache = prefilled.begin(question)
     start, rows = cache.length, [logits]
     for token in targets[:-1]:
-        rows.append(scene.feed(token, cache))
+        rows.append(prefilled.feed(token, cache))
     found = np.stack(rows)
     p, q = log_softmax(exact), log_softmax(found)
     chosen = found.argmax(-1)
@@ -127,7 +128,7 @@ def _compare_answer(subject: Subject, scene: Scene, answered: Answered) -> Compa
     if len(differs):
         divergence = int(differs[0])
         cache.length = start + divergence  # forget what it would not have said
-        _, own = scene.go_on(rows[divergence], cache, question.max_new_tokens - divergence)
+        _, own = prefilled.go_on(rows[divergence], cache, question.max_new_tokens - divergence)
         text = answer_text(subject.tokenizer, [*targets[:divergence], *own])
     at = np.arange(len(targets)), np.array(targets)
     a, b = parse_points(answered.text), parse_points(text)

@@ -13,6 +13,7 @@ import numpy as np
 
 from molmo_edge.bundle import is_bundle, load_tokenizer, open_bundle
 from molmo_edge.config import MolmoConfig
+from molmo_edge.embeddings import with_features
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.compare import Comparison, compare
 from molmo_edge.evaluation.facts import ModelFacts, model_facts
@@ -251,8 +252,7 @@ def _how(model: Model) -> dict[str, Any]:
 
 
 def _rows(subject: Subject, answered: Answered) -> np.ndarray:
-    runtime = subject.runtime
-    seen = subject.see(answered.question)
-    image = seen.rows(runtime, runtime.encode_image(seen.crops, seen.masks))
+    runtime, seen = subject.runtime, subject.see(answered.question)
+    image = with_features(runtime, seen.prompt, runtime.encode_image(seen.crops, seen.masks))
     ids = np.concatenate([text_ids(subject.tokenizer, [answered.question.text]), answered.targets[:-1]])
     return np.concatenate([image, runtime.embed(ids)])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.ablation import Ablated
     from molmo_edge.evaluation.loss import Loss, Measured
 
 COLOURS = ("#0072ce", "#e5256b", "#00875a", "#d95f02", "#754cc0", "#5c6670", "#00a3a3", "#a67c00")
@@ -60,23 +59,6 @@ def drifts(measured: Sequence[Measured]) -> str:
     axes.set_xlabel("drift of a point, % of the image's diagonal")
     axes.set_ylabel("points")
     axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
-
-
-def parts(found: Sequence[Ablated]) -> str:
-    """Each part alone: megabytes saved against mean KL."""
-    figure, axes = _axes()
-    names = list(dict.fromkeys(a.part for a in found))
-    for a in found:
-        colour = COLOURS[names.index(a.part) % len(COLOURS)]
-        axes.plot(a.saved / 1e6, a.kl, "o", color=colour)
-        text = f"{a.part} {a.precision}"
-        axes.annotate(text, (a.saved / 1e6, a.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    if all(a.kl > 0 for a in found):
-        axes.set_yscale("log")
-    axes.set_xlabel("MB saved")
-    axes.set_ylabel("mean KL a token, nats")
-    axes.margins(x=0.2)
     return _svg(figure)
 
 

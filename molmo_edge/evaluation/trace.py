@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.embeddings import with_features
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.prompt import Prompt, image_ids, text_ids
@@ -52,13 +53,6 @@ class Seen:
     masks: np.ndarray  # float32 [n, patches^2]
     prompt: Prompt
     size: tuple[int, int]  # width and height of the image, pixels
-
-    def rows(self, runtime: Runtime, cells: np.ndarray) -> np.ndarray:
-        """BOS and the image, float32 [n, d_model], from image features [n_crops, cells^2, d_model]."""
-        rows = np.array(runtime.embed(self.prompt.ids), np.float32)
-        kept = self.prompt.token_index >= 0
-        rows[self.prompt.token_index[kept]] += cells[kept]
-        return rows
 
 
 @dataclass(frozen=True)
@@ -101,9 +95,9 @@ def record(
         cells = runtime.connect(patches, seen.masks)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
-        scene = Scene(runtime, tokenizer, seen.rows(runtime, cells), group)
+        prefilled = Prefilled(runtime, tokenizer, with_features(runtime, seen.prompt, cells), group)
         for question in group:
-            logits, targets = scene.answer(question)
+            logits, targets = prefilled.answer(question)
             path = folder / f"logits-{len(found)}.npy"
             np.save(path, logits)
             text = answer_text(tokenizer, targets)
@@ -112,7 +106,7 @@ def record(
     return Trace(folder, tuple(found), tokenizer)
 
 
-class Scene:
+class Prefilled:
     """An image, prefilled once, with room for each of its questions and their answers."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, rows: np.ndarray, questions: Sequence[Question]) -> None:
