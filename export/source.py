@@ -9,18 +9,18 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
 
 
-def open_source(directory: Path) -> tuple[MolmoConfig, TensorSource]:
+def open_source(directory: Path, *, dither: int | None = None) -> tuple[MolmoConfig, TensorSource]:
     """Configuration and tensors, all of them there and of the right shapes.
 
     Rounded weights of a bundle are the floats that they stand for: rounding them again costs again, though little where
-    they had eight bits and get four.
+    they had eight bits and get four. `dither`: see BundleTensors.
 
     Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle whose decoder is a GGUF.
     """
     if is_bundle(directory):  # all there, or it would not have been made
         from molmo_edge.export.unpack import BundleTensors
 
-        bundle = BundleTensors(directory)
+        bundle = BundleTensors(directory, dither=dither)
         return bundle.config, bundle
     config, tensors = MolmoConfig.from_hub(directory), open_tensors(directory)
     check_tensors(config, tensors, where=directory)

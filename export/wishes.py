@@ -157,13 +157,13 @@ def check_wishes(
         raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
     aim = None if target is None else TARGETS[target]
     words, parts = _words(precision, aim, engine)
-    if plain and words == _WHOLE["int8"]:
-        words["connector"] = "int8"  # blocks are none of ONNX's own operators
     if engine == "gguf":
         return _gguf_wishes(words, aim, plain, block or asymmetric, calibrate, mmproj)
     if mmproj:
         raise ExportError("an mmproj is a GGUF, for those who build on ggml: it is made with the engine gguf")
     in_plain = frozenset(GRAPHS) if plain else aim.plain if aim else frozenset()
+    if isinstance(precision, str) and precision.lower() == "int8" and "connector" in in_plain:
+        words["connector"] = "int8"  # blocks are none of ONNX's own operators
     _check_plain(in_plain, words)
     if parts and ("decoder" in in_plain or words["decoder"] in ("fp16", "q4f16")):
         raise ExportError("parts of a decoder cannot be chosen in ONNX's own operators, nor in float16")

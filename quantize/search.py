@@ -86,9 +86,10 @@ def search(
     max_kl: float | None = None,
     on_try: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
 ) -> Found:
-    """The choice with the least loss in `max_bytes`, or the smallest within `max_kl` nats a token. Give one of them.
+    """The first choice on the path of `max_bytes` at most, or the last that loses `max_kl` nats a token at most.
 
-    `parts`: what `ablate` found. Raises ExportError where no choice is small or exact enough, with the nearest one.
+    `parts`: what `ablate` found. Give one of the two. Raises ExportError where no choice is small or exact enough, with
+    the nearest one.
     """
     if (max_bytes is None) == (max_kl is None):
         raise ExportError("a search needs a size or a loss to stay within, and only one of them")
@@ -100,19 +101,27 @@ def search(
                 files = build(bench, choice)
                 if sum(map(size_of, files.values())) <= max_bytes:
                     return _measured(bench, choice, files, on_try)
+                _forget(bench, files)
         least = (_whole(bench) - path[-1].saved) / 1e6
         raise ExportError(f"nothing fits {max_bytes / 1e6:.1f} MB: the smallest choice takes {least:.1f} MB")
     assert max_kl is not None
-    low, high, best = 0, len(path) - 1, None
-    while low <= high:  # of a path along which the loss grows
-        middle = (low + high + 1) // 2
-        found = _measured(bench, path[middle], build(bench, path[middle]), on_try)
-        if found.kl <= max_kl:
-            best, low = found, middle + 1
+    if len(path) == 1:
+        raise ExportError("none of these precisions saves anything: keep the model as it is")
+    low, high = 1, len(path) - 1  # of a path along which the loss grows
+    best = nearest = None
+    while low <= high:
+        middle = (low + high) // 2
+        nearest = _measured(bench, path[middle], build(bench, path[middle]), on_try)
+        if nearest.kl <= max_kl:
+            best, low = nearest, middle + 1
         else:
             high = middle - 1
     if best is None:
-        raise ExportError(f"even the first step loses more than {max_kl} nats a token: keep the model as it is")
+        assert nearest is not None
+        raise ExportError(
+            f"even {_said(nearest.choice)} alone loses {nearest.kl:.2g} nats a token, more than {max_kl:g}: keep the "
+            "model as it is, or allow more"
+        )
     return best
 
 
@@ -137,10 +146,14 @@ def _measured(
 ) -> Found:
     figures = bench.measure(files, on_try(_said(choice)))
     found = Found(choice, sum(map(size_of, files.values())), figures)
+    _forget(bench, files)
+    return found
+
+
+def _forget(bench: Bench, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         if path != bench.files[name]:
             bench.forget(path)
-    return found
 
 
 def _said(choice: Choice) -> str:

@@ -106,6 +106,7 @@ class TorchRuntime:
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
+        self._threads_before = torch.get_num_threads()  # they are the process's, not this runtime's
         if threads is not None:
             torch.set_num_threads(threads)
         self._model: Molmo | None = model
@@ -204,6 +205,8 @@ class TorchRuntime:
 
     def close(self) -> None:
         """Let go of the model: its memory is free unless the caller of `from_model` keeps it."""
+        if self._model is not None:
+            torch.set_num_threads(self._threads_before)
         self._model = None
 
     def _cache(self, batch: int, capacity: int) -> KVCache:

@@ -116,6 +116,10 @@ def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[Ablated]) -> None:
     all_of_it = search(bench, parts, max_kl=1e9)
     assert all_of_it.bytes < found.bytes
     assert dict(all_of_it.choice.words) == dict(steps(parts)[-1].words)
+    with pytest.raises(ExportError, match=r"alone loses .* more than 1e-30"):
+        search(bench, parts, max_kl=1e-30)
+    with pytest.raises(ExportError, match="saves anything"):
+        search(bench, [], max_kl=1.0)
     with pytest.raises(ExportError, match="only one of them"):
         search(bench, parts)
 
@@ -149,7 +153,7 @@ def test_the_commands(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     status, out, _ = cli("ablate", bundle("molmoe"), bundle("molmoe", "q4"), "--limit", 1, "--max-crops", 0, "--json")
     assert status == 0
     found = json.loads(out)
-    assert {part["part"] for part in found["parts"]} == set(PARTS) and found["matrices"]
+    assert [part["part"] for part in found["parts"]] == ["noise", *PARTS] and found["matrices"]
     assert cli("ablate", bundle("molmoe"), "--precisions", "q3")[0] == 2
     assert cli("quantize", bundle("molmoe"), "--out", tmp_path / "x")[0] == 2
     status, _, err = cli("quantize", bundle("molmoe"), "--out", tmp_path, "--max-kl", 1)

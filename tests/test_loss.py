@@ -17,7 +17,9 @@ from molmo_edge.evaluation.loss import Loss, LossError, Model, check_comparable,
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.report import write_report
 from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.trace import TraceError
 from molmo_edge.export import export_bundle
+from molmo_edge.export.unpack import BundleTensors
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.modeling.loading import save_checkpoint
@@ -112,6 +114,32 @@ def test_a_damaged_expert_is_named(questions: list[Question], damaged: Path) -> 
     ]
 
 
+def test_a_calibration_that_moved_gains_accuses_nobody(questions: list[Question], tmp_path: Path) -> None:
+    """The router is float32 in both: that its norm and its matrix share a scale otherwise is no fault of it."""
+    export_bundle(GOLDEN / "molmoe", tmp_path / "b", {"decoder": "int8"}, calibrate=GOLDEN, measure=False)
+    with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
+        kl = {part.part: part.kl for part in blame_parts(bench, tmp_path / "b")}
+        found = matrices(bench, tmp_path / "b")
+    assert max(kl["router"], kl["vision_encoder"], kl["embed_tokens"]) < 1e-9 < 1e-6 < kl["experts"]
+    assert not [m.name for m in found if m.stands_out] and not [
+        m for m in found if m.part == "router" and m.error > 1e-5
+    ]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.transformer.blocks.1.attn.att_proj.weight"])
+@pytest.mark.parametrize("factor", [-20.0, float("nan")])
+def test_a_damaged_matrix_without_its_like_is_named(
+    name: str, factor: float, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = BundleTensors.get
+    with Bench(bundle("molmoe"), questions[:2], max_crops=CROPS) as bench:
+        broken = BundleTensors(bundle("molmoe"))
+        monkeypatch.setattr(broken, "get", lambda n: plain(broken, n) * (factor if n == name else 1))
+        monkeypatch.setattr("molmo_edge.evaluation.blame._open", lambda bench, candidate: broken)
+        found = matrices(bench, bundle("molmoe"))
+    assert [(m.name, m.stands_out) for m in found] == [(name, True)]
+
+
 def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
     measured = loss.candidates[1]  # random weights give no points: these are written here
     answers = measured.comparison.answers
@@ -149,7 +177,13 @@ def test_a_checkpoint_on_pytorch_is_its_bundle(questions: list[Question]) -> Non
     assert found.noise.figures["kl_mean"].value > 1e3 * figures["kl_mean"].value
 
 
-def test_models_of_other_prompts_are_refused(tmp_path: Path) -> None:
+def test_nothing_to_ask_is_said(questions: list[Question]) -> None:
+    for asked in ([], [replace(questions[0], words_alone=True)]):
+        with pytest.raises(TraceError, match="nothing to compare"):
+            measure_loss(Model(bundle("molmoe")), [], asked)
+
+
+def test_models_of_other_prompts_are_refused() -> None:
     with pytest.raises(LossError, match="another tokenizer"):
         check_comparable(bundle("molmoe"), bundle("qwen"))
     with pytest.raises(LossError, match="noise"):

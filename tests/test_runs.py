@@ -105,10 +105,22 @@ def test_a_finished_run_asks_nothing(saying: Saying, tmp_path: Path) -> None:
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
-    claim(tmp_path / "run", {"model": "a", "limit": 3})
-    claim(tmp_path / "run", {"model": "a", "limit": 3})
-    with pytest.raises(RunError, match=r"another run \(limit, model differ\)"):
-        claim(tmp_path / "run", {"model": "b", "limit": 4})
+    claim(tmp_path, {"model": "typo", "limit": 3})
+    claim(tmp_path, {"model": "a", "limit": 3})  # nothing was asked yet
+    (tmp_path / "suite.part-1-of-1.jsonl").write_text("")
+    claim(tmp_path, {"model": "a", "limit": 3})
+    with pytest.raises(RunError, match=r"another run \(limit: 3 there, 4 here, model: 'a' there, 'b' here\)"):
+        claim(tmp_path, {"model": "b", "limit": 4})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(RunError, match=r"no run\.json"):
+        claim(tmp_path, {"model": "a", "limit": 3})
+
+
+def test_names_with_brackets_are_names(saying: Saying, tmp_path: Path) -> None:
+    claim(tmp_path, {})
+    ask(saying("A cat."), QUESTIONS, tmp_path, "photos:/x/set[1]")
+    assert finish(QUESTIONS, tmp_path, "photos:/x/set[1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos-set[1].jsonl", "run.json"]
 
 
 def test_answers_of_another_suite_are_refused(saying: Saying, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from molmo_edge.evaluation.runs import average
-from molmo_edge.evaluation.stats import mean, quantile, share, transformed
+from molmo_edge.evaluation.stats import Figure, average, mean, quantile, share, transformed
 
 
 def test_wilson_is_not_sure_after_ten_of_ten() -> None:
@@ -50,12 +49,29 @@ def test_the_interval_of_a_quantile_holds_it() -> None:
 
 
 def test_a_ratio_keeps_its_ends_in_order() -> None:
-    ratio = transformed(mean([0.0, 0.2], "ab"), math.exp)
-    assert ratio.low == 1 and ratio.value == pytest.approx(math.exp(0.1)) and ratio.high == pytest.approx(math.exp(0.2))
+    ratio = transformed(Figure(0.1, 0.0, 0.2, 7), math.exp)
+    assert (ratio.low, ratio.value, ratio.high, ratio.n) == (1, math.exp(0.1), math.exp(0.2), 7)
 
 
 def test_scores_that_are_all_alike_are_in_doubt_by_their_pictures() -> None:
     found = average([1.0] * 12, [f"{i // 3}" for i in range(12)])
     assert found.n == 12 and found.low == pytest.approx(share([True] * 4).low)
-    mixed = average([1.0, 0.0, 1.0, 0.0], "aabb")
-    assert mixed.low == mixed.value == mixed.high == 0.5, "each picture has one right and one wrong answer"
+    mixed = average([1.0, 0.0, 1.0, 1.0], "aabb")
+    assert mixed.low < 0.5 < mixed.value == 0.75 < mixed.high
+
+
+def test_one_picture_tells_no_interval_and_few_tell_a_wide_one() -> None:
+    alone = mean([0.1, 0.5, 0.2], "aaa")
+    assert math.isnan(alone.low) and math.isnan(alone.high) and alone.n == 3
+    equal = mean([0.0, 0.0], "aa")
+    assert equal.low == equal.high == 0, "nothing lost is nothing lost"
+
+
+@pytest.mark.parametrize(("pictures", "least"), [(3, 0.85), (5, 0.88), (12, 0.9), (40, 0.92)])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(pictures: int, least: float) -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(300):
+        found = mean(rng.normal(size=pictures), range(pictures))
+        held += found.low <= 0 <= found.high
+    assert least <= held / 300 <= 0.99

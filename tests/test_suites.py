@@ -111,6 +111,25 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
         suite(f"photos:{tmp_path / 'empty'}")
 
 
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        ({"objects": [{"label": "cup"}]}, '"label" and its "boxes"'),
+        ({"objects": [{"label": "cup", "boxes": [[1, 2, 3]]}]}, "a box is"),
+        ({"objects": [{"label": "cup", "boxes": []}, {"label": "cup", "boxes": []}]}, '"cup" stands there twice'),
+        ({"fields": {"total": 9.5}}, "numbers in quotes too"),
+        ({"clocks": [{"time": "9"}]}, "written as"),
+        ({"image": "images/none.png"}, "there is no .*none.png"),
+    ],
+)
+def test_annotations_that_cannot_be_asked_are_named_first(
+    annotation: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_photos(tmp_path, annotation)
+    with pytest.raises(PhotoError, match=message):
+        suite(f"photos:{tmp_path}")
+
+
 def test_academic_is_all_benchmarks_each_once() -> None:
     names = expand(["ai2d", "academic", "nano-val"])
     assert len(names) == 13 and names[0] == "ai2d" and names[-1] == "nano-val"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that cannot be shown, or read, is no reason to fail
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     status = _run(arguments)
     try:
         sys.stdout.flush()
@@ -63,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _end(number: int, frame: object) -> None:
+    """As Ctrl-C does: what a command has begun is cleaned up, temporary folders and its own processes among it."""
+    sys.exit(128 + number)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -11,7 +11,7 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import print_json
-from molmo_edge.cli.tasks import Asked, bars, open_suites
+from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import Ablated
@@ -41,34 +41,38 @@ def ablate(
 
     need_onnx("an ablation")
     from molmo_edge.evaluation.ablation import Bench, ablate
-    from molmo_edge.quantize.parts import PART_WORDS
 
-    words = [word.strip() for word in precisions.split(",") if word.strip()]
-    if unknown := [word for word in words if word not in PART_WORDS]:
-        raise typer.BadParameter(f'"{unknown[0]}" is not known; known are {", ".join(PART_WORDS)}')
-    _, questions = open_suites(suite, limit, data, quiet=quiet)
+    words = parse_words(precisions)
     directory = _find(reference, quiet)
+    other = None if candidate is None else _find(candidate, quiet)
+    if other is not None:
+        from molmo_edge.evaluation.blame import blame_parts, check_candidate, matrices
+
+        check_candidate(directory, other)
+    _, questions = open_suites(suite, limit, data, quiet=quiet)
     with bars(quiet=quiet) as bar:
 
         def on_part(what: str) -> Callable[[], None]:
             return bar(what, len(questions))
 
-        advance = bar(f"{directory.name} in float32", len(questions))
-        with Bench(directory, questions, max_crops=max_crops, on_answer=advance) as bench:
-            if candidate is None:
-                found, strange = list(ablate(bench, words, on_part=on_part)), []
-            else:
-                from molmo_edge.evaluation.blame import blame_parts, matrices
-
-                other = _find(candidate, quiet)
-                strange = matrices(bench, other)
-                found = list(blame_parts(bench, other, on_part=on_part))
+        advance = bar(f"{named(reference)} in float32", len(questions))
+        with Bench(directory, questions, max_crops=max_crops, dither=other is None, on_answer=advance) as bench:
+            asked = bench.said
+            strange = [] if other is None else matrices(bench, other)
+            if strange and not json:  # before anything runs: broken weights may not
+                _print_matrices(strange)
+            found = [bench.noise(on_part("noise"))]
+            found += (
+                ablate(bench, words, on_part=on_part) if other is None else blame_parts(bench, other, on_part=on_part)
+            )
     if json:
         print_json(_to_dict(found, strange))
     elif candidate is None:
-        print_parts(found)
+        print_parts(found, asked)
     else:
-        _print_blame(found, strange, candidate)
+        _print_blame(found, named(candidate), asked)
+        if not strange:
+            print("all weights are equal")
 
 
 def _find(name: str, quiet: bool) -> Path:
@@ -82,46 +86,53 @@ def _to_dict(found: Sequence[Ablated], strange: Sequence[Matrix]) -> dict[str, A
     }
 
 
-def print_parts(found: Sequence[Ablated]) -> None:
+def print_parts(found: Sequence[Ablated], asked: str) -> None:
     """The cheapest first."""
     rows = []
     for part in sorted(found, key=lambda part: part.kl_per_megabyte):
         price = f"{part.kl_per_megabyte:.2g}" if part.saved > 0 else ""
-        rows.append([part.part, part.precision, f"{part.saved / 1e6:.2f}", *_figures(part), price])
-    _table(("part", "precision", "MB saved", *_HEADS, "KL a MB saved"), rows)
+        saved = f"{part.saved / 1e6:.2f}" if part.precision else ""
+        rows.append([f"{part.part} {part.precision}", saved, *_figures(part), price])
+    _table(("part", "MB saved", *_HEADS, "KL a MB"), rows, asked)
 
 
-def _print_blame(found: Sequence[Ablated], strange: Sequence[Matrix], candidate: str) -> None:
+def _print_blame(found: Sequence[Ablated], candidate: str, asked: str) -> None:
     ranked = sorted(found, key=lambda part: -part.kl)
-    _table((f"part of {candidate}", *_HEADS), [[part.part, *_figures(part)] for part in ranked])
+    _table((f"part of {candidate}", *_HEADS), [[part.part, *_figures(part)] for part in ranked], asked)
+
+
+def _print_matrices(strange: Sequence[Matrix]) -> None:
     for matrix in strange[:_SHOWN]:
         says = "  <- by far the most of its kind" if matrix.stands_out else ""
-        print(f"{matrix.error:9.3g}  {matrix.name}{says}")
-    if not strange:
-        print("all weights are equal")
+        print(f"{matrix.error:9.3g}  {matrix.name}{says}", flush=True)
+    if len(strange) > _SHOWN:
+        print(f"           and {len(strange) - _SHOWN} more that differ", flush=True)
 
 
-_HEADS = ("mean KL", "same token", "same answer", "drift %")
+_HEADS = ("KL a token", "same token %", "same answer %", "drift %")
 
 
 def _figures(part: Ablated) -> list[str]:
-    kl, same, answers, drift = (part.figures.get(name) for name in ("kl_mean", "same_top", "same_answer", "drift"))
-    assert kl and same and answers
-    return [
-        f"{kl.value:.2g} [{kl.low:.2g}, {kl.high:.2g}]",
-        f"{100 * same.value:.1f} %",
-        f"{100 * answers.value:.0f} %",
-        "" if drift is None else f"{drift.value:.2f}",
-    ]
+    cells = []
+    for name, scale in (("kl_mean", 1), ("same_top", 100), ("same_answer", 100), ("drift", 1)):
+        f = part.figures.get(name)
+
+        def write(value: float, scale: int = scale) -> str:
+            return f"{value * scale:.2g}" if scale == 1 else f"{value * scale:.1f}"
+
+        cells.append("" if f is None else write(f.value) + interval(f.low, f.high, write))
+    return cells
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], asked: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table()
+    table = Table(padding=(0, 1))
     for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < 1 else "right")
+        table.add_column(escape(head), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
+    print(f"{asked}; brackets: 95 % intervals")

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _TASKS = "What to ask, with commas between: nano-val, photos:DIR, ai2d, chart_qa, ..., or academic for all of those."
 _OUT = "The run's folder: started again, it goes on where it was. Without it: NAME-eval here."
+_PARENT = "MOLMO_EDGE_EVAL_PARENT"  # in the environment of a process that shares a run: who started it
 Results = dict[str, dict[str, dict[str, "Figure"]]]  # by suite, group and score
 
 
@@ -65,21 +67,26 @@ def eval(
     names = expand([name.strip() for name in tasks.split(",") if name.strip()])
     if len({stem(name) for name in names}) < len(names):
         raise typer.BadParameter("two tasks would share a file: rename one of the folders", param_hint="--tasks")
+    if not names:
+        raise typer.BadParameter("it names nothing to ask", param_hint="--tasks")
     directory = find_model(bundle, revision=revision, quiet=quiet)
-    folder = out or Path(f"{directory.name}-eval")
-    settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "limit": limit}
-    claim(folder, {"model": model_identity(directory), "tasks": names, **settings})
+    folder = out or Path(f"{directory.resolve().name}-eval")
+    if threads is None and not _on_gpu(device):  # rounding differs with their number: it belongs to the run
+        threads = max(1, (os.cpu_count() or 1) // (mine.of if shard else processes))
+    settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
     with progress("opening the tasks", quiet=quiet):
         asked = {
             name: [question for question in open_suite(name, limit, data, quiet=quiet) if question.kind != "caption"]
             for name in names
         }
+    if not any(asked.values()):
+        raise EvalError(f"{', '.join(names)} ask nothing that can be scored")
     _say_published_crops(names, max_crops, quiet=quiet)
+    identity = model_identity(directory)
+    claim(folder, {"model": identity, "tasks": names, "limit": limit, "version": molmo_edge.__version__, **settings})
     left = sum(len(asked[name]) - count_asked(folder, name) for name in names)
     if processes > 1 and left:
-        given = {**settings, "tasks": tasks, "data": data, "out": folder}
-        # Or each of them would take all cores.
-        given["threads"] = threads or (None if _on_gpu(device) else max(1, (os.cpu_count() or 1) // processes))
+        given = {**settings, "tasks": tasks, "limit": limit, "data": data, "out": folder}
         _share_out(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
     elif left:
         with Molmo(
@@ -88,7 +95,7 @@ def eval(
             for name, questions in asked.items():
                 with bars(quiet=quiet) as bar:
                     advance = bar(name, len(questions), count_asked(folder, name))
-                    ask(molmo, questions, folder, name, mine, advance)
+                    ask(molmo, questions, folder, name, mine, _with_parent(advance))
     if shard:  # several of them at once would get into each other's way
         note(f"{shard} is done. When all are, the same command without --shard joins them", quiet=quiet)
         return
@@ -99,6 +106,18 @@ def eval(
             raise RunError(f"{name} is not whole although every question was asked: remove {folder} and start again")
         results[name] = summary(lines, questions)
     _report(results, folder, directory, json=json, quiet=quiet)
+
+
+def _with_parent(advance: Callable[[], None]) -> Callable[[], None]:
+    """Of a process that another has started: it ends when that is gone, or a second start would write beside it."""
+    parent = os.environ.get(_PARENT)
+
+    def on_answer() -> None:
+        advance()
+        if parent is not None and os.getppid() != int(parent):
+            raise EvalError("the process that shared this run out is gone")
+
+    return on_answer
 
 
 def _say_published_crops(names: Sequence[str], max_crops: int | None, *, quiet: bool) -> None:
@@ -161,7 +180,7 @@ def _on_gpu(device: str) -> bool:
 
 def _environment(device: str, number: int) -> dict[str, str]:
     """A process a GPU: the number-th of those that can be seen."""
-    environment = dict(os.environ)
+    environment = {**os.environ, _PARENT: str(os.getpid())}
     if _on_gpu(device):
         seen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)] if seen else str(number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,10 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
-from molmo_edge.cli.tasks import Asked, bars, open_suites
+from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss, Measured
-    from molmo_edge.evaluation.stats import Figure
 
 _REPORT = "A folder for loss.json and report.html; it may exist."
 _NOISE = (
@@ -50,27 +48,40 @@ def loss(
     if noise not in NOISES:
         raise typer.BadParameter(f'"{noise}" is not known; known are {", ".join(NOISES)}', param_hint="--noise")
     need_onnx("a loss")
-    if report is not None:
-        from molmo_edge.evaluation.report import check_report
+    from molmo_edge.evaluation.report import check_report, write_data, write_report
 
+    if report is not None:
         check_report(report)
     names, questions = open_suites(suite, limit, data, quiet=quiet)
 
     def model(name: str) -> Model:
         directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
         own = "auto" if is_bundle(directory) else precision  # a bundle has its own, and only some have a GGUF
-        return Model(directory, own, device, threads, llama if any(directory.glob("*.gguf")) else None)
+        own_llama = llama if any(directory.glob("*.gguf")) else None
+        return Model(directory, own, device, threads, own_llama, named(name))
 
     models = [model(name) for name in (reference, *candidates)]
     if llama is not None and not any(m.llama for m in models):
         raise EngineError("none of these has a GGUF, so llama.cpp's options are not for them")
+
+    def keep(so_far: Loss) -> None:
+        if report is not None:
+            write_data(so_far, report)
+
     with bars(quiet=quiet) as on_model:
         found = measure_loss(
-            models[0], models[1:], questions, suites=names, noise=noise, max_crops=max_crops, on_model=on_model
+            models[0],
+            models[1:],
+            questions,
+            suites=names,
+            noise=noise,
+            max_crops=max_crops,
+            on_model=on_model,
+            on_measured=keep,
         )
+    if left_out := len(questions) - found.questions:
+        note(f"{left_out} questions in words alone were left out", quiet=quiet)
     if report is not None:
-        from molmo_edge.evaluation.report import write_report
-
         with progress("writing the report", quiet=quiet):
             write_report(found, report)
         note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
@@ -82,6 +93,7 @@ def loss(
 
 def _print(found: Loss) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -89,23 +101,18 @@ def _print(found: Loss) -> None:
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
         f"{found.images} images, {found.questions} questions, {found.tokens} tokens of its own answers",
         highlight=False,
+        markup=False,
     )
     columns = [*([found.noise] if found.noise else []), *found.candidates]
     heads = [_head(measured, found) for measured in columns]
     for title, rows in (("against the reference", figure_rows(columns)), ("scores, %", score_rows(columns))):
         table = Table(padding=(0, 1))
-        table.add_column(title)
-        table.add_column("n", justify="right")
-        for head in ["reference", *heads] if title.startswith("scores") else heads:
-            table.add_column(head, justify="right")
+        for i, head in enumerate([title, "n", *(["reference"] if title.startswith("scores") else []), *heads]):
+            table.add_column(escape(head), justify="right" if i else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
-    console.print(
-        "± reaches to the further end of the 95 % interval. Scores: the candidate's and its change. "
-        "--report has all ends.",
-        highlight=False,
-    )
+    console.print("Brackets: 95 % intervals. Scores: the candidate's and its change.", highlight=False)
 
 
 def _head(measured: Measured, found: Loss) -> str:
@@ -115,33 +122,36 @@ def _head(measured: Measured, found: Loss) -> str:
 
 
 def figure_rows(columns: list[Measured]) -> list[list[str]]:
-    """Title, n, and a cell for each of `columns`."""
+    """Title, n, and a cell for each of `columns`, with its own n where they differ."""
     from molmo_edge.evaluation.figures import KINDS
 
     rows = []
     for name, kind in KINDS.items():
         given = [measured.figures.get(name) for measured in columns]
-        if any(given):
-            n = next(figure.n for figure in given if figure)
-            cells = ["" if f is None else kind.write(f.value) + _around(f, kind.write) for f in given]
-            rows.append([kind.title, str(n), *cells])
+        counts = {figure.n for figure in given if figure}
+        if not counts:
+            continue
+        cells = []
+        for f in given:
+            own = f" n={f.n}" if f and len(counts) > 1 else ""
+            cells.append("" if f is None else kind.write(f.value) + interval(f.low, f.high, kind.write) + own)
+        rows.append([kind.title, str(counts.pop()) if len(counts) == 1 else "", *cells])
     return rows
-
-
-def _around(figure: Figure, write: Callable[[float], str]) -> str:
-    reach = max(figure.high - figure.value, figure.value - figure.low)
-    return f" ±{write(reach)}" if reach else ""
 
 
 def score_rows(columns: list[Measured]) -> list[list[str]]:
     """Title, n, the reference's score, and a cell for each of `columns`."""
+
+    def percent(value: float) -> str:
+        return f"{100 * value:+.1f}"
+
     rows = []
     for group, by_name in columns[0].scores.items():
         for name, first in by_name.items():
             cells = []
             for measured in columns:
                 s = measured.scores[group][name]
-                change = f" {100 * s.difference.value:+.1f}" + _around(s.difference, lambda v: f"{100 * v:.1f}")
-                cells.append(f"{100 * s.candidate.value:.1f}" + (change if s.difference.value or "±" in change else ""))
+                change = f" {percent(s.difference.value)}{interval(s.difference.low, s.difference.high, percent)}"
+                cells.append(f"{100 * s.candidate.value:.1f}" + (change if s.difference.value or "[" in change else ""))
             rows.append([f"{group} {name}", str(first.reference.n), f"{100 * first.reference.value:.1f}", *cells])
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +11,11 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import note, print_json, progress
-from molmo_edge.cli.tasks import Asked, bars, open_suites
+from molmo_edge.cli.output import note, print_json
+from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
+    from molmo_edge.evaluation.stats import Figure
     from molmo_edge.quantize.search import Found
 
 _LIMIT = "Most pictures: each is asked about once for every part and precision."
@@ -42,6 +43,7 @@ def quantize(
     """Choose each part's precision by what it costs, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
+    from molmo_edge.bundle import GRAPHS, open_bundle
     from molmo_edge.evaluation import need_onnx
 
     need_onnx("a search")
@@ -49,39 +51,51 @@ def quantize(
     from molmo_edge.export import check_bundle_wishes, export_bundle
     from molmo_edge.quantize.search import search
 
-    check_bundle_wishes(out, None)
-    words = [word.strip() for word in precisions.split(",") if word.strip()]
-    _, questions = open_suites(suite, limit, data, quiet=quiet)
+    check_bundle_wishes(out, None, None if calibrate is None else {"decoder": "q4"}, calibrate=calibrate)
+    words = parse_words(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
+    _, questions = open_suites(suite, limit, data, quiet=quiet)
     with bars(quiet=quiet) as bar:
 
         def on_part(what: str) -> Callable[[], None]:
             return bar(what, len(questions))
 
-        advance = bar(f"{directory.name} in float32", len(questions))
+        advance = bar(f"{named(source)} in float32", len(questions))
         with Bench(directory, questions, on_answer=advance) as bench:
-            parts = list(ablate(bench, words, on_part=on_part))
+            parts = [bench.noise(on_part("noise")), *ablate(bench, words, on_part=on_part)]
             size = None if max_mb is None else int(max_mb * 1e6)
-            found = search(bench, parts, max_bytes=size, max_kl=max_kl, on_try=on_part)
-    if not json and not quiet:
-        print_parts(parts)
-    with progress(f"writing {out}", quiet=quiet):
-        four_bits = "q4" in found.choice.words.values()
-        export_bundle(
-            directory, out, found.choice.to_precision(), calibrate=calibrate if four_bits else None, name=out.name
-        )
+            found = search(bench, parts[1:], max_bytes=size, max_kl=max_kl, on_try=on_part)
+            if not json and not quiet:
+                print_parts(parts, bench.said)
+            note(f"writing {out}", quiet=quiet)
+            chosen = found.choice.to_precision()
+            rounds_by_photos = "q4" in decoder_words(chosen) or "int8" in decoder_words(chosen)
+            export_bundle(directory, out, chosen, calibrate=calibrate if rounds_by_photos else None, name=out.name)
+            written = open_bundle(out)
+            figures = bench.measure({name: written.path(name) for name in GRAPHS}, on_part(out.name))
     if json:
-        print_json({"out": str(out), "parts": [part.to_dict() for part in parts], "found": found.to_dict()})
+        measured = {name: figure.to_dict() for name, figure in figures.items()}
+        data_ = {"out": str(out), "parts": [part.to_dict() for part in parts], "found": found.to_dict()}
+        print_json({**data_, "written": measured})
     else:
-        _print(found)
+        _print(found, figures)
     note(f"wrote {out}", quiet=quiet)
 
 
-def _print(found: Found) -> None:
-    kl, same = found.figures["kl_mean"], found.figures["same_top"]
+def decoder_words(chosen: Mapping[str, str]) -> set[str]:
+    """The precisions of what a calibration rounds: attention and experts, and in four bits the router and the head."""
+    return {
+        word
+        for part, word in chosen.items()
+        if part in ("attention", "experts") or (part in ("router", "head") and word == "q4")
+    }
+
+
+def _print(found: Found, figures: Mapping[str, Figure]) -> None:
+    kl, same = figures["kl_mean"], figures["same_top"]
     for part, word in found.choice.words.items():
         print(f"{part:15} {word}")
     print(
-        f"{found.bytes / 1e6:.2f} MB, mean KL {kl.value:.2g} [{kl.low:.2g}, {kl.high:.2g}] "
-        f"(the parts' sum: {found.choice.predicted:.2g}), same likeliest token {100 * same.value:.1f} %"
+        f"{found.bytes / 1e6:.2f} MB; as written: KL {kl.value:.2g}{interval(kl.low, kl.high, lambda v: f'{v:.2g}')} "
+        f"nats a token, same likeliest token {100 * same.value:.1f} % (the parts' sum: {found.choice.predicted:.2g})"
     )

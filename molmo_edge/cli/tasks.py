@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molmo_edge.bundle import is_hub_id
 from molmo_edge.cli.output import note, progress
 
 if TYPE_CHECKING:
@@ -32,6 +34,28 @@ def open_suite(name: str, limit: int | None, data: Path | None, *, quiet: bool) 
     return suite(name, data=data, limit=limit, skipped=lambda why: note(f"left out: {why}", quiet=quiet))
 
 
+def parse_words(text: str) -> list[str]:
+    """Precisions out of "q8,int8,q4". Raises BadParameter."""
+    known = ("q8", "int8", "q4")
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words or [text]:
+        if word not in known:
+            raise typer.BadParameter(f'"{word}" is not known; known are {", ".join(known)}', param_hint="--precisions")
+    return words
+
+
+def named(name: str) -> str:
+    """A model as the user calls it, but for the folders in front."""
+    return name if is_hub_id(name) else Path(name).resolve().name
+
+
+def interval(low: float, high: float, write: Callable[[float], str]) -> str:
+    """ " [low, high]", nothing for an interval without width, and "?" for one that cannot be told."""
+    if low == high:
+        return ""
+    return " [?]" if math.isnan(low) else f" [{write(low)}, {write(high)}]"
+
+
 def open_suites(
     names: str | None, limit: int | None, data: Path | None, *, quiet: bool
 ) -> tuple[list[str], list[Question]]:
@@ -39,6 +63,8 @@ def open_suites(
     from molmo_edge.evaluation.suites import expand, unique
 
     listed = expand([name.strip() for name in (names or "nano-val").split(",") if name.strip()])
+    if not listed:
+        raise typer.BadParameter("it names nothing to ask", param_hint="--suite")
     with progress("opening the questions", quiet=quiet):
         asked = [question for name in listed for question in open_suite(name, limit, data, quiet=quiet)]
     return listed, unique(asked)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.modeling.checkpoint import TensorSource
 
+_SEED = 6
 _OF_DECODER = ("attention", "experts", "router", "head")
 PARTS = ("vision_encoder", "connector", "embed_tokens", *_OF_DECODER)
 
@@ -69,15 +70,17 @@ class Bench:
         questions: Sequence[Question],
         *,
         max_crops: int | None = None,
-        threads: int | None = None,
+        dither: bool = True,
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
+        """`dither`: weights of a bundle, which lie on the grid of their rounding, are moved off it, or rounding them
+        again would seem free (molmo_edge.export.unpack.BundleTensors). Raises what opening the model raises."""
         from molmo_edge.export.source import open_source
 
-        self.config, self.tensors = open_source(reference)
+        self.config, self.tensors = open_source(reference, dither=_SEED if dither else None)
         self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
         self.reference = reference
-        self._max_crops, self._threads = max_crops, threads
+        self._max_crops = max_crops
         self._scratch = tempfile.TemporaryDirectory(prefix="molmo-edge-ablation-")
         self._built = 0
         self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
@@ -108,6 +111,19 @@ class Bench:
         see = any(changed[name] != self.files[name] for name in ("vision_encoder", "connector"))
         with self._opened(changed) as subject:
             return figures(compare(self.trace, subject, see=see, on_answer=on_answer))
+
+    @property
+    def said(self) -> str:
+        """What the figures are taken over, for people to read."""
+        answers = self.trace.answers
+        tokens, images = sum(len(a.targets) for a in answers), len({a.image for a in answers})
+        return f"{tokens} tokens of {len(answers)} answers about {images} images"
+
+    def noise(self, on_answer: Callable[[], None] = lambda: None) -> Ablated:
+        """The reference itself, with pixels moved by a millionth."""
+        with self._opened(self.files) as subject:
+            found = figures(compare(self.trace, replace(subject, moved=True), on_answer=on_answer))
+        return Ablated("noise", "", 0, found)
 
     def forget(self, path: Path) -> None:
         """A variant that is not needed any more: they are as large as the model."""

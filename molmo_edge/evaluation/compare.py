@@ -15,7 +15,7 @@ from molmo_edge.embeddings import with_features
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.text_scores import token_f1
-from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text
+from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text, likeliest
 from molmo_edge.points import Point, parse_points
 
 
@@ -79,11 +79,12 @@ def compare(
         patches, cells = trace.features(first.image)
         seen = subject.see(first.question)
         own_patches, own_cells = _encode(subject, seen) if see else (None, cells)
+        kept = seen.prompt.token_index >= 0  # the others' places are another crop's: the decoder never sees them
         found.images.append(
             ComparedImage(
                 first.question.image_id,
                 None if own_patches is None else _features(patches, own_patches),
-                _features(cells, own_cells) if see else None,
+                _features(cells[kept], own_cells[kept]) if see else None,
             )
         )
         rows = with_features(subject.runtime, seen.prompt, own_cells)
@@ -115,32 +116,35 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _compare_answer(subject: Subject, prefilled: Prefilled, answered: Answered) -> Compared:
     question, targets = answered.question, list(answered.targets)
-    exact = np.load(answered.logits)
+    exact = np.load(answered.logits, mmap_mode="r")
     logits, cache = prefilled.begin(question)
-    start, rows = cache.length, [logits]
-    for token in targets[:-1]:
-        rows.append(prefilled.feed(token, cache))
-    found = np.stack(rows)
-    p, q = log_softmax(exact), log_softmax(found)
-    chosen = found.argmax(-1)
-    differs = np.flatnonzero(chosen != np.array(targets))
-    divergence, text = None, answered.text
-    if len(differs):
-        divergence = int(differs[0])
+    start, kl, nll, nll_reference, chosen = cache.length, [], [], [], []
+    divergence, parting = None, logits
+    for i, token in enumerate(targets):  # one at a time: a row may be a vocabulary of 150,000
+        p, q = log_softmax(exact[i]), log_softmax(logits)
+        # Rounding may leave a tiny negative sum where the two are all but equal.
+        kl.append(max(0.0, float(np.exp(p) @ (p - q))))
+        nll.append(-float(q[token]))
+        nll_reference.append(-float(p[token]))
+        chosen.append(likeliest(logits))
+        if divergence is None and chosen[-1] != token:
+            divergence, parting = i, logits
+        if i + 1 < len(targets):
+            logits = prefilled.feed(token, cache)
+    text = answered.text
+    if divergence is not None:
         cache.length = start + divergence  # forget what it would not have said
-        _, own = prefilled.go_on(rows[divergence], cache, question.max_new_tokens - divergence)
+        _, own = prefilled.go_on(parting, cache, question.max_new_tokens - divergence)
         text = answer_text(subject.tokenizer, [*targets[:divergence], *own])
-    at = np.arange(len(targets)), np.array(targets)
     a, b = parse_points(answered.text), parse_points(text)
     moved = drift(a, b, *answered.size)
     reference_scores, scores = (_scores(question, answered.text, one) for one in (answered.text, text))
     return Compared(
         question=question,
-        # Rounding may leave a tiny negative sum where the two are all but equal.
-        kl=np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)),
-        same_top=exact.argmax(-1) == chosen,
-        nll=-q[at],
-        nll_reference=-p[at],
+        kl=np.array(kl),
+        same_top=np.array(chosen) == np.array(targets),
+        nll=np.array(nll),
+        nll_reference=np.array(nll_reference),
         divergence=divergence,
         reference_text=answered.text,
         text=text,

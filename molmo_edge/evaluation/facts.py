@@ -26,19 +26,19 @@ def model_facts(directory: Path, precision: str = "auto") -> ModelFacts:
     """`precision`: what a checkpoint is run in. Raises BundleError for a damaged bundle."""
     if not is_bundle(directory):
         files = [path for pattern in _WEIGHTS for path in directory.glob(pattern)]
-        return ModelFacts(directory.name, precision, sum(path.stat().st_size for path in files))
+        return ModelFacts(directory.resolve().name, precision, sum(path.stat().st_size for path in files))
     bundle = open_bundle(directory)
     words = [f"{name} {bundle.components[name].precision}" for name in GRAPHS]
     same = {bundle.components[name].precision for name in GRAPHS}
     return ModelFacts(
-        directory.name,
+        directory.resolve().name,
         same.pop() or "" if len(same) == 1 else ", ".join(words),
         sum(part.bytes for name, part in bundle.components.items() if name not in ("tokenizer", "mmproj")),
     )
 
 
 def model_identity(directory: Path) -> str:
-    """The same for the same weights: a bundle's manifest knows their hashes, a checkpoint's files their sizes."""
+    """The same for the same weights: a bundle's manifest knows their hashes, a checkpoint's files sizes and times."""
     if is_bundle(directory):
         text = (directory / MANIFEST).read_text(encoding="utf-8")
     else:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from molmo_edge.evaluation.compare import Compared, Comparison
-from molmo_edge.evaluation.runs import average
-from molmo_edge.evaluation.stats import Figure, mean, quantile, share, transformed
+from molmo_edge.evaluation.stats import Figure, average, mean, quantile, transformed
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,15 @@ def figures(comparison: Comparison, router: Sequence[float] | None = None) -> di
     found["perplexity_ratio"] = transformed(mean(worse, tokens), math.exp)
     if router:
         found["router"] = mean(router, list(range(len(router))))
-    found["same_answer"] = share([a.divergence is None for a in answers])
+    pictures = [a.question.image_id for a in answers]
+    found["same_answer"] = average([float(a.divergence is None) for a in answers], pictures)
     if parted := [a for a in answers if a.divergence is not None]:
         found["first_divergence"] = mean(
             [a.divergence for a in parted if a.divergence is not None], [a.question.image_id for a in parted]
         )
     if pointed := [a for a in answers if a.reference_points or a.points]:
         pictures = [a.question.image_id for a in pointed]
-        found["same_points"] = share([not a.unmatched and not any(a.drift) for a in pointed])
+        found["same_points"] = average([float(not a.unmatched and not any(a.drift)) for a in pointed], pictures)
         found["unmatched"] = mean([a.unmatched for a in pointed], pictures)
         moved = [(distance, a.question.image_id) for a in pointed for distance in a.drift]
         if moved:
@@ -100,7 +100,7 @@ class ScoreFigure:
 
 
 def scores(answers: Sequence[Compared]) -> dict[str, dict[str, ScoreFigure]]:
-    """{group: {score: ScoreFigure}}; "all/KIND" is over the groups of a kind where there are several."""
+    """{group: {score: ScoreFigure}}; "KIND/all" is over the groups of a kind where there are several."""
     gathered: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     kinds: dict[str, set[str]] = {}
     for a in answers:

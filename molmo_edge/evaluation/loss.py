@@ -46,6 +46,12 @@ class Model:
     device: str = "auto"
     threads: int | None = None
     llama: LlamaOptions | str | None = None  # of a GGUF
+    name: str = ""  # in reports; without it the directory's
+
+    @property
+    def facts(self) -> ModelFacts:
+        found = model_facts(self.directory, self.precision)
+        return replace(found, name=self.name or found.name)
 
     @contextmanager
     def opened(self, max_crops: int | None = None, *, moved: bool = False) -> Iterator[Subject]:
@@ -121,48 +127,65 @@ def measure_loss(
     noise: str = "threads",
     max_crops: int | None = None,
     on_model: Callable[[str, int], Callable[[], None]] = lambda name, questions: lambda: None,
+    on_measured: Callable[[Loss], None] = lambda loss: None,
 ) -> Loss:
     """Ask the reference, then each candidate the same. One model is in memory at a time.
 
     `noise`: what the reference differs from itself by, with one thread and pixels moved by a millionth ("threads"), or
     with its weights in bf16 on PyTorch ("bf16"). `on_model(name, questions)` is called for each model, and what it
-    returns for each of its answers. Raises LossError for models that do not take the same prompts.
+    returns for each of its answers; `on_measured` with what there is after each candidate. The temporary folder takes
+    the reference's logits: 4 bytes for each entry of the vocabulary and each token.
+    Raises LossError for models that do not take the same prompts, TraceError where no question is about an image.
     """
     if noise not in NOISES:
         raise LossError(f'noise "{noise}" is not known; known are {", ".join(NOISES)}')
     for candidate in candidates:
         check_comparable(reference.directory, candidate.directory)
+    if noise == "bf16":
+        _check_bf16(reference.directory)
     with tempfile.TemporaryDirectory(prefix="molmo-edge-loss-") as scratch:
         with reference.opened(max_crops) as subject:
             engine = subject.runtime.engine
-            on_answer = on_model(reference.directory.name, len(questions))
+            on_answer = on_model(reference.facts.name, len(questions))
             trace = record(subject, questions, Path(scratch) / "trace", on_answer)
             routed = _Routed(trace, subject)
         routed.choose(reference)
-        baseline = None
+        loss = Loss(
+            reference=reference.facts,
+            engine=engine,
+            suites=tuple(suites),
+            images=len({answered.image for answered in trace.answers}),
+            questions=len(trace.answers),
+            tokens=sum(len(answered.targets) for answered in trace.answers),
+            noise_kind=noise,
+            noise=None,
+            candidates=(),
+        )
         if noise != "none":
-            on_answer = on_model(f"noise ({noise})", len(questions))
-            baseline = _noise(noise, reference, trace, routed, max_crops, on_answer)
-        found = []
+            on_answer = on_model(f"noise ({noise})", len(trace.answers))
+            loss = replace(loss, noise=_noise(noise, reference, trace, routed, max_crops, on_answer))
         for candidate in candidates:
-            on_answer = on_model(candidate.directory.name, len(questions))
-            with candidate.opened(max_crops) as subject:
-                comparison, its_engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
-                rows = routed.rows(subject)
-            facts = model_facts(candidate.directory, candidate.precision)
-            kept = routed.kept(candidate, rows)
-            found.append(Measured(facts, its_engine, comparison, figures(comparison, kept), scores(comparison.answers)))
-    return Loss(
-        reference=model_facts(reference.directory, reference.precision),
-        engine=engine,
-        suites=tuple(suites),
-        images=len({answered.image for answered in trace.answers}),
-        questions=len(trace.answers),
-        tokens=sum(len(answered.targets) for answered in trace.answers),
-        noise_kind=noise,
-        noise=baseline,
-        candidates=tuple(found),
-    )
+            on_answer = on_model(candidate.facts.name, len(trace.answers))
+            measured = _measure(candidate, trace, routed, max_crops, on_answer)
+            loss = replace(loss, candidates=(*loss.candidates, measured))
+            on_measured(loss)
+    return loss
+
+
+def _measure(
+    model: Model,
+    trace: Trace,
+    routed: _Routed,
+    max_crops: int | None,
+    on_answer: Callable[[], None],
+    *,
+    moved: bool = False,
+) -> Measured:
+    with model.opened(max_crops, moved=moved) as subject:
+        comparison, engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
+        rows = routed.rows(subject)
+    kept = routed.kept(model, rows)
+    return Measured(model.facts, engine, comparison, figures(comparison, kept), scores(comparison.answers))
 
 
 def check_comparable(reference: Path, candidate: Path) -> None:
@@ -189,32 +212,36 @@ def _noise(
     max_crops: int | None,
     on_answer: Callable[[], None],
 ) -> Measured:
-    kept = None
+    name = f"noise ({kind})"
     if kind == "threads":
-        again = replace(reference, threads=1)
-        with again.opened(max_crops, moved=True) as subject:
-            comparison, engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
-            rows = routed.rows(subject)
-        kept = routed.kept(again, rows)
-    else:
-        runtime = _bf16(reference.directory)
-        try:
-            subject = Subject(runtime, load_tokenizer(reference.directory), max_crops)
-            comparison, engine = compare(trace, subject, on_answer=on_answer), runtime.engine
-        finally:
-            runtime.close()
-    facts = replace(model_facts(reference.directory, reference.precision), name=f"noise ({kind})")
-    return Measured(facts, engine, comparison, figures(comparison, kept), scores(comparison.answers))
+        return _measure(replace(reference, threads=1, name=name), trace, routed, max_crops, on_answer, moved=True)
+    runtime = _bf16(reference.directory)
+    try:
+        subject = Subject(runtime, load_tokenizer(reference.directory), max_crops)
+        comparison, engine = compare(trace, subject, on_answer=on_answer), runtime.engine
+    finally:
+        runtime.close()
+    facts = replace(reference.facts, name=name)
+    return Measured(facts, engine, comparison, figures(comparison), scores(comparison.answers))
+
+
+def _check_bf16(directory: Path) -> None:
+    """Raises LossError where the weights cannot be had on PyTorch."""
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise LossError(f"noise in bf16 needs {error.name}: pip install 'molmo-edge[torch,export]'") from None
+    if is_bundle(directory) and open_bundle(directory).components["decoder"].engine == "gguf":
+        raise LossError(f"{directory} has a GGUF, which PyTorch does not read: choose another noise than bf16")
 
 
 def _bf16(directory: Path) -> PartedRuntime:
     """The model's weights on PyTorch, in bfloat16; a bundle's are read back."""
-    try:
-        from molmo_edge.export.source import open_source
-        from molmo_edge.modeling.loading import build_model
-        from molmo_edge.runtimes.torch import TorchRuntime
-    except ModuleNotFoundError as error:
-        raise LossError(f"noise in bf16 needs {error.name}: pip install 'molmo-edge[torch,export]'") from None
+    from molmo_edge.export.source import open_source
+    from molmo_edge.modeling.loading import build_model
+    from molmo_edge.runtimes.torch import TorchRuntime
+
     config, tensors = open_source(directory)
     return TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision="bf16"))
 

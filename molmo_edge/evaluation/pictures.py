@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 
 from molmo_edge.images import load_image
 from molmo_edge.training.assets import Assets, load_assets
-from molmo_edge.training.photos import load_photos
+from molmo_edge.training.photos import Photo, PhotoError, load_photos
 from molmo_edge.training.questions import absent_labels
 from molmo_edge.training.scenes import draw_scene
 from molmo_edge.training.sprite_names import COCO_LABELS
@@ -69,7 +70,33 @@ class Picture:
 def photo_pictures(root: Path, split: str = "val") -> Iterator[Picture]:
     """Those of `split`, and those that belong to none. Raises PhotoError."""
     for photo in load_photos(root, split):
+        _check(photo)
         yield Picture(photo.annotation.get("source", "photos"), partial(load_image, photo.path), photo.annotation)
+
+
+def _check(photo: Photo) -> None:
+    """Raises PhotoError, now rather than after an hour of questions."""
+    annotation, where = photo.annotation, f"the annotation of {photo.path}"
+    if not photo.path.is_file():
+        raise PhotoError(f"there is no {photo.path}, which annotations.jsonl names")
+    for item in annotation.get("objects", ()):
+        boxes = item.get("boxes") if isinstance(item, dict) else None
+        if not isinstance(boxes, list) or not isinstance(item.get("label"), str):
+            raise PhotoError(f'{where}: each of "objects" needs a "label" and its "boxes"')
+        if not all(isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) for box in boxes):
+            raise PhotoError(f"{where}: a box is [x0, y0, x1, y1], in percent of width and height")
+    labels = [item["label"] for item in annotation.get("objects", ())]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise PhotoError(f'{where}: "{twice[0]}" stands there twice, put its boxes together')
+    said = [*(t.get("text") for t in annotation.get("texts", ())), *annotation.get("fields", {}).values()]
+    if not all(isinstance(text, str) for text in said):
+        raise PhotoError(f"{where}: texts and fields are texts, numbers in quotes too")
+    if not all(re.fullmatch(r"\d{1,2}:\d{2}", str(clock.get("time"))) for clock in annotation.get("clocks", ())):
+        raise PhotoError(f'{where}: the time of a clock is written as "3:25"')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def scene_pictures(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Picture]:

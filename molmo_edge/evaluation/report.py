@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,9 +48,14 @@ def check_report(folder: Path) -> None:
 
 def write_report(loss: Loss, folder: Path) -> None:
     """`folder`/report.html and loss.json. Images are opened again for the examples."""
+    write_data(loss, folder)
+    _write(folder / PAGE, page(loss))
+
+
+def write_data(loss: Loss, folder: Path) -> None:
+    """`folder`/loss.json, of a loss that may have more candidates to come."""
     check_report(folder)
     _write(folder / DATA, json.dumps(loss.to_dict(), indent=1) + "\n")
-    _write(folder / PAGE, page(loss))
 
 
 def _write(path: Path, text: str) -> None:
@@ -66,8 +72,9 @@ def page(loss: Loss) -> str:
         f"<p>Against <b>{_e(r.name)}</b> ({_e(loss.engine)}, {_e(r.precision)}, {r.bytes / 1e6:.1f} MB), on "
         f"{_e(', '.join(loss.suites) or 'questions of your own')}: {loss.images} images, {loss.questions} questions, "
         f"{loss.tokens} tokens of the reference's own answers.</p>",
-        "<p class=note>Brackets hold 95 % intervals: a bootstrap over images, Wilson's for shares. Noise is what the "
-        "reference differs from itself by, with one thread and pixels moved by a millionth, or in bf16.</p>",
+        "<p class=note>Brackets hold 95 % intervals: a bootstrap over images, Wilson's for shares; [?] where one image "
+        "tells none. Noise is what the reference differs from itself by, with one thread and pixels moved by a "
+        "millionth, or in bf16; rounded models have more of it.</p>",
         _verdict(loss),
         "<h2>Figures</h2>",
         _figures(columns),
@@ -99,18 +106,26 @@ def _figures(columns: Sequence[Measured]) -> str:
     rows = []
     for name, kind in KINDS.items():
         given = [m.figures.get(name) for m in columns]
-        if any(given):
-            n = next(f.n for f in given if f)
-            cells = [_cell(f, kind.write) for f in given]
+        counts = {f.n for f in given if f}
+        if counts:
+            cells = [_cell(f, kind.write, own_n=len(counts) > 1) for f in given]
+            n = str(counts.pop()) if len(counts) == 1 else ""
             rows.append(f"<tr><th>{_e(kind.title)}<td>{n}{''.join(cells)}")
     heads = "".join(f"<th>{_e(m.facts.name)}<br><small>{_e(m.engine)}</small>" for m in columns)
     return f"<table><thead><tr><th><th>n{heads}<tbody>{''.join(rows)}</table>"
 
 
-def _cell(f: Figure | None, write: Callable[[float], str]) -> str:
+def _cell(f: Figure | None, write: Callable[[float], str], *, own_n: bool) -> str:
     if f is None:
         return "<td>"
-    return f"<td>{_e(write(f.value))} <small>[{_e(write(f.low))}, {_e(write(f.high))}]</small>"
+    n = f" <small>n={f.n}</small>" if own_n else ""
+    return f"<td>{_e(write(f.value))} <small>{_interval(f, write)}</small>{n}"
+
+
+def _interval(f: Figure, write: Callable[[float], str]) -> str:
+    if f.low == f.high:
+        return ""
+    return "[?]" if math.isnan(f.low) else _e(f"[{write(f.low)}, {write(f.high)}]")
 
 
 def _scores(columns: Sequence[Measured]) -> str:
@@ -129,7 +144,7 @@ def _change(s: ScoreFigure) -> str:
     sure = " class=worse" if d.high < 0 else " class=better" if d.low > 0 else ""
     return (
         f"<td{sure}>{100 * s.candidate.value:.1f} "
-        f"<small>{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]</small>"
+        f"<small>{100 * d.value:+.1f} {_interval(d, lambda value: f'{100 * value:+.1f}')}</small>"
     )
 
 
@@ -139,7 +154,8 @@ def _examples(measured: Measured) -> Iterable[str]:
 
     moved = sorted((a for a in measured.comparison.answers if apart(a) > 0), key=apart, reverse=True)
     if not moved:
-        yield "<p>Nowhere: every point is where the reference has it.</p>"
+        points = any(a.reference_points for a in measured.comparison.answers)
+        yield f"<p>{'Nowhere: every point is where the reference has it.' if points else 'No answer has points.'}</p>"
         return
     yield "<p class=note>Rings are the reference's points, crosses the candidate's.</p><div class=examples>"
     for a in moved[:EXAMPLES]:

@@ -7,16 +7,17 @@ whatever happened on the way. No line holds a time.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.evaluation.stats import Figure, mean, share
+from molmo_edge.evaluation.stats import Figure, average
 from molmo_edge.molmo import Molmo, Scene
 
 RUN = "run.json"
@@ -48,27 +49,27 @@ class Shard:
 
 
 def claim(folder: Path, what: Line) -> None:
-    """Make the folder this run's, or see that it is. Raises RunError where it is another's.
+    """Make the folder this run's, or see that it is. Raises RunError where it is another's that has answers.
 
-    `what`: model, suites and settings, anything that changes an answer.
+    `what`: model, suites, settings and threads: anything that changes an answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(what, indent=1, sort_keys=True) + "\n"
+    mine = folder / f".{RUN}.{os.getpid()}"
+    mine.write_text(text, encoding="utf-8")
     try:
-        with (folder / RUN).open("x", encoding="utf-8") as file:
-            file.write(text)
-        return
-    except FileExistsError:
-        pass
-    try:
+        if not any(folder.glob("*.jsonl")):
+            os.replace(mine, folder / RUN)  # nobody has begun, or all that begin together say the same
+            return
         before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{folder / RUN} is damaged: choose another folder") from None
+    except (OSError, ValueError):
+        raise RunError(f"{folder} has answers, but no {RUN} that says of what: choose another folder") from None
+    finally:
+        mine.unlink(missing_ok=True)
     if before != json.loads(text):
         changed = sorted(key for key in {*before, *what} if before.get(key) != what.get(key))
-        raise RunError(
-            f"{folder} holds another run ({', '.join(changed)} differ): choose another folder, or remove this one"
-        )
+        said = ", ".join(f"{key}: {before.get(key)!r} there, {what.get(key)!r} here" for key in changed)
+        raise RunError(f"{folder} holds another run ({said}): choose another folder, or remove this one")
 
 
 def ask(
@@ -147,17 +148,6 @@ def summary(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, d
     }
 
 
-def average(values: Sequence[float], pictures: Sequence[str]) -> Figure:
-    """Wilson's interval where each picture has one answer, right or wrong, and where all of them are alike.
-
-    A bootstrap knows no doubt about n of n. Wilson's n is then that of the pictures.
-    """
-    n = len(set(pictures))
-    if set(values) <= {0.0, 1.0} and (n == len(values) or len(set(values)) == 1):
-        return replace(share(list(values)[:n]), n=len(values))
-    return mean(values, pictures)
-
-
 def _lines(folder: Path, suite: str) -> dict[str, str]:
     """{question's id: its line}. A line that a kill has cut off, or that another process is writing, is not one yet."""
     found: dict[str, str] = {}
@@ -177,7 +167,7 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def _parts(folder: Path, suite: str) -> list[Path]:
-    return sorted(folder.glob(f"{stem(suite)}.part-*-of-*.jsonl"))
+    return sorted(folder.glob(f"{glob.escape(stem(suite))}.part-*-of-*.jsonl"))
 
 
 def stem(suite: str) -> str:

@@ -14,11 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.embeddings import with_features
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.prompt import Prompt, image_ids, text_ids
 from molmo_edge.runtimes import Cache, EngineError, PartedRuntime, Runtime
 from molmo_edge.tokenizer import Tokenizer
+
+
+class TraceError(MolmoEdgeError):
+    """Nothing to keep."""
+
 
 _MOVED = 1e-6  # of a pixel's value: less than two resizing libraries differ by
 
@@ -85,11 +91,17 @@ class Trace:
 def record(
     subject: Subject, questions: Sequence[Question], folder: Path, on_answer: Callable[[], None] = lambda: None
 ) -> Trace:
-    """Ask the reference, greedily, and keep what it did in `folder`, which it makes. Words alone are left out."""
+    """Ask the reference, greedily, and keep what it did in `folder`, which it makes. Words alone are left out.
+
+    Raises TraceError where nothing is left.
+    """
+    asked = [question for question in questions if not question.words_alone]
+    if not asked:
+        raise TraceError("there is nothing to compare: no question is about an image")
     folder.mkdir(parents=True)
     runtime, tokenizer = subject.runtime, subject.tokenizer
     found: list[Answered] = []
-    for image, group in enumerate(by_image(question for question in questions if not question.words_alone)):
+    for image, group in enumerate(by_image(asked)):
         seen = subject.see(group[0])
         patches = runtime.encode_crops(seen.crops)
         cells = runtime.connect(patches, seen.masks)
@@ -139,10 +151,10 @@ class Prefilled:
 
     def go_on(self, logits: np.ndarray, cache: Cache, most: int) -> tuple[np.ndarray, list[int]]:
         """As `answer`, behind what `cache` holds, `most` ids at most and as many as fit."""
-        seen, ids = [logits], [_likeliest(logits)]
+        seen, ids = [logits], [likeliest(logits)]
         while ids[-1] != self._tokenizer.special.eos and len(ids) < most and cache.length < cache.capacity:
             seen.append(self.feed(ids[-1], cache))
-            ids.append(_likeliest(seen[-1]))
+            ids.append(likeliest(seen[-1]))
         return np.stack(seen), ids
 
     def _logits(self, rows: np.ndarray, cache: Cache) -> np.ndarray:
@@ -154,7 +166,7 @@ def answer_text(tokenizer: Tokenizer, targets: Sequence[int]) -> str:
     return tokenizer.decode([i for i in targets if i != tokenizer.special.eos]).lstrip()
 
 
-def _likeliest(logits: np.ndarray) -> int:
+def likeliest(logits: np.ndarray) -> int:
     best = int(np.argmax(logits))
     if np.isnan(logits[best]):
         raise EngineError("the logits are not numbers: the weights, or their precision, are broken")
