@@ -51,8 +51,10 @@ def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path) -> None:
     for shard in ("1/2", "2/2"):
         status, stdout, stderr = cli(*arguments, "--shard", shard)
         assert (status, stdout) == (0, "") and "without --shard joins them" in stderr
-    status, stdout, _ = cli(*arguments, "--processes", 2)
-    assert status == 0 and "anls" in stdout, "all is asked: no process is started"
+    status, stdout, _ = cli(*arguments)
+    assert status == 0 and "anls" in stdout
+    status, _, stderr = cli(*arguments, "--threads", 7)
+    assert status == 1 and "7 here" in stderr, "another number of threads may round to other answers"
 
 
 def test_a_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

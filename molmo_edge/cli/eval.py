@@ -72,7 +72,7 @@ def eval(
     directory = find_model(bundle, revision=revision, quiet=quiet)
     folder = out or Path(f"{directory.resolve().name}-eval")
     if threads is None and not _on_gpu(device):  # rounding differs with their number: it belongs to the run
-        threads = max(1, (os.cpu_count() or 1) // (mine.of if shard else processes))
+        threads = max(1, (os.cpu_count() or 1) // processes)
     settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
     with progress("opening the tasks", quiet=quiet):
         asked = {
