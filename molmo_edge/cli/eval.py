@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import math
 import os
 import subprocess
 import sys
@@ -202,6 +203,7 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
 
 def _print_table(results: Results) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -212,7 +214,6 @@ def _print_table(results: Results) -> None:
     for groups in results.values():
         for group, scores in groups.items():
             for score, f in scores.items():
-                table.add_row(
-                    group, score, f"{100 * f.value:.1f}", f"{100 * f.low:.1f} and {100 * f.high:.1f}", str(f.n)
-                )
+                ends = "?" if math.isnan(f.low) else f"{100 * f.low:.1f} and {100 * f.high:.1f}"
+                table.add_row(escape(group), escape(score), f"{100 * f.value:.1f}", ends, str(f.n))
     Console().print(table)
