@@ -1,6 +1,6 @@
 """What every engine and precision costs nano: the table of docs/quantization.md.
 
-    python benchmarks/quantization.py --photos PHOTOS --out DIR [--limit 60] [--only onnx-int8,...]
+    python benchmarks/quantization.py --photos PHOTOS --out DIR [--limit 45] [--only onnx-int8,...]
 
 PHOTOS is a directory in the format of `molmo_edge.training.photos`; its `train` split calibrates, its `val` split and
 the scenes of nano-val are asked about. The reference is nano in float32. What is stored of nano is rounded to eight
@@ -20,7 +20,7 @@ from calibration import write_prompts
 
 from molmo_edge.bundle import TOKENIZER, default_bundle
 from molmo_edge.evaluation.loss import Model, measure_loss
-from molmo_edge.evaluation.report import write_report
+from molmo_edge.evaluation.report import write_data, write_report
 from molmo_edge.evaluation.suites import suite
 from molmo_edge.export import export_bundle, load_bundle_weights
 from molmo_edge.modeling.loading import save_checkpoint
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="for the models and the report; it may exist")
-    parser.add_argument("--limit", type=int, default=60, help="pictures")
+    parser.add_argument("--limit", type=int, default=45, help="pictures")
     parser.add_argument("--only", help="names with commas between; all of them if left out")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else [*BUNDLES, *CHECKPOINTS]
@@ -63,7 +63,14 @@ def main() -> None:
         write_prompts(args.photos, prompts)
     models = [_model(name, args.out, checkpoint, prompts) for name in names]
     questions = suite(f"nano-val:{args.photos}", limit=args.limit)
-    loss = measure_loss(Model(reference), models, questions, suites=["nano-val:PHOTOS"], on_model=_say)
+    loss = measure_loss(
+        Model(reference),
+        models,
+        questions,
+        suites=["nano-val:PHOTOS"],
+        on_model=_say,
+        on_measured=lambda so_far: write_data(so_far, args.out / "report"),
+    )
     write_report(loss, args.out / "report")
     for measured in loss.candidates:
         figures = {name: f"{f.value:.3g} [{f.low:.2g}, {f.high:.2g}]" for name, f in measured.figures.items()}
