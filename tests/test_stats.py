@@ -67,6 +67,12 @@ def test_one_picture_tells_no_interval_and_few_tell_a_wide_one() -> None:
     assert equal.low == equal.high == 0, "nothing lost is nothing lost"
 
 
+def test_what_is_never_negative_is_not_so_on_average() -> None:
+    found = mean([0.0, 0.0, 0.0, 0.9], "abcd")
+    assert found.low == 0 and found.high <= 1
+    assert mean([0.0, 0.0, 0.0, 9.0], "abcd").high > 5 and mean([0.1, -0.1, 0.3], "abc").low < 0
+
+
 @pytest.mark.parametrize(("pictures", "least"), [(3, 0.85), (5, 0.88), (12, 0.9), (40, 0.92)])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(pictures: int, least: float) -> None:
     rng = np.random.default_rng(1)

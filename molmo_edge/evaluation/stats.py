@@ -104,6 +104,8 @@ def _figure(value: float, draws: np.ndarray, values: np.ndarray, pictures: int) 
     if pictures == 1:
         return Figure(value, math.nan, math.nan, n)
     low, high = (value + (float(end) - value) * _wider(pictures) for end in np.quantile(draws, (0.025, 0.975)))
+    if values.min() >= 0:  # a divergence, a distance, a share: what is never negative is not so on average
+        low, high = max(0.0, low), min(high, 1.0) if values.max() <= 1 else high
     return Figure(value, min(value, low), max(value, high), n)
 
 
