@@ -26,10 +26,13 @@ from molmo_edge.export import export_bundle, load_bundle_weights
 from molmo_edge.modeling.loading import save_checkpoint
 
 SEED = 6
+_ROWS = ("vision_encoder", "connector", "embed_tokens", "attention", "experts", "head")
 BUNDLES: dict[str, dict[str, Any]] = {
     "onnx-q8": {"precision": "q8"},
     "onnx-int8": {"precision": "int8"},
     "onnx-int8-calibrated": {"precision": "int8", "calibrate": True},
+    # As int8 was: a scale a row for the connector and the head as well.
+    "onnx-int8-rows": {"precision": dict.fromkeys(_ROWS, "int8")},
     "onnx-mixed": {"precision": "mixed"},
     "onnx-mixed-calibrated": {"precision": "mixed", "calibrate": True},
     "onnx-q4": {"precision": "q4"},
