@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.loss import Loss, Measured
+    from molmo_edge.evaluation.loss import Loss
 
-COLOURS = ("#0072ce", "#e5256b", "#00875a", "#d95f02", "#754cc0", "#5c6670", "#00a3a3", "#a67c00")
+COLOURS = ("#0072ce", "#e5256b", "#00875a", "#d95f02", "#754cc0", "#00a3a3", "#a67c00")
+_GREY = "#5c6670"
 
 
 class PlotError(MolmoEdgeError):
@@ -30,31 +30,29 @@ def size_and_loss(loss: Loss) -> str:
     values = [m.figures["kl_mean"].value for m in loss.candidates]
     noise = None if loss.noise is None else loss.noise.figures["kl_mean"].value
     if noise:
-        axes.axhline(noise, color="#5c6670", linestyle=":", label=f"noise ({loss.noise_kind}): {noise:.1g}")
+        axes.axhline(noise, color=_GREY, linestyle=":", label=f"noise ({loss.noise_kind}): {noise:.1g}")
         axes.legend(frameon=False, fontsize=9)
     if values and min(values) > 0:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=min(values) / 10)  # noise may lie ten powers below: the legend says where
     axes.set_xlabel("MB of weights")
     axes.set_ylabel("mean KL a token, nats")
     axes.margins(x=0.25)
     return _svg(figure)
 
 
-def drifts(measured: Sequence[Measured]) -> str:
-    """How many points moved how far, for each candidate."""
+def drifts(loss: Loss) -> str:
+    """How many points moved how far, for each candidate, in its colour of `size_and_loss`, and for the noise."""
     figure, axes = _axes()
-    most = max((d for m in measured for a in m.comparison.answers for d in a.drift), default=0.0)
+    shown = [(m, COLOURS[i % len(COLOURS)]) for i, m in enumerate(loss.candidates)]
+    if loss.noise:
+        shown.insert(0, (loss.noise, _GREY))
+    moved = [[d for a in m.comparison.answers for d in a.drift] for m, _ in shown]
+    most = max((d for distances in moved for d in distances), default=0.0)
     edges = [most * i / 30 for i in range(31)] if most else [0, 1]
-    for i, m in enumerate(measured):
-        moved = [d for a in m.comparison.answers for d in a.drift]
-        axes.hist(
-            moved,
-            bins=edges,
-            histtype="step",
-            linewidth=1.6,
-            color=COLOURS[i % len(COLOURS)],
-            label=f"{m.facts.name}: {sum(d == 0 for d in moved)} of {len(moved)} points did not move",
-        )
+    for (m, colour), distances in zip(shown, moved, strict=True):
+        label = f"{m.facts.name}: {sum(d == 0 for d in distances)} of {len(distances)} points did not move"
+        axes.hist(distances, bins=edges, histtype="step", linewidth=1.6, color=colour, label=label)
     axes.set_yscale("symlog")
     axes.set_xlabel("drift of a point, % of the image's diagonal")
     axes.set_ylabel("points")

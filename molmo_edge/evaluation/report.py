@@ -83,7 +83,7 @@ def page(loss: Loss) -> str:
         "<h2>Size and loss</h2>",
         size_and_loss(loss),
         "<h2>Points that moved</h2>",
-        drifts(columns),
+        drifts(loss),
     ]
     for measured in loss.candidates:
         body += [f"<h2>Where {_e(measured.facts.name)} points elsewhere</h2>", *_examples(measured)]
