@@ -46,7 +46,8 @@ _OUTSIDE = re.compile(r'[^\d\sxyp=",.()]')
 
 _TAG = "<point"  # of <points, too
 _ALT = re.compile(r'\balt="([^"]*)"')
-_INNER = re.compile(r'"\s*>(.*)', re.DOTALL)  # a label may hold quotes and ">", the tag itself ends in `">`
+# A label may hold quotes and ">"; the tag itself ends in `">`, whose quote closes: behind "=" it would open.
+_INNER = re.compile(r'(?<!=)"\s*>(.*)', re.DOTALL)
 
 
 def parse_points(text: str) -> list[Point]:

@@ -123,6 +123,7 @@ def test_order_is_that_of_the_text():
         ('<point x="1.0" y="2.0" alt="say &quot;hi&quot;">say &quot;hi&quot;</point>', 'say "hi"'),
         ('<point x="1.0" y="2.0" alt="a > b">a > b</point>', "a > b"),
         ('<point x="1.0" y="2.0" alt="5" pipe">5" pipe</point>', '5" pipe'),
+        ('<point x="1.0" y="2.0" alt=">">></point>', ">"),
         ('<points 1=010,020 alt="cups">cups</points>', "cups"),
     ],
 )
