@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 import sys
 import tempfile
 from dataclasses import replace
@@ -124,8 +125,15 @@ def test_an_all_padding_crop_gives_zeros() -> None:
 
 # Norm of the difference over the norm of the fp32 output, measured on x86-64 with VNNI, the largest of the three
 # architectures and targets: vision 0.015, connector 0.055, embeddings 0.009, decoder (not OLMo's) 0.026.
-# Without VNNI, the 16 bits in which x86 adds pairs of products may saturate for arm64's and avx512_vnni's weights.
+# On x86 without VNNI, the 16 bits in which pairs of products are added saturate for arm64's and avx512_vnni's weights
+# (vision 0.09 to 0.13 on an AMD EPYC without AVX-512): those files are not for it, and their error is not judged there.
 BOUNDS = {"vision_encoder": 0.03, "connector": 0.08, "embed_tokens": 0.012, "decoder_without_cache": 0.06}
+
+
+def saturates(target: str) -> bool:
+    flags = Path("/proc/cpuinfo")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return target != "avx2" and x86 and flags.exists() and "vnni" not in flags.read_text()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -146,7 +154,7 @@ def test_int8(architecture: str, target: str, tmp_path: Path) -> None:
         share = path.stat().st_size / original.stat().st_size
         print(f"{architecture} {component} {target}: relative error {error:.4f}, size {share:.2f}")
         assert found.shape == exact.shape
-        assert 0 < error < BOUNDS[component]
+        assert error > 0 and (error < BOUNDS[component] or saturates(target))
         assert share < 0.9  # of models so small that the graph weighs as much as its weights
     assert made["embed_tokens"].stat().st_size < 0.3 * (source / "embed_tokens.onnx").stat().st_size
 
