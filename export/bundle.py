@@ -218,10 +218,10 @@ def _calibrated(
 ) -> tuple[TensorSource, Int4]:
     """The decoder's weights, smoothed where int8 will round them, and how its four-bit ones are rounded."""
     from molmo_edge.quantize.calibration import Calibration
-    from molmo_edge.quantize.smooth import Smoothed
+    from molmo_edge.quantize.smooth import smoothed
 
     if parts := wishes.smooth():
-        tensors = Smoothed(config, tensors, rows, parts)
+        tensors = smoothed(config, tensors, rows, parts)
     if not wishes.fours():
         return tensors, wishes.int4
     return tensors, dataclasses.replace(wishes.int4, round=Calibration(config, tensors, rows))

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.checkpoint import Changed, TensorSource
 from molmo_edge.quantize.walk import Walk
 
 _QUIET = 1e-3  # of the mean channel: a quieter one counts as this loud
@@ -27,53 +26,33 @@ _BEHIND = re.compile(
 )
 
 
-class Smoothed:
-    """A TensorSource over another; biases and what stands behind no norm are as they were."""
+def smoothed(
+    config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray], parts: Collection[str]
+) -> TensorSource:
+    """The weights of the same function; biases and what stands behind no norm are as they were.
 
-    def __init__(
-        self, config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray], parts: Collection[str]
-    ) -> None:
-        """`rows`: what `molmo_edge.quantize.calibration.sequences` gave. `parts`: "attention", "experts", or both.
+    `rows`: what `molmo_edge.quantize.calibration.sequences` gave. `parts`: "attention", "experts", or both. A decoder
+    whose norms stand behind its branches (OLMo) is left as it is.
+    """
+    if config.decoder.norm_after:
+        return tensors
+    scales: dict[tuple[int, str], np.ndarray] = {}
+    with torch.inference_mode():
+        walk = Walk(config, tensors, rows)
+        for layer in range(config.decoder.n_layers):
+            walk.go_to(layer)
+            for part, module in (("attention", walk.block.attn), ("experts", walk.block.ffn)):
+                if part in parts:
+                    scales[layer, part] = _scale(walk, module)
 
-        A decoder whose norms stand behind its branches (OLMo) is left as it is.
-        """
-        self._tensors = tensors
-        self._scales: dict[tuple[int, str], np.ndarray] = {}
-        if config.decoder.norm_after:
-            return
-        with torch.inference_mode():
-            walk = Walk(config, tensors, rows)
-            for layer in range(config.decoder.n_layers):
-                walk.go_to(layer)
-                for part, module in (("attention", walk.block.attn), ("experts", walk.block.ffn)):
-                    if part in parts:
-                        self._scales[layer, part] = _scale(walk, module)
-
-    def names(self) -> list[str]:
-        return self._tensors.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return "F32"
-
-    def file(self, name: str) -> Path:
-        return self._tensors.file(name)
-
-    def raw(self, name: str) -> np.ndarray:
-        return self.get(name)
-
-    def get(self, name: str) -> np.ndarray:
-        array = self._tensors.get(name)
-        found = _BEHIND.search(name)
-        if found is None:
-            return array
-        layer, attention, _, _ = found.groups()
-        scale = self._scales.get((int(layer), "attention" if attention else "experts"))
+    def change(name: str) -> np.ndarray:
+        array, found = tensors.get(name), _BEHIND.search(name)
+        scale = found and scales.get((int(found[1]), "attention" if found[2] else "experts"))
         if scale is None:
             return array
         return array / scale if array.ndim == 1 else array * scale
+
+    return Changed(tensors, change)
 
 
 def _scale(walk: Walk, module: nn.Module) -> np.ndarray:

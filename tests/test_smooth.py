@@ -14,7 +14,7 @@ from molmo_edge.export.source import open_source
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import DenseFFN
 from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.quantize.smooth import Smoothed
+from molmo_edge.quantize.smooth import smoothed
 from molmo_edge.runtimes import open_runtime
 
 LOUD = (3, 17)  # channels
@@ -72,21 +72,21 @@ def test_smoothed_weights_are_the_same_function(architecture: str, tmp_path: Pat
 
     config, tensors = open_source(GOLDEN / architecture)
     rows = prompt(runtime(architecture), case(architecture, "square"))
-    smoothed = Smoothed(config, tensors, [rows], ("attention", "experts"))
-    a, b = (build_model(config, source, where="test") for source in (tensors, smoothed))
+    smooth = smoothed(config, tensors, [rows], ("attention", "experts"))
+    a, b = (build_model(config, source, where="test") for source in (tensors, smooth))
     with torch.inference_mode():
         x = torch.from_numpy(rows)[None]
         exact, found = (model.decoder.logits(model.decoder(x))[0].numpy() for model in (a, b))
     assert relative(found, exact) < 1e-4
     name = "model.transformer.blocks.0" + (".attn" if config.decoder.n_experts else "") + ".att_proj.weight"
-    same = (smoothed.get(name) == tensors.get(name)).all()
+    same = (smooth.get(name) == tensors.get(name)).all()
     assert same == config.decoder.norm_after, "OLMo's norms stand behind, so there is nothing to share with"
 
 
 def test_only_what_int8_rounds_is_smoothed(tmp_path: Path) -> None:
     config, tensors = open_source(GOLDEN / "molmoe")
     rows = prompt(runtime("molmoe"), case("molmoe", "square"))
-    smoothed = Smoothed(config, tensors, [rows], ("attention",))
-    changed = {name for name in tensors.names() if (smoothed.get(name) != tensors.get(name)).any()}
+    smooth = smoothed(config, tensors, [rows], ("attention",))
+    changed = {name for name in tensors.names() if (smooth.get(name) != tensors.get(name)).any()}
     block = "model.transformer.blocks.{}.attn"
     assert changed == {f"{block.format(n)}.{leaf}.weight" for n in (0, 1) for leaf in ("attn_norm", "att_proj")}

@@ -21,6 +21,7 @@ from molmo_edge.evaluation.figures import figures
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.trace import Subject, Trace, record
+from molmo_edge.quantize.parts import PARTS as OF_DECODER
 from molmo_edge.runtimes import open_files
 from molmo_edge.tokenizer import Tokenizer
 
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
     from molmo_edge.modeling.checkpoint import TensorSource
 
 _SEED = 6
-_OF_DECODER = ("attention", "experts", "router", "head")
-PARTS = ("vision_encoder", "connector", "embed_tokens", *_OF_DECODER)
+PARTS = ("vision_encoder", "connector", "embed_tokens", *OF_DECODER)
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def ablate(
 
 
 def component_of(part: str) -> str:
-    return "decoder" if part in _OF_DECODER else part
+    return "decoder" if part in OF_DECODER else part
 
 
 def variant(part: str, word: str) -> dict[str, str]:
     """What `export_bundle` is asked for."""
-    return {"decoder": "fp32", part: word} if part in _OF_DECODER else {part: word}
+    return {"decoder": "fp32", part: word} if part in OF_DECODER else {part: word}
 
 
 def words_of(part: str, config: MolmoConfig) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, component_of
 from molmo_edge.evaluation.loss import LossError, check_comparable
 from molmo_edge.export.source import open_source
-from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.checkpoint import Changed, TensorSource
 from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.quantize.parts import part_of
 
@@ -37,18 +37,23 @@ def blame_parts(
     """The reference with one part's weights from `candidate`, each in turn. Raises LossError for other sizes."""
     theirs = _open(bench, candidate)
     # A calibration moves gains of norms into matrices of two parts: those must not be exchanged apart.
-    ours = Folded(bench.config, bench.tensors)
-    apart = any(
-        not np.array_equal(bench.tensors.get(name), theirs.get(name)) for name in ours.names() if ours.is_gain(name)
-    )
-    a, b = (ours, Folded(bench.config, theirs)) if apart else (bench.tensors, theirs)
+    gains = [name for name in bench.tensors.names() if _is_gain(name, bench.config)]
+    if all(np.array_equal(bench.tensors.get(name), theirs.get(name)) for name in gains):
+        ours = bench.tensors
+    else:
+        ours, theirs = (_folded(bench.config, source) for source in (bench.tensors, theirs))
     for part in parts:
         if part == "router" and not bench.config.decoder.n_experts:
             continue
         component = component_of(part)
-        path = bench.build(component, {component: "fp32"}, _Mixed(a, b, part))
+        path = bench.build(component, {component: "fp32"}, _exchanged(ours, theirs, part))
         yield Ablated(part, candidate.name, 0, bench.measure({component: path}, on_part(f"{part} of {candidate.name}")))
         bench.forget(path)
+
+
+def _exchanged(ours: TensorSource, theirs: TensorSource, part: str) -> Changed:
+    """One part's tensors from `theirs`, the others from `ours`."""
+    return Changed(ours, lambda name: (theirs if tensor_part(name) == part else ours).get(name))
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,10 @@ class Matrix:
 
 def matrices(bench: Bench, candidate: Path) -> list[Matrix]:
     """All tensors that differ, the most different first: names a single damaged expert without running anything."""
-    theirs, config = _open(bench, candidate), bench.config
-    ours, others = Folded(config, bench.tensors), Folded(config, theirs)
-    errors: dict[str, float] = {}
-    for name in hub_shapes(config):
-        if not ours.is_gain(name) and _runs(name, config):
-            errors[name] = _error(*(np.asarray(source.folded(name), np.float32) for source in (ours, others)))
+    config = bench.config
+    ours, theirs = (_folded(config, source) for source in (bench.tensors, _open(bench, candidate)))
+    names = [name for name in hub_shapes(config) if _runs(name, config) and not _is_gain(name, config)]
+    errors = {name: _error(ours.get(name), theirs.get(name)) for name in names}
     found = [
         Matrix(name, tensor_part(name), error, error > max(_TINY, OTHERWISE * _usual(name, errors)))
         for name, error in errors.items()
@@ -114,49 +117,35 @@ def _runs(name: str, config: MolmoConfig) -> bool:
     return not (block and int(block[1]) > config.vision.last_layer)
 
 
-class Folded:
-    """A TensorSource with all scales that an export may move in one place: LayerScale in the rows of what it scales, a
-    norm's gain in the columns of the matrices behind it. The same function."""
+def _is_gain(name: str, config: MolmoConfig) -> bool:
+    """Whether it is folded into others: LayerScale, and the norms that stand in front of matrices."""
+    if name.endswith((".lambda1", ".lambda2")):
+        return True
+    return name.endswith((".attn_norm.weight", ".ff_norm.weight")) and not config.decoder.norm_after
 
-    def __init__(self, config: MolmoConfig, tensors: TensorSource) -> None:
-        self._config, self._tensors, self._names = config, tensors, frozenset(tensors.names())
 
-    def names(self) -> list[str]:
-        return self._tensors.names()
+def _folded(config: MolmoConfig, tensors: TensorSource) -> Changed:
+    """The same function with all scales that an export may move in one place.
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(name)
+    LayerScale in the rows of what it scales, a norm's gain in the columns of the matrices behind it.
+    """
+    names = frozenset(tensors.names())
 
-    def dtype(self, name: str) -> str:
-        return "F32"
-
-    def file(self, name: str) -> Path:
-        return self._tensors.file(name)
-
-    def raw(self, name: str) -> np.ndarray:
-        return self.get(name)
-
-    def get(self, name: str) -> np.ndarray:
-        return np.ones(self.shape(name), np.float32) if self.is_gain(name) else self.folded(name)
-
-    def is_gain(self, name: str) -> bool:
-        """Whether it is folded into others."""
-        if name.endswith((".lambda1", ".lambda2")):
-            return True
-        return name.endswith((".attn_norm.weight", ".ff_norm.weight")) and not self._config.decoder.norm_after
-
-    def folded(self, name: str) -> np.ndarray:
-        """The tensor with the scales that belong to it."""
-        array = np.asarray(self._tensors.get(name), np.float32)
+    def change(name: str) -> np.ndarray:
+        if _is_gain(name, config):
+            return np.ones(tensors.shape(name), np.float32)
+        array = tensors.get(name)
         for matrix, scale in ((".attention.wo.", "lambda1"), (".feed_forward.w2.", "lambda2")):
             block, found, _ = name.partition(matrix)
-            if found and f"{block}.{scale}" in self._names:
-                scales = self._tensors.get(f"{block}.{scale}")
+            if found and f"{block}.{scale}" in names:
+                scales = tensors.get(f"{block}.{scale}")
                 return array * (scales[:, None] if array.ndim == 2 else scales)
-        if (behind := _BEHIND_NORM.search(name)) and not self._config.decoder.norm_after:
+        if (behind := _BEHIND_NORM.search(name)) and not config.decoder.norm_after:
             gain = f"{name[: behind.start()]}.{'attn_norm' if behind[1] else 'ff_norm'}.weight"
-            return array * self._tensors.get(gain)
+            return array * tensors.get(gain)
         return array
+
+    return Changed(tensors, change)
 
 
 def tensor_part(name: str) -> str:
@@ -172,31 +161,3 @@ def tensor_part(name: str) -> str:
     if name.endswith("ln_f.weight"):
         return "head"
     return part_of(name.removesuffix(".weight"))
-
-
-class _Mixed:
-    """A TensorSource: one part's tensors from `theirs`, the others from `ours`."""
-
-    def __init__(self, ours: TensorSource, theirs: TensorSource, part: str) -> None:
-        self._ours, self._theirs, self._part = ours, theirs, part
-
-    def _of(self, name: str) -> TensorSource:
-        return self._theirs if tensor_part(name) == self._part else self._ours
-
-    def names(self) -> list[str]:
-        return self._ours.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._of(name).shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self._of(name).dtype(name)
-
-    def file(self, name: str) -> Path:
-        return self._of(name).file(name)
-
-    def raw(self, name: str) -> np.ndarray:
-        return self._of(name).raw(name)
-
-    def get(self, name: str) -> np.ndarray:
-        return self._of(name).get(name)

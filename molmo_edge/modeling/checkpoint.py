@@ -7,7 +7,7 @@ memory of its largest tensor. Only the pickles need torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,6 +57,32 @@ class TensorSource(Protocol):
     def get(self, name: str) -> np.ndarray:
         """The tensor as float32."""
         ...
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A TensorSource over another of the same names and shapes, whose tensors `change` gives, float32 by their name."""
+
+    tensors: TensorSource
+    change: Callable[[str], np.ndarray]
+
+    def names(self) -> list[str]:
+        return self.tensors.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def file(self, name: str) -> Path:
+        return self.tensors.file(name)
+
+    def raw(self, name: str) -> np.ndarray:
+        return self.get(name)
+
+    def get(self, name: str) -> np.ndarray:
+        return np.asarray(self.change(name), np.float32)
 
 
 @dataclass(frozen=True)
