@@ -2,8 +2,8 @@
 
 An input row has one scale in int8, so a channel that is always loud takes the precision of all others. Every matrix
 behind a norm can share the load: the norm's gain is divided by s, the matrix's columns are multiplied by it, and what
-comes out is equal. s is the square root of the channel's root mean square on real prompts, which on nano halves the
-error of those products (largest values instead of mean squares, as in SmoothQuant, arXiv 2211.10438, do a little less).
+comes out is equal. s is the square root of the channel's root mean square on real prompts, which served
+nano a little better than the largest values of SmoothQuant (arXiv 2211.10438).
 """
 
 from __future__ import annotations
