@@ -15,8 +15,8 @@ from PIL import Image
 
 from molmo_edge.evaluation.academic import TASKS, questions
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.evaluation.rows import FetchError, RowsError
 from molmo_edge.images import load_image
+from molmo_edge.rows import FetchError, RowsError
 
 datasets = pytest.importorskip("datasets")
 TEXT, NUMBER, SMALL = datasets.Value("string"), datasets.Value("int64"), datasets.Value("int32")

@@ -12,8 +12,8 @@ from PIL import Image
 from molmo_edge.evaluation.academic import questions
 from molmo_edge.evaluation.ai2d import draw_letters
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.rows import RowsError
 from molmo_edge.images import load_image
+from molmo_edge.rows import RowsError
 
 
 def asked(folder: Path, split: str | None = None) -> list[Question]:

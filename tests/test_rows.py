@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge.evaluation import rows as rows_module
-from molmo_edge.evaluation.rows import FetchError, Row, RowsError, fetch_image, load_rows
+from molmo_edge import rows as rows_module
 from molmo_edge.images import load_image
+from molmo_edge.rows import FetchError, Row, RowsError, fetch_image, load_rows
 
 datasets = pytest.importorskip("datasets")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from molmo_edge.evaluation import ai2d, official
 from molmo_edge.evaluation import row_questions as ask
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.rows import FetchError, Row, Rows, RowsError, load_rows
+from molmo_edge.rows import FetchError, Row, Rows, RowsError, load_rows
 
 # fmt: off
 _MMMU = (

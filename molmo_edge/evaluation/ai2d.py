@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from molmo_edge.evaluation.rows import Rows, RowsError, rows_of
+from molmo_edge.rows import Rows, RowsError, rows_of
 
 TEST_IDS = "ai2d_test_ids.csv"
 _VALIDATION = 384  # images that the reference holds out

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.evaluation.rows import Rows, RowsError, rows_of
+from molmo_edge.rows import Rows, RowsError, rows_of
 
 _VQA2 = {  # split -> questions, images
     "train": ("train2014", "train2014"),

@@ -23,7 +23,6 @@ from molmo_edge.evaluation.ai2d import prune
 from molmo_edge.evaluation.mmmu import mmmu_score
 from molmo_edge.evaluation.pointing import point_count_score, score_in_masks
 from molmo_edge.evaluation.questions import Question, Score
-from molmo_edge.evaluation.rows import Row, RowsError, fetch_image
 from molmo_edge.evaluation.text_scores import (
     anls,
     clean_answer,
@@ -36,6 +35,7 @@ from molmo_edge.evaluation.text_scores import (
 )
 from molmo_edge.loading import load_image
 from molmo_edge.prompt import count_question, point_question
+from molmo_edge.rows import Row, RowsError, fetch_image
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.academic import Benchmark
