@@ -111,7 +111,7 @@ def _length(x: Any) -> Any:
 def _all_experts(ffn: decoder.SparseFFN, x: Tensor) -> Tensor:
     """Every expert for every token: a trace cannot sort tokens by their experts, as the model does."""
     flat = x.reshape(-1, x.shape[-1])
-    return ffn._wide(flat, *ffn.route(flat)).view_as(x)
+    return decoder.mix_experts(flat, *ffn.route(flat), (ffn.gate, ffn.up, ffn.down), "wide").view_as(x)
 
 
 def _repeat_heads(x: Tensor, repeats: int, dim: int) -> Tensor:

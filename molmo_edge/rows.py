@@ -12,11 +12,12 @@ import http.client
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from molmo_edge.errors import MolmoEdgeError, first_line
 
 ROWS = "rows.jsonl"
+_BATCH = 10_000  # rows of a column that is read whole
 _MOST_BYTES = 100_000_000  # of a picture
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be another one in a moment
 _AGENT = "Mozilla/5.0 (compatible; molmo-edge)"  # many hosts refuse Python's own
@@ -37,6 +39,14 @@ class FetchError(MolmoEdgeError):
     """A picture that its URL no longer gives. Links die: leave the row out, and count it."""
 
 
+class NoAnswerError(FetchError):
+    """The host did not answer, or was too busy: it may be gone, or this machine offline."""
+
+
+class OtherFileError(FetchError):
+    """The URL gives a file, but not the one that it gave once."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of one split, in their order."""
@@ -46,6 +56,25 @@ class Rows:
     columns: tuple[str, ...]
     length: int
     cell: Callable[[int, str], Any]  # (row, column) -> its value, pictures not decoded
+    whole: Callable[[str], Iterable[Any]] | None = None  # column -> all its values; None: cell by cell
+
+    def column(self, column: str) -> Iterator[Any]:
+        """All values of one column, the others left unread: quick where there are millions of rows.
+
+        Raises RowsError for a column that does not exist.
+        """
+        self.check(column)
+        if self.whole is not None:
+            return iter(self.whole(column))
+        return (self.cell(index, column) for index in range(self.length))
+
+    def check(self, column: str) -> None:
+        """Raises RowsError for a column that does not exist."""
+        if column not in self.columns:
+            raise RowsError(
+                f'{self.where} has no column "{column}", only {", ".join(self.columns)}: is it a copy of another data '
+                "set?"
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -71,11 +100,7 @@ class Row:
 
     def __getitem__(self, column: str) -> Any:
         """Raises RowsError for a column that does not exist."""
-        if column not in self.rows.columns:
-            raise RowsError(
-                f'{self.rows.where} has no column "{column}", only {", ".join(self.rows.columns)}: is it a copy of '
-                "another data set?"
-            )
+        self.rows.check(column)
         return self.rows.cell(self.index, column)
 
     def get(self, column: str) -> Any:
@@ -95,7 +120,36 @@ class Row:
 def rows_of(where: Path, listed: Sequence[dict[str, Any]]) -> Rows:
     """Rows that are in memory already. Paths in them are relative to the folder `where`."""
     columns = tuple(dict.fromkeys(column for row in listed for column in row))
-    return Rows(str(where), where, columns, len(listed), lambda index, column: listed[index].get(column))
+    cells = _Listed(listed)
+    return Rows(str(where), where, columns, len(listed), cells.cell, cells.column)
+
+
+# Classes and not closures, because rows are copied to the processes that read ahead for a trainer.
+
+
+@dataclass(frozen=True, eq=False)
+class _Listed:
+    listed: Sequence[dict[str, Any]]
+
+    def cell(self, index: int, column: str) -> Any:
+        return self.listed[index].get(column)
+
+    def column(self, column: str) -> Iterator[Any]:
+        return (row.get(column) for row in self.listed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrow:
+    """Of a `datasets.Dataset` in the format "arrow": a row is a slice of memory, nothing is decoded or copied."""
+
+    dataset: Any
+
+    def cell(self, index: int, column: str) -> Any:
+        return self.dataset[index].column(column)[0].as_py()
+
+    def column(self, column: str) -> Iterator[Any]:
+        for batch in self.dataset.select_columns([column]).iter(_BATCH):
+            yield from batch.column(0).to_pylist()
 
 
 def load_rows(hub_id: str, configs: Sequence[str], split: str, local: Path | None) -> Rows:
@@ -146,12 +200,8 @@ def _datasets() -> Any:
 
 def _from_datasets(folder: Path, parts: Sequence[Any]) -> Rows:
     whole = parts[0] if len(parts) == 1 else _datasets().concatenate_datasets(list(parts))
-    arrow = whole.with_format("arrow")  # a row as a slice of memory: nothing is decoded or copied
-
-    def cell(index: int, column: str) -> Any:
-        return arrow[index].column(column)[0].as_py()
-
-    return Rows(str(folder), folder, tuple(whole.column_names), len(whole), cell)
+    cells = _Arrow(whole.with_format("arrow"))
+    return Rows(str(folder), folder, tuple(whole.column_names), len(whole), cells.cell, cells.column)
 
 
 def _saved_in(folder: Path, configs: Sequence[str]) -> list[Path]:
@@ -221,7 +271,7 @@ def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.
 
     `sha256`: of the file's bytes, lower case; None to take what comes. `pause`: seconds before the first of three
     retries, twice as many before each next. What fails for good (404, another hash) is not asked for again, but the
-    next call does. Raises FetchError.
+    next call does. Raises FetchError: OtherFileError for another hash, NoAnswerError for a host that cannot be reached.
     """
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file's name
         raise FetchError(f"{url} should have the sha256 {sha256!r}, which is none")
@@ -230,9 +280,9 @@ def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.
         return path
     data = _get(url, pause, timeout)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise FetchError(f"{url} gives another file than it did: its sha256 is not {sha256}")
+        raise OtherFileError(f"{url} gives another file than it did: its sha256 is not {sha256}")
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{path.name}.{os.getpid()}"
+    scratch = folder / f".{path.name}.{os.getpid()}.{threading.get_ident()}"
     scratch.write_bytes(data)
     os.replace(scratch, path)
     return path
@@ -252,12 +302,14 @@ def _get(url: str, pause: float, timeout: float) -> bytes:
                     raise http.client.IncompleteRead(data, response.length)
         except urllib.error.HTTPError as error:
             if error.code not in _TRANSIENT or wait is None:
-                raise FetchError(f"{url} cannot be fetched: HTTP status {error.code}") from error
+                kind = NoAnswerError if error.code in _TRANSIENT else FetchError
+                raise kind(f"{url} cannot be fetched: HTTP status {error.code}") from error
             after = error.headers.get("Retry-After", "")
             wait = max(wait, min(30.0, float(after))) if after.isdecimal() else wait
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, ValueError) or wait is None:  # ValueError: an address that cannot be one
-                raise FetchError(f"{url} cannot be fetched: {first_line(error)}") from error
+                kind = FetchError if isinstance(error, ValueError) else NoAnswerError
+                raise kind(f"{url} cannot be fetched: {first_line(error)}") from error
         else:
             if len(data) > _MOST_BYTES:
                 raise FetchError(f"{url} gives more than {_MOST_BYTES} bytes, too many for a picture")

@@ -65,7 +65,7 @@ class Quantizer:
 
     def __init__(self, kind: str, device: str | torch.device) -> None:
         self._kind, self._device = kind, torch.device(device)
-        self._bnb = _import()
+        self._bnb = import_bitsandbytes("int8 and nf4")
         if self._device.type not in ("cpu", "cuda"):
             raise PrecisionError(f'precision "{kind}" runs on CPU and CUDA, not on {self._device.type}: use "bf16"')
 
@@ -111,7 +111,8 @@ class Quantizer:
         return QuantizedLinear(layer, torch.float16)
 
 
-def _import() -> Any:
+def import_bitsandbytes(wanted: str) -> Any:
+    """The package, in silence. Raises PrecisionError that says what it is `wanted` for."""
     # It recommends a download of faster kernels at every import, where nobody asked.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
@@ -120,7 +121,7 @@ def _import() -> Any:
         import bitsandbytes
     except ImportError as error:
         raise PrecisionError(
-            f"int8 and nf4 need bitsandbytes ({error}): pip install 'molmo-edge[quantize]', or use precision=\"bf16\""
+            f"{wanted} need bitsandbytes ({error}): pip install 'molmo-edge[quantize]', or use precision=\"bf16\""
         ) from None
     finally:
         logger.setLevel(level)

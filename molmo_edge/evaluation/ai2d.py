@@ -8,15 +8,17 @@ which is not free, here it is the one that comes with Pillow.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from molmo_edge.rows import Rows, RowsError, rows_of
+from molmo_edge.rows import Row, Rows, RowsError, rows_of
 
 TEST_IDS = "ai2d_test_ids.csv"
 _VALIDATION = 384  # images that the reference holds out
@@ -27,7 +29,7 @@ _HALF = 127  # alpha of a transparent box
 def official_rows(folder: Path, split: str) -> Rows | None:
     """Rows of the official archive's `questions`, `annotations` and `images`; None if `folder` has another layout.
 
-    They are in `folder` or in `folder`/ai2d, with ai2d_test_ids.csv beside one of them. `split`: "test", or
+    They are in `folder` or in `folder`/ai2d, with ai2d_test_ids.csv beside one of them. `split`: "test", "train", or
     "validation", the images that the reference holds out of training. A question about letters gives two rows, one
     for each kind of box. Columns, besides those on the hub (question, options, answer, image): question_id, image_id,
     abc_label, has_transparent_box, and letters, those of the diagram. Raises RowsError.
@@ -38,11 +40,12 @@ def official_rows(folder: Path, split: str) -> Rows | None:
     names = _images(root, folder, split)
     listed = [row for name in names for row in _rows(root, name)]
     plain = rows_of(folder, listed)
-
-    def cell(index: int, column: str) -> Any:
-        return _picture(root, listed[index]) if column == "image" else plain.cell(index, column)
-
+    cell = functools.partial(_cell, root, listed)  # no closure: rows are copied to the processes of a trainer
     return Rows(plain.where, folder, (*plain.columns, "image"), len(listed), cell)
+
+
+def _cell(root: Path, listed: Sequence[Mapping[str, Any]], index: int, column: str) -> Any:
+    return _picture(root, listed[index]) if column == "image" else listed[index].get(column)
 
 
 def _images(root: Path, folder: Path, split: str) -> list[str]:
@@ -59,12 +62,12 @@ def _images(root: Path, folder: Path, split: str) -> list[str]:
     test = {int(line) for line in ids.read_text(encoding="utf-8").split()}
     if split == "test":
         numbers = sorted(test & by_number.keys())
-    elif split == "validation":
+    elif split in ("train", "validation"):
         numbers = sorted(by_number.keys() - test)
         np.random.RandomState(5961).shuffle(numbers)
-        numbers = numbers[:_VALIDATION]
+        numbers = numbers[_VALIDATION:] if split == "train" else numbers[:_VALIDATION]
     else:
-        raise RowsError(f'AI2D has the splits "test" and "validation" here, not "{split}"')
+        raise RowsError(f'AI2D has the splits "train", "validation" and "test" here, not "{split}"')
     return [by_number[number] for number in numbers]
 
 
@@ -99,6 +102,21 @@ def prune(options: Sequence[str], answer: int) -> tuple[list[str], int]:
     """The options without empty ones ("{}") and repetitions, and the answer's new place among them."""
     kept = list(dict.fromkeys(option for option in options if option != "{}"))
     return kept, kept.index(options[answer])
+
+
+def letter_names(row: Row, options: Sequence[str]) -> list[str] | None:
+    """What a question about a diagram's letters calls its (pruned) options, which are letters themselves.
+
+    None: it is about something else, and its options are to be called A, B, C.
+    """
+    told = "abc_label" in row
+    # On the hub, rows do not say whether the options are letters of the picture: single letters are taken for that.
+    letters = row["letters"] if told else ascii_uppercase
+    named = [option.upper() in letters and (told or len(option) == 1) for option in options]
+    enough = sum(named) >= max(len(options) - 1, 0 if told else 2)
+    if not enough or (told and not row["abc_label"]):
+        return None
+    return [option.upper() if name else option for option, name in zip(options, named, strict=True)]
 
 
 def _picture(root: Path, row: Mapping[str, Any]) -> Any:

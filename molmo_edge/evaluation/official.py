@@ -21,25 +21,27 @@ _INFO_QA = {
 }
 
 
-def vqa2_rows(folder: Path, split: str) -> Rows | None:
+def vqa2_rows(folder: Path, split: str, version: str = "v2_") -> Rows | None:
     """VQAv2 from v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json (visualqa.org).
+
+    `version` "": OK-VQA, which has the same files (okvqa.allenai.org).
 
     COCO's pictures are in val2014 beside them, or in images/val2014. Questions about one picture stand side by side.
     Test splits have no annotations: their answers are None. None if the questions are not in `folder`.
     """
     names = _VQA2.get(split)
-    questions = folder / f"v2_OpenEnded_mscoco_{names[0]}_questions.json" if names else None
+    questions = folder / f"{version}OpenEnded_mscoco_{names[0]}_questions.json" if names else None
     if names is None or questions is None or not questions.is_file():
         return None
-    annotations = folder / f"v2_mscoco_{names[0]}_annotations.json"
+    annotations = folder / f"{version}mscoco_{names[0]}_annotations.json"
     answers: dict[int, Any] = {}
     if annotations.is_file():
-        answers = {each["question_id"]: each["answers"] for each in _read(annotations)["annotations"]}
+        answers = {each["question_id"]: each["answers"] for each in read_json(annotations)["annotations"]}
     elif not names[0].startswith("test"):
         raise RowsError(f"{questions} has no answers beside it: put {annotations.name} into {folder}")
     images = "images/" if (folder / "images" / names[1]).is_dir() else ""
     by_image: dict[int, list[dict[str, Any]]] = {}
-    for each in _read(questions)["questions"]:
+    for each in read_json(questions)["questions"]:
         number = each["image_id"]
         row = {
             "question_id": each["question_id"],
@@ -70,12 +72,13 @@ def info_qa_rows(folder: Path, split: str) -> Rows | None:
             "image_url": each["image_local_name"],  # one for each picture, as the URL on the hub
             "image": f"{images}/{each['image_local_name']}",
         }
-        for each in _read(questions)["data"]
+        for each in read_json(questions)["data"]
     ]
     return rows_of(folder, rows)
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Raises RowsError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -13,13 +13,12 @@ import io
 import random
 import re
 from collections.abc import Callable, Sequence
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molmo_edge.bundle import cache_directory
-from molmo_edge.evaluation.ai2d import prune
+from molmo_edge.evaluation.ai2d import letter_names, prune
 from molmo_edge.evaluation.mmmu import mmmu_score
 from molmo_edge.evaluation.pointing import point_count_score, score_in_masks
 from molmo_edge.evaluation.questions import Question, Score
@@ -145,7 +144,7 @@ def real_world_qa(task: Benchmark, row: Row) -> Question:
 
 def mmmu(task: Benchmark, row: Row) -> Question:
     id, question, answer, kind = row["id"], row["question"], row["answer"], row["question_type"]
-    options = _options(row)
+    options = text_list(row, "options")
     # Rows on the hub write "<image 2>" for an option that is a picture, which the reference does not look for: it
     # asks about image_1 then. Pictures after image_1 are never shown.
     pictures = sum(re.match("<img='(.*?)'>", option) is not None for option in options) > 1
@@ -173,15 +172,15 @@ def mmmu(task: Benchmark, row: Row) -> Question:
     )
 
 
-def _options(row: Row) -> list[str]:
-    """MMMU's options are the text of a Python list."""
-    options = row["options"]
-    if isinstance(options, str):
+def text_list(row: Row, column: str) -> list[str]:
+    """A cell that is a list of texts, or the text of such a list in Python, as some data sets on the hub have it."""
+    value = row[column]
+    if isinstance(value, str):
         try:
-            options = ast.literal_eval(options)
+            value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise RowsError(f"row {row.index} of {row.rows.where} has options that are no list: {options!r}") from None
-    return [str(option) for option in options or ()]
+            raise RowsError(f"row {row.index} of {row.rows.where} has {column} that are no list: {value!r}") from None
+    return [str(text) for text in value or ()]
 
 
 def math_vista(task: Benchmark, row: Row) -> Question:
@@ -220,13 +219,9 @@ def math_vista(task: Benchmark, row: Row) -> Question:
 def ai2d(task: Benchmark, row: Row) -> Question:
     options, answer = prune(row["options"], int(row["answer"]))
     told = "abc_label" in row
-    # On the hub, rows do not say whether the options are letters of the picture: single letters are taken for that.
-    letters = row["letters"] if told else ascii_uppercase
-    named = [option.upper() in letters and (told or len(option) == 1) for option in options]
-    enough = sum(named) >= max(len(options) - 1, 0 if told else 2)
-    if enough and (row["abc_label"] if told else True):
-        style, names = "ai2_diagram_no_letter", [o.upper() if n else o for o, n in zip(options, named, strict=True)]
-        text = "\n".join([row["question"], *names, ""])
+    names = letter_names(row, options)
+    if names is not None:
+        style, text = "ai2_diagram_no_letter", "\n".join([row["question"], *names, ""])
     else:
         style, names = "ai2_diagram", list(_LETTERS[: len(options)])
         text = with_options(row["question"], options)

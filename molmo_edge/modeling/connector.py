@@ -47,8 +47,9 @@ class Connector(nn.Module):
         pad_embed = self.pad_embed.to(features.dtype)
         features = features + pad_embed[0] * padded + pad_embed[1] * partial
 
-        n, side, p = len(features), self.patches // self.pool, self.pool
-        groups = features.view(n, side, p, side, p, -1).transpose(2, 3)  # [n, side, side, p, p, feature_dim]
-        groups = groups.reshape(n * side * side, p * p, -1)
+        (n, _, width), side, p = features.shape, self.patches // self.pool, self.pool
+        groups = features.view(n, side, p, side, p, width).transpose(2, 3)  # [n, side, side, p, p, feature_dim]
+        groups = groups.reshape(n * side * side, p * p, width)
         pooled = self.pooling(groups.mean(1, keepdim=True), groups)  # [n * side^2, 1, d_vision]
-        return self.projector(pooled).view(n, side * side, -1)
+        cells = self.projector(pooled)
+        return cells.view(n, side * side, cells.shape[-1])  # n is 0 in a batch of texts

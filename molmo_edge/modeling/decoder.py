@@ -6,7 +6,7 @@ Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,12 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.modeling.linear import Linear, match
+from molmo_edge.modeling.linear import Linear, match, working_dtype
 
 _grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
 
 _EXACT = 64  # logits that are computed in float32 whatever the head is
+_ALIGNED = 8  # rows: the grouped product's backward pass wants every expert's block to begin at 16 bytes
+
+# Which keys a query may look at: bool [batch, 1, n, keys], True where it may; None: itself and what came before; or a
+# function from q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, keys, head_dim] to what attention gives.
+Mask = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor] | None
+# What becomes of a branch before it is added to the residual stream: (branch [batch, n, d], its number) -> the same.
+Dropout = Callable[[Tensor, int], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -98,14 +105,17 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         q, k, v = self.queries_keys_values(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        repeats = self.config.n_heads // self.config.n_kv_heads
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if mask is None or isinstance(mask, Tensor):
+            repeats = self.config.n_heads // self.config.n_kv_heads
+            if repeats > 1:
+                k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        else:
+            out = mask(q, k, v)
         return self.attn_out(out.transpose(1, 2).flatten(2))
 
 
@@ -120,8 +130,20 @@ class DenseFFN(nn.Module):
         return self.ff_out(F.silu(gate) * up)
 
 
+@dataclass
+class Routing:
+    """What routers chose while it is `open`, layer by layer: for the losses and the figures of a training step."""
+
+    open: bool = False
+    logits: list[Tensor] = field(default_factory=list)  # [tokens, experts] a layer
+    experts: list[Tensor] = field(default_factory=list)  # int [tokens, top_k] a layer
+
+
 class SparseFFN(nn.Module):
     """OLMoE's experts: softmax over all of them in float32, the top_k largest, NOT renormalised."""
+
+    kernel = "auto"  # or "wide", "grouped", "loop": how the experts' products are made, see `forward`
+    routing: Routing | None = None
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -134,44 +156,79 @@ class SparseFFN(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, d] -> weights float32 [tokens, top_k] and expert ids [tokens, top_k]."""
-        return choose_experts(self.router(x), self.top_k)
+        logits = self.router(x)
+        weights, experts = choose_experts(logits, self.top_k)
+        if self.routing is not None and self.routing.open:  # it is not while activations are computed again
+            self.routing.logits.append(logits)
+            self.routing.experts.append(experts)
+        return weights, experts
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> float32 [..., d]."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, experts = self.route(flat)
-        # With half of the experts at work, one wide product wastes less than gathering tokens costs.
-        if 2 * self.top_k >= len(self.gate):
-            out = self._wide(flat, weights, experts)
-        elif _has_grouped_mm(self.gate):
-            out = self._fused(flat, weights, experts)
-        else:
-            out = by_expert(flat, weights, experts, len(self.gate), self.expert)
-        return out.view_as(x)
+        return self.mix(flat, *self.route(flat)).view_as(x)
+
+    def mix(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [tokens, d], its weights and experts [tokens, top_k] -> float32 [tokens, d]."""
+        return mix_experts(x, weights, experts, (self.gate, self.up, self.down), self.kernel)
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         """SwiGLU of expert `e` alone: x [n, d] -> [n, d]."""
-        x = match(x, self.gate)
-        return F.linear(F.silu(F.linear(x, self.gate[e])) * F.linear(x, self.up[e]), self.down[e])
+        return _swiglu(match(x, self.gate), self.gate[e], self.up[e], self.down[e])
 
-    def _wide(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """All experts as one SwiGLU; the unchosen ones are multiplied by zero."""
-        e, ffn, d = self.gate.shape
-        x = match(x, self.gate)
-        gates = x.new_zeros(len(x), e).scatter(1, experts, weights.to(x.dtype))  # [tokens, experts]
-        hidden = F.silu(F.linear(x, self.gate.view(e * ffn, d))) * F.linear(x, self.up.view(e * ffn, d))
-        hidden = (hidden.view(-1, e, ffn) * gates.to(hidden.dtype)[..., None]).flatten(1)
-        return F.linear(hidden, self.down.transpose(0, 1).reshape(d, e * ffn)).float()
 
-    def _fused(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
-        order, token = _sorted(experts)
-        each = torch.arange(len(self.gate), device=x.device)
-        ends = torch.searchsorted(experts.flatten()[order], each, right=True).int()  # of each expert's tokens
-        rows = match(x, self.gate)[token]  # [tokens * top_k, d], an expert's tokens side by side
-        gate, up = (_grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
-        out = _grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
-        return _scatter(out, weights, order, token, len(x))
+Matrices = tuple[Tensor, Tensor, Tensor]  # gate and up [experts, ffn, d], down [experts, d, ffn]
+
+
+def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices, kernel: str = "auto") -> Tensor:
+    """Sum over k of weights[k] * expert[k](x): x [tokens, d], the other two [tokens, top_k] -> float32 [tokens, d].
+
+    kernel: how the products are made, "wide", "grouped", "loop", or "auto" for the fastest here.
+    """
+    gate, up, down = matrices
+    if kernel == "auto":
+        # With half of the experts at work, one wide product wastes less than gathering tokens costs.
+        many = 2 * experts.shape[1] >= len(gate)
+        kernel = "wide" if many else "grouped" if _has_grouped_mm(gate) else "loop"
+    if kernel == "wide":
+        return _wide(x, weights, experts, matrices)
+    if kernel == "grouped":
+        return _grouped(x, weights, experts, matrices)
+    x = match(x, gate)
+    return by_expert(x, weights, experts, len(gate), lambda rows, e: _swiglu(rows, gate[e], up[e], down[e]))
+
+
+def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def _wide(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Tensor:
+    """All experts as one SwiGLU; the unchosen ones are multiplied by zero."""
+    gate, up, down = matrices
+    e, ffn, d = gate.shape
+    x = match(x, gate)
+    gates = x.new_zeros(len(x), e).scatter(1, experts, weights.to(x.dtype))  # [tokens, experts]
+    hidden = F.silu(F.linear(x, gate.view(e * ffn, d))) * F.linear(x, up.view(e * ffn, d))
+    hidden = (hidden.view(-1, e, ffn) * gates.to(hidden.dtype)[..., None]).flatten(1)
+    return F.linear(hidden, down.transpose(0, 1).reshape(d, e * ffn)).float()
+
+
+def _grouped(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Tensor:
+    """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
+    e, dtype = len(matrices[0]), working_dtype(matrices[0])
+    order, token = _sorted(experts)
+    owner = experts.flatten()[order]  # [tokens * top_k], rising
+    counts = torch.zeros(e, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
+    blocks = (counts + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+    ends = blocks.cumsum(0)
+    # Where a row goes: behind the blocks of the experts before, in its own expert's order.
+    place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
+    rows = x.new_zeros(len(owner) + e * _ALIGNED, x.shape[1], dtype=dtype).index_copy(0, place, x[token].to(dtype))
+    offs = ends.int()
+    gate, up, down = (w.to(dtype).transpose(1, 2) for w in matrices)
+    hidden = F.silu(_grouped_mm(rows, gate, offs=offs)) * _grouped_mm(rows, up, offs=offs)
+    out = _grouped_mm(hidden, down, offs=offs)  # rows behind the last block are left as they come
+    return _scatter(out[place], weights, order, token, len(x))
 
 
 def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +239,7 @@ def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def _has_grouped_mm(weight: Tensor) -> bool:
     """Its kernels are for bfloat16 on Ampere and later."""
-    if _grouped_mm is None or not weight.is_cuda or weight.dtype != torch.bfloat16:
+    if _grouped_mm is None or not weight.is_cuda or working_dtype(weight) != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
@@ -220,12 +277,26 @@ class Block(nn.Module):
         self.ffn: SparseFFN | DenseFFN = SparseFFN(config) if config.n_experts else DenseFFN(config)
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        drop = dropout or _keep
+        number = 2 * self.attn.layer
         if self.norm_after:
-            x = x + self.attn_norm(self.attn(x, cos, sin, mask, cache))
-            return x + self.ff_norm(self.ffn(x))
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache)
-        return x + self.ffn(self.ff_norm(x))
+            x = x + drop(self.attn_norm(self.attn(x, cos, sin, mask, cache)), number)
+            return x + drop(self.ff_norm(self.ffn(x)), number + 1)
+        x = x + drop(self.attn(self.attn_norm(x), cos, sin, mask, cache), number)
+        return x + drop(self.ffn(self.ff_norm(x)), number + 1)
+
+
+def _keep(branch: Tensor, number: int) -> Tensor:
+    return branch
 
 
 class Decoder(nn.Module):
@@ -248,16 +319,16 @@ class Decoder(nn.Module):
         """
         size = len(self.embedding)
         rows = F.embedding(ids.clamp(max=size - 1), self.embedding)
-        new = ids >= size
-        if new.any():
-            rows = torch.where(new[..., None], F.embedding((ids - size).clamp(min=0), self.new_embedding), rows)
+        if len(self.new_embedding):
+            new = F.embedding((ids - size).clamp(min=0), self.new_embedding)
+            rows = torch.where((ids >= size)[..., None], new, rows)
         return rows.float()  # the residual stream is float32, see linear.py
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape.

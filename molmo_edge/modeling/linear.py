@@ -22,3 +22,9 @@ def match(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(weight.dtype)
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """What products with `weight` are made in: its own dtype, or autocast's."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.hub_config import write_hub_config
-from molmo_edge.modeling.checkpoint import SAFETENSORS, CheckpointError, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.checkpoint import INDEX, CheckpointError, TensorSource, check_tensors, open_tensors
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_dtype
@@ -109,16 +110,54 @@ def _put(model: nn.Module, name: str, values: torch.Tensor) -> None:
     setattr(model.get_submodule(path), leaf, nn.Parameter(values))
 
 
-def save_checkpoint(model: Molmo, tokenizer_json: str | Path, directory: str | Path) -> None:
-    """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors (float32) in hub layout."""
+def save_checkpoint(
+    model: Molmo,
+    tokenizer_json: str | Path,
+    directory: str | Path,
+    *,
+    dtype: str = "F32",
+    parameter: Callable[[str], torch.Tensor] | None = None,
+    shard_bytes: int = 1 << 62,
+) -> None:
+    """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors in hub layout.
+
+    dtype: "F32" or "BF16". parameter: gives the whole parameter of a name where `model` itself holds only shards of it;
+    asked in the order of `hub_layout`. shard_bytes: of a file; more make model-00001-of-0000n.safetensors.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_hub_config(model.config, directory)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
-    parameters = dict(model.named_parameters())
-    (directory / SAFETENSORS).unlink(missing_ok=True)
-    with ShardWriter(directory, hub_shapes(model.config), "F32", shard_bytes=1 << 62) as writer:
+    read = parameter or model.get_parameter
+    for old in (*directory.glob("model*.safetensors"), directory / INDEX):
+        old.unlink(missing_ok=True)
+    with ShardWriter(directory, hub_shapes(model.config), dtype, shard_bytes) as writer:
         for name, slot in hub_layout(model.config).items():
-            parameter = parameters[name].detach().float().cpu()
-            for hub, part in zip(slot, [parameter] if len(slot) == 1 else list(parameter), strict=True):
-                writer.write(hub, part.numpy())
+            values = read(name).detach().cpu()
+            for hub, part in zip(slot, [values] if len(slot) == 1 else list(values), strict=True):
+                writer.write(hub, _stored(part, dtype))
+
+
+def _stored(values: torch.Tensor, dtype: str) -> np.ndarray:
+    if dtype == "BF16":  # numpy has no bfloat16
+        return values.to(torch.bfloat16).view(torch.uint16).numpy()
+    return values.float().numpy()
+
+
+def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.Parameter], *, where: str) -> None:
+    """Fill parameters of a `Molmo`, whole ones or shards of a rank, from `source`; one hub tensor is held at a time."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    shapes = check_tensors(config, source, where=where)
+    with torch.no_grad():
+        for name, slot in hub_layout(config).items():
+            one = shapes[slot[0]]
+            target = parameters[name]
+            if not isinstance(target, DTensor):
+                _filled((_read(source, hub) for hub in slot), target, one)
+                continue
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            _filled((_read(source, hub) for hub in slot), whole, one)
+            # Every rank has read it: nothing travels.
+            mine = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(mine)

@@ -93,15 +93,29 @@ class VisionTransformer(nn.Module):
         MolmoVisionBackbone.encode_image; the public MolmoE code says "any", which blanks crops).
         Returns float32 [n, patches, d_model * len(layers)].
         """
-        real = ~torch.all(crops.flatten(1) == -1, dim=1)  # [n]
-        x = self.patch_embedding(crops)
-        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)  # [n, 1 + patches, d_model]
-        x = self.pre_ln(x)
+        x = self.begin(crops)
         outputs = []
-        for block in self.blocks[: self.config.last_layer + 1]:
+        for block in self.running:
             x = block(x)
             outputs.append(x)
+        return self.end(crops, outputs)
+
+    @property
+    def running(self) -> list[VisionBlock]:
+        """The blocks whose output is used, or another's that is."""
+        return self.blocks[: self.config.last_layer + 1]
+
+    def begin(self, crops: Tensor) -> Tensor:
+        """crops [n, patches, 588] -> what goes into the first block, [n, 1 + patches, d_model]."""
+        x = self.patch_embedding(crops)
+        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
+        return self.pre_ln(x)
+
+    def end(self, crops: Tensor, outputs: list[Tensor]) -> Tensor:
+        """Outputs of the running blocks -> [n, patches, d_model * len(layers)], zeros for crops that are padding."""
+        real = ~torch.all(crops.flatten(1) == -1, dim=1)  # [n]
         # Indices count from the last of all n_layers blocks, also when the tail never runs.
         chosen = [outputs[layer % self.config.n_layers][:, 1:] for layer in self.config.layers]
-        return torch.cat(chosen, dim=-1) * real[:, None, None].to(x.dtype)
+        x = torch.cat(chosen, dim=-1)
+        return x * real[:, None, None].to(x.dtype)

@@ -36,20 +36,25 @@ def pack(
     annotations: Sequence[Sequence[str]],
     *,
     weighting: str = "root_subsegments",
+    weights: Sequence[float] | None = None,
+    separator: int | None = None,
 ) -> Packed:
     """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...) with their leading spaces.
 
-    image_tokens: int32 [m], without BOS. Each annotation has at least one answer. weighting: "root_subsegments"
-    divides each annotation's loss weights by the square root of the number of annotations, "none" leaves them 1.
+    image_tokens: int32 [m], without BOS; none of a text alone. Each annotation has at least one answer. weighting:
+    "root_subsegments" divides each annotation's loss weights by the square root of the number of annotations, "none"
+    leaves them as they are. weights: of each annotation, 1 unless given. separator: id of a token that follows each
+    annotation but the last, an input that nothing is to predict; the reference has none.
     """
     special = tokenizer.special
     ids = [special.bos, *image_tokens.tolist()]
     head = len(ids)
     answered, segments, positions = [0.0] * head, [IMAGE_SEGMENT] * head, list(range(head))
     answer_starts = []
-    weight = 1.0 / math.sqrt(max(1, len(annotations))) if weighting == "root_subsegments" else 1.0
+    share = 1.0 / math.sqrt(max(1, len(annotations))) if weighting == "root_subsegments" else 1.0
     for number, messages in enumerate(annotations, start=1):
         first = len(ids)
+        weight = share if weights is None else share * weights[number - 1]
         for turn, message in enumerate(messages):
             answer = turn % 2 == 1
             if answer:
@@ -57,6 +62,9 @@ def pack(
             tokens = tokenizer.encode(message) + ([special.eos] if answer else [])
             ids += tokens
             answered += [weight * answer] * len(tokens)
+        if separator is not None and number < len(annotations):
+            ids.append(separator)
+            answered.append(0.0)
         answer_starts.append(start)
         segments += [number] * (len(ids) - first)
         positions += range(head, head + len(ids) - first)

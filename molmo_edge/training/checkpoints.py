@@ -1,0 +1,107 @@
+"""Checkpoints of a run: sharded, written in the background, whole or not there, and read on any number of ranks.
+
+A checkpoint is a directory `step-00001000` of torch.distributed.checkpoint with model, optimiser states and the state
+of the run. It is written under another name and renamed when every rank is done, so a process that is killed meanwhile
+leaves the one before as the latest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.training.optimizer import Optimizer
+from molmo_edge.training.parallel import World
+
+_NAME = re.compile(r"step-(\d{8})")
+_PART = ".part"  # of what is being written
+_STATE = "run.json"
+
+
+class ResumeError(MolmoEdgeError):
+    """A checkpoint that cannot be taken up."""
+
+
+@dataclass
+class Checkpoints:
+    """Those of one run, in one directory that all ranks see."""
+
+    directory: Path
+    here: World
+    keep: int = 2  # the latest; older ones are removed
+    _pending: tuple[Future[Any], Path] | None = field(default=None, repr=False)
+    _group: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.here.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for left in self.directory.glob(f"step-*{_PART}"):  # by a run that was killed
+                shutil.rmtree(left)
+        self.here.wait()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)) if self.here.first else []
+        return cast("Path | None", self.here.agree(found[-1] if found else None))
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Copy everything aside and write it in the background. The write before has to be done first."""
+        self.finish()
+        target = self.directory / f"step-{step:08}"
+        part = target.with_name(target.name + _PART)
+        if self.here.first:
+            part.mkdir()
+            (part / _STATE).write_text(json.dumps(state | {"updates": optimizer.updates}), encoding="utf-8")
+        self.here.wait()
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        future = dcp.async_save(_tensors(model, optimizer), checkpoint_id=part, process_group=self._group)
+        self._pending = (cast("Future[Any]", future), target)
+
+    def poll(self) -> None:
+        """Give a checkpoint its name as soon as it is whole, without waiting for it. Called between steps."""
+        if self._pending is not None and self._pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises ResumeError where it could not be."""
+        if self._pending is None:
+            return
+        (future, target), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:  # of the storage, wrapped by torch: a full disk, a lost mount
+            raise ResumeError(f"the checkpoint {target} could not be written: {first_line(error)}") from error
+        if self.here.first:  # its metadata is written last, when all ranks have reported
+            target.with_name(target.name + _PART).rename(target)
+            for old in sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))[: -self.keep]:
+                shutil.rmtree(old)
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Fill model and optimiser from `path`; returns the state that was saved with them. Raises ResumeError."""
+        try:
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            tensors = _tensors(model, optimizer)
+            dcp.load(tensors, checkpoint_id=path)
+        except Exception as error:  # of the storage and of the planner, whose types are not public
+            raise ResumeError(
+                f"the checkpoint {path} cannot be taken up: {first_line(error.__cause__ or error)}. "
+                "Was it written with other parts of the model frozen, or damaged?"
+            ) from error
+        optimizer.load_states(tensors["optimizer"], state["updates"])
+        return cast("dict[str, Any]", state)
+
+
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Frozen parameters too: a checkpoint is all of a model."""
+    return {"model": {n: p.detach() for n, p in model.named_parameters()}, "optimizer": optimizer.states()}

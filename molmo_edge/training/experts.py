@@ -1,0 +1,73 @@
+"""Expert parallelism: a layer's experts lie on several ranks, and tokens travel to them instead of weights to tokens.
+
+Every rank keeps experts / n of each layer, sharded further by FSDP over the ranks that keep the same ones. Two
+exchanges a layer (all_to_all) bring each token's rows to its experts and back. Nothing is dropped, so that the result
+is that of one rank (GShard, arXiv 2006.16668; dropless as in MegaBlocks, arXiv 2211.15841).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from molmo_edge.modeling.decoder import SparseFFN, mix_experts
+from molmo_edge.training.parallel import ParallelError, local_part, sum_gradients
+
+
+def spread_experts(layers: Sequence[SparseFFN], kind: str, ways: int, ranks: int, policy: MixedPrecisionPolicy) -> None:
+    """Give each of `ways` neighbouring ranks its share of the experts of every layer, in place; routers stay whole.
+
+    The routers have to be units of FSDP before. Raises ParallelError where experts and ranks do not come out even.
+    """
+    if not layers or len(layers[0].gate) % ways:
+        count = len(layers[0].gate) if layers else 0
+        raise ParallelError(f"{count} experts cannot be shared by {ways} ranks evenly")
+    mesh = init_device_mesh(kind, (ranks // ways, ways), mesh_dim_names=("expert_shard", "expert"))
+    for ffn in layers:
+        for name in ("gate", "up", "down"):
+            matrix = getattr(ffn, name)
+            spread = distribute_tensor(matrix.detach(), mesh["expert"], [Shard(0)])
+            setattr(ffn, name, nn.Parameter(spread, requires_grad=matrix.requires_grad))
+        # Along another dimension than the experts, so that a checkpoint finds plain shards.
+        unit = fully_shard(ffn, mesh=mesh["expert_shard"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+        sum_gradients(unit)
+        ffn.mix = partial(_travel, ffn, mesh["expert"].get_group())  # type: ignore[method-assign]
+
+
+def _travel(ffn: SparseFFN, group: dist.ProcessGroup, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """As `SparseFFN.mix`, where `ffn` keeps a share of the experts."""
+    matrices = (local_part(ffn.gate), local_part(ffn.up), local_part(ffn.down))
+    ways, mine = group.size(), len(matrices[0])
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=ways * mine)
+    arriving = _exchange_counts(counts, group)  # [ways, mine]: from each rank, for each of the experts here
+    sent, received = counts.view(ways, mine).sum(1).tolist(), arriving.sum(1).tolist()
+    rows = _exchange(x[order // experts.shape[1]], received, sent, group)  # by rank, then by expert
+    owner = torch.arange(mine, device=x.device).repeat(ways).repeat_interleave(arriving.flatten())
+    once = torch.ones(len(rows), 1, device=x.device)
+    out = mix_experts(rows, once, owner[:, None], matrices, "loop" if ffn.kernel == "wide" else ffn.kernel)
+    back = _exchange(out, sent, received, group)
+    weighted = back * weights.flatten()[order, None]
+    return weighted.new_zeros(x.shape).index_add(0, order // experts.shape[1], weighted)
+
+
+def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=group)
+    return arriving.view(group.size(), -1)
+
+
+def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """rows [sum(sent), d], those for rank 0 first -> [sum(received), d]; differentiable."""
+    out = all_to_all_single_autograd(rows.contiguous(), received, sent, group)
+    return cast(Tensor, out.wait()) if isinstance(out, AsyncCollectiveTensor) else out

@@ -1,0 +1,75 @@
+"""How much arithmetic a batch is, and how much a device could do: model FLOPs utilisation (PaLM, arXiv 2204.02311).
+
+Counted are the products of the forward pass and twice as many for the backward pass, of the experts that a token uses
+and of the positions that answers stand at; activations that are computed again are not counted, nor is padding.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.training.encoding import Batch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of the forward pass."""
+
+    token: int  # of the decoder, without head and attention scores
+    answer: int  # of the head, for a position that predicts an answer's token
+    pair: int  # of attention, for a query and a key that it sees
+    crop: int  # of ViT and connector
+
+    def forward(self, batch: Batch) -> float:
+        real = batch.segments >= 0
+        tokens, answers = float(real.sum()), float((batch.weights > 0).sum())
+        pairs = 0.0
+        for segments, n in zip(batch.segments, batch.lengths, strict=True):
+            counts = segments[:n].unique(return_counts=True)[1].tolist()
+            *texts, block = counts  # the image's segment is the largest; of a text alone it is BOS
+            pairs += block * (block + 1) / 2 + sum(m * block + m * (m + 1) / 2 for m in texts)
+        return self.token * tokens + self.answer * answers + self.pair * pairs + self.crop * len(batch.crops)
+
+
+def cost(config: MolmoConfig) -> Cost:
+    """Of a model with this configuration."""
+    d, v, image = config.decoder, config.vision, config.image
+    kv = d.n_kv_heads * d.head_dim
+    attention = d.d_model * (d.d_model + 2 * kv) + d.d_model**2
+    ffn = 3 * d.d_model * d.ffn_dim * max(1, d.top_k) + d.d_model * d.n_experts
+    patches, cells = image.patches**2, image.cells**2
+    layers, positions = v.last_layer + 1, patches + 1
+    block = 4 * v.d_model**2 + 2 * v.d_model * v.mlp_dim
+    vit = patches * 3 * v.patch_size**2 * v.d_model + layers * positions * (block + 2 * positions * v.d_model)
+    pooling = cells * (v.feature_dim * v.d_model + v.d_model**2) + 2 * patches * v.feature_dim * v.d_model
+    projector = cells * (2 * v.d_model * config.projector_dim + config.projector_dim * d.d_model)
+    return Cost(
+        token=2 * d.n_layers * (attention + ffn),
+        answer=2 * d.d_model * d.embedding_size,
+        pair=4 * d.n_layers * d.d_model,
+        crop=2 * (vit + pooling + projector),
+    )
+
+
+def device_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOPs a second that large products of `dtype` reach here, measured."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until or not best:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        _wait(device)
+        best = max(best, 4 * 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

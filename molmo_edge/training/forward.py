@@ -1,0 +1,157 @@
+"""One pass over a batch: from crops and ids to the sums that a step's loss is made of.
+
+Reference: olmo/train.py::train_batch and model_forward. The loss of a step is the sum of weighted cross entropies over
+all micro-batches and ranks, divided by the sum of the weights: so sums come back, not means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from molmo_edge.modeling.decoder import Block, Routing, SparseFFN, rotary_tables
+from molmo_edge.modeling.linear import match
+from molmo_edge.modeling.model import Molmo
+from molmo_edge.modeling.vision import VisionBlock
+from molmo_edge.training.attention import packed_mask
+from molmo_edge.training.dropout import residual_dropout
+from molmo_edge.training.encoding import Batch
+
+_CHUNK = 1024  # positions whose logits exist at the same time: 200 MB in float32 at 50,000 tokens
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """What a pass does beside computing logits."""
+
+    residual_dropout: float = 0.0
+    answer_dropout: float = 0.1  # of positions that predict an answer's token; reference: response_residual_dropout
+    z_loss: float = 1e-4  # times the squared logsumexp of the logits
+    balance_loss: float = 0.0  # of the routers; Molmo was trained without
+    router_z_loss: float = 0.0
+    attention: str = "auto"  # "sdpa", "flex"
+    experts: str = "auto"  # "grouped", "loop", "wide"
+    recompute: bool = True  # activations of blocks in the backward pass, instead of keeping them
+
+
+class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in tuples, lists and dicts
+    """Of one batch, float32 scalars that add up over batches."""
+
+    cross_entropy: Tensor  # weighted; carries the gradient, as do the losses behind it
+    z_loss: Tensor
+    router_loss: Tensor  # a mean over layers, of this batch as a whole
+    weight: Tensor
+    correct: Tensor  # weight of the targets that have the largest logit
+    expert_load: Tensor  # int64 [n_layers, n_experts], tokens an expert was chosen for; [0, 0] without experts
+
+
+class Trainable(nn.Module):
+    """A Molmo whose forward pass gives `Sums`. The unit that FSDP wraps: every parameter is used inside of it."""
+
+    def __init__(self, molmo: Molmo, config: ForwardConfig):
+        super().__init__()
+        self.molmo, self.config = molmo, config
+        self.routing = Routing() if molmo.config.decoder.n_experts else None
+        for block in molmo.decoder.blocks:
+            if isinstance(block.ffn, SparseFFN):
+                block.ffn.routing, block.ffn.kernel = self.routing, config.experts
+
+    def forward(self, batch: Batch) -> Sums:
+        """The batch lies on the model's device. Training mode alone drops anything."""
+        if self.routing is not None:
+            self.routing.logits, self.routing.experts, self.routing.open = [], [], True
+        hidden = self._hidden(batch)
+        if self.routing is not None:
+            self.routing.open = False
+        at = batch.answered
+        weights = batch.weights.flatten()[at]
+        ce, z, correct = self._answers(hidden.flatten(0, 1)[at], batch.targets.flatten()[at], weights)
+        return Sums(ce, self.config.z_loss * z, self._router_loss(batch), weights.sum(), correct, self._load(batch))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        molmo, c = self.molmo, self.config
+        x = molmo.decoder.embed(batch.ids)  # [b, n, d]
+        cells = molmo.connector(self._features(batch.crops), batch.masks).flatten(0, 1)  # [c * cells^2, d]
+        x = x.flatten(0, 1).index_add(0, batch.cells_at, cells[batch.cells].to(x.dtype)).view_as(x)
+        mask = packed_mask(batch.segments, c.attention)
+        rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
+        dropout = residual_dropout(batch, *rates)
+        cos, sin = rotary_tables(batch.positions, molmo.config.decoder)
+        for block in cast("list[Block]", molmo.decoder.blocks):
+            x = self._run(block, x, cos, sin, mask, None, dropout)
+        return molmo.decoder.ln_f(x)
+
+    def _features(self, crops: Tensor) -> Tensor:
+        """As VisionTransformer.forward, block by block."""
+        vision = self.molmo.vision
+        x = vision.begin(crops)
+        outputs = []
+        for block in cast("list[VisionBlock]", vision.running):
+            x = self._run(block, x)
+            outputs.append(x)
+        return vision.end(crops, outputs)
+
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
+        if self.config.recompute and torch.is_grad_enabled():
+            # Dropout draws from generators of its own: no state to restore.
+            return cast(Tensor, checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False))
+        return cast(Tensor, block(*args))
+
+    def _answers(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [m, d], targets int [m], weights [m] -> weighted sums of cross entropy, logsumexp^2 and hits."""
+        decoder = self.molmo.decoder
+        head = decoder.embedding if decoder.config.weight_tying else decoder.head.weight
+        total = torch.zeros(3, device=hidden.device)
+        for chunk in zip(*(t.split(_CHUNK) for t in (hidden, targets, weights)), strict=True):
+            if torch.is_grad_enabled():
+                part = checkpoint(_answer_sums, head, *chunk, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part = _answer_sums(head, *chunk)
+            total = total + cast(Tensor, part)
+        ce, z, correct = total.unbind()
+        return ce, z, correct.detach()
+
+    def _router_loss(self, batch: Batch) -> Tensor:
+        c, routing = self.config, self.routing
+        loss = torch.zeros((), device=batch.ids.device)
+        if routing is None or not (c.balance_loss or c.router_z_loss):
+            return loss
+        real = (batch.segments >= 0).flatten()
+        for logits, experts in zip(routing.logits, routing.experts, strict=True):
+            balance, z = router_losses(logits[real], experts[real])
+            loss = loss + c.balance_loss * balance + c.router_z_loss * z
+        return loss / len(routing.logits)
+
+    @torch.no_grad()
+    def _load(self, batch: Batch) -> Tensor:
+        if self.routing is None:
+            return torch.zeros(0, 0, dtype=torch.long, device=batch.ids.device)
+        real = (batch.segments >= 0).flatten()
+        n = self.molmo.config.decoder.n_experts
+        return torch.stack([experts[real].flatten().bincount(minlength=n) for experts in self.routing.experts])
+
+
+def _answer_sums(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    logits = F.linear(match(hidden, head), head).float()  # [m, embedding_size]
+    ce = F.cross_entropy(logits, targets, reduction="none")
+    z = logits.logsumexp(-1).square()
+    correct = (logits.argmax(-1) == targets).float()
+    return torch.stack([(values * weights).sum() for values in (ce, z, correct)])
+
+
+def router_losses(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [tokens, experts], experts int [tokens, top_k] -> (load balancing loss, z-loss).
+
+    Balancing is 1 where every expert gets as many tokens and as much probability as any other (Switch Transformer,
+    arXiv 2101.03961, eq. 4, for top_k choices); z-loss is the mean squared logsumexp (ST-MoE, arXiv 2202.08906, eq. 5).
+    """
+    logits = logits.float()
+    n = logits.shape[1]
+    share = experts.flatten().bincount(minlength=n) / experts.numel()
+    balance = n * (share * logits.softmax(-1).mean(0)).sum()
+    return balance, logits.logsumexp(-1).square().mean()

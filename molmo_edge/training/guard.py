@@ -1,0 +1,65 @@
+"""Steps that would do harm are left out: gradients that are no numbers, and losses far above what they were.
+
+Every rank sees the same loss and the same norms, summed over all of them, so every rank decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from molmo_edge.errors import MolmoEdgeError
+
+
+class DivergedError(MolmoEdgeError):
+    """A run in which hardly a step is any good."""
+
+
+@dataclass
+class Guard:
+    """Knows the loss of the steps so far, as a running mean and variance."""
+
+    deviations: float = 8.0  # above the mean: a spike
+    settled: int = 100  # steps before a spike is one; a young run falls and jumps
+    patience: int = 20  # steps left out in a row before the run ends
+    memory: float = 0.98  # of the running mean, a step
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def judge(self, loss: float, norm: float) -> str | None:
+        """Why a step with this loss and this norm of its gradient shall be left out, or None.
+
+        Raises DivergedError when too many are.
+        """
+        reason = self._reason(loss, norm)
+        if reason is None:
+            weight = max(1 - self.memory, 1 / (self.seen + 1))
+            difference = loss - self.mean
+            self.mean += weight * difference
+            self.variance = (1 - weight) * (self.variance + weight * difference**2)
+            self.seen, self.in_a_row = self.seen + 1, 0
+            return None
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row >= self.patience:
+            raise DivergedError(
+                f"{self.in_a_row} steps in a row were left out, the last because {reason}: go back to a checkpoint, "
+                "and lower the learning rates"
+            )
+        return reason
+
+    def _reason(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if not math.isfinite(norm):
+            return f"its gradient's norm is {norm}"
+        limit = self.mean + self.deviations * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
+        if self.seen >= self.settled and loss > limit:
+            return f"its loss {loss:.3f} is far above the {self.mean:.3f} of the steps before"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)

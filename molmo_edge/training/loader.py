@@ -1,0 +1,133 @@
+"""Micro-batches of one rank, read ahead by workers, in the order of the mixture.
+
+A damaged example is replaced by its neighbour, the same on every machine, and counted: one bad picture among millions
+must neither end a run nor let ranks go apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
+from molmo_edge.training.examples import DataSet
+from molmo_edge.training.mixture import Draw, Order
+
+_TRIES = 20  # neighbours in a row that may be damaged
+
+
+class DataError(MolmoEdgeError):
+    """Data that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every step's batch that a rank computes."""
+
+    batch: int  # sequences of a step, over all ranks
+    micro: int  # sequences that go through the model at once
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % (self.ranks * self.micro):
+            raise DataError(
+                f"a batch of {self.batch} is not a multiple of {self.ranks} ranks x {self.micro} sequences at once"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Micro-batches of a step on this rank."""
+        return self.batch // (self.ranks * self.micro)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    batch: Batch
+    replaced: tuple[str, ...]  # why examples were left out
+
+    def pin_memory(self) -> MicroBatch:
+        """Called by a data loader that pins."""
+        return MicroBatch(self.batch.pin_memory(), self.replaced)
+
+
+class Samples(Dataset[Any]):
+    """Encoded samples by their draw. What is left to chance depends on (seed, data set, example, epoch) alone."""
+
+    def __init__(self, sets: Sequence[DataSet], encoder: Encoder, seed: int):
+        self.sets, self.encoder, self.seed = list(sets), encoder, seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, ...]]:
+        data, failures = self.sets[draw.source], []
+        for attempt in range(_TRIES):
+            index = (draw.index + attempt) % len(data)
+            rng = np.random.default_rng([self.seed, draw.source, index, draw.epoch])
+            try:
+                return self.encoder(data.example(index, rng), rng), tuple(failures)
+            except MolmoEdgeError as error:
+                failures.append(f"{data.name} {index}: {error}")
+        raise DataError(f"{_TRIES} examples in a row cannot be used, the last is {failures[-1]}")
+
+
+class MicroBatches(Sampler[list[Draw]]):
+    """The draws of each micro-batch of this rank, from `step` to `steps`."""
+
+    def __init__(self, order: Order, share: Share, step: int, steps: int):
+        self.order, self.share, self.step, self.steps = order, share, step, steps
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * self.share.steps
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        s = self.share
+        draws = iter(Order(self.order.lengths, self.order.rates, self.order.seed, self.step * s.batch))
+        mine = slice(s.rank * s.batch // s.ranks, (s.rank + 1) * s.batch // s.ranks)
+        for _ in range(self.step, self.steps):
+            own = list(islice(draws, s.batch))[mine]
+            for start in range(0, len(own), s.micro):
+                yield own[start : start + s.micro]
+
+
+def open_loader(
+    samples: Samples,
+    order: Order,
+    share: Share,
+    *,
+    step: int,
+    steps: int,
+    workers: int = 0,
+    length: int | None = None,
+    pin: bool = False,
+) -> DataLoader[MicroBatch]:
+    """Micro-batches from `step` on. workers: processes that read ahead, 0 for none; their number changes nothing.
+
+    length: tokens that every batch is padded to; its own longest sequence when None. A worker that is stuck for
+    ten minutes ends the run with an error instead of letting all ranks wait.
+    """
+    options: dict[str, Any] = {}
+    if workers:
+        # Several batches ahead each, so that one slow picture is made up for before anyone waits.
+        options = {"prefetch_factor": 4, "persistent_workers": True, "timeout": 600}
+    return DataLoader(
+        samples,
+        batch_sampler=MicroBatches(order, share, step, steps),
+        num_workers=workers,
+        collate_fn=_Collate(length),
+        pin_memory=pin,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    length: int | None
+
+    def __call__(self, items: list[tuple[Sample, tuple[str, ...]]]) -> MicroBatch:
+        replaced = tuple(reason for _, reasons in items for reason in reasons)
+        return MicroBatch(collate([sample for sample, _ in items], self.length), replaced)

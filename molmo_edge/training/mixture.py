@@ -1,0 +1,97 @@
+"""Which example comes when: several data sets at given rates, the same order for any number of ranks and workers.
+
+Sample number i of a run is drawn from the seed alone, so a run is taken up at any step by drawing the choices before it
+again, without reading an example. Reference: olmo/data/iterable_dataset_mixture.py and build_train_dataloader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from molmo_edge.errors import MolmoEdgeError
+
+
+class MixtureError(MolmoEdgeError):
+    """Rates or sizes that make no mixture."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Data sets that share a rate, inside of it by the square roots of their sizes."""
+
+    rate: float
+    sizes: Mapping[str, int | None]  # data set -> the size it counts as; None: its own
+
+
+class Draw(NamedTuple):
+    """One sample of a run."""
+
+    number: int  # from the start of the run
+    source: int  # which data set
+    index: int  # which example of it
+    epoch: int  # how often the data set has gone by
+
+
+def mixture_rates(groups: Sequence[Group], lengths: Mapping[str, int]) -> dict[str, float]:
+    """Share of each data set, in all 1: a group's rate times sqrt(size) over the group's sum of these.
+
+    lengths: rows of the data sets at hand, a row being an image with all its annotations. What a group names and
+    `lengths` lacks is left out, and the rest of the group takes its share.
+    """
+    rates: dict[str, float] = {}
+    for group in groups:
+        roots = {name: np.sqrt(size or lengths[name]) for name, size in group.sizes.items() if lengths.get(name)}
+        for name, root in roots.items():
+            rates[name] = rates.get(name, 0.0) + group.rate * root / sum(roots.values())
+    total = sum(rates.values())
+    if not total > 0:
+        raise MixtureError("none of the mixture's data sets is at hand, or all of them are empty")
+    return {name: rate / total for name, rate in rates.items()}
+
+
+@dataclass
+class Order:
+    """The endless order of a run's samples. Iterating starts at sample `first`, every time anew."""
+
+    lengths: Sequence[int]  # of the data sets, in the order of their numbers
+    rates: Sequence[float]
+    seed: int
+    first: int = 0
+    _permutations: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    _BLOCK = 4096  # choices that are drawn at once
+
+    def __iter__(self) -> Iterator[Draw]:
+        block, skip = divmod(self.first, self._BLOCK)
+        counts = np.zeros(len(self.lengths), np.int64)
+        for before in range(block):
+            counts += np.bincount(self._choices(before), minlength=len(counts))
+        number = block * self._BLOCK
+        while True:
+            for source in self._choices(block).tolist():
+                if skip:
+                    skip -= 1
+                else:
+                    epoch, place = divmod(int(counts[source]), self.lengths[source])
+                    yield Draw(number, source, self._shuffled(source, epoch, place), epoch)
+                counts[source] += 1
+                number += 1
+            block += 1
+
+    def _choices(self, block: int) -> np.ndarray:
+        """int [_BLOCK]: the data sets of the samples of a block."""
+        rng = np.random.default_rng([self.seed, block])
+        rates = np.asarray(self.rates, np.float64)
+        return rng.choice(len(self.rates), size=self._BLOCK, p=rates / rates.sum())
+
+    def _shuffled(self, source: int, epoch: int, place: int) -> int:
+        """Every example once an epoch, in an order of its own."""
+        known = self._permutations.get(source)
+        if known is None or known[0] != epoch:
+            order = np.random.default_rng([self.seed, source, epoch]).permutation(self.lengths[source])
+            known = self._permutations[source] = (epoch, order)
+        return int(known[1][place])

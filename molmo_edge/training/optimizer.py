@@ -1,0 +1,208 @@
+"""AdamW with a learning rate, a warm-up and a gradient norm of its own for each of Molmo's three parts.
+
+Reference: olmo/optim.py (get_multimodal_param_groups, MultimodalScheduler, clip_grads_and_collect_metrics). The states
+are fp32, PyTorch's own, or 8 bit, bitsandbytes' (arXiv 2110.02861): a third of the memory for all parameters of MolmoE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.training.parallel import is_sharded, local_part, squared_sum
+
+PARTS = ("connector", "vision", "decoder")
+STATES = ("exp_avg", "exp_avg_sq")
+_BLOCK = 256  # values that share a scale in 8-bit states
+_EIGHT_BIT = 4096  # parameters with fewer values keep fp32 states, as bitsandbytes does
+
+
+class OptimizerError(MolmoEdgeError):
+    """An optimiser that is not known, or not here."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of one part."""
+
+    peak: float
+    warmup: int  # steps
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stage 1's values (launch_scripts/train_captioner.py)."""
+
+    connector: Rate = Rate(2e-4, 200)
+    vision: Rate = Rate(6e-6, 2000)
+    decoder: Rate = Rate(2e-5, 2000)
+    floor: float = 0.1  # share of the peak at the end of the cosine
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip: float = 1.0  # of the gradient's norm, for each part apart: better captions than one norm for all (PAPER)
+    states: str = "fp32"  # or "8bit"
+
+
+def part_of(parameter: str) -> str:
+    """Which of PARTS a parameter of `modeling.Molmo` is of; the reference has new_embedding in the connector's."""
+    name = parameter.removeprefix("molmo.")
+    if name == "decoder.new_embedding":
+        return "connector"
+    return name.partition(".")[0]
+
+
+def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:
+    """Learning rate of step 0, 1, ...: linear from zero, then a cosine down to `floor`. Reference: CosWithWarmup."""
+    if step < rate.warmup:
+        return rate.peak * step / rate.warmup
+    if step >= steps:
+        return rate.peak * floor
+    turn = math.pi * (step - rate.warmup) / (steps - rate.warmup)
+    return rate.peak * (floor + (1 - floor) * (1 + math.cos(turn)) / 2)
+
+
+class Optimizer:
+    """Steps over the trainable parameters of a model, in whole or as shards of a rank."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig):
+        self.config = config
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise OptimizerError("every part of the model is frozen: there is nothing to train")
+        self.updates = 0  # that were made, of all steps: what AdamW's bias correction counts
+        self._eight = config.states == "8bit"
+        if config.states not in ("fp32", "8bit"):
+            raise OptimizerError(f'optimiser states "{config.states}" are not known; known are fp32 and 8bit')
+        # It steps over the part that lies here, which shares the parameter's memory: bitsandbytes knows no DTensor, and
+        # PyTorch's fused step none of several meshes.
+        self._stepped = {n: nn.Parameter(local_part(p.detach())) for n, p in self.parameters.items()}
+        groups = []
+        for part in PARTS:
+            mine = [self._stepped[n] for n in self.parameters if part_of(n) == part]
+            if mine:
+                groups.append({"params": mine, "part": part, "lr": 0.0})
+        options: dict[str, Any] = {
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        if self._eight:
+            from molmo_edge.quantize.bitsandbytes import import_bitsandbytes
+
+            adamw = import_bitsandbytes("8-bit optimiser states").optim.AdamW8bit
+            self._inner = adamw(groups, lr=0.0, min_8bit_size=_EIGHT_BIT, **options)
+        else:
+            fused = next(iter(self.parameters.values())).is_cuda
+            self._inner = torch.optim.AdamW(groups, lr=0.0, fused=fused, **options)
+
+    def step(self, step: int, steps: int) -> dict[str, float]:
+        """One update with the rates of `step`; returns them by part. Gradients are there and clipped."""
+        rates = {}
+        for group in self._inner.param_groups:
+            part = group["part"]
+            rates[part] = group["lr"] = rate_at(getattr(self.config, part), step, steps, self.config.floor)
+        for name, p in self.parameters.items():
+            none = p.grad is None or not self._stepped[name].numel()  # a shard may be empty
+            self._stepped[name].grad = None if none else local_part(cast(Tensor, p.grad))
+        self._inner.step()
+        self.updates += 1
+        return rates
+
+    def zero_grad(self) -> None:
+        for p in (*self.parameters.values(), *self._stepped.values()):
+            p.grad = None
+
+    def norms(self, divide: float = 1.0) -> dict[str, Tensor]:
+        """The gradient's norm by part, over all ranks."""
+        names = [part for part in PARTS if any(part_of(n) == part for n in self.parameters)]
+        grads = {part: [p.grad for n, p in self.parameters.items() if part_of(n) == part] for part in names}
+        sums = squared_sum([[g for g in grads[part] if g is not None] for part in names])
+        return dict(zip(names, sums.sqrt() / divide, strict=True))
+
+    @torch.no_grad()
+    def clip(self, norms: Mapping[str, Tensor]) -> None:
+        """Shorten each part's gradient to `config.clip`."""
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                norm = norms[part_of(name)]
+                local_part(p.grad).mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+
+    # --- states, as they go into checkpoints: float32 and shaped like their parameter, whatever the optimiser ---------
+
+    def states(self) -> dict[str, Tensor]:
+        """ "NAME.exp_avg" and "NAME.exp_avg_sq", zeros before the first update. With 8 bit they are copies."""
+        return {f"{name}.{which}": tensor for name, which, tensor in self._states()}
+
+    def _states(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, p in self.parameters.items():
+            kept = self._inner.state.get(self._stepped[name], {})
+            for i, which in enumerate(STATES, start=1):
+                if not kept:
+                    yield name, which, self._aside(torch.zeros_like(p, dtype=torch.float32).detach())
+                elif not self._eight:
+                    yield name, which, _like(p, kept[which])
+                else:
+                    yield name, which, self._aside(_like(p, _widened(kept, i)))
+
+    def _aside(self, state: Tensor) -> Tensor:
+        """Of one card that 8 bits were chosen for, fp32 copies of all states would not fit beside the model."""
+        return state.cpu() if self._eight and not is_sharded(state) else state
+
+    def load_states(self, states: Mapping[str, Tensor], updates: int) -> None:
+        """The inverse of `states`. `updates`: how many had been made."""
+        self.updates = updates
+        for name, p in self.parameters.items():
+            first, second = (states[f"{name}.{which}"] for which in STATES)
+            key = self._stepped[name]
+            if self._eight and key.numel():
+                self._inner.init_state(self._group(key), key, 0, 0)
+                kept = self._inner.state[key]
+                kept["step"] = updates
+                for i, tensor in ((1, first), (2, second)):
+                    _narrow(kept, i, local_part(tensor).to(key.device))
+            elif not self._eight:
+                step = torch.tensor(float(updates), device=p.device if self._inner.defaults["fused"] else "cpu")
+                kept = {"exp_avg": local_part(first), "exp_avg_sq": local_part(second)}
+                self._inner.state[key] = {"step": step, **kept}
+        if self._eight:
+            self._inner.initialized = True
+
+    def _group(self, key: Tensor) -> dict[str, Any]:
+        return next(g for g in self._inner.param_groups if any(p is key for p in g["params"]))
+
+
+def _widened(kept: dict[str, Any], i: int) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = kept[f"state{i}"]
+    if state.dtype == torch.float32:
+        return state
+    wide = dequantize_blockwise(state, absmax=kept[f"absmax{i}"], code=kept[f"qmap{i}"], blocksize=_BLOCK)
+    return wide.view(state.shape)
+
+
+def _narrow(kept: dict[str, Any], i: int, values: Tensor) -> None:
+    from bitsandbytes.functional import quantize_blockwise
+
+    state = kept[f"state{i}"]
+    if state.dtype == torch.float32:
+        state.copy_(values)
+        return
+    codes, how = quantize_blockwise(values.float(), code=kept[f"qmap{i}"], blocksize=_BLOCK)
+    state.copy_(codes.view(state.shape))
+    kept[f"absmax{i}"].copy_(how.absmax)
+
+
+def _like(p: Tensor, local: Tensor) -> Tensor:
+    """`local`, the part of `p`'s shape that lies here, as a tensor that is distributed as `p` is."""
+    if not isinstance(p, DTensor):
+        return local
+    return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)

@@ -1,0 +1,192 @@
+"""One card to many: who computes what, and how a model is spread over them (FSDP2, PyTorch's `fully_shard`).
+
+Every block of the decoder and of the ViT is a unit: its parameters are gathered for its forward and its backward pass
+and live as shards in between. The whole is a unit too, for embeddings, connector and head. Gradients are summed, not
+averaged: a step's loss is already divided by the weight of all ranks together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.modeling.decoder import SparseFFN
+from molmo_edge.training.forward import Trainable
+
+
+class ParallelError(MolmoEdgeError):
+    """Ranks that cannot be arranged as asked."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as torchrun started them, or this one alone."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank prints and writes what all have in common."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 says."""
+        if self.ranks == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def wait(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the run that torchrun started, or make one of this process. device: "auto", "cpu", "cuda".
+
+    Raises ParallelError where a card is asked for and there is none.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ParallelError('there is no CUDA device here: use device="cpu"')
+    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    here = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(here)
+    # gloo beside NCCL: asynchronous checkpoints are coordinated on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    dist.init_process_group(backend, timeout=timedelta(minutes=20), **alone)
+    try:
+        yield World(rank, ranks, here)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are arranged."""
+
+    replicas: int = 1  # copies of the sharded model (HSDP): nodes that exchange gradients only
+    experts: int = 1  # ranks that share the experts of a layer among them: tokens travel instead of weights
+    gather: str = "bf16"  # dtype in which parameters travel; "fp32" as the reference
+    reduce: str = "fp32"  # dtype in which gradients are summed
+
+
+def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype) -> Trainable:
+    """Spread `model` over the ranks, in place; on one rank it stays as it is. Raises ParallelError."""
+    per_copy = here.ranks // layout.replicas
+    if here.ranks % layout.replicas or per_copy % layout.experts:
+        raise ParallelError(
+            f"{here.ranks} ranks cannot be {layout.replicas} copies of a model whose experts are on {layout.experts}"
+        )
+    if here.ranks == 1:
+        return model
+    kind = here.device.type
+    dtype = torch.bfloat16 if layout.gather == "bf16" and compute == torch.bfloat16 else torch.float32
+    summed = torch.float32 if layout.reduce == "fp32" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=summed, cast_forward_inputs=False)
+    mesh = _mesh(kind, layout.replicas, per_copy)
+
+    def split(unit: nn.Module) -> None:
+        sum_gradients(fully_shard(unit, mesh=mesh, mp_policy=policy))
+
+    if layout.experts > 1:
+        from molmo_edge.training.experts import spread_experts
+
+        if layout.replicas > 1:
+            raise ParallelError("experts on several ranks and several copies of the model do not go together")
+        layers = sparse_layers(model)
+        for ffn in layers:
+            split(ffn.router)
+        spread_experts(layers, kind, layout.experts, here.ranks, policy)
+    for unit in (*model.molmo.vision.blocks, *model.molmo.decoder.blocks, model):
+        split(unit)
+    return model
+
+
+def _mesh(kind: str, replicas: int, per_copy: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(kind, (per_copy,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, per_copy), mesh_dim_names=("replicate", "shard"))
+
+
+def sum_gradients(unit: nn.Module) -> None:
+    """Instead of averaging them over the ranks."""
+    cast(FSDPModule, unit).set_gradient_divide_factor(1.0)
+
+
+def accumulate(model: nn.Module, last: bool) -> None:
+    """Gradients of several micro-batches are added up before they travel, with the last of them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+# --- tensors that are whole, or shards ----------------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of `tensor` lies here, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of `tensor`; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_sum(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Sum of squares of each group's tensors, float32 [groups], each element counted once over all ranks."""
+    device = next(t.device for group in groups for t in group)
+    sums = torch.zeros(len(groups), device=device)
+    copies = 1
+    for i, group in enumerate(groups):
+        for tensor in group:
+            local = local_part(tensor)
+            if local.numel():
+                sums[i] += torch.linalg.vector_norm(local, dtype=torch.float32).square()
+            if isinstance(tensor, DTensor):
+                copies = dist.get_world_size() // _pieces(tensor)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    return sums / copies
+
+
+def _pieces(tensor: DTensor) -> int:
+    """On how many ranks parts of `tensor` lie, copies not counted."""
+    sizes = (tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
+
+
+def sparse_layers(model: Trainable) -> list[SparseFFN]:
+    return [block.ffn for block in model.molmo.decoder.blocks if isinstance(block.ffn, SparseFFN)]

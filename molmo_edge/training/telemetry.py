@@ -1,0 +1,122 @@
+"""What a run tells while it goes: a line for a person, a line of JSON, and TensorBoard where that is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class Window:
+    """What has gone by since the last line."""
+
+    device_flops: float  # a second, of all ranks
+    began: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    waited: float = 0.0  # seconds for data, on this rank
+    tokens: float = 0.0
+    image_tokens: float = 0.0
+    answers: float = 0.0
+    forward_flops: float = 0.0
+    sequences: float = 0.0
+    replaced: float = 0.0
+    load: Tensor | None = None  # int64 [layers, experts]
+
+    def figures(self) -> dict[str, float]:
+        """Per second and as shares. Utilisation counts the backward pass as twice the forward pass."""
+        seconds = time.perf_counter() - self.began
+        done = {
+            "seconds_per_step": seconds / max(1, self.steps),
+            "tokens_per_second": self.tokens / seconds,
+            "sequences_per_second": self.sequences / seconds,
+            "image_token_share": self.image_tokens / max(1.0, self.tokens),
+            "answer_tokens_per_second": self.answers / seconds,
+            "flops_per_second": 3 * self.forward_flops / seconds,
+            "utilisation": 3 * self.forward_flops / seconds / self.device_flops,
+            "data_wait_share": self.waited / seconds,
+            "replaced_examples": self.replaced,
+        }
+        if torch.cuda.is_available():
+            done["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return done | (expert_figures(self.load) if self.load is not None and self.load.numel() else {})
+
+
+def expert_figures(load: Tensor) -> dict[str, float]:
+    """load int [layers, experts]: tokens of each expert -> how uneven it is, over layers."""
+    share = load.double() / load.sum(1, keepdim=True).clamp(min=1)
+    n = load.shape[1]
+    return {
+        "expert_load_max": float(share.max(1).values.mean() * n),  # 1: all alike
+        "expert_load_min": float(share.min(1).values.mean() * n),
+        "idle_experts": float((load == 0).sum()),
+    }
+
+
+class Log:
+    """Of one run, written by one rank; lines of a run that is taken up again follow those before."""
+
+    def __init__(self, directory: Path, steps: int, *, tensorboard: bool = True):
+        self.steps = steps
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = (directory / LOG).open("a", encoding="utf-8")
+        self._board = _summary_writer(directory) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers of step `step`, counted from 1."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._board is not None and isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+        print(self._line(step, values), flush=True)
+
+    def note(self, step: int, text: str) -> None:
+        """Something out of the ordinary."""
+        self._file.write(json.dumps({"step": step, "note": text}) + "\n")
+        self._file.flush()
+        print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _line(self, step: int, v: dict[str, Any]) -> str:
+        parts = [f"step {step}/{self.steps}"]
+        if "validation_loss" in v:
+            return "  ".join(
+                [*parts, f"validation: loss {v['validation_loss']:.4f}", _share("hit", v["validation_hit"])]
+            )
+        parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("hit", v["hit"])]
+        norms = [f"{v[k]:.2f}" for k in ("norm_connector", "norm_vision", "norm_decoder") if k in v]
+        rates = [f"{v[k]:.1e}" for k in ("rate_connector", "rate_vision", "rate_decoder") if k in v]
+        parts += [f"norm {'/'.join(norms)}", f"rate {'/'.join(rates)}"]
+        parts += [f"{v['seconds_per_step']:.2f} s", f"{v['tokens_per_second']:,.0f} tokens/s"]
+        parts += [_share("MFU", v["utilisation"])]
+        if "expert_load_max" in v:
+            parts += [f"experts {v['expert_load_min']:.2f}-{v['expert_load_max']:.2f}x idle {v['idle_experts']:.0f}"]
+        if "peak_memory_gb" in v:
+            parts += [f"{v['peak_memory_gb']:.1f} GB"]
+        if v["data_wait_share"] > 0.02:
+            parts += [_share("waiting for data", v["data_wait_share"])]
+        return "  ".join(parts)
+
+
+def _share(what: str, value: float) -> str:
+    return f"{what} {100 * value:.1f} %"
+
+
+def _summary_writer(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / "tensorboard"))

@@ -1,0 +1,279 @@
+"""A run: steps over the mixture, with everything that lets it go on for days and be taken up anywhere.
+
+Reference: olmo/train.py::Trainer. A step's loss is the weighted cross entropy over the weights of all micro-batches on
+all ranks, so that neither their number nor the padding changes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling import Molmo
+from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.modeling.layout import hub_layout
+from molmo_edge.modeling.loading import fill, save_checkpoint
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.checkpoints import Checkpoints, ResumeError
+from molmo_edge.training.encoding import Batch, Encoder, image_tokens
+from molmo_edge.training.examples import DataSet
+from molmo_edge.training.flops import cost, device_flops
+from molmo_edge.training.forward import Sums, Trainable
+from molmo_edge.training.guard import Guard
+from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader
+from molmo_edge.training.mixture import Order
+from molmo_edge.training.optimizer import Optimizer, part_of
+from molmo_edge.training.parallel import World, accumulate, shard, whole
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.telemetry import Log, Window
+
+_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on, and what to measure on."""
+
+    sets: Sequence[DataSet]
+    rates: Sequence[float]
+    validation: Sequence[DataSet] = ()
+
+
+def build(config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe, here: World) -> Trainable:
+    """The model on this rank's device, its shard of it where there are several, in training mode.
+
+    Weights are float32, whatever they are stored in. A rank never holds more than its shard and one parameter.
+    """
+    with torch.device("meta"):
+        molmo = Molmo(config)
+    model = Trainable(molmo, recipe.forward)
+    freeze(molmo, recipe.frozen)
+    shard(model, recipe.layout, here, compute=compute_dtype(recipe))
+    model.to_empty(device=here.device)
+    parameters = {name.removeprefix("molmo."): p for name, p in model.named_parameters()}
+    fill(config, source, parameters, where=where)
+    return model.train()
+
+
+def freeze(molmo: Molmo, parts: Sequence[str]) -> None:
+    """Leave `parts` as they are, and the input embedding (reference: ft_embedding "lm_head"), in place."""
+    for name, parameter in molmo.named_parameters():
+        parameter.requires_grad_(part_of(name) not in parts)
+    if not molmo.config.decoder.weight_tying:
+        molmo.decoder.embedding.requires_grad_(False)
+    for block in molmo.vision.blocks[molmo.config.vision.last_layer + 1 :]:  # these never run
+        block.requires_grad_(False)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+class Trainer:
+    """One run of a model in a directory; made again for the same directory, it goes on from its latest checkpoint."""
+
+    def __init__(
+        self, model: Trainable, tokenizer: Tokenizer, data: Data, recipe: Recipe, directory: Path, here: World
+    ):
+        self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
+        self.directory = directory
+        self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
+        self.dtype = compute_dtype(recipe)
+        self.optimizer = Optimizer(model, recipe.optimizer)
+        self.guard = Guard()
+        self.step = 0  # steps that are done
+        self.checkpoints = Checkpoints(directory / "checkpoints", here, recipe.keep)
+        config = model.molmo.config
+        image = (
+            config.image if recipe.max_crops is None else dataclasses.replace(config.image, max_crops=recipe.max_crops)
+        )
+        self.encoder = Encoder(tokenizer, image, recipe.encoding)
+        self.cost = cost(config)
+        self.device_flops = here.ranks * device_flops(here.device, self.dtype)
+        if (latest := self.checkpoints.latest()) is not None:
+            self._take_up(latest)
+
+    def train(self) -> None:
+        """The steps that are left, then the model in hub layout under `directory`/model."""
+        log = Log(self.directory, self.recipe.steps) if self.here.first else None
+        try:
+            self._steps(log)
+            self.checkpoints.finish()
+        finally:
+            if log is not None:
+                log.close()
+        self.write_model(self.directory / "model")
+
+    def write_model(self, directory: Path, dtype: str = "F32") -> None:
+        """The model as it is now, in hub layout; every rank has to call."""
+        parameters = {name.removeprefix("molmo."): p for name, p in self.model.named_parameters()}
+        if not self.here.first:
+            for name in hub_layout(self.model.molmo.config):
+                whole(parameters[name])
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            tokenizer = directory / "tokenizer.json"
+            tokenizer.write_text(self.tokenizer.definition, encoding="utf-8")
+            save_checkpoint(
+                self.model.molmo,
+                tokenizer,
+                directory,
+                dtype=dtype,
+                parameter=lambda name: whole(parameters[name]),
+                shard_bytes=_SHARD_BYTES,
+            )
+        self.here.wait()
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _steps(self, log: Log | None) -> None:
+        recipe = self.recipe
+        batches, window = iter(self._loader()), Window(self.device_flops)
+        while self.step < recipe.steps:
+            waiting = time.perf_counter()
+            micro = [next(batches) for _ in range(self.share.steps)]
+            window.waited += time.perf_counter() - waiting
+            values, reason = self._one(micro, window)
+            self.step += 1
+            if log is not None and reason is not None:
+                log.note(self.step, f"left out: {reason}")
+            if self.step % recipe.log_every == 0 or self.step == recipe.steps or self.step == 1:
+                if log is not None:
+                    log.write(self.step, values | window.figures())
+                window = Window(self.device_flops)
+            if self.data.validation and (self.step % recipe.validate_every == 0 or self.step == recipe.steps):
+                measured = self.validate()
+                if log is not None:
+                    log.write(self.step, measured)
+                window = Window(self.device_flops)
+            if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+                self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
+            self.checkpoints.poll()
+
+    def _one(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None]:
+        """Gradients, guard, update. Returns figures of the step, and why there was no update if there was none."""
+        weight = torch.tensor([float(sum(m.batch.weights.sum() for m in micro))], device=self.here.device)
+        self.here.sum(weight)
+        self.optimizer.zero_grad()
+        totals, load = torch.zeros(4, device=self.here.device), None
+        for i, one in enumerate(micro):
+            accumulate(self.model, last=i + 1 == len(micro))
+            sums = self._forward(one.batch)
+            loss = (sums.cross_entropy + sums.z_loss) / weight[0]
+            # Of routers, each batch's loss is a mean of its own.
+            loss = loss + sums.router_loss / (len(micro) * self.here.ranks)
+            loss.backward()
+            router = sums.router_loss * weight[0] / (len(micro) * self.here.ranks)
+            totals += torch.stack([sums.cross_entropy, sums.z_loss, router, sums.correct]).detach()
+            load = sums.expert_load if load is None else load + sums.expert_load
+        self.here.sum(totals)
+        norms = self.optimizer.norms()
+        ce, z, router_loss, hit = (totals / weight).tolist()
+        values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "hit": hit, "answer_weight": float(weight)}
+        values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
+        reason = self.guard.judge(ce, max(float(norm) for norm in norms.values()))
+        if reason is None:
+            self.optimizer.clip(norms)
+            rates = self.optimizer.step(self.step, self.recipe.steps)
+            values |= {f"rate_{part}": rate for part, rate in rates.items()}
+        self._count(micro, load, window)
+        return values, reason
+
+    def _forward(self, batch: Batch) -> Sums:
+        kind = self.here.device.type
+        # Without its cache: each weight is used once a pass, and copies of all of them would stay until the end of it.
+        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            return self.model(batch.to(self.here.device))
+
+    def _count(self, micro: Sequence[MicroBatch], load: Tensor | None, window: Window) -> None:
+        counts = torch.zeros(6, dtype=torch.float64)
+        for one in micro:
+            b = one.batch
+            answers = len(b.answered)
+            flops = self.cost.forward(b)
+            counts += torch.tensor(
+                [sum(b.lengths), image_tokens(b), answers, flops, len(b.lengths), len(one.replaced)],
+                dtype=torch.float64,
+            )
+        counts = self.here.sum(counts.to(self.here.device)).cpu()
+        tokens, images, answers, flops, sequences, replaced = counts.tolist()
+        window.steps += 1
+        window.tokens += tokens
+        window.image_tokens += images
+        window.answers += answers
+        window.forward_flops += flops
+        window.sequences += sequences
+        window.replaced += replaced
+        if load is not None and load.numel():
+            load = self.here.sum(load).cpu()
+            window.load = load if window.load is None else window.load + load
+
+    # --- data, validation, state ------------------------------------------------------------------------------------
+
+    def _order(self) -> Order:
+        return Order([len(s) for s in self.data.sets], self.data.rates, self.recipe.seed)
+
+    def _loader(self) -> Iterator[MicroBatch]:
+        recipe = self.recipe
+        return iter(
+            open_loader(
+                Samples(self.data.sets, self.encoder, recipe.seed),
+                self._order(),
+                self.share,
+                step=self.step,
+                steps=recipe.steps,
+                workers=recipe.workers,
+                length=recipe.encoding.sequence if recipe.pad else None,
+                pin=self.here.device.type == "cuda",
+            )
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and hits over the same examples every time, without dropout."""
+        sets, micro = self.data.validation, self.recipe.micro
+        order = Order([len(s) for s in sets], [len(s) for s in sets], self.recipe.seed)
+        share = Share(micro * self.here.ranks, micro, self.here.rank, self.here.ranks)
+        encoder = Encoder(self.tokenizer, self.encoder.image, dataclasses.replace(self.encoder.encoding, shuffle=False))
+        batches = open_loader(Samples(sets, encoder, 0), order, share, step=0, steps=self.recipe.validation_batches)
+        self.model.eval()
+        totals = torch.zeros(3, device=self.here.device)
+        for one in batches:
+            sums = self._forward(one.batch)
+            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight])
+        self.model.train()
+        ce, hit, weight = self.here.sum(totals).tolist()
+        return {"validation_loss": ce / weight, "validation_hit": hit / weight}
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of the samples hangs on."""
+        return {
+            "seed": self.recipe.seed,
+            "batch": self.recipe.batch,
+            "data": {s.name: len(s) for s in self.data.sets},
+            "rates": [round(rate, 9) for rate in self.data.rates],
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {"step": self.step, "guard": self.guard.state(), "identity": self._identity()}
+
+    def _take_up(self, path: Path) -> None:
+        state = self.checkpoints.load(path, self.model, self.optimizer)
+        if differs := _difference(state["identity"], self._identity()):
+            raise ResumeError(
+                f"{path} is of a run with another {differs}: samples would be left out or come twice. Give the run "
+                "what it began with, or begin another one with --from its model"
+            )
+        self.step, self.guard = state["step"], Guard(**state["guard"])
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(key for key in now if before.get(key) != now[key])

@@ -1,0 +1,669 @@
+"""Base weights to the checkpoint of stage 1: the same function as the bases compute, and nothing lost on the way.
+
+The bases are tiny and random, written with the names of transformers; what they compute is written down here once
+more, from those names and tensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from molmo_edge.config import CLIP_MEAN, IMAGENET_MEAN, PRESETS, ConfigError, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.export import ExportError
+from molmo_edge.images import ImageProcessor
+from molmo_edge.modeling.checkpoint import CheckpointError, FileSource
+from molmo_edge.modeling.layout import hub_shapes
+from molmo_edge.modeling.loading import load_checkpoint
+from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS as MOLMOE
+from molmo_edge.tokenizer import TokenizerError
+from molmo_edge.training import base
+from molmo_edge.training.base import build_base, molmo_tokenizer, window_variant
+from molmo_edge.training.base_names import BaseError, base_recipes
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = {"olmoe": "molmoe", "qwen2": "qwen", "olmo_1124": "olmo"}  # a base's model_type, and the golden Molmo's name
+
+
+# ---- bases in the layouts of transformers ----
+
+
+def decoder_shapes(c, kind: str, rows: int) -> dict[str, tuple[int, ...]]:
+    d, kv = c.d_model, c.n_kv_heads * c.head_dim
+    shapes = {"model.embed_tokens.weight": (rows, d), "model.norm.weight": (d,), "lm_head.weight": (rows, d)}
+    for n in range(c.n_layers):
+        layer = f"model.layers.{n}"
+        for p, out in (("q", d), ("k", kv), ("v", kv)):
+            shapes[f"{layer}.self_attn.{p}_proj.weight"] = (out, d)
+            if kind == "qwen2":
+                shapes[f"{layer}.self_attn.{p}_proj.bias"] = (out,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, d)
+        if kind != "qwen2":
+            shapes |= {f"{layer}.self_attn.q_norm.weight": (d,), f"{layer}.self_attn.k_norm.weight": (kv,)}
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        other = "post_feedforward_layernorm" if kind == "olmo_1124" else "input_layernorm"
+        shapes[f"{layer}.{other}.weight"] = (d,)
+        homes = [f"{layer}.mlp"]
+        if c.n_experts:
+            shapes[f"{layer}.mlp.gate.weight"] = (c.n_experts, d)
+            homes = [f"{layer}.mlp.experts.{e}" for e in range(c.n_experts)]
+        for home in homes:
+            shapes |= {f"{home}.{p}_proj.weight": (c.ffn_dim, d) for p in ("gate", "up")}
+            shapes[f"{home}.down_proj.weight"] = (d, c.ffn_dim)
+    return shapes
+
+
+def clip_shapes(v: VisionConfig, n_layers: int, n_pos: int) -> dict[str, tuple[int, ...]]:
+    d, root = v.d_model, "vision_model"
+    shapes = {
+        f"{root}.embeddings.class_embedding": (d,),
+        f"{root}.embeddings.patch_embedding.weight": (d, 3, v.patch_size, v.patch_size),
+        f"{root}.embeddings.position_embedding.weight": (n_pos, d),
+    }
+    linear = {f"self_attn.{p}_proj": (d, d) for p in ("q", "k", "v", "out")}
+    linear |= {"mlp.fc1": (v.mlp_dim, d), "mlp.fc2": (d, v.mlp_dim)}
+    names = {f"{root}.encoder.layers.{n}.{part}": shape for n in range(n_layers) for part, shape in linear.items()}
+    norms = [f"{root}.encoder.layers.{n}.layer_norm{k}" for n in range(n_layers) for k in (1, 2)]
+    names |= dict.fromkeys([f"{root}.pre_layrnorm", f"{root}.post_layernorm", *norms], (d,))
+    return shapes | {f"{n}.weight": s for n, s in names.items()} | {f"{n}.bias": s[:1] for n, s in names.items()}
+
+
+def dino_shapes(v: VisionConfig, n_pos: int) -> dict[str, tuple[int, ...]]:
+    d = v.d_model
+    shapes = {
+        "embeddings.cls_token": (1, 1, d),
+        "embeddings.mask_token": (1, d),
+        "embeddings.position_embeddings": (1, n_pos, d),
+        "embeddings.patch_embeddings.projection.weight": (d, 3, v.patch_size, v.patch_size),
+        "embeddings.patch_embeddings.projection.bias": (d,),
+    }
+    linear = {f"attention.attention.{p}": (d, d) for p in ("query", "key", "value")}
+    linear |= {"attention.output.dense": (d, d), "mlp.fc1": (v.mlp_dim, d), "mlp.fc2": (d, v.mlp_dim)}
+    names = {f"encoder.layer.{n}.{part}": shape for n in range(v.n_layers) for part, shape in linear.items()}
+    names |= dict.fromkeys(
+        ["layernorm", *(f"encoder.layer.{n}.norm{k}" for n in range(v.n_layers) for k in (1, 2))], (d,)
+    )
+    shapes |= {f"encoder.layer.{n}.layer_scale{k}.lambda1": (d,) for n in range(v.n_layers) for k in (1, 2)}
+    return shapes | {f"{n}.weight": s for n, s in names.items()} | {f"{n}.bias": s[:1] for n, s in names.items()}
+
+
+def randomly(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Matrices as wide as keeps activations alive; nothing is left at 0 or 1, where a mix-up would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.2) + ("norm" in name)
+        for name, shape in shapes.items()
+    }
+
+
+def write_decoder(
+    directory: Path, kind: str, rows: int = 512, dtype=torch.float32, **config
+) -> dict[str, torch.Tensor]:
+    """A directory as on the hub, in two shards; `config` changes config.json."""
+    c = MolmoConfig.from_hub(GOLDEN / KINDS[kind]).decoder
+    tensors = {name: t.to(dtype) for name, t in randomly(decoder_shapes(c, kind, rows)).items()}
+    if config.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    directory.mkdir()
+    files = {name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    raw = {
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": c.d_model,
+        "intermediate_size": c.ffn_dim,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": c.n_heads,
+        "num_hidden_layers": c.n_layers,
+        "num_key_value_heads": c.n_kv_heads,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": rows,
+    }
+    if c.n_experts:
+        raw |= {"num_experts": c.n_experts, "num_experts_per_tok": c.top_k, "norm_topk_prob": False, "clip_qkv": None}
+    (directory / "config.json").write_text(json.dumps(raw | config))
+    (directory / "tokenizer.json").write_text(json.dumps(base_tokenizer()))
+    return tensors
+
+
+def base_tokenizer() -> dict:
+    """The tokenizer of a golden Molmo without what Molmo added: 500 ids."""
+    definition = json.loads((GOLDEN / "qwen" / "tokenizer.json").read_text(encoding="utf-8"))
+    return definition | {"added_tokens": [entry for entry in definition["added_tokens"] if entry["id"] < 500]}
+
+
+def write_clip(directory: Path, n_layers: int = 11, n_pos: int = 577) -> dict[str, torch.Tensor]:
+    """A whole CLIP in a pickle, as OpenAI's on the hub: with a text half, and with integers among the weights."""
+    v = MolmoConfig.from_hub(GOLDEN / "qwen").vision
+    tensors = randomly(clip_shapes(v, n_layers, n_pos), seed=1)
+    more = {
+        "logit_scale": torch.tensor(2.0),
+        "text_model.encoder.layers.0.mlp.fc1.weight": torch.ones(4, 4),
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+        "vision_model.embeddings.position_ids": torch.arange(n_pos)[None],
+        "visual_projection.weight": torch.ones(4, 32),
+    }
+    directory.mkdir()
+    torch.save(tensors | more, directory / "pytorch_model.bin")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": n_layers}
+    vision |= {"patch_size": 14, "image_size": 14 * round((n_pos - 1) ** 0.5)}
+    (directory / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    return tensors
+
+
+DINO = VisionConfig("dino", 32, 10, 4, 64, 577, 14, 1e-6, "gelu", (-3, -9))
+
+
+def write_dino(directory: Path, side: int) -> dict[str, torch.Tensor]:
+    tensors = randomly(dino_shapes(DINO, 1 + side**2), seed=2)
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    raw = {"model_type": "dinov2", "hidden_size": 32, "mlp_ratio": 2, "num_attention_heads": 4, "num_hidden_layers": 10}
+    raw |= {"patch_size": 14, "image_size": 14 * side, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+    (directory / "config.json").write_text(json.dumps(raw))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    directory = tmp_path_factory.mktemp("towers") / "clip"
+    return directory, write_clip(directory)
+
+
+# ---- what the bases compute ----
+
+
+def rms(x, weight, eps):
+    return weight * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def rotate(x, theta):
+    """x [n, heads, head_dim], position by position; pairs are half a head apart."""
+    n, _, size = x.shape
+    angle = torch.arange(n)[:, None] / theta ** (torch.arange(size // 2) * 2 / size)  # [n, size / 2]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., : size // 2], x[..., size // 2 :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attend(q, k, v, causal):
+    """[n, heads, head_dim] -> [n, heads * head_dim]."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+
+
+def decoder_attention(x, t, own, c):
+    def project(p):
+        return F.linear(x, t[f"{own}.{p}_proj.weight"], t.get(f"{own}.{p}_proj.bias"))
+
+    q, k, v = project("q"), project("k"), project("v")
+    if f"{own}.q_norm.weight" in t:
+        q, k = rms(q, t[f"{own}.q_norm.weight"], c.norm_eps), rms(k, t[f"{own}.k_norm.weight"], c.norm_eps)
+    q, k, v = (y.view(len(x), -1, c.head_dim) for y in (q, k, v))
+    q, k = rotate(q, c.rope_theta), rotate(k, c.rope_theta)
+    k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, 1) for y in (k, v))
+    return attend(q, k, v, causal=True) @ t[f"{own}.o_proj.weight"].T
+
+
+def swiglu(x, t, home):
+    gate, up, down = (t[f"{home}.{p}_proj.weight"].T for p in ("gate", "up", "down"))
+    return (F.silu(x @ gate) * (x @ up)) @ down
+
+
+def mlp(x, t, home, c):
+    if not c.n_experts:
+        return swiglu(x, t, home)
+    out = torch.zeros_like(x)
+    for i, probabilities in enumerate((x @ t[f"{home}.gate.weight"].T).softmax(-1)):
+        for e in probabilities.argsort(descending=True)[: c.top_k].tolist():
+            out[i] += probabilities[e] * swiglu(x[i], t, f"{home}.experts.{e}")
+    return out
+
+
+def decoder_logits(ids, t, c, kind):
+    x = t["model.embed_tokens.weight"][ids]
+    for n in range(c.n_layers):
+        layer = f"model.layers.{n}"
+
+        def norm(y, name, layer=layer):
+            return rms(y, t[f"{layer}.{name}.weight"], c.norm_eps)
+
+        if kind == "olmo_1124":
+            x = x + norm(decoder_attention(x, t, f"{layer}.self_attn", c), "post_attention_layernorm")
+            x = x + norm(mlp(x, t, f"{layer}.mlp", c), "post_feedforward_layernorm")
+        else:
+            x = x + decoder_attention(norm(x, "input_layernorm"), t, f"{layer}.self_attn", c)
+            x = x + mlp(norm(x, "post_attention_layernorm"), t, f"{layer}.mlp", c)
+    return rms(x, t["model.norm.weight"], c.norm_eps) @ t.get("lm_head.weight", t["model.embed_tokens.weight"]).T
+
+
+def vit_attention(x, t, names, heads):
+    q, k, v = (F.linear(x, t[f"{n}.weight"], t[f"{n}.bias"]).view(len(x), heads, -1) for n in names[:3])
+    return F.linear(attend(q, k, v, causal=False), t[f"{names[3]}.weight"], t[f"{names[3]}.bias"])
+
+
+def layer_norm(x, t, name, eps):
+    return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
+
+
+def two_layers(x, t, home, act):
+    hidden = act(F.linear(x, t[f"{home}.fc1.weight"], t[f"{home}.fc1.bias"]))
+    return F.linear(hidden, t[f"{home}.fc2.weight"], t[f"{home}.fc2.bias"])
+
+
+def clip_states(image, t, n_layers, positions=None):
+    """image [3, h, w] -> what comes out of each layer, patches only."""
+    root = "vision_model"
+    x = F.conv2d(image[None], t[f"{root}.embeddings.patch_embedding.weight"], stride=14)[0].flatten(1).T
+    x = torch.cat([t[f"{root}.embeddings.class_embedding"][None], x])
+    x = x + (t[f"{root}.embeddings.position_embedding.weight"] if positions is None else positions)
+    x = layer_norm(x, t, f"{root}.pre_layrnorm", 1e-5)
+    states = []
+    for n in range(n_layers):
+        layer = f"{root}.encoder.layers.{n}"
+        names = [f"{layer}.self_attn.{p}_proj" for p in ("q", "k", "v", "out")]
+        x = x + vit_attention(layer_norm(x, t, f"{layer}.layer_norm1", 1e-5), t, names, 4)
+        normed = layer_norm(x, t, f"{layer}.layer_norm2", 1e-5)
+        x = x + two_layers(normed, t, f"{layer}.mlp", lambda y: y * torch.sigmoid(1.702 * y))
+        states.append(x[1:])
+    return states
+
+
+def dino_states(image, t, positions):
+    patches = t["embeddings.patch_embeddings.projection.weight"], t["embeddings.patch_embeddings.projection.bias"]
+    x = F.conv2d(image[None], *patches, stride=14)[0].flatten(1).T
+    x = torch.cat([t["embeddings.cls_token"][0], x]) + positions
+    states = []
+    for n in range(DINO.n_layers):
+        layer = f"encoder.layer.{n}"
+        names = [f"{layer}.attention.{p}" for p in ("attention.query", "attention.key", "attention.value")]
+        names.append(f"{layer}.attention.output.dense")
+        attended = vit_attention(layer_norm(x, t, f"{layer}.norm1", 1e-6), t, names, 4)
+        x = x + t[f"{layer}.layer_scale1.lambda1"] * attended
+        fed = two_layers(layer_norm(x, t, f"{layer}.norm2", 1e-6), t, f"{layer}.mlp", F.gelu)
+        x = x + t[f"{layer}.layer_scale2.lambda1"] * fed
+        states.append(x[1:])
+    return states
+
+
+def as_patches(image):
+    """[3, h, w] -> [1, patches, 14 * 14 * 3], as Molmo's preprocessing cuts them."""
+    _, h, w = image.shape
+    return image.view(3, h // 14, 14, w // 14, 14).permute(1, 3, 2, 4, 0).reshape(1, -1, 588)
+
+
+def resampled(positions, side):
+    """[1 + old^2, d] on a grid of side x side, by torch's own bicubic."""
+    old = round((len(positions) - 1) ** 0.5)
+    grid = positions[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
+
+
+def golden(kind: str) -> MolmoConfig:
+    return MolmoConfig.from_hub(GOLDEN / KINDS[kind])
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+# ---- the same function ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_decoder_computes_what_its_base_computes(kind, tmp_path, clip):
+    tensors = write_decoder(tmp_path / "lm", kind)
+    config = build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden(kind), precision="fp32")
+    assert config == golden(kind)
+    model, _, loaded = load_checkpoint(tmp_path / "out")
+    assert loaded == config
+    ids = torch.arange(3, 500, 31)
+    expected = decoder_logits(ids, tensors, config.decoder, kind)
+    logits = model.decoder.logits(model.decoder(model.decoder.embed(ids[None])))[0]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_clip_gives_the_features_of_its_third_and_tenth_layer_from_the_end(tmp_path, clip):
+    write_decoder(tmp_path / "lm", "qwen2")
+    build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden("qwen2"), precision="fp32")
+    model, _, config = load_checkpoint(tmp_path / "out")
+    image = torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(3))
+    states = clip_states(image, clip[1], 11)
+    expected = torch.cat([states[-3], states[-10]], dim=-1)
+    torch.testing.assert_close(model.vision(as_patches(image))[0], expected, atol=1e-4, rtol=1e-4)
+    assert config.vision.n_layers == 10
+
+
+@torch.no_grad()
+def test_dino_on_another_grid(tmp_path):
+    write_decoder(tmp_path / "lm", "qwen2")
+    tensors = write_dino(tmp_path / "dino", side=37)
+    small = golden("qwen2")
+    small = replace(small, image=replace(small.image, resize="dino", mean=IMAGENET_MEAN), vision=DINO)
+    build_base(tmp_path / "lm", tmp_path / "dino", tmp_path / "out", preset=small, precision="fp32")
+    model, _, _ = load_checkpoint(tmp_path / "out")
+    image = torch.randn(3, 336, 336, generator=torch.Generator().manual_seed(4))
+    states = dino_states(image, tensors, resampled(tensors["embeddings.position_embeddings"][0], 24))
+    expected = torch.cat([states[-3], states[-9]], dim=-1)
+    torch.testing.assert_close(model.vision(as_patches(image))[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_another_window(tmp_path, clip):
+    write_decoder(tmp_path / "lm", "qwen2")
+    wish = {"preset": golden("qwen2"), "precision": "fp32", "crop_size": 252, "overlap": 0.3}
+    build_base(tmp_path / "lm", clip[0], tmp_path / "out", **wish)
+    model, _, config = load_checkpoint(tmp_path / "out")
+    assert config.image.patches == 18
+    assert config.image.overlap_margins == (2, 4)  # 5.4 patches would be 30 %
+    image = torch.randn(3, 252, 252, generator=torch.Generator().manual_seed(5))
+    grid = resampled(clip[1]["vision_model.embeddings.position_embedding.weight"], 18)
+    states = clip_states(image, clip[1], 11, grid)
+    expected = torch.cat([states[-3], states[-10]], dim=-1)
+    torch.testing.assert_close(model.vision(as_patches(image))[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_of_504_pixels_tile_the_canvas():
+    config = window_variant(PRESETS["molmoe-1b"])
+    assert config.image.overlap_margins == (4, 6)
+    assert config.vision.n_pos == 36**2 + 1
+    assert replace(config, image=ImageConfig(), vision=VisionConfig()) == PRESETS["molmoe-1b"]
+    prepared = ImageProcessor(config.image)(np.zeros((700, 1100, 3), np.uint8))
+    placed = prepared.token_index[prepared.token_index >= 0]
+    assert len(set(placed.tolist())) == len(placed) == (prepared.tokens == MOLMOE.im_patch).sum()
+    assert window_variant(PRESETS["molmoe-1b"], 336, 1 / 3) == PRESETS["molmoe-1b"]
+    assert window_variant(config, 504, 0).image.overlap_margins == (0, 0)
+    for size, overlap in ((500, 0.3), (0, 0.3), (504, 1.0), (504, -0.1)):
+        with pytest.raises(ConfigError, match=r"crops are whole cells of 28|the overlap is a part"):
+            window_variant(config, size, overlap)
+
+
+# ---- what is random, and what is kept ----
+
+
+def test_the_rest_is_random_as_in_the_reference(tmp_path, clip):
+    write_decoder(tmp_path / "lm", "olmoe", rows=505)
+    base_rows = randomly(decoder_shapes(golden("olmoe").decoder, "olmoe", 505))
+    outs = []
+    for k, seed in enumerate((0, 0, 1)):
+        out = tmp_path / f"out{k}"
+        build_base(tmp_path / "lm", clip[0], out, preset=golden("olmoe"), precision="fp32", seed=seed)
+        outs.append(stored(out))
+    one, again, other = outs
+    assert one.keys() == hub_shapes(golden("olmoe")).keys()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    differ = {name for name in one if not torch.equal(one[name], other[name])}
+    connector = "model.vision_backbone.image_"
+    matrices = {name for name in one if name.startswith(f"{connector}p") and name.endswith("weight")}
+    tables = {"model.transformer.wte.embedding", "lm_head.weight"}
+    assert differ == matrices | tables | {"model.transformer.wte.new_embedding"}
+    for name in differ - tables:
+        assert float(one[name].std()) == pytest.approx(0.02, rel=0.15), name
+        assert abs(float(one[name].mean())) < 0.002, name
+    zeros = [
+        name for name in one if name.endswith("pad_embed") or (name.startswith(f"{connector}p") and "bias" in name)
+    ]
+    assert len(zeros) == 5
+    assert not any(one[name].any() for name in zeros)
+    for name, theirs in (("model.transformer.wte.embedding", "model.embed_tokens.weight"), ("lm_head.weight",) * 2):
+        assert torch.equal(one[name][:505], base_rows[theirs])
+        assert float(one[name][505:].std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_bfloat16_rounds_once_and_keeps_what_is_bfloat16(tmp_path, clip):
+    tensors = write_decoder(tmp_path / "lm", "qwen2", dtype=torch.bfloat16)
+    build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden("qwen2"))
+    made = stored(tmp_path / "out")
+    assert {t.dtype for t in made.values()} == {torch.bfloat16}
+    assert torch.equal(made["model.transformer.wte.embedding"], tensors["model.embed_tokens.weight"])
+    kernel = clip[1]["vision_model.embeddings.patch_embedding.weight"].permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(made["model.vision_backbone.image_vit.patch_embedding.weight"], kernel.bfloat16())
+
+
+def test_each_tensor_is_read_once_and_written_into_shards(tmp_path, clip, monkeypatch):
+    tensors = write_decoder(tmp_path / "lm", "olmo_1124")
+    reads = Counter()
+    raw = FileSource.raw
+    monkeypatch.setattr(FileSource, "raw", lambda self, name: reads.update([name]) or raw(self, name))
+    build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden("olmo_1124"), shard_bytes=100_000)
+    assert set(reads.values()) == {1}
+    last = {name for name in clip[1] if ".layers.10." in name or "post_layernorm" in name}
+    assert set(reads) == (tensors.keys() | clip[1].keys()) - last
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    load_checkpoint(tmp_path / "out")
+
+
+@torch.no_grad()
+def test_a_tied_base_is_tied_by_auto_and_copied_for_a_preset(tmp_path, clip):
+    tensors = write_decoder(tmp_path / "lm", "qwen2", tie_word_embeddings=True)
+    expected = decoder_logits(torch.arange(9), tensors, golden("qwen2").decoder, "qwen2")
+    for preset, tied in (("auto", True), (golden("qwen2"), False)):
+        out = tmp_path / ("tied" if tied else "copied")
+        build_base(tmp_path / "lm", clip[0], out, preset=preset, precision="fp32")
+        model, _, config = load_checkpoint(out)
+        assert config.decoder.weight_tying == tied
+        logits = model.decoder.logits(model.decoder(model.decoder.embed(torch.arange(9)[None])))[0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_auto_on_the_command_line(tmp_path, clip, monkeypatch):
+    write_decoder(tmp_path / "lm", "olmoe")
+    wish = {"--decoder": tmp_path / "lm", "--tower": clip[0], "--out": tmp_path / "out", "--preset": "auto"}
+    monkeypatch.setattr(sys, "argv", ["base", *(str(a) for pair in wish.items() for a in pair)])
+    base.main()
+    _, tokenizer, config = load_checkpoint(tmp_path / "out")
+    ours = golden("olmoe")
+    assert config.vision == ours.vision
+    assert config.image == ours.image
+    new = replace(ours.decoder, vocab_size=512, additional_vocab_size=128, max_position_embeddings=4096)
+    assert config.decoder == new
+    assert tokenizer.special.im_start == 512
+    with pytest.raises(SystemExit, match="out exists already"):
+        base.main()
+
+
+def test_a_preset_takes_the_other_tower(tmp_path, monkeypatch):
+    write_decoder(tmp_path / "lm", "qwen2")
+    write_dino(tmp_path / "dino", side=24)
+    monkeypatch.setitem(PRESETS, "tiny", golden("qwen2"))
+    config = build_base(tmp_path / "lm", tmp_path / "dino", tmp_path / "out", preset="tiny")
+    assert config.vision == DINO
+    assert config.image.resize == "dino"
+    assert config.image.mean == IMAGENET_MEAN != CLIP_MEAN
+
+
+# ---- the published sizes ----
+
+
+class Published:
+    """Names and shapes of a base, without values."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+
+PUBLIC = {
+    "molmoe-1b": ("olmoe", 50304),
+    "molmo-7b-d": ("qwen2", 152064),
+    "molmo-7b-o": ("olmo_1124", 100352),
+    "molmo-72b": ("qwen2", 152064),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLIC)
+def test_every_tensor_of_a_public_molmo_has_a_recipe(preset):
+    config, (kind, rows) = PRESETS[preset], PUBLIC[preset]
+    decoder = Published(decoder_shapes(config.decoder, kind, rows))
+    tower = Published(clip_shapes(config.vision, 24, 577))
+    recipes = base_recipes(config, decoder, tower, tied=False)
+    shapes = hub_shapes(config)
+    random = [name for name in shapes if name not in recipes]
+    assert not recipes.keys() - shapes.keys()
+    assert len(random) == 13  # four linear layers with biases, three without, pad_embed, new_embedding
+    for source in (decoder, tower):
+        used = {part: shape for r in recipes.values() if r.base is source for part, shape in r.parts}
+        assert used == {part: source.shape(part) for part in used}
+        left = set(source.names()) - used.keys()
+        assert all(".layers.23." in name or "post_layernorm" in name for name in left)
+    whole = sum(int(np.prod(shapes[name])) for name in recipes)
+    assert whole == sum(int(np.prod(shape)) for r in recipes.values() for _, shape in r.parts)  # nothing is padded
+
+
+# ---- the tokenizer ----
+
+
+def test_the_tokenizer_gets_what_the_references_gets(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(base_tokenizer()))
+    for name in KINDS.values():
+        decoder = MolmoConfig.from_hub(GOLDEN / name).decoder
+        theirs = json.loads((GOLDEN / name / "tokenizer.json").read_text(encoding="utf-8"))
+        assert json.loads(molmo_tokenizer(path, decoder))["added_tokens"] == theirs["added_tokens"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 600}), "begin at 500"),
+        (
+            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 499, "content": "<im_col>"}),
+            "leaves ids out",
+        ),
+        (lambda t: t.pop("model"), "is damaged"),
+    ],
+)
+def test_tokenizers_that_will_not_do(tmp_path, change, message):
+    definition = base_tokenizer()
+    change(definition)
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        molmo_tokenizer(path, golden("olmoe").decoder)
+    path.write_text(json.dumps(definition))
+    with pytest.raises(TokenizerError, match=message):
+        molmo_tokenizer(path, golden("olmoe").decoder)
+
+
+# ---- what must not pass ----
+
+
+def changed(directory: Path, change) -> None:
+    """Rewrite one of the shards."""
+    file = directory / "model-00001-of-00002.safetensors"
+    with safe_open(file, "pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.embed_tokens.weight"), "has 0 tensors called embed_tokens.weight"),
+        (lambda t: t.pop("lm_head.weight"), "lm has no tensor lm_head.weight"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(512, 31)}), r"00001.*lm_head.weight has shape \[512, 31\]"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(513, 32)}), r"lm_head.weight has 513 rows"),
+        (lambda t: t.update({"model.layers.2.x": torch.ones(1)}), "model.layers.2.x would be lost"),
+    ],
+)
+def test_tensors_that_are_not_those(tmp_path, clip, change, message):
+    write_decoder(tmp_path / "lm", "qwen2")
+    changed(tmp_path / "lm", change)
+    with pytest.raises(CheckpointError, match=message):
+        build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden("qwen2"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lm"]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"rope_theta": 10000.0}, r"rope_theta 10000.0 \(not 1000000.0\)"),
+        ({"rms_norm_eps": 1e-5}, "norm_eps"),
+        ({"num_key_value_heads": 4}, "n_kv_heads 4"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+        ({"head_dim": 16}, "head_dim 16"),
+        ({"model_type": "llama"}, 'describes a "llama"'),
+    ],
+)
+def test_a_base_that_computes_otherwise(tmp_path, clip, wrong, message):
+    write_decoder(tmp_path / "lm", "qwen2", **wrong)
+    with pytest.raises(BaseError, match=message):
+        build_base(tmp_path / "lm", clip[0], tmp_path / "out", preset=golden("qwen2"))
+
+
+def test_wishes_that_cannot_be_met(tmp_path, clip, monkeypatch):
+    write_decoder(tmp_path / "lm", "qwen2")
+
+    def build(lm=tmp_path / "lm", tower=clip[0], **wish):
+        return build_base(lm, tower, tmp_path / "out", **{"preset": golden("qwen2"), **wish})
+
+    with pytest.raises(ConfigError, match=r'no preset "molmo"; known are molmoe-1b'):
+        build(preset="molmo")
+    with pytest.raises(BaseError, match=r'is not a base of the preset "molmo-7b-d". It has d_model 32'):
+        build(preset="molmo-7b-d")
+    with pytest.raises(ExportError, match="int4"):
+        build(precision="int4")
+    with pytest.raises(BaseError, match="cannot be read"):
+        build(lm=tmp_path / "nowhere")
+    with pytest.raises(BaseError, match="n_layers 9"):
+        write_clip(tmp_path / "short", n_layers=9)
+        build(tower=tmp_path / "short")
+    tied = golden("qwen2")
+    with pytest.raises(BaseError, match="weight_tying False"):
+        build(preset=replace(tied, decoder=replace(tied.decoder, weight_tying=True)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_000_000))
+    with pytest.raises(ExportError, match=r"only 0.2 GB free"):
+        build()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, content", [("pytorch_model.bin", b"no zip"), ("model.safetensors", b"short")])
+def test_damaged_files(tmp_path, clip, name, content):
+    write_decoder(tmp_path / "lm", "qwen2")
+    shutil.copytree(clip[0], tmp_path / "clip")
+    (tmp_path / "clip" / name).write_bytes(content)
+    with pytest.raises(MolmoEdgeError, match="download it again"):
+        build_base(tmp_path / "lm", tmp_path / "clip", tmp_path / "out", preset=golden("qwen2"))
+
+
+def test_integers_in_safetensors_are_passed_over(tmp_path, clip):
+    write_decoder(tmp_path / "lm", "qwen2")
+    shutil.copytree(clip[0], tmp_path / "clip")
+    (tmp_path / "clip" / "pytorch_model.bin").unlink()
+    ids = torch.arange(577)[None]
+    save_file(clip[1] | {"vision_model.embeddings.position_ids": ids}, tmp_path / "clip" / "model.safetensors")
+    for tower in (clip[0], tmp_path / "clip"):
+        build_base(tmp_path / "lm", tower, tmp_path / f"out-{tower.parent.name}", preset=golden("qwen2"))
+    one, other = (stored(out) for out in sorted(tmp_path.glob("out-*")))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,96 @@
+"""A small run of the trainer in a process of its own: python training_run.py CHECKPOINT DIRECTORY [--kill-at STEP] ...
+
+Pictures of noise, 20 steps of 4 sequences, fp32, with everything at work that a difference could hide in: dropout,
+several micro-batches, a mixture of two data sets, workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling.checkpoint import open_tensors
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.examples import Annotation, Example
+from molmo_edge.training.forward import ForwardConfig
+from molmo_edge.training.optimizer import OptimizerConfig, Rate
+from molmo_edge.training.parallel import Layout, world
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.trainer import Data, Trainer, build
+
+WORDS = ("red", "blue", "a cup", "two dogs", "nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Pictures of noise with answers that follow from their number."""
+
+    name: str
+    size: int
+    annotations: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        picture = np.random.default_rng(index).integers(0, 256, (40 + 8 * (index % 3), 40, 3), dtype=np.uint8)
+        asked = [
+            Annotation("user_qa", (f"What is {k}?", f"{WORDS[(index + k) % len(WORDS)]}, {rng.integers(10)}."))
+            for k in range(1 + index % self.annotations)
+        ]
+        return Example(picture, tuple(asked))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--experts", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--states", default="fp32")
+    parser.add_argument("--precision", default="fp32")
+    args = parser.parse_args()
+    recipe = Recipe(
+        steps=args.steps,
+        batch=4,
+        micro=1,
+        mixture=(),
+        precision=args.precision,
+        encoding=Encoding(sequence=1024),
+        forward=ForwardConfig(residual_dropout=0.05, answer_dropout=0.1),
+        optimizer=OptimizerConfig(Rate(3e-3, 3), Rate(1e-3, 5), Rate(3e-3, 5), states=args.states),
+        layout=Layout(replicas=args.replicas, experts=args.experts),
+        max_crops=1,
+        save_every=5,
+        log_every=1,
+        workers=2,
+    )
+    start = args.checkpoint
+    with world("cpu") as here:
+        model = build(MolmoConfig.from_hub(start), open_tensors(start), str(start), recipe, here)
+        tokenizer = Tokenizer.from_file(start / "tokenizer.json")
+        data = Data([Noise("few", 7, 1), Noise("many", 12, 3)], [0.4, 0.6])
+        trainer = Trainer(model, tokenizer, data, recipe, args.directory, here)
+        if args.kill_at:
+            one = trainer._one
+
+            def killed(micro, window):  # type: ignore[no-untyped-def]
+                if trainer.step == args.kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return one(micro, window)
+
+            trainer._one = killed  # type: ignore[method-assign]
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()
