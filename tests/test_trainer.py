@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def start(checkpoint: Path, directory: Path, *options: str, ranks: int = 1) -> s
 def run(checkpoint: Path, directory: Path, *options: str, ranks: int = 1) -> None:
     process = start(checkpoint, directory, *options, ranks=ranks)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    expected = -signal.SIGKILL if any(option.startswith("--kill") for option in options) else 0
+    assert process.returncode == expected, out
 
 
 def curve(directory: Path) -> dict[int, dict[str, Any]]:
@@ -102,7 +103,8 @@ def test_two_ranks_have_the_curve_of_one(checkpoint: Path, whole: Path, tmp_path
     same(whole, tmp_path)
     ours = weights(tmp_path)
     for name, expected in weights(whole).items():
-        np.testing.assert_allclose(ours[name], expected, rtol=2e-3, atol=2e-5, err_msg=name)
+        if not name.endswith("wk.bias"):  # a softmax does not see it: its gradient is rounding, which Adam enlarges
+            assert np.linalg.norm(ours[name] - expected) <= 2e-4 * np.linalg.norm(expected) + 1e-6, name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -113,3 +115,53 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     assert max(curve(tmp_path)) >= 12
     run(checkpoint, tmp_path, ranks=ranks)
     same(whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--experts", "--replicas"])
+def test_other_arrangements_have_the_same_curve(checkpoint: Path, whole: Path, tmp_path: Path, layout: str) -> None:
+    """Experts shared by two ranks; two whole copies of the model."""
+    run(checkpoint, tmp_path, layout, "2", ranks=2)
+    same(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_eight_bit_states_are_taken_up_exactly(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run(checkpoint, tmp_path / "whole", "--states", "8bit")
+    run(checkpoint, tmp_path / "killed", "--states", "8bit", "--kill-at", "12")
+    run(checkpoint, tmp_path / "killed", "--states", "8bit")
+    same(tmp_path / "whole", tmp_path / "killed")
+    eight, full = curve(tmp_path / "whole")[STEPS], curve(whole)[STEPS]
+    assert eight["loss"] == pytest.approx(full["loss"], rel=0.02)
+    assert eight["loss"] != full["loss"]
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
+    checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    run(checkpoint, tmp_path, "--kill-in-save", "10")
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000005", "step-00000010.part"]
+    run(checkpoint, tmp_path)
+    same(whole, tmp_path)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [*range(1, 11), *range(6, 21)], "taken up behind the last whole one"
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000015", "step-00000020"], "the last two are kept"
+
+
+@pytest.mark.slow
+def test_a_run_is_not_taken_up_with_other_data(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path, "--steps", "5")
+    process = start(checkpoint, tmp_path, "--few", "8")
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "is of a run with another data" in out
+
+
+@pytest.mark.slow
+def test_bfloat16_products_keep_float32_weights(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path, "--precision", "bf16", ranks=2)
+    assert curve(tmp_path)[STEPS]["loss"] == pytest.approx(curve(whole)[STEPS]["loss"], rel=0.05)
+    assert weights(tmp_path)["lm_head.weight"].dtype == np.float32

@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--kill-in-save", type=int, default=0)
+    parser.add_argument("--few", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--experts", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1)
@@ -78,7 +80,7 @@ def main() -> None:
     with world("cpu") as here:
         model = build(MolmoConfig.from_hub(start), open_tensors(start), str(start), recipe, here)
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
-        data = Data([Noise("few", 7, 1), Noise("many", 12, 3)], [0.4, 0.6])
+        data = Data([Noise("few", args.few, 1), Noise("many", 12, 3)], [0.4, 0.6])
         trainer = Trainer(model, tokenizer, data, recipe, args.directory, here)
         if args.kill_at:
             one = trainer._one
@@ -89,6 +91,15 @@ def main() -> None:
                 return one(micro, window)
 
             trainer._one = killed  # type: ignore[method-assign]
+        if args.kill_in_save:
+            poll = trainer.checkpoints.poll
+
+            def killed_in_save() -> None:
+                if trainer.step == args.kill_in_save:  # it is being written, and has no name yet
+                    os.kill(os.getpid(), signal.SIGKILL)
+                poll()
+
+            trainer.checkpoints.poll = killed_in_save  # type: ignore[method-assign]
         trainer.train()
 
 

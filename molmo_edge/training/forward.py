@@ -113,7 +113,7 @@ class Trainable(nn.Module):
             else:
                 part = _answer_sums(head, *chunk)
             total = total + cast(Tensor, part)
-        ce, z, correct = total.unbind()
+        ce, z, correct = (values.clone() for values in total.unbind())  # FSDP wants no views
         return ce, z, correct.detach()
 
     def _router_loss(self, batch: Batch) -> Tensor:

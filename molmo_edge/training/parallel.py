@@ -135,7 +135,9 @@ def _mesh(kind: str, replicas: int, per_copy: int) -> DeviceMesh:
 
 def sum_gradients(unit: nn.Module) -> None:
     """Instead of averaging them over the ranks."""
-    cast(FSDPModule, unit).set_gradient_divide_factor(1.0)
+    module = cast(FSDPModule, unit)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo knows no other
 
 
 def accumulate(model: nn.Module, last: bool) -> None:

@@ -89,7 +89,7 @@ class _Style:
 
 
 def draw_chart(rng: np.random.Generator, fonts: Fonts) -> Drawing:
-    """A chart of 480 to 960 pixels' width."""
+    """A chart of 560 to 960 pixels' width."""
     chart = _invent(rng)
     dark = rng.random() < 0.15
     paper: Colour = (28, 32, 40) if dark else pick(rng, ((255, 255, 255), (250, 248, 242), (242, 245, 250)))
@@ -113,7 +113,7 @@ def _invent(rng: np.random.Generator) -> Chart:
         return _invent_points(rng)
     by, categories = _categories(rng, shape)
     several = shape != "pie" and rng.random() < 0.45
-    names = towns(rng, whole(rng, 2, 3)) if several else [what]
+    names = (goods(rng, 3, short=True) if by == "town" else towns(rng, 3))[: whole(rng, 2, 3)] if several else [what]
     step = pick(rng, _STEPS)
     values = {name: _values(rng, len(categories), step) for name in names}
     keys = categories if shape == "pie" or (not several and rng.random() < 0.4 and shape != "lines") else names
@@ -124,8 +124,7 @@ def _invent(rng: np.random.Generator) -> Chart:
     elif labelled:
         values = {name: [max(1, v + whole(rng, -step // 2, 0)) for v in row] for name, row in values.items()}
     title = f"{what} by {by}" if shape == "pie" or several or rng.random() < 0.5 else f"{what} in {town(rng)}"
-    unit = "%" if shape == "pie" else unit
-    return Chart(shape, title, what, unit, categories, values, step, colours, labelled, {})
+    return Chart(shape, title, what, "%" if shape == "pie" else unit, categories, values, step, colours, labelled, {})
 
 
 def _categories(rng: np.random.Generator, shape: str) -> tuple[str, list[str]]:
@@ -374,8 +373,7 @@ def _about_values(rng: np.random.Generator, chart: Chart, values: Sequence[float
 
 def _about_series(rng: np.random.Generator, chart: Chart) -> list[Pair]:
     asked: list[Pair] = [("How many series does the legend name?", str(len(chart.series)))]
-    for name in chart.series:
-        asked.append((f"Which color stands for {name}?", chart.colours[name]))
+    asked += [(f"Which color stands for {name}?", chart.colours[name]) for name in chart.series]
     at = whole(rng, 0, len(chart.categories) - 1)
     here = {name: values[at] for name, values in chart.series.items()}
     best = max(here, key=lambda name: here[name])

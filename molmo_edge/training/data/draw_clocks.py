@@ -1,7 +1,4 @@
-"""Clocks with hands or digits, in many styles, with the time in the words of PixMo-Clocks.
-
-The words are those of the reference (olmo/data/pixmo_datasets.py::PixMoClocks), its columns those of the data set.
-"""
+"""Clocks with hands or digits, in many styles, with the columns of PixMo-Clocks."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from molmo_edge.training.words import load_font
 WITHOUT_AM, WITH_AM, NOT_SHOWN = "12 hour clock (without AM/PM)", "12 hour clock (with AM/PM)", "The time is not shown"
 _ROMAN = ("XII", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI")
 _DIGITAL, _BLANK = 0.12, 0.02  # shares: with digits, and without any time
-_OVERSAMPLED = 3
+_OVERSAMPLED = 2
 # Which of the seven strokes a digit has: top, upper left, upper right, middle, lower left, lower right, bottom.
 _STROKES = (
     "1110111",
@@ -56,7 +53,7 @@ class Clock:
 
 
 def draw_clock(rng: np.random.Generator, fonts: Fonts) -> Clock:
-    """One clock, of 150 to 500 pixels, on a plain or shaded ground of 256 to 640."""
+    """One clock, of 150 to 615 pixels, on a plain or shaded ground of 256 to 640."""
     hour, minute, second = whole(rng, 0, 23), whole(rng, 0, 59), whole(rng, 0, 59)
     width, height = whole(rng, 256, 640), whole(rng, 256, 640)
     ground = _ground(rng, (width, height))
@@ -65,18 +62,21 @@ def draw_clock(rng: np.random.Generator, fonts: Fonts) -> Clock:
     if rng.random() < _DIGITAL:
         face, row = _digital(rng, size, hour, minute, second)
         ground.paste(face, (corner[0], corner[1] + (size - face.height) // 2), face)
-        return Clock(ground, row, (0, 0), 0.0, {})
+        return Clock(ground, {"watchface_name": "digital"} | row, (0, 0), 0.0, {})
     blank, seconds = rng.random() < _BLANK, rng.random() < 0.5
-    face, turn, hands = _analog(rng, fonts, size, (hour, minute, second if seconds else None), blank)
+    style = str(rng.choice(["arabic", "roman", "quarters", "ticks"], p=[0.46, 0.2, 0.14, 0.2]))
+    face, turn, hands = _analog(rng, fonts, style, size, (hour, minute, second if seconds else None), blank)
     ground.paste(face, corner, face)
-    row = describe(hour, minute, second if seconds else None, NOT_SHOWN if blank else WITHOUT_AM)
+    row = {"watchface_name": style}
+    row |= describe(hour, minute, second if seconds else None, NOT_SHOWN if blank else WITHOUT_AM)
     return Clock(ground, row, (corner[0] + size / 2, corner[1] + size / 2), turn, {} if blank else hands)
 
 
 def describe(hour: int, minute: int, second: int | None, time_format: str) -> dict[str, Any]:
     """The columns of a time of day, of which a face shows as much as `time_format` says; `second` None: no seconds.
 
-    Twelve at noon counts as PM, which the reference gets wrong.
+    "text" is the time alone, "8:15:30", the sentence around it is the loader's. Twelve at noon counts as PM, which the
+    reference (olmo/data/pixmo_datasets.py::PixMoClocks) gets wrong.
     """
     row: dict[str, Any] = {
         "watch_time": f"{hour:02d}:{minute:02d}:{second or 0:02d}",
@@ -91,7 +91,7 @@ def describe(hour: int, minute: int, second: int | None, time_format: str) -> di
     if time_format == WITH_AM:
         time += " AM" if hour < 12 else " PM"
     row |= {"hour_visible": shown, "minute_visible": minute, "second_visible": -1 if second is None else second}
-    return row | {"text": f"The time shown is {time}"}
+    return row | {"text": time}
 
 
 def _ground(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
@@ -121,13 +121,12 @@ class _Dial:
 
 
 def _analog(
-    rng: np.random.Generator, fonts: Fonts, size: int, time: tuple[int, int, int | None], blank: bool
+    rng: np.random.Generator, fonts: Fonts, style: str, size: int, time: tuple[int, int, int | None], blank: bool
 ) -> tuple[Image.Image, float, dict[str, Hand]]:
     """(RGBA, how far it is turned, its hands). Numerals bear a larger turn than ticks alone."""
     big = size * _OVERSAMPLED
     image = Image.new("RGBA", (big, big))
     dial = _dial(rng, ImageDraw.Draw(image), pick(rng, fonts.faces), big)
-    style = str(rng.choice(["arabic", "roman", "quarters", "ticks"], p=[0.46, 0.2, 0.14, 0.2]))
     _marks(rng, dial, style)
     hands = {} if blank else _hands(rng, dial, time)
     limit = 8 if style == "ticks" else 40
@@ -188,7 +187,7 @@ def _hands(
     minutes = minute + (second or 0) / 60
     colour = dial.ink
     if rng.random() < 0.25:
-        colour = pick(rng, [c for c in COLOURS.values() if abs(sum(c) - sum(dial.paper)) > 260] or [dial.ink])
+        colour = pick(rng, [c for c in COLOURS.values() if abs(sum(c) - sum(dial.paper)) > 330] or [dial.ink])
     shape, thick = pick(rng, ("bar", "taper", "leaf")), float(rng.uniform(0.03, 0.06))
     hands = {
         "hour": ((hour % 12 + minutes / 60) * 30, float(rng.uniform(0.42, 0.52)), colour),
@@ -234,8 +233,7 @@ def _digital(
     """(RGBA, its columns): seven-stroke digits on a panel, half of them with AM or PM."""
     seconds, half_day = rng.random() < 0.4, rng.random() < 0.5
     row = describe(hour, minute, second if seconds else None, WITH_AM if half_day else WITHOUT_AM)
-    text = row["text"].removeprefix("The time shown is ")
-    digits, _, suffix = text.partition(" ")
+    digits, _, suffix = row["text"].partition(" ")
     paper: Colour = pick(rng, ((16, 18, 20), (190, 205, 180), (235, 235, 235), (20, 30, 60)))
     bright: tuple[Colour, ...] = ((255, 60, 50), (90, 255, 130), (90, 200, 255), (255, 190, 60), (240, 240, 240))
     ink = pick(rng, bright if ink_on(paper) == (255, 255, 255) else ((20, 24, 20), (20, 30, 90)))

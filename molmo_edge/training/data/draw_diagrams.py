@@ -245,7 +245,9 @@ def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, str
     _head(sheet, points[-2] if points[-2] != points[-1] else points[0], points[-1], style)
     if text:  # where the arrow alone runs, next to its end
         x, y = points[-1]
-        place = (x - style.size * 0.8, y - 5, "rd") if style.sideways else (x + 8, y - style.size * 0.2, "ld")
+        place = (x + 8, y - style.size * 0.2, "ld")
+        if style.sideways:
+            place = (x - style.size * 0.8, *((y - 5, "rd") if end.y <= start.y else (y + 5, "ra")))
         sheet.text(place[0], place[1], text, Type(style.face.bold, style.size * 0.9), style.ink, place[2])
 
 

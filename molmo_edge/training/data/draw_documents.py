@@ -236,9 +236,9 @@ def _bill(rng: np.random.Generator) -> list[tuple[str, int, int]]:
 def _about_bill(rng: np.random.Generator, bill: list[tuple[str, int, int]]) -> list[Pair]:
     asked: list[Pair] = []
     for name, pieces, price in some(rng, bill, 4):
-        asked.append((f"How many {name} were bought?", str(pieces)))
+        asked.append((f"How many pieces of {name} were bought?", str(pieces)))
         asked.append((f"What is the price of one {name}?", money(price)))
-        asked.append((f"What do all {name} cost together?", money(pieces * price)))
+        asked.append((f"What is the total amount for {name}?", money(pieces * price)))
     amounts = {name: pieces * price for name, pieces, price in bill}
     best = max(amounts, key=lambda name: amounts[name])
     if list(amounts.values()).count(amounts[best]) == 1:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from molmo_edge.training.assets import Assets
 from molmo_edge.training.backdrops import draw_backdrop
 from molmo_edge.training.data.drawing import COLOURS, Colour, pick, some, whole
+from molmo_edge.training.english import plural
 from molmo_edge.training.sprite_names import overlapping
 
 Sprites = dict[str, tuple[Image.Image, ...]]  # as load_sprites gives them
@@ -58,7 +59,8 @@ def draw_scene(rng: np.random.Generator, sprites: Sprites | None = None) -> Scen
             x, y = _point_on(thing)
             found.setdefault(wanted[i], []).append((_percent(box[0] + x, size[0]), _percent(box[1] + y, size[1])))
     labels = _labels_of_sprites(rng, found, sprites) if sprites else _labels_of_shapes(rng, found)
-    return Scene(image, labels, many)
+    spoken = {plural(n) if len(ps) != 1 and rng.random() < 0.7 else n: ps for n, ps in labels.items()}
+    return Scene(image, spoken, many)
 
 
 def _percent(pixel: float, side: int) -> float:
@@ -76,7 +78,7 @@ def _choose(rng: np.random.Generator, image: Image.Image, sprites: Sprites | Non
                 names.append(name)
         return names
     ground = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)  # [64, 3]
-    clear = [n for n, rgb in COLOURS.items() if np.linalg.norm(ground - np.array(rgb), axis=1).min() > 70]
+    clear = [n for n, rgb in COLOURS.items() if np.linalg.norm(ground - np.array(rgb), axis=1).min() > 90]
     kinds: dict[str, None] = {}
     shape = pick(rng, list(SHAPES))
     while len(kinds) < amount:
@@ -245,6 +247,9 @@ def count_row(rng: np.random.Generator, scene: Scene) -> dict[str, Any]:
     width, height = scene.image.size
     return {
         "count": len(points),
-        "points": {"x": [x * width / 100 for x, _ in points], "y": [y * height / 100 for _, y in points]},
+        "points": {
+            "x": [round(x * width / 100, 2) for x, _ in points],
+            "y": [round(y * height / 100, 2) for _, y in points],
+        },
         "label": label,
     }

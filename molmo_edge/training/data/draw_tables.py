@@ -22,8 +22,9 @@ def draw_table(rng: np.random.Generator, fonts: Fonts) -> Drawing:
     title = f"{pick(rng, ('Report', 'Overview', 'Results', 'Figures'))} {whole(rng, 1998, 2029)}"
     page.say(title, 1.3, bold=True, align=pick(rng, ("l", "m")))
     page.skip(0.6)
-    share = float(rng.uniform(0.3, 0.4))
     width = page.sheet.width - 2 * MARGIN
+    narrowest = max(page.sheet.measure(text, page.font(bold=True)) for text in (*heads, str(most))) + 14
+    share = min(float(rng.uniform(0.3, 0.4)), 1 - len(heads) * narrowest / width)
     steps = [0.0, *(share + (1 - share) * i / len(heads) for i in range(len(heads) + 1))]
     edges = [MARGIN + width * step for step in steps]
     striped, ruled = rng.random() < 0.5, rng.random() < 0.5

@@ -1,0 +1,245 @@
+"""Drawn data sets to train on, with exact answers, in unlimited number: folders of rows.jsonl and pictures.
+
+    python -m molmo_edge.training.data.generate charts --count 1000 --out drawn/charts
+
+The columns are those of the PixMo set that a kind stands in for, so that one loader reads both:
+  clocks                                          allenai/pixmo-clocks, and the picture in "image"
+  charts, tables, documents, diagrams, code       allenai/pixmo-docs, and what was drawn in "data", a JSON text
+  points                                          allenai/pixmo-points, with "image" instead of a URL: percent
+  count                                           allenai/pixmo-count, with "image" instead of a URL: pixels
+Picture i depends on kind, seed, i, the fonts and the sprites alone. A run that was cut off goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.rows import ROWS
+from molmo_edge.training.assets import load_sprites
+from molmo_edge.training.data.draw_charts import draw_chart
+from molmo_edge.training.data.draw_clocks import draw_clock
+from molmo_edge.training.data.draw_code import draw_code
+from molmo_edge.training.data.draw_diagrams import draw_diagram
+from molmo_edge.training.data.draw_documents import draw_document
+from molmo_edge.training.data.draw_scenes import Sprites, count_row, draw_scene, point_rows
+from molmo_edge.training.data.draw_tables import draw_table
+from molmo_edge.training.data.drawing import DrawError, Fonts, encode, find_fonts, photographed, softened
+
+_DRAWINGS = {
+    "charts": draw_chart,
+    "tables": draw_table,
+    "documents": draw_document,
+    "diagrams": draw_diagram,
+    "code": draw_code,
+}
+KINDS = ("clocks", *_DRAWINGS, "points", "count")
+_PAPER = ("tables", "documents")  # half of these are photographed
+_SETTINGS = "generated.json"
+_SPOKEN = 1000  # pictures from one word of progress to the next
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What pictures are drawn with."""
+
+    fonts: Fonts
+    sprites: Sprites | None = None  # None: coloured shapes
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file and the rows that speak of it, without their "image"."""
+
+    file: bytes
+    ending: str  # "jpg" or "png"
+    rows: list[dict[str, Any]]
+
+
+def draw_picture(kind: str, seed: int, index: int, materials: Materials) -> Picture:
+    """Picture `index` of the data set `kind`, one of KINDS."""
+    rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
+    name = f"{kind}_{seed}_{index}"
+    if kind in _DRAWINGS:
+        drawing = _DRAWINGS[kind](rng, materials.fonts)
+        photo = kind in _PAPER and rng.random() < 0.5
+        image = photographed(rng, drawing.image) if photo else softened(rng, drawing.image)
+        questions = {"question": [q for q, _ in drawing.questions], "answer": [a for _, a in drawing.questions]}
+        row = {"image_id": name, "questions": questions, "data": json.dumps(drawing.data)}
+        return Picture(*encode(rng, image, photo), [row])
+    if kind == "clocks":
+        clock = draw_clock(rng, materials.fonts)
+        row = {"example_id": name, "watchface_id": f"drawn_{clock.row['watchface_name']}", **clock.row}
+        return Picture(*encode(rng, softened(rng, clock.image)), [row])
+    scene = draw_scene(rng, materials.sprites)
+    rows = point_rows(scene) if kind == "points" else [count_row(rng, scene)]
+    file, ending = encode(rng, scene.image)
+    sha256 = hashlib.sha256(file).hexdigest()
+    return Picture(file, ending, [{"image_sha256": sha256, **row} for row in rows])
+
+
+def generate(
+    kind: str,
+    count: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    fonts: Path | None = None,
+    sprites: Path | None = None,
+    jobs: int = 1,
+) -> int:
+    """Fill the folder `out` up to `count` pictures; returns how many were drawn now.
+
+    `fonts`: a folder with more of them; `sprites`: a folder of `molmo_edge.training.assets`, for points and count.
+    `jobs`: processes. Raises DrawError where `out` was begun with other settings, AssetError for no sprites.
+    """
+    if kind not in KINDS:
+        raise DrawError(f'there is no kind "{kind}" to draw; known are {", ".join(KINDS)}')
+    if sprites is not None and kind not in ("points", "count"):
+        raise DrawError(f"{kind} are drawn without sprites: leave --sprites out")
+    materials = Materials(find_fonts(fonts), None if sprites is None else load_sprites(sprites))
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    _check_settings(out, _settings(kind, seed, materials))
+    done, begun = _resume(out)
+    numbers = range(done, max(count, done + begun))  # what was begun is finished, even where fewer are wanted now
+    store = partial(_store, kind, seed, out)
+    with (out / ROWS).open("ab") as file:
+        for index, rows in zip(numbers, _drawn(store, materials, numbers, jobs), strict=True):
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            if (index + 1) % _SPOKEN == 0:
+                file.flush()
+                print(f"{index + 1} of {count} {kind}", file=sys.stderr)
+    return len(numbers)
+
+
+def _settings(kind: str, seed: int, materials: Materials) -> dict[str, Any]:
+    """What decides how a picture looks, besides its number."""
+    fonts = [path.name for face in materials.fonts.faces for path in (face.regular, face.bold) if path is not None]
+    fonts += [path.name for path in materials.fonts.mono]
+    sprites = {name: len(pictures) for name, pictures in (materials.sprites or {}).items()}
+    return {"kind": kind, "seed": seed, "fonts": sorted(set(fonts)), "sprites": sprites}
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out / _SETTINGS
+    if not path.exists():
+        if (out / ROWS).exists():
+            raise DrawError(f"{out} holds a data set that was not drawn here: name another folder")
+        _write(path, json.dumps(settings, indent=1).encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise DrawError(f"{out} was begun with other {name}: go on with the same, or name another folder")
+
+
+def _resume(out: Path) -> tuple[int, bool]:
+    """(the number of pictures that are finished, whether another was begun); rows behind the finished are cut off.
+
+    The last picture is drawn again, as its rows may have been written in part. So is all behind a picture that is gone.
+    """
+    path = out / ROWS
+    if not path.exists():
+        return 0, False
+    last, begins, end = -1, 0, 0  # the last picture, where its rows begin, and where they end: bytes
+    with path.open("rb") as file:
+        for line in file:
+            name = _picture_of(line)
+            if name is None:
+                break
+            index = int(Path(name).stem)
+            if index != last:
+                last, begins = last + 1, end
+                if index != last or not (out / name).is_file():
+                    break
+            end += len(line)
+    os.truncate(path, begins)
+    return max(0, last), last >= 0
+
+
+def _picture_of(line: bytes) -> str | None:
+    """None for a row that was not written to its end."""
+    try:
+        name = json.loads(line)["image"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _store(kind: str, seed: int, out: Path, materials: Materials, index: int) -> list[dict[str, Any]]:
+    """Draw a picture into its place; returns its rows."""
+    picture = draw_picture(kind, seed, index, materials)
+    name = f"pictures/{index // 1000:04d}/{index:07d}.{picture.ending}"
+    (out / name).parent.mkdir(exist_ok=True)
+    _write(out / name, picture.file)
+    return [{"image": name, **row} for row in picture.rows]
+
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+_task: Any = None  # of a worker: a function of the number alone; sprites would be sent with every picture otherwise
+
+
+def _begin(store: Any, materials: Materials) -> None:
+    global _task
+    _task = partial(store, materials)
+
+
+def _work(index: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = _task(index)
+    return rows
+
+
+def _drawn(store: Any, materials: Materials, numbers: range, jobs: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each picture, in order."""
+    if jobs <= 1 or len(numbers) < 2:
+        yield from map(partial(store, materials), numbers)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, _begin, (store, materials)) as pool:
+        yield from pool.imap(_work, numbers, chunksize=8)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m molmo_edge.training.data.generate", description="Draw a data set with exact answers."
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--count", type=int, required=True, help="pictures in all, those already there included")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fonts", type=Path, help="folder with more fonts, .ttf or .otf")
+    parser.add_argument("--sprites", type=Path, help="for points and count: folder of molmo_edge.training.assets")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    args = parser.parse_args(argv)
+    try:
+        drawn = generate(
+            args.kind, args.count, args.out, seed=args.seed, fonts=args.fonts, sprites=args.sprites, jobs=args.jobs
+        )
+    except MolmoEdgeError as error:
+        parser.exit(1, f"{error}\n")
+    except OSError as error:
+        parser.exit(1, f"{args.out} cannot be written: {error}\n")
+    print(f"{drawn} pictures drawn, {args.count} wanted, in {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
