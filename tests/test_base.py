@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from molmo_edge.cli import main
 from molmo_edge.config import CLIP_MEAN, IMAGENET_MEAN, PRESETS, ConfigError, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError
@@ -29,7 +29,6 @@ from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.modeling.loading import load_checkpoint
 from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS as MOLMOE
 from molmo_edge.tokenizer import TokenizerError
-from molmo_edge.training import base
 from molmo_edge.training.base import build_base, molmo_tokenizer, window_variant
 from molmo_edge.training.base_names import BaseError, base_recipes
 
@@ -469,11 +468,12 @@ def test_a_tied_base_is_tied_by_auto_and_copied_for_a_preset(tmp_path, clip):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_auto_on_the_command_line(tmp_path, clip, monkeypatch):
+def test_auto_on_the_command_line(tmp_path, clip, capsys):
     write_decoder(tmp_path / "lm", "olmoe")
     wish = {"--decoder": tmp_path / "lm", "--tower": clip[0], "--out": tmp_path / "out", "--preset": "auto"}
-    monkeypatch.setattr(sys, "argv", ["base", *(str(a) for pair in wish.items() for a in pair)])
-    base.main()
+    arguments = ["train", "start", *(str(a) for pair in wish.items() for a in pair), "--precision", "fp32"]
+    with pytest.raises(SystemExit, match="^0$"):
+        main(arguments)
     _, tokenizer, config = load_checkpoint(tmp_path / "out")
     ours = golden("olmoe")
     assert config.vision == ours.vision
@@ -481,8 +481,9 @@ def test_auto_on_the_command_line(tmp_path, clip, monkeypatch):
     new = replace(ours.decoder, vocab_size=512, additional_vocab_size=128, max_position_embeddings=4096)
     assert config.decoder == new
     assert tokenizer.special.im_start == 512
-    with pytest.raises(SystemExit, match="out exists already"):
-        base.main()
+    with pytest.raises(SystemExit, match="^1$"):
+        main(arguments)
+    assert "out exists already" in capsys.readouterr().err
 
 
 def test_a_preset_takes_the_other_tower(tmp_path, monkeypatch):

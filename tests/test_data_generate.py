@@ -325,7 +325,7 @@ def test_sprites_are_drawn_where_they_are_given() -> None:
 
 
 def test_the_rows_are_read_by_the_loader_and_name_their_pictures(tmp_path: Path) -> None:
-    generate.main(["points", "--count", "3", "--out", str(tmp_path)])
+    generate.generate("points", 3, tmp_path)
     rows = load_rows("allenai/pixmo-points", (), "train", tmp_path)
     assert set(rows.columns) == {"image", *COLUMNS["points"]}
     assert len({row["image"] for row in rows}) == 3 < len(rows)

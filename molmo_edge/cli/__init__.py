@@ -18,7 +18,22 @@ from typing import Annotated
 import typer
 
 import molmo_edge
-from molmo_edge.cli import ablate, ask, bench, caption, chat, count, doctor, eval, export, loss, point, quantize, verify
+from molmo_edge.cli import (
+    ablate,
+    ask,
+    bench,
+    caption,
+    chat,
+    count,
+    doctor,
+    eval,
+    export,
+    loss,
+    point,
+    quantize,
+    train,
+    verify,
+)
 from molmo_edge.errors import MolmoEdgeError
 
 app = typer.Typer(
@@ -31,6 +46,7 @@ app = typer.Typer(
 )
 for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
     app.command()(getattr(_command, _command.__name__.rpartition(".")[2]))
+app.add_typer(train.app, name="train")
 
 _tracebacks = False
 

@@ -7,17 +7,15 @@ weights, tensor by tensor, in hub layout. Random, by the reference's defaults, a
 - nothing else for the public Molmos. MolmoE's and 7B-O's special ids fall into rows that pad their base's embedding,
   and start from what the base has there. A base with fewer rows than the preset gets Normal(0, 0.02) for the rest.
 
-    python -m molmo_edge.training.base --decoder allenai/OLMoE-1B-7B-0924@fp32 \\
-        --tower openai/clip-vit-large-patch14-336 --preset molmoe-1b --out molmoe-start
+    molmo-edge train start --decoder allenai/OLMoE-1B-7B-0924@fp32 --tower openai/clip-vit-large-patch14-336 \\
+        --preset molmoe-1b --out molmoe-start
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import zlib
 from dataclasses import fields, replace
@@ -38,7 +36,6 @@ from molmo_edge.config import (
     MolmoConfig,
     VisionConfig,
 )
-from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export.checkpoint import (
     PRECISIONS,
     SHARD_BYTES,
@@ -304,33 +301,3 @@ def molmo_tokenizer(path: Path, decoder: DecoderConfig) -> str:
     if [tokenizer.token(first + n) for n in range(len(SPECIAL))] != list(SPECIAL):
         raise TokenizerError(f"{path} leaves ids out, or has some of {', '.join(SPECIAL)}: they do not get their ids")
     return text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--decoder", required=True, help="directory or hub id of a language model, ID@REVISION too")
-    parser.add_argument("--tower", required=True, help="directory or hub id of a CLIP or a DINOv2")
-    parser.add_argument("--out", required=True, help="directory to write")
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join((*PRESETS, AUTO))}")
-    parser.add_argument("--precision", default="bf16", choices=list(PRECISIONS))
-    parser.add_argument("--seed", type=int, default=0, help="of the connector")
-    parser.add_argument("--crop-size", type=int, help="side of a crop in pixels, where it is not the preset's")
-    parser.add_argument("--overlap", type=float, help="part of a crop's side that its neighbour repeats")
-    args = parser.parse_args()
-    try:
-        build_base(
-            args.decoder,
-            args.tower,
-            args.out,
-            preset=args.preset,
-            precision=args.precision,
-            seed=args.seed,
-            crop_size=args.crop_size,
-            overlap=args.overlap,
-        )
-    except MolmoEdgeError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

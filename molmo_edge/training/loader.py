@@ -18,6 +18,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
 from molmo_edge.training.examples import DataSet
 from molmo_edge.training.mixture import Draw, Order
+from molmo_edge.training.stopping import ignore_interrupts
 
 _TRIES = 20  # neighbours in a row that may be damaged
 
@@ -113,7 +114,7 @@ def open_loader(
     options: dict[str, Any] = {}
     if workers:
         # Several batches ahead each, so that one slow picture is made up for before anyone waits.
-        options = {"prefetch_factor": 4, "persistent_workers": True, "timeout": 600}
+        options = {"prefetch_factor": 4, "timeout": 600, "worker_init_fn": ignore_interrupts}
     return DataLoader(
         samples,
         batch_sampler=MicroBatches(order, share, step, steps),

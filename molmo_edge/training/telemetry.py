@@ -93,9 +93,9 @@ class Log:
         parts = [f"step {step}/{self.steps}"]
         if "validation_loss" in v:
             return "  ".join(
-                [*parts, f"validation: loss {v['validation_loss']:.4f}", _share("hit", v["validation_hit"])]
+                [*parts, f"validation: loss {v['validation_loss']:.4f}", _share("accuracy", v["validation_accuracy"])]
             )
-        parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("hit", v["hit"])]
+        parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("accuracy", v["accuracy"])]
         norms = [f"{v[k]:.2f}" for k in ("norm_connector", "norm_vision", "norm_decoder") if k in v]
         rates = [f"{v[k]:.1e}" for k in ("rate_connector", "rate_vision", "rate_decoder") if k in v]
         parts += [f"norm {'/'.join(norms)}", f"rate {'/'.join(rates)}"]

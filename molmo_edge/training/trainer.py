@@ -7,6 +7,7 @@ all ranks, so that neither their number nor the padding changes it.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from molmo_edge.training.mixture import Order
 from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, shard, whole
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 
 _SHARD_BYTES = 5_000_000_000
@@ -90,6 +92,7 @@ class Trainer:
         self.optimizer = Optimizer(model, recipe.optimizer)
         self.guard = Guard()
         self.step = 0  # steps that are done
+        self._request = StopRequest()
         self.checkpoints = Checkpoints(directory / "checkpoints", here, recipe.keep)
         config = model.molmo.config
         image = (
@@ -101,16 +104,21 @@ class Trainer:
         if (latest := self.checkpoints.latest()) is not None:
             self._take_up(latest)
 
-    def train(self) -> None:
-        """The steps that are left, then the model in hub layout under `directory`/model."""
+    def train(self) -> Path:
+        """The steps that are left, then the model in hub layout under `directory`/model, which is returned.
+
+        Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run behind the step, with a checkpoint: SystemExit.
+        """
         log = Log(self.directory, self.recipe.steps) if self.here.first else None
         try:
-            self._steps(log)
-            self.checkpoints.finish()
+            with stop_requests() as self._request:
+                self._steps(log)
         finally:
             if log is not None:
                 log.close()
-        self.write_model(self.directory / "model")
+        model = self.directory / "model"
+        self.write_model(model)
+        return model
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
         """The model as it is now, in hub layout; every rank has to call."""
@@ -136,34 +144,47 @@ class Trainer:
 
     def _steps(self, log: Log | None) -> None:
         recipe = self.recipe
-        batches, window = iter(self._loader()), Window(self.device_flops)
+        batches, window = self._loader(), Window(self.device_flops)
         while self.step < recipe.steps:
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(self.share.steps)]
             window.waited += time.perf_counter() - waiting
-            values, reason = self._one(micro, window)
+            values, reason, stop = self._one(micro, window)
             self.step += 1
             if log is not None and reason is not None:
                 log.note(self.step, f"left out: {reason}")
-            if self.step % recipe.log_every == 0 or self.step == recipe.steps or self.step == 1:
+            if self._is_due(recipe.log_every) or self.step == 1:
                 if log is not None:
                     log.write(self.step, values | window.figures())
                 window = Window(self.device_flops)
-            if self.data.validation and (self.step % recipe.validate_every == 0 or self.step == recipe.steps):
+            if self.data.validation and self._is_due(recipe.validate_every):
                 measured = self.validate()
                 if log is not None:
                     log.write(self.step, measured)
                 window = Window(self.device_flops)
-            if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+            if self._is_due(recipe.save_every) or stop:
                 self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
+            if stop and self.step < recipe.steps:
+                self.checkpoints.finish()
+                if log is not None:
+                    log.note(self.step, "stopped by a signal, with a checkpoint: the same command goes on from here")
+                raise SystemExit(128 + (self._request.number or signal.SIGTERM))
             self.checkpoints.poll()
+        self.checkpoints.finish()
 
-    def _one(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None]:
-        """Gradients, guard, update. Returns figures of the step, and why there was no update if there was none."""
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.recipe.steps
+
+    def _one(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None, bool]:
+        """Gradients, guard, update.
+
+        Returns figures of the step, why there was no update if there was none, and whether any rank is asked to stop.
+        """
         weight = torch.tensor([float(sum(m.batch.weights.sum() for m in micro))], device=self.here.device)
         self.here.sum(weight)
         self.optimizer.zero_grad()
-        totals, load = torch.zeros(4, device=self.here.device), None
+        totals, load = torch.zeros(5, device=self.here.device), None
+        totals[4] = self._request.number
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
             sums = self._forward(one.batch)
@@ -172,12 +193,12 @@ class Trainer:
             loss = loss + sums.router_loss / (len(micro) * self.here.ranks)
             loss.backward()
             router = sums.router_loss * weight[0] / (len(micro) * self.here.ranks)
-            totals += torch.stack([sums.cross_entropy, sums.z_loss, router, sums.correct]).detach()
+            totals[:4] += torch.stack([sums.cross_entropy, sums.z_loss, router, sums.correct]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, router_loss, hit = (totals / weight).tolist()
-        values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "hit": hit, "answer_weight": float(weight)}
+        ce, z, router_loss, accuracy, asked = (totals / weight).tolist()
+        values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy, "answer_weight": float(weight)}
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
         reason = self.guard.judge(ce, max(float(norm) for norm in norms.values()))
         if reason is None:
@@ -185,7 +206,7 @@ class Trainer:
             rates = self.optimizer.step(self.step, self.recipe.steps)
             values |= {f"rate_{part}": rate for part, rate in rates.items()}
         self._count(micro, load, window)
-        return values, reason
+        return values, reason, asked > 0
 
     def _forward(self, batch: Batch) -> Sums:
         kind = self.here.device.type
@@ -250,8 +271,8 @@ class Trainer:
             sums = self._forward(one.batch)
             totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight])
         self.model.train()
-        ce, hit, weight = self.here.sum(totals).tolist()
-        return {"validation_loss": ce / weight, "validation_hit": hit / weight}
+        ce, correct, weight = self.here.sum(totals).tolist()
+        return {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
 
     def _identity(self) -> dict[str, Any]:
         """What the order of the samples hangs on."""

@@ -1,6 +1,6 @@
 """Drawn data sets to train on, with exact answers, in unlimited number: folders of rows.jsonl and pictures.
 
-    python -m molmo_edge.training.data.generate charts --count 1000 --out drawn/charts
+    molmo-edge train draw charts --count 1000 --out DATA/pixmo_docs_charts
 
 The columns are those of the PixMo set that a kind stands in for, so that one loader reads both:
   clocks                                          allenai/pixmo-clocks, and the picture in "image"
@@ -12,14 +12,12 @@ Picture i depends on kind, seed, i, the fonts and the sprites alone. A run that 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.rows import ROWS
 from molmo_edge.training.assets import load_sprites
 from molmo_edge.training.data.draw_charts import draw_chart
@@ -216,30 +213,3 @@ def _drawn(store: Any, materials: Materials, numbers: range, jobs: int) -> Itera
         return
     with multiprocessing.get_context("spawn").Pool(jobs, _begin, (store, materials)) as pool:
         yield from pool.imap(_work, numbers, chunksize=8)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m molmo_edge.training.data.generate", description="Draw a data set with exact answers."
-    )
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--count", type=int, required=True, help="pictures in all, those already there included")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fonts", type=Path, help="folder with more fonts, .ttf or .otf")
-    parser.add_argument("--sprites", type=Path, help="for points and count: folder of molmo_edge.training.assets")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    args = parser.parse_args(argv)
-    try:
-        drawn = generate(
-            args.kind, args.count, args.out, seed=args.seed, fonts=args.fonts, sprites=args.sprites, jobs=args.jobs
-        )
-    except MolmoEdgeError as error:
-        parser.exit(1, f"{error}\n")
-    except OSError as error:
-        parser.exit(1, f"{args.out} cannot be written: {error}\n")
-    print(f"{drawn} pictures drawn, {args.count} wanted, in {args.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,516 @@
+"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), in four bits if asked (QLoRA, arXiv 2305.14314).
+
+A matrix W answers W x + s b (a x); a and b alone are trained, and b begins as zero, so that a run begins with the
+checkpoint's own answers. In the end s b a is added to the weights of the checkpoint itself, tensor by tensor: after a
+run over four bits, too, whose rounding the merged model does not have.
+
+There is no dropout of an adapter's input: the residual dropout of a recipe does its work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.memory import give_back
+from molmo_edge.modeling import Molmo
+from molmo_edge.modeling.checkpoint import FileSource, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.decoder import _ALIGNED, SparseFFN, _grouped_mm, _has_grouped_mm, _scatter, _sorted, by_expert
+from molmo_edge.modeling.layout import hub_layout, hub_shapes
+from molmo_edge.modeling.linear import match, working_dtype
+from molmo_edge.modeling.loading import build_model, fill, save_checkpoint
+from molmo_edge.modeling.precision import is_quantized, storage_dtype
+from molmo_edge.modeling.shards import read_header
+from molmo_edge.quantize.bitsandbytes import QuantizedLinear, Quantizer
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.checkpoints import Checkpoints
+from molmo_edge.training.forward import Trainable
+from molmo_edge.training.optimizer import Optimizer, OptimizerConfig, Rate
+from molmo_edge.training.parallel import World, shard, whole
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.trainer import Data, Trainer, compute_dtype
+
+ADAPTERS = "adapters.safetensors"
+# Adapters want ten times what whole weights do (QLoRA: 2e-4 up to 13B); the connector, trained whole, keeps its own.
+RATES = OptimizerConfig(Rate(1e-5, 20), Rate(1e-4, 20), Rate(2e-4, 20))
+BASES = ("fp32", "bf16", "nf4")
+_TARGETS = {
+    "attention": r"decoder\.blocks\.\d+\.attn\.(att_proj|attn_out)\.weight",
+    "ffn": r"decoder\.blocks\.\d+\.ffn\.(ff_proj|ff_out)\.weight",
+    "experts": r"decoder\.blocks\.\d+\.ffn\.(gate|up|down)",
+    "connector": r"connector\.(pooling|projector)\.\w+\.weight",
+    "vision": r"vision\.blocks\.\d+\.(attention|feed_forward)\.\w+\.weight",
+}
+_WHOLE = ("connector", "vision")
+_SHARD_BYTES = 5_000_000_000
+
+
+class LoraError(MolmoEdgeError):
+    """Adapters that cannot be made, or do not belong to a checkpoint."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is trained. Everything else is frozen: routers, norms, embeddings and head among it."""
+
+    rank: int = 16
+    # Of each expert's matrices. Eight experts of MolmoE's answer for a token, so its ranks add up.
+    expert_rank: int = 4
+    alpha: float = 32.0  # an adapter's product counts alpha / rank times
+    # QLoRA found that every matrix of the decoder has to have one. "ffn" are those of dense models. The ViT is left
+    # out: a few hundred pictures tell it little that it has not seen.
+    targets: tuple[str, ...] = ("attention", "ffn", "experts")
+    # The connector is the bridge to pictures of a new kind, and 0.2 % of MolmoE's weights (1.4 % of the 7B-D's).
+    whole: tuple[str, ...] = ("connector",)
+
+    def __post_init__(self) -> None:
+        """Raises LoraError."""
+        for known, asked in ((tuple(_TARGETS), self.targets), (_WHOLE, self.whole)):
+            if unknown := [name for name in asked if name not in known]:
+                raise LoraError(f'"{unknown[0]}" cannot be trained so; known are {", ".join(known)}')
+        if both := set(self.targets) & set(self.whole):
+            raise LoraError(f'"{both.pop()}" is to be trained whole and by adapters: choose one')
+        if min(self.rank, self.expert_rank) < 1 or not self.alpha > 0:
+            raise LoraError("ranks have to be 1 or more, and alpha above 0")
+
+    def scale(self, rank: int) -> float:
+        return self.alpha / rank
+
+
+# --- which parameters ---------------------------------------------------------------------------------------------
+
+
+def adapted(config: MolmoConfig, lora: LoraConfig) -> dict[str, int]:
+    """The parameters of a `Molmo` that get adapters, with their ranks, in the order of `hub_layout`."""
+    ranks = {part: lora.expert_rank if part == "experts" else lora.rank for part in lora.targets}
+    found = {}
+    for name in hub_layout(config):
+        for part, rank in ranks.items():
+            if re.fullmatch(_TARGETS[part], name) and _runs(name, config):
+                found[name] = rank
+    if not found and not lora.whole:
+        raise LoraError(f"nothing of this model is trained: it has no {' or '.join(lora.targets) or 'targets'}")
+    return found
+
+
+def trained_whole(config: MolmoConfig, lora: LoraConfig) -> list[str]:
+    return [n for n in hub_layout(config) if n.partition(".")[0] in lora.whole and _runs(n, config)]
+
+
+def count_values(config: MolmoConfig, lora: LoraConfig) -> tuple[int, int, int]:
+    """How many values a model with this configuration has in adapters, trained whole, and in all."""
+    shapes, layout = hub_shapes(config), hub_layout(config)
+    adapters = sum(rank * sum(sum(shapes[h]) for h in layout[n]) for n, rank in adapted(config, lora).items())
+    own = sum(math.prod(shapes[hub]) for name in trained_whole(config, lora) for hub in layout[name])
+    return adapters, own, sum(map(math.prod, shapes.values()))
+
+
+def _runs(name: str, config: MolmoConfig) -> bool:
+    """Not so the last blocks of the ViT, whose outputs nobody uses."""
+    block = re.match(r"vision\.blocks\.(\d+)\.", name)
+    return block is None or int(block[1]) <= config.vision.last_layer
+
+
+def adapter_name(parameter: str) -> str:
+    """Where the adapter of a parameter is; its a and b are ".a" and ".b" of it."""
+    path, _, leaf = parameter.rpartition(".")
+    return f"{path}.adapter" if leaf == "weight" else f"{path}.adapter.{leaf}"
+
+
+# --- adapters in a model --------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """s b (a x): a [rank, in], b [out, rank], float32; of experts [experts, rank, in] and [experts, out, rank]."""
+
+    def __init__(self, shape: tuple[int, ...], rank: int, scale: float, device: torch.device):
+        """shape: of the matrix it stands beside."""
+        super().__init__()
+        *experts, n_out, n_in = shape
+        self.a = nn.Parameter(torch.empty(*experts, rank, n_in, device=device))
+        self.b = nn.Parameter(torch.empty(*experts, n_out, rank, device=device))
+        self.scale = scale
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
+        return F.linear(F.linear(match(x, a), a), b) * self.scale
+
+
+def add_adapters(molmo: Molmo, lora: LoraConfig, seed: int = 0) -> list[str]:
+    """Freeze `molmo` but for what `lora` trains, in place; what it computes stays the same until a step is made.
+
+    Returns the names of what is trained. On the meta device adapters have no values yet: see `init_adapters`. Raises
+    LoraError where nothing of the model is trained.
+    """
+    molmo.requires_grad_(False)
+    for name, rank in adapted(molmo.config, lora).items():
+        path, _, leaf = name.rpartition(".")
+        module = molmo.get_submodule(path)
+        if leaf == "weight":
+            inner = cast(nn.Linear, module.inner if isinstance(module, QuantizedLinear) else module)
+            shape = (inner.out_features, inner.in_features)
+            module.adapter = LowRank(shape, rank, lora.scale(rank), inner.weight.device)
+            module.register_forward_hook(_beside)  # no wrapper: parameters of the base keep their names
+        else:
+            _adapt_experts(cast(SparseFFN, module), molmo.config, leaf, rank, lora.scale(rank))
+    for name in trained_whole(molmo.config, lora):
+        parameter = molmo.get_parameter(name)
+        parameter.data = parameter.data.float()  # a step would be lost in bfloat16
+        parameter.requires_grad_(True)
+    init_adapters(molmo, seed)
+    return [name for name, parameter in molmo.named_parameters() if parameter.requires_grad]
+
+
+def init_adapters(molmo: nn.Module, seed: int) -> None:
+    """Every a as PyTorch's linear layers begin, every b zero; the same for any device and number of ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in molmo.named_parameters():
+        if ".adapter." in name and not parameter.is_meta:
+            values = torch.zeros(parameter.shape)
+            if name.endswith(".a"):
+                values.uniform_(-1, 1, generator=generator).div_(math.sqrt(parameter.shape[-1]))
+            _set(parameter, values)
+
+
+@torch.no_grad()
+def _set(parameter: Tensor, values: Tensor) -> None:
+    values = values.to(parameter.device)
+    if isinstance(parameter, DTensor):  # every rank has all of them: nothing travels
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(values)
+
+
+def _beside(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + cast(LowRank, layer.adapter)(args[0])
+
+
+def _adapt_experts(ffn: SparseFFN, config: MolmoConfig, leaf: str, rank: int, scale: float) -> None:
+    d = config.decoder
+    shape = (d.n_experts, d.d_model, d.ffn_dim) if leaf == "down" else (d.n_experts, d.ffn_dim, d.d_model)
+    if not hasattr(ffn, "adapter"):
+        ffn.adapter = nn.ModuleDict()
+        ffn.mix = partial(_mix, ffn)  # type: ignore[method-assign]
+    cast(nn.ModuleDict, ffn.adapter)[leaf] = LowRank(shape, rank, scale, ffn.router.weight.device)
+
+
+def _mix(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """As `SparseFFN.mix`, with adapters or over four bits. The kernel "wide" is for answers: it is a loop here."""
+    plain = isinstance(ffn.gate, nn.Parameter)
+    if plain and (ffn.kernel == "grouped" or (ffn.kernel == "auto" and _has_grouped_mm(ffn.gate))):
+        return _grouped(ffn, x, weights, experts)
+    adapters: Mapping[str, LowRank] = getattr(ffn, "adapter", {})
+
+    def product(which: str, rows: Tensor, e: int) -> Tensor:
+        base = getattr(ffn, which)
+        out = F.linear(match(rows, base), base[e]) if plain else base[e](rows)
+        return cast(Tensor, out + adapters[which](rows, e) if which in adapters else out)
+
+    def expert(rows: Tensor, e: int) -> Tensor:
+        return product("down", F.silu(product("gate", rows, e)) * product("up", rows, e), e)
+
+    return by_expert(x, weights, experts, ffn.router.out_features, expert)
+
+
+def _grouped(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """As decoder.py's, with two narrow products beside each wide one.
+
+    Merging first would be shorter, and needs the experts of a layer once more, with a gradient as large.
+    """
+    dtype, e = working_dtype(ffn.gate), len(ffn.gate)
+    order, token = _sorted(experts)
+    owner = experts.flatten()[order]
+    counts = torch.zeros(e, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
+    blocks = (counts + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+    ends = blocks.cumsum(0)
+    place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
+    rows = x.new_zeros(len(owner) + e * _ALIGNED, x.shape[1], dtype=dtype).index_copy(0, place, x[token].to(dtype))
+    offs = ends.int()
+
+    def times(rows: Tensor, matrices: Tensor) -> Tensor:
+        return cast(Tensor, _grouped_mm(rows, matrices.to(dtype).transpose(1, 2), offs=offs))
+
+    def product(which: str, rows: Tensor) -> Tensor:
+        adapter = cast(LowRank, cast(nn.ModuleDict, ffn.adapter)[which])
+        spare = -adapter.a.shape[1] % _ALIGNED  # narrow rows begin at 16 bytes, too
+        narrow = times(rows, F.pad(adapter.a, (0, 0, 0, spare)))
+        return times(rows, getattr(ffn, which)) + adapter.scale * times(narrow, F.pad(adapter.b, (0, spare)))
+
+    out = product("down", F.silu(product("gate", rows)) * product("up", rows))
+    return _scatter(out[place], weights, order, token, len(x))
+
+
+# --- the frozen base ------------------------------------------------------------------------------------------------
+
+
+def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfig, base: str = "bf16") -> Trainable:
+    """As `trainer.build`, with adapters. base: what frozen weights are kept in, one of BASES.
+
+    On several ranks the base is float32 shards; four bits are for one rank. Raises LoraError, CheckpointError, and
+    PrecisionError where "nf4" is asked for and bitsandbytes is missing.
+    """
+    if base not in BASES:
+        raise LoraError(f'the frozen weights cannot be kept in "{base}"; known are {", ".join(BASES)}')
+    if here.ranks > 1 and (base == "nf4" or (recipe.layout.experts > 1 and "experts" in lora.targets)):
+        what = "weights in four bits" if base == "nf4" else "experts with adapters"
+        raise LoraError(f'{what} cannot be spread over ranks: use one rank, or base="bf16" and experts=1')
+    config, source, where = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint), str(checkpoint)
+    if here.ranks == 1:
+        molmo = open_base(config, source, where, base, here.device)
+        add_adapters(molmo, lora, recipe.seed)
+        return Trainable(molmo, recipe.forward).train()
+    with torch.device("meta"):
+        molmo = Molmo(config)
+        add_adapters(molmo, lora)
+    model = Trainable(molmo, recipe.forward)
+    shard(model, recipe.layout, here, compute=compute_dtype(recipe))
+    model.to_empty(device=here.device)
+    fill(config, source, {n.removeprefix("molmo."): p for n, p in model.named_parameters()}, where=where)
+    init_adapters(model, recipe.seed)
+    return model.train()
+
+
+def open_base(config: MolmoConfig, source: TensorSource, where: str, base: str, device: torch.device) -> Molmo:
+    """As `build_model`, in eval mode, with gradients that flow through weights in four bits to their inputs."""
+    if base != "nf4":
+        return build_model(config, source, where=where, precision=base, device=device)
+    check_tensors(config, source, where=where)
+    with torch.device("meta"):
+        molmo = Molmo(config)
+    molmo.precision, quantizer = base, _FourBits(base, device)
+    for name, slot in hub_layout(config).items():
+        path, _, leaf = name.rpartition(".")
+        tensors = (torch.tensor(source.get(hub)) for hub in slot)
+        if not is_quantized(name, base):
+            (values,) = tensors  # several are experts, which are quantised
+            dtype = storage_dtype(name, values.ndim, base, device.type)
+            setattr(molmo.get_submodule(path), leaf, nn.Parameter(values.to(device, dtype)))
+        elif leaf == "weight":
+            quantizer.put(molmo, name, tensors)
+        else:  # still a SparseFFN: a trainer looks at its routing
+            ffn = cast(SparseFFN, molmo.get_submodule(path))
+            delattr(ffn, leaf)
+            ffn.add_module(leaf, nn.ModuleList(quantizer.linear(weight) for weight in tensors))
+            ffn.mix = partial(_mix, ffn)  # type: ignore[method-assign]
+            give_back()
+    if molmo.decoder.new_embedding.is_meta:  # without rows, so without a tensor in the checkpoint
+        molmo.decoder.new_embedding = nn.Parameter(torch.empty(molmo.decoder.new_embedding.shape, device=device))
+    return molmo.eval()
+
+
+class _FourBits(Quantizer):
+    """Weights as they are stored: the layout that processors answer with has no backward pass, and no way back."""
+
+    def linear(self, weight: Tensor) -> QuantizedLinear:
+        layer = self._nf4(weight)
+        cast(Any, layer.inner).support_avx512bf16_for_cpu = False
+        return layer
+
+
+# --- adapters as a file ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdaptersFile:
+    """What a run has trained: adapters, and parameters that were trained whole, by their names in a `Molmo`."""
+
+    path: Path
+    lora: LoraConfig
+    base: str  # `base_identity` of the checkpoint that they belong to
+    tensors: FileSource
+
+    @classmethod
+    def open(cls, path: Path) -> AdaptersFile:
+        """Reads no more than the header. Raises LoraError, and CheckpointError for a file that is damaged."""
+        if not path.is_file():
+            raise LoraError(f"there are no adapters {path}: check the path")
+        tensors = FileSource(read_header(path))
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        try:
+            said: dict[str, Any] = json.loads(header["__metadata__"]["lora"])
+            base = said.pop("base")
+            lists: Any = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
+            lora = LoraConfig(**said | lists)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise LoraError(f"{path} does not say what its adapters are for: was it written by another tool?") from None
+        return cls(path, lora, base, tensors)
+
+    def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
+        """They belong to this checkpoint, and are all there. Raises LoraError."""
+        if self.base != base_identity(config, source):
+            raise LoraError(f"the adapters {self.path} were trained beside other weights than those of {where}")
+        names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
+        if set(self.tensors.names()) != {*names, *trained_whole(config, self.lora)}:
+            raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
+
+    def get(self, name: str) -> Tensor:
+        return torch.tensor(self.tensors.get(name))
+
+
+def base_identity(config: MolmoConfig, source: TensorSource) -> str:
+    """A hash of a few tensors from all over a checkpoint, the same however it is stored, in bfloat16 or float32."""
+    last = config.decoder.n_layers - 1
+    names = ["decoder.ln_f.weight", "connector.projector.w2.weight", "vision.blocks.0.attention.wq.weight"]
+    names += ["decoder.blocks.0.attn.att_proj.weight", f"decoder.blocks.{last}.attn.attn_out.weight"]
+    names += [f"decoder.blocks.{last}.ffn.{'down' if config.decoder.n_experts else 'ff_out.weight'}"]
+    found = hashlib.sha256(json.dumps(sorted(hub_shapes(config).items())).encode())
+    layout = hub_layout(config)
+    for name in names:
+        values = torch.tensor(source.get(layout[name][-1])).to(torch.bfloat16)
+        found.update(values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in a `Molmo`, the whole of it) for all that is trained; every rank has to ask for all of them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name.removeprefix("molmo."), whole(parameter.detach())
+
+
+def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: str, here: World | None = None) -> None:
+    """Write what is trained as float32 safetensors; every rank of `here` has to call, and the first one writes."""
+    tensors = {name: values.cpu().float() for name, values in trained(model)}
+    if here is not None and not here.first:
+        return
+    said = {"lora": json.dumps(dataclasses.asdict(lora) | {"base": base})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | said}
+    end = 0
+    for name, values in tensors.items():
+        begin, end = end, end + 4 * values.numel()
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for values in tensors.values():
+            file.write(values.contiguous().numpy().tobytes())
+    part.replace(path)
+
+
+def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
+    """Put adapters beside the weights of `molmo`, which came from `checkpoint`; returns `add_adapters`' names.
+
+    Raises LoraError where they belong to another one.
+    """
+    file = AdaptersFile.open(path)
+    file.check(molmo.config, open_tensors(checkpoint), checkpoint)
+    names = add_adapters(molmo, file.lora)
+    for name in names:
+        _set(molmo.get_parameter(name), file.get(name))
+    return names
+
+
+def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str = "BF16") -> None:
+    """Write `checkpoint` with its adapters added to its weights, in hub layout, into the directory `out`.
+
+    dtype: "BF16" or "F32". Products are float32; memory holds one parameter. Raises LoraError and CheckpointError.
+    """
+    config, source = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint)
+    if out.resolve() == checkpoint.resolve():
+        raise LoraError(f"{out} is the checkpoint that is read: name another directory")
+    check_tensors(config, source, where=checkpoint)
+    file = AdaptersFile.open(adapters)
+    file.check(config, source, checkpoint)
+    layout, ranks = hub_layout(config), adapted(config, file.lora)
+    own = set(trained_whole(config, file.lora))
+
+    def parameter(name: str) -> Tensor:
+        if name in own:
+            return file.get(name)
+        values = torch.empty(len(layout[name]), *source.shape(layout[name][0]))
+        for part, hub in zip(values, layout[name], strict=True):
+            part.numpy()[...] = source.get(hub)
+        if rank := ranks.get(name):
+            a, b = (file.get(f"{adapter_name(name)}.{leaf}") for leaf in "ab")
+            values.baddbmm_(b.view(len(values), -1, rank), a.view(len(values), rank, -1), alpha=file.lora.scale(rank))
+        return values if len(layout[name]) > 1 else values[0]
+
+    with torch.device("meta"):
+        molmo = Molmo(config)
+    tokenizer = checkpoint / "tokenizer.json"
+    save_checkpoint(molmo, tokenizer, out, dtype=dtype, parameter=parameter, shard_bytes=_SHARD_BYTES)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+class LoraTrainer(Trainer):
+    """A run that ends with its adapters in `directory`/adapters.safetensors and the merged model in `directory`/model.
+
+    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`.
+    """
+
+    def __init__(
+        self,
+        model: Trainable,
+        tokenizer: Tokenizer,
+        data: Data,
+        recipe: Recipe,
+        directory: Path,
+        here: World,
+        *,
+        checkpoint: Path,
+        lora: LoraConfig,
+    ):
+        self.checkpoint, self.lora = checkpoint, lora
+        self.base = base_identity(model.molmo.config, open_tensors(checkpoint))
+        super().__init__(model, tokenizer, data, recipe, directory, here)
+        self.checkpoints = self._trained_alone()
+
+    def write_model(self, directory: Path, dtype: str = "BF16") -> None:
+        """The adapters as they are now, and the checkpoint with them merged in; every rank has to call."""
+        save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
+        if self.here.first:
+            merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype)
+        self.here.wait()
+
+    def _trained_alone(self) -> Checkpoints:
+        return _TrainedAlone(self.directory / "checkpoints", self.here, self.recipe.keep)
+
+    def _identity(self) -> dict[str, Any]:
+        lora = json.loads(json.dumps(dataclasses.asdict(self.lora)))  # as it comes back: lists, no tuples
+        return super()._identity() | {"base": self.base, "adapters": lora}
+
+    def _take_up(self, path: Path) -> None:
+        self.checkpoints = self._trained_alone()
+        super()._take_up(path)
+
+
+class _TrainedAlone(Checkpoints):
+    """Without what is frozen, which is read from the starting checkpoint every time: megabytes instead of gigabytes."""
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        super().save(step, _Trained(model), optimizer, state)
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        return super().load(path, _Trained(model), optimizer)
+
+
+class _Trained(nn.Module):
+    """A model, as if it had no frozen parameters."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._of = (model,)  # in a tuple, it is no submodule
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self._of[0].named_parameters(*args, **kwargs) if p.requires_grad)

@@ -1,0 +1,537 @@
+"""Adapters against the weights that they stand for, in memory and in files, over float32 and over four bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
+from molmo_edge.modeling.checkpoint import open_tensors
+from molmo_edge.modeling.decoder import SparseFFN, _grouped_mm, mix_experts
+from molmo_edge.modeling.layout import hub_layout
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.checkpoints import ResumeError
+from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
+from molmo_edge.training.examples import Annotation, Example
+from molmo_edge.training.forward import ForwardConfig, Trainable
+from molmo_edge.training.lora import (
+    ADAPTERS,
+    AdaptersFile,
+    LoraConfig,
+    LoraError,
+    LoraTrainer,
+    adapted,
+    adapter_name,
+    add_adapters,
+    base_identity,
+    build_adapted,
+    count_values,
+    load_adapters,
+    merge,
+    open_base,
+    save_adapters,
+)
+from molmo_edge.training.optimizer import OptimizerConfig, Rate, part_of
+from molmo_edge.training.parallel import Layout, World, world
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.trainer import Data
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+PLAIN = ForwardConfig(answer_dropout=0.0)
+EVERYWHERE = LoraConfig(rank=3, expert_rank=2, targets=("attention", "ffn", "experts", "connector", "vision"), whole=())
+_DECODER = DecoderConfig(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=48,
+    vocab_size=500,
+    embedding_size=512,
+    additional_vocab_size=16,
+)
+DECODERS = {
+    "experts": dataclasses.replace(_DECODER, ffn_dim=16, n_experts=8, top_k=2, qk_norm=True),
+    "dense": dataclasses.replace(_DECODER, qkv_bias=True),
+}
+
+
+def write_checkpoint(directory: Path, kind: str, seed: int = 0, dtype: str = "F32") -> Path:
+    """Molmo's anatomy, a hundredth of a second a step. The last of its three ViT blocks is for nothing."""
+    config = MolmoConfig(
+        ImageConfig(crop_size=56, overlap_margins=(0, 0), max_crops=2),
+        VisionConfig("openai", 32, 3, 4, 64, n_pos=17, layers=(-2, -3)),
+        DECODERS[kind],
+        projector_dim=32,
+    )
+    model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(seed))
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory, dtype=dtype)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: write_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in DECODERS}
+
+
+def a_batch(checkpoint: Path) -> Batch:
+    encode = Encoder(
+        Tokenizer.from_file(checkpoint / "tokenizer.json"), MolmoConfig.from_hub(checkpoint).image, Encoding()
+    )
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    asked = (Annotation("demo", ("Why?", "Because it is red.")), Annotation("demo", ("How many?", "Seven of them.")))
+    return collate([encode(Example(picture, asked), rng)])
+
+
+def hidden(molmo: Molmo, batch: Batch) -> Tensor:
+    """[n, d_model] behind everything that has an adapter."""
+    with torch.no_grad():
+        return Trainable(molmo, PLAIN).eval()._hidden(batch)[0, : batch.lengths[0]]
+
+
+def filled(molmo: Molmo, lora: LoraConfig, seed: int = 1) -> list[str]:
+    """Adapters as after some steps: no b is zero, and what is trained whole has moved."""
+    names = add_adapters(molmo, lora)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names:
+            molmo.get_parameter(name).add_(torch.randn(molmo.get_parameter(name).shape, generator=generator) * 0.02)
+    return names
+
+
+def saved(molmo: Molmo, lora: LoraConfig, checkpoint: Path, path: Path) -> Path:
+    save_adapters(molmo, path, lora, base_identity(molmo.config, open_tensors(checkpoint)))
+    return path
+
+
+def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() > 1e-3 * one.abs().max())
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_run_begins_with_the_checkpoints_answers(checkpoints: dict[str, Path], kind: str) -> None:
+    batch = a_batch(checkpoints[kind])
+    molmo, _, _ = load_checkpoint(checkpoints[kind])
+    before = hidden(molmo, batch)
+    names = add_adapters(molmo, EVERYWHERE)
+    close(hidden(molmo, batch), before)
+    again, _, _ = load_checkpoint(checkpoints[kind])
+    add_adapters(again, EVERYWHERE)
+    assert all(torch.equal(molmo.get_parameter(n), again.get_parameter(n)) for n in names), "drawn from the seed"
+    assert molmo.get_parameter("decoder.blocks.0.attn.att_proj.adapter.a").std() > 0.05
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_gradients_are_where_they_are_asked_for(checkpoints: dict[str, Path], kind: str, recompute: bool) -> None:
+    molmo, _, _ = load_checkpoint(checkpoints[kind])
+    names = filled(molmo, LoraConfig(rank=3, expert_rank=2))
+    model = Trainable(molmo, dataclasses.replace(PLAIN, recompute=recompute)).train()
+    sums = model(a_batch(checkpoints[kind]))
+    sums.cross_entropy.backward()
+    assert {n.removeprefix("molmo.") for n, p in model.named_parameters() if p.grad is not None} == set(names)
+    assert all(molmo.get_parameter(n).grad.abs().max() > 0 for n in names)
+    assert {part_of(n) for n in names} == {"connector", "decoder"}
+    assert not any("router" in n or "norm" in n for n in names)
+    inner = "ffn.adapter.down.a" if kind == "experts" else "ffn.ff_out.adapter.a"
+    assert f"decoder.blocks.1.{inner}" in names and "connector.pad_embed" in names
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_an_adapter_of_full_rank_has_the_gradient_of_its_matrix(checkpoints: dict[str, Path], kind: str) -> None:
+    """With a the identity, W + s b: the gradient of b is s times that of W."""
+    batch = a_batch(checkpoints[kind])
+    whole, _, _ = load_checkpoint(checkpoints[kind])
+    Trainable(whole, PLAIN).train()(batch).cross_entropy.backward()
+    for parameter in adapted(whole.config, EVERYWHERE):
+        molmo, _, _ = load_checkpoint(checkpoints[kind])
+        target = next(t for t in EVERYWHERE.targets if parameter in adapted(whole.config, only(t)))
+        n_in = whole.get_parameter(parameter).shape[-1]
+        lora = LoraConfig(rank=n_in, expert_rank=n_in, alpha=2.0 * n_in, targets=(target,), whole=())
+        add_adapters(molmo, lora)
+        a = molmo.get_parameter(f"{adapter_name(parameter)}.a")
+        a.data = torch.eye(n_in).expand_as(a).contiguous()
+        Trainable(molmo, PLAIN).train()(batch).cross_entropy.backward()
+        ours = molmo.get_parameter(f"{adapter_name(parameter)}.b").grad
+        assert ours is not None
+        close(ours, 2 * whole.get_parameter(parameter).grad, 1e-4)
+
+
+def only(target: str) -> LoraConfig:
+    return LoraConfig(rank=3, expert_rank=2, targets=(target,), whole=())
+
+
+@pytest.mark.parametrize("target", EVERYWHERE.targets)
+def test_merged_weights_answer_as_their_adapters(checkpoints: dict[str, Path], target: str, tmp_path: Path) -> None:
+    checkpoint = checkpoints["dense" if target == "ffn" else "experts"]
+    batch = a_batch(checkpoint)
+    molmo, _, _ = load_checkpoint(checkpoint)
+    plain = hidden(molmo, batch)
+    filled(molmo, only(target))
+    ours = hidden(molmo, batch)
+    merge(checkpoint, saved(molmo, only(target), checkpoint, tmp_path / ADAPTERS), tmp_path / "out", "F32")
+    merged, tokenizer, config = load_checkpoint(tmp_path / "out")
+    close(hidden(merged, batch), ours)
+    assert differ(plain, ours)
+    assert (
+        config == molmo.config
+        and tokenizer.special.bos == Tokenizer.from_file(checkpoint / "tokenizer.json").special.bos
+    )
+    base, _, _ = load_checkpoint(checkpoint)
+    changed = {n for n in hub_layout(config) if not torch.equal(base.get_parameter(n), merged.get_parameter(n))}
+    assert changed == set(adapted(config, only(target)))
+
+
+def test_what_is_trained_whole_is_merged_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, lora = checkpoints["experts"], LoraConfig(rank=3, targets=("attention",), whole=("connector", "vision"))
+    molmo, _, _ = load_checkpoint(checkpoint)
+    names = filled(molmo, lora)
+    assert "vision.blocks.1.feed_forward.w1.bias" in names and "vision.pre_ln.weight" in names
+    assert "vision.blocks.2.feed_forward.w1.bias" not in names, "a block that never runs"
+    merge(checkpoint, saved(molmo, lora, checkpoint, tmp_path / ADAPTERS), tmp_path / "out", "F32")
+    merged, _, _ = load_checkpoint(tmp_path / "out")
+    close(hidden(merged, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)))
+
+
+def test_merged_in_bfloat16_by_default(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints["dense"]
+    molmo, _, _ = load_checkpoint(checkpoint)
+    filled(molmo, EVERYWHERE)
+    merge(checkpoint, saved(molmo, EVERYWHERE, checkpoint, tmp_path / ADAPTERS), tmp_path / "out")
+    tensors = open_tensors(tmp_path / "out")
+    assert {tensors.dtype(name) for name in tensors.names()} == {"BF16"}
+    merged, _, _ = load_checkpoint(tmp_path / "out")
+    close(hidden(merged, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)), 5e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kernel", ["loop", "grouped", "auto", "wide"])
+def test_experts_by_every_kernel(
+    checkpoints: dict[str, Path], kernel: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    if kernel == "grouped" and _grouped_mm is None:
+        pytest.skip("this PyTorch has no grouped product")
+    molmo, _, _ = load_checkpoint(checkpoints["experts"])
+    filled(molmo, EVERYWHERE)
+    ffn = molmo.decoder.blocks[0].ffn
+    assert isinstance(ffn, SparseFFN)
+    merged = []
+    for which in ("gate", "up", "down"):
+        adapter = ffn.adapter[which]  # type: ignore[index]
+        merged.append((getattr(ffn, which) + adapter.scale * adapter.b @ adapter.a).detach())
+        getattr(ffn, which).data = getattr(ffn, which).data.to(dtype)
+    ffn.kernel = kernel
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    weights, experts = ffn.route(x)
+    expected = mix_experts(x, weights, experts, tuple(merged), "loop")
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = ffn.mix(x, weights, experts)
+    assert ours.dtype == torch.float32
+    close(ours, expected, tolerance)
+    (grad,) = torch.autograd.grad(ours.sum(), x, retain_graph=True)
+    close(grad, torch.autograd.grad(expected.sum(), x)[0], 2 * tolerance)
+    ours.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in ffn.adapter.parameters())
+
+
+def test_saved_adapters_are_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, lora = checkpoints["experts"], LoraConfig(rank=3, expert_rank=2, alpha=7.5)
+    molmo, _, _ = load_checkpoint(checkpoint)
+    names = filled(molmo, lora)
+    path = saved(molmo, lora, checkpoint, tmp_path / ADAPTERS)
+    assert AdaptersFile.open(path).lora == lora
+    again, _, _ = load_checkpoint(checkpoint)
+    assert load_adapters(again, path, checkpoint) == names
+    assert torch.equal(hidden(again, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)))
+    from safetensors.torch import load_file
+
+    assert set(load_file(path)) == set(names), "other tools read it"
+    values = sum(count_values(molmo.config, lora)[:2])
+    assert 4 * values < path.stat().st_size < 4 * values + 40_000
+
+
+def test_adapters_of_another_base_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints["experts"]
+    molmo, _, _ = load_checkpoint(checkpoint)
+    filled(molmo, LoraConfig())
+    path = saved(molmo, LoraConfig(), checkpoint, tmp_path / ADAPTERS)
+    other = write_checkpoint(tmp_path / "other", "experts", seed=5)
+    for stranger in (other, checkpoints["dense"]):
+        with pytest.raises(LoraError, match=r"adapters\.safetensors were trained beside other weights than those of"):
+            merge(stranger, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    fresh, _, _ = load_checkpoint(other)
+    with pytest.raises(LoraError, match="beside other weights"):
+        load_adapters(fresh, path, other)
+    merge(checkpoint, path, tmp_path / "merged")
+    with pytest.raises(LoraError, match="beside other weights"):  # they would count twice
+        merge(tmp_path / "merged", path, tmp_path / "out")
+    narrow = write_checkpoint(tmp_path / "narrow", "experts", dtype="BF16")
+    merge(narrow, path, tmp_path / "out")  # the same weights, stored otherwise
+
+
+def test_errors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints["dense"]
+    molmo, _, config = load_checkpoint(checkpoint)
+    for wrong, match in (
+        ({"targets": ("decoder",)}, '"decoder" cannot be trained so; known are attention, ffn, experts, connector'),
+        ({"whole": ("decoder",)}, '"decoder" cannot be trained so; known are connector, vision'),
+        ({"targets": ("connector",)}, '"connector" is to be trained whole and by adapters'),
+        ({"rank": 0}, "ranks have to be 1 or more"),
+    ):
+        with pytest.raises(LoraError, match=match):
+            LoraConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(LoraError, match="it has no experts"):
+        add_adapters(molmo, LoraConfig(targets=("experts",), whole=()))
+    filled(molmo, EVERYWHERE)
+    path = saved(molmo, EVERYWHERE, checkpoint, tmp_path / ADAPTERS)
+    with pytest.raises(LoraError, match="is the checkpoint that is read"):
+        merge(checkpoint, path, checkpoint)
+    with pytest.raises(LoraError, match=r"no adapters .*nowhere"):
+        merge(checkpoint, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(LoraError, match="does not say what its adapters are for"):
+        merge(checkpoint, checkpoint / "model.safetensors", tmp_path / "out")
+    lied = tmp_path / "lied.safetensors"
+    save_adapters(molmo, lied, LoraConfig(), base_identity(config, open_tensors(checkpoint)))
+    with pytest.raises(LoraError, match="holds other adapters than its header says"):
+        merge(checkpoint, lied, tmp_path / "out")
+    with pytest.raises(LoraError, match='cannot be kept in "int8"; known are fp32, bf16, nf4'):
+        build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig(), "int8")
+    with pytest.raises(LoraError, match="weights in four bits cannot be spread over ranks"):
+        build_adapted(checkpoint, a_recipe(), World(0, 2, CPU), LoraConfig(), "nf4")
+
+
+def test_how_much_is_trained(checkpoints: dict[str, Path]) -> None:
+    for kind, checkpoint in checkpoints.items():
+        for lora in (LoraConfig(), EVERYWHERE):
+            molmo, _, config = load_checkpoint(checkpoint)
+            adapters, own, every = count_values(config, lora)
+            assert every == sum(p.numel() for p in molmo.parameters()), kind
+            add_adapters(molmo, lora)
+            assert adapters + own == sum(p.numel() for p in molmo.parameters() if p.requires_grad), kind
+    adapters, own, every = count_values(PRESETS["molmoe-1b"], LoraConfig())
+    assert (adapters + own) / every == pytest.approx(0.0073, abs=1e-4)
+
+
+# --- four bits ------------------------------------------------------------------------------------------------------
+
+
+def codes(molmo: Molmo) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in molmo.named_parameters() if p.dtype == torch.uint8}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_four_bits_learn_and_stay_as_they_are(checkpoints: dict[str, Path], kind: str, precision: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    checkpoint, lora = checkpoints[kind], LoraConfig(rank=4, expert_rank=2)
+    config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
+    molmo = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
+    answers, _, _ = load_checkpoint(checkpoint, precision="nf4")
+    close(hidden(molmo, batch), hidden(answers, batch), 2e-2)  # the same four bits
+    names = add_adapters(molmo, lora)
+    before = codes(molmo)
+    assert len(before) == config.decoder.n_layers * (2 + (3 * 8 if kind == "experts" else 2))
+    model = Trainable(molmo, PLAIN).train()
+    parameters = [molmo.get_parameter(name) for name in names]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(6):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            sums = model(batch)
+        losses.append(float(sums.cross_entropy.detach() / sums.weight))
+        optimizer.zero_grad()
+        sums.cross_entropy.backward()
+        if step:  # at first b is zero, and so is the gradient of a
+            assert all(p.grad is not None and p.grad.any() for p in parameters)
+        optimizer.step()
+        if step == 2:  # a validation in between: a processor may not pack the weights for answers
+            model.eval()
+            with torch.no_grad():
+                model(batch)
+            model.train()
+    assert losses[-1] < 0.8 * losses[0]
+    after = codes(molmo)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    if kind == "experts":
+        assert sums.expert_load.sum() == sum(batch.lengths) * config.decoder.n_layers * config.decoder.top_k
+
+
+def test_gradients_flow_through_four_bits(checkpoints: dict[str, Path]) -> None:
+    """To the connector, as they flow through what the four bits stand for."""
+    pytest.importorskip("bitsandbytes")
+    checkpoint = checkpoints["dense"]
+    config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
+    four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
+    wide, _, _ = load_checkpoint(checkpoint)
+    for name in adapted(config, LoraConfig(targets=("attention", "ffn"))):
+        layer, plain = (
+            four.get_submodule(name.removesuffix(".weight")),
+            wide.get_submodule(name.removesuffix(".weight")),
+        )
+        eye = torch.eye(plain.in_features)
+        bias = 0 if plain.bias is None else plain.bias
+        plain.weight.data = (layer(eye).float() - bias).detach().T.contiguous()
+    lora = LoraConfig(rank=3)
+    for molmo in (four, wide):
+        filled(molmo, lora)
+        Trainable(molmo, PLAIN).train()(batch).cross_entropy.backward()
+    ours, expected = (molmo.connector.projector.w2.weight.grad.flatten() for molmo in (four, wide))
+    assert F.cosine_similarity(ours, expected, dim=0) > 0.99  # activations are bfloat16 on one side
+    assert ours.norm() / expected.norm() == pytest.approx(1, abs=0.05)
+
+
+def test_adapters_over_four_bits_are_merged_into_the_checkpoint_itself(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    checkpoint = checkpoints["experts"]
+    config = MolmoConfig.from_hub(checkpoint)
+    four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
+    wide, _, _ = load_checkpoint(checkpoint)
+    paths = []
+    for i, molmo in enumerate((four, wide)):
+        filled(molmo, LoraConfig())
+        paths.append(saved(molmo, LoraConfig(), checkpoint, tmp_path / f"{i}.safetensors"))
+        merge(checkpoint, paths[i], tmp_path / str(i), "F32")
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
+
+
+def test_bfloat16_base(checkpoints: dict[str, Path]) -> None:
+    checkpoint = checkpoints["experts"]
+    model = build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig())
+    kinds = {p.dtype for n, p in model.named_parameters() if n.startswith("molmo.decoder") and not p.requires_grad}
+    assert torch.bfloat16 in kinds
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(a_batch(checkpoint)).cross_entropy.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def a_recipe(**changes: object) -> Recipe:
+    recipe = Recipe(
+        steps=12,
+        batch=4,
+        micro=2,
+        mixture=(),
+        precision="fp32",
+        encoding=Encoding(sequence=1024),
+        forward=ForwardConfig(answer_dropout=0.1),
+        optimizer=OptimizerConfig(Rate(3e-3, 2), Rate(1e-3, 2), Rate(2e-2, 2)),
+        layout=Layout(),
+        max_crops=1,
+        save_every=6,
+        log_every=1,
+        workers=0,
+    )
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+
+
+def a_trainer(checkpoint: Path, directory: Path, recipe: Recipe, here: World, base: str = "fp32") -> LoraTrainer:
+    from training_run import Noise
+
+    lora = LoraConfig(rank=4, expert_rank=2)
+    model = build_adapted(checkpoint, recipe, here, lora, base)
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    data = Data([Noise("few", 3, 2)], [1.0])
+    return LoraTrainer(model, tokenizer, data, recipe, directory, here, checkpoint=checkpoint, lora=lora)
+
+
+def losses(directory: Path) -> list[float]:
+    lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_run_from_a_checkpoint_to_a_merged_one(checkpoints: dict[str, Path], tmp_path: Path, base: str) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    checkpoint = checkpoints["experts"]
+    frozen = (checkpoint / "model.safetensors").read_bytes()
+    with world("cpu") as here:
+        trainer = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
+        trainer.train()
+        log = losses(tmp_path)
+        assert len(log) == 12 and log[-1] < 0.9 * log[0]
+        assert (checkpoint / "model.safetensors").read_bytes() == frozen
+        merged, _, _ = load_checkpoint(tmp_path / "model")
+        batch, ours = a_batch(checkpoint), trainer.model.molmo
+        close(hidden(merged, batch), hidden(ours, batch), 0.05 if base == "fp32" else 0.2)  # stored in bfloat16
+        size = sum(f.stat().st_size for f in (tmp_path / "checkpoints" / "step-00000012").iterdir())
+        assert size < 3 * 4 * sum(count_values(merged.config, trainer.lora)[:2]) + 100_000, "no frozen weights"
+
+        # Taken up at the end, it is as it was; and with another base, or other adapters, it is not taken up.
+        again = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
+        assert again.step == 12
+        for (name, one), other in zip(ours.named_parameters(), again.model.molmo.parameters(), strict=True):
+            assert torch.equal(one, other), name
+        stranger = write_checkpoint(tmp_path / "stranger", "experts", seed=3)
+        with pytest.raises(ResumeError, match="another base"):
+            a_trainer(stranger, tmp_path, a_recipe(), here, base)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, ends = checkpoints["dense"], []
+    with world("cpu") as here:
+        for name in ("whole", "stopped"):
+            trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
+            if name == "stopped":
+                one = trainer._one
+
+                def stop(micro, window, trainer=trainer, one=one):  # type: ignore[no-untyped-def]
+                    if trainer.step == 8:
+                        raise KeyboardInterrupt
+                    return one(micro, window)
+
+                trainer._one = stop  # type: ignore[method-assign]
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.train()
+                trainer.checkpoints.finish()
+                trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
+                assert trainer.step == 6
+            trainer.train()
+            ends.append(AdaptersFile.open(tmp_path / name / ADAPTERS))
+    for name in ends[0].tensors.names():
+        close(ends[0].get(name), ends[1].get(name), 1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_adapters_of_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [__file__, str(checkpoints["experts"]), str(tmp_path / str(ranks))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+    one, two = (AdaptersFile.open(tmp_path / n / ADAPTERS) for n in "12")
+    assert one.tensors.names() == two.tensors.names()
+    for name in one.tensors.names():
+        close(two.get(name), one.get(name), 1e-2)
+
+
+if __name__ == "__main__":
+    with world("cpu") as here:
+        a_trainer(Path(sys.argv[1]), Path(sys.argv[2]), a_recipe(), here).train()
