@@ -472,7 +472,7 @@ def test_auto_on_the_command_line(tmp_path, clip, capsys):
     write_decoder(tmp_path / "lm", "olmoe")
     wish = {"--decoder": tmp_path / "lm", "--tower": clip[0], "--out": tmp_path / "out", "--preset": "auto"}
     arguments = ["train", "start", *(str(a) for pair in wish.items() for a in pair), "--precision", "fp32"]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(arguments)
     _, tokenizer, config = load_checkpoint(tmp_path / "out")
     ours = golden("olmoe")
@@ -481,7 +481,7 @@ def test_auto_on_the_command_line(tmp_path, clip, capsys):
     new = replace(ours.decoder, vocab_size=512, additional_vocab_size=128, max_position_embeddings=4096)
     assert config.decoder == new
     assert tokenizer.special.im_start == 512
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(arguments)
     assert "out exists already" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +15,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.modeling.decoder import SparseFFN, _grouped_mm, mix_experts
+from molmo_edge.modeling.decoder import SparseFFN, grouped_mm, mix_experts
 from molmo_edge.modeling.layout import hub_layout
 from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.adapters import (
+    ADAPTERS,
+    AdaptersFile,
+    LoraTrainer,
+    base_identity,
+    load_adapters,
+    merge,
+    save_adapters,
+)
 from molmo_edge.training.checkpoints import ResumeError
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
 from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.lora import (
-    ADAPTERS,
-    AdaptersFile,
     LoraConfig,
     LoraError,
-    LoraTrainer,
     adapted,
     adapter_name,
     add_adapters,
-    base_identity,
     build_adapted,
     count_values,
-    load_adapters,
-    merge,
     open_base,
-    save_adapters,
 )
 from molmo_edge.training.optimizer import OptimizerConfig, Rate, part_of
 from molmo_edge.training.parallel import Layout, World, world
@@ -78,6 +82,17 @@ def write_checkpoint(directory: Path, kind: str, seed: int = 0, dtype: str = "F3
     model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(seed))
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory, dtype=dtype)
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """Products are tiny here: threads would only wait for each other, and nobody asks how fast the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("molmo_edge.training.trainer.device_flops", lambda *_: 1e9)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +174,18 @@ def test_an_adapter_of_full_rank_has_the_gradient_of_its_matrix(checkpoints: dic
     batch = a_batch(checkpoints[kind])
     whole, _, _ = load_checkpoint(checkpoints[kind])
     Trainable(whole, PLAIN).train()(batch).cross_entropy.backward()
-    for parameter in adapted(whole.config, EVERYWHERE):
-        molmo, _, _ = load_checkpoint(checkpoints[kind])
-        target = next(t for t in EVERYWHERE.targets if parameter in adapted(whole.config, only(t)))
-        n_in = whole.get_parameter(parameter).shape[-1]
-        lora = LoraConfig(rank=n_in, expert_rank=n_in, alpha=2.0 * n_in, targets=(target,), whole=())
-        add_adapters(molmo, lora)
+    molmo, _, _ = load_checkpoint(checkpoints[kind])
+    n = 64  # no matrix has more columns
+    add_adapters(molmo, dataclasses.replace(EVERYWHERE, rank=n, expert_rank=n, alpha=2.0 * n))
+    parameters = adapted(whole.config, EVERYWHERE)
+    for parameter in parameters:
         a = molmo.get_parameter(f"{adapter_name(parameter)}.a")
-        a.data = torch.eye(n_in).expand_as(a).contiguous()
-        Trainable(molmo, PLAIN).train()(batch).cross_entropy.backward()
-        ours = molmo.get_parameter(f"{adapter_name(parameter)}.b").grad
-        assert ours is not None
-        close(ours, 2 * whole.get_parameter(parameter).grad, 1e-4)
+        a.data = torch.eye(n, a.shape[-1]).expand_as(a).contiguous()
+    Trainable(molmo, PLAIN).train()(batch).cross_entropy.backward()
+    for parameter in parameters:
+        ours, expected = molmo.get_parameter(f"{adapter_name(parameter)}.b").grad, whole.get_parameter(parameter).grad
+        assert ours is not None and expected is not None and expected.any()
+        close(ours[..., : expected.shape[-1]], 2 * expected, 1e-4)
 
 
 def only(target: str) -> LoraConfig:
@@ -225,7 +240,7 @@ def test_merged_in_bfloat16_by_default(checkpoints: dict[str, Path], tmp_path: P
 def test_experts_by_every_kernel(
     checkpoints: dict[str, Path], kernel: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    if kernel == "grouped" and _grouped_mm is None:
+    if kernel == "grouped" and grouped_mm is None:
         pytest.skip("this PyTorch has no grouped product")
     molmo, _, _ = load_checkpoint(checkpoints["experts"])
     filled(molmo, EVERYWHERE)
@@ -245,7 +260,7 @@ def test_experts_by_every_kernel(
     assert ours.dtype == torch.float32
     close(ours, expected, tolerance)
     (grad,) = torch.autograd.grad(ours.sum(), x, retain_graph=True)
-    close(grad, torch.autograd.grad(expected.sum(), x)[0], 2 * tolerance)
+    close(grad, torch.autograd.grad(expected.sum(), x, retain_graph=True)[0], 2 * tolerance)
     ours.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in ffn.adapter.parameters())
 
@@ -417,10 +432,14 @@ def test_adapters_over_four_bits_are_merged_into_the_checkpoint_itself(
 
 def test_bfloat16_base(checkpoints: dict[str, Path]) -> None:
     checkpoint = checkpoints["experts"]
-    model = build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig())
+    model = build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig(), "bf16")
     kinds = {p.dtype for n, p in model.named_parameters() if n.startswith("molmo.decoder") and not p.requires_grad}
     assert torch.bfloat16 in kinds
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    narrow, _, _ = load_checkpoint(checkpoint)
+    narrow.vision.bfloat16()  # as on a GPU
+    names = add_adapters(narrow, LoraConfig(whole=("vision",)))
+    assert {narrow.get_parameter(name).dtype for name in names} == {torch.float32}
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model(a_batch(checkpoint)).cross_entropy.backward()
@@ -432,7 +451,7 @@ def test_bfloat16_base(checkpoints: dict[str, Path]) -> None:
 
 def a_recipe(**changes: object) -> Recipe:
     recipe = Recipe(
-        steps=12,
+        steps=8,
         batch=4,
         micro=2,
         mixture=(),
@@ -442,7 +461,7 @@ def a_recipe(**changes: object) -> Recipe:
         optimizer=OptimizerConfig(Rate(3e-3, 2), Rate(1e-3, 2), Rate(2e-2, 2)),
         layout=Layout(),
         max_crops=1,
-        save_every=6,
+        save_every=4,
         log_every=1,
         workers=0,
     )
@@ -474,17 +493,23 @@ def test_a_run_from_a_checkpoint_to_a_merged_one(checkpoints: dict[str, Path], t
         trainer = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
         trainer.train()
         log = losses(tmp_path)
-        assert len(log) == 12 and log[-1] < 0.9 * log[0]
+        assert len(log) == 8 and log[-1] < 0.9 * log[0]
         assert (checkpoint / "model.safetensors").read_bytes() == frozen
         merged, _, _ = load_checkpoint(tmp_path / "model")
         batch, ours = a_batch(checkpoint), trainer.model.molmo
-        close(hidden(merged, batch), hidden(ours, batch), 0.05 if base == "fp32" else 0.2)  # stored in bfloat16
-        size = sum(f.stat().st_size for f in (tmp_path / "checkpoints" / "step-00000012").iterdir())
-        assert size < 3 * 4 * sum(count_values(merged.config, trainer.lora)[:2]) + 100_000, "no frozen weights"
+        if base == "fp32":
+            close(hidden(merged, batch), hidden(ours, batch), 0.05)  # stored in bfloat16
+        start, _, _ = load_checkpoint(checkpoint)
+        trainer.step = 0
+        learned = next(iter(trainer._loader())).batch
+        before, after = (Trainable(m, PLAIN).eval()(learned).cross_entropy.item() for m in (start, merged))
+        assert after < 0.9 * before
+        kept = FileSystemReader(tmp_path / "checkpoints" / "step-00000008").read_metadata().state_dict_metadata
+        assert {n for n in kept if n.startswith("model.")} == {f"model.{n}" for n in trainer.optimizer.parameters}
 
         # Taken up at the end, it is as it was; and with another base, or other adapters, it is not taken up.
         again = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
-        assert again.step == 12
+        assert again.step == 8
         for (name, one), other in zip(ours.named_parameters(), again.model.molmo.parameters(), strict=True):
             assert torch.equal(one, other), name
         stranger = write_checkpoint(tmp_path / "stranger", "experts", seed=3)
@@ -501,7 +526,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(checkpoints: dict[
                 one = trainer._one
 
                 def stop(micro, window, trainer=trainer, one=one):  # type: ignore[no-untyped-def]
-                    if trainer.step == 8:
+                    if trainer.step == 5:
                         raise KeyboardInterrupt
                     return one(micro, window)
 
@@ -510,7 +535,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(checkpoints: dict[
                     trainer.train()
                 trainer.checkpoints.finish()
                 trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
-                assert trainer.step == 6
+                assert trainer.step == 4
             trainer.train()
             ends.append(AdaptersFile.open(tmp_path / name / ADAPTERS))
     for name in ends[0].tensors.names():
@@ -529,7 +554,7 @@ def test_two_ranks_train_the_adapters_of_one(checkpoints: dict[str, Path], tmp_p
     one, two = (AdaptersFile.open(tmp_path / n / ADAPTERS) for n in "12")
     assert one.tensors.names() == two.tensors.names()
     for name in one.tensors.names():
-        close(two.get(name), one.get(name), 1e-2)
+        torch.testing.assert_close(two.get(name), one.get(name), rtol=2e-3, atol=5e-5, msg=name)
 
 
 if __name__ == "__main__":

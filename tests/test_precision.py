@@ -17,7 +17,7 @@ from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.memory import available_memory
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.decoder import SparseFFN, _grouped_mm, by_expert, mix_experts
+from molmo_edge.modeling.decoder import SparseFFN, by_expert, grouped_mm, mix_experts
 from molmo_edge.modeling.precision import PrecisionError, choose_precision, room, weight_bytes
 from molmo_edge.prompt import build_prompt
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
@@ -157,7 +157,7 @@ def test_every_way_through_the_experts_equals_the_plain_loop(dtype: torch.dtype,
         "by expert": by_expert(x, *routed, len(ffn.gate), ffn.expert),
         "wide": mix_experts(x, *routed, (ffn.gate, ffn.up, ffn.down), "wide"),
     }
-    if _grouped_mm is not None:
+    if grouped_mm is not None:
         ways["one kernel"] = mix_experts(x, *routed, (ffn.gate, ffn.up, ffn.down), "grouped")
     for way, ours in ways.items():
         assert (ours - exact).abs().max() <= tolerance * exact.abs().max(), way

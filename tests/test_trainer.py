@@ -12,41 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.modeling import Molmo, save_checkpoint
-
-GOLDEN = Path(__file__).parent / "golden"
 RUN = Path(__file__).parent / "training_run.py"
 STEPS = 20
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Molmo of MolmoE's anatomy that takes a hundredth of a second."""
-    config = MolmoConfig(
-        ImageConfig(crop_size=56, overlap_margins=(0, 0), max_crops=2),
-        VisionConfig("openai", 32, 3, 4, 64, n_pos=17, layers=(-1, -2)),
-        DecoderConfig(
-            d_model=32,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=2,
-            ffn_dim=16,
-            n_experts=8,
-            top_k=2,
-            vocab_size=500,
-            embedding_size=512,
-            additional_vocab_size=16,
-            qk_norm=True,
-        ),
-        projector_dim=32,
-    )
-    directory = tmp_path_factory.mktemp("start")
-    model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(0))
-    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory)
-    return directory
 
 
 def start(checkpoint: Path, directory: Path, *options: str, ranks: int = 1) -> subprocess.Popen[str]:
@@ -70,9 +38,9 @@ def curve(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(small_molmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
-    run(checkpoint, directory)
+    run(small_molmoe, directory)
     assert len(curve(directory)) == STEPS
     return directory
 
@@ -98,8 +66,8 @@ def test_it_learns(whole: Path) -> None:
     assert log[STEPS]["utilisation"] > 0 and log[STEPS]["tokens_per_second"] > 0
 
 
-def test_two_ranks_have_the_curve_of_one(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path, ranks=2)
+def test_two_ranks_have_the_curve_of_one(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
+    run(small_molmoe, tmp_path, ranks=2)
     same(whole, tmp_path)
     ours = weights(tmp_path)
     for name, expected in weights(whole).items():
@@ -109,28 +77,28 @@ def test_two_ranks_have_the_curve_of_one(checkpoint: Path, whole: Path, tmp_path
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    checkpoint: Path, whole: Path, tmp_path: Path, ranks: int
+    small_molmoe: Path, whole: Path, tmp_path: Path, ranks: int
 ) -> None:
-    run(checkpoint, tmp_path, "--kill-at", "12")
+    run(small_molmoe, tmp_path, "--kill-at", "12")
     assert max(curve(tmp_path)) >= 12
-    run(checkpoint, tmp_path, ranks=ranks)
+    run(small_molmoe, tmp_path, ranks=ranks)
     same(whole, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["--experts", "--replicas"])
-def test_other_arrangements_have_the_same_curve(checkpoint: Path, whole: Path, tmp_path: Path, layout: str) -> None:
+def test_other_arrangements_have_the_same_curve(small_molmoe: Path, whole: Path, tmp_path: Path, layout: str) -> None:
     """Experts shared by two ranks; two whole copies of the model."""
-    run(checkpoint, tmp_path, layout, "2", ranks=2)
+    run(small_molmoe, tmp_path, layout, "2", ranks=2)
     same(whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_eight_bit_states_are_taken_up_exactly(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+def test_eight_bit_states_are_taken_up_exactly(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    run(checkpoint, tmp_path / "whole", "--states", "8bit")
-    run(checkpoint, tmp_path / "killed", "--states", "8bit", "--kill-at", "12")
-    run(checkpoint, tmp_path / "killed", "--states", "8bit")
+    run(small_molmoe, tmp_path / "whole", "--states", "8bit")
+    run(small_molmoe, tmp_path / "killed", "--states", "8bit", "--kill-at", "12")
+    run(small_molmoe, tmp_path / "killed", "--states", "8bit")
     same(tmp_path / "whole", tmp_path / "killed")
     eight, full = curve(tmp_path / "whole")[STEPS], curve(whole)[STEPS]
     assert eight["loss"] == pytest.approx(full["loss"], rel=0.02)
@@ -139,12 +107,12 @@ def test_eight_bit_states_are_taken_up_exactly(checkpoint: Path, whole: Path, tm
 
 @pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
-    checkpoint: Path, whole: Path, tmp_path: Path
+    small_molmoe: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run(checkpoint, tmp_path, "--kill-in-save", "10")
+    run(small_molmoe, tmp_path, "--kill-in-save", "10")
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-00000005", "step-00000010.part"]
-    run(checkpoint, tmp_path)
+    run(small_molmoe, tmp_path)
     same(whole, tmp_path)
     lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [*range(1, 11), *range(6, 21)], "taken up behind the last whole one"
@@ -153,15 +121,15 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
 
 
 @pytest.mark.slow
-def test_a_run_is_not_taken_up_with_other_data(checkpoint: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path, "--steps", "5")
-    process = start(checkpoint, tmp_path, "--few", "8")
+def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Path) -> None:
+    run(small_molmoe, tmp_path, "--steps", "5")
+    process = start(small_molmoe, tmp_path, "--few", "8")
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and "is of a run with another data" in out
 
 
 @pytest.mark.slow
-def test_bfloat16_products_keep_float32_weights(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path, "--precision", "bf16", ranks=2)
+def test_bfloat16_products_keep_float32_weights(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
+    run(small_molmoe, tmp_path, "--precision", "bf16", ranks=2)
     assert curve(tmp_path)[STEPS]["loss"] == pytest.approx(curve(whole)[STEPS]["loss"], rel=0.05)
     assert weights(tmp_path)["lm_head.weight"].dtype == np.float32

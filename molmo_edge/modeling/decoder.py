@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from molmo_edge.config import DecoderConfig
 from molmo_edge.modeling.linear import Linear, match, working_dtype
 
-_grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
+grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
 
 _EXACT = 64  # logits that are computed in float32 whatever the head is
-_ALIGNED = 8  # rows: the grouped product's backward pass wants every expert's block to begin at 16 bytes
+BLOCK = 8  # rows: the grouped product's backward pass wants every expert's block to begin at 16 bytes
 
 # Which keys a query may look at: bool [batch, 1, n, keys], True where it may; None: itself and what came before; or a
 # function from q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, keys, head_dim] to what attention gives.
@@ -189,7 +189,7 @@ def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices,
     if kernel == "auto":
         # With half of the experts at work, one wide product wastes less than gathering tokens costs.
         many = 2 * experts.shape[1] >= len(gate)
-        kernel = "wide" if many else "grouped" if _has_grouped_mm(gate) else "loop"
+        kernel = "wide" if many else "grouped" if has_grouped_mm(gate) else "loop"
     if kernel == "wide":
         return _wide(x, weights, experts, matrices)
     if kernel == "grouped":
@@ -215,20 +215,33 @@ def _wide(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Te
 
 def _grouped(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Tensor:
     """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
-    e, dtype = len(matrices[0]), working_dtype(matrices[0])
+    dtype = working_dtype(matrices[0])
+    gate, up, down = (w.to(dtype).transpose(1, 2) for w in matrices)
+
+    def swiglu(rows: Tensor, ends: Tensor) -> Tensor:
+        hidden = F.silu(grouped_mm(rows, gate, offs=ends)) * grouped_mm(rows, up, offs=ends)
+        return grouped_mm(hidden, down, offs=ends)
+
+    return in_blocks(x.to(dtype), weights, experts, len(gate), swiglu)
+
+
+def in_blocks(
+    x: Tensor, weights: Tensor, experts: Tensor, n_experts: int, products: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """As `by_expert`, with `products` of all experts at once.
+
+    products: from rows [m, d], each expert's in a block, and int32 [n_experts], where each block ends, to rows [m, d].
+    Rows between an expert's last token and the end of its block are zeros; what is behind the last block plays no part.
+    """
     order, token = _sorted(experts)
     owner = experts.flatten()[order]  # [tokens * top_k], rising
-    counts = torch.zeros(e, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
-    blocks = (counts + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+    counts = torch.zeros(n_experts, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
+    blocks = (counts + BLOCK - 1) // BLOCK * BLOCK
     ends = blocks.cumsum(0)
     # Where a row goes: behind the blocks of the experts before, in its own expert's order.
     place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
-    rows = x.new_zeros(len(owner) + e * _ALIGNED, x.shape[1], dtype=dtype).index_copy(0, place, x[token].to(dtype))
-    offs = ends.int()
-    gate, up, down = (w.to(dtype).transpose(1, 2) for w in matrices)
-    hidden = F.silu(_grouped_mm(rows, gate, offs=offs)) * _grouped_mm(rows, up, offs=offs)
-    out = _grouped_mm(hidden, down, offs=offs)  # rows behind the last block are left as they come
-    return _scatter(out[place], weights, order, token, len(x))
+    rows = x.new_zeros(len(owner) + n_experts * BLOCK, x.shape[1]).index_copy(0, place, x[token])
+    return _scatter(products(rows, ends.int())[place], weights, order, token, len(x))
 
 
 def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -237,9 +250,9 @@ def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights, experts
 
 
-def _has_grouped_mm(weight: Tensor) -> bool:
+def has_grouped_mm(weight: Tensor) -> bool:
     """Its kernels are for bfloat16 on Ampere and later."""
-    if _grouped_mm is None or not weight.is_cuda or working_dtype(weight) != torch.bfloat16:
+    if grouped_mm is None or not weight.is_cuda or working_dtype(weight) != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(weight.device) >= (8, 0)
 

@@ -103,5 +103,6 @@ class Checkpoints:
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Frozen parameters too: a checkpoint is all of a model."""
-    return {"model": {n: p.detach() for n, p in model.named_parameters()}, "optimizer": optimizer.states()}
+    """What is trained. Frozen parameters come from the checkpoint that a run begins with, every time."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": optimizer.states()}

@@ -1,7 +1,8 @@
 """How much arithmetic a batch is, and how much a device could do: model FLOPs utilisation (PaLM, arXiv 2204.02311).
 
-Counted are the products of the forward pass and twice as many for the backward pass, of the experts that a token uses
-and of the positions that answers stand at; activations that are computed again are not counted, nor is padding.
+Counted are the products of the forward pass, as many for the gradients of activations and as many for those of what is
+trained, of the experts that a token uses and of the positions that answers stand at. What is computed again is not
+counted, nor is padding.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.training.encoding import Batch
@@ -53,6 +55,12 @@ def cost(config: MolmoConfig) -> Cost:
         pair=4 * d.n_layers * d.d_model,
         crop=2 * (vit + pooling + projector),
     )
+
+
+def passes(model: nn.Module) -> float:
+    """How many forward passes a step is worth: 3, or little more than 2 where most of the weights are frozen."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
 
 
 def device_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:

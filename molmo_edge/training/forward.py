@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo_edge.modeling.decoder import Block, Routing, SparseFFN, rotary_tables
+from molmo_edge.modeling.decoder import Block, DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.vision import VisionBlock
@@ -37,6 +37,7 @@ class ForwardConfig:
     attention: str = "auto"  # "sdpa", "flex"
     experts: str = "auto"  # "grouped", "loop", "wide"
     recompute: bool = True  # activations of blocks in the backward pass, instead of keeping them
+    compile: bool = False  # the ViT's blocks, norms and dense FFNs, through torch.compile
 
 
 class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in tuples, lists and dicts
@@ -60,6 +61,9 @@ class Trainable(nn.Module):
         for block in molmo.decoder.blocks:
             if isinstance(block.ffn, SparseFFN):
                 block.ffn.routing, block.ffn.kernel = self.routing, config.experts
+
+        if config.compile:
+            compile_parts(molmo)
 
     def forward(self, batch: Batch) -> Sums:
         """The batch lies on the model's device. Training mode alone drops anything."""
@@ -134,6 +138,15 @@ class Trainable(nn.Module):
         real = (batch.segments >= 0).flatten()
         n = self.molmo.config.decoder.n_experts
         return torch.stack([experts[real].flatten().bincount(minlength=n) for experts in self.routing.experts])
+
+
+def compile_parts(molmo: Molmo) -> None:
+    """What has no choices to make and many small operations, in place. Routing and dropout stay as they are."""
+    for block in molmo.vision.running:
+        block.compile(dynamic=True)  # the number of crops differs from batch to batch
+    for module in molmo.decoder.modules():
+        if isinstance(module, RMSNorm | DenseFFN):
+            module.compile(dynamic=True)
 
 
 def _answer_sums(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

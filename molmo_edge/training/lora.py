@@ -9,13 +9,9 @@ There is no dropout of an adapter's input: the residual dropout of a recipe does
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,23 +26,19 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.memory import give_back
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.checkpoint import FileSource, TensorSource, check_tensors, open_tensors
-from molmo_edge.modeling.decoder import _ALIGNED, SparseFFN, _grouped_mm, _has_grouped_mm, _scatter, _sorted, by_expert
+from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.decoder import BLOCK, SparseFFN, by_expert, grouped_mm, has_grouped_mm, in_blocks
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.linear import match, working_dtype
-from molmo_edge.modeling.loading import build_model, fill, save_checkpoint
+from molmo_edge.modeling.loading import build_model, fill
 from molmo_edge.modeling.precision import is_quantized, storage_dtype
-from molmo_edge.modeling.shards import read_header
 from molmo_edge.quantize.bitsandbytes import QuantizedLinear, Quantizer
-from molmo_edge.tokenizer import Tokenizer
-from molmo_edge.training.checkpoints import Checkpoints
 from molmo_edge.training.forward import Trainable
-from molmo_edge.training.optimizer import Optimizer, OptimizerConfig, Rate
-from molmo_edge.training.parallel import World, shard, whole
+from molmo_edge.training.optimizer import OptimizerConfig, Rate
+from molmo_edge.training.parallel import World, shard
 from molmo_edge.training.recipe import Recipe
-from molmo_edge.training.trainer import Data, Trainer, compute_dtype
+from molmo_edge.training.trainer import compute_dtype
 
-ADAPTERS = "adapters.safetensors"
 # Adapters want ten times what whole weights do (QLoRA: 2e-4 up to 13B); the connector, trained whole, keeps its own.
 RATES = OptimizerConfig(Rate(1e-5, 20), Rate(1e-4, 20), Rate(2e-4, 20))
 BASES = ("fp32", "bf16", "nf4")
@@ -58,7 +50,6 @@ _TARGETS = {
     "vision": r"vision\.blocks\.\d+\.(attention|feed_forward)\.\w+\.weight",
 }
 _WHOLE = ("connector", "vision")
-_SHARD_BYTES = 5_000_000_000
 
 
 class LoraError(MolmoEdgeError):
@@ -185,11 +176,11 @@ def init_adapters(molmo: nn.Module, seed: int) -> None:
             values = torch.zeros(parameter.shape)
             if name.endswith(".a"):
                 values.uniform_(-1, 1, generator=generator).div_(math.sqrt(parameter.shape[-1]))
-            _set(parameter, values)
+            set_values(parameter, values)
 
 
 @torch.no_grad()
-def _set(parameter: Tensor, values: Tensor) -> None:
+def set_values(parameter: Tensor, values: Tensor) -> None:
     values = values.to(parameter.device)
     if isinstance(parameter, DTensor):  # every rank has all of them: nothing travels
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -212,7 +203,7 @@ def _adapt_experts(ffn: SparseFFN, config: MolmoConfig, leaf: str, rank: int, sc
 def _mix(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """As `SparseFFN.mix`, with adapters or over four bits. The kernel "wide" is for answers: it is a loop here."""
     plain = isinstance(ffn.gate, nn.Parameter)
-    if plain and (ffn.kernel == "grouped" or (ffn.kernel == "auto" and _has_grouped_mm(ffn.gate))):
+    if plain and (ffn.kernel == "grouped" or (ffn.kernel == "auto" and has_grouped_mm(ffn.gate))):
         return _grouped(ffn, x, weights, experts)
     adapters: Mapping[str, LowRank] = getattr(ffn, "adapter", {})
 
@@ -232,38 +223,34 @@ def _grouped(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Ten
 
     Merging first would be shorter, and needs the experts of a layer once more, with a gradient as large.
     """
-    dtype, e = working_dtype(ffn.gate), len(ffn.gate)
-    order, token = _sorted(experts)
-    owner = experts.flatten()[order]
-    counts = torch.zeros(e, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
-    blocks = (counts + _ALIGNED - 1) // _ALIGNED * _ALIGNED
-    ends = blocks.cumsum(0)
-    place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
-    rows = x.new_zeros(len(owner) + e * _ALIGNED, x.shape[1], dtype=dtype).index_copy(0, place, x[token].to(dtype))
-    offs = ends.int()
+    dtype = working_dtype(ffn.gate)
 
-    def times(rows: Tensor, matrices: Tensor) -> Tensor:
-        return cast(Tensor, _grouped_mm(rows, matrices.to(dtype).transpose(1, 2), offs=offs))
+    def swiglu(rows: Tensor, ends: Tensor) -> Tensor:
+        def times(rows: Tensor, matrices: Tensor) -> Tensor:
+            return cast(Tensor, grouped_mm(rows, matrices.to(dtype).transpose(1, 2), offs=ends))
 
-    def product(which: str, rows: Tensor) -> Tensor:
-        adapter = cast(LowRank, cast(nn.ModuleDict, ffn.adapter)[which])
-        spare = -adapter.a.shape[1] % _ALIGNED  # narrow rows begin at 16 bytes, too
-        narrow = times(rows, F.pad(adapter.a, (0, 0, 0, spare)))
-        return times(rows, getattr(ffn, which)) + adapter.scale * times(narrow, F.pad(adapter.b, (0, spare)))
+        def product(which: str, rows: Tensor) -> Tensor:
+            adapter = cast(LowRank, cast(nn.ModuleDict, ffn.adapter)[which])
+            spare = -adapter.a.shape[1] % BLOCK  # narrow rows begin at 16 bytes, too
+            narrow = times(rows, F.pad(adapter.a, (0, 0, 0, spare)))
+            return times(rows, getattr(ffn, which)) + adapter.scale * times(narrow, F.pad(adapter.b, (0, spare)))
 
-    out = product("down", F.silu(product("gate", rows)) * product("up", rows))
-    return _scatter(out[place], weights, order, token, len(x))
+        return product("down", F.silu(product("gate", rows)) * product("up", rows))
+
+    return in_blocks(x.to(dtype), weights, experts, len(ffn.gate), swiglu)
 
 
 # --- the frozen base ------------------------------------------------------------------------------------------------
 
 
-def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfig, base: str = "bf16") -> Trainable:
-    """As `trainer.build`, with adapters. base: what frozen weights are kept in, one of BASES.
+def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfig, base: str = "auto") -> Trainable:
+    """As `trainer.build`, with adapters. base: what frozen weights are kept in, of BASES; "auto": what is fast here.
 
     On several ranks the base is float32 shards; four bits are for one rank. Raises LoraError, CheckpointError, and
     PrecisionError where "nf4" is asked for and bitsandbytes is missing.
     """
+    if base == "auto":  # a CPU that multiplies bfloat16 fast is rare
+        base = "bf16" if here.device.type == "cuda" else "fp32"
     if base not in BASES:
         raise LoraError(f'the frozen weights cannot be kept in "{base}"; known are {", ".join(BASES)}')
     if here.ranks > 1 and (base == "nf4" or (recipe.layout.experts > 1 and "experts" in lora.targets)):
@@ -278,7 +265,7 @@ def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfi
         molmo = Molmo(config)
         add_adapters(molmo, lora)
     model = Trainable(molmo, recipe.forward)
-    shard(model, recipe.layout, here, compute=compute_dtype(recipe))
+    shard(model, recipe.layout, here, compute=compute_dtype(recipe, here))
     model.to_empty(device=here.device)
     fill(config, source, {n.removeprefix("molmo."): p for n, p in model.named_parameters()}, where=where)
     init_adapters(model, recipe.seed)
@@ -320,197 +307,3 @@ class _FourBits(Quantizer):
         layer = self._nf4(weight)
         cast(Any, layer.inner).support_avx512bf16_for_cpu = False
         return layer
-
-
-# --- adapters as a file ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdaptersFile:
-    """What a run has trained: adapters, and parameters that were trained whole, by their names in a `Molmo`."""
-
-    path: Path
-    lora: LoraConfig
-    base: str  # `base_identity` of the checkpoint that they belong to
-    tensors: FileSource
-
-    @classmethod
-    def open(cls, path: Path) -> AdaptersFile:
-        """Reads no more than the header. Raises LoraError, and CheckpointError for a file that is damaged."""
-        if not path.is_file():
-            raise LoraError(f"there are no adapters {path}: check the path")
-        tensors = FileSource(read_header(path))
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        try:
-            said: dict[str, Any] = json.loads(header["__metadata__"]["lora"])
-            base = said.pop("base")
-            lists: Any = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
-            lora = LoraConfig(**said | lists)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise LoraError(f"{path} does not say what its adapters are for: was it written by another tool?") from None
-        return cls(path, lora, base, tensors)
-
-    def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
-        """They belong to this checkpoint, and are all there. Raises LoraError."""
-        if self.base != base_identity(config, source):
-            raise LoraError(f"the adapters {self.path} were trained beside other weights than those of {where}")
-        names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
-        if set(self.tensors.names()) != {*names, *trained_whole(config, self.lora)}:
-            raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
-
-    def get(self, name: str) -> Tensor:
-        return torch.tensor(self.tensors.get(name))
-
-
-def base_identity(config: MolmoConfig, source: TensorSource) -> str:
-    """A hash of a few tensors from all over a checkpoint, the same however it is stored, in bfloat16 or float32."""
-    last = config.decoder.n_layers - 1
-    names = ["decoder.ln_f.weight", "connector.projector.w2.weight", "vision.blocks.0.attention.wq.weight"]
-    names += ["decoder.blocks.0.attn.att_proj.weight", f"decoder.blocks.{last}.attn.attn_out.weight"]
-    names += [f"decoder.blocks.{last}.ffn.{'down' if config.decoder.n_experts else 'ff_out.weight'}"]
-    found = hashlib.sha256(json.dumps(sorted(hub_shapes(config).items())).encode())
-    layout = hub_layout(config)
-    for name in names:
-        values = torch.tensor(source.get(layout[name][-1])).to(torch.bfloat16)
-        found.update(values.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in a `Molmo`, the whole of it) for all that is trained; every rank has to ask for all of them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name.removeprefix("molmo."), whole(parameter.detach())
-
-
-def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: str, here: World | None = None) -> None:
-    """Write what is trained as float32 safetensors; every rank of `here` has to call, and the first one writes."""
-    tensors = {name: values.cpu().float() for name, values in trained(model)}
-    if here is not None and not here.first:
-        return
-    said = {"lora": json.dumps(dataclasses.asdict(lora) | {"base": base})}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | said}
-    end = 0
-    for name, values in tensors.items():
-        begin, end = end, end + 4 * values.numel()
-        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for values in tensors.values():
-            file.write(values.contiguous().numpy().tobytes())
-    part.replace(path)
-
-
-def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
-    """Put adapters beside the weights of `molmo`, which came from `checkpoint`; returns `add_adapters`' names.
-
-    Raises LoraError where they belong to another one.
-    """
-    file = AdaptersFile.open(path)
-    file.check(molmo.config, open_tensors(checkpoint), checkpoint)
-    names = add_adapters(molmo, file.lora)
-    for name in names:
-        _set(molmo.get_parameter(name), file.get(name))
-    return names
-
-
-def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str = "BF16") -> None:
-    """Write `checkpoint` with its adapters added to its weights, in hub layout, into the directory `out`.
-
-    dtype: "BF16" or "F32". Products are float32; memory holds one parameter. Raises LoraError and CheckpointError.
-    """
-    config, source = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint)
-    if out.resolve() == checkpoint.resolve():
-        raise LoraError(f"{out} is the checkpoint that is read: name another directory")
-    check_tensors(config, source, where=checkpoint)
-    file = AdaptersFile.open(adapters)
-    file.check(config, source, checkpoint)
-    layout, ranks = hub_layout(config), adapted(config, file.lora)
-    own = set(trained_whole(config, file.lora))
-
-    def parameter(name: str) -> Tensor:
-        if name in own:
-            return file.get(name)
-        values = torch.empty(len(layout[name]), *source.shape(layout[name][0]))
-        for part, hub in zip(values, layout[name], strict=True):
-            part.numpy()[...] = source.get(hub)
-        if rank := ranks.get(name):
-            a, b = (file.get(f"{adapter_name(name)}.{leaf}") for leaf in "ab")
-            values.baddbmm_(b.view(len(values), -1, rank), a.view(len(values), rank, -1), alpha=file.lora.scale(rank))
-        return values if len(layout[name]) > 1 else values[0]
-
-    with torch.device("meta"):
-        molmo = Molmo(config)
-    tokenizer = checkpoint / "tokenizer.json"
-    save_checkpoint(molmo, tokenizer, out, dtype=dtype, parameter=parameter, shard_bytes=_SHARD_BYTES)
-
-
-# --- a run ----------------------------------------------------------------------------------------------------------
-
-
-class LoraTrainer(Trainer):
-    """A run that ends with its adapters in `directory`/adapters.safetensors and the merged model in `directory`/model.
-
-    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`.
-    """
-
-    def __init__(
-        self,
-        model: Trainable,
-        tokenizer: Tokenizer,
-        data: Data,
-        recipe: Recipe,
-        directory: Path,
-        here: World,
-        *,
-        checkpoint: Path,
-        lora: LoraConfig,
-    ):
-        self.checkpoint, self.lora = checkpoint, lora
-        self.base = base_identity(model.molmo.config, open_tensors(checkpoint))
-        super().__init__(model, tokenizer, data, recipe, directory, here)
-        self.checkpoints = self._trained_alone()
-
-    def write_model(self, directory: Path, dtype: str = "BF16") -> None:
-        """The adapters as they are now, and the checkpoint with them merged in; every rank has to call."""
-        save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
-        if self.here.first:
-            merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype)
-        self.here.wait()
-
-    def _trained_alone(self) -> Checkpoints:
-        return _TrainedAlone(self.directory / "checkpoints", self.here, self.recipe.keep)
-
-    def _identity(self) -> dict[str, Any]:
-        lora = json.loads(json.dumps(dataclasses.asdict(self.lora)))  # as it comes back: lists, no tuples
-        return super()._identity() | {"base": self.base, "adapters": lora}
-
-    def _take_up(self, path: Path) -> None:
-        self.checkpoints = self._trained_alone()
-        super()._take_up(path)
-
-
-class _TrainedAlone(Checkpoints):
-    """Without what is frozen, which is read from the starting checkpoint every time: megabytes instead of gigabytes."""
-
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        super().save(step, _Trained(model), optimizer, state)
-
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        return super().load(path, _Trained(model), optimizer)
-
-
-class _Trained(nn.Module):
-    """A model, as if it had no frozen parameters."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self._of = (model,)  # in a tuple, it is no submodule
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((n, p) for n, p in self._of[0].named_parameters(*args, **kwargs) if p.requires_grad)

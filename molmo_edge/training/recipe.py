@@ -28,7 +28,7 @@ class Recipe:
     batch: int  # sequences a step, over all ranks
     mixture: tuple[Group, ...]
     micro: int = 4  # sequences that go through the model at once, on each rank
-    precision: str = "bf16"  # of products; weights, gradients and sums are fp32. Or "fp32"
+    precision: str = "auto"  # of products: "bf16", "fp32", or bf16 on CUDA and else fp32; weights and sums are fp32
     frozen: tuple[str, ...] = ()  # of "connector", "vision", "decoder"; the input embedding always is
     seed: int = 6198
     encoding: Encoding = field(default_factory=Encoding)

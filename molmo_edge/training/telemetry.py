@@ -25,13 +25,13 @@ class Window:
     tokens: float = 0.0
     image_tokens: float = 0.0
     answers: float = 0.0
-    forward_flops: float = 0.0
+    flops: float = 0.0
     sequences: float = 0.0
     replaced: float = 0.0
     load: Tensor | None = None  # int64 [layers, experts]
 
     def figures(self) -> dict[str, float]:
-        """Per second and as shares. Utilisation counts the backward pass as twice the forward pass."""
+        """Per second and as shares."""
         seconds = time.perf_counter() - self.began
         done = {
             "seconds_per_step": seconds / max(1, self.steps),
@@ -39,8 +39,8 @@ class Window:
             "sequences_per_second": self.sequences / seconds,
             "image_token_share": self.image_tokens / max(1.0, self.tokens),
             "answer_tokens_per_second": self.answers / seconds,
-            "flops_per_second": 3 * self.forward_flops / seconds,
-            "utilisation": 3 * self.forward_flops / seconds / self.device_flops,
+            "flops_per_second": self.flops / seconds,
+            "utilisation": self.flops / seconds / self.device_flops,
             "data_wait_share": self.waited / seconds,
             "replaced_examples": self.replaced,
         }
@@ -105,6 +105,8 @@ class Log:
             parts += [f"experts {v['expert_load_min']:.2f}-{v['expert_load_max']:.2f}x idle {v['idle_experts']:.0f}"]
         if "peak_memory_gb" in v:
             parts += [f"{v['peak_memory_gb']:.1f} GB"]
+        if v["replaced_examples"]:
+            parts += [f"replaced {v['replaced_examples']:.0f}"]
         if v["data_wait_share"] > 0.02:
             parts += [_share("waiting for data", v["data_wait_share"])]
         return "  ".join(parts)

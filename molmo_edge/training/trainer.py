@@ -26,7 +26,7 @@ from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.checkpoints import Checkpoints, ResumeError
 from molmo_edge.training.encoding import Batch, Encoder, image_tokens
 from molmo_edge.training.examples import DataSet
-from molmo_edge.training.flops import cost, device_flops
+from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
 from molmo_edge.training.guard import Guard
 from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader
@@ -37,7 +37,8 @@ from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 
-_SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000
+_TOLD = 20  # examples that are replaced, of which a run says why
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def build(config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe,
         molmo = Molmo(config)
     model = Trainable(molmo, recipe.forward)
     freeze(molmo, recipe.frozen)
-    shard(model, recipe.layout, here, compute=compute_dtype(recipe))
+    shard(model, recipe.layout, here, compute=compute_dtype(recipe, here))
     model.to_empty(device=here.device)
     parameters = {name.removeprefix("molmo."): p for name, p in model.named_parameters()}
     fill(config, source, parameters, where=where)
@@ -75,7 +76,10 @@ def freeze(molmo: Molmo, parts: Sequence[str]) -> None:
         block.requires_grad_(False)
 
 
-def compute_dtype(recipe: Recipe) -> torch.dtype:
+def compute_dtype(recipe: Recipe, here: World) -> torch.dtype:
+    """Of products. Few CPUs multiply bfloat16 fast; on the others it is a hundred times slower than float32."""
+    if recipe.precision == "auto":
+        return torch.bfloat16 if here.device.type == "cuda" else torch.float32
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
@@ -88,7 +92,7 @@ class Trainer:
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
         self.directory = directory
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
-        self.dtype = compute_dtype(recipe)
+        self.dtype = compute_dtype(recipe, here)
         self.optimizer = Optimizer(model, recipe.optimizer)
         self.guard = Guard()
         self.step = 0  # steps that are done
@@ -99,7 +103,7 @@ class Trainer:
             config.image if recipe.max_crops is None else dataclasses.replace(config.image, max_crops=recipe.max_crops)
         )
         self.encoder = Encoder(tokenizer, image, recipe.encoding)
-        self.cost = cost(config)
+        self.cost, self.passes = cost(config), passes(model)
         self.device_flops = here.ranks * device_flops(here.device, self.dtype)
         if (latest := self.checkpoints.latest()) is not None:
             self._take_up(latest)
@@ -136,7 +140,7 @@ class Trainer:
                 directory,
                 dtype=dtype,
                 parameter=lambda name: whole(parameters[name]),
-                shard_bytes=_SHARD_BYTES,
+                shard_bytes=SHARD_BYTES,
             )
         self.here.wait()
 
@@ -144,7 +148,7 @@ class Trainer:
 
     def _steps(self, log: Log | None) -> None:
         recipe = self.recipe
-        batches, window = self._loader(), Window(self.device_flops)
+        batches, window, told = self._loader(), Window(self.device_flops), 0
         while self.step < recipe.steps:
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(self.share.steps)]
@@ -153,6 +157,10 @@ class Trainer:
             self.step += 1
             if log is not None and reason is not None:
                 log.note(self.step, f"left out: {reason}")
+            if log is not None and told < _TOLD:  # of this rank
+                for why in [why for one in micro for why in one.replaced][: _TOLD - told]:
+                    log.note(self.step, f"replaced {why}")
+                    told += 1
             if self._is_due(recipe.log_every) or self.step == 1:
                 if log is not None:
                     log.write(self.step, values | window.figures())
@@ -198,7 +206,7 @@ class Trainer:
         self.here.sum(totals)
         norms = self.optimizer.norms()
         ce, z, router_loss, accuracy, asked = (totals / weight).tolist()
-        values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy, "answer_weight": float(weight)}
+        values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
         reason = self.guard.judge(ce, max(float(norm) for norm in norms.values()))
         if reason is None:
@@ -230,7 +238,7 @@ class Trainer:
         window.tokens += tokens
         window.image_tokens += images
         window.answers += answers
-        window.forward_flops += flops
+        window.flops += self.passes * flops
         window.sequences += sequences
         window.replaced += replaced
         if load is not None and load.numel():

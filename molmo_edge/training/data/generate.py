@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass

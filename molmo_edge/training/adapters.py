@@ -1,0 +1,197 @@
+"""Adapters as a file of their own, merged into the checkpoint they belong to, and the run that makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.modeling import Molmo
+from molmo_edge.modeling.checkpoint import FileSource, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.layout import hub_layout, hub_shapes
+from molmo_edge.modeling.loading import save_checkpoint
+from molmo_edge.modeling.shards import read_header
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.forward import Trainable
+from molmo_edge.training.lora import (
+    LoraConfig,
+    LoraError,
+    adapted,
+    adapter_name,
+    add_adapters,
+    set_values,
+    trained_whole,
+)
+from molmo_edge.training.parallel import World, whole
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.trainer import SHARD_BYTES, Data, Trainer
+
+ADAPTERS = "adapters.safetensors"
+
+
+@dataclass(frozen=True)
+class AdaptersFile:
+    """What a run has trained: adapters, and parameters that were trained whole, by their names in a `Molmo`."""
+
+    path: Path
+    lora: LoraConfig
+    base: str  # `base_identity` of the checkpoint that they belong to
+    tensors: FileSource
+
+    @classmethod
+    def open(cls, path: Path) -> AdaptersFile:
+        """Reads no more than the header. Raises LoraError, and CheckpointError for a file that is damaged."""
+        if not path.is_file():
+            raise LoraError(f"there are no adapters {path}: check the path")
+        tensors = FileSource(read_header(path))
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        try:
+            said: dict[str, Any] = json.loads(header["__metadata__"]["lora"])
+            base = said.pop("base")
+            lists: Any = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
+            lora = LoraConfig(**said | lists)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise LoraError(f"{path} does not say what its adapters are for: was it written by another tool?") from None
+        return cls(path, lora, base, tensors)
+
+    def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
+        """They belong to this checkpoint, and are all there. Raises LoraError."""
+        if self.base != base_identity(config, source):
+            raise LoraError(f"the adapters {self.path} were trained beside other weights than those of {where}")
+        names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
+        if set(self.tensors.names()) != {*names, *trained_whole(config, self.lora)}:
+            raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
+
+    def get(self, name: str) -> Tensor:
+        return torch.tensor(self.tensors.get(name))
+
+
+def base_identity(config: MolmoConfig, source: TensorSource) -> str:
+    """A hash of a few tensors from all over a checkpoint, the same however it is stored, in bfloat16 or float32."""
+    last = config.decoder.n_layers - 1
+    names = ["decoder.ln_f.weight", "connector.projector.w2.weight", "vision.blocks.0.attention.wq.weight"]
+    names += ["decoder.blocks.0.attn.att_proj.weight", f"decoder.blocks.{last}.attn.attn_out.weight"]
+    names += [f"decoder.blocks.{last}.ffn.{'down' if config.decoder.n_experts else 'ff_out.weight'}"]
+    found = hashlib.sha256(json.dumps(sorted(hub_shapes(config).items())).encode())
+    layout = hub_layout(config)
+    for name in names:
+        values = torch.tensor(source.get(layout[name][-1])).to(torch.bfloat16)
+        found.update(values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in a `Molmo`, the whole of it) for all that is trained; every rank has to ask for all of them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name.removeprefix("molmo."), whole(parameter.detach())
+
+
+def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: str, here: World | None = None) -> None:
+    """Write what is trained as float32 safetensors; every rank of `here` has to call, and the first one writes."""
+    tensors = {name: values.cpu().float() for name, values in trained(model)}
+    if here is not None and not here.first:
+        return
+    said = {"lora": json.dumps(dataclasses.asdict(lora) | {"base": base})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | said}
+    end = 0
+    for name, values in tensors.items():
+        begin, end = end, end + 4 * values.numel()
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for values in tensors.values():
+            file.write(values.contiguous().numpy().tobytes())
+    part.replace(path)
+
+
+def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
+    """Put adapters beside the weights of `molmo`, which came from `checkpoint`; returns `add_adapters`' names.
+
+    Raises LoraError where they belong to another one.
+    """
+    file = AdaptersFile.open(path)
+    file.check(molmo.config, open_tensors(checkpoint), checkpoint)
+    names = add_adapters(molmo, file.lora)
+    for name in names:
+        set_values(molmo.get_parameter(name), file.get(name))
+    return names
+
+
+def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str = "BF16") -> None:
+    """Write `checkpoint` with its adapters added to its weights, in hub layout, into the directory `out`.
+
+    dtype: "BF16" or "F32". Products are float32; memory holds one parameter. Raises LoraError and CheckpointError.
+    """
+    config, source = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint)
+    if out.resolve() == checkpoint.resolve():
+        raise LoraError(f"{out} is the checkpoint that is read: name another directory")
+    check_tensors(config, source, where=checkpoint)
+    file = AdaptersFile.open(adapters)
+    file.check(config, source, checkpoint)
+    layout, ranks = hub_layout(config), adapted(config, file.lora)
+    own = set(trained_whole(config, file.lora))
+
+    def parameter(name: str) -> Tensor:
+        if name in own:
+            return file.get(name)
+        values = torch.empty(len(layout[name]), *source.shape(layout[name][0]))
+        for part, hub in zip(values, layout[name], strict=True):
+            part.numpy()[...] = source.get(hub)
+        if rank := ranks.get(name):
+            a, b = (file.get(f"{adapter_name(name)}.{leaf}") for leaf in "ab")
+            values.baddbmm_(b.view(len(values), -1, rank), a.view(len(values), rank, -1), alpha=file.lora.scale(rank))
+        return values if len(layout[name]) > 1 else values[0]
+
+    with torch.device("meta"):
+        molmo = Molmo(config)
+    tokenizer = checkpoint / "tokenizer.json"
+    save_checkpoint(molmo, tokenizer, out, dtype=dtype, parameter=parameter, shard_bytes=SHARD_BYTES)
+
+
+class LoraTrainer(Trainer):
+    """A run that ends with its adapters in `directory`/adapters.safetensors and the merged model in `directory`/model.
+
+    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`.
+    """
+
+    def __init__(
+        self,
+        model: Trainable,
+        tokenizer: Tokenizer,
+        data: Data,
+        recipe: Recipe,
+        directory: Path,
+        here: World,
+        *,
+        checkpoint: Path,
+        lora: LoraConfig,
+    ):
+        self.checkpoint, self.lora = checkpoint, lora
+        self.base = base_identity(model.molmo.config, open_tensors(checkpoint))
+        super().__init__(model, tokenizer, data, recipe, directory, here)
+
+    def write_model(self, directory: Path, dtype: str = "BF16") -> None:
+        """The adapters as they are now, and the checkpoint with them merged in; every rank has to call."""
+        save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
+        if self.here.first:
+            merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype)
+        self.here.wait()
+
+    def _identity(self) -> dict[str, Any]:
+        lora = json.loads(json.dumps(dataclasses.asdict(self.lora)))  # as it comes back: lists, no tuples
+        return super()._identity() | {"base": self.base, "adapters": lora}

@@ -1,0 +1,149 @@
+"""molmo-edge train: from drawn pictures to a model that can be asked, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from molmo_edge import Molmo as Sdk
+from molmo_edge.cli import main
+from molmo_edge.training.data.generate import generate
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = ["--steps", "3", "--batch", "2", "--micro", "1", "--workers", "0", "--device", "cpu", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for kind, name in (("points", "pixmo-points"), ("charts", "pixmo_docs_charts"), ("clocks", "pixmo_clocks")):
+        generate(kind, 25, folder / name)
+    captions = folder / "pixmo_cap_with_transcripts"
+    captions.mkdir()
+    pictures = sorted((folder / "pixmo-points").rglob("*.jpg")) + sorted((folder / "pixmo-points").rglob("*.png"))
+    rows = [
+        {"image": str(path), "caption": f"Shapes, {i} of them.", "transcripts": ["um, shapes", "a few shapes"]}
+        for i, path in enumerate(pictures[:25])
+    ]
+    (captions / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return int(end.value.code or 0)
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_multitask_on_drawn_pictures(
+    small_molmoe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    options = ["--from", small_molmoe, "--data", data, "--out", run, *SMALL, "--validate", "pixmo_docs_charts"]
+    assert command("train", "multitask", *options) == 0
+    said = capsys.readouterr()
+    assert "step 3/3" in said.out and "without pixmo_ask_model_anything" in said.err
+    lines = log(run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    last = lines[-2]
+    for name in ("tokens_per_second", "utilisation", "expert_load_max", "norm_vision", "rate_decoder", "accuracy"):
+        assert name in last
+    assert 0 < lines[-1]["validation_loss"] < 20
+    before = Sdk(small_molmoe).ask(GOLDEN / "astronaut.png", "Point to her.", max_new_tokens=5)
+    after = Sdk(run / "model").ask(GOLDEN / "astronaut.png", "Point to her.", max_new_tokens=5)
+    assert len(before.token_ids) == len(after.token_ids) == 5
+    # The same command once more: there is nothing left to do.
+    assert command("train", "multitask", *options) == 0
+    assert log(run) == lines
+
+
+def test_captions_know_a_length_and_no_roles(small_molmoe: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--freeze", "vision", "--rates", "connector=1e-3", "--states", "fp32", "--separator"]
+    assert command("train", "caption", "--from", small_molmoe, "--data", data, "--out", run, *SMALL, *options) == 0
+    last = log(run)[-1]
+    assert "norm_vision" not in last and last["rate_connector"] > last["rate_decoder"]
+    from safetensors.numpy import load_file
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (small_molmoe, run / "model"))
+    name = "model.vision_backbone.image_vit.patch_embedding.weight"
+    assert (old[name] == new[name]).all(), "frozen"
+    assert (old["model.transformer.wte.embedding"] == new["model.transformer.wte.embedding"]).all(), "always frozen"
+    assert (old["lm_head.weight"] != new["lm_head.weight"]).any()
+
+
+def test_it_says_what_is_wrong(small_molmoe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def complaint(status: int, *options: object) -> str:
+        base = ["--from", small_molmoe, "--data", data, "--out", tmp_path / "run", *SMALL]
+        assert command("train", "multitask", *base, *options) == status
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "has none of the stage's data sets" in complaint(1, "--data", tmp_path)
+    assert "vqa9 are not known as data sets" in complaint(1, "--sets", "pixmo_cap,vqa9")
+    assert "has no copies of pixmo_cap" in complaint(1, "--sets", "pixmo_cap,pixmo_points")
+    assert 'preset "molmo-9b"' in complaint(2, "--preset", "molmo-9b")
+    assert "--rates takes connector=NUMBER" in complaint(2, "--rates", "decoder=fast")
+    assert "--freeze takes" in complaint(2, "--freeze", "head")
+    assert "not a multiple of 1 ranks x 3" in complaint(1, "--micro", "3")
+    assert "every part of the model is frozen" in complaint(1, "--freeze", "vision,connector,decoder")
+
+
+def write_points(folder: Path, side: int = 64, count: int = 12) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    lines = ["image,label,x,y"]
+    for i in range(count):
+        Image.new("RGB", (side, side), (10 * i, 200, 30)).save(folder / f"{i}.png")
+        lines += [f"{i}.png,cup,{i + 3},{20 + i}", f"{i}.png,cup,50,{i + 1}"]
+    (folder / "points.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("base", ["auto", "nf4"])
+def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsys: pytest.CaptureFixture) -> None:
+    folder, run = write_points(tmp_path / "points"), tmp_path / "run"
+    options = ["--from", small_molmoe, "--out", run, *SMALL, "--base", base, "--rank", "4"]
+    assert command("train", "points", folder, *options) == 0
+    said = capsys.readouterr()
+    assert "11 pictures to train on, 1 to validate with" in said.err and "validation: loss" in said.out
+    assert (run / "adapters.safetensors").stat().st_size < 500_000
+    answer = Sdk(run / "model").ask(folder / "3.png", "Point to the cup.", max_new_tokens=5)
+    assert len(answer.token_ids) == 5
+    (folder / "points.csv").write_text("image,label,x,y\n0.png,cup,999,3")
+    assert command("train", "points", folder, *options) == 1
+    assert "points.csv" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(small_molmoe: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--from", small_molmoe, "--data", data, "--out", run, *SMALL, "--steps", "400", "--workers", "1"]
+    arguments = [sys.executable, "-m", "molmo_edge.cli", "train", "multitask", *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while not (run / "log.jsonl").exists() or len(log(run)) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "stopped by a signal, with a checkpoint" in out
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    assert log(run)[-1]["step"] == stopped < 400
+    shorter = [str(o) for o in options]
+    shorter[shorter.index("400")] = str(stopped + 1)
+    assert command("train", "multitask", *shorter) == 0
+    assert [line["step"] for line in log(run) if "loss" in line][-1] == stopped + 1
