@@ -22,7 +22,7 @@ class Kind(str, Enum):
     code = "code"
     clocks = "clocks"
     points = "points"
-    count = "count"
+    counts = "count"  # "count" is a method of every str
 
 
 class Stored(str, Enum):

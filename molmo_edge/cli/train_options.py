@@ -75,7 +75,7 @@ def changed(
         raise typer.BadParameter(f"--freeze takes {_PARTS} Not {', '.join(unknown)}")
     peaks = _peaks(rates or "")
     shorter = min(1.0, (rest["steps"] or recipe.steps) / recipe.steps)  # warm-ups keep their share of a run
-    parts = {}
+    parts: dict[str, Any] = {}
     for part in PARTS:
         stage = getattr(recipe.optimizer, part)
         parts[part] = Rate(peaks.get(part, stage.peak), max(1, round(stage.warmup * shorter)))

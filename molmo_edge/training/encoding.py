@@ -6,8 +6,9 @@ fill up a shorter tiling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
 
 PADDING_SEGMENT = -1  # smaller than any: padding sees everything before it, so that no row of a mask is empty
 DROPPED = -1
+_OF_TOKENS = ("input_ids", "targets", "loss_weights", "segments", "positions")
 UNIT = 128  # lengths are padded to multiples of it: FlexAttention's blocks, and few shapes
 
 
@@ -81,10 +83,7 @@ class Encoder:
             weights=[annotation.weight for annotation in annotations],
             separator=special.im_end if self.encoding.separator else None,
         )
-        packed = Packed(
-            *(getattr(packed, name)[:n] for name in ("input_ids", "targets", "loss_weights", "segments", "positions")),
-            packed.answer_starts,
-        )
+        packed = replace(packed, **{name: getattr(packed, name)[:n] for name in _OF_TOKENS})
         if not packed.loss_weights.any():
             raise EncodingError(
                 f"a sequence of {n} tokens has no room for an answer: {1 + len(tokens)} are the image's, "
@@ -122,13 +121,16 @@ class Batch:
     seeds: list[int]  # of each sequence
 
     def to(self, device: torch.device) -> Batch:
-        values = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by a data loader that pins."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in values))
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
 
 def collate(sequences: Sequence[Sample], length: int | None = None) -> Batch:
@@ -136,7 +138,7 @@ def collate(sequences: Sequence[Sample], length: int | None = None) -> Batch:
     n = length or -(-max(len(s) for s in sequences) // UNIT) * UNIT
 
     def rows(name: str, fill: float, dtype: type) -> Tensor:
-        out = np.full((len(sequences), n), fill, dtype)
+        out: np.ndarray = np.full((len(sequences), n), fill, dtype)
         for row, sequence in zip(out, sequences, strict=True):
             row[: len(sequence)] = getattr(sequence.packed, name)
         return torch.from_numpy(out)

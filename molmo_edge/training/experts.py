@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -70,4 +69,4 @@ def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
     """rows [sum(sent), d], those for rank 0 first -> [sum(received), d]; differentiable."""
     out = all_to_all_single_autograd(rows.contiguous(), received, sent, group)
-    return cast(Tensor, out.wait()) if isinstance(out, AsyncCollectiveTensor) else out
+    return out.wait() if isinstance(out, AsyncCollectiveTensor) else out

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo_edge.modeling.decoder import Block, DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
+from molmo_edge.modeling.decoder import DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
-from molmo_edge.modeling.vision import VisionBlock
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
@@ -86,7 +85,7 @@ class Trainable(nn.Module):
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
         cos, sin = rotary_tables(batch.positions, molmo.config.decoder)
-        for block in cast("list[Block]", molmo.decoder.blocks):
+        for block in molmo.decoder.blocks:
             x = self._run(block, x, cos, sin, mask, None, dropout)
         return molmo.decoder.ln_f(x)
 
@@ -95,7 +94,7 @@ class Trainable(nn.Module):
         vision = self.molmo.vision
         x = vision.begin(crops)
         outputs = []
-        for block in cast("list[VisionBlock]", vision.running):
+        for block in vision.running:
             x = self._run(block, x)
             outputs.append(x)
         return vision.end(crops, outputs)

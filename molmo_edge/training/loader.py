@@ -65,9 +65,10 @@ class Samples(Dataset[Any]):
         self.sets, self.encoder, self.seed = list(sets), encoder, seed
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, ...]]:
-        data, failures = self.sets[draw.source], []
+        data = self.sets[draw.source]
+        failures: list[str] = []
         for attempt in range(_TRIES):
-            index = (draw.index + attempt) % len(data)
+            index = (draw.example + attempt) % len(data)
             rng = np.random.default_rng([self.seed, draw.source, index, draw.epoch])
             try:
                 return self.encoder(data.example(index, rng), rng), tuple(failures)

@@ -32,7 +32,7 @@ class Draw(NamedTuple):
 
     number: int  # from the start of the run
     source: int  # which data set
-    index: int  # which example of it
+    example: int  # which of its examples
     epoch: int  # how often the data set has gone by
 
 
