@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -174,7 +175,8 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
             "of its name, or let --hub fetch them"
         )
     if len(here) < len(names):
-        note(f"without {', '.join(name for name in names if name not in here)}: {data} has no copies")
+        others = int(os.environ.get("RANK", "0")) > 0  # of the same run
+        note(f"without {', '.join(name for name in names if name not in here)}: {data} has no copies", quiet=others)
     return here
 
 

@@ -174,6 +174,7 @@ class Trainer:
                 self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
             if stop and self.step < recipe.steps:
                 self.checkpoints.finish()
+                self.here.wait()  # a launcher kills what is left as soon as one rank has gone
                 if log is not None:
                     log.note(self.step, "stopped by a signal, with a checkpoint: the same command goes on from here")
                 raise SystemExit(128 + (self._request.number or signal.SIGTERM))
