@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -146,7 +147,7 @@ def measure(config: MolmoConfig, case: Case, device: torch.device, length: int, 
         "seconds": median,
         "tokens_per_second": tokens / median,
         "tera_flops_per_second": flops / median / 1e12,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+        "peak_memory_gb": _peak_memory(device),
         "loss": loss,
     }
 
@@ -165,6 +166,13 @@ def _step(model: Trainable, optimizer: Optimizer, micro: list[Batch], device: to
     return total
 
 
+def _peak_memory(device: torch.device) -> float:
+    """GB; on a CPU of the process so far, which the largest of the cases decides."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -173,6 +181,9 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", default=None, help="small, or a preset; molmoe-1b on CUDA, else small")
+    parser.add_argument(
+        "--layers", type=int, default=None, help="of the decoder and one more of the ViT, at full width"
+    )
     parser.add_argument("--length", type=int, default=None, help="tokens of a sequence; 2304, small: 1024")
     parser.add_argument("--annotations", type=int, default=6)
     parser.add_argument("--micro", type=int, default=1)
@@ -185,6 +196,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or ("molmoe-1b" if device.type == "cuda" else "small")
     config = SMALL if name == "small" else PRESETS[name]
+    if args.layers:
+        decoder = replace(config.decoder, n_layers=args.layers)
+        vision = replace(config.vision, n_layers=args.layers + 1, layers=(-1, -2))
+        config = replace(config, decoder=decoder, vision=vision)
     length = args.length or (1024 if name == "small" else 2304)
     # On many CPUs bfloat16 is a hundred times slower than float32: there it is float32.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -211,10 +226,10 @@ def main() -> None:
             print(f"{case.name}: {row['error']}", flush=True)
             continue
         row["utilisation"] = row["tera_flops_per_second"] * 1e12 / rate
-        memory = f", {row['peak_memory_gb']:.1f} GB" if row["peak_memory_gb"] else ""
         print(
             f"{case.name}: {row['sequences']} sequences, {row['tokens']} tokens, {row['seconds']:.3f} s a step, "
-            f"{row['tokens_per_second']:,.0f} tokens/s, utilisation {100 * row['utilisation']:.1f} %{memory}",
+            f"{row['tokens_per_second']:,.0f} tokens/s, utilisation {100 * row['utilisation']:.1f} %, "
+            f"{row['peak_memory_gb']:.1f} GB",
             flush=True,
         )
     if args.out:

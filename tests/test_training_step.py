@@ -263,3 +263,31 @@ def test_larger_windows_can_be_trained() -> None:
     sample = Encoder(tokenizer, config, Encoding())(Example(picture(600), QUESTIONS), np.random.default_rng(0))
     assert sample.crops.shape[1:] == (36 * 36, 588)
     assert (sample.token_index >= 0).sum() == (sample.packed.input_ids == tokenizer.special.im_patch).sum()
+
+
+# --- what a step costs ------------------------------------------------------------------------------------------------
+
+
+def test_counted_flops_are_those_that_torch_counts() -> None:
+    """All products but attention's scores, of which a dense mask computes twice as many as are counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from molmo_edge.training.flops import cost, passes
+
+    molmo, _, config = load_checkpoint(GOLDEN / "qwen")
+    batch = collate([golden_sample("qwen")], length=len(golden_sample("qwen")))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Trainable(molmo, PLAIN)(batch)
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for op, n in counted.items() if "attention" not in op)
+    ours = cost(config)
+    v, patches = config.vision, config.image.patches**2
+    scores = 4 * (v.last_layer + 1) * (patches + 1) ** 2 * v.d_model
+    own = dataclasses.replace(ours, pair=0, crop=ours.crop - scores).forward(batch)
+    assert own == pytest.approx(products, rel=0.01)
+    pairs = dataclasses.replace(ours, token=0, answer=0, crop=0).forward(batch)
+    seen = int(attention_mask(golden_sample("qwen").packed.segments).sum())
+    assert pairs == 4 * config.decoder.n_layers * config.decoder.d_model * seen
+    assert passes(molmo) == pytest.approx(3.0)
+    molmo.requires_grad_(False)
+    assert passes(molmo) == pytest.approx(2.0)
