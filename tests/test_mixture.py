@@ -130,7 +130,7 @@ def test_workers_change_nothing_and_damage_is_replaced() -> None:
 
 def test_schedule_is_the_references() -> None:
     rate = Rate(2e-4, 200)
-    assert rate_at(rate, 0, 1000, 0.1) == 0 and rate_at(rate, 100, 1000, 0.1) == pytest.approx(1e-4)
+    assert rate_at(rate, 1, 1000, 0.1) == pytest.approx(1e-6) and rate_at(rate, 100, 1000, 0.1) == pytest.approx(1e-4)
     assert rate_at(rate, 200, 1000, 0.1) == pytest.approx(2e-4)
     assert rate_at(rate, 600, 1000, 0.1) == pytest.approx(2e-4 * 0.55)
     assert rate_at(rate, 1000, 1000, 0.1) == pytest.approx(2e-5)
@@ -151,15 +151,15 @@ def test_the_guard_leaves_out_what_would_do_harm() -> None:
     guard = Guard()
     rng = np.random.default_rng(0)
     for _ in range(200):
-        assert guard.judge(2.0 + 0.05 * rng.normal(), 1.0) is None
-    assert "far above" in (guard.judge(4.0, 1.0) or "")
-    assert "norm is nan" in (guard.judge(2.0, float("nan")) or "")
-    assert "loss is inf" in (guard.judge(float("inf"), 1.0) or "")
+        assert guard.judge(2.0 + 0.05 * rng.normal(), [1.0]) is None
+    assert "far above" in (guard.judge(4.0, [1.0]) or "")
+    assert "norm is nan" in (guard.judge(2.0, [1.0, float("nan"), 1.0]) or "")
+    assert "loss is inf" in (guard.judge(float("inf"), [1.0]) or "")
     assert guard.mean == pytest.approx(2.0, abs=0.05) and guard.skipped == 3
     assert Guard(**guard.state()) == guard
-    assert guard.judge(2.1, 1.0) is None and guard.in_a_row == 0
+    assert guard.judge(2.1, [1.0]) is None and guard.in_a_row == 0
     with pytest.raises(DivergedError, match="20 steps in a row"):
         for _ in range(20):
-            guard.judge(float("nan"), 1.0)
+            guard.judge(float("nan"), [1.0])
     young = Guard()
-    assert young.judge(2.0, 1.0) is None and young.judge(9.0, 1.0) is None, "a young run may jump"
+    assert young.judge(2.0, [1.0]) is None and young.judge(9.0, [1.0]) is None, "a young run may jump"

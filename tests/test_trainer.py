@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def start(checkpoint: Path, directory: Path, *options: str, ranks: int = 1) -> s
 def run(checkpoint: Path, directory: Path, *options: str, ranks: int = 1) -> None:
     process = start(checkpoint, directory, *options, ranks=ranks)
     out, _ = process.communicate(timeout=300)
-    expected = -signal.SIGKILL if any(option.startswith("--kill") for option in options) else 0
+    killed = any(option.startswith("--kill") for option in options)
+    expected = 0 if not killed else 1 if ranks > 1 else -signal.SIGKILL  # torchrun says no more than that it failed
     assert process.returncode == expected, out
 
 
@@ -62,7 +64,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
 def test_it_learns(whole: Path) -> None:
     log = curve(whole)
     assert log[STEPS]["loss"] < 0.7 * log[1]["loss"]
-    assert log[1]["rate_decoder"] == 0, "warm-up begins at zero"
+    assert log[1]["rate_decoder"] == pytest.approx(3e-3 / 5), "a fifth of the way up"
     assert log[STEPS]["utilisation"] > 0 and log[STEPS]["tokens_per_second"] > 0
 
 
@@ -88,8 +90,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["--experts", "--replicas"])
 def test_other_arrangements_have_the_same_curve(small_molmoe: Path, whole: Path, tmp_path: Path, layout: str) -> None:
-    """Experts shared by two ranks; two whole copies of the model."""
-    run(small_molmoe, tmp_path, layout, "2", ranks=2)
+    """Two shards of experts on two ranks each; two copies of a model that two ranks share."""
+    run(small_molmoe, tmp_path, layout, "2", "--kill-at", "12", ranks=4)
+    run(small_molmoe, tmp_path)
     same(whole, tmp_path)
 
 
@@ -130,6 +133,32 @@ def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_bfloat16_products_keep_float32_weights(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
-    run(small_molmoe, tmp_path, "--precision", "bf16", ranks=2)
-    assert curve(tmp_path)[STEPS]["loss"] == pytest.approx(curve(whole)[STEPS]["loss"], rel=0.05)
-    assert weights(tmp_path)["lm_head.weight"].dtype == np.float32
+    """Also behind a validation, which leaves what travelled in bfloat16 gathered."""
+    run(small_molmoe, tmp_path, "--precision", "bf16", "--validate", "--steps", "10", ranks=2)
+    ours, exact = curve(tmp_path)[1]["loss"], curve(whole)[1]["loss"]
+    assert ours == pytest.approx(exact, rel=0.01) and ours != exact
+    for name, values in weights(tmp_path).items():
+        if values.ndim > 1 and "wte.embedding" not in name and "resblocks.2" not in name:  # not frozen
+            rounded = values.view(np.uint32) & 0xFFFF
+            assert rounded.any(), f"{name} has no more digits than bfloat16"
+
+
+@pytest.mark.slow
+def test_sigterm_through_torchrun_leaves_a_checkpoint(small_molmoe: Path, tmp_path: Path) -> None:
+    process = start(small_molmoe, tmp_path, "--steps", "2000", ranks=2)
+    until = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").exists() or len(curve(tmp_path)) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=100)
+    assert "stopped by a signal, with a checkpoint" in out, out
+    stopped = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "checkpoints" / f"step-{stopped:08}").is_dir()
+
+
+def test_a_part_whose_gradient_is_no_number_is_not_touched(small_molmoe: Path, tmp_path: Path) -> None:
+    run(small_molmoe, tmp_path, "--steps", "4", "--nan-at", "2")
+    notes = [json.loads(line).get("note", "") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum("left out: its gradient's norm is nan" in note for note in notes) == 1
+    assert all(np.isfinite(values).all() for values in weights(tmp_path).values())

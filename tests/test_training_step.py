@@ -209,11 +209,12 @@ def test_autocast_reaches_grouped_experts() -> None:
 
 def test_router_losses() -> None:
     even = torch.zeros(64, 8)
-    balance, z = router_losses(even, torch.arange(128).view(64, 2) % 8)
+    balance, z = router_losses(even, torch.arange(128).view(64, 2) % 8, torch.arange(64) < 60)
     assert float(balance) == pytest.approx(1.0) and float(z) == pytest.approx(np.log(8) ** 2, rel=1e-5)
     greedy = torch.zeros(64, 8)
     greedy[:, 0] = 50.0
-    balance, _ = router_losses(greedy, torch.zeros(64, 1, dtype=torch.long))
+    everyone = torch.ones(64, dtype=torch.bool)
+    balance, _ = router_losses(greedy, torch.zeros(64, 1, dtype=torch.long), everyone)
     assert float(balance) == pytest.approx(8.0), "everything to one expert"
     molmo, _, _ = load_checkpoint(GOLDEN / "molmoe")
     model = Trainable(molmo, dataclasses.replace(PLAIN, balance_loss=0.01, router_z_loss=0.001)).train()

@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill-at", type=int, default=0)
     parser.add_argument("--kill-in-save", type=int, default=0)
+    parser.add_argument("--nan-at", type=int, default=-1)
+    parser.add_argument("--validate", action="store_true")
     parser.add_argument("--few", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--experts", type=int, default=1)
@@ -75,12 +77,15 @@ def main() -> None:
         save_every=5,
         log_every=1,
         workers=2,
+        validate_every=5,
+        validation_batches=2,
     )
     start = args.checkpoint
     with world("cpu") as here:
         model = build(MolmoConfig.from_hub(start), open_tensors(start), str(start), recipe, here)
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
-        data = Data([Noise("few", args.few, 1), Noise("many", 12, 3)], [0.4, 0.6])
+        few = Noise("few", args.few, 1)
+        data = Data([few, Noise("many", 12, 3)], [0.4, 0.6], [few] if args.validate else ())
         trainer = Trainer(model, tokenizer, data, recipe, args.directory, here)
         if args.kill_at:
             one = trainer._one
@@ -91,6 +96,15 @@ def main() -> None:
                 return one(micro, window)
 
             trainer._one = killed  # type: ignore[method-assign]
+        if args.nan_at >= 0:
+            norms = trainer.optimizer.norms
+
+            def damaged():  # type: ignore[no-untyped-def]
+                if trainer.step == args.nan_at:
+                    model.molmo.vision.class_embedding.grad.fill_(float("nan"))
+                return norms()
+
+            trainer.optimizer.norms = damaged  # type: ignore[method-assign]
         if args.kill_in_save:
             poll = trainer.checkpoints.poll
 

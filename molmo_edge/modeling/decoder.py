@@ -194,8 +194,9 @@ def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices,
         return _wide(x, weights, experts, matrices)
     if kernel == "grouped":
         return _grouped(x, weights, experts, matrices)
-    x = match(x, gate)
-    return by_expert(x, weights, experts, len(gate), lambda rows, e: _swiglu(rows, gate[e], up[e], down[e]))
+    # Taken apart once: the gradient of gate[e] would be as large as all of gate, for each expert.
+    each = list(zip(gate.unbind(), up.unbind(), down.unbind(), strict=True))
+    return by_expert(match(x, gate), weights, experts, len(gate), lambda rows, e: _swiglu(rows, *each[e]))
 
 
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -236,12 +237,14 @@ def in_blocks(
     order, token = _sorted(experts)
     owner = experts.flatten()[order]  # [tokens * top_k], rising
     counts = torch.zeros(n_experts, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
-    blocks = (counts + BLOCK - 1) // BLOCK * BLOCK
+    # At least one: for an expert without rows some devices compute no zeros, but nothing (pytorch#172439).
+    blocks = ((counts + BLOCK - 1) // BLOCK * BLOCK).clamp(min=BLOCK)
     ends = blocks.cumsum(0)
     # Where a row goes: behind the blocks of the experts before, in its own expert's order.
     place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
-    rows = x.new_zeros(len(owner) + n_experts * BLOCK, x.shape[1]).index_copy(0, place, x[token])
-    return _scatter(products(rows, ends.int())[place], weights, order, token, len(x))
+    rows = x.new_zeros(len(owner) + n_experts * BLOCK, x.shape[1]).index_copy(0, place, x.index_select(0, token))
+    # What the products leave behind the last block is never read: nor may it be multiplied by zero, it could be NaN.
+    return _scatter(products(rows, ends.int()).index_select(0, place), weights, order, token, len(x))
 
 
 def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -266,7 +269,9 @@ def by_expert(
     """
     order, token = _sorted(experts)
     counts = experts.flatten().bincount(minlength=n_experts).tolist()
-    blocks = [expert(rows, e) for e, rows in enumerate(x[token].split(counts)) if len(rows)]
+    rows = x.index_select(0, token).split(counts)
+    # The first is always asked: of no tokens at all, too, there is an answer, and its gradient.
+    blocks = [expert(mine, e) for e, mine in enumerate(rows) if len(mine) or e == 0]
     return _scatter(torch.cat(blocks), weights, order, token, len(x))
 
 

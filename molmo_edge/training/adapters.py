@@ -31,7 +31,7 @@ from molmo_edge.training.lora import (
     set_values,
     trained_whole,
 )
-from molmo_edge.training.parallel import World, whole
+from molmo_edge.training.parallel import World, at_rest, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import SHARD_BYTES, Data, Trainer
 
@@ -93,7 +93,7 @@ def base_identity(config: MolmoConfig, source: TensorSource) -> str:
 
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in a `Molmo`, the whole of it) for all that is trained; every rank has to ask for all of them."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in at_rest(model).items():
         if parameter.requires_grad:
             yield name.removeprefix("molmo."), whole(parameter.detach())
 

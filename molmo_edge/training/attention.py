@@ -14,8 +14,6 @@ from torch import Tensor
 
 from molmo_edge.modeling.decoder import Mask
 
-KINDS = ("auto", "sdpa", "flex")
-
 
 def packed_mask(segments: Tensor, kind: str = "auto") -> Mask:
     """segments int [batch, n], padding's smaller than all -> what `Decoder` takes as a mask.
@@ -49,5 +47,6 @@ def _kernels(compiled: bool) -> tuple[Any, Any]:
 
     if not compiled:
         return flex_attention, create_block_mask
-    # Lengths are multiples of 128, few of them: one kernel for all.
+    # One kernel for most lengths and batches, a few special ones; past the limit it would run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)

@@ -18,10 +18,11 @@ from typing import Any, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.training.optimizer import Optimizer
-from molmo_edge.training.parallel import World
+from molmo_edge.training.parallel import World, at_rest
 
 _NAME = re.compile(r"step-(\d{8})")
 _PART = ".part"  # of what is being written
@@ -30,6 +31,10 @@ _STATE = "run.json"
 
 class ResumeError(MolmoEdgeError):
     """A checkpoint that cannot be taken up."""
+
+
+class SaveError(MolmoEdgeError):
+    """A checkpoint that cannot be written. The ones before it are as they were."""
 
 
 @dataclass
@@ -65,7 +70,11 @@ class Checkpoints:
         self.here.wait()
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        future = dcp.async_save(_tensors(model, optimizer), checkpoint_id=part, process_group=self._group)
+        tensors, stager = _tensors(model, optimizer), None
+        if self.here.ranks == 1:
+            # PyTorch's own copies copies, too: of MolmoE's 8-bit states, which come as some, that is 57 GB.
+            tensors, stager = _copied(tensors, optimizer), _Copied()
+        future = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, async_stager=stager)
         self._pending = (cast("Future[Any]", future), target)
 
     def poll(self) -> None:
@@ -74,14 +83,16 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises ResumeError where it could not be."""
+        """Wait for the checkpoint that is being written. Raises SaveError where it could not be, on every rank."""
         if self._pending is None:
             return
         (future, target), self._pending = self._pending, None
         try:
             future.result()
         except Exception as error:  # of the storage, wrapped by torch: a full disk, a lost mount
-            raise ResumeError(f"the checkpoint {target} could not be written: {first_line(error)}") from error
+            if self.here.first:
+                shutil.rmtree(target.with_name(target.name + _PART), ignore_errors=True)
+            raise SaveError(f"the checkpoint {target} could not be written: {first_line(error)}") from error
         if self.here.first:  # its metadata is written last, when all ranks have reported
             target.with_name(target.name + _PART).rename(target)
             for old in sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))[: -self.keep]:
@@ -104,5 +115,20 @@ class Checkpoints:
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """What is trained. Frozen parameters come from the checkpoint that a run begins with, every time."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.detach() for name, p in at_rest(model).items() if p.requires_grad}
     return {"model": trained, "optimizer": optimizer.states()}
+
+
+def _copied(tensors: dict[str, dict[str, Tensor]], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    def aside(group: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in group.items()}
+
+    states = tensors["optimizer"]
+    return {"model": aside(tensors["model"]), "optimizer": states if optimizer.gives_copies else aside(states)}
+
+
+class _Copied(BlockingAsyncStager):
+    """For tensors that nothing changes any more."""
+
+    def stage(self, state_dict: Any) -> Any:
+        return state_dict

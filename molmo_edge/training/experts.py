@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from molmo_edge.modeling.decoder import SparseFFN, mix_experts
+from molmo_edge.modeling.linear import working_dtype
 from molmo_edge.training.parallel import ParallelError, local_part, sum_gradients
 
 
@@ -27,9 +28,12 @@ def spread_experts(layers: Sequence[SparseFFN], kind: str, ways: int, ranks: int
 
     The routers have to be units of FSDP before. Raises ParallelError where experts and ranks do not come out even.
     """
-    if not layers or len(layers[0].gate) % ways:
-        count = len(layers[0].gate) if layers else 0
-        raise ParallelError(f"{count} experts cannot be shared by {ways} ranks evenly")
+    shape = layers[0].gate.shape if layers else torch.Size((0, 0, 0))  # experts, ffn, d
+    pieces = (ways, ranks // ways, ranks // ways)
+    if not layers or any(size % count for size, count in zip(shape, pieces, strict=True)):
+        raise ParallelError(
+            f"{shape[0]} experts of {shape[1]} x {shape[2]} cannot be shared evenly by {ranks} ranks, {ways} a layer"
+        )
     mesh = init_device_mesh(kind, (ranks // ways, ways), mesh_dim_names=("expert_shard", "expert"))
     for ffn in layers:
         for name in ("gate", "up", "down"):
@@ -51,13 +55,16 @@ def _travel(ffn: SparseFFN, group: dist.ProcessGroup, x: Tensor, weights: Tensor
     counts = flat.bincount(minlength=ways * mine)
     arriving = _exchange_counts(counts, group)  # [ways, mine]: from each rank, for each of the experts here
     sent, received = counts.view(ways, mine).sum(1).tolist(), arriving.sum(1).tolist()
-    rows = _exchange(x[order // experts.shape[1]], received, sent, group)  # by rank, then by expert
-    owner = torch.arange(mine, device=x.device).repeat(ways).repeat_interleave(arriving.flatten())
+    token = order // experts.shape[1]
+    travelling = x.to(working_dtype(matrices[0])).index_select(0, token)
+    rows = _exchange(travelling, received, sent, group)  # by rank, then by expert
+    here = torch.arange(mine, device=x.device).repeat(ways)
+    owner = here.repeat_interleave(arriving.flatten(), output_size=len(rows))
     once = torch.ones(len(rows), 1, device=x.device)
     out = mix_experts(rows, once, owner[:, None], matrices, "loop" if ffn.kernel == "wide" else ffn.kernel)
-    back = _exchange(out, sent, received, group)
-    weighted = back * weights.flatten()[order, None]
-    return weighted.new_zeros(x.shape).index_add(0, order // experts.shape[1], weighted)
+    back = _exchange(out.to(travelling.dtype), sent, received, group)
+    weighted = back.float() * weights.flatten()[order, None]
+    return weighted.new_zeros(x.shape).index_add(0, token, weighted)
 
 
 def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

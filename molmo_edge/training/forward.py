@@ -73,14 +73,14 @@ class Trainable(nn.Module):
             self.routing.open = False
         at = batch.answered
         weights = batch.weights.flatten()[at]
-        ce, z, correct = self._answers(hidden.flatten(0, 1)[at], batch.targets.flatten()[at], weights)
+        ce, z, correct = self._answers(hidden.flatten(0, 1).index_select(0, at), batch.targets.flatten()[at], weights)
         return Sums(ce, self.config.z_loss * z, self._router_loss(batch), weights.sum(), correct, self._load(batch))
 
     def _hidden(self, batch: Batch) -> Tensor:
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
         cells = molmo.connector(self._features(batch.crops), batch.masks).flatten(0, 1)  # [c * cells^2, d]
-        x = x.flatten(0, 1).index_add(0, batch.cells_at, cells[batch.cells].to(x.dtype)).view_as(x)
+        x = x.flatten(0, 1).index_add(0, batch.cells_at, cells.index_select(0, batch.cells).to(x.dtype)).view_as(x)
         mask = packed_mask(batch.segments, c.attention)
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
@@ -126,7 +126,7 @@ class Trainable(nn.Module):
             return loss
         real = (batch.segments >= 0).flatten()
         for logits, experts in zip(routing.logits, routing.experts, strict=True):
-            balance, z = router_losses(logits[real], experts[real])
+            balance, z = router_losses(logits, experts, real)
             loss = loss + c.balance_loss * balance + c.router_z_loss * z
         return loss / len(routing.logits)
 
@@ -136,7 +136,7 @@ class Trainable(nn.Module):
             return torch.zeros(0, 0, dtype=torch.long, device=batch.ids.device)
         real = (batch.segments >= 0).flatten()
         n = self.molmo.config.decoder.n_experts
-        return torch.stack([experts[real].flatten().bincount(minlength=n) for experts in self.routing.experts])
+        return torch.stack([expert_counts(experts, real, n) for experts in self.routing.experts])
 
 
 def compile_parts(molmo: Molmo) -> None:
@@ -156,14 +156,27 @@ def _answer_sums(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor)
     return torch.stack([(values * weights).sum() for values in (ce, z, correct)])
 
 
-def router_losses(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [tokens, experts], experts int [tokens, top_k] -> (load balancing loss, z-loss).
+def expert_counts(experts: Tensor, real: Tensor, n_experts: int) -> Tensor:
+    """experts int [tokens, top_k], real bool [tokens] -> int64 [n_experts], how often real tokens chose each.
 
-    Balancing is 1 where every expert gets as many tokens and as much probability as any other (Switch Transformer,
-    arXiv 2101.03961, eq. 4, for top_k choices); z-loss is the mean squared logsumexp (ST-MoE, arXiv 2202.08906, eq. 5).
+    On a GPU nothing waits for it, as it would for a count of values or of what a mask selects.
     """
-    logits = logits.float()
-    n = logits.shape[1]
-    share = experts.flatten().bincount(minlength=n) / experts.numel()
-    balance = n * (share * logits.softmax(-1).mean(0)).sum()
-    return balance, logits.logsumexp(-1).square().mean()
+    chosen = real[:, None].expand_as(experts).long()
+    return torch.zeros(n_experts, dtype=torch.long, device=experts.device).scatter_add_(
+        0, experts.flatten(), chosen.flatten()
+    )
+
+
+def router_losses(logits: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the real tokens, (load balancing loss, z-loss) of a layer.
+
+    logits [tokens, n_experts], experts int [tokens, top_k], real bool [tokens]. Balancing is 1 where every expert gets
+    as many tokens and as much probability as any other (Switch Transformer, arXiv 2101.03961, eq. 4, for top_k
+    choices); z-loss is the mean squared logsumexp (ST-MoE, arXiv 2202.08906, eq. 5).
+    """
+    logits, n = logits.float(), logits.shape[1]
+    tokens = real.sum()
+    share = expert_counts(experts, real, n) / (tokens * experts.shape[1])
+    probability = (logits.softmax(-1) * real[:, None]).sum(0) / tokens
+    z = (logits.logsumexp(-1).square() * real).sum() / tokens
+    return n * (share * probability).sum(), z

@@ -6,6 +6,7 @@ Every rank sees the same loss and the same norms, summed over all of them, so ev
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,12 +31,12 @@ class Guard:
     skipped: int = 0
     in_a_row: int = 0
 
-    def judge(self, loss: float, norm: float) -> str | None:
-        """Why a step with this loss and this norm of its gradient shall be left out, or None.
+    def judge(self, loss: float, norms: Iterable[float]) -> str | None:
+        """Why a step with this loss and these norms of its gradients shall be left out, or None.
 
         Raises DivergedError when too many are.
         """
-        reason = self._reason(loss, norm)
+        reason = self._reason(loss, norms)
         if reason is None:
             weight = max(1 - self.memory, 1 / (self.seen + 1))
             difference = loss - self.mean
@@ -51,11 +52,11 @@ class Guard:
             )
         return reason
 
-    def _reason(self, loss: float, norm: float) -> str | None:
+    def _reason(self, loss: float, norms: Iterable[float]) -> str | None:
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        if not math.isfinite(norm):
-            return f"its gradient's norm is {norm}"
+        if unsound := [norm for norm in norms if not math.isfinite(norm)]:
+            return f"its gradient's norm is {unsound[0]}"
         limit = self.mean + self.deviations * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
         if self.seen >= self.settled and loss > limit:
             return f"its loss {loss:.3f} is far above the {self.mean:.3f} of the steps before"

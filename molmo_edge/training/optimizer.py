@@ -60,7 +60,7 @@ def part_of(parameter: str) -> str:
 
 
 def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:
-    """Learning rate of step 0, 1, ...: linear from zero, then a cosine down to `floor`. Reference: CosWithWarmup."""
+    """Learning rate of step 1, 2, ..., `steps`: linear, then a cosine down to `floor`. Reference: CosWithWarmup."""
     if step < rate.warmup:
         return rate.peak * step / rate.warmup
     if step >= steps:
@@ -104,7 +104,7 @@ class Optimizer:
             self._inner = torch.optim.AdamW(groups, lr=0.0, fused=fused, **options)
 
     def step(self, step: int, steps: int) -> dict[str, float]:
-        """One update with the rates of `step`; returns them by part. Gradients are there and clipped."""
+        """One update with the rates of `step`, from 1; returns them by part. Gradients are there and clipped."""
         rates = {}
         for group in self._inner.param_groups:
             part = group["part"]
@@ -120,26 +120,31 @@ class Optimizer:
         for p in (*self.parameters.values(), *self._stepped.values()):
             p.grad = None
 
-    def norms(self, divide: float = 1.0) -> dict[str, Tensor]:
+    def norms(self) -> dict[str, Tensor]:
         """The gradient's norm by part, over all ranks."""
         names = [part for part in PARTS if any(part_of(n) == part for n in self.parameters)]
         grads = {part: [p.grad for n, p in self.parameters.items() if part_of(n) == part] for part in names}
         sums = squared_sum([[g for g in grads[part] if g is not None] for part in names])
-        return dict(zip(names, sums.sqrt() / divide, strict=True))
+        return dict(zip(names, sums.sqrt(), strict=True))
 
     @torch.no_grad()
     def clip(self, norms: Mapping[str, Tensor]) -> None:
         """Shorten each part's gradient to `config.clip`."""
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                norm = norms[part_of(name)]
-                local_part(p.grad).mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+        for part, norm in norms.items():
+            mine = (p.grad for name, p in self.parameters.items() if part_of(name) == part)
+            grads = [local_part(grad) for grad in mine if grad is not None]
+            torch._foreach_mul_(grads, (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
 
     # --- states, as they go into checkpoints: float32 and shaped like their parameter, whatever the optimiser ---------
 
     def states(self) -> dict[str, Tensor]:
         """ "NAME.exp_avg" and "NAME.exp_avg_sq", zeros before the first update. With 8 bit they are copies."""
         return {f"{name}.{which}": tensor for name, which, tensor in self._states()}
+
+    @property
+    def gives_copies(self) -> bool:
+        """Whether `states` are made for who asks, and nothing changes them."""
+        return self._eight
 
     def _states(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self.parameters.items():

@@ -8,6 +8,7 @@ averaged: a step's loss is already divided by the weight of all ranks together.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks."""
+        """Over all ranks, in place."""
         if self.ranks > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -81,8 +82,12 @@ def world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group(backend, timeout=timedelta(minutes=20), **alone)
     try:
         yield World(rank, ranks, here)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Others may wait in a collective, and taking leave of them would wait, too. A launcher sees this rank go.
+        if ranks == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,7 @@ class Layout:
 
     replicas: int = 1  # copies of the sharded model (HSDP): nodes that exchange gradients only
     experts: int = 1  # ranks that share the experts of a layer among them: tokens travel instead of weights
-    gather: str = "bf16"  # dtype in which parameters travel; "fp32" as the reference
-    reduce: str = "fp32"  # dtype in which gradients are summed
+    gather: str = "bf16"  # dtype in which blocks travel, and their norms are used; "fp32": as on one rank
 
 
 def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype) -> Trainable:
@@ -106,11 +110,10 @@ def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype
         return model
     kind = here.device.type
     dtype = torch.bfloat16 if layout.gather == "bf16" and compute == torch.bfloat16 else torch.float32
-    summed = torch.float32 if layout.reduce == "fp32" else torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=summed, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = _mesh(kind, layout.replicas, per_copy)
 
-    def split(unit: nn.Module) -> None:
+    def split(unit: nn.Module, policy: MixedPrecisionPolicy = policy) -> None:
         sum_gradients(fully_shard(unit, mesh=mesh, mp_policy=policy))
 
     if layout.experts > 1:
@@ -122,8 +125,10 @@ def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype
         for ffn in layers:
             split(ffn.router)
         spread_experts(layers, kind, layout.experts, here.ranks, policy)
-    for unit in (*model.molmo.vision.blocks, *model.molmo.decoder.blocks, model):
+    for unit in (*model.molmo.vision.blocks, *model.molmo.decoder.blocks):
         split(unit)
+    # Embeddings, connector, last norm: few, and what is added to the residual stream.
+    split(model, MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
     return model
 
 
@@ -140,10 +145,28 @@ def sum_gradients(unit: FSDPModule) -> None:
 
 
 def accumulate(model: nn.Module, last: bool) -> None:
-    """Gradients of several micro-batches are added up before they travel, with the last of them."""
+    """Before the backward pass of one of a step's micro-batches.
+
+    Gradients are summed and sharded each time: whole ones would be kept until the last, as large as the model. Copies
+    of the model exchange theirs with the last alone.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
+
+
+def at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, those of several ranks as shards.
+
+    Behind a forward pass without a backward pass, what belongs to no block would still be gathered, and rounded as it
+    travelled.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+        parameters = dict(model.named_parameters())
+        assert all(isinstance(p, DTensor) for p in parameters.values()), "a parameter is not sharded"
+        return parameters
+    return dict(model.named_parameters())
 
 
 # --- tensors that are whole, or shards ----------------------------------------------------------------------------
@@ -165,28 +188,25 @@ def whole(tensor: Tensor) -> Tensor:
 
 def squared_sum(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """Sum of squares of each group's tensors, float32 [groups], each element counted once over all ranks."""
-    device = next(t.device for group in groups for t in group)
-    sums = torch.zeros(len(groups), device=device)
-    copies = 1
-    for i, group in enumerate(groups):
-        for tensor in group:
-            local = local_part(tensor)
-            if local.numel():
-                sums[i] += torch.linalg.vector_norm(local, dtype=torch.float32).square()
-            if isinstance(tensor, DTensor):
-                copies = dist.get_world_size() // _pieces(tensor)
+    sums = []
+    for group in groups:
+        local = [local_part(tensor) for tensor in group]
+        norms = torch._foreach_norm([t for t in local if t.numel()], dtype=torch.float32)
+        sums.append(torch.stack(norms).square().sum() if norms else local[0].new_zeros((), dtype=torch.float32))
+    total = torch.stack(sums)
+    copies = {_copies(tensor) for group in groups for tensor in group}
+    assert len(copies) == 1, "parameters lie on different numbers of ranks"
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    return sums / copies
+        dist.all_reduce(total)
+    return total / copies.pop()
 
 
-def _pieces(tensor: DTensor) -> int:
-    """On how many ranks parts of `tensor` lie, copies not counted."""
-    sizes = (tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
+def _copies(tensor: Tensor) -> int:
+    """How often a sum over all ranks counts what is in `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    pieces = math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())
+    return dist.get_world_size() // pieces
 
 
 def sparse_layers(model: Trainable) -> list[SparseFFN]:

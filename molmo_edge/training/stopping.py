@@ -42,5 +42,4 @@ def stop_requests() -> Iterator[StopRequest]:
 def ignore_interrupts(worker: int) -> None:
     """Of a data loader's worker: signals to the whole run reach it as well, and it has nothing to save."""
     for number in _SIGNALS:
-        if number != signal.SIGTERM:  # with which the loader itself ends its workers
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)

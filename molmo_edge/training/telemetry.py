@@ -11,17 +11,19 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from molmo_edge.training.parallel import World
+
 LOG = "log.jsonl"
 
 
 @dataclass
 class Window:
-    """What has gone by since the last line."""
+    """What has gone by on this rank since the last line."""
 
     device_flops: float  # a second, of all ranks
     began: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    waited: float = 0.0  # seconds for data, on this rank
+    waited: float = 0.0  # seconds for data
     tokens: float = 0.0
     image_tokens: float = 0.0
     answers: float = 0.0
@@ -30,23 +32,26 @@ class Window:
     replaced: float = 0.0
     load: Tensor | None = None  # int64 [layers, experts]
 
-    def figures(self) -> dict[str, float]:
-        """Per second and as shares."""
+    def figures(self, here: World) -> dict[str, float]:
+        """Of all ranks, per second and as shares; every rank has to ask. Waiting and memory are this rank's own."""
         seconds = time.perf_counter() - self.began
+        own = [self.tokens, self.image_tokens, self.answers, self.flops, self.sequences, self.replaced]
+        sums = here.sum(torch.tensor(own, dtype=torch.float64, device=here.device))
+        tokens, image_tokens, answers, flops, sequences, replaced = sums.tolist()
         done = {
             "seconds_per_step": seconds / max(1, self.steps),
-            "tokens_per_second": self.tokens / seconds,
-            "sequences_per_second": self.sequences / seconds,
-            "image_token_share": self.image_tokens / max(1.0, self.tokens),
-            "answer_tokens_per_second": self.answers / seconds,
-            "flops_per_second": self.flops / seconds,
-            "utilisation": self.flops / seconds / self.device_flops,
+            "tokens_per_second": tokens / seconds,
+            "sequences_per_second": sequences / seconds,
+            "image_token_share": image_tokens / max(1.0, tokens),
+            "answer_tokens_per_second": answers / seconds,
+            "flops_per_second": flops / seconds,
+            "utilisation": flops / seconds / self.device_flops,
             "data_wait_share": self.waited / seconds,
-            "replaced_examples": self.replaced,
+            "replaced_examples": replaced,
         }
         if torch.cuda.is_available():
             done["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return done | (expert_figures(self.load) if self.load is not None and self.load.numel() else {})
+        return done if self.load is None else done | expert_figures(here.sum(self.load).cpu())
 
 
 def expert_figures(load: Tensor) -> dict[str, float]:

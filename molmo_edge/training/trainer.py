@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.layout import hub_layout
 from molmo_edge.modeling.loading import fill, save_checkpoint
 from molmo_edge.tokenizer import Tokenizer
-from molmo_edge.training.checkpoints import Checkpoints, ResumeError
+from molmo_edge.training.checkpoints import Checkpoints, ResumeError, SaveError
 from molmo_edge.training.encoding import Batch, Encoder, image_tokens
 from molmo_edge.training.examples import DataSet
 from molmo_edge.training.flops import cost, device_flops, passes
@@ -32,7 +32,7 @@ from molmo_edge.training.guard import Guard
 from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader
 from molmo_edge.training.mixture import Order
 from molmo_edge.training.optimizer import Optimizer, part_of
-from molmo_edge.training.parallel import World, accumulate, shard, whole
+from molmo_edge.training.parallel import World, accumulate, at_rest, shard, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
@@ -126,7 +126,7 @@ class Trainer:
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
         """The model as it is now, in hub layout; every rank has to call."""
-        parameters = {name.removeprefix("molmo."): p for name, p in self.model.named_parameters()}
+        parameters = {name.removeprefix("molmo."): p for name, p in at_rest(self.model).items()}
         if not self.here.first:
             for name in hub_layout(self.model.molmo.config):
                 whole(parameters[name])
@@ -162,8 +162,9 @@ class Trainer:
                     log.note(self.step, f"replaced {why}")
                     told += 1
             if self._is_due(recipe.log_every) or self.step == 1:
+                figures = window.figures(self.here)
                 if log is not None:
-                    log.write(self.step, values | window.figures())
+                    log.write(self.step, values | figures)
                 window = Window(self.device_flops)
             if self.data.validation and self._is_due(recipe.validate_every):
                 measured = self.validate()
@@ -171,6 +172,8 @@ class Trainer:
                     log.write(self.step, measured)
                 window = Window(self.device_flops)
             if self._is_due(recipe.save_every) or stop:
+                self.optimizer.zero_grad()  # as large as the model
+                self._settle(log, self.checkpoints.finish)
                 self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
             if stop and self.step < recipe.steps:
                 self.checkpoints.finish()
@@ -178,8 +181,16 @@ class Trainer:
                 if log is not None:
                     log.note(self.step, "stopped by a signal, with a checkpoint: the same command goes on from here")
                 raise SystemExit(128 + (self._request.number or signal.SIGTERM))
-            self.checkpoints.poll()
+            self._settle(log, self.checkpoints.poll)
         self.checkpoints.finish()
+
+    def _settle(self, log: Log | None, write: Callable[[], None]) -> None:
+        """A disk that is full ends no run: the next checkpoint may find room."""
+        try:
+            write()
+        except SaveError as error:
+            if log is not None:
+                log.note(self.step, f"{error}; the run goes on")
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.steps
@@ -209,10 +220,10 @@ class Trainer:
         ce, z, router_loss, accuracy, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        reason = self.guard.judge(ce, max(float(norm) for norm in norms.values()))
+        reason = self.guard.judge(ce, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
-            rates = self.optimizer.step(self.step, self.recipe.steps)
+            rates = self.optimizer.step(self.step + 1, self.recipe.steps)
             values |= {f"rate_{part}": rate for part, rate in rates.items()}
         self._count(micro, load, window)
         return values, reason, asked > 0
@@ -224,26 +235,16 @@ class Trainer:
             return self.model(batch.to(self.here.device))
 
     def _count(self, micro: Sequence[MicroBatch], load: Tensor | None, window: Window) -> None:
-        counts = torch.zeros(6, dtype=torch.float64)
         for one in micro:
             b = one.batch
-            answers = len(b.answered)
-            flops = self.cost.forward(b)
-            counts += torch.tensor(
-                [sum(b.lengths), image_tokens(b), answers, flops, len(b.lengths), len(one.replaced)],
-                dtype=torch.float64,
-            )
-        counts = self.here.sum(counts.to(self.here.device)).cpu()
-        tokens, images, answers, flops, sequences, replaced = counts.tolist()
+            window.tokens += sum(b.lengths)
+            window.image_tokens += image_tokens(b)
+            window.answers += len(b.answered)
+            window.flops += self.passes * self.cost.forward(b)
+            window.sequences += len(b.lengths)
+            window.replaced += len(one.replaced)
         window.steps += 1
-        window.tokens += tokens
-        window.image_tokens += images
-        window.answers += answers
-        window.flops += self.passes * flops
-        window.sequences += sequences
-        window.replaced += replaced
         if load is not None and load.numel():
-            load = self.here.sum(load).cpu()
             window.load = load if window.load is None else window.load + load
 
     # --- data, validation, state ------------------------------------------------------------------------------------
