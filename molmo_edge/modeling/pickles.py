@@ -14,11 +14,11 @@ from molmo_edge.modeling.checkpoint import DTYPES, CheckpointError, Entry
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def read_pickle(path: Path) -> dict[str, Entry]:
+def read_pickle(path: Path, *, floats_only: bool = False) -> dict[str, Entry]:
     """The tensors of a state dict, without their values.
 
-    Unpickling is PyTorch's, with `weights_only=True`: code in the file is never run. Raises CheckpointError for
-    anything that is not a whole file of named float tensors.
+    Unpickling is PyTorch's, with `weights_only=True`: code in the file is never run. floats_only: pass over other
+    tensors instead of refusing them. Raises CheckpointError for anything that is not a whole file of named tensors.
     """
     try:
         with FakeTensorMode():  # tensors that know their place in the file, and hold nothing
@@ -29,6 +29,8 @@ def read_pickle(path: Path) -> dict[str, Entry]:
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path} holds something else than named tensors")
+    if floats_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     size = path.stat().st_size
     return {str(name): _entry(path, name, tensor, size) for name, tensor in tensors.items()}
 

@@ -22,8 +22,11 @@ from molmo_edge.modeling.checkpoint import DTYPES, INDEX, SAFETENSORS, Checkpoin
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, checked against its size. Raises CheckpointError."""
+def read_header(path: Path, *, floats_only: bool = False) -> dict[str, Entry]:
+    """The tensors of one file, checked against its size. Raises CheckpointError.
+
+    No Molmo has any but floats. floats_only: pass over others, as there are in CLIP's files, instead of refusing them.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -37,6 +40,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: download it again")
     header.pop("__metadata__", None)
+    if floats_only:
+        header = {n: info for n, info in header.items() if not isinstance(info, dict) or info.get("dtype") in DTYPES}
     return {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
 
 
@@ -58,20 +63,25 @@ def _entry(path: Path, name: str, info: Any, data: int, size: int) -> Entry:
     return Entry(path, dtype, shape, data + begin)
 
 
-def read_index(path: Path) -> dict[str, Entry]:
-    """The tensors of all shards that an index lists. Raises CheckpointError."""
+def shards_of(path: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says; all files are there, beside it. Raises CheckpointError."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(files.values()))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f'{path} is damaged: it should map tensors to files under "weight_map"') from None
-    headers = {}
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
             raise CheckpointError(f"{path} points outside of its directory: {shard!r}")
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path.parent / shard} is missing, though {path.name} lists it: download it")
-        headers[shard] = read_header(path.parent / shard)
+    return files
+
+
+def read_index(path: Path) -> dict[str, Entry]:
+    """The tensors of all shards that an index lists. Raises CheckpointError."""
+    files = shards_of(path)
+    headers = {shard: read_header(path.parent / shard) for shard in sorted(set(files.values()))}
     missing = [name for name, shard in files.items() if name not in headers[shard]]
     if missing:
         raise CheckpointError(

@@ -14,29 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from molmo_edge.config import DecoderConfig, MolmoConfig, VisionConfig
-from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.hub_config import CONFIG
-from molmo_edge.modeling import pickles, shards
-from molmo_edge.modeling.checkpoint import (
-    DTYPES,
-    PICKLE,
-    SAFETENSORS,
-    CheckpointError,
-    Entry,
-    FileSource,
-    TensorSource,
-)
+from molmo_edge.modeling.checkpoint import PICKLE, SAFETENSORS, CheckpointError, FileSource, TensorSource
 from molmo_edge.modeling.layout import Shape, head_name
+from molmo_edge.modeling.pickles import read_pickle
+from molmo_edge.modeling.shards import read_header, shards_of
 from molmo_edge.training.start import resample_grid
 
-CLIP_LAYERS, DINO_LAYERS = (
-    (-2, -9),
-    (-3, -9),
-)  # the features that Molmo takes of each (launch_scripts/train_captioner.py)
+# The features that Molmo takes of each tower (launch_scripts/train_captioner.py).
+CLIP_LAYERS, DINO_LAYERS = (-2, -9), (-3, -9)
 _LINEAR = ("weight", "bias")
 
 
@@ -55,56 +44,18 @@ class Recipe:
 
 
 def open_base(directory: Path) -> TensorSource:
-    """The float tensors in a directory of safetensors or pickles, whole or in shards. Raises CheckpointError."""
-    kinds = ((SAFETENSORS, _read_safetensors), (PICKLE, _read_pickle))
-    for single, read in kinds:
+    """The float tensors in a directory of safetensors or pickles, whole or in shards. Raises CheckpointError.
+
+    CLIP's files hold integers as well: `position_ids`, 0, 1, 2, ...
+    """
+    for single, read in ((SAFETENSORS, read_header), (PICKLE, read_pickle)):
         if (directory / single).is_file():
-            return FileSource(read(directory / single))
+            return FileSource(read(directory / single, floats_only=True))
         index = directory / f"{single}.index.json"
         if index.is_file():
-            return FileSource({name: e for shard in _shards(index) for name, e in read(shard).items()})
+            shards = sorted(set(shards_of(index).values()))
+            return FileSource({n: e for shard in shards for n, e in read(directory / shard, floats_only=True).items()})
     raise CheckpointError(f"{directory} holds no weights: expected {SAFETENSORS} or {PICKLE}, or the index of either")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f'{index} is damaged: it should map tensors to files under "weight_map"') from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
-            raise CheckpointError(f"{index} points outside of its directory: {name!r}")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name} is missing, though {index.name} lists it: download it")
-    return [index.parent / name for name in names]
-
-
-# `read_header` and `read_pickle` refuse integers, which no Molmo has; CLIP's files hold `position_ids`, 0, 1, 2, ...
-
-
-def _read_safetensors(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = dict(json.loads(file.read(length) if length <= size else b""))
-        except (ValueError, TypeError):  # of which JSON's and Unicode's are
-            raise CheckpointError(f"{path} is not a safetensors file, or was cut short: download it again") from None
-    header.pop("__metadata__", None)
-    floats = {n: i for n, i in header.items() if not isinstance(i, dict) or i.get("dtype") in DTYPES}
-    return {name: shards._entry(path, name, info, 8 + length, size) for name, info in floats.items()}
-
-
-def _read_pickle(path: Path) -> dict[str, Entry]:
-    try:
-        with FakeTensorMode():
-            tensors: Any = torch.load(path, map_location="cpu", weights_only=True)  # code in the file is never run
-        floats = {str(name): tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a bad file
-        raise CheckpointError(
-            f"{path} is not a plain, whole PyTorch checkpoint ({first_line(error)}): download it again"
-        ) from error
-    return {name: pickles._entry(path, name, tensor, path.stat().st_size) for name, tensor in floats.items()}
 
 
 @dataclass(frozen=True)
