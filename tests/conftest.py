@@ -127,32 +127,13 @@ def saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
 
 
 @pytest.fixture(scope="session")
-def small_molmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Molmo of MolmoE's anatomy that takes a hundredth of a second."""
-    import torch
+def small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints to train: "experts", of MolmoE's anatomy, and "dense"; a step takes a hundredth of a second."""
+    from small_checkpoints import DECODERS, write_checkpoint
 
-    from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-    from molmo_edge.modeling import Molmo, save_checkpoint
+    return {kind: write_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in DECODERS}
 
-    config = MolmoConfig(
-        ImageConfig(crop_size=56, overlap_margins=(0, 0), max_crops=2),
-        VisionConfig("openai", 32, 3, 4, 64, n_pos=17, layers=(-1, -2)),
-        DecoderConfig(
-            d_model=32,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=2,
-            ffn_dim=16,
-            n_experts=8,
-            top_k=2,
-            vocab_size=500,
-            embedding_size=512,
-            additional_vocab_size=16,
-            qk_norm=True,
-        ),
-        projector_dim=32,
-    )
-    directory = tmp_path_factory.mktemp("start")
-    model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(0))
-    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory)
-    return directory
+
+@pytest.fixture(scope="session")
+def small_molmoe(small_checkpoints: dict[str, Path]) -> Path:
+    return small_checkpoints["experts"]

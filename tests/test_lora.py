@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_checkpoints import DECODERS, PLAIN, a_batch, a_recipe, close, hidden, write_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
-from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
+from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.decoder import SparseFFN, grouped_mm, mix_experts
 from molmo_edge.modeling.layout import hub_layout
@@ -26,16 +21,12 @@ from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.adapters import (
     ADAPTERS,
     AdaptersFile,
-    LoraTrainer,
     base_identity,
     load_adapters,
     merge,
     save_adapters,
 )
-from molmo_edge.training.checkpoints import ResumeError
-from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
-from molmo_edge.training.examples import Annotation, Example
-from molmo_edge.training.forward import ForwardConfig, Trainable
+from molmo_edge.training.forward import Trainable
 from molmo_edge.training.lora import (
     LoraConfig,
     LoraError,
@@ -46,42 +37,11 @@ from molmo_edge.training.lora import (
     count_values,
     open_base,
 )
-from molmo_edge.training.optimizer import OptimizerConfig, Rate, part_of
-from molmo_edge.training.parallel import Layout, World, world
-from molmo_edge.training.recipe import Recipe
-from molmo_edge.training.trainer import Data
+from molmo_edge.training.optimizer import part_of
+from molmo_edge.training.parallel import World
 
-GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
-PLAIN = ForwardConfig(answer_dropout=0.0)
 EVERYWHERE = LoraConfig(rank=3, expert_rank=2, targets=("attention", "ffn", "experts", "connector", "vision"), whole=())
-_DECODER = DecoderConfig(
-    d_model=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_dim=48,
-    vocab_size=500,
-    embedding_size=512,
-    additional_vocab_size=16,
-)
-DECODERS = {
-    "experts": dataclasses.replace(_DECODER, ffn_dim=16, n_experts=8, top_k=2, qk_norm=True),
-    "dense": dataclasses.replace(_DECODER, qkv_bias=True),
-}
-
-
-def write_checkpoint(directory: Path, kind: str, seed: int = 0, dtype: str = "F32") -> Path:
-    """Molmo's anatomy, a hundredth of a second a step. The last of its three ViT blocks is for nothing."""
-    config = MolmoConfig(
-        ImageConfig(crop_size=56, overlap_margins=(0, 0), max_crops=2),
-        VisionConfig("openai", 32, 3, 4, 64, n_pos=17, layers=(-2, -3)),
-        DECODERS[kind],
-        projector_dim=32,
-    )
-    model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(seed))
-    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory, dtype=dtype)
-    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,27 +53,6 @@ def _quick() -> Iterator[None]:
         patch.setattr("molmo_edge.training.trainer.device_flops", lambda *_: 1e9)
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: write_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in DECODERS}
-
-
-def a_batch(checkpoint: Path) -> Batch:
-    encode = Encoder(
-        Tokenizer.from_file(checkpoint / "tokenizer.json"), MolmoConfig.from_hub(checkpoint).image, Encoding()
-    )
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    asked = (Annotation("demo", ("Why?", "Because it is red.")), Annotation("demo", ("How many?", "Seven of them.")))
-    return collate([encode(Example(picture, asked), rng)])
-
-
-def hidden(molmo: Molmo, batch: Batch) -> Tensor:
-    """[n, d_model] behind everything that has an adapter."""
-    with torch.no_grad():
-        return Trainable(molmo, PLAIN).eval()._hidden(batch)[0, : batch.lengths[0]]
 
 
 def filled(molmo: Molmo, lora: LoraConfig, seed: int = 1) -> list[str]:
@@ -131,22 +70,18 @@ def saved(molmo: Molmo, lora: LoraConfig, checkpoint: Path, path: Path) -> Path:
     return path
 
 
-def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
-
-
 def differ(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() > 1e-3 * one.abs().max())
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_run_begins_with_the_checkpoints_answers(checkpoints: dict[str, Path], kind: str) -> None:
-    batch = a_batch(checkpoints[kind])
-    molmo, _, _ = load_checkpoint(checkpoints[kind])
+def test_a_run_begins_with_the_checkpoints_answers(small_checkpoints: dict[str, Path], kind: str) -> None:
+    batch = a_batch(small_checkpoints[kind])
+    molmo, _, _ = load_checkpoint(small_checkpoints[kind])
     before = hidden(molmo, batch)
     names = add_adapters(molmo, EVERYWHERE)
     close(hidden(molmo, batch), before)
-    again, _, _ = load_checkpoint(checkpoints[kind])
+    again, _, _ = load_checkpoint(small_checkpoints[kind])
     add_adapters(again, EVERYWHERE)
     assert all(torch.equal(molmo.get_parameter(n), again.get_parameter(n)) for n in names), "drawn from the seed"
     assert molmo.get_parameter("decoder.blocks.0.attn.att_proj.adapter.a").std() > 0.05
@@ -154,11 +89,11 @@ def test_a_run_begins_with_the_checkpoints_answers(checkpoints: dict[str, Path],
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_gradients_are_where_they_are_asked_for(checkpoints: dict[str, Path], kind: str, recompute: bool) -> None:
-    molmo, _, _ = load_checkpoint(checkpoints[kind])
+def test_gradients_are_where_they_are_asked_for(small_checkpoints: dict[str, Path], kind: str, recompute: bool) -> None:
+    molmo, _, _ = load_checkpoint(small_checkpoints[kind])
     names = filled(molmo, LoraConfig(rank=3, expert_rank=2))
     model = Trainable(molmo, dataclasses.replace(PLAIN, recompute=recompute)).train()
-    sums = model(a_batch(checkpoints[kind]))
+    sums = model(a_batch(small_checkpoints[kind]))
     sums.cross_entropy.backward()
     assert {n.removeprefix("molmo.") for n, p in model.named_parameters() if p.grad is not None} == set(names)
     assert all(molmo.get_parameter(n).grad.abs().max() > 0 for n in names)
@@ -169,12 +104,12 @@ def test_gradients_are_where_they_are_asked_for(checkpoints: dict[str, Path], ki
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_an_adapter_of_full_rank_has_the_gradient_of_its_matrix(checkpoints: dict[str, Path], kind: str) -> None:
+def test_an_adapter_of_full_rank_has_the_gradient_of_its_matrix(small_checkpoints: dict[str, Path], kind: str) -> None:
     """With a the identity, W + s b: the gradient of b is s times that of W."""
-    batch = a_batch(checkpoints[kind])
-    whole, _, _ = load_checkpoint(checkpoints[kind])
+    batch = a_batch(small_checkpoints[kind])
+    whole, _, _ = load_checkpoint(small_checkpoints[kind])
     Trainable(whole, PLAIN).train()(batch).cross_entropy.backward()
-    molmo, _, _ = load_checkpoint(checkpoints[kind])
+    molmo, _, _ = load_checkpoint(small_checkpoints[kind])
     n = 64  # no matrix has more columns
     add_adapters(molmo, dataclasses.replace(EVERYWHERE, rank=n, expert_rank=n, alpha=2.0 * n))
     parameters = adapted(whole.config, EVERYWHERE)
@@ -193,8 +128,10 @@ def only(target: str) -> LoraConfig:
 
 
 @pytest.mark.parametrize("target", EVERYWHERE.targets)
-def test_merged_weights_answer_as_their_adapters(checkpoints: dict[str, Path], target: str, tmp_path: Path) -> None:
-    checkpoint = checkpoints["dense" if target == "ffn" else "experts"]
+def test_merged_weights_answer_as_their_adapters(
+    small_checkpoints: dict[str, Path], target: str, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoints["dense" if target == "ffn" else "experts"]
     batch = a_batch(checkpoint)
     molmo, _, _ = load_checkpoint(checkpoint)
     plain = hidden(molmo, batch)
@@ -213,8 +150,11 @@ def test_merged_weights_answer_as_their_adapters(checkpoints: dict[str, Path], t
     assert changed == set(adapted(config, only(target)))
 
 
-def test_what_is_trained_whole_is_merged_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint, lora = checkpoints["experts"], LoraConfig(rank=3, targets=("attention",), whole=("connector", "vision"))
+def test_what_is_trained_whole_is_merged_too(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, lora = (
+        small_checkpoints["experts"],
+        LoraConfig(rank=3, targets=("attention",), whole=("connector", "vision")),
+    )
     molmo, _, _ = load_checkpoint(checkpoint)
     names = filled(molmo, lora)
     assert "vision.blocks.1.feed_forward.w1.bias" in names and "vision.pre_ln.weight" in names
@@ -224,8 +164,8 @@ def test_what_is_trained_whole_is_merged_too(checkpoints: dict[str, Path], tmp_p
     close(hidden(merged, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)))
 
 
-def test_merged_in_bfloat16_by_default(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = checkpoints["dense"]
+def test_merged_in_bfloat16_by_default(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = small_checkpoints["dense"]
     molmo, _, _ = load_checkpoint(checkpoint)
     filled(molmo, EVERYWHERE)
     merge(checkpoint, saved(molmo, EVERYWHERE, checkpoint, tmp_path / ADAPTERS), tmp_path / "out")
@@ -238,11 +178,11 @@ def test_merged_in_bfloat16_by_default(checkpoints: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("kernel", ["loop", "grouped", "auto", "wide"])
 def test_experts_by_every_kernel(
-    checkpoints: dict[str, Path], kernel: str, dtype: torch.dtype, tolerance: float
+    small_checkpoints: dict[str, Path], kernel: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     if kernel == "grouped" and grouped_mm is None:
         pytest.skip("this PyTorch has no grouped product")
-    molmo, _, _ = load_checkpoint(checkpoints["experts"])
+    molmo, _, _ = load_checkpoint(small_checkpoints["experts"])
     filled(molmo, EVERYWHERE)
     ffn = molmo.decoder.blocks[0].ffn
     assert isinstance(ffn, SparseFFN)
@@ -265,8 +205,8 @@ def test_experts_by_every_kernel(
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in ffn.adapter.parameters())
 
 
-def test_saved_adapters_are_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint, lora = checkpoints["experts"], LoraConfig(rank=3, expert_rank=2, alpha=7.5)
+def test_saved_adapters_are_loaded(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, lora = small_checkpoints["experts"], LoraConfig(rank=3, expert_rank=2, alpha=7.5)
     molmo, _, _ = load_checkpoint(checkpoint)
     names = filled(molmo, lora)
     path = saved(molmo, lora, checkpoint, tmp_path / ADAPTERS)
@@ -281,13 +221,13 @@ def test_saved_adapters_are_loaded(checkpoints: dict[str, Path], tmp_path: Path)
     assert 4 * values < path.stat().st_size < 4 * values + 40_000
 
 
-def test_adapters_of_another_base_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = checkpoints["experts"]
+def test_adapters_of_another_base_are_refused(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = small_checkpoints["experts"]
     molmo, _, _ = load_checkpoint(checkpoint)
     filled(molmo, LoraConfig())
     path = saved(molmo, LoraConfig(), checkpoint, tmp_path / ADAPTERS)
     other = write_checkpoint(tmp_path / "other", "experts", seed=5)
-    for stranger in (other, checkpoints["dense"]):
+    for stranger in (other, small_checkpoints["dense"]):
         with pytest.raises(LoraError, match=r"adapters\.safetensors were trained beside other weights than those of"):
             merge(stranger, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -301,8 +241,8 @@ def test_adapters_of_another_base_are_refused(checkpoints: dict[str, Path], tmp_
     merge(narrow, path, tmp_path / "out")  # the same weights, stored otherwise
 
 
-def test_errors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = checkpoints["dense"]
+def test_errors(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = small_checkpoints["dense"]
     molmo, _, config = load_checkpoint(checkpoint)
     for wrong, match in (
         ({"targets": ("decoder",)}, '"decoder" cannot be trained so; known are attention, ffn, experts, connector'),
@@ -332,8 +272,8 @@ def test_errors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
         build_adapted(checkpoint, a_recipe(), World(0, 2, CPU), LoraConfig(), "nf4")
 
 
-def test_how_much_is_trained(checkpoints: dict[str, Path]) -> None:
-    for kind, checkpoint in checkpoints.items():
+def test_how_much_is_trained(small_checkpoints: dict[str, Path]) -> None:
+    for kind, checkpoint in small_checkpoints.items():
         for lora in (LoraConfig(), EVERYWHERE):
             molmo, _, config = load_checkpoint(checkpoint)
             adapters, own, every = count_values(config, lora)
@@ -353,9 +293,11 @@ def codes(molmo: Molmo) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_four_bits_learn_and_stay_as_they_are(checkpoints: dict[str, Path], kind: str, precision: torch.dtype) -> None:
+def test_four_bits_learn_and_stay_as_they_are(
+    small_checkpoints: dict[str, Path], kind: str, precision: torch.dtype
+) -> None:
     pytest.importorskip("bitsandbytes")
-    checkpoint, lora = checkpoints[kind], LoraConfig(rank=4, expert_rank=2)
+    checkpoint, lora = small_checkpoints[kind], LoraConfig(rank=4, expert_rank=2)
     config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
     molmo = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     answers, _, _ = load_checkpoint(checkpoint, precision="nf4")
@@ -389,10 +331,10 @@ def test_four_bits_learn_and_stay_as_they_are(checkpoints: dict[str, Path], kind
         assert sums.expert_load.sum() == sum(batch.lengths) * config.decoder.n_layers * config.decoder.top_k
 
 
-def test_gradients_flow_through_four_bits(checkpoints: dict[str, Path]) -> None:
+def test_gradients_flow_through_four_bits(small_checkpoints: dict[str, Path]) -> None:
     """To the connector, as they flow through what the four bits stand for."""
     pytest.importorskip("bitsandbytes")
-    checkpoint = checkpoints["dense"]
+    checkpoint = small_checkpoints["dense"]
     config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
     four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     wide, _, _ = load_checkpoint(checkpoint)
@@ -414,10 +356,10 @@ def test_gradients_flow_through_four_bits(checkpoints: dict[str, Path]) -> None:
 
 
 def test_adapters_over_four_bits_are_merged_into_the_checkpoint_itself(
-    checkpoints: dict[str, Path], tmp_path: Path
+    small_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    checkpoint = checkpoints["experts"]
+    checkpoint = small_checkpoints["experts"]
     config = MolmoConfig.from_hub(checkpoint)
     four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     wide, _, _ = load_checkpoint(checkpoint)
@@ -430,8 +372,8 @@ def test_adapters_over_four_bits_are_merged_into_the_checkpoint_itself(
     assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
 
 
-def test_bfloat16_base(checkpoints: dict[str, Path]) -> None:
-    checkpoint = checkpoints["experts"]
+def test_bfloat16_base(small_checkpoints: dict[str, Path]) -> None:
+    checkpoint = small_checkpoints["experts"]
     model = build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig(), "bf16")
     kinds = {p.dtype for n, p in model.named_parameters() if n.startswith("molmo.decoder") and not p.requires_grad}
     assert torch.bfloat16 in kinds
@@ -444,119 +386,3 @@ def test_bfloat16_base(checkpoints: dict[str, Path]) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model(a_batch(checkpoint)).cross_entropy.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-# --- runs -----------------------------------------------------------------------------------------------------------
-
-
-def a_recipe(**changes: object) -> Recipe:
-    recipe = Recipe(
-        steps=8,
-        batch=4,
-        micro=2,
-        mixture=(),
-        precision="fp32",
-        encoding=Encoding(sequence=1024),
-        forward=ForwardConfig(answer_dropout=0.1),
-        optimizer=OptimizerConfig(Rate(3e-3, 2), Rate(1e-3, 2), Rate(2e-2, 2)),
-        layout=Layout(),
-        max_crops=1,
-        save_every=4,
-        log_every=1,
-        workers=0,
-    )
-    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
-
-
-def a_trainer(checkpoint: Path, directory: Path, recipe: Recipe, here: World, base: str = "fp32") -> LoraTrainer:
-    from training_run import Noise
-
-    lora = LoraConfig(rank=4, expert_rank=2)
-    model = build_adapted(checkpoint, recipe, here, lora, base)
-    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
-    data = Data([Noise("few", 3, 2)], [1.0])
-    return LoraTrainer(model, tokenizer, data, recipe, directory, here, checkpoint=checkpoint, lora=lora)
-
-
-def losses(directory: Path) -> list[float]:
-    lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-@pytest.mark.parametrize("base", ["fp32", "nf4"])
-def test_a_run_from_a_checkpoint_to_a_merged_one(checkpoints: dict[str, Path], tmp_path: Path, base: str) -> None:
-    if base == "nf4":
-        pytest.importorskip("bitsandbytes")
-    checkpoint = checkpoints["experts"]
-    frozen = (checkpoint / "model.safetensors").read_bytes()
-    with world("cpu") as here:
-        trainer = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
-        trainer.train()
-        log = losses(tmp_path)
-        assert len(log) == 8 and log[-1] < 0.9 * log[0]
-        assert (checkpoint / "model.safetensors").read_bytes() == frozen
-        merged, _, _ = load_checkpoint(tmp_path / "model")
-        batch, ours = a_batch(checkpoint), trainer.model.molmo
-        if base == "fp32":
-            close(hidden(merged, batch), hidden(ours, batch), 0.05)  # stored in bfloat16
-        start, _, _ = load_checkpoint(checkpoint)
-        trainer.step = 0
-        learned = next(iter(trainer._loader())).batch
-        before, after = (Trainable(m, PLAIN).eval()(learned).cross_entropy.item() for m in (start, merged))
-        assert after < 0.9 * before
-        kept = FileSystemReader(tmp_path / "checkpoints" / "step-00000008").read_metadata().state_dict_metadata
-        assert {n for n in kept if n.startswith("model.")} == {f"model.{n}" for n in trainer.optimizer.parameters}
-
-        # Taken up at the end, it is as it was; and with another base, or other adapters, it is not taken up.
-        again = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
-        assert again.step == 8
-        for (name, one), other in zip(ours.named_parameters(), again.model.molmo.parameters(), strict=True):
-            assert torch.equal(one, other), name
-        stranger = write_checkpoint(tmp_path / "stranger", "experts", seed=3)
-        with pytest.raises(ResumeError, match="another base"):
-            a_trainer(stranger, tmp_path, a_recipe(), here, base)
-
-
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint, ends = checkpoints["dense"], []
-    with world("cpu") as here:
-        for name in ("whole", "stopped"):
-            trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
-            if name == "stopped":
-                one = trainer._one
-
-                def stop(micro, window, trainer=trainer, one=one):  # type: ignore[no-untyped-def]
-                    if trainer.step == 5:
-                        raise KeyboardInterrupt
-                    return one(micro, window)
-
-                trainer._one = stop  # type: ignore[method-assign]
-                with pytest.raises(KeyboardInterrupt):
-                    trainer.train()
-                trainer.checkpoints.finish()
-                trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
-                assert trainer.step == 4
-            trainer.train()
-            ends.append(AdaptersFile.open(tmp_path / name / ADAPTERS))
-    for name in ends[0].tensors.names():
-        close(ends[0].get(name), ends[1].get(name), 1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_adapters_of_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, str(checkpoints["experts"]), str(tmp_path / str(ranks))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
-    one, two = (AdaptersFile.open(tmp_path / n / ADAPTERS) for n in "12")
-    assert one.tensors.names() == two.tensors.names()
-    for name in one.tensors.names():
-        torch.testing.assert_close(two.get(name), one.get(name), rtol=2e-3, atol=5e-5, msg=name)
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        a_trainer(Path(sys.argv[1]), Path(sys.argv[2]), a_recipe(), here).train()
