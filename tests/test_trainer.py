@@ -77,7 +77,7 @@ def test_two_ranks_have_the_curve_of_one(small_molmoe: Path, whole: Path, tmp_pa
             assert np.linalg.norm(ours[name] - expected) <= 2e-4 * np.linalg.norm(expected) + 1e-6, name
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     small_molmoe: Path, whole: Path, tmp_path: Path, ranks: int
 ) -> None:

@@ -15,14 +15,9 @@ from molmo_edge.cli import train_data, train_points
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note
 from molmo_edge.config import PRESETS
-from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
-
-
-class TrainError(MolmoEdgeError):
-    """Options that make no run."""
 
 
 class Attention(str, Enum):
@@ -170,7 +165,7 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
         return names
     here = at_hand(recipe.mixture, data)
     if not here:
-        raise TrainError(
+        raise options.TrainError(
             f"{data} has none of the stage's data sets ({', '.join(names)}): copy or draw some there, each in a folder "
             "of its name, or let --hub fetch them"
         )
@@ -181,14 +176,13 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
 
 
 def _run(start: str, recipe: Recipe, open_data: Callable[[], Any], out: Path, device: str) -> None:
-    from molmo_edge.cli.opening import find_model
     from molmo_edge.config import MolmoConfig
     from molmo_edge.modeling.checkpoint import open_tensors
     from molmo_edge.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.trainer import Trainer, build
 
-    directory = find_model(start, revision=None, quiet=False)
+    directory = options.starting_checkpoint(start, out)
     config = MolmoConfig.from_hub(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     data = open_data()

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from molmo_edge.errors import MolmoEdgeError
+
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
+
+
+class TrainError(MolmoEdgeError):
+    """Options that make no run."""
 
 
 class Precision(str, Enum):
@@ -58,6 +64,16 @@ Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 def names(text: str) -> tuple[str, ...]:
     """ "a, b" -> ("a", "b")."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def starting_checkpoint(start: str, out: Path) -> Path:
+    """The directory that --from means, fetched if it is on the hub. Raises TrainError where --out is the same."""
+    from molmo_edge.cli.opening import find_model
+
+    directory = find_model(start, revision=None, quiet=False)
+    if out.resolve() == directory.resolve():
+        raise TrainError(f"--out {out} is the checkpoint itself: name another directory for the run")
+    return directory
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -56,7 +56,6 @@ def points(
     device: options.Device = "auto",
 ) -> None:
     """Teach a checkpoint your own points: adapters on one card (LoRA), merged into a model that can be exported."""
-    from molmo_edge.cli.opening import find_model
     from molmo_edge.tokenizer import Tokenizer
     from molmo_edge.training.adapters import LoraTrainer
     from molmo_edge.training.data.points_folder import open_points
@@ -88,7 +87,7 @@ def points(
         complete=complete or None,
         max_annotations=annotations,
     )
-    directory = find_model(start, revision=None, quiet=False)
+    directory = options.starting_checkpoint(start, out)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     with world(device) as here:
         if here.first:

@@ -26,6 +26,8 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.training.forward import Trainable
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 class ParallelError(MolmoEdgeError):
     """Ranks that cannot be arranged as asked."""
@@ -69,6 +71,8 @@ def world(device: str = "auto") -> Iterator[World]:
 
     Raises ParallelError where a card is asked for and there is none.
     """
+    if device not in DEVICES:
+        raise ParallelError(f'training on "{device}" is not known; known are {", ".join(DEVICES)}')
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ParallelError('there is no CUDA device here: use device="cpu"')

@@ -7,6 +7,7 @@ all ranks, so that neither their number nor the padding changes it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -261,7 +262,7 @@ class Trainer:
                 self.share,
                 step=self.step,
                 steps=recipe.steps,
-                workers=recipe.workers,
+                workers=min(recipe.workers, os.cpu_count() or 1),
                 length=recipe.encoding.sequence if recipe.pad else None,
                 pin=self.here.device.type == "cuda",
             )
