@@ -137,3 +137,45 @@ def test_two_ranks_train_the_adapters_of_one(small_checkpoints: dict[str, Path],
 if __name__ == "__main__":
     with world("cpu") as here:
         a_trainer(Path(sys.argv[1]), Path(sys.argv[2]), a_recipe(), here).train()
+
+
+def test_a_disk_that_is_full_ends_no_run(
+    small_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from concurrent.futures import Future
+
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    whole, failed = torch.distributed.checkpoint.async_save, []
+
+    def full(*args: object, **options: object) -> object:
+        if failed:
+            return whole(*args, **options)  # type: ignore[arg-type]
+        failed.append(Future())
+        failed[0].set_exception(CheckpointException("write", {0: (OSError("No space left on device"), None)}))
+        return failed[0]
+
+    monkeypatch.setattr("torch.distributed.checkpoint.async_save", full)
+    with world("cpu") as here:
+        trainer = a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)
+        trainer.train()
+    notes = [json.loads(line).get("note", "") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (note,) = (note for note in notes if note)
+    assert "step-00000004 could not be written: No space left on device; the run goes on" in note
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_another_rank_is_refused_in_one_sentence(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with world("cpu") as here:
+        a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here).train()
+    checkpoint = tmp_path / "checkpoints" / "step-00000008"
+    state = json.loads((checkpoint / "run.json").read_text())
+    state["identity"]["adapters"]["rank"] = 3
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    with world("cpu") as here, pytest.raises(ResumeError, match="of a run with another adapters"):
+        a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)
+    (checkpoint / ".metadata").write_bytes(b"damaged")
+    state["identity"]["adapters"]["rank"] = 4
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    with world("cpu") as here, pytest.raises(ResumeError, match=r"cannot be taken up: .*damaged"):
+        a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)

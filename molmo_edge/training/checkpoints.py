@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from molmo_edge.errors import MolmoEdgeError, first_line
@@ -27,6 +28,7 @@ from molmo_edge.training.parallel import World, at_rest
 _NAME = re.compile(r"step-(\d{8})")
 _PART = ".part"  # of what is being written
 _STATE = "run.json"
+_FAILURES = (Exception, CheckpointException)  # which is no Exception
 
 
 class ResumeError(MolmoEdgeError):
@@ -89,28 +91,38 @@ class Checkpoints:
         (future, target), self._pending = self._pending, None
         try:
             future.result()
-        except Exception as error:  # of the storage, wrapped by torch: a full disk, a lost mount
+        except _FAILURES as error:  # of the storage: a full disk, a lost mount
             if self.here.first:
                 shutil.rmtree(target.with_name(target.name + _PART), ignore_errors=True)
-            raise SaveError(f"the checkpoint {target} could not be written: {first_line(error)}") from error
+            raise SaveError(f"the checkpoint {target} could not be written: {_because(error)}") from error
         if self.here.first:  # its metadata is written last, when all ranks have reported
             target.with_name(target.name + _PART).rename(target)
             for old in sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))[: -self.keep]:
                 shutil.rmtree(old)
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Fill model and optimiser from `path`; returns the state that was saved with them. Raises ResumeError."""
+    def state(self, path: Path) -> dict[str, Any]:
+        """What was saved as `state` of `path`. Raises ResumeError."""
         try:
-            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            tensors = _tensors(model, optimizer)
+            return cast("dict[str, Any]", json.loads((path / _STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"the checkpoint {path} cannot be taken up: {first_line(error)}") from error
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Fill model and optimiser from `path`. Raises ResumeError."""
+        tensors = _tensors(model, optimizer)
+        try:
             dcp.load(tensors, checkpoint_id=path)
-        except Exception as error:  # of the storage and of the planner, whose types are not public
+        except _FAILURES as error:
             raise ResumeError(
-                f"the checkpoint {path} cannot be taken up: {first_line(error.__cause__ or error)}. "
-                "Was it written with other parts of the model frozen, or damaged?"
+                f"the checkpoint {path} cannot be taken up: {_because(error)}. Is it of another model, or damaged?"
             ) from error
-        optimizer.load_states(tensors["optimizer"], state["updates"])
-        return cast("dict[str, Any]", state)
+        optimizer.load_states(tensors["optimizer"], self.state(path)["updates"])
+
+
+def _because(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)  # of a CheckpointException: by rank, each with its traceback
+    cause = next(iter(failures.values()))[0] if failures else error
+    return first_line(cause)
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:

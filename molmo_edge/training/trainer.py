@@ -286,24 +286,26 @@ class Trainer:
         return {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
 
     def _identity(self) -> dict[str, Any]:
-        """What the order of the samples hangs on."""
+        """What a run cannot go on without: the order of the samples hangs on it, and what is trained."""
         return {
             "seed": self.recipe.seed,
             "batch": self.recipe.batch,
             "data": {s.name: len(s) for s in self.data.sets},
             "rates": [round(rate, 9) for rate in self.data.rates],
+            "frozen parts": sorted(self.recipe.frozen),
         }
 
     def _state(self) -> dict[str, Any]:
         return {"step": self.step, "guard": self.guard.state(), "identity": self._identity()}
 
     def _take_up(self, path: Path) -> None:
-        state = self.checkpoints.load(path, self.model, self.optimizer)
+        state = self.checkpoints.state(path)
         if differs := _difference(state["identity"], self._identity()):
             raise ResumeError(
-                f"{path} is of a run with another {differs}: samples would be left out or come twice. Give the run "
-                "what it began with, or begin another one with --from its model"
+                f"{path} is of a run with another {differs}. Give the run what it began with, or begin another one "
+                "elsewhere"
             )
+        self.checkpoints.load(path, self.model, self.optimizer)
         self.step, self.guard = state["step"], Guard(**state["guard"])
 
 
