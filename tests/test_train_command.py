@@ -121,6 +121,13 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     assert (run / "adapters.safetensors").stat().st_size < 500_000
     answer = Sdk(run / "model").ask(folder / "3.png", "Point to the cup.", max_new_tokens=5)
     assert len(answer.token_ids) == 5
+    assert command("train", "points", folder, "--from", small_molmoe, "--out", small_molmoe) == 1
+    assert "is the checkpoint itself" in capsys.readouterr().err
+    assert command("train", "points", folder, "--from", "nano", "--out", run) == 1
+    assert "nano is a bundle, and training begins with a checkpoint" in capsys.readouterr().err
+    other = write_points(tmp_path / "other")
+    assert command("train", "points", other, *options) == 1
+    assert "is of a run with another data" in capsys.readouterr().err
     (folder / "points.csv").write_text("image,label,x,y\n0.png,cup,999,3")
     assert command("train", "points", folder, *options) == 1
     assert "points.csv" in capsys.readouterr().err

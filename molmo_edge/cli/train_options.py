@@ -68,9 +68,15 @@ def names(text: str) -> tuple[str, ...]:
 
 def starting_checkpoint(start: str, out: Path) -> Path:
     """The directory that --from means, fetched if it is on the hub. Raises TrainError where --out is the same."""
+    from molmo_edge.bundle import MANIFEST
     from molmo_edge.cli.opening import find_model
 
     directory = find_model(start, revision=None, quiet=False)
+    if (directory / MANIFEST).is_file():
+        raise TrainError(
+            f"{start} is a bundle, and training begins with a checkpoint: molmo-edge export {start} --engine torch "
+            "--out DIR makes one of it"
+        )
     if out.resolve() == directory.resolve():
         raise TrainError(f"--out {out} is the checkpoint itself: name another directory for the run")
     return directory

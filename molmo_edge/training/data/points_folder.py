@@ -117,7 +117,9 @@ def open_points(
         raise PointsError(f"{folder} has no picture with a point or a question")
     held_back = _held_back([os.path.relpath(p.path, folder) for p in pictures], validation, seed)
     sides = ([p for p, held in zip(pictures, held_back, strict=True) if held is side] for side in (False, True))
-    train, other = (PointsFolder("points", tuple(side), labels, max_annotations) for side in sides)
+    train, other = (
+        PointsFolder(f"points of {folder.resolve().name}", tuple(side), labels, max_annotations) for side in sides
+    )
     return train, other
 
 
