@@ -188,6 +188,11 @@ def _run(start: str, recipe: Recipe, open_data: Callable[[], Any], out: Path, de
     data = open_data()
     with world(device) as here:
         model = build(config, open_tensors(directory), str(directory), recipe, here)
-        written = Trainer(model, tokenizer, data, recipe, out, here).train()
+        trainer = Trainer(model, tokenizer, data, recipe, out, here)
+        if here.first:
+            note("training on " + ", ".join(f"{s.name} ({len(s)})" for s in data.sets))
+            done = f"{trainer.step} steps are done, " if trainer.step else ""
+            note(f"{done}{max(0, recipe.steps - trainer.step)} steps of {recipe.batch} sequences are left")
+        written = trainer.train()
         if here.first:
             note(f"the model is in {written}: ask it, or export it")

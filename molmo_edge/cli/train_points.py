@@ -92,9 +92,12 @@ def points(
     with world(device) as here:
         if here.first:
             note(f"{len(train)} pictures to train on, {len(held_back)} to validate with")
+            note(f"{recipe.steps} steps of {recipe.batch} sequences")
         model = build_adapted(directory, recipe, here, lora, base.value)
         data = Data([train], [1.0], [held_back] if len(held_back) else ())
         trainer = LoraTrainer(model, tokenizer, data, recipe, out, here, checkpoint=directory, lora=lora)
+        if here.first and trainer.step >= recipe.steps:
+            note(f"{trainer.step} steps are done: nothing is left to train")
         written = trainer.train()
         if here.first:
             note(f"the model is in {written}, its adapters alone beside it: ask it, or export it")

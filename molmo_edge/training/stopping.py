@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.number:
             raise KeyboardInterrupt
         request.number = number
+        print("stopping behind this step; once more stops at once, without a checkpoint", file=sys.stderr, flush=True)
 
     if threading.current_thread() is not threading.main_thread():  # no other may listen
         yield request

@@ -205,7 +205,6 @@ class Trainer:
         self.here.sum(weight)
         self.optimizer.zero_grad()
         totals, load = torch.zeros(5, device=self.here.device), None
-        totals[4] = self._request.number
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
             sums = self._forward(one.batch)
@@ -216,6 +215,7 @@ class Trainer:
             router = sums.router_loss * weight[0] / (len(micro) * self.here.ranks)
             totals[:4] += torch.stack([sums.cross_entropy, sums.z_loss, router, sums.correct]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
+        totals[4] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
         ce, z, router_loss, accuracy, asked = (totals / weight).tolist()
@@ -275,7 +275,9 @@ class Trainer:
         order = Order([len(s) for s in sets], [len(s) for s in sets], self.recipe.seed)
         share = Share(micro * self.here.ranks, micro, self.here.rank, self.here.ranks)
         encoder = Encoder(self.tokenizer, self.encoder.image, dataclasses.replace(self.encoder.encoding, shuffle=False))
-        batches = open_loader(Samples(sets, encoder, 0), order, share, step=0, steps=self.recipe.validation_batches)
+        once = -(-sum(len(s) for s in sets) // share.batch)
+        count = min(self.recipe.validation_batches, once)
+        batches = open_loader(Samples(sets, encoder, 0), order, share, step=0, steps=count)
         self.model.eval()
         totals = torch.zeros(3, device=self.here.device)
         for one in batches:

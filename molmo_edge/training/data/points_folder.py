@@ -117,9 +117,10 @@ def open_points(
         raise PointsError(f"{folder} has no picture with a point or a question")
     held_back = _held_back([os.path.relpath(p.path, folder) for p in pictures], validation, seed)
     sides = ([p for p, held in zip(pictures, held_back, strict=True) if held is side] for side in (False, True))
-    train, other = (
-        PointsFolder(f"points of {folder.resolve().name}", tuple(side), labels, max_annotations) for side in sides
-    )
+    # A run is not taken up with other annotations: they are part of what its data are called.
+    digest = hashlib.sha256(repr([(str(p.path), p.points, p.questions) for p in pictures]).encode()).hexdigest()
+    name = f"points of {folder.resolve().name}, {digest[:12]}"
+    train, other = (PointsFolder(name, tuple(side), labels, max_annotations) for side in sides)
     return train, other
 
 
