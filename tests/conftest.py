@@ -137,3 +137,16 @@ def small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="session")
 def small_molmoe(small_checkpoints: dict[str, Path]) -> Path:
     return small_checkpoints["experts"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Products are tiny here: threads would only wait for each other, and nobody asks how fast the machine is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("molmo_edge.training.trainer.device_flops", lambda *_: 1e9)
+        yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,15 +43,7 @@ CPU = torch.device("cpu")
 EVERYWHERE = LoraConfig(rank=3, expert_rank=2, targets=("attention", "ffn", "experts", "connector", "vision"), whole=())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """Products are tiny here: threads would only wait for each other, and nobody asks how fast the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("molmo_edge.training.trainer.device_flops", lambda *_: 1e9)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(molmo: Molmo, lora: LoraConfig, seed: int = 1) -> list[str]:

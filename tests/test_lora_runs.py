@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,16 +30,7 @@ from molmo_edge.training.parallel import World, world
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import Data
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """Products are tiny here: threads would only wait for each other, and nobody asks how fast the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("molmo_edge.training.trainer.device_flops", lambda *_: 1e9)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_trainer(checkpoint: Path, directory: Path, recipe: Recipe, here: World, base: str = "fp32") -> LoraTrainer:

@@ -133,7 +133,7 @@ def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_bfloat16_products_keep_float32_weights(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
-    """Also behind a validation, which leaves what travelled in bfloat16 gathered."""
+    """Also behind a validation, which leaves what belongs to no block gathered."""
     run(small_molmoe, tmp_path, "--precision", "bf16", "--validate", "--steps", "10", ranks=2)
     ours, exact = curve(tmp_path)[1]["loss"], curve(whole)[1]["loss"]
     assert ours == pytest.approx(exact, rel=0.01) and ours != exact

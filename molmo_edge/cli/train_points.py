@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -59,14 +58,14 @@ def points(
     from molmo_edge.tokenizer import Tokenizer
     from molmo_edge.training.adapters import LoraTrainer
     from molmo_edge.training.data.points_folder import open_points
-    from molmo_edge.training.lora import RATES, LoraConfig, build_adapted
+    from molmo_edge.training.lora import LoraConfig, build_adapted
     from molmo_edge.training.parallel import world
     from molmo_edge.training.recipe import recipe_for
     from molmo_edge.training.trainer import Data
 
     lora = LoraConfig(rank, expert_rank, targets=options.names(targets), whole=options.names(whole))
     recipe = options.changed(
-        dataclasses.replace(recipe_for("points"), optimizer=RATES),
+        recipe_for("points"),
         steps=steps,
         batch=batch,
         micro=micro,

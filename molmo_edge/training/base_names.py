@@ -26,7 +26,6 @@ from molmo_edge.training.start import resample_grid
 
 # The features that Molmo takes of each tower (launch_scripts/train_captioner.py).
 CLIP_LAYERS, DINO_LAYERS = (-2, -9), (-3, -9)
-_LINEAR = ("weight", "bias")
 
 
 class BaseError(MolmoEdgeError):

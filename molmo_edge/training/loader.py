@@ -7,7 +7,7 @@ must neither end a run nor let ranks go apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -88,7 +88,7 @@ class MicroBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         s = self.share
-        draws = iter(Order(self.order.lengths, self.order.rates, self.order.seed, self.step * s.batch))
+        draws = iter(replace(self.order, first=self.step * s.batch))
         mine = slice(s.rank * s.batch // s.ranks, (s.rank + 1) * s.batch // s.ranks)
         for _ in range(self.step, self.steps):
             own = list(islice(draws, s.batch))[mine]

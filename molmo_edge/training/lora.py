@@ -34,13 +34,10 @@ from molmo_edge.modeling.loading import build_model, fill
 from molmo_edge.modeling.precision import is_quantized, storage_dtype
 from molmo_edge.quantize.bitsandbytes import QuantizedLinear, Quantizer
 from molmo_edge.training.forward import Trainable
-from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import World, shard
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import compute_dtype
 
-# Adapters want ten times what whole weights do (QLoRA: 2e-4 up to 13B); the connector, trained whole, keeps its own.
-RATES = OptimizerConfig(Rate(1e-5, 20), Rate(1e-4, 20), Rate(2e-4, 20))
 BASES = ("fp32", "bf16", "nf4")
 _TARGETS = {
     "attention": r"decoder\.blocks\.\d+\.attn\.(att_proj|attn_out)\.weight",

@@ -1,7 +1,7 @@
 """AdamW with a learning rate, a warm-up and a gradient norm of its own for each of Molmo's three parts.
 
 Reference: olmo/optim.py (get_multimodal_param_groups, MultimodalScheduler, clip_grads_and_collect_metrics). The states
-are fp32, PyTorch's own, or 8 bit, bitsandbytes' (arXiv 2110.02861): a third of the memory for all parameters of MolmoE.
+are fp32, PyTorch's own, or 8 bit, bitsandbytes' (arXiv 2110.02861), in a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class Optimizer:
         # It steps over the part that lies here, which shares the parameter's memory: bitsandbytes knows no DTensor, and
         # PyTorch's fused step none of several meshes.
         self._stepped = {n: nn.Parameter(local_part(p.detach())) for n, p in self.parameters.items()}
-        groups = []
-        for part in PARTS:
-            mine = [self._stepped[n] for n in self.parameters if part_of(n) == part]
-            if mine:
-                groups.append({"params": mine, "part": part, "lr": 0.0})
+        names = {part: [n for n in self.parameters if part_of(n) == part] for part in PARTS}
+        self._names = {part: mine for part, mine in names.items() if mine}  # of what is trained, by part
+        groups = [
+            {"params": [self._stepped[n] for n in mine], "part": part, "lr": 0.0} for part, mine in self._names.items()
+        ]
         options: dict[str, Any] = {
             "betas": config.betas,
             "eps": config.eps,
@@ -122,18 +122,19 @@ class Optimizer:
 
     def norms(self) -> dict[str, Tensor]:
         """The gradient's norm by part, over all ranks."""
-        names = [part for part in PARTS if any(part_of(n) == part for n in self.parameters)]
-        grads = {part: [p.grad for n, p in self.parameters.items() if part_of(n) == part] for part in names}
-        sums = squared_sum([[g for g in grads[part] if g is not None] for part in names])
-        return dict(zip(names, sums.sqrt(), strict=True))
+        sums = squared_sum([self._grads(part) for part in self._names])
+        return dict(zip(self._names, sums.sqrt(), strict=True))
 
     @torch.no_grad()
     def clip(self, norms: Mapping[str, Tensor]) -> None:
         """Shorten each part's gradient to `config.clip`."""
         for part, norm in norms.items():
-            mine = (p.grad for name, p in self.parameters.items() if part_of(name) == part)
-            grads = [local_part(grad) for grad in mine if grad is not None]
+            grads = [local_part(grad) for grad in self._grads(part)]
             torch._foreach_mul_(grads, (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+
+    def _grads(self, part: str) -> list[Tensor]:
+        grads = (self.parameters[name].grad for name in self._names[part])
+        return [grad for grad in grads if grad is not None]
 
     # --- states, as they go into checkpoints: float32 and shaped like their parameter, whatever the optimiser ---------
 

@@ -162,8 +162,7 @@ def accumulate(model: nn.Module, last: bool) -> None:
 def at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by name, those of several ranks as shards.
 
-    Behind a forward pass without a backward pass, what belongs to no block would still be gathered, and rounded as it
-    travelled.
+    Behind a forward pass without a backward pass, what belongs to no block is still gathered.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
