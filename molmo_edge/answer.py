@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from molmo_edge import lettering
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.points import Point
 from molmo_edge.readable import readable
@@ -147,7 +148,7 @@ def _marker(radius: int, text: str, colour: tuple[int, int, int]) -> Image.Image
     ring = max(1.0, radius / 6) * _FINE
     draw.ellipse((0, 0, big - 1, big - 1), fill=(255, 255, 255, 255))
     draw.ellipse((ring, ring, big - 1 - ring, big - 1 - ring), fill=(*colour, 255))
-    font = ImageFont.load_default(size=(1.25 if len(text) == 1 else 2.1 / len(text)) * radius * _FINE)
+    font = lettering.embedded_font((1.25 if len(text) == 1 else 2.1 / len(text)) * radius * _FINE)
     draw.text((big / 2, big / 2), text, font=font, fill=(255, 255, 255, 255), anchor="mm")
     return marker.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -156,15 +157,15 @@ def _draw_label(
     canvas: Image.Image, label: str, centre: tuple[int, int], radius: int, colour: tuple[int, int, int]
 ) -> None:
     """The label on a plate right of its marker, or left of it where the right has no room."""
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=max(10.0, 1.1 * radius))
-    text = label if len(label) <= 40 else label[:39] + "…"
-    left, top, right, bottom = (round(v) for v in draw.textbbox((0, 0), text, font=font))
     pad = max(2, radius // 4)
+    size = max(10.0, 1.1 * radius)
+    line = lettering.line(label, size, min(22 * size, canvas.width - 2 * pad))
+    left, top, right, bottom = line.box
     wide, high = right - left + 2 * pad, bottom - top + 2 * pad
     x = centre[0] + radius + pad
     if x + wide > canvas.width:
         x = max(0, centre[0] - radius - pad - wide)
     y = min(max(0, centre[1] - high // 2), max(0, canvas.height - high))
+    draw = ImageDraw.Draw(canvas)
     draw.rounded_rectangle((x, y, x + wide, y + high), radius=pad, fill=colour, outline=(255, 255, 255))
-    draw.text((x + pad - left, y + pad - top), text, font=font, fill=(255, 255, 255))
+    line.draw(draw, x + pad, y + pad, (255, 255, 255))

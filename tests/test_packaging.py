@@ -104,9 +104,10 @@ def test_wheel_and_sdist_hold_what_they_must(artefacts: Path, source: Path) -> N
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in packages_in(source):
         assert f"{package.replace('.', '/')}/__init__.py" in names
-    assert "molmo_edge/py.typed" in names
+    assert {"molmo_edge/py.typed", "molmo_edge/fonts/DejaVuSans-subset.ttf"} <= names
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"molmo_edge"}
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    licenses = {name.partition("/licenses/")[2] for name in names}
+    assert {"LICENSE", "NOTICE", "molmo_edge/fonts/LICENSE_DEJAVU"} <= licenses
     nano = source / "molmo_edge" / "nano"
     assert (nano / "molmo_edge.json").is_file()
     for file in nano.rglob("*"):
