@@ -83,7 +83,7 @@ def generate(
     Ends at `eos_id` (which is not yielded), after `max_new_tokens` ids, or when `capacity` positions of the
     cache are filled. Rows of the head at and above `vocab_size` stand for no text and are never chosen.
 
-    Raises GenerationError where the prompt does not fit, before any of it runs, and where logits are NaN.
+    Raises GenerationError where the prompt does not fit, before any of it runs, and where logits are NaN or infinite.
     """
     most = most_new_tokens(sampling, cache.length + len(embeddings), capacity)
     random = np.random.default_rng(sampling.seed)
@@ -128,17 +128,35 @@ def generate_batch(
     return answers
 
 
+def likeliest(logits: np.ndarray) -> int:
+    """The id with the largest of `logits` (float [vocab_size]), the lowest id of equal ones.
+
+    Raises GenerationError for logits that cannot be chosen from: NaN or +inf anywhere, or -inf everywhere. -inf beside
+    a finite logit is valid: that id is never chosen.
+    """
+    best = int(np.argmax(logits))  # the first NaN where there is one, which would pass for an id
+    if not np.isfinite(logits[best]):
+        raise GenerationError(
+            f"the model's logits are {'not numbers' if np.isnan(logits[best]) else 'infinite'}: its weights are "
+            "damaged, or too large for this precision; run `molmo-edge verify` on a bundle, or export it in another one"
+        )
+    return best
+
+
 def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Choose an id from `logits` (float [vocab_size]). Of equal logits greedy takes the lowest id."""
-    best = int(np.argmax(logits))
-    if np.isnan(logits[best]):  # argmax answers with the first NaN, which would pass for a token
-        raise GenerationError("the model's logits are not numbers: its weights, or this precision, are broken")
-    if sampling.temperature == 0.0:
+    """Choose an id from `logits` (float [vocab_size]). Of equal logits greedy takes the lowest id.
+
+    Raises GenerationError for logits that cannot be chosen from, see `likeliest`.
+    """
+    best = likeliest(logits)
+    temperature = float(sampling.temperature)  # a Fraction or a numpy number would change the arrays' type
+    if temperature == 0.0:
         return best
     order = np.argsort(-logits, kind="stable")  # likeliest first
     if sampling.top_k:
         order = order[: sampling.top_k]
-    scaled = (logits[order].astype(np.float64) - float(logits[best])) / sampling.temperature
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, and exp(-inf) is the 0 that it should be
+        scaled = (logits[order].astype(np.float64) - float(logits[best])) / temperature
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1.0:

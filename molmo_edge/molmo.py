@@ -22,7 +22,7 @@ from molmo_edge.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, most_new_tokens
+from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, likeliest, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.points import Point, StreamParser, parse_count, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
@@ -340,7 +340,7 @@ class Molmo:
     def gaps(self, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True) -> list[float]:
         """How far each id of a given answer lies behind the likeliest at its place, in logits; 0.0 where it is that.
 
-        `complete`: the end behind the ids counts as one of them.
+        `complete`: the end behind the ids counts as one of them. Raises GenerationError for logits that are not finite.
         """
         _checked(question, "question")
         scene = self._own(image) if isinstance(image, Scene) else self._see(image)
@@ -351,7 +351,7 @@ class Molmo:
         rows = prompt
         for token in given:  # the last of them is read off the logits, and never fed back
             logits = self._runtime.forward(rows, cache)[: self.config.decoder.vocab_size]
-            found.append(float(logits.max() - logits[token]))
+            found.append(float(logits[likeliest(logits)] - logits[token]))
             rows = self._runtime.embed(np.array([token]))
         return found
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
-from molmo_edge.generate import GenerationError, Sampling, generate, next_token
+from molmo_edge import Molmo
+from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, next_token
 
 VOCAB, ROWS, EOS = 10, 12, 9
 
@@ -97,6 +101,86 @@ def test_nan_logits_are_an_error_and_not_a_token() -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(GenerationError, match="not numbers"):
             next_token(logits, Sampling(temperature=temperature), np.random.default_rng(0))
+
+
+BAD = {
+    "one +inf": [0, np.inf, 0],
+    "+inf beside NaN": [np.inf, 0, np.nan],
+    "+inf beside -inf": [-np.inf, np.inf, 0],
+    "-inf everywhere": [-np.inf] * 3,
+    "NaN everywhere": [np.nan] * 3,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 0.7, 1e30])
+@pytest.mark.parametrize("top", [{}, {"top_k": 1}, {"top_k": 2, "top_p": 0.5}])
+@pytest.mark.parametrize("name", BAD)
+def test_logits_that_are_not_finite_are_one_clear_error(name: str, temperature: float, top: dict[str, float]) -> None:
+    sampling = Sampling(temperature=temperature, **top)  # type: ignore[arg-type]
+    for dtype in (np.float32, np.float64, np.float16):
+        with pytest.raises(
+            GenerationError, match=r"the model's logits are (infinite|not numbers): .*molmo-edge verify"
+        ):
+            next_token(np.array(BAD[name], dtype), sampling, np.random.default_rng(0))
+
+
+def test_infinite_logits_stop_a_stream_and_a_batch() -> None:
+    class Broken(Scripted):
+        def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+            logits = super().forward(embeddings, cache)
+            logits[3] = np.inf if len(self.fed) > 4 else logits[3]
+            return logits
+
+        def forward_batch(self, embeddings: np.ndarray, batch: Cache) -> np.ndarray:
+            return self.forward(embeddings, batch)[None]
+
+    for temperature in (0.0, 0.8):
+        sampling = Sampling(temperature=temperature, top_k=1)
+        runtime: Any = Broken([4, 2, 7, EOS])
+        ids = generate(
+            runtime, np.zeros((3, 1), np.float32), Cache(), sampling, eos_id=EOS, vocab_size=VOCAB, capacity=100
+        )
+        assert [next(ids), next(ids)] == [4, 2]
+        with pytest.raises(GenerationError, match="infinite"):
+            next(ids)
+        runtime = Broken([4, 2, 7, EOS])
+        prefilled = runtime.forward(np.zeros((3, 1), np.float32), Cache())[None], Cache()
+        with pytest.raises(GenerationError, match="infinite"):
+            generate_batch(runtime, prefilled, sampling, [9], eos_id=EOS, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_molmo_whose_logits_are_not_finite_says_so(saying: Callable[..., Molmo], value: float) -> None:
+    molmo = saying("two dogs")
+    forward = molmo.fake.forward  # type: ignore[attr-defined]
+    molmo.fake.forward = lambda *given: np.where(np.arange(512) == 7, value, forward(*given)[:512])  # type: ignore[attr-defined]
+    photo = np.zeros((30, 40, 3), np.uint8)
+    for ask in (
+        lambda: molmo.ask(photo, "What?"),
+        lambda: molmo.ask(photo, "What?", temperature=0.7, seed=1),
+        lambda: molmo.ask_batch([(photo, "What?")]),
+        lambda: molmo.gaps(photo, "What?", [1, 2]),
+    ):
+        with pytest.raises(GenerationError, match="the model's logits are"):
+            ask()
+
+
+@pytest.mark.filterwarnings("error")
+def test_ids_at_minus_infinity_are_never_drawn() -> None:
+    logits = np.array([-np.inf, 0.5, -np.inf, 0.4], np.float32)
+    for temperature in (0.0, 1e-320, 1.0, 1e30):
+        drawn = {next_token(logits, Sampling(temperature=temperature), np.random.default_rng(s)) for s in range(40)}
+        assert drawn <= {1, 3} and (temperature >= 1 or drawn == {1})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324, 1e-45, Fraction(1, 10**400), np.float32(1e-45), 1e300])
+def test_a_temperature_however_small_or_large_draws_without_a_warning(temperature: float) -> None:
+    logits = np.array([1.0, 3.0, 2.0, -3e38], np.float32)
+    sampling = Sampling(temperature=temperature)
+    drawn = {next_token(logits, sampling, np.random.default_rng(seed)) for seed in range(40)}
+    assert drawn == {1} if temperature < 1 else len(drawn) > 1
 
 
 def draws(n: int = 4000, **settings: float) -> np.ndarray:

@@ -15,7 +15,8 @@ from molmo_edge.embeddings import with_features
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.text_scores import token_f1
-from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text, likeliest
+from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text
+from molmo_edge.generate import likeliest
 from molmo_edge.points import Point, parse_points
 
 

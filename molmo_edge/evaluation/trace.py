@@ -16,9 +16,10 @@ import numpy as np
 from molmo_edge.embeddings import with_features
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
+from molmo_edge.generate import likeliest
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.prompt import Prompt, image_ids, text_ids
-from molmo_edge.runtimes import Cache, EngineError, PartedRuntime, Runtime
+from molmo_edge.runtimes import Cache, PartedRuntime, Runtime
 from molmo_edge.tokenizer import Tokenizer
 
 
@@ -164,10 +165,3 @@ class Prefilled:
 def answer_text(tokenizer: Tokenizer, targets: Sequence[int]) -> str:
     """As `Molmo.ask` gives it: without the end, and without the space that every answer begins with."""
     return tokenizer.decode([i for i in targets if i != tokenizer.special.eos]).lstrip()
-
-
-def likeliest(logits: np.ndarray) -> int:
-    best = int(np.argmax(logits))
-    if np.isnan(logits[best]):
-        raise EngineError("the logits are not numbers: the weights, or their precision, are broken")
-    return best
