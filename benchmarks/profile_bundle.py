@@ -20,6 +20,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+
+import molmo_edge  # noqa: F401 - it switches off the usage reports of onnxruntime, which is therefore imported after it
+
+# isort: split
 import onnxruntime
 
 from molmo_edge.bundle import Bundle, open_bundle

@@ -10,6 +10,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from molmo_edge.privacy import switch_off_reports
+
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer as Answer
     from molmo_edge.molmo import Molmo as Molmo
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "Molmo", "Point", "__version__"]
+
+# Here, because every import of another library by this package comes after it.
+switch_off_reports()
 
 # Loaded on first use: a program that only imports molmo_edge pays for neither numpy nor an engine.
 _HOMES = {"Answer": "molmo_edge.answer", "Molmo": "molmo_edge.molmo", "Point": "molmo_edge.points"}

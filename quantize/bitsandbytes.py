@@ -8,7 +8,9 @@ bitsandbytes' own layers, on CUDA and on the CPU, whose packed kernels those lay
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from molmo_edge.modeling.precision import PrecisionError
 _OUTLIER = 6.0  # the threshold of LLM.int8
 _FLOAT16_INPUT = 1000.0  # largest input: sums of products then stay below 65504, unless weights are large, too
 _BLOCK = 64  # weights that share a scale (NF4)
+_ABSENT = object()
 
 
 class QuantizedLinear(nn.Module):
@@ -112,11 +115,14 @@ class Quantizer:
 
 
 def import_bitsandbytes(wanted: str) -> Any:
-    """The package, in silence. Raises PrecisionError that says what it is `wanted` for."""
-    # It recommends a download of faster kernels at every import, where nobody asked.
+    """The package, without its log and its download. Raises PrecisionError that says what it is `wanted` for."""
+    # On CPUs with AVX512-BF16 its import downloads native code from the hub through the package `kernels`, or logs
+    # that it would like to. Nobody asked for either.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    kernels = sys.modules.get("kernels", _ABSENT)
+    sys.modules["kernels"] = None  # type: ignore[assignment] # an import of it fails
     try:
         import bitsandbytes
     except ImportError as error:
@@ -125,4 +131,8 @@ def import_bitsandbytes(wanted: str) -> Any:
         ) from None
     finally:
         logger.setLevel(level)
+        if kernels is _ABSENT:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = cast(ModuleType, kernels)
     return bitsandbytes

@@ -13,6 +13,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.memory import meminfo
+from molmo_edge.privacy import reports
 
 # What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
 _EXTRAS = {
@@ -44,6 +45,7 @@ def doctor(*, json: options.Json = False) -> None:
         "extras": {extra: all(_version(part) for part in parts) for extra, parts in _EXTRAS.items()},
         "model": _model(problems),
         "cache": _cache(problems),
+        "usage_reports": reports(),
         "problems": problems,
     }
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
@@ -62,6 +63,9 @@ def drifts(loss: Loss) -> str:
 
 def check_plots() -> None:
     """Raises PlotError without matplotlib."""
+    log = logging.getLogger("matplotlib")
+    if log.level == logging.NOTSET:  # it warns of a home that cannot be written to, and then uses a temporary folder
+        log.setLevel(logging.ERROR)
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
