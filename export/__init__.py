@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.export.bundle import CheckPhoto, check_bundle_wishes, export_bundle
@@ -52,4 +53,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "onnx":
             raise
-        raise ExportError("this needs the onnx package: pip install 'molmo-edge[export]'") from None
+        raise ExportError(f"this needs the onnx package: {pip_command('export')}") from None

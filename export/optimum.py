@@ -20,6 +20,7 @@ import numpy as np
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.export import ExportError
+from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import CONFIG
 from molmo_edge.modeling.checkpoint import check_tensors, open_tensors
 
@@ -41,7 +42,7 @@ try:
     )
 except ImportError as error:
     raise ExportError(
-        f"this needs optimum, of versions that fit each other ({first_line(error)}): pip install 'molmo-edge[optimum]'"
+        f"this needs optimum, of versions that fit each other ({first_line(error)}): {pip_command('optimum')}"
     ) from error
 
 TARGETS = ("arm64", "avx2", "avx512_vnni")

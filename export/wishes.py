@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from molmo_edge.bundle import GRAPHS
 from molmo_edge.export import ExportError
 from molmo_edge.export.graph import FP32, Precision
+from molmo_edge.extras import pip_command
 from molmo_edge.quantize.float16 import float16
 from molmo_edge.quantize.gguf import FLOATS, GGUF_WORDS, WEIGHED
 from molmo_edge.quantize.int4 import Int4, int4_precision
@@ -193,10 +194,10 @@ def _gguf_wishes(
         raise ExportError(
             f"llama.cpp rounds {words['decoder']} without a calibration: choose one of {', '.join(WEIGHED)}"
         )
+    from molmo_edge.runtimes.llama_library import install_command, load_library
+
     try:
         import gguf  # noqa: F401
-
-        from molmo_edge.runtimes.llama_library import install_command, load_library
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
@@ -253,5 +254,5 @@ def _prompts(folder: Path) -> list[Prompt]:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ExportError("a calibration runs on PyTorch: pip install 'molmo-edge[torch]'") from None
+        raise ExportError(f"a calibration runs on PyTorch: {pip_command('torch')}") from None
     return find_prompts(folder)

@@ -19,6 +19,7 @@ from typing import Any
 
 from molmo_edge.bundle import MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import CONFIG
 
 _CHECKPOINT = (
@@ -124,7 +125,7 @@ def _wanted(name: str, files: list[str], to_run: bool) -> list[str]:
         raise HubError(f"{name} on the hub has no {TOKENIZER}, without which nothing can be asked")
     if (to_run or weights == [_PICKLE]) and importlib.util.find_spec("torch") is None:
         why = "which runs on PyTorch" if to_run else "whose weights are a pickle, which only PyTorch reads"
-        raise HubError(f"{name} is a checkpoint, {why}: pip install 'molmo-edge[torch]', or name a bundle")
+        raise HubError(f"{name} is a checkpoint, {why}: {pip_command('torch')}, or name a bundle")
     return weights + [file for file in files if _matches(file, _CHECKPOINT)]
 
 

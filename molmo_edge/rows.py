@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.extras import pip_command
 
 ROWS = "rows.jsonl"
 _BATCH = 10_000  # rows of a column that is read whole
@@ -194,7 +195,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise RowsError("reading this data set needs the package `datasets`: pip install 'molmo-edge[eval]'") from None
+        raise RowsError(f"reading this data set needs the package `datasets`: {pip_command('eval')}") from None
     return datasets
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from molmo_edge.extras import pip_command
 from molmo_edge.memory import give_back
 from molmo_edge.modeling.decoder import SparseFFN, by_expert, choose_experts
 from molmo_edge.modeling.model import Molmo
@@ -68,7 +69,7 @@ class Quantizer:
 
     def __init__(self, kind: str, device: str | torch.device) -> None:
         self._kind, self._device = kind, torch.device(device)
-        self._bnb = import_bitsandbytes("int8 and nf4")
+        self._bnb = import_bitsandbytes("int8 and nf4", 'precision="bf16"')
         if self._device.type not in ("cpu", "cuda"):
             raise PrecisionError(f'precision "{kind}" runs on CPU and CUDA, not on {self._device.type}: use "bf16"')
 
@@ -114,8 +115,11 @@ class Quantizer:
         return QuantizedLinear(layer, torch.float16)
 
 
-def import_bitsandbytes(wanted: str) -> Any:
-    """The package, without its log and its download. Raises PrecisionError that says what it is `wanted` for."""
+def import_bitsandbytes(wanted: str, instead: str) -> Any:
+    """The package, without its log and its download.
+
+    Raises PrecisionError that says what is `wanted`, and what to use `instead`.
+    """
     # On CPUs with AVX512-BF16 its import downloads native code from the hub through the package `kernels`, or logs
     # that it would like to. Nobody asked for either.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -127,7 +131,7 @@ def import_bitsandbytes(wanted: str) -> Any:
         import bitsandbytes
     except ImportError as error:
         raise PrecisionError(
-            f"{wanted} need bitsandbytes ({error}): pip install 'molmo-edge[quantize]', or use precision=\"bf16\""
+            f"{wanted} need bitsandbytes ({error}): {pip_command('quantize')}, or use {instead}"
         ) from None
     finally:
         logger.setLevel(level)

@@ -14,6 +14,7 @@ import numpy as np
 from molmo_edge.bundle import is_bundle, open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import is_checkpoint
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def open_runtime(
             if error.name != "torch":
                 raise
             raise Unavailable(
-                f"{directory} is a checkpoint, which runs on PyTorch: pip install 'molmo-edge[torch]', or export it"
+                f"{directory} is a checkpoint, which runs on PyTorch: {pip_command('torch')}, or export it"
             ) from None
         return TorchRuntime(directory, device=device, precision=precision, threads=threads)
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")

@@ -250,5 +250,5 @@ def test_dino_tied_weights_and_a_single_table(tmp_path: Path) -> None:
 def test_without_optimum_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     monkeypatch.delitem(sys.modules, "molmo_edge.export.optimum")
-    with pytest.raises(ExportError, match=r"pip install 'molmo-edge\[optimum\]'"):
+    with pytest.raises(ExportError, match=r'pip install "molmo-edge\[optimum\]"'):
         import molmo_edge.export.optimum  # noqa: F401

@@ -284,7 +284,7 @@ def test_what_is_not_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MolmoEdgeError, match="neither a bundle"):
         router_choices(tmp_path, prompts())
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(Unavailable, match=r"pip install 'molmo-edge\[export\]'"):
+    with pytest.raises(Unavailable, match=r'pip install "molmo-edge\[export\]"'):
         router_choices(bundle("molmoe"), prompts())
 
 

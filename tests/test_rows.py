@@ -140,7 +140,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(builtins, "__import__", without)
     for local in (tmp_path / "clone", None):
-        with pytest.raises(RowsError, match=r"pip install 'molmo-edge\[eval\]'"):
+        with pytest.raises(RowsError, match=r'pip install "molmo-edge\[eval\]"'):
             load_rows("owner/name", (), "test", local)
     assert len(load_rows("owner/name", (), "test", tmp_path / "lines")) == 3  # JSON needs none
 

@@ -35,6 +35,7 @@ from molmo_edge.cli import (
     verify,
 )
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import with_extra
 
 app = typer.Typer(
     name="molmo-edge",
@@ -44,8 +45,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it opens in half the time
 )
+_EXTRAS = {ablate: "eval", eval: "eval", export: "export", loss: "eval", quantize: "eval"}  # made for the command
 for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
-    app.command()(getattr(_command, _command.__name__.rpartition(".")[2]))
+    _name = _command.__name__.rpartition(".")[2]
+    app.command()(with_extra(getattr(_command, _name), _name, _EXTRAS.get(_command)))
 app.add_typer(train.app, name="train")
 
 _tracebacks = False

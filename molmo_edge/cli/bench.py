@@ -14,6 +14,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,9 @@ def bench(
                 runtime = _torch_runtime(directory, checkpoint, device, precision, threads)
                 measure(runtime.engine, runtime, time.perf_counter() - started)
         except ImportError:
-            note("PyTorch is not installed, so there is nothing to compare with: pip install 'molmo-edge[torch]'")
+            if checkpoint is not None:
+                raise
+            note(f"PyTorch is not installed, so there is nothing to compare with: {pip_command('torch')}")
         except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
             if checkpoint is not None:
                 raise

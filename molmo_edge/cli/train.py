@@ -15,6 +15,7 @@ from molmo_edge.cli import train_data, train_points
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note
 from molmo_edge.config import PRESETS
+from molmo_edge.extras import with_extra
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
@@ -35,7 +36,7 @@ class Kernel(str, Enum):
 
 app = typer.Typer(help="Train a Molmo: on one card, or on many through torchrun.", no_args_is_help=True)
 for _command in (train_data.start, train_data.draw, train_data.fetch):
-    app.command()(_command)
+    app.command()(with_extra(_command, f"train {_command.__name__}", "train"))
 
 
 def _stage(stage: str, summary: str) -> Callable[..., None]:
@@ -145,10 +146,10 @@ def _stage(stage: str, summary: str) -> Callable[..., None]:
         _run(start, recipe, open_data, out, device)
 
     command.__doc__ = summary
-    return command
+    return with_extra(command, f"train {stage}", "train")
 
 
-app.command()(train_points.points)
+app.command()(with_extra(train_points.points, "train points", "train"))
 app.command("caption")(
     _stage(
         "caption", "Stage 1: captions, all parts, from a language model and a ViT (train start makes the checkpoint)."

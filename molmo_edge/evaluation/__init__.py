@@ -1,6 +1,7 @@
 """Tasks and metrics: how good an answer is, and what a smaller model lost."""
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 
 
 class EvaluationError(MolmoEdgeError):
@@ -12,4 +13,4 @@ def need_onnx(what: str) -> None:
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError as error:
-        raise EvaluationError(f"{what} needs {error.name}: pip install 'molmo-edge[eval]'") from None
+        raise EvaluationError(f"{what} needs {error.name}: {pip_command('eval')}") from None

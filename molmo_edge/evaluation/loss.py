@@ -23,6 +23,7 @@ from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
+from molmo_edge.extras import pip_command
 from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import PartedRuntime, open_runtime
 
@@ -231,7 +232,7 @@ def _check_bf16(directory: Path) -> None:
         import onnx  # noqa: F401
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise LossError(f"noise in bf16 needs {error.name}: pip install 'molmo-edge[torch,export]'") from None
+        raise LossError(f"noise in bf16 needs {error.name}: {pip_command('torch,export')}") from None
     if is_bundle(directory) and open_bundle(directory).components["decoder"].engine == "gguf":
         raise LossError(f"{directory} has a GGUF, which PyTorch does not read: choose another noise than bf16")
 

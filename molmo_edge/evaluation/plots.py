@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss
@@ -69,7 +70,7 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise PlotError(f"a report's plots need {error.name}: pip install 'molmo-edge[eval]'") from None
+        raise PlotError(f"a report's plots need {error.name}: {pip_command('eval')}") from None
 
 
 def _axes() -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from molmo_edge.bundle import Bundle, is_bundle, open_bundle
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.errors import first_line
+from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import is_checkpoint
 from molmo_edge.runtimes import EngineError, Unavailable, check_capacity, open_runtime
 
@@ -150,8 +151,7 @@ def _with_probabilities(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]
         import onnx
     except ImportError:
         raise Unavailable(
-            "the routers of an ONNX decoder are read with onnx, which is not installed: "
-            "pip install 'molmo-edge[export]'"
+            f"the routers of an ONNX decoder are read with onnx, which is not installed: {pip_command('export')}"
         ) from None
     model = onnx.load(path, load_external_data=False)
     readers = defaultdict(list)

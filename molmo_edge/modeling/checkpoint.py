@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
@@ -173,9 +174,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise CheckpointError(
-            f"{path} is a pickle, which only PyTorch reads: pip install 'molmo-edge[torch]'"
-        ) from None
+        raise CheckpointError(f"{path} is a pickle, which only PyTorch reads: {pip_command('torch')}") from None
     if path.name == PICKLE:
         return read_pickle(path)
     from molmo_edge.modeling.reference import hub_entries

@@ -97,7 +97,7 @@ class Optimizer:
         if self._eight:
             from molmo_edge.quantize.bitsandbytes import import_bitsandbytes
 
-            adamw = import_bitsandbytes("8-bit optimiser states").optim.AdamW8bit
+            adamw = import_bitsandbytes("8-bit optimizer states", "states in fp32").optim.AdamW8bit
             self._inner = adamw(groups, lr=0.0, min_8bit_size=_EIGHT_BIT, **options)
         else:
             fused = next(iter(self.parameters.values())).is_cuda

@@ -1,0 +1,143 @@
+"""A missing optional package is one line that names the extra with it; the extras are those of pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+OPTIONAL = (
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "llama_cpp",
+    "matplotlib",
+    "onnx",
+    "optimum",
+    "resvg_py",
+    "tensorboard",
+    "torch",
+)
+BLOCKED = """
+import sys
+for package in {packages!r}:
+    sys.modules[package] = None  # as if it were not installed
+from molmo_edge.cli import main
+main()
+"""
+PHOTO = GOLDEN / "coffee.png"
+MODEL = ("--model", GOLDEN / "qwen")
+TRAINING = ("--from", GOLDEN / "qwen", "--out", "run", "--device", "cpu", "--steps", 1)
+
+
+def run(folder: Path, blocked: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(packages=blocked), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        input="",
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """points/ with one annotated photo, and an empty data/."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "data").mkdir()
+    (folder / "points").mkdir()
+    (folder / "points" / "coffee.png").write_bytes(PHOTO.read_bytes())
+    (folder / "points" / "points.csv").write_text("image,label,x,y\ncoffee.png,cup,10,10\ncoffee.png,cup,20,30\n")
+    return folder
+
+
+COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
+    # what is missing, the extra, the command
+    ("torch", "train", ("train", "points", "points", *TRAINING)),
+    ("torch", "train", ("train", "caption", "--data", "data", *TRAINING)),
+    ("torch", "train", ("train", "multitask", "--data", "data", *TRAINING)),
+    ("torch", "train", ("train", "start", "--decoder", GOLDEN, "--tower", GOLDEN, "--out", "started")),
+    ("datasets", "eval", ("train", "fetch", "pixmo_cap", "--data", "data")),
+    ("bitsandbytes", "quantize", ("train", "points", "points", *TRAINING, "--base", "nf4")),
+    ("onnx", "export", ("export", GOLDEN / "qwen", "--out", "bundle")),
+    ("onnx", "export", ("export", "nano", "--engine", "torch", "--out", "checkpoint")),
+    ("gguf", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
+    ("llama_cpp", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
+    ("torch", "torch", ("export", GOLDEN / "molmoe", "--engine", "torch", "--out", "checkpoint")),
+    ("torch", "torch", ("export", GOLDEN / "qwen", "--precision", "q4", "--calibrate", "points", "--out", "bundle")),
+    ("onnx", "eval", ("loss", "nano", "nano")),
+    ("matplotlib", "eval", ("loss", "nano", "nano", "--report", "report")),
+    ("torch", "torch,export", ("loss", "nano", "nano", "--noise", "bf16", "--limit", 1)),
+    ("onnx", "eval", ("ablate", "nano")),
+    ("onnx", "eval", ("quantize", "nano", "--out", "small", "--max-mb", 5)),
+    ("datasets", "eval", ("eval", "--tasks", "chart_qa", "--data", "data", "--out", "answers")),
+    ("torch", "torch", ("eval", GOLDEN / "qwen", "--limit", 1, "--out", "answers")),
+    ("torch", "torch", ("ask", PHOTO, "What?", *MODEL)),
+    ("torch", "torch", ("point", PHOTO, "cup", *MODEL)),
+    ("torch", "torch", ("count", PHOTO, "cups", *MODEL)),
+    ("torch", "torch", ("caption", PHOTO, *MODEL)),
+    ("torch", "torch", ("chat", PHOTO, *MODEL)),
+    ("torch", "torch", ("bench", PHOTO, *MODEL)),
+    ("torch", "torch", ("bench", PHOTO, "--checkpoint", GOLDEN / "qwen", "--repeat", 1, "--max-new-tokens", 2)),
+]
+
+
+def title(value: object) -> str:
+    return "-".join(str(part) for part in value if "/" not in str(part)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(("missing", "extra", "command"), COMMANDS, ids=title)
+def test_a_missing_package_is_one_line_that_names_its_extra(
+    folder: Path, missing: str, extra: str, command: tuple[object, ...]
+) -> None:
+    done = run(folder, (missing,), *command)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("molmo-edge: ")]
+    assert f'pip install "molmo-edge[{extra}]"' in line
+    assert "Traceback" not in done.stderr and done.stderr.endswith(f"{line}\n")
+
+
+@pytest.mark.parametrize("command", [("ask", PHOTO, "What?", "--max-new-tokens", 2), ("doctor",), ("verify",)])
+def test_the_core_needs_no_extra(folder: Path, command: tuple[object, ...]) -> None:
+    assert run(folder, OPTIONAL, *command).returncode == 0
+
+
+def test_help_needs_no_extra(folder: Path) -> None:
+    for command in (("train", "points"), ("train", "caption"), ("export",), ("loss",)):
+        assert run(folder, OPTIONAL, *command, "--help").returncode == 0
+
+
+def test_a_missing_module_of_no_extra_is_a_bug() -> None:
+    from molmo_edge.extras import with_extra
+
+    def broken() -> None:
+        raise ModuleNotFoundError("No module named 'molmo_edge.nonsense'", name="molmo_edge.nonsense")
+
+    with pytest.raises(ModuleNotFoundError):
+        with_extra(broken, "ask")()
+
+
+def test_each_package_is_in_the_extras_that_errors_name() -> None:
+    from molmo_edge.extras import EXTRAS_OF, extras
+
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        f'{line}; extra == "{extra}"' for extra, lines in project["optional-dependencies"].items() for line in lines
+    ]
+    known = extras(lines)
+    assert set(known) == set(project["optional-dependencies"])
+    distributions = {"llama_cpp": "llama-cpp-python", "resvg_py": "resvg-py", "optimum": "optimum-onnx"}
+    assert set(EXTRAS_OF) == set(OPTIONAL)
+    for module, named in EXTRAS_OF.items():
+        for extra in named:
+            assert distributions.get(module, module) in {requirement.name for requirement in known[extra]}
+    assert {str(requirement) for requirement in known["quantize"]} == {"onnx>=1.16", "torch>=2.7", "bitsandbytes>=0.46"}
+    assert {requirement.name for requirement in known["dev"]} >= {"ruff", "pytest", "torch"}  # by way of `test`
