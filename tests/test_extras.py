@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -141,3 +143,46 @@ def test_each_package_is_in_the_extras_that_errors_name() -> None:
             assert distributions.get(module, module) in {requirement.name for requirement in known[extra]}
     assert {str(requirement) for requirement in known["quantize"]} == {"onnx>=1.16", "torch>=2.7", "bitsandbytes>=0.46"}
     assert {requirement.name for requirement in known["dev"]} >= {"ruff", "pytest", "torch"}  # by way of `test`
+
+
+def test_doctor_lists_every_extra(folder: Path) -> None:
+    declared = importlib.metadata.metadata("molmo-edge").get_all("Provides-Extra")
+    facts = json.loads(run(folder, (), "doctor", "--json").stdout)
+    assert list(facts["extras"]) == list(facts["extra_packages"]) == declared
+    shown = run(folder, (), "doctor").stdout
+    for extra, packages in facts["extra_packages"].items():
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"extra {extra} ")]
+        assert facts["extras"][extra] == (not packages["missing"])
+        if packages["missing"]:
+            assert f'pip install "molmo-edge[{extra}]"' in packages["install"] and packages["install"] in line
+            assert all(missing in line for missing in packages["missing"])
+        else:
+            assert packages["install"] is None and "pip install" not in line
+        assert all(f"{name} {version}" in line for name, version in packages["installed"].items())
+
+
+def test_too_old_is_missing_and_the_extra_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from molmo_edge.cli.doctor import _extra_line, _packages
+    from molmo_edge.extras import extras
+
+    installed = {"torch": "2.6.1+cpu", "onnx": "1.16.0", "optimum-onnx": "0.2.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    found = extras(
+        [
+            "numpy>=1.24",
+            'torch>=2.7; extra == "torch"',
+            "onnx>=1.16; extra == 'export'",
+            'molmo-edge[export,torch]; extra == "more"',
+            'optimum-onnx[onnxruntime]<0.2,>=0.1; python_version >= "3.10" and extra == "more"',
+        ]
+    )
+    assert _packages("export", found["export"]) == {"installed": {"onnx": "1.16.0"}, "missing": [], "install": None}
+    assert _packages("more", found["more"])["missing"] == ["torch>=2.7", "optimum-onnx>=0.1,<0.2"]
+    assert "torch>=2.7 (2.6.1+cpu is installed)" in _extra_line("more", found["more"])
+    assert _extra_line("export", found["export"]) == "onnx 1.16.0"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -12,18 +14,10 @@ import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.extras import Requirement, extras, pip_command
 from molmo_edge.memory import meminfo
 from molmo_edge.privacy import reports
 
-# What each extra of pyproject.toml is for, by the distribution that tells whether it is installed.
-_EXTRAS = {
-    "torch": ("torch",),
-    "export": ("onnx",),
-    "gguf": ("gguf", "llama-cpp-python"),
-    "quantize": ("torch", "onnx", "bitsandbytes"),
-    "optimum": ("torch", "onnx", "optimum-onnx"),
-    "train": ("torch", "onnx", "gguf", "resvg-py"),
-}
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
 
 
@@ -32,6 +26,7 @@ def doctor(*, json: options.Json = False) -> None:
     from molmo_edge.runtimes.llama_library import jetson
 
     problems: list[str] = []
+    found = extras()
     facts: dict[str, object] = {
         "molmo_edge": molmo_edge.__version__,
         "python": platform.python_version(),
@@ -42,7 +37,8 @@ def doctor(*, json: options.Json = False) -> None:
         "versions": {name: _version(name) for name in _CORE},
         "onnxruntime_providers": _providers(problems),
         "llama_cpp_devices": _llama(problems),
-        "extras": {extra: all(_version(part) for part in parts) for extra, parts in _EXTRAS.items()},
+        "extras": {extra: all(r.satisfied for r in parts) for extra, parts in found.items()},
+        "extra_packages": {extra: _packages(extra, parts) for extra, parts in found.items()},
         "model": _model(problems),
         "cache": _cache(problems),
         "usage_reports": reports(),
@@ -52,12 +48,41 @@ def doctor(*, json: options.Json = False) -> None:
         print_json(facts)
     else:
         for name, value in facts.items():
-            if name != "problems" and value is not None:
+            if name == "extra_packages":
+                for extra, parts in found.items():
+                    print(f"{f'extra {extra}':22} {_extra_line(extra, parts)}")
+            elif name not in ("extras", "problems") and value is not None:
                 print(f"{name.replace('_', ' '):22} {_line(value)}")
     for problem in problems:
         note(f"problem: {problem}")
     if problems:
         raise typer.Exit(1)
+
+
+def _packages(extra: str, parts: Sequence[Requirement]) -> dict[str, Any]:
+    """What an extra brings: installed versions, what is missing or too old, and the command that installs it."""
+    missing = [str(r) for r in parts if not r.satisfied]
+    return {
+        "installed": {r.name: version for r in parts if (version := r.installed) is not None},
+        "missing": missing,
+        "install": _install(extra) if missing else None,
+    }
+
+
+def _install(extra: str) -> str:
+    from molmo_edge.runtimes.llama_library import install_command
+
+    return install_command() if extra == "gguf" else pip_command(extra)  # llama.cpp is compiled for the machine
+
+
+def _extra_line(extra: str, parts: Sequence[Requirement]) -> str:
+    """ "gguf 0.17.1; missing llama-cpp-python>=0.3.36: pip install ..." """
+    here = ", ".join(f"{r.name} {r.installed}" for r in parts if r.satisfied)
+    missing = []
+    for r in parts:
+        if not r.satisfied:
+            missing.append(f"{r} ({version} is installed)" if (version := r.installed) else str(r))
+    return "; ".join(filter(None, [here, f"missing {', '.join(missing)}: {_install(extra)}" if missing else ""]))
 
 
 def _line(value: object) -> str:
