@@ -69,7 +69,7 @@ class Quantizer:
 
     def __init__(self, kind: str, device: str | torch.device) -> None:
         self._kind, self._device = kind, torch.device(device)
-        self._bnb = import_bitsandbytes("int8 and nf4", 'precision="bf16"')
+        self._bnb = import_bitsandbytes("int8 and nf4")
         if self._device.type not in ("cpu", "cuda"):
             raise PrecisionError(f'precision "{kind}" runs on CPU and CUDA, not on {self._device.type}: use "bf16"')
 
@@ -115,7 +115,7 @@ class Quantizer:
         return QuantizedLinear(layer, torch.float16)
 
 
-def import_bitsandbytes(wanted: str, instead: str) -> Any:
+def import_bitsandbytes(wanted: str, instead: str = 'precision="bf16"') -> Any:
     """The package, without its log and its download.
 
     Raises PrecisionError that says what is `wanted`, and what to use `instead`.
