@@ -109,12 +109,12 @@ def _print_matrices(strange: Sequence[Matrix]) -> None:
         print(f"           and {len(strange) - _SHOWN} more that differ", flush=True)
 
 
-_HEADS = ("KL a token", "same token %", "same answer %", "drift %")
+_HEADS = ("same points %", "drift %", "same answer %", "same token %", "KL a token")
 
 
 def _figures(part: Ablated) -> list[str]:
     cells = []
-    for name, scale in (("kl_mean", 1), ("same_top", 100), ("same_answer", 100), ("drift", 1)):
+    for name, scale in (("same_points", 100), ("drift", 1), ("same_answer", 100), ("same_top", 100), ("kl_mean", 1)):
         f = part.figures.get(name)
 
         def write(value: float, scale: int = scale) -> str:

@@ -96,23 +96,34 @@ def _print(found: Loss) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from molmo_edge.evaluation.summary import columns, summary
+
     console = Console()
     console.print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
-        f"{found.images} images, {found.questions} questions, {found.tokens} tokens of its own answers",
+        f"{found.images} images, {found.questions} questions",
         highlight=False,
         markup=False,
     )
-    columns = [*([found.noise] if found.noise else []), *found.candidates]
-    heads = [_head(measured, found) for measured in columns]
-    for title, rows in (("against the reference", figure_rows(columns)), ("scores, %", score_rows(columns))):
-        table = Table(padding=(0, 1))
-        for i, head in enumerate([title, "n", *(["reference"] if title.startswith("scores") else []), *heads]):
-            table.add_column(escape(head), justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-    console.print("Brackets: 95 % intervals. Scores: the candidate's and its change.", highlight=False)
+    shown = columns(found)
+    heads = [_head(measured, found) for measured in shown]
+    tables: list[tuple[list[str], list[list[str]]]] = [
+        (["", *heads], [[line.question, *line.cells] for line in summary(found)]),
+        (["scores, %", "n", "reference", *heads], score_rows(shown)),
+        (["all figures", "n", *heads], figure_rows(shown)),
+    ]
+    for i, (titles, rows) in enumerate(tables):
+        if rows:
+            table = Table(padding=(0, 1), show_lines=i == 0)
+            for j, title in enumerate(titles):
+                table.add_column(escape(title), justify="right" if i and j else "left")
+            for row in rows:
+                table.add_row(*map(escape, row))
+            console.print(table)
+    console.print(
+        "Brackets: 95 % intervals. Scores: the candidate's and its change. Noise: the reference against itself.",
+        highlight=False,
+    )
 
 
 def _head(measured: Measured, found: Loss) -> str:

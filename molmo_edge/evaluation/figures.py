@@ -29,23 +29,24 @@ def _small(value: float) -> str:
     return "0" if value == 0 else f"{value:.2g}"
 
 
+# In the order in which a report has them: what a user sees, then tokens, then what causes it.
 KINDS = {
-    "vision": Kind("vision features, 1-cosine", _small, 0.0),
-    "vision_worst": Kind("worst patch, 1-cosine", _small, 0.0),
-    "image": Kind("image features, 1-cosine", _small, 0.0),
-    "image_worst": Kind("worst cell, 1-cosine", _small, 0.0),
-    "kl_mean": Kind("KL a token, mean", _small, 0.0),
-    "kl_median": Kind("KL, median", _small, 0.0),
-    "kl_p99": Kind("KL, 99th percentile", _small, 0.0),
-    "same_top": Kind("same likeliest token", _percent, 1.0),
-    "perplexity_ratio": Kind("perplexity ratio", lambda value: f"{value:.4f}", 1.0),
-    "router": Kind("experts chosen alike", _percent, 1.0),
-    "same_answer": Kind("answers word for word", _percent, 1.0),
-    "first_divergence": Kind("token where others part", lambda value: f"{value:.1f}", math.nan),
     "same_points": Kind("answers with same points", _percent, 1.0),
     "drift": Kind("drift, % of diagonal", lambda value: f"{value:.2f}", 0.0),
     "drift_p95": Kind("drift, 95th percentile", lambda value: f"{value:.2f}", 0.0),
     "unmatched": Kind("unmatched points an answer", lambda value: f"{value:.2f}", 0.0),
+    "same_answer": Kind("answers word for word", _percent, 1.0),
+    "first_divergence": Kind("token where others part", lambda value: f"{value:.1f}", math.nan),
+    "same_top": Kind("same likeliest token", _percent, 1.0),
+    "kl_mean": Kind("KL a token, mean", _small, 0.0),
+    "kl_median": Kind("KL, median", _small, 0.0),
+    "kl_p99": Kind("KL, 99th percentile", _small, 0.0),
+    "perplexity_ratio": Kind("perplexity ratio", lambda value: f"{value:.4f}", 1.0),
+    "router": Kind("experts chosen alike", _percent, 1.0),
+    "vision": Kind("vision features, 1-cosine", _small, 0.0),
+    "vision_worst": Kind("worst patch, 1-cosine", _small, 0.0),
+    "image": Kind("image features, 1-cosine", _small, 0.0),
+    "image_worst": Kind("worst cell, 1-cosine", _small, 0.0),
 }
 
 

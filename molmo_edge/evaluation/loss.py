@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions
 
 ROUTED = 16  # questions whose experts are compared; the image's positions are most of each
+PARTED = 16  # images whose features the decoder is given exactly, to tell its loss from the vision tower's
 NOISES = ("threads", "bf16", "none")
 
 
@@ -66,6 +67,24 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where a loss comes from, measured on `questions` of all, one an image. Figures are as of `figures`."""
+
+    questions: int
+    whole: dict[str, Figure]
+    # Given the reference's image features, so that what differs is the decoder's doing; None where the candidate's own
+    # image features are the reference's.
+    decoder: dict[str, Figure] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        def plain(figures: dict[str, Figure]) -> dict[str, Any]:
+            return {name: figure.to_dict() for name, figure in figures.items()}
+
+        decoder = None if self.decoder is None else plain(self.decoder)
+        return {"questions": self.questions, "whole": plain(self.whole), "decoder": decoder}
+
+
+@dataclass(frozen=True)
 class Measured:
     """A candidate, or the noise."""
 
@@ -74,11 +93,13 @@ class Measured:
     comparison: Comparison
     figures: dict[str, Figure]
     scores: dict[str, dict[str, ScoreFigure]]
+    parts: Parts | None = None  # of a candidate
 
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.facts.to_dict(),
             "engine": self.engine,
+            **({} if self.parts is None else {"parts": self.parts.to_dict()}),
             "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
             "scores": {
                 group: {
@@ -166,7 +187,7 @@ def measure_loss(
             on_answer = on_model(f"noise ({noise})", len(trace.answers))
             loss = replace(loss, noise=_noise(noise, reference, trace, routed, max_crops, on_answer))
         for candidate in candidates:
-            on_answer = on_model(candidate.facts.name, len(trace.answers))
+            on_answer = on_model(candidate.facts.name, len(trace.answers) + len(_parted(trace).answers))
             measured = _measure(candidate, trace, routed, max_crops, on_answer)
             loss = replace(loss, candidates=(*loss.candidates, measured))
             on_measured(loss)
@@ -184,9 +205,27 @@ def _measure(
 ) -> Measured:
     with model.opened(max_crops, moved=moved) as subject:
         comparison, engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
+        parts = None if moved else _parts(trace, subject, comparison, on_answer)
         rows = routed.rows(subject)
     kept = routed.kept(model, rows)
-    return Measured(model.facts, engine, comparison, figures(comparison, kept), scores(comparison.answers))
+    return Measured(model.facts, engine, comparison, figures(comparison, kept), scores(comparison.answers), parts)
+
+
+def _parted(trace: Trace) -> Trace:
+    """A question of each of some images, evenly from all: one that asks for points where there is one."""
+    groups = evenly(list(trace.by_image()), PARTED)
+    chosen = (next((a for a in group if a.question.kind == "point"), group[0]) for group in groups)
+    return replace(trace, answers=tuple(chosen))
+
+
+def _parts(trace: Trace, subject: Subject, comparison: Comparison, on_answer: Callable[[], None]) -> Parts:
+    some = _parted(trace)
+    asked = {id(answered.question) for answered in some.answers}
+    whole = Comparison(answers=[a for a in comparison.answers if id(a.question) in asked])
+    alone = None
+    if any(image.cells is None or image.cells.worst > 0 for image in comparison.images):
+        alone = figures(compare(some, subject, see=False, on_answer=on_answer))
+    return Parts(len(some.answers), figures(whole), alone)
 
 
 def check_comparable(reference: Path, candidate: Path) -> None:

@@ -19,6 +19,7 @@ from molmo_edge.evaluation.figures import KINDS, ScoreFigure
 from molmo_edge.evaluation.loss import Loss, Measured
 from molmo_edge.evaluation.plots import check_plots, drifts, size_and_loss
 from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.summary import columns, summary
 from molmo_edge.images import load_image
 from molmo_edge.points import Point, parse_points
 from molmo_edge.readable import readable
@@ -65,53 +66,62 @@ def _write(path: Path, text: str) -> None:
 
 
 def page(loss: Loss) -> str:
-    columns = [*([loss.noise] if loss.noise else []), *loss.candidates]
+    """What a user asks comes first (molmo_edge.evaluation.summary); tokens and features come last."""
+    shown = columns(loss)
     r = loss.reference
     body = [
         f"<h1>What {_e(', '.join(m.facts.name for m in loss.candidates))} lost</h1>",
         f"<p>Against <b>{_e(r.name)}</b> ({_e(loss.engine)}, {_e(r.precision)}, {r.bytes / 1e6:.1f} MB), on "
-        f"{_e(', '.join(loss.suites) or 'questions of your own')}: {loss.images} images, {loss.questions} questions, "
-        f"{loss.tokens} tokens of the reference's own answers.</p>",
-        "<p class=note>Brackets hold 95 % intervals: a bootstrap over images, Wilson's for shares; [?] where one image "
-        "tells none. Noise is what the reference differs from itself by, with one thread and pixels moved by a "
-        "millionth, or in bf16; rounded models have more of it.</p>",
-        _verdict(loss),
-        "<h2>Figures</h2>",
-        _figures(columns),
-        "<h2>Scores</h2>",
-        _scores(columns),
-        "<h2>Size and loss</h2>",
-        size_and_loss(loss),
-        "<h2>Points that moved</h2>",
-        drifts(loss),
+        f"{_e(', '.join(loss.suites) or 'questions of your own')}: {loss.images} images, {loss.questions} "
+        "questions.</p>",
+        _summary(loss, shown),
+        f"<p class=note>{_e(_NOTE)}{_e(_NOISE[loss.noise_kind])}</p>",
     ]
     for measured in loss.candidates:
         body += [f"<h2>Where {_e(measured.facts.name)} points elsewhere</h2>", *_examples(measured)]
+    if any(distance > 0 for m in shown for a in m.comparison.answers for distance in a.drift):
+        body += ["<h2>Points that moved</h2>", drifts(loss)]
+    if shown[-1].scores:
+        body += ["<h2>Scores</h2>", _scores(shown)]
+    if len(loss.candidates) > 1:  # one candidate would be one dot
+        body += ["<h2>Size and loss</h2>", size_and_loss(loss)]
+    body += [
+        "<h2>All figures</h2>",
+        f"<p class=note>Tokens are the {loss.tokens} of the reference's own answers. KL is how far the candidate's "
+        "distribution lies from the reference's at each of them, in nats; 1-cosine how far features do.</p>",
+        _figures(shown),
+    ]
     return f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>molmo-edge loss</title>{_STYLE}{''.join(body)}"
 
 
-def _verdict(loss: Loss) -> str:
-    lines = []
-    for m in loss.candidates:
-        kl, same, answers = (m.figures[name].value for name in ("kl_mean", "same_top", "same_answer"))
-        lines.append(
-            f"<li><b>{_e(m.facts.name)}</b>: {100 * same:.1f} % of tokens and {100 * answers:.0f} % of answers are "
-            f"the reference's, KL {kl:.2g} nats a token, {m.facts.bytes / max(1, loss.reference.bytes):.2f} of its "
-            "size</li>"
-        )
-    return f"<ul>{''.join(lines)}</ul>"
+_NOTE = (
+    "Drift is the distance between a point of the candidate and the reference's point for the same thing. Brackets "
+    "hold 95 % intervals: a bootstrap over images, Wilson's for shares; [?] where one image tells none."
+)
+_NOISE = {
+    "threads": " Noise is what the reference differs from itself by, with one thread and pixels moved by a millionth: "
+    "rounded models have more of it, and what is not well above it is no loss.",
+    "bf16": " Noise is what the reference differs from itself by in bf16: what is not well above it is no loss.",
+    "none": "",
+}
 
 
-def _figures(columns: Sequence[Measured]) -> str:
+def _summary(loss: Loss, shown: Sequence[Measured]) -> str:
+    rows = [f"<tr><th>{_e(line.question)}{''.join(f'<td>{_e(cell)}' for cell in line.cells)}" for line in summary(loss)]
+    heads = "".join(f"<th>{_e(m.facts.name)}" for m in shown)
+    return f"<table class=summary><thead><tr><th>{heads}<tbody>{''.join(rows)}</table>"
+
+
+def _figures(shown: Sequence[Measured]) -> str:
     rows = []
     for name, kind in KINDS.items():
-        given = [m.figures.get(name) for m in columns]
+        given = [m.figures.get(name) for m in shown]
         counts = {f.n for f in given if f}
         if counts:
             cells = [_cell(f, kind.write, own_n=len(counts) > 1) for f in given]
             n = str(counts.pop()) if len(counts) == 1 else ""
             rows.append(f"<tr><th>{_e(kind.title)}<td>{n}{''.join(cells)}")
-    heads = "".join(f"<th>{_e(m.facts.name)}<br><small>{_e(m.engine)}</small>" for m in columns)
+    heads = "".join(f"<th>{_e(m.facts.name)}<br><small>{_e(m.engine)}</small>" for m in shown)
     return f"<table><thead><tr><th><th>n{heads}<tbody>{''.join(rows)}</table>"
 
 
@@ -128,14 +138,14 @@ def _interval(f: Figure, write: Callable[[float], str]) -> str:
     return "[?]" if math.isnan(f.low) else _e(f"[{write(f.low)}, {write(f.high)}]")
 
 
-def _scores(columns: Sequence[Measured]) -> str:
+def _scores(shown: Sequence[Measured]) -> str:
     rows = []
-    for group, by_name in columns[0].scores.items():
+    for group, by_name in shown[0].scores.items():
         for name, first in by_name.items():
-            cells = [_change(m.scores[group][name]) for m in columns]
+            cells = [_change(m.scores[group][name]) for m in shown]
             reference = f"{100 * first.reference.value:.1f}"
             rows.append(f"<tr><th>{_e(group)} {_e(name)}<td>{first.reference.n}<td>{reference}{''.join(cells)}")
-    heads = "".join(f"<th>{_e(m.facts.name)}" for m in columns)
+    heads = "".join(f"<th>{_e(m.facts.name)}" for m in shown)
     return f"<table><thead><tr><th>percent<th>n<th>reference{heads}<tbody>{''.join(rows)}</table>"
 
 
@@ -206,6 +216,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid #e4e7eb; vertical-align: top }
 tbody th { text-align: left; font-weight: 500 } small { color: #5c6670 } .note { color: #5c6670; max-width: 46rem }
 td.worse { background: #fde8ef } td.better { background: #e3f4ec }
+.summary { font-size: 15px } .summary td { text-align: left; max-width: 19rem }
+.summary thead th { text-align: left } .summary tbody th { min-width: 11rem }
 svg { max-width: 100%; height: auto }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem }
 figure { margin: 0 } figure img { max-width: 100%; border-radius: 4px } figcaption { font-size: 13px }
