@@ -6,9 +6,6 @@ line says why), 2 (wrong use), 130 (interrupted).
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import signal
 import sys
 import threading
@@ -34,6 +31,7 @@ from molmo_edge.cli import (
     train,
     verify,
 )
+from molmo_edge.cli.streams import complain, flush_streams, open_streams
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.extras import with_extra
 
@@ -73,19 +71,10 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `arguments` are those of the process unless given."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that cannot be shown, or read, is no reason to fail
+    open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
-    status = _run(arguments)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # `molmo-edge ask ... | head`: closed here, or Python flushes again and complains
-        status = 1
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    sys.exit(flush_streams(_run(arguments)))
 
 
 def _end(number: int, frame: object) -> None:
@@ -101,7 +90,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (MolmoEdgeError, MemoryError, OSError) as error:
         if _tracebacks:
             raise
-        print(f"molmo-edge: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        complain(" ".join(_sentence(error).split()))
         return 1
     return 0
 
@@ -110,5 +99,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "out of memory: try --max-crops 4, or a smaller image or model"
     if isinstance(error, OSError) and error.strerror:  # a full disk, a directory that may not be written to
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        name = str(error.filename or "")
+        name = name if len(name) <= 200 else f"{name[:120]}... ({len(name)} characters)"
+        return f"{error.strerror}: {name}" if name else error.strerror
     return str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_edge.cli.output import progress
+from molmo_edge.cli.output import is_file, progress
 
 if TYPE_CHECKING:
     from molmo_edge.molmo import Molmo
@@ -39,7 +39,7 @@ def open_molmo(
         from molmo_edge.loading import load_image
         from molmo_edge.molmo import Molmo
 
-        photo = image if image.is_file() else load_image(image)  # what is no file is found out before a model opens
+        photo = image if is_file(image) else load_image(image)  # what is no file is found out before a model opens
     # In front of the spinner: the download has progress bars of its own.
     directory = find_model(model, revision=revision, quiet=quiet)
     with progress("opening the model", quiet=quiet):

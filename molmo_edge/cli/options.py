@@ -36,9 +36,12 @@ def _known_llama(text: str | None) -> str | None:
     return text
 
 
-Image = Annotated[Path, typer.Argument(help="The photo: any file that Pillow reads.", show_default=False)]
-Question = Annotated[str, typer.Argument(help='"Where is the dog?"', show_default=False)]
-Label = Annotated[str, typer.Argument(help='What to look for: "the dog", "cups".', show_default=False)]
+_IMAGE = 'The photo: any file that Pillow reads. After "--" its name may begin with a dash.'
+_QUESTION = '"Where is the dog?" After "--" it may begin with a dash: photo.jpg -- "-5 or 5 degrees?"'
+_LABEL = 'What to look for: "the dog", "cups". After "--" it may begin with a dash: photo.jpg -- "-5 sign"'
+Image = Annotated[Path, typer.Argument(help=_IMAGE, show_default=False)]
+Question = Annotated[str, typer.Argument(help=_QUESTION, show_default=False)]
+Label = Annotated[str, typer.Argument(help=_LABEL, show_default=False)]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),

@@ -28,7 +28,8 @@ class OutputError(MolmoEdgeError):
 def note(text: str, *, quiet: bool = False) -> None:
     """One line on stderr."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a pipe that nobody reads is no reason to lose the answer
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -81,6 +82,14 @@ def note_usage(answer: Answer, *, quiet: bool) -> None:
     )
 
 
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, for anything that came from a command line: a name too long for a file is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def check_save(path: Path | None, image: Path) -> None:
     """Raise OutputError, before any work, for a file that could not be written at the end."""
     if path is None:
@@ -93,7 +102,7 @@ def check_save(path: Path | None, image: Path) -> None:
         raise OutputError(f"--save {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"--save {path}: the directory {path.parent} cannot be written to")
-    if path.exists() and image.exists() and path.samefile(image):
+    if is_file(path) and is_file(image) and path.samefile(image):
         raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
 
 
