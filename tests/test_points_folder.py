@@ -281,7 +281,7 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("points.csv", "image,label,x,y\na.png,cup,100.5,3\n", r"line 2 of .* of a\.png, 100 x 50 .* at 100\.5 and 6 "),
+        ("points.csv", "image,label,x,y\na.png,cup,100.5,3\n", r"line 2 .* of a\.png, 100 x 50 .* 100\.5 and 3 pixels"),
         ("points.csv", "image,label,x,y\nturned.jpg,cup,60,3\n", r"outside of turned\.jpg, 40 x 80 pixels"),
         ("points.csv", "image,label,x_percent,y_percent\na.png,cup,5,-1\n", "line 2 of .* at 5 and -1 percent"),
         ("points.csv", "image,label,x,y\na.png,cup,1,1\na.png,cup,one,1\n", "line 3 of .*: x is 'one', not a number"),
@@ -343,7 +343,7 @@ def test_a_picture_that_was_turned_after_it_was_annotated(folder: Path) -> None:
 
 def test_errors_in_labelme(folder: Path) -> None:
     for shape, match in (
-        ({"label": "cup", "shape_type": "line", "points": [[1, 1], [2, 2]]}, r'shape 1 of .*a\.json is a "line"'),
+        ({"label": "cup", "shape_type": "mask", "points": [[1, 1]]}, r'shape 1 of .*a\.json is a "mask" with 1 points'),
         ({"label": "cup", "shape_type": "point", "points": [[1]]}, r"shape 1 of .*a\.json is not as LabelMe has it"),
         ({"label": "cup", "shape_type": "point", "points": [[1, 51]]}, r"shape 1 of .*a\.json has a point outside"),
         ({"shape_type": "point", "points": [[1, 1]]}, r"shape 1 of .*a\.json is not as LabelMe has it"),

@@ -85,6 +85,7 @@ def points(
         seed=recipe.seed,
         complete=complete or None,
         max_annotations=annotations,
+        note=note,
     )
     directory = options.starting_checkpoint(start, out)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
