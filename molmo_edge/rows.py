@@ -24,6 +24,7 @@ from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.extras import pip_command
+from molmo_edge.file_names import find_file
 
 ROWS = "rows.jsonl"
 _BATCH = 10_000  # rows of a column that is read whole
@@ -114,7 +115,7 @@ class Row:
         if isinstance(value, dict):  # the struct of datasets.Image
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            return self.rows.folder / value if value else None
+            return (find_file(self.rows.folder, value) or self.rows.folder / value) if value else None
         return value
 
 

@@ -8,12 +8,10 @@ Layers come one after the other (molmo_edge.quantize.walk), each with the rounde
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,35 +26,21 @@ from molmo_edge.export import ExportError
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.decoder import SparseFFN
-from molmo_edge.prompt import build_prompt, caption_question, image_ids, text_ids
+from molmo_edge.prompt import image_ids, text_ids
 from molmo_edge.quantize.gptq import gptq
+from molmo_edge.quantize.prompts import PROMPTS, QUESTIONS, Prompt, photos_in, read_prompts
 from molmo_edge.quantize.rounding import Blocks, nearest
 from molmo_edge.quantize.walk import SHARED, Walk
 from molmo_edge.runtimes import Runtime
 from molmo_edge.tokenizer import Tokenizer
 
+__all__ = ["MOST", "PROMPTS", "Calibration", "Prompt", "find_prompts", "sequences"]
+
 _Thing = TypeVar("_Thing")
 
-PROMPTS = "prompts.jsonl"
 MOST = 32  # prompts; each is some hundred positions
-_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# For photos about which nothing is known; the last names the kinds of answer that Molmo was trained to give.
-_QUESTIONS = (
-    caption_question(),
-    "Point to the main object.",
-    "How many people are there?",
-    "What is written in this image?",
-    "Point to everything that a person could pick up.",
-)
 _NARROW = 4096  # inputs; below, GPTQ is many small steps, which one thread takes faster than several
 _NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    image: Path
-    question: str
-    answer: str = ""  # where there is one, its tokens are seen as well
 
 
 def find_prompts(folder: str | Path) -> list[Prompt]:
@@ -71,39 +55,18 @@ def find_prompts(folder: str | Path) -> list[Prompt]:
         raise ExportError(f"{folder} is not a folder of photos to calibrate with")
     listed = folder / PROMPTS
     if listed.is_file():
-        try:
-            lines = enumerate(listed.read_text("utf-8").splitlines(), 1)
-        except UnicodeDecodeError:
-            raise ExportError(f"{listed} is not in UTF-8") from None
-        prompts = _some([_parse(listed, number, line) for number, line in lines if line.strip()])
+        prompts = _some(read_prompts(listed))
     else:
-        photos = _some(sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PHOTOS and path.is_file()))
-        prompts = [Prompt(path, _QUESTIONS[i % len(_QUESTIONS)]) for i, path in enumerate(photos)]
+        prompts = [Prompt(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(_some(photos_in(folder)))]
     if not prompts:
         raise ExportError(f"{folder} holds no photos to calibrate with, and no {PROMPTS}")
     for prompt in prompts:  # now, not after an hour
         load_image(prompt.image)
-        build_prompt(prompt.question)
     return prompts
 
 
 def _some(things: list[_Thing]) -> list[_Thing]:
     return [things[i * len(things) // MOST] for i in range(MOST)] if len(things) > MOST else things
-
-
-def _parse(file: Path, number: int, line: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-        prompt = Prompt(file.parent / entry["image"], entry["question"], entry.get("answer") or "")
-        if not isinstance(prompt.question, str) or not isinstance(prompt.answer, str):
-            raise TypeError("question and answer are texts")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f'{file}, line {number}: expected {{"image": ..., "question": ..., "answer": ...}}: {error}'
-        ) from None
-    if not prompt.image.is_file():
-        raise ExportError(f"{file}, line {number}: there is no {prompt.image}")
-    return prompt
 
 
 def sequences(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[np.ndarray]:

@@ -77,6 +77,38 @@ def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> No
     assert copy["figures"]["kl_mean"]["value"] == 0 < int8["figures"]["kl_mean"]["value"]
 
 
+def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    """No annotations, no scores, all other figures: whether the two models answer alike needs nobody's truth."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "coffee.png").write_bytes((golden / "coffee.png").read_bytes())
+    (photos / "prompts.jsonl").write_text('{"image": "coffee.png", "question": "What is it?"}')
+    suite = f"photos:{photos}"
+    arguments = [
+        "loss",
+        bundle("molmoe"),
+        bundle("molmoe"),
+        bundle("molmoe", "int8"),
+        "--max-crops",
+        0,
+        "--suite",
+        suite,
+    ]
+    report = tmp_path / "report"
+    status, stdout, stderr = cli(*arguments, "--report", report, "--noise", "none", "--quiet")
+    assert (status, stderr) == (0, "")
+    assert "KL a token, mean" in stdout and "answers word for word" in stdout and "scores, %" not in stdout
+    copy, int8 = json.loads((report / "loss.json").read_text())["candidates"]
+    assert copy["scores"] == int8["scores"] == {}
+    assert {"vision", "image", "kl_mean", "same_top", "perplexity_ratio", "router", "same_answer"} <= set(
+        int8["figures"]
+    )
+    assert copy["figures"]["kl_mean"]["value"] == 0 < int8["figures"]["kl_mean"]["value"]
+    assert "<h2>Scores</h2>" not in (report / "report.html").read_text()
+    status, _, stderr = cli("eval", bundle("molmoe"), "--tasks", suite, "--out", tmp_path / "run")
+    assert status == 1 and "nothing that can be scored: photos need an annotations.jsonl" in stderr
+
+
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.pictures import Picture, own_scenes
 from molmo_edge.evaluation.suites import SuiteError, evenly, expand, picture_questions, suite, unique
 from molmo_edge.points import format_count, format_points
-from molmo_edge.training.photos import PhotoError
+from molmo_edge.training.photos import PhotoError, load_photos
 
 TWO_DOGS = [[10, 10, 20, 20], [60, 60, 80, 80]]
 ANNOTATION: dict[str, Any] = {
@@ -116,6 +118,28 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
     [
         ({"objects": [{"label": "cup"}]}, '"label" and its "boxes"'),
         ({"objects": [{"label": "cup", "boxes": [[1, 2, 3]]}]}, "a box is"),
+        ({"objects": [{"label": "cup", "boxes": [[120, 30, 300, 200]]}]}, "line 1 of .* Are these pixels"),
+        ({"objects": [{"label": "cup", "boxes": [[50, 50, 20, 60]]}]}, "line 1 of .* Is it x, y, width, height"),
+        (
+            {"objects": [{"label": "cup", "boxes": [[20, 60, 50, 50]]}]},
+            "line 1 of .* with 0 <= x0 < x1 <= 100 and 0 <= y0",
+        ),
+        ({"objects": [{"label": "cup", "boxes": [[10, 10, 10, 20]]}]}, "line 1 of .* 0 <= x0 < x1 <= 100"),
+        ({"objects": [{"label": "cup", "boxes": [[-1, 10, 10, 20]]}]}, "line 1 of .* 0 <= x0 < x1 <= 100"),
+        ({"objects": [{"label": "cup", "boxes": [[10, 10, 20, float("nan")]]}]}, "line 1 of .* a box is"),
+        ({"objects": [{"label": "cup", "boxes": [[10, 10, 20, float("inf")]]}]}, "line 1 of .* a box is"),
+        (
+            {"objects": [{"label": "cup", "boxes": [[1, 1, 2, 2]], "points": [[1, 101]]}]},
+            r"line 1 of .* the point \[1, 101",
+        ),
+        ({"objects": [{"label": "cup", "boxes": [[1, 1, 2, 2], [1, 1, 2, 2]]}]}, "line 1 of .* twice: leave out one"),
+        ({"objects": [{"label": " ", "boxes": [[1, 1, 2, 2]]}]}, '"label" and its "boxes"'),
+        ({"objects": 5}, "line 1 of .* in percent"),
+        ({"objects": [5]}, "line 1 of .* in percent"),
+        ({"texts": [{"text": "stop", "box": [0, 0, 300, 100]}]}, "line 1 of .* of one of texts is no box"),
+        ({"texts": [5]}, "line 1 of "),
+        ({"fields": 5}, "line 1 of .* is not an annotation"),
+        ({"image": 5}, "line 1 of .* is not an annotation"),
         ({"objects": [{"label": "cup", "boxes": []}, {"label": "cup", "boxes": []}]}, '"cup" stands there twice'),
         ({"fields": {"total": 9.5}}, "numbers in quotes too"),
         ({"clocks": [{"time": "9"}]}, "written as"),
@@ -127,6 +151,65 @@ def test_annotations_that_cannot_be_asked_are_named_first(
 ) -> None:
     write_photos(tmp_path, annotation)
     with pytest.raises(PhotoError, match=message):
+        suite(f"photos:{tmp_path}")
+
+
+def test_the_line_that_is_named_is_the_one_at_fault(tmp_path: Path) -> None:
+    fine = {"objects": [{"label": "cup", "boxes": [[0, 0, 100, 100]]}]}
+    write_photos(tmp_path, fine, fine, {"objects": [{"label": "cup", "boxes": [[0, 0, 40, 101]]}]})
+    with pytest.raises(PhotoError, match=r"line 3 of .*annotations\.jsonl: .*\[0, 0, 40, 101\] of \"cup\""):
+        suite(f"photos:{tmp_path}")
+    for text, message in (("[1]", "line 1 of .* is not an annotation"), ("[" * 100_000, "line 1 of")):
+        (tmp_path / "annotations.jsonl").write_text(text)
+        with pytest.raises(PhotoError, match=message):
+            suite(f"photos:{tmp_path}")
+    (tmp_path / "annotations.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(PhotoError, match="cannot be read as UTF-8"):
+        suite(f"photos:{tmp_path}")
+
+
+def test_photos_are_found_by_names_in_either_unicode_form(tmp_path: Path) -> None:
+    composed, split = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    Image.new("RGB", (40, 30)).save(tmp_path / split)
+    cup = {"label": "cup", "boxes": [[0, 0, 50, 50]]}
+    line = json.dumps({"image": composed, "objects": [cup]}, ensure_ascii=False)
+    (tmp_path / "annotations.jsonl").write_text(f"\n{line}\n\n", encoding="utf-8")
+    assert suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
+    (tmp_path / "annotations.jsonl").unlink()
+    line = json.dumps({"image": composed, "question": "What?"}, ensure_ascii=False)
+    (tmp_path / "prompts.jsonl").write_text(line, encoding="utf-8")
+    assert suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
+
+
+def test_a_turned_photo_is_trained_on_as_it_is_shown(tmp_path: Path) -> None:
+    """Its boxes are those of the picture as annotators, and the model that answers, see it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "annotations.jsonl").write_text(json.dumps({"image": "a.jpg"}))
+    (photo,) = load_photos(tmp_path, "train")
+    assert photo.rgb().shape == (40, 30, 3) == next(iter(suite(f"photos:{tmp_path}"))).image().shape
+
+
+def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "inside/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"macOS's notes about a.png")
+    (tmp_path / "notes.txt").write_text("no photo")
+    found = suite(f"photos:{tmp_path}")
+    assert len(found) == 15 and len({q.id for q in found}) == 15 and len({q.image_id for q in found}) == 3
+    assert {q.text for q in found} >= {"Describe this image.", "Point to the main object."}
+    assert {(q.kind, str(q.score("There are none."))) for q in found} == {("unscored", "{}")}
+    assert all(q.image().shape == (30, 40, 3) for q in found)
+    assert [q.id for q in suite(f"photos:{tmp_path}")] == [q.id for q in found], "the same at every run"
+    assert len(suite(f"photos:{tmp_path}", limit=1)) == 5
+    assert len(suite(f"nano-val:{tmp_path}", limit=3)) > 0
+    rows = [{"image": "a.png", "question": "Why?"}, {"image": "a.png", "question": "Who?", "answer": "Me."}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [(q.text, q.kind) for q in suite(f"photos:{tmp_path}")] == [("Why?", "unscored"), ("Who?", "unscored")]
+    (tmp_path / "prompts.jsonl").write_text('{"image": "gone.png", "question": "Why?"}')
+    with pytest.raises(MolmoEdgeError, match=r"prompts\.jsonl, line 1: there is no .*gone\.png"):
         suite(f"photos:{tmp_path}")
 
 

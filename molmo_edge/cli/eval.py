@@ -58,6 +58,7 @@ def eval(
 ) -> None:
     """Ask a model benchmarks and score its answers."""
     from molmo_edge.evaluation.facts import model_identity
+    from molmo_edge.evaluation.questions import UNSCORED
     from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
     from molmo_edge.evaluation.suites import expand
     from molmo_edge.molmo import Molmo
@@ -77,11 +78,18 @@ def eval(
     settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
     with progress("opening the tasks", quiet=quiet):
         asked = {
-            name: [question for question in open_suite(name, limit, data, quiet=quiet) if question.kind != "caption"]
+            name: [
+                question
+                for question in open_suite(name, limit, data, quiet=quiet)
+                if question.kind not in ("caption", UNSCORED)
+            ]
             for name in names
         }
     if not any(asked.values()):
-        raise EvalError(f"{', '.join(names)} ask nothing that can be scored")
+        raise EvalError(
+            f"{', '.join(names)} ask nothing that can be scored: photos need an annotations.jsonl with what is right "
+            "(docs/quantization.md); molmo-edge loss compares two models without one"
+        )
     _say_published_crops(names, max_crops, quiet=quiet)
     identity = model_identity(directory)
     claim(folder, {"model": identity, "tasks": names, "limit": limit, "version": molmo_edge.__version__, **settings})

@@ -17,7 +17,10 @@ from molmo_edge.cli.output import note, progress
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
 
-_SUITE = "nano-val (the default), photos:DIR, or a benchmark such as pixmo_points; several with commas between."
+_SUITE = (
+    "nano-val (the default), photos:DIR (with annotations or without), or a benchmark such as pixmo_points; several "
+    "with commas between."
+)
 
 
 class Asked:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from molmo_edge.images import load_image
 from molmo_edge.training.assets import Assets, load_assets
-from molmo_edge.training.photos import Photo, PhotoError, load_photos
+from molmo_edge.training.photos import ANNOTATIONS, Photo, PhotoError, load_photos
 from molmo_edge.training.questions import absent_labels
 from molmo_edge.training.scenes import draw_scene
 from molmo_edge.training.sprite_names import COCO_LABELS
@@ -43,6 +43,7 @@ class Picture:
     group: str  # "scenes" or a photo source
     rgb: Callable[[], np.ndarray]  # uint8 [h, w, 3]
     annotation: Mapping[str, Any]  # coordinates are percent
+    asked: tuple[str, ...] = ()  # what is asked about a picture that nothing is known of
 
     @property
     def id(self) -> str:
@@ -70,33 +71,55 @@ class Picture:
 def photo_pictures(root: Path, split: str = "val") -> Iterator[Picture]:
     """Those of `split`, and those that belong to none. Raises PhotoError."""
     for photo in load_photos(root, split):
-        _check(photo)
+        try:
+            _check(photo)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise PhotoError(f"{photo.where} is not an annotation: {error!r}") from None
         yield Picture(photo.annotation.get("source", "photos"), partial(load_image, photo.path), photo.annotation)
 
 
+def plain_pictures(root: Path) -> list[Picture]:
+    """Photos without annotations, as `--calibrate` takes them: those of prompts.jsonl, else all with common questions.
+
+    Raises PhotoError where there are none.
+    """
+    from molmo_edge.quantize.prompts import PROMPTS, QUESTIONS, photos_in, read_prompts
+
+    asked: dict[Path, list[str]] = {}
+    if (root / PROMPTS).is_file():
+        for prompt in read_prompts(root / PROMPTS):
+            asked.setdefault(prompt.image, []).append(prompt.question)
+    else:
+        asked = {path: list(QUESTIONS) for path in photos_in(root)}
+    if not asked:
+        raise PhotoError(
+            f"{root / ANNOTATIONS} is missing, and {root} holds no photos either: is it the folder of photographs?"
+        )
+    return [
+        Picture("photos", partial(load_image, path), {"image": path.relative_to(root).as_posix()}, tuple(questions))
+        for path, questions in asked.items()
+    ]
+
+
 def _check(photo: Photo) -> None:
-    """Raises PhotoError, now rather than after an hour of questions."""
-    annotation, where = photo.annotation, f"the annotation of {photo.path}"
+    """Raises PhotoError, now rather than after an hour of questions. `load_photos` has checked the coordinates."""
+    annotation, where = photo.annotation, photo.where
     if not photo.path.is_file():
-        raise PhotoError(f"there is no {photo.path}, which annotations.jsonl names")
+        raise PhotoError(f"{where}: there is no {photo.path}")
     for item in annotation.get("objects", ()):
-        boxes = item.get("boxes") if isinstance(item, dict) else None
-        if not isinstance(boxes, list) or not isinstance(item.get("label"), str):
+        if not isinstance(item["label"], str) or not item["label"].strip():
             raise PhotoError(f'{where}: each of "objects" needs a "label" and its "boxes"')
-        if not all(isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) for box in boxes):
-            raise PhotoError(f"{where}: a box is [x0, y0, x1, y1], in percent of width and height")
+        boxes = [tuple(box) for box in item["boxes"]]
+        if twice := [box for box in boxes if boxes.count(box) > 1]:
+            raise PhotoError(f'{where}: "{item["label"]}" has the box {list(twice[0])} twice: leave out one of them')
     labels = [item["label"] for item in annotation.get("objects", ())]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise PhotoError(f'{where}: "{twice[0]}" stands there twice, put its boxes together')
+    if twice_said := [label for label in labels if labels.count(label) > 1]:
+        raise PhotoError(f'{where}: "{twice_said[0]}" stands there twice, put its boxes together')
     said = [*(t.get("text") for t in annotation.get("texts", ())), *annotation.get("fields", {}).values()]
     if not all(isinstance(text, str) for text in said):
         raise PhotoError(f"{where}: texts and fields are texts, numbers in quotes too")
     if not all(re.fullmatch(r"\d{1,2}:\d{2}", str(clock.get("time"))) for clock in annotation.get("clocks", ())):
         raise PhotoError(f'{where}: the time of a clock is written as "3:25"')
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def scene_pictures(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Picture]:

@@ -10,6 +10,8 @@ from typing import Any
 Score = Callable[[str], dict[str, float]]
 """The text of an answer -> its scores by name, each 0 to 1; a name that does not apply to it is left out."""
 
+UNSCORED = "unscored"  # the kind of questions whose right answer nobody knows: they are compared, not scored
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -17,7 +19,7 @@ class Question:
 
     id: str  # unique among what is asked together, the same at every run
     group: str  # what its scores are averaged with: "ai2d", "pointing/coco"
-    kind: str  # "point", "count", "absent", "read", "clock", "caption" or "task": what else can be said of its answer
+    kind: str  # "point", "count", "absent", "read", "clock", "caption", "task", UNSCORED: what is said of its answer
     image_id: str  # questions about one image share it, and stand side by side
     image: Callable[[], Any]  # gives what `Molmo.ask` takes; None where `words_alone`
     text: str  # as asked, style tag included

@@ -2,7 +2,8 @@
 
 nano-val            scenes drawn here, from pictures that come along
 nano-val:DIR        these and the validation photos of DIR
-photos:DIR          photos of DIR, in the annotations format of molmo_edge.training.photos
+photos:DIR          photos of DIR, in the annotations format of molmo_edge.training.photos; or plain photos without
+                    annotations, whose answers can be compared (loss) but not scored
 ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.academic; `academic` is all of them
 """
 
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.pictures import RECEIPTS, Picture, own_scenes, photo_pictures
+from molmo_edge.evaluation.pictures import RECEIPTS, Picture, own_scenes, photo_pictures, plain_pictures
 from molmo_edge.evaluation.pointing import Box, is_valid_point_answer, score_points
-from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.evaluation.text_scores import anls, clock_score
 from molmo_edge.points import parse_count, parse_points
 from molmo_edge.prompt import caption_question, count_question, point_question
 from molmo_edge.training.english import plural
+from molmo_edge.training.photos import ANNOTATIONS
 
 _Thing = TypeVar("_Thing")
 
@@ -53,7 +55,7 @@ def suite(
             raise SuiteError("photos:DIR names the folder with the photos and their annotations.jsonl")
         pictures = own_scenes(SCENES) if kind == "nano-val" else []
         if folder:
-            pictures += photo_pictures(Path(folder))
+            pictures += folder_pictures(Path(folder))
         return _some_questions(name, evenly(pictures, limit))
     from molmo_edge.evaluation.academic import TASKS, questions
 
@@ -64,6 +66,11 @@ def suite(
     if not found:
         raise SuiteError(f"{name} has no questions that can be asked")
     return found
+
+
+def folder_pictures(folder: Path) -> list[Picture]:
+    """The annotated photos of a folder; of one without annotations all photos. Raises PhotoError."""
+    return list(photo_pictures(folder)) if (folder / ANNOTATIONS).exists() else plain_pictures(folder)
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -88,7 +95,14 @@ def evenly(things: Sequence[_Thing], limit: int | None) -> list[_Thing]:
 
 
 def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Iterator[Question]:
-    """Points and counts of some labels, one that is absent, a text, a clock, fields of a receipt, and a caption."""
+    """Points and counts of some labels, one that is absent, a text, a clock, fields of a receipt, and a caption.
+
+    Of a picture that nothing is known of, what it is `asked`, without scores.
+    """
+    if picture.asked:
+        for number, text in enumerate(picture.asked):
+            yield _question(picture, UNSCORED, str(number), text, _nothing, None)
+        return
     for label, boxes in picture.labels()[:per_picture]:
         yield _question(picture, "point", label, point_question(label), _point_score(boxes), boxes)
         counted = count_question(plural(label))
@@ -121,7 +135,7 @@ def _question(
         image=picture.rgb,
         text=text,
         score=score,
-        max_new_tokens=_POINTS if kind in ("point", "count") else 64,
+        max_new_tokens=_POINTS if kind in ("point", "count", UNSCORED) else 64,
         truth=truth,
     )
 
@@ -161,7 +175,7 @@ def _clock_score(time: str) -> Callable[[str], dict[str, float]]:
 
 
 def _nothing(text: str) -> dict[str, float]:
-    """Of a caption: it is compared with the reference's own, molmo_edge.evaluation.compare."""
+    """Of a caption, which is compared with the reference's own (molmo_edge.evaluation.compare), and of plain photos."""
     return {}
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.photos import Photo
@@ -217,7 +217,7 @@ def load_photo_backgrounds(photos: Iterable[Photo], max_side: int = 384) -> list
 def _small_rgb(path: Path, max_side: int) -> np.ndarray:
     with Image.open(path) as image:
         image.draft("RGB", (max_side, max_side))
-        rgb = image.convert("RGB")
+        rgb = ImageOps.exif_transpose(image).convert("RGB")  # boxes count in the picture as it is shown
     rgb.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
     return np.asarray(rgb)
 

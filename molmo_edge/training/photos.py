@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.file_names import FileNameError, find_file
+from molmo_edge.loading import load_image
 
 Annotation = dict[str, Any]
+
+ANNOTATIONS = "annotations.jsonl"
 
 # Mirrored, these would show mirrored writing, or turn a "no left turn" into its opposite.
 NEVER_FLIPPED = frozenset({"cards", "road_signs", "receipts", "scene"})
@@ -20,40 +24,103 @@ KEPT_AREA = 0.5  # a cropped instance that keeps less than this of its box is no
 
 
 class PhotoError(MolmoEdgeError):
-    """A folder of annotated photographs that cannot be read."""
+    """A folder of annotated photographs that cannot be read. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Photo:
     path: Path
     annotation: Annotation  # one line of annotations.jsonl; all coordinates are percent
+    where: str = ""  # the line, for errors
 
     def rgb(self) -> np.ndarray:
-        """uint8 [h, w, 3]."""
-        with Image.open(self.path) as image:
-            return np.asarray(image.convert("RGB"))
+        """uint8 [h, w, 3], EXIF orientation applied, as its annotation has it. Raises ImageError."""
+        return load_image(self.path)
 
 
 def load_photos(root: str | Path, split: str) -> list[Photo]:
     """The photos of `split` ("train" or "val") listed in `root`/annotations.jsonl, in its order, and those of no split.
 
-    Raises PhotoError where the list is missing or a line is not JSON. The pictures are not opened.
+    Raises PhotoError where the list is missing, a line is not JSON, or a coordinate is not within 0 and 100 percent.
+    The pictures are not opened.
     """
     root = Path(root)
-    path = root / "annotations.jsonl"
+    path = root / ANNOTATIONS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise PhotoError(f"{path} is missing: is {root} the folder of annotated photographs?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PhotoError(f"{path} cannot be read as UTF-8: {error}") from None
     photos = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
         try:
             annotation = json.loads(line)
             if annotation.get("split", split) == split:
-                photos.append(Photo(root / annotation["image"], annotation))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PhotoError(f"{path}, line {number}, is not an annotation: {error!r}") from None
+                name = annotation["image"]
+                photos.append(Photo(find_file(root, name) or root / name, annotation, where))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PhotoError(f"{where} is not an annotation: {error!r}") from None
+        except FileNameError as error:
+            raise PhotoError(f"{where}: {error}") from None
+    for photo in photos:
+        _check_coordinates(photo)
     return photos
+
+
+def _check_coordinates(photo: Photo) -> None:
+    """Pixels, x/y/width/height and NaN give boxes that no point can hit, or points that no model should learn."""
+    try:
+        for item in photo.annotation.get("objects", ()):
+            about = f'"{item["label"]}"'
+            for box in item["boxes"]:
+                _check_box(box, about, photo.where)
+            for point in item.get("points", ()):
+                if not _within(point, 2):
+                    raise PhotoError(
+                        f"{photo.where}: the point {point} of {about} is not [x, y] in percent of width and height"
+                    )
+        for kind, box in _other_boxes(photo.annotation):
+            _check_box(box, kind, photo.where)
+    except (KeyError, TypeError, AttributeError):
+        raise PhotoError(
+            f'{photo.where}: each of "objects" needs a "label" and its "boxes", which are lists in percent'
+        ) from None
+
+
+def _other_boxes(annotation: Annotation) -> Iterator[tuple[str, Any]]:
+    for kind in ("texts", "clocks"):
+        for item in annotation.get(kind, ()):
+            if "box" in item:
+                yield f"one of {kind}", item["box"]
+
+
+def _check_box(box: Any, about: str, where: str) -> None:
+    if _within(box, 4) and box[0] < box[2] and box[1] < box[3]:
+        return
+    hint = ""
+    if isinstance(box, list) and all(map(_is_number, box)):
+        if any(value > 100 for value in box):
+            hint = ". Are these pixels? Divide by the width and height of the picture, and multiply by 100"
+        elif len(box) == 4 and (box[2] <= box[0] or box[3] <= box[1]):
+            hint = ". Is it x, y, width, height? Then x1 is x + width, and y1 is y + height"
+    raise PhotoError(
+        f"{where}: {box} of {about} is no box: a box is [x0, y0, x1, y1] in percent of width and height, with "
+        f"0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100{hint}"
+    )
+
+
+def _within(values: Any, length: int) -> bool:
+    """Whether it is a list of so many numbers from 0 to 100; NaN is not."""
+    is_list = isinstance(values, list) and len(values) == length
+    return is_list and all(_is_number(value) and 0 <= value <= 100 for value in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def augment(rgb: np.ndarray, annotation: Annotation, rng: np.random.Generator) -> tuple[np.ndarray, Annotation]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.loading import ImageError, load_image
 from molmo_edge.rows import Row, Rows, RowsError
 from molmo_edge.training.data.academic_rows import Asked
 
@@ -118,10 +118,9 @@ def action_words(action: Mapping[str, Any], screenshot: bytes) -> str:
 
 
 def _size(screenshot: bytes) -> tuple[int, int]:
-    from PIL import Image
-
+    """Width and height as the model sees it."""
     try:
-        with Image.open(io.BytesIO(screenshot)) as image:  # the header alone is read
-            return image.size
-    except OSError:
+        height, width = load_image(screenshot).shape[:2]
+    except ImageError:
         raise RowsError("a screenshot of AndroidControl is no picture; fetch its file again") from None
+    return width, height
