@@ -33,6 +33,7 @@ class Tokens:
     image: int = 0  # with BOS and the markers around the crops
     prompt: int = 0  # the question and the role words around it, and earlier turns
     generated: int = 0
+    prefilled: int = 0  # of image and prompt: run for this answer; the rest was kept from a Scene or an earlier turn
 
 
 @dataclass(frozen=True)

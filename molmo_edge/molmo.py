@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from molmo_edge.answer import Answer, Seconds, Tokens, Usage
+from molmo_edge.answer import Answer, Seconds
 from molmo_edge.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, likeliest, most_new_tokens
+from molmo_edge.generate import Sampling, generate_batch, likeliest, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.points import Point, StreamParser, parse_count, parse_points
+from molmo_edge.points import Point, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
-from molmo_edge.tokenizer import StreamDecoder, Tokenizer
+from molmo_edge.streaming import Stream, generate_pieces
+from molmo_edge.streaming import finished as _finished
+from molmo_edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from molmo_edge.chat import Chat
     from molmo_edge.config import MolmoConfig
     from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
     from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -59,30 +62,6 @@ class Scene:
             return "Scene(no image)"
         height, width = self.image.shape[:2]
         return f"Scene({width}x{height}, {self.crops} crops, {len(self.embeddings)} positions)"
-
-
-class Stream(Iterator["str | Point"]):
-    """What `Molmo.stream` returns: iterate it for the pieces, then read `answer`.
-
-    A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text`, point
-    tags included; `molmo_edge.readable.TagStripper` takes those out as they come. The points are `answer.points`.
-    """
-
-    def __init__(self, pieces: Iterator[str | Point], result: list[Answer]) -> None:
-        self._pieces = pieces
-        self._result = result
-
-    def __next__(self) -> str | Point:
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer. Generates what has not been iterated yet."""
-        for _ in self._pieces:
-            pass
-        if not self._result:
-            raise GenerationError("this stream failed before its answer was complete: ask again")
-        return self._result[0]
 
 
 class Molmo:
@@ -173,6 +152,15 @@ class Molmo:
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene, seconds=seconds, cache=cache)
 
+    def chat(self, image: Any) -> Chat:
+        """A conversation about `image`: `chat.ask(question)`. Each turn runs its own tokens only.
+
+        The image is encoded and prefilled before this returns; of a Scene, what it has is copied.
+        """
+        from molmo_edge.chat import Chat
+
+        return Chat(self, self._own(image) if isinstance(image, Scene) else self._see(image))
+
     def no_image(self) -> Scene:
         """A Scene for questions in words alone, as some benchmarks ask them. Nothing stands for the image."""
         bos = self._runtime.embed(np.array([self._tokenizer.special.bos]))
@@ -247,41 +235,17 @@ class Molmo:
         else:
             cache = self._runtime.new_cache(capacity)
             embeddings = np.concatenate([scene.embeddings, embeddings])
-        decoder, parser = StreamDecoder(self._tokenizer), StreamParser()
-        token_ids: list[int] = []
-        points: list[Point] = []
-        text = ""
-        steps: list[float] = []  # seconds to each id and to the end, without those that the caller spends on a piece
-        tokens = generate(
-            self._runtime,
-            embeddings,
-            cache,
-            sampling,
-            eos_id=self._tokenizer.special.eos,
-            vocab_size=self.config.decoder.vocab_size,
-            capacity=capacity,
+        generated = yield from generate_pieces(
+            self._runtime, self._tokenizer, embeddings, cache, sampling, capacity=capacity, began=began
         )
-        while True:
-            token = next(tokens, None)
-            steps.append(time.perf_counter() - began)
-            if token is not None:
-                token_ids.append(token)
-            piece = decoder.flush() if token is None else decoder.feed(token)
-            if not text:
-                piece = piece.lstrip()  # the prompt ends in "Assistant:", every answer begins with a space
-            text += piece
-            closed = parser.feed(piece) + (parser.close() if token is None else [])
-            points += closed
-            if piece:
-                yield piece
-            yield from closed
-            if token is None:
-                break
-            began = time.perf_counter()
-        spent = Seconds(load=self._load_seconds, prefill=steps[0], decode=sum(steps[1:]))
+        spent = Seconds(load=self._load_seconds, prefill=generated.prefill, decode=generated.decode)
         if not asked_scene:
             spent = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
-        result.append(_finished(scene, text, points, token_ids, len(ids), spent, complete=len(token_ids) < most))
+        text, points, token_ids = generated.text, generated.points, generated.token_ids
+        complete, prefilled = len(token_ids) < most, len(embeddings)
+        result.append(
+            _finished(scene, text, points, token_ids, len(ids), spent, complete=complete, prefilled=prefilled)
+        )
 
     def ask_batch(
         self,
@@ -378,28 +342,6 @@ class Molmo:
         embeddings = image_embeddings(self._runtime, prepared, prompt)
         seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
         return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
-
-
-def _finished(
-    scene: Scene,
-    text: str,
-    points: Sequence[Point],
-    token_ids: Sequence[int],
-    prompt: int,
-    spent: Seconds,
-    *,
-    complete: bool,
-) -> Answer:
-    stated = parse_count(text)
-    return Answer(
-        text=text,
-        points=tuple(points),
-        count=len(points) or None if stated is None else stated,
-        token_ids=tuple(token_ids),
-        complete=complete,
-        usage=Usage(Tokens(len(scene.embeddings), prompt, len(token_ids)), scene.crops, spent),
-        image=scene.image,
-    )
 
 
 def _questions(asks: Any) -> list[str]:

@@ -43,8 +43,12 @@ class Cache(Protocol):
         """Positions that fit."""
         ...
 
-    def copy(self) -> Cache:
-        """An independent copy: a scene is prefilled once and asked many times."""
+    def copy(self, capacity: int | None = None) -> Cache:
+        """An independent copy: a scene is prefilled once and asked many times.
+
+        `capacity`: positions that fit into the copy, at least `length`; None: as many as here. A conversation that
+        outgrows its cache continues in a larger copy. Raises EngineError for a smaller capacity.
+        """
         ...
 
 
@@ -101,6 +105,13 @@ def check_capacity(capacity: int, config: MolmoConfig) -> None:
             f"{capacity} positions were asked for, this model has {most}: "
             "use fewer crops, a shorter question or a smaller max_new_tokens"
         )
+
+
+def check_copy(cache: Cache, capacity: int | None) -> int:
+    """The capacity of a copy of `cache`. Raises EngineError where what it holds does not fit."""
+    if capacity is not None and capacity < cache.length:
+        raise EngineError(f"{cache.length} positions are filled: they do not fit into a copy of {capacity}")
+    return cache.capacity if capacity is None else capacity
 
 
 def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:

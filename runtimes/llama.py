@@ -24,7 +24,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.config import MolmoConfig
 from molmo_edge.memory import available_memory
-from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_rows
+from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows
 from molmo_edge.runtimes.gguf_header import check_decoder
 from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, physical_cores
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
@@ -155,14 +155,18 @@ class LlamaCache:
         self._drop = weakref.finalize(self, context.dropped.append, sequence)
         self._drop.atexit = False
 
-    def copy(self) -> LlamaCache:
-        """Costs nothing where the context has a sequence to spare: positions belong to both, not to each."""
+    def copy(self, capacity: int | None = None) -> LlamaCache:
+        """Costs nothing where the context has a sequence to spare: positions belong to both, not to each.
+
+        `capacity`: see `molmo_edge.runtimes.Cache`. Another one than here is a context of its own.
+        """
+        room = check_copy(self, capacity)
         self._forget_rest()
         twin = LlamaCache.__new__(LlamaCache)
         twin.length = twin._filled = self.length
-        twin.capacity = self.capacity
-        if (sequence := self._context.new_sequence()) is None:
-            twin._take(*self._elsewhere())
+        twin.capacity = room
+        if room != self.capacity or (sequence := self._context.new_sequence()) is None:
+            twin._take(*self._elsewhere(room))
         else:
             twin._take(self._context, sequence)
             self._context.share(self._sequence, sequence, self.length)
@@ -206,16 +210,19 @@ class LlamaCache:
             self._context.forget(self._sequence, self.length)
             self._filled = self.length
 
-    def _elsewhere(self) -> tuple[_Context, int]:
-        """A context of one's own, with what this cache holds, and its sequence there."""
-        context = _Context(self._context.model, self.capacity, self._context.watch)
+    def _elsewhere(self, capacity: int) -> tuple[_Context, int]:
+        """A context for `capacity` positions, with what this cache holds, and its sequence there."""
+        context = _Context(self._context.model, capacity, self._context.watch)
         sequence = context.new_sequence()
         assert sequence is not None
         context.restore(sequence, self._context.state(self._sequence))
         return context, sequence
 
     def _move_out(self) -> None:
-        there, leave = self._elsewhere(), self._drop  # the new place is whole before the old one is given up
+        there, leave = (
+            self._elsewhere(self.capacity),
+            self._drop,
+        )  # the new place is whole before the old one is given up
         self._take(*there)
         leave()
 

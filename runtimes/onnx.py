@@ -17,7 +17,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_rows
+from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
@@ -80,12 +80,17 @@ class _Buffer:
         array: np.ndarray = np.empty(shape, number)
         return cls(OrtValue.ortvalue_from_numpy(array), number, array)
 
-    def copy(self, length: int) -> _Buffer:
-        """A buffer of its own, with the same first `length` positions."""
-        shape = self.value.shape()
+    def copy(self, length: int, capacity: int) -> _Buffer:
+        """A buffer of its own for `capacity` positions, with the same first `length` of them."""
+        shape = list(self.value.shape())
+        same, shape[2] = shape[2] == capacity, capacity
         if self.array is None:
             twin = _Buffer.empty(shape, self.number, self.value.device_name())
-            if hasattr(onnxruntime := _import(), "copy_tensors"):
+            if not same:  # rows lie elsewhere: by way of the CPU
+                moved = np.zeros(shape, self.number)
+                moved[:, :, :length] = self.value.numpy()[:, :, :length]
+                twin.value.update_inplace(moved)
+            elif hasattr(onnxruntime := _import(), "copy_tensors"):
                 onnxruntime.copy_tensors([self.value], [twin.value])
             else:  # an older one, as Jetsons have: by way of the CPU
                 twin.value.update_inplace(self.value.numpy())
@@ -122,8 +127,10 @@ class OnnxCache:
                 buffers[past.name.removeprefix("past_")] = _Buffer.empty(shape, number, device)
         return cls(session, buffers, logits)
 
-    def copy(self) -> OnnxCache:
-        buffers = {name: buffer.copy(self.length) for name, buffer in self._buffers.items()}
+    def copy(self, capacity: int | None = None) -> OnnxCache:
+        """`capacity`: see `molmo_edge.runtimes.Cache`."""
+        room = check_copy(self, capacity)
+        buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
         return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
 
     def append(self, embeddings: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.loading import build_model
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
-from molmo_edge.runtimes import EngineError, Unavailable
+from molmo_edge.runtimes import EngineError, Unavailable, check_copy
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,8 +66,9 @@ class TorchCache:
     def length(self, value: int) -> None:
         self.inner.length = value
 
-    def copy(self) -> TorchCache:
-        return TorchCache(self.inner.copy())
+    def copy(self, capacity: int | None = None) -> TorchCache:
+        """`capacity`: see `molmo_edge.runtimes.Cache`."""
+        return TorchCache(self.inner.copy(check_copy(self, capacity)))
 
 
 @dataclass

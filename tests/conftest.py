@@ -71,8 +71,8 @@ class FakeCache:
     length: int = 0
     step: int = 0
 
-    def copy(self) -> FakeCache:
-        return replace(self)
+    def copy(self, capacity: int | None = None) -> FakeCache:
+        return replace(self, capacity=self.capacity if capacity is None else capacity)
 
 
 @dataclass

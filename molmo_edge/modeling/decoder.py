@@ -79,8 +79,15 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def copy(self) -> KVCache:
-        return KVCache(self.keys.clone(), self.values.clone(), self.length)
+    def copy(self, capacity: int | None = None) -> KVCache:
+        """`capacity`: positions that fit into the copy, at least `length`; None: as many as here."""
+        if capacity is None or capacity == self.keys.shape[3]:
+            return KVCache(self.keys.clone(), self.values.clone(), self.length)
+        shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        twin = KVCache(self.keys.new_zeros(shape), self.values.new_zeros(shape), self.length)
+        twin.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
+        twin.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
+        return twin
 
 
 class Attention(nn.Module):
