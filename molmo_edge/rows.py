@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import threading
@@ -119,6 +120,29 @@ class Row:
         return value
 
 
+def text_in(row: Row, value: Any, what: str, *, blank: bool = False) -> str:
+    """`value`, which `row` has as `what`, if it is a text.
+
+    Raises RowsError for anything else: None and NaN would become words of a question or an answer. Also for a text
+    without a letter, unless `blank`.
+    """
+    if not isinstance(value, str) or not (blank or value.strip()):
+        has = "no" if value is None or value == "" else f"{value!r} as its"
+        raise RowsError(f"row {row.index} of {row.rows.where} has {has} {what}, where a text is needed")
+    return value
+
+
+def number_in(row: Row, value: Any, what: str) -> float:
+    """`value`, which `row` has as `what`, as a finite number. Raises RowsError for anything else, NaN among it."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowsError(f"row {row.index} of {row.rows.where} has {value!r} as {what}, where a number is needed")
+    return number
+
+
 def rows_of(where: Path, listed: Sequence[dict[str, Any]]) -> Rows:
     """Rows that are in memory already. Paths in them are relative to the folder `where`."""
     columns = tuple(dict.fromkeys(column for row in listed for column in row))
@@ -178,13 +202,13 @@ def load_rows(hub_id: str, configs: Sequence[str], split: str, local: Path | Non
 
 def _from_jsonl(folder: Path) -> Rows:
     listed = []
-    with (folder / ROWS).open(encoding="utf-8") as file:
+    with (folder / ROWS).open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 raise RowsError(f"line {number} of {folder / ROWS} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise RowsError(f"line {number} of {folder / ROWS} is not a JSON object")

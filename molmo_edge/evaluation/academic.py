@@ -79,6 +79,8 @@ def _ask(benchmark: Benchmark, rows: Rows, limit: int | None, skipped: Callable[
         except FetchError as error:
             skipped(f"{benchmark.name}/{row.index:06d}: {error}")
             continue
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise RowsError(f"row {row.index} of {rows.where} is not as {benchmark.name} has it: {error!r}") from error
         if question is None:
             skipped(
                 f"{benchmark.name}/{row.index:06d}: its picture is missing or grey, and the reference leaves it out"

@@ -34,7 +34,7 @@ from molmo_edge.evaluation.text_scores import (
 )
 from molmo_edge.loading import load_image
 from molmo_edge.prompt import count_question, point_question
-from molmo_edge.rows import Row, RowsError, fetch_image
+from molmo_edge.rows import Row, RowsError, fetch_image, number_in, text_in
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.academic import Benchmark
@@ -94,40 +94,40 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 
 def chart_qa(task: Benchmark, row: Row) -> Question:
-    answers = list(row["label"] or ())
+    answers = text_list(row, "label")
     # A class label, 0 human and 1 machine. The reference takes 1 for human, so that its two parts are others.
     part = "human" if row["human_or_machine"] in (0, "human") else "augmented"
     relaxed = _best(relaxed_correctness)
     score = _scored(answers, {"relaxed": relaxed, f"relaxed_{part}": relaxed, "em": exact_match})
-    return _question(task, row, row["query"], score, answers)
+    return _question(task, row, _text(row, "query"), score, answers)
 
 
 def vqa2(task: Benchmark, row: Row) -> Question:
-    answers = [each["answer"] for each in row["answers"] or ()]
+    answers = [text_in(row, each["answer"], "answer", blank=True) for each in row["answers"] or ()]
     score = _scored(answers, {"vqa": vqa_score})
-    return _question(task, row, row["question"], score, answers, id=row["question_id"], image_id=row["image_id"])
+    return _question(task, row, _text(row, "question"), score, answers, id=row["question_id"], image_id=row["image_id"])
 
 
 def text_vqa(task: Benchmark, row: Row) -> Question:
-    answers = list(row["answers"] or ())
+    answers = text_list(row, "answers")
     if not any(answers):  # empty texts in the test split
         answers = []
     score = _scored(answers, {"vqa": vqa_score})
-    return _question(task, row, row["question"], score, answers, id=row["question_id"], image_id=row["image_id"])
+    return _question(task, row, _text(row, "question"), score, answers, id=row["question_id"], image_id=row["image_id"])
 
 
 def doc_qa(task: Benchmark, row: Row) -> Question:
-    answers = list(row["answers"] or ())
+    answers = text_list(row, "answers")
     if task.name == "doc_qa":
         image_id = f"{row['ucsf_document_id']}_{row['ucsf_document_page_no']}"
     else:
         image_id = row["image_url"]
     score = _scored(answers, {"anls": _best(anls), "em": exact_match})
-    return _question(task, row, row["question"], score, answers, id=row["questionId"], image_id=image_id)
+    return _question(task, row, _text(row, "question"), score, answers, id=row["questionId"], image_id=image_id)
 
 
 def real_world_qa(task: Benchmark, row: Row) -> Question:
-    text, answer = row["question"], row["answer"]
+    text, answer = _text(row, "question"), _text(row, "answer")
     short = "Please answer directly with a single word or number." in text
     if not short and "Please answer directly with only the letter of the correct option and nothing else." not in text:
         raise RowsError(f"row {row.index} of {row.rows.where} asks neither for a word nor for a letter: {text!r}")
@@ -143,7 +143,7 @@ def real_world_qa(task: Benchmark, row: Row) -> Question:
 
 
 def mmmu(task: Benchmark, row: Row) -> Question:
-    id, question, answer, kind = row["id"], row["question"], row["answer"], row["question_type"]
+    id, question, answer, kind = row["id"], _text(row, "question"), row["answer"], row["question_type"]
     options = text_list(row, "options")
     # Rows on the hub write "<image 2>" for an option that is a picture, which the reference does not look for: it
     # asks about image_1 then. Pictures after image_1 are never shown.
@@ -180,12 +180,27 @@ def text_list(row: Row, column: str) -> list[str]:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             raise RowsError(f"row {row.index} of {row.rows.where} has {column} that are no list: {value!r}") from None
-    return [str(text) for text in value or ()]
+    return [words_of(row, text, f"one of {column}") for text in value or ()]
+
+
+def words_of(row: Row, value: Any, what: str) -> str:
+    """A text, or a number written out. Raises RowsError for None and NaN, which are no words of anybody's."""
+    return text_in(row, value, what, blank=True) if isinstance(value, str) else f"{_finite(row, value, what)}"
+
+
+def _finite(row: Row, value: Any, what: str) -> Any:
+    number_in(row, value, what)
+    return value
+
+
+def _text(row: Row, column: str) -> str:
+    return text_in(row, row[column], column)
 
 
 def math_vista(task: Benchmark, row: Row) -> Question:
-    choices, answer, kind = row["choices"], row["answer"], row["question_type"]
-    text = row["question"].split("Question:")[-1].split("Hint:")[0].strip()
+    answer, kind = row["answer"], row["question_type"]
+    choices = None if row["choices"] is None else text_list(row, "choices")
+    text = _text(row, "question").split("Question:")[-1].split("Hint:")[0].strip()
     multiple = kind == "multi_choice"
     known = {
         "answer": answer,
@@ -193,7 +208,7 @@ def math_vista(task: Benchmark, row: Row) -> Question:
         "answer_type": row["answer_type"],
         "choices": choices,
     }
-    digits = row["precision"]
+    digits = None if row["precision"] is None else number_in(row, row["precision"], "precision")
 
     def score(said: str) -> dict[str, float]:
         if not answer:  # of the test split
@@ -207,7 +222,7 @@ def math_vista(task: Benchmark, row: Row) -> Question:
     return _question(
         task,
         row,
-        with_options(text, choices) if multiple else text,
+        with_options(text, choices or ()) if multiple else text,
         score,
         answer,
         style="a_okvqa_mc" if multiple else "vqa2",
@@ -217,14 +232,14 @@ def math_vista(task: Benchmark, row: Row) -> Question:
 
 
 def ai2d(task: Benchmark, row: Row) -> Question:
-    options, answer = prune(row["options"], int(row["answer"]))
+    options, answer = prune(text_list(row, "options"), int(row["answer"]))
     told = "abc_label" in row
     names = letter_names(row, options)
     if names is not None:
-        style, text = "ai2_diagram_no_letter", "\n".join([row["question"], *names, ""])
+        style, text = "ai2_diagram_no_letter", "\n".join([_text(row, "question"), *names, ""])
     else:
         style, names = "ai2_diagram", list(_LETTERS[: len(options)])
-        text = with_options(row["question"], options)
+        text = with_options(_text(row, "question"), options)
     scores = ["mc"]
     if told:  # a question without letters counts with both kinds of boxes
         scores += ["mc_opaque"] if not row["has_transparent_box"] else []
@@ -247,11 +262,12 @@ def countbench_qa(task: Benchmark, row: Row) -> Question | None:
     data = row.image("image")
     if data is None:
         return None
+    load_image(data)  # raises ImageError for a damaged one
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
         if len(image.getbands()) == 1:
             return None
     score = functools.partial(point_count_score, count=int(row["number"]))
-    return _question(task, row, row["question"], score, int(row["number"]), kind="count")
+    return _question(task, row, _text(row, "question"), score, int(row["number"]), kind="count")
 
 
 def pixmo_count(task: Benchmark, row: Row) -> Question:
@@ -260,7 +276,7 @@ def pixmo_count(task: Benchmark, row: Row) -> Question:
     return _question(
         task,
         row,
-        count_question(row["label"].lower()),
+        count_question(_text(row, "label").lower()),
         functools.partial(point_count_score, count=count),
         count,
         image_id=image_id,
@@ -270,7 +286,7 @@ def pixmo_count(task: Benchmark, row: Row) -> Question:
 
 
 def pixmo_points(task: Benchmark, row: Row) -> Question:
-    points = [(float(point["x"]), float(point["y"])) for point in row["points"] or ()]
+    points = [(number_in(row, point["x"], "x"), number_in(row, point["y"], "y")) for point in row["points"]]
     image, image_id = _pixmo_image(row)
 
     def score(text: str) -> dict[str, float]:
@@ -287,7 +303,7 @@ def pixmo_points(task: Benchmark, row: Row) -> Question:
     return _question(
         task,
         row,
-        point_question(row["label"].lower()),
+        point_question(_text(row, "label").lower()),
         score,
         [list(point) for point in points],
         image_id=image_id,

@@ -73,13 +73,19 @@ class AcademicSet:
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Raises RowsError for a row without a picture, an answer, or the column that it is in."""
         rows = [self.rows[row] for row in ([index] if self.places is None else self.places[index])]
-        image = rows[0].image("image")
-        if image is None:
-            raise RowsError(f"row {rows[0].index} of {self.rows.where} has no picture: leave it out, or copy it again")
-        asked = [each for row in rows for each in self._asked(row)]
-        if not asked:
-            raise RowsError(f"row {rows[0].index} of {self.rows.where} asks nothing about its picture")
-        return Example(image, tuple(ask.annotate(each, self.spec.style, rng) for each in asked))
+        where = f"row {rows[0].index} of {self.rows.where}"
+        try:
+            image = rows[0].image("image")
+            if image is None:
+                raise RowsError(f"{where} has no picture: leave it out, or copy it again")
+            asked = [each for row in rows for each in self._asked(row)]
+            made = [ask.annotate(each, self.spec.style, rng) for each in asked]
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise RowsError(f"{where} is not as {self.name} has it: {error!r}") from error
+        said = tuple(annotation for annotation in made if all(message.strip() for message in annotation.messages))
+        if not said:
+            raise RowsError(f"{where} asks nothing about its picture")
+        return Example(image, said)
 
     def _asked(self, row: Row) -> list[ask.Asked]:
         return self.spec.ask_picture(row) if "questions" in row else self.spec.ask_row(row)

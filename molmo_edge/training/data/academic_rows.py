@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.evaluation.ai2d import letter_names, prune
-from molmo_edge.evaluation.row_questions import text_list
-from molmo_edge.rows import Row, Rows, RowsError
+from molmo_edge.evaluation.row_questions import text_list, words_of
+from molmo_edge.rows import Row, Rows, RowsError, text_in
 from molmo_edge.training.examples import Annotation
 from molmo_edge.training.prompts import multiple_choice, pick
 
@@ -63,47 +63,51 @@ def best_answer(answers: Sequence[str], rng: np.random.Generator) -> str:
 
 def short(row: Row) -> list[Asked]:
     """`answers`: texts, or dicts as VQAv2 and OK-VQA have them."""
-    return [Asked(row["question"], _answers(row, "answers"))]
+    return [Asked(_text(row, "question"), _answers(row, "answers"))]
 
 
 def okvqa(row: Row) -> list[Asked]:
     """Answers as they were given. `answers` of some copies are stemmed, the others are in `answers_original` then."""
-    return [Asked(row["question"], _answers(row, "answers_original" if "answers_original" in row else "answers"))]
+    return [
+        Asked(_text(row, "question"), _answers(row, "answers_original" if "answers_original" in row else "answers"))
+    ]
 
 
 def chart_qa(row: Row) -> list[Asked]:
-    return [Asked(row["query"], _answers(row, "label"))]
+    return [Asked(_text(row, "query"), _answers(row, "label"))]
 
 
 def chart_qa_weighted(row: Row) -> list[Asked]:
     human = row["human_or_machine"] in (0, "human")
-    return [Asked(row["query"], _answers(row, "label"), weight=HUMAN_WEIGHT if human else MACHINE_WEIGHT)]
+    return [Asked(_text(row, "query"), _answers(row, "label"), weight=HUMAN_WEIGHT if human else MACHINE_WEIGHT)]
 
 
 def a_okvqa_mc(row: Row) -> list[Asked]:
-    return [_choice(row, row["question"], text_list(row, "choices"), row["correct_choice_idx"])]
+    return [_choice(row, _text(row, "question"), text_list(row, "choices"), row["correct_choice_idx"])]
 
 
 def a_okvqa_da(row: Row) -> list[Asked]:
-    return [Asked(row["question"], _answers(row, "direct_answers"))]
+    return [Asked(_text(row, "question"), _answers(row, "direct_answers"))]
 
 
 def science_qa(row: Row) -> list[Asked]:
     """The hint, if there is one, stands before the question. (The reference has it twice and drops the question.)"""
     hint = row["hint"]
-    question = f"{hint}\n{row['question']}" if hint else row["question"]
+    question = _text(row, "question")
+    if hint is not None and text_in(row, hint, "hint", blank=True):
+        question = f"{hint}\n{question}"
     return [_choice(row, question, text_list(row, "choices"), row["answer"])]
 
 
 def ai2d(row: Row) -> list[Asked]:
-    right = _right(row, row["answer"], len(row["options"]))
-    options, right = prune(row["options"], right)
-    return [_diagram(row, row["question"], options, right)]
+    options = text_list(row, "options")
+    options, right = prune(options, _right(row, row["answer"], len(options)))
+    return [_diagram(row, _text(row, "question"), options, right)]
 
 
 def tabwmp(row: Row) -> list[Asked]:
     """The bare answer. A question with choices is asked without them."""
-    return [Asked(row["question"], (_said(row, row["answer"]),))]
+    return [Asked(_text(row, "question"), (_said(row, row["answer"]),))]
 
 
 def listed(row: Row) -> list[Asked]:
@@ -122,20 +126,26 @@ def listed_diagrams(row: Row) -> list[Asked]:
 def _of_list(row: Row, each: dict[str, Any]) -> Asked:
     try:
         if each.get("options"):
-            return _choice(row, each["question"], each["options"], each["right"])
+            return _choice(row, text_in(row, each["question"], "question"), each["options"], each["right"])
         answers = each.get("answers") or [each["answer"]]
     except KeyError as error:
         raise RowsError(f"a question in row {row.index} of {row.rows.where} has no {error}") from None
-    return Asked(each["question"], tuple(_said(row, answer) for answer in answers))
+    said = tuple(_said(row, answer) for answer in answers)
+    kept = tuple(answer for answer in said if answer.strip()) or ("",)  # without an answer it is not asked
+    return Asked(text_in(row, each["question"], "question", blank=True), kept)
 
 
 def _answers(row: Row, column: str) -> tuple[str, ...]:
     value = row[column]
     given = text_list(row, column) if isinstance(value, str) else value
-    answers = tuple(_said(row, answer) for answer in given or ())
-    if not any(answers):
+    answers = tuple(answer for answer in (_said(row, each) for each in given or ()) if answer.strip())
+    if not answers:
         raise RowsError(f"row {row.index} of {row.rows.where} has no answers in {column}: is it of a test split?")
     return answers
+
+
+def _text(row: Row, column: str) -> str:
+    return text_in(row, row[column], column)
 
 
 def _said(row: Row, answer: Any) -> str:
@@ -143,11 +153,12 @@ def _said(row: Row, answer: Any) -> str:
         answer = answer.get("raw_answer") or answer.get("answer")
     if answer is None:
         raise RowsError(f"row {row.index} of {row.rows.where} has a question without an answer: is it of a test split?")
-    return str(answer)
+    return words_of(row, answer, "an answer")
 
 
 def _choice(row: Row, question: str, options: Sequence[str], right: Any, style: str = "") -> Asked:
-    return Asked(question, options=tuple(options), right=_right(row, right, len(options)), style=style)
+    texts = tuple(words_of(row, option, "an option") for option in options)
+    return Asked(question, options=texts, right=_right(row, right, len(options)), style=style)
 
 
 def _right(row: Row, right: Any, options: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.loading import ImageError, load_image
-from molmo_edge.rows import Row, Rows, RowsError
+from molmo_edge.rows import Row, Rows, RowsError, text_in
 from molmo_edge.training.data.academic_rows import Asked
 
 SPLITS = "splits.json"
@@ -37,7 +38,7 @@ _WORDS = {  # action_type -> what is said of it; {x} and {y} in percent
 
 def android_control(row: Row) -> list[Asked]:
     """A row is a step: ll_instruction is about the step, hl_instruction about the whole, target_action the answer."""
-    step, goal, action = (row[column] for column in _COLUMNS[1:])
+    step, goal, action = (text_in(row, row[column], column) for column in _COLUMNS[1:])
     return [
         Asked(f"low_level: {step}", (action,)),
         Asked(f"high_level: {goal} low_level: {step}", (action,)),
@@ -113,6 +114,8 @@ def action_words(action: Mapping[str, Any], screenshot: bytes) -> str:
         raise RowsError(f"an AndroidControl action {action['action_type']!r} has no {' and no '.join(missing)}")
     if "{x}" not in words:
         return words.format_map(action)
+    if not all(math.isfinite(action[axis]) for axis in "xy"):
+        raise RowsError(f"an AndroidControl action {action['action_type']!r} is at {action['x']}, {action['y']}")
     width, height = _size(screenshot)
     return words.format(x=round(action["x"] / width * 100, 1), y=round(action["y"] / height * 100, 1))
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from molmo_edge.loading import load_image
 from molmo_edge.points import format_points
-from molmo_edge.rows import Row, Rows, RowsError, load_rows
+from molmo_edge.rows import Row, Rows, RowsError, load_rows, number_in, text_in
 from molmo_edge.training.data.downloads import Manifest
 from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.prompts import Points, caption, counting, pointing, without_points
@@ -246,18 +246,19 @@ def _annotations(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator)
 
 
 def _caption(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield caption(row["caption"], rng)
+    yield caption(_text(row, "caption"), rng)
 
 
 def _caption_and_transcript(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield caption(row["caption"], rng)
+    yield caption(_text(row, "caption"), rng)
     transcripts = row["transcripts"] or ()
     if len(transcripts):
-        yield caption(transcripts[int(rng.integers(len(transcripts)))], rng, "transcript")
+        said = text_in(row, transcripts[int(rng.integers(len(transcripts)))], "transcript", blank=True)
+        yield caption(said, rng, "transcript")
 
 
 def _question(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield Annotation(info.style, (without_points(row["question"], rng), row["answer"]))
+    yield Annotation(info.style, (without_points(_text(row, "question"), rng), _text(row, "answer")))
 
 
 def _conversation(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
@@ -265,32 +266,43 @@ def _conversation(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator
     asks how many, and the later question is lost: here it stands where it belongs."""
     messages = row.get("messages")
     if not messages:  # the set's first version: "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]" and the answer
-        parts = re.split(r"\[(?:USER|ASSISTANT)\]", row["question"])
-        messages = [part.strip() for part in (parts[1:-1] if len(parts) > 1 else parts)] + [row["answer"]]
+        parts = re.split(r"\[(?:USER|ASSISTANT)\]", _text(row, "question"))
+        messages = [part.strip() for part in (parts[1:-1] if len(parts) > 1 else parts)] + [_text(row, "answer")]
     if len(messages) % 2:
         raise RowsError(f"{_called(row)} has {len(messages)} messages: one is a question without an answer")
-    asked = (without_points(text, rng) if turn % 2 == 0 else text for turn, text in enumerate(messages))
+    texts = [text_in(row, message, "message", blank=True) for message in messages]
+    asked = (without_points(text, rng) if turn % 2 == 0 else text for turn, text in enumerate(texts))
     yield Annotation(info.style, tuple(asked))
 
 
 def _pointing(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
     ask = counting if info.style == "point_count" else pointing
     unit = (image.shape[1] / 100, image.shape[0] / 100) if info.pixels else (1.0, 1.0)
-    points = _points(row["points"], unit)
+    if row["points"] is None and row.get("count") is None:  # an empty list says that there are none
+        raise RowsError(f"{_called(row)} has neither points nor a count")
+    points = _points(row, row["points"], unit)
     if not points and row.get("count"):  # "There are none." would be a lie
         raise RowsError(f"{_called(row)} counts {row['count']} without a point: is it of a split to evaluate with?")
-    yield ask(row["label"], points, rng)
+    yield ask(text_in(row, row["label"], "label"), points, rng)
 
 
 def _explanation(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
     """The answer has a mark wherever points belong: "The <|POINT|> is open." """
-    parts = row["parsed_response"].split("<|POINT|>")
+    parts = _text(row, "parsed_response").split("<|POINT|>")
     tags = [
-        format_points(_points(points), shown, alt=alt) if points else shown
+        _tag(row, points, shown, alt)
         for points, shown, alt in zip(row["points"], row["inline_text"], row["alt_text"], strict=True)
     ]
     answer = parts[0] + "".join(tag + part for tag, part in zip(tags, parts[1:], strict=True))
-    yield Annotation(info.style, (row["question"], answer))
+    yield Annotation(info.style, (_text(row, "question"), answer))
+
+
+def _tag(row: Row, points: Any, shown: Any, alt: Any) -> str:
+    """The points of a mark; of one without points only what it shows."""
+    if not points:
+        return text_in(row, shown, "inline text", blank=True)
+    label = text_in(row, shown, "inline text of points")
+    return format_points(_points(row, points), label, alt=text_in(row, alt, "alt text of points"))
 
 
 def _document(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
@@ -300,26 +312,34 @@ def _document(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) ->
     else:
         pairs = [(each["question"], each["answer"]) for each in asked]
     for question, answer in pairs:
-        yield Annotation(info.style, (question, answer))
+        texts = (text_in(row, question, "question", blank=True), text_in(row, answer, "answer", blank=True))
+        yield Annotation(info.style, texts)
 
 
 def _clock(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
     # `text` is the time alone, "8:15:30", or a sentence that there is none to be seen.
-    shown = row["text"]
+    shown = _text(row, "text")
     answer = f"The time shown is {shown}" if shown[:1].isdigit() else shown
     yield Annotation(info.style, ("What time is being shown?", answer))
 
 
-def _points(value: Any, unit: tuple[float, float] = (1.0, 1.0)) -> Points:
+def _text(row: Row, column: str) -> str:
+    """A cell that has to be a text; where it is blank, the annotation is left out."""
+    return text_in(row, row[column], column, blank=True)
+
+
+def _points(row: Row, value: Any, unit: tuple[float, float] = (1.0, 1.0)) -> Points:
     """Percent, of dicts with x and y, of a dict with a list of each, or of pairs; `unit`: one percent, as they count.
 
-    Annotators click beside a picture too: such points are put on its edge, as Molmo 2 does.
+    Annotators click beside a picture too: such points are put on its edge, as Molmo 2 does. Raises RowsError for
+    coordinates that are no finite numbers.
     """
     if isinstance(value, dict):
         pairs = list(zip(value["x"], value["y"], strict=True))
     else:
         pairs = [(each["x"], each["y"]) if isinstance(each, dict) else (each[0], each[1]) for each in value or ()]
-    return [(_clip(float(x) / unit[0]), _clip(float(y) / unit[1])) for x, y in pairs]
+    numbers = [(number_in(row, x, "x of a point"), number_in(row, y, "y of a point")) for x, y in pairs]
+    return [(_clip(x / unit[0]), _clip(y / unit[1])) for x, y in numbers]
 
 
 def _clip(percent: float) -> float:
