@@ -17,6 +17,7 @@ from molmo_edge.answer import Answer, Seconds
 from molmo_edge.generate import GenerationError, Sampling, most_new_tokens
 from molmo_edge.molmo import MAX_NEW_TOKENS, _checked
 from molmo_edge.prompt import text_ids
+from molmo_edge.runtimes import forks
 from molmo_edge.streaming import Stream, finished, generate_pieces
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ class Chat:
         self._ids: np.ndarray = np.zeros(0, np.int32)  # of all turns so far, behind the image
         self._cache: Cache | None = None
         self._kept = 0  # positions at the cache's start that hold the image and, of `_ids`, the first
-        if scene.cache is None:
+        forks.on_fork(self)
+        if scene.prefilled is None:
             cache = self._make_room(len(scene.embeddings))
             molmo._runtime.forward(scene.embeddings, cache)
             self._kept = cache.length
+
+    def forked(self) -> None:
+        """See molmo_edge.runtimes.forks: a child prefills image and turns again."""
+        self._lock, self._cache, self._kept = threading.Lock(), None, 0
 
     @property
     def history(self) -> list[tuple[str, str]]:
@@ -172,7 +178,7 @@ class Chat:
 
     def _make_room(self, capacity: int) -> Cache:
         """The cache, wound back to what the conversation keeps, with room for `capacity` positions."""
-        source = self.scene.cache if self._cache is None else self._cache
+        source = self.scene.prefilled if self._cache is None else self._cache
         grown = min(capacity + _ROOM, self._context)
         if source is None:
             self._kept, self._cache = 0, self._molmo._runtime.new_cache(grown)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +26,7 @@ from molmo_edge.generate import Sampling, generate_batch, likeliest, most_new_to
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.points import Point, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
+from molmo_edge.runtimes import forks
 from molmo_edge.streaming import Stream, generate_pieces
 from molmo_edge.streaming import finished as _finished
 from molmo_edge.tokenizer import Tokenizer
@@ -56,6 +57,12 @@ class Scene:
     seconds: Seconds  # what encoding took
     cache: Cache | None  # prefilled with `embeddings`; copied for each question, never written to
     owner: Molmo
+    born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
+
+    @property
+    def prefilled(self) -> Cache | None:
+        """`cache`, or None in a child that was forked since: there it is prefilled again."""
+        return self.cache if self.born == forks.generation() else None
 
     def __repr__(self) -> str:
         if self.image is None:
@@ -66,6 +73,9 @@ class Scene:
 
 class Molmo:
     """A model, ready to be asked; safe to share between threads.
+
+    After `os.fork` a child opens a bundle on ONNX Runtime again when it first asks; on other engines every call there
+    raises EngineError. `os.fork` waits for a model that is still loading.
 
     `model`: None for the embedded nano; a bundle directory; a checkpoint directory (runs on PyTorch), in hub layout
     or the reference's own; or a hub id, with `revision` a branch, tag or commit there. `device`: one of
@@ -230,7 +240,7 @@ class Molmo:
         began = time.perf_counter()
         embeddings = self._runtime.embed(ids)  # [n, d_model]
         capacity = len(scene.embeddings) + len(ids) + most - 1
-        if scene.cache is not None and capacity <= scene.cache.capacity:
+        if scene.prefilled is not None and capacity <= scene.prefilled.capacity:
             cache = scene.cache.copy()
         else:
             cache = self._runtime.new_cache(capacity)
@@ -387,6 +397,10 @@ class _Serial:
     def __init__(self, runtime: Runtime) -> None:
         self._inner = runtime
         self._lock = threading.Lock()
+        forks.on_fork(self)
+
+    def forked(self) -> None:
+        self._lock = threading.Lock()  # another thread may have held it, and is not there to release it
 
     @property
     def config(self) -> MolmoConfig:

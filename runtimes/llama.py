@@ -24,7 +24,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.config import MolmoConfig
 from molmo_edge.memory import available_memory
-from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows
+from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.gguf_header import check_decoder
 from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, physical_cores
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
@@ -77,7 +77,10 @@ def open_watched(
 
 
 class LlamaRuntime:
-    """`molmo_edge.runtimes.Runtime` over three graphs and a GGUF, which loads in the background."""
+    """`molmo_edge.runtimes.Runtime` over three graphs and a GGUF, which loads in the background.
+
+    In a forked child the decoder raises EngineError: llama.cpp's threads are not there.
+    """
 
     engine = "llama.cpp"
 
@@ -100,6 +103,8 @@ class LlamaRuntime:
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
         made = (decoder, threads or physical_cores(), gpu, options, self._stop)
         self._loading: Future[_Model] | None = loader.submit(_Model, *made)
+        self._born = forks.generation()
+        forks.watch_load(self._loading)
         loader.shutdown(wait=False)
         self.encode_image, self.encode_crops, self.connect = graphs.encode_image, graphs.encode_crops, graphs.connect
         self.embed = graphs.embed
@@ -134,6 +139,7 @@ class LlamaRuntime:
         self._graphs.close()
 
     def _model(self) -> _Model:
+        forks.check(self._born, "this model of llama.cpp")
         if (loading := self._loading) is None:
             raise EngineError("this runtime was closed")
         return _wait(loading)
@@ -143,6 +149,7 @@ class LlamaCache:
     """One sequence. Copies share a context's memory, and with it what they have in common, until it is full."""
 
     def __init__(self, context: _Context) -> None:
+        self._born = forks.generation()
         self.length = 0
         self.capacity = context.capacity
         self._filled = 0  # positions that llama.cpp may have; those behind `length` are forgotten at the next run
@@ -163,6 +170,7 @@ class LlamaCache:
         room = check_copy(self, capacity)
         self._forget_rest()
         twin = LlamaCache.__new__(LlamaCache)
+        twin._born = self._born
         twin.length = twin._filled = self.length
         twin.capacity = room
         if room != self.capacity or (sequence := self._context.new_sequence()) is None:
@@ -191,6 +199,7 @@ class LlamaCache:
 
     def fill(self, state: bytes | bytearray, length: int) -> None:
         """Take over what `state` gave, into a cache that is empty: see `LlamaRuntime.restore`."""
+        forks.check(self._born, "this cache")
         self._context.restore(self._sequence, state)
         if self._context.positions(self._sequence) != length:
             raise EngineError(f"this state does not have {length} positions")
@@ -206,6 +215,7 @@ class LlamaCache:
         return logits
 
     def _forget_rest(self) -> None:
+        forks.check(self._born, "this cache")
         if self._filled > self.length:
             self._context.forget(self._sequence, self.length)
             self._filled = self.length
@@ -238,7 +248,7 @@ class _Context:
         self._lock = threading.RLock()
         self._api = model.api
         self._pointer = model.new_context(capacity, watch)
-        weakref.finalize(self, _free_context, model, self._pointer)
+        forks.finalize(self, _free_context, model, self._pointer)
         self._memory = self._api.llama_get_memory(self._pointer)
         abort = self._abort = threading.Event()  # by name: a callback that knew this object would keep it alive
         self._asks = self._api.ggml_abort_callback(lambda data: abort.is_set())
@@ -360,7 +370,7 @@ class _Model:
             if stop.is_set():
                 raise EngineError("this runtime was closed")
             raise EngineError(f"{path} cannot be loaded by llama.cpp: {last_words() or 'it does not say why'}")
-        weakref.finalize(self, self.api.llama_model_free, self._pointer)
+        forks.finalize(self, self.api.llama_model_free, self._pointer)
         self.n_vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._pointer))
         # One thread, so that llama.cpp's own threads are its for good.
         self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows
+from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
@@ -107,6 +108,7 @@ class OnnxCache:
     def __init__(self, session: Any, buffers: dict[str, _Buffer], logits: int, length: int = 0) -> None:
         from onnxruntime import OrtValue
 
+        self._born = forks.generation()
         self.length = length
         self.capacity = next(iter(buffers.values())).value.shape()[2]
         self._session, self._buffers = session, buffers
@@ -129,12 +131,14 @@ class OnnxCache:
 
     def copy(self, capacity: int | None = None) -> OnnxCache:
         """`capacity`: see `molmo_edge.runtimes.Cache`."""
+        forks.check(self._born, "this cache")
         room = check_copy(self, capacity)
         buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
         return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
 
     def append(self, embeddings: np.ndarray) -> np.ndarray:
         """Run [n, d_model] at the end; -> logits [embedding_size]. `length` moves only when the run succeeded."""
+        forks.check(self._born, "this cache")
         total = self.length + len(embeddings)
         self._binding.bind_cpu_input("embeddings", embeddings[None])
         self._binding.bind_cpu_input("total_length", np.array([total], np.int32))
@@ -144,7 +148,10 @@ class OnnxCache:
 
 
 class OnnxRuntime:
-    """The four graphs of a bundle; `files` maps GRAPHS to paths. They load side by side in the background."""
+    """The four graphs of a bundle; `files` maps GRAPHS to paths. They load side by side in the background.
+
+    A forked child loads them again when it first needs one.
+    """
 
     engine = "onnxruntime"
 
@@ -159,27 +166,44 @@ class OnnxRuntime:
     ) -> None:
         """`mapped`: weights in sidecars are used where they lie in the file, slower, but in next to no memory."""
         self.config = config
-        self._placement = placement
+        self._files, self._threads, self._mapped, self._placement = files, threads, mapped, placement
         # A large tower's crop fills the cores by itself. A small one's operators are so short that waking the threads
         # for each of them takes as long: nano's crops side by side are an eighth faster.
         small = "vision_encoder" in files and not is_large(files["vision_encoder"])
         self._crops_at_once = max(placement.crops_at_once, _SMALL_CROPS if small else 1)
-        # By size, the largest first: each session is waited for where it is first needed.
-        order = sorted(files, key=lambda name: files[name].stat().st_size, reverse=True)
+        self._lock = threading.Lock()  # of the two below
+        self._pool: ThreadPoolExecutor | None = None
+        self._sessions: dict[str, Future[Any]] | None = None  # None: not loading yet; empty: closed
+        self._begin()
+        forks.on_fork(self)
+
+    def _begin(self) -> dict[str, Future[Any]]:
+        """Load all sessions; each is waited for where it is first needed."""
+        # By size, the largest first.
+        order = sorted(self._files, key=lambda name: self._files[name].stat().st_size, reverse=True)
         # Loading keeps a core busy: more loads at once than cores would be no sooner done, and close could stop fewer.
         self._pool = ThreadPoolExecutor(min(len(order), os.cpu_count() or 1), thread_name_prefix="molmo-edge-load")
-        self._sessions: dict[str, Future[Any]] = {
+        self._sessions = {
             name: self._pool.submit(
                 _load,
-                files[name],
-                1 if name == "embed_tokens" else threads,
-                placement.of(name),
-                mapped=mapped,
-                spin=name == "decoder" and is_large(files[name]),
+                self._files[name],
+                1 if name == "embed_tokens" else self._threads,
+                self._placement.of(name),
+                mapped=self._mapped,
+                spin=name == "decoder" and is_large(self._files[name]),
             )
             for name in order
         }
+        for load in self._sessions.values():
+            forks.watch_load(load)
         self._pool.shutdown(wait=False)  # its threads end with the last load
+        return self._sessions
+
+    def forked(self) -> None:
+        """See molmo_edge.runtimes.forks."""
+        self._lock, self._pool = threading.Lock(), None
+        if self._sessions:
+            self._sessions = None
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         return self.connect(self.encode_crops(crops), masks)
@@ -222,11 +246,15 @@ class OnnxRuntime:
         Loads that have not begun never do. One that runs cannot be stopped: it ends in the background, unused,
         and the end of the program waits for it.
         """
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._sessions.clear()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+            self._sessions = {}
 
     def _session(self, name: str) -> Any:
-        if (future := self._sessions.get(name)) is not None:
+        with self._lock:
+            future = (self._begin() if self._sessions is None else self._sessions).get(name)
+        if future is not None:
             with contextlib.suppress(CancelledError):  # another thread closed while this one waited
                 return future.result()
         raise EngineError("this runtime was closed")
@@ -271,6 +299,7 @@ def _load(
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+    forks.leak_in_children(session)
     if missing := [name for name, _ in providers if name not in session.get_providers()]:
         # ONNX Runtime would go on without it, many times slower, and say so in a log that nobody reads.
         raise Unavailable(

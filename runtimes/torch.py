@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.loading import build_model
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
-from molmo_edge.runtimes import EngineError, Unavailable, check_copy
+from molmo_edge.runtimes import EngineError, Unavailable, check_copy, forks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,6 +42,7 @@ def _one_sentence() -> Iterator[None]:
 def _inference(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        forks.check(cast(TorchRuntime, args[0]).born, "this checkpoint")
         with torch.inference_mode(), _one_sentence():
             return method(*args, **kwargs)
 
@@ -81,7 +82,10 @@ class TorchBatch:
 
 
 class TorchRuntime:
-    """Runtime and BatchRuntime over `modeling.Molmo`."""
+    """Runtime and BatchRuntime over `modeling.Molmo`.
+
+    In a forked child every call raises EngineError: neither OpenMP nor CUDA works there.
+    """
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
@@ -107,6 +111,7 @@ class TorchRuntime:
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
+        self.born = forks.generation()  # see molmo_edge.runtimes.forks
         self._threads_before = torch.get_num_threads()  # they are the process's, not this runtime's
         if threads is not None:
             torch.set_num_threads(threads)
@@ -160,6 +165,7 @@ class TorchRuntime:
         return self.model.decoder.embed(ids).cpu().numpy()
 
     def new_cache(self, capacity: int) -> TorchCache:
+        forks.check(self.born, "this checkpoint")
         decoder = self.config.decoder
         if capacity > decoder.max_position_embeddings:
             raise EngineError(
@@ -206,7 +212,7 @@ class TorchRuntime:
 
     def close(self) -> None:
         """Let go of the model: its memory is free unless the caller of `from_model` keeps it."""
-        if self._model is not None:
+        if self._model is not None and self.born == forks.generation():
             torch.set_num_threads(self._threads_before)
         self._model = None
 

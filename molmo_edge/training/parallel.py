@@ -8,6 +8,7 @@ averaged: a step's loss is already divided by the weight of all ranks together.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -89,9 +90,19 @@ def world(device: str = "auto") -> Iterator[World]:
     except BaseException:
         # Others may wait in a collective, and taking leave of them would wait, too. A launcher sees this rank go.
         if ranks == 1:
-            dist.destroy_process_group()
+            _leave()
         raise
+    _leave()
+
+
+def _leave() -> None:
+    """Destroy the process group now, with its threads.
+
+    What `destroy_process_group` lets go of waits for the garbage collector. If that runs in a process that was forked
+    since, a DataLoader's worker for one, `~ProcessGroupGloo` waits there for threads that do not exist.
+    """
     dist.destroy_process_group()
+    gc.collect()
 
 
 @dataclass(frozen=True)
