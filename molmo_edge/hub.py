@@ -12,7 +12,6 @@ import glob
 import importlib.util
 import re
 import shutil
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from molmo_edge.bundle import MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import CONFIG
+from molmo_edge.hub_links import LARGE, HubFile, has_symlinks, is_inside, reuse, snapshot_path
 
 _CHECKPOINT = (
     *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),
@@ -30,20 +30,11 @@ _CHECKPOINT = (
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE = "pytorch_model.bin"
 _NOT_OF_A_BUNDLE = ("*.py", ".git*", "*.md")
-_LARGE = 50_000_000  # bytes from which on a file is worth resuming
 _SPARE = 500_000_000  # bytes that stay free on the disk
 
 
 class HubError(MolmoEdgeError):
     """A model that could not be had from the hub."""
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str
-    size: int  # bytes
-    commit: str
-    sha256: str | None  # of large files; the cache names their blobs by it
 
 
 def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True) -> Path:
@@ -65,15 +56,18 @@ def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True
         )
     wanted = _wanted(name, list(files), to_run)
     missing = [files[file] for file in wanted if not _is_cached(hub_id, files[file])]
-    _check_disk(hub_id, missing)
-    return _download(hub_id, revision, wanted, missing)
+    links = not missing or has_symlinks(_folder(hub_id))
+    if not links:
+        missing = [file for file in missing if not reuse(_folder(hub_id), file)]
+    _check_disk(hub_id, missing, links)
+    return _download(hub_id, revision, wanted, missing, links)
 
 
 class _Unreachable(Exception):  # noqa: N818 (a state, not a mistake)
     pass
 
 
-def _list(hub_id: str, revision: str | None) -> dict[str, _File]:
+def _list(hub_id: str, revision: str | None) -> dict[str, HubFile]:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import (
         GatedRepoError,
@@ -104,12 +98,16 @@ def _list(hub_id: str, revision: str | None) -> dict[str, _File]:
     except Exception as error:  # connections fail with httpx's errors or with requests', by the client's version
         raise _Unreachable(error) from error
     files = {}
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # it and names become paths here: the hub may name no others
+        raise HubError(f"the hub says that the commit of {hub_id} is {info.sha!r}, which is none: ask again later")
     for sibling in info.siblings or ():
+        if not is_inside(sibling.rfilename):
+            raise HubError(f"{hub_id} names a file outside of its folder, {sibling.rfilename!r}: do not trust it")
         sha256 = sibling.lfs and str(
             sibling.lfs.sha256
         )  # it becomes a file's name: nothing else than a hash may be one
         sha256 = sha256 if sha256 and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
-        files[sibling.rfilename] = _File(sibling.rfilename, int(sibling.size or 0), str(info.sha), sha256)
+        files[sibling.rfilename] = HubFile(sibling.rfilename, int(sibling.size or 0), str(info.sha), sha256)
     return files
 
 
@@ -133,30 +131,37 @@ def _matches(file: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(file, pattern) for pattern in patterns)
 
 
-def _is_cached(hub_id: str, file: _File) -> bool:
+def _is_cached(hub_id: str, file: HubFile) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(hub_id, file.name, revision=file.commit), str)
 
 
-def _blobs(hub_id: str) -> Path:
+def _folder(hub_id: str) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
 
 
-def _to_fetch(hub_id: str, file: _File) -> int:
-    """Bytes that are not on the disk yet."""
+def _blobs(hub_id: str) -> Path:
+    return _folder(hub_id) / "blobs"
+
+
+def _to_write(hub_id: str, file: HubFile, links: bool) -> int:
+    """Bytes that will be added to the disk. `links`: the cache can make symlinks."""
     if file.sha256 is None:
         return file.size
     whole, part = _blobs(hub_id) / file.sha256, _blobs(hub_id) / f"{file.sha256}.part"
-    return 0 if whole.exists() else file.size - (part.stat().st_size if part.exists() else 0)
+    if whole.exists():
+        return 0 if links else file.size  # the client copies a blob that `reuse` has left where it is
+    there = part.stat().st_size if part.exists() else 0
+    return file.size - (there if there <= file.size else 0)  # one that is longer is thrown away
 
 
-def _check_disk(hub_id: str, missing: list[_File]) -> None:
+def _check_disk(hub_id: str, missing: list[HubFile], links: bool) -> None:
     blobs = _blobs(hub_id)
-    needed = sum(_to_fetch(hub_id, file) for file in missing)
+    needed = sum(_to_write(hub_id, file, links) for file in missing)
     there = next(path for path in blobs.parents if path.exists())
     free = shutil.disk_usage(there).free
     if needed and needed + _SPARE > free:
@@ -166,13 +171,13 @@ def _check_disk(hub_id: str, missing: list[_File]) -> None:
         )
 
 
-def _download(hub_id: str, revision: str | None, wanted: list[str], missing: list[_File]) -> Path:
+def _download(hub_id: str, revision: str | None, wanted: list[str], missing: list[HubFile], links: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         for file in missing:
-            if file.size >= _LARGE and file.sha256 is not None:
-                _download_large(hub_id, file, file.sha256)
+            if file.size >= LARGE and file.sha256 is not None:
+                _download_large(hub_id, file, file.sha256, links)
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in wanted]))
     except HubError:
         raise
@@ -182,8 +187,12 @@ def _download(hub_id: str, revision: str | None, wanted: list[str], missing: lis
         ) from error
 
 
-def _download_large(hub_id: str, file: _File, sha256: str) -> None:
-    """Put `file` where the cache looks for it by its hash, going on from what an earlier attempt has left."""
+def _download_large(hub_id: str, file: HubFile, sha256: str, links: bool) -> None:
+    """Put `file` where the cache looks for it, going on from what an earlier attempt has left.
+
+    That is by its hash; where there are no symlinks, by its name at once: the client would copy it there, and 28.9 GB
+    would lie on the disk twice.
+    """
     from filelock import FileLock
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -195,7 +204,8 @@ def _download_large(hub_id: str, file: _File, sha256: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     part = blobs / f"{sha256}.part"
     with FileLock(locks / f"{part.name}.lock"):  # two at once would write into each other
-        if (blobs / sha256).exists():
+        target = blobs / sha256 if links else snapshot_path(_folder(hub_id), file)
+        if (blobs / sha256).exists() or target.exists():
             return
         if part.exists() and part.stat().st_size > file.size:
             part.unlink()
@@ -211,7 +221,8 @@ def _download_large(hub_id: str, file: _File, sha256: str) -> None:
         if sha256_of(part) != sha256:
             part.unlink()
             raise HubError(f"{file.name} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
-        part.replace(blobs / sha256)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
 
 
 def _cached(hub_id: str, revision: str | None, why: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from hub_client import GOLDEN, Client, refused, with_large_weights
 from hub_server import COMMIT, Hub, serve
 
 from molmo_edge.bundle import BundleError, resolve_model
 from molmo_edge.export import export_checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT_FILES = {"config.json", "preprocessor_config.json", "tokenizer.json"}
 
 
@@ -35,58 +33,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield served
 
 
-_PROGRAM = """
-import os, shutil, sys
-if "FREE" in os.environ:
-    usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage(path)._replace(free=int(os.environ["FREE"]))
-from molmo_edge.cli import main
-main(sys.argv[1:])
-"""
-
-
-class Client:
-    """The command line in a process of its own, with a cache of its own: huggingface_hub reads its settings once."""
-
-    def __init__(self, hub: Hub, home: Path) -> None:
-        self.hub, self.home = hub, home
-        self.environment = os.environ | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-            "HF_HUB_ETAG_TIMEOUT": "2",
-        }
-        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
-            self.environment.pop(name, None)
-
-    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", _PROGRAM, *arguments]
-        return subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    def ask(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        photo = str(GOLDEN / "astronaut.png")
-        return self(
-            *("ask", photo, "Who?", "--model", self.hub.name, "--max-crops", "0", "--max-new-tokens", "2", "--json"),
-            *arguments,
-            **environment,
-        )
-
-
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path) -> Client:
     return Client(hub, tmp_path / "home")
-
-
-def refused(process: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence that a failed command ends with."""
-    assert process.returncode == 1, process.stderr
-    assert "Traceback" not in process.stderr
-    *_, last = process.stderr.strip().splitlines()
-    assert last.startswith("molmo-edge: ")
-    return last
 
 
 def test_a_checkpoint_is_fetched_once_without_code_and_answers(hub: Hub, client: Client) -> None:
@@ -161,15 +110,6 @@ def test_what_an_attempt_left_is_not_trusted(hub: Hub, client: Client, left: byt
         assert "arrived damaged" in refused(client.ask())
     assert client.ask().returncode == 0
     assert (blobs / sha256).read_bytes() == large
-
-
-def with_large_weights(hub: Hub) -> bytes:
-    """The hub's model becomes the golden MolmoE, with more than fits into a piece of what is kept of a download."""
-    shutil.rmtree(hub.directory)
-    shutil.copytree(GOLDEN / "molmoe", hub.directory)
-    weights = hub.directory / "pytorch_model.bin"
-    torch.save(torch.load(weights, weights_only=True) | {"more": torch.rand(15_000_000)}, weights)
-    return weights.read_bytes()
 
 
 def test_a_token_and_a_revision_reach_the_hub(hub: Hub, client: Client) -> None:
