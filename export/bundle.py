@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,18 @@ from typing import Any
 import numpy as np
 
 import molmo_edge
-from molmo_edge.bundle import FORMAT, FORMAT_VERSION, GRAPHS, MANIFEST, TOKENIZER, sha256_of
+from molmo_edge.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    GRAPHS,
+    MANIFEST,
+    TOKENIZER,
+    TOLERANCE,
+    is_bundle,
+    open_bundle,
+    sha256_of,
+    write_manifest,
+)
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.export import ExportError
@@ -58,11 +68,15 @@ _SIDECAR_ABOVE = 100_000_000
 
 @dataclass(frozen=True)
 class CheckPhoto:
-    """What a sound copy of the bundle must be able to answer: `Molmo.ask(image, question)` is run and recorded."""
+    """What a sound copy of the bundle must be able to answer: `Molmo.ask(image, question)` is run and recorded.
+
+    With it go sums of what lies between photo and answer (molmo_edge/sums.py), for `molmo-edge verify` to compare.
+    """
 
     image: Path
     question: str
     max_new_tokens: int = 64
+    tolerance: float = TOLERANCE  # percent of a side that a point may move elsewhere
 
 
 def export_bundle(
@@ -104,6 +118,9 @@ def export_bundle(
     `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
     the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
 
+    `check`: a photo and a question to record in the bundle. None: those of a `checkpoint` that is a bundle with a
+    check, answered anew by the new bundle, and else none.
+
     Returns the manifest. `out` appears whole or not at all, whatever interrupts. While graphs are written, memory
     holds one component, and from 100 MB on one matrix of it and a few copies; for experts that is all of a layer's
     side by side (537 MB in MolmoE-1B), and for the embeddings the whole table. A calibration holds a layer in float32.
@@ -127,6 +144,7 @@ def export_bundle(
         mmproj=mmproj,
     )
     config, tensors = open_source(checkpoint)
+    check = check or _own_check(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename on one file system.
@@ -175,10 +193,10 @@ def export_bundle(
                 "device": wishes.target.device,
                 "defaults": wishes.target.why,
             }
-        _write_manifest(staging, manifest)
+        write_manifest(staging, manifest)
         if check is not None:
             manifest["check"] = _answer(staging, check)
-            _write_manifest(staging, manifest)
+            write_manifest(staging, manifest)
         os.rename(staging, out)
     return manifest
 
@@ -394,25 +412,27 @@ def _measure(
             components[component] |= {"max_error": error.largest, "relative_error": error.relative}
 
 
+def _own_check(checkpoint: Path) -> CheckPhoto | None:
+    """Of a bundle with a check: its photo and question, to be answered anew by what is made of it."""
+    if not is_bundle(checkpoint) or (known := open_bundle(checkpoint).check) is None:
+        return None
+    most = len(known.token_ids)
+    photo = checkpoint / known.image.file
+    return CheckPhoto(photo, known.question, max(64, 2 * most) if known.complete else max(1, most), known.tolerance)
+
+
 def _answer(staging: Path, check: CheckPhoto) -> dict[str, Any]:
-    from molmo_edge.molmo import Molmo
+    from molmo_edge.selfcheck import record_check
 
     folder = staging / "check"
     folder.mkdir()
     image = folder / f"photo{check.image.suffix.lower()}"
     shutil.copyfile(check.image, image)
-    with Molmo(staging) as molmo:
-        answer = molmo.ask(image, check.question, max_new_tokens=check.max_new_tokens)
+    file = f"{folder.name}/{image.name}"
     return {
-        "image": f"{folder.name}/{image.name}",
+        "image": file,
         "sha256": sha256_of(image),
         "bytes": image.stat().st_size,
-        "question": check.question,
-        "token_ids": [int(i) for i in answer.token_ids],
-        "complete": answer.complete,
-        "points": [[float(np.round(p.x, 2)), float(np.round(p.y, 2))] for p in answer.points],
+        **record_check(staging, file, check.question, check.max_new_tokens),
+        "tolerance": check.tolerance,
     }
-
-
-def _write_manifest(staging: Path, manifest: dict[str, Any]) -> None:
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

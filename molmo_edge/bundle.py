@@ -1,8 +1,8 @@
 """The artefact on disk: a directory with a manifest, graphs, a tokenizer and a check of its own.
 
-`molmo_edge.json` names every file with its size and sha256. Opening a bundle compares the sizes always and
-the hashes once a machine; whatever is damaged, foreign or newer than this program is refused by name before
-any of it reaches an engine.
+`molmo_edge.json` names every file with its size and sha256, and holds a sha256 of its own content. Opening a bundle
+compares that hash and the sizes always, and the files' hashes once a machine; whatever is damaged, edited, foreign or
+newer than this program is refused by name before any of it reaches an engine.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from molmo_edge.tokenizer import SpecialIds, Tokenizer
 MANIFEST = "molmo_edge.json"
 FORMAT = "molmo-edge-bundle"
 FORMAT_VERSION = 1
+SEAL = "sha256"  # the manifest's field with the hash of all the others
+TOLERANCE = 2.0  # percent of a side: how far a point of the check may move, where the manifest does not say it
 GRAPHS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 TOKENIZER = "tokenizer.json"  # in a bundle as in a checkpoint
 
@@ -58,6 +60,8 @@ class Check:
     token_ids: tuple[int, ...]
     complete: bool  # whether the answer stopped by itself behind `token_ids`
     points: tuple[tuple[float, float], ...] = ()
+    tolerance: float = TOLERANCE  # percent of a side that a point may move
+    sums: dict[str, Any] | None = None  # see molmo_edge/sums.py; None of a bundle that was made before there were any
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,19 @@ def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:
     return bundle
 
 
+def content_sha256(content: dict[str, Any]) -> str:
+    """The sha256 of a manifest or of parts of it, its own hash left out. Formatting and order of keys do not matter."""
+    hashed = {key: value for key, value in content.items() if key != SEAL}
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest`, with the hash of its content, into a bundle. Raises OSError."""
+    manifest[SEAL] = content_sha256(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a bundle or of a checkpoint directory.
 
@@ -206,8 +223,21 @@ def _parse(directory: Path) -> Bundle:
         raise BundleError(f"{where} lists no {', '.join(missing)}: the manifest is incomplete")
     if components["tokenizer"].file != TOKENIZER:
         raise BundleError(f"{where} calls the tokenizer {components['tokenizer'].file}, it has to be {TOKENIZER}")
+    _refuse_edited(where, manifest, check)
     name = str(manifest.get("name") or directory.name)
     return Bundle(directory, name, config, special_ids, components, check, manifest, device)
+
+
+def _refuse_edited(where: Path, manifest: dict[str, Any], check: Check | None) -> None:
+    """Raise BundleError for a manifest whose content is not what was written. One without a hash is an older one."""
+    sealed = manifest.get(SEAL)
+    if sealed is None and (check is None or check.sums is None):
+        return
+    if sealed != content_sha256(manifest):
+        raise BundleError(
+            f"{where} was changed after it was written: its content does not have the sha256 that it says. Restore it, "
+            "or fetch or export the bundle again"
+        )
 
 
 def _parse_component(where: Path, name: str, entry: dict[str, Any], file: Any) -> Component:
@@ -231,7 +261,16 @@ def _parse_check(where: Path, entry: Any) -> Check | None:
         token_ids=tuple(int(i) for i in entry["token_ids"]),
         complete=bool(entry["complete"]),
         points=tuple((float(x), float(y)) for x, y in entry.get("points") or ()),
+        tolerance=_parse_tolerance(entry.get("tolerance", TOLERANCE)),
+        sums=None if entry.get("sums") is None else dict(entry["sums"]),
     )
+
+
+def _parse_tolerance(value: Any) -> float:
+    tolerance = float(value)
+    if not 0 <= tolerance <= 100:
+        raise ValueError(f"the check's tolerance must be 0 to 100 percent of a side, it is {value}")
+    return tolerance
 
 
 def _inside(where: Path, file: Any) -> str:

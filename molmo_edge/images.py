@@ -82,7 +82,11 @@ class ImageProcessor:
                 y, x = (n * config.window for n in divmod(k, cols))  # in patches
                 _cut(canvas, y, x, config, out=crops[1 + k])
                 masks[k] = filled[y : y + side, x : x + side].reshape(-1)
-        return PreparedImage(crops, masks, self._tokens(tiling), _token_index(config, tiling), tiling)
+        return PreparedImage(crops, masks, *self.layout(tiling), tiling)
+
+    def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens` and `token_index` of a PreparedImage with this tiling, see there."""
+        return self._tokens(tiling), _token_index(self.config, tiling)
 
     def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
         s = self.special

@@ -22,7 +22,7 @@ from molmo_edge.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import Sampling, generate_batch, likeliest, most_new_tokens
+from molmo_edge.generate import GenerationError, Sampling, generate_batch, likeliest, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.points import Point, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
@@ -319,6 +319,10 @@ class Molmo:
         _checked(question, "question")
         scene = self._own(image) if isinstance(image, Scene) else self._see(image)
         given = [*token_ids, self._tokenizer.special.eos] if complete else list(token_ids)
+        if wrong := [token for token in given if not 0 <= token < self.config.decoder.vocab_size]:
+            raise GenerationError(
+                f"the model cannot answer {wrong[0]}: its ids are 0 to {self.config.decoder.vocab_size - 1}"
+            )
         prompt = np.concatenate([scene.embeddings, self._runtime.embed(text_ids(self._tokenizer, [question]))])
         cache = self._runtime.new_cache(len(prompt) + max(0, len(given) - 1))
         found: list[float] = []

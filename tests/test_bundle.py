@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import BundleError, is_bundle, load_tokenizer, open_bundle, resolve_model
+from molmo_edge.bundle import BundleError, is_bundle, load_tokenizer, open_bundle, resolve_model, write_manifest
 from molmo_edge.config import MolmoConfig
 from molmo_edge.selfcheck import check_bundle
 
@@ -25,10 +25,10 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = bundle / "molmo_edge.json"
-    manifest = json.loads(path.read_text())
+    """As somebody would who also brings the manifest's own hash up to date."""
+    manifest = json.loads((bundle / "molmo_edge.json").read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    write_manifest(bundle, manifest)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -123,6 +123,9 @@ def test_no_check_image_outside_the_bundle(bundle: Path) -> None:
         (lambda m: m["model"]["decoder"].update(flux=1), "newer molmo-edge"),
         (lambda m: m["check"].update(points=[1, 2]), "malformed"),
         (lambda m: m["check"].pop("sha256"), "no 'sha256'"),
+        (lambda m: m["check"].update(tolerance=-1), "tolerance must be 0 to 100"),
+        (lambda m: m["check"].update(tolerance=float("nan")), "tolerance must be 0 to 100"),
+        (lambda m: m["check"].update(sums=[1]), "malformed"),
         (lambda m: m["components"]["decoder"].update(bytes=float("inf")), "malformed"),
         (
             lambda m: m["components"]["tokenizer"].update(file="other.json"),
@@ -217,6 +220,9 @@ def test_another_models_answers_fail_the_check(bundle: Path, golden: Path, tmp_p
     check = json.loads((bundle / "molmo_edge.json").read_text())["check"]
     edit(tmp_path / "other", lambda m: m.update(check=check))
     report = check_bundle(tmp_path / "other", threads=1)
+    assert not report.passed and report.different is not None and report.different.name == "logits"
+    edit(tmp_path / "other", lambda m: m["check"].pop("sums"))  # as older bundles are
+    report = check_bundle(tmp_path / "other", threads=1)
     assert not report.passed and report.gap is not None and report.gap > 0.5
 
 
@@ -234,10 +240,12 @@ def test_an_answer_that_stops_where_it_did_passes_the_check(
 ) -> None:
     recorded = saying("two dogs").ask(bundle / "check" / "photo.png", "What?")
     assert recorded.complete
-    edit(bundle, lambda m: m["check"].update(complete=True, token_ids=list(recorded.token_ids), points=[]))
-    monkeypatch.setattr("molmo_edge.selfcheck.Molmo", lambda *_, **__: saying("two dogs"))
+    new = {"complete": True, "token_ids": list(recorded.token_ids), "points": [], "sums": None}
+    edit(bundle, lambda m: m["check"].update(new))
+    monkeypatch.setattr("molmo_edge.selfcheck.open_runtime", lambda *_, **__: saying("two dogs").fake)  # type: ignore[attr-defined]
     assert check_bundle(bundle).exact
-    monkeypatch.setattr("molmo_edge.selfcheck.Molmo", lambda *_, **__: saying("two dogs" + " and on" * 50))
+    longer = saying("two dogs" + " and on" * 50).fake  # type: ignore[attr-defined]
+    monkeypatch.setattr("molmo_edge.selfcheck.open_runtime", lambda *_, **__: longer)
     report = check_bundle(bundle)
     assert not report.stopped and not report.passed
 

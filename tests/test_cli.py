@@ -238,7 +238,7 @@ def test_verify(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     status, out, _ = cli("verify", tiny_bundle, "--json")
     assert json.loads(out)["passed"] is True
     status, out, err = cli("verify", tmp_path)
-    assert (status, out) == (1, "") and "not a molmo-edge bundle" in err
+    assert (status, out) == (1, "") and "holds neither a bundle" in err
 
 
 def test_doctor(cli: Cli) -> None:

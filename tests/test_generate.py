@@ -164,6 +164,9 @@ def test_a_molmo_whose_logits_are_not_finite_says_so(saying: Callable[..., Molmo
     ):
         with pytest.raises(GenerationError, match="the model's logits are"):
             ask()
+    for wrong in (-1, 500, 10**9):
+        with pytest.raises(GenerationError, match=f"cannot answer {wrong}: its ids are 0 to"):
+            saying("two dogs").gaps(photo, "What?", [1, wrong])
 
 
 @pytest.mark.filterwarnings("error")

@@ -21,6 +21,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.molmo import MAX_QUESTION_CHARS, QuestionError
 from molmo_edge.readable import TagStripper, readable
 from molmo_edge.selfcheck import CheckReport
+from molmo_edge.sums import Part
 
 CASES = ("square", "landscape", "wide_text")
 TWO_DOGS = 'Look: <points x1="10.0" y1="20.0" x2="90.0" y2="50.0" alt="dogs">the dogs</points> here.'
@@ -374,8 +375,15 @@ def test_a_check_passes_where_rounding_alone_chose(tiny_bundle: Path) -> None:
     bundle = Bundle(tiny_bundle, "x", None, {}, {}, None, {})  # type: ignore[arg-type]
     photo = Component("check image", "a.png", 1, "0" * 64)
     check = Check(photo, "q", (1, 2), True, ((10.0, 10.0),))
-    assert CheckReport(bundle, check, (1, 2), None).passed
+    assert CheckReport(bundle, check, (1, 2), 0.0).passed
     assert CheckReport(bundle, check, (1, 3), 3.0, gap=0.09).passed
+    assert CheckReport(bundle, check, (1, 3), None, gap=0.09).passed
+    assert CheckReport(bundle, check, (1, 3), 2.0, gap=0.4).passed
+    assert not CheckReport(bundle, check, (1, 2), None).passed  # the same ids cannot give another number of points
+    assert not CheckReport(bundle, check, (1, 2), 2.1).passed  # nor other points
+    assert not CheckReport(bundle, check, (1, 3), None, gap=0.4).passed
+    assert not CheckReport(bundle, check, (1, 3), 2.1, gap=0.4).passed
+    assert not CheckReport(bundle, check, (1, 2), 0.0, parts=(Part("pixels", False),)).passed
     assert not CheckReport(bundle, check, (1, 3), 0.0, gap=0.6).passed
     assert not CheckReport(bundle, check, (1, 2), 0.0, stopped=False, gap=2.0).passed
     assert CheckReport(bundle, None).passed
