@@ -155,17 +155,6 @@ def test_what_is_trained_whole_is_merged_too(small_checkpoints: dict[str, Path],
     close(hidden(merged, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)))
 
 
-def test_merged_in_bfloat16_by_default(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = small_checkpoints["dense"]
-    molmo, _, _ = load_checkpoint(checkpoint)
-    filled(molmo, EVERYWHERE)
-    merge(checkpoint, saved(molmo, EVERYWHERE, checkpoint, tmp_path / ADAPTERS), tmp_path / "out")
-    tensors = open_tensors(tmp_path / "out")
-    assert {tensors.dtype(name) for name in tensors.names()} == {"BF16"}
-    merged, _, _ = load_checkpoint(tmp_path / "out")
-    close(hidden(merged, a_batch(checkpoint)), hidden(molmo, a_batch(checkpoint)), 5e-2)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("kernel", ["loop", "grouped", "auto", "wide"])
 def test_experts_by_every_kernel(

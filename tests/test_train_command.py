@@ -111,6 +111,13 @@ def write_points(folder: Path, side: int = 64, count: int = 12) -> Path:
     return folder
 
 
+def stored_in(checkpoint: Path) -> set[str]:
+    from molmo_edge.modeling.checkpoint import open_tensors
+
+    tensors = open_tensors(checkpoint)
+    return {tensors.dtype(name) for name in tensors.names()}
+
+
 @pytest.mark.parametrize("base", ["auto", "nf4"])
 def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsys: pytest.CaptureFixture) -> None:
     folder, run = write_points(tmp_path / "points"), tmp_path / "run"
@@ -121,6 +128,10 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     assert (run / "adapters.safetensors").stat().st_size < 500_000
     answer = Sdk(run / "model").ask(folder / "3.png", "Point to the cup.", max_new_tokens=5)
     assert len(answer.token_ids) == 5
+    assert stored_in(run / "model") == {"F32"}, "as the checkpoint"
+    assert command("train", "points", folder, *options, "--merge-dtype", "bf16") == 0
+    assert stored_in(run / "model") == {"BF16"}
+    capsys.readouterr()
     assert command("train", "points", folder, "--from", small_molmoe, "--out", small_molmoe) == 1
     assert "is the checkpoint itself" in capsys.readouterr().err
     assert command("train", "points", folder, "--from", "nano", "--out", run) == 1

@@ -23,6 +23,13 @@ class Base(str, Enum):
     nf4 = "nf4"
 
 
+class MergeDtype(str, Enum):
+    keep = "keep"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 def points(
     folder: Annotated[Path, typer.Argument(help=_FOLDER, show_default=False)],
     *,
@@ -35,6 +42,9 @@ def points(
     expert_rank: Annotated[int, typer.Option(min=1, help="Of each expert's adapters.")] = 4,
     targets: Annotated[str, typer.Option(help=_TARGETS)] = "attention,ffn,experts",
     whole: Annotated[str, typer.Option(help=_WHOLE)] = "connector",
+    merge_dtype: Annotated[
+        MergeDtype, typer.Option(help="Of the merged model's weights. keep: as the checkpoint stores each of them.")
+    ] = MergeDtype.keep,
     complete: Annotated[
         bool, typer.Option("--complete", help="Every thing of a label has a point: so ask for what is not there, too.")
     ] = False,
@@ -56,7 +66,7 @@ def points(
 ) -> None:
     """Teach a checkpoint your own points: adapters on one card (LoRA), merged into a model that can be exported."""
     from molmo_edge.tokenizer import Tokenizer
-    from molmo_edge.training.adapters import LoraTrainer
+    from molmo_edge.training.adapters import MERGED_IN, LoraTrainer
     from molmo_edge.training.data.points_folder import open_points
     from molmo_edge.training.lora import LoraConfig, build_adapted
     from molmo_edge.training.parallel import world
@@ -95,7 +105,10 @@ def points(
             note(f"{recipe.steps} steps of {recipe.batch} sequences")
         model = build_adapted(directory, recipe, here, lora, base.value)
         data = Data([train], [1.0], [held_back] if len(held_back) else ())
-        trainer = LoraTrainer(model, tokenizer, data, recipe, out, here, checkpoint=directory, lora=lora)
+        merged_in = MERGED_IN.get(merge_dtype.value)
+        trainer = LoraTrainer(
+            model, tokenizer, data, recipe, out, here, checkpoint=directory, lora=lora, merged_in=merged_in
+        )
         if here.first and trainer.step >= recipe.steps:
             note(f"{trainer.step} steps are done: nothing is left to train")
         written = trainer.train()

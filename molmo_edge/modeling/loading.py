@@ -124,24 +124,47 @@ def save_checkpoint(
     dtype: "F32" or "BF16". parameter: gives the whole parameter of a name where `model` itself holds only shards of it;
     asked in the order of `hub_layout`. shard_bytes: of a file; more make model-00001-of-0000n.safetensors.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_hub_config(model.config, directory)
-    (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
     read = parameter or model.get_parameter
-    for old in (*directory.glob("model*.safetensors"), directory / INDEX):
-        old.unlink(missing_ok=True)
-    with ShardWriter(directory, hub_shapes(model.config), dtype, shard_bytes) as writer:
+
+    def tensors() -> Iterator[np.ndarray]:
         for name, slot in hub_layout(model.config).items():
             values = read(name).detach().cpu()
-            for hub, part in zip(slot, [values] if len(slot) == 1 else list(values), strict=True):
-                writer.write(hub, _stored(part, dtype))
+            yield from (stored(part, dtype) for part in ([values] if len(slot) == 1 else list(values)))
+
+    shapes = hub_shapes(model.config)
+    write_tensors(model.config, tokenizer_json, Path(directory), shapes, dtype, tensors(), shard_bytes)
 
 
-def _stored(values: torch.Tensor, dtype: str) -> np.ndarray:
+def write_tensors(
+    config: MolmoConfig,
+    tokenizer_json: str | Path,
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str | Mapping[str, str],
+    tensors: Iterator[np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Write a checkpoint in hub layout, its `tensors` as `ShardWriter` wants them, in the order of `shapes`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_hub_config(config, directory)
+    (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
+    for old in (*directory.glob("model*.safetensors"), directory / INDEX):
+        old.unlink(missing_ok=True)
+    with ShardWriter(directory, shapes, dtype, shard_bytes) as writer:
+        for name in shapes:
+            writer.write(name, next(tensors))
+
+
+def stored(values: torch.Tensor, dtype: str) -> np.ndarray:
+    """`values` as a file keeps them in one of DTYPES. Raises CheckpointError where float16 cannot hold them."""
     if dtype == "BF16":  # numpy has no bfloat16
         return values.to(torch.bfloat16).view(torch.uint16).numpy()
-    return values.float().numpy()
+    if dtype == "F16":
+        narrow = values.to(torch.float16)
+        if narrow.isinf().any() and values.isfinite().all():
+            raise CheckpointError("float16 cannot hold these weights, some are above 65504: choose bfloat16 or float32")
+        return narrow.numpy()
+    return (values.double() if dtype == "F64" else values.float()).numpy()
 
 
 def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.Parameter], *, where: str) -> None:

@@ -94,13 +94,21 @@ class ShardWriter:
     """Writes tensors in the order of `shapes` into shards as the hub has them, holding at most two at a time.
 
     One file `model.safetensors` where everything fits into `shard_bytes`, else `model-00001-of-0000n.safetensors`
-    and an index. Writing goes on in a thread of its own while the next tensor is read. Use it as a context manager;
-    the directory is the caller's to remove where that raises.
+    and an index. `dtype`: one of DTYPES for all tensors, or one for each; then wider ones have to come first, or
+    values would begin at addresses where other loaders cannot read them. Writing goes on in a thread of its own while
+    the next tensor is read. Use it as a context manager; the directory is the caller's to remove where that raises.
     """
 
-    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> None:
-        self._directory, self._shapes, self._dtype = directory, dict(shapes), dtype
-        shards = _cut(self._shapes, DTYPES[dtype].itemsize, shard_bytes)
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str | Mapping[str, str], shard_bytes: int
+    ) -> None:
+        self._directory, self._shapes = directory, dict(shapes)
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else {n: dtype[n] for n in shapes}
+        widths = [DTYPES[one].itemsize for one in self._dtypes.values()]
+        if widths != sorted(widths, reverse=True):
+            raise ValueError("tensors of wider dtypes have to come first")
+        self._bytes = {n: math.prod(shape) * DTYPES[self._dtypes[n]].itemsize for n, shape in self._shapes.items()}
+        shards = _cut(self._bytes, shard_bytes)
         n = len(shards)
         files = [f"model-{k:05}-of-{n:05}.safetensors" for k in range(1, n + 1)] if n > 1 else [SAFETENSORS]
         self._shards = dict(zip(files, shards, strict=True))  # file -> names of its tensors
@@ -113,7 +121,7 @@ class ShardWriter:
     def write(self, name: str, values: np.ndarray) -> None:
         """The next tensor, in the dtype that was announced (bfloat16 as uint16)."""
         expected, shard = next(self._order)
-        if name != expected or values.shape != self._shapes[name] or values.dtype != DTYPES[self._dtype]:
+        if name != expected or values.shape != self._shapes[name] or values.dtype != DTYPES[self._dtypes[name]]:
             raise ValueError(f"{expected} is due, got {name} {values.dtype} {list(values.shape)}")
         self._wait()
         self._pending = self._pool.submit(self._append, shard, np.ascontiguousarray(values))
@@ -144,38 +152,40 @@ class ShardWriter:
                 self._file.close()
             with contextlib.ExitStack() as stack:  # closed here only where its header cannot be written
                 file = stack.enter_context((self._directory / shard).open("xb"))
-                file.write(_header({name: self._shapes[name] for name in self._shards[shard]}, self._dtype))
+                file.write(self._header(self._shards[shard]))
                 self._file, self._shard = file, shard
                 stack.pop_all()
         self._file.write(values.reshape(-1).view(np.uint8).data)
 
+    def _header(self, names: list[str]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what other loaders ask for
+        offset = 0
+        for name in names:
+            end = offset + self._bytes[name]
+            header[name] = {
+                "dtype": self._dtypes[name],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+        return struct.pack("<Q", len(text)) + text
+
     def _write_index(self) -> None:
-        total = sum(math.prod(shape) for shape in self._shapes.values()) * DTYPES[self._dtype].itemsize
         where = {name: shard for shard, names in self._shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = {"metadata": {"total_size": sum(self._bytes.values())}, "weight_map": dict(sorted(where.items()))}
         (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _cut(shapes: Mapping[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> list[list[str]]:
+def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names of tensors of `sizes` bytes, shard by shard."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * itemsize
+    for name, size in sizes.items():
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what other loaders ask for
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
-    return struct.pack("<Q", len(text)) + text

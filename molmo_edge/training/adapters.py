@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import struct
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.checkpoint import FileSource, TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.checkpoint import DTYPES, FileSource, TensorSource, check_tensors, open_tensors
 from molmo_edge.modeling.layout import hub_layout, hub_shapes
-from molmo_edge.modeling.loading import save_checkpoint
+from molmo_edge.modeling.loading import stored, write_tensors
 from molmo_edge.modeling.shards import read_header
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.forward import Trainable
@@ -36,6 +38,7 @@ from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import SHARD_BYTES, Data, Trainer
 
 ADAPTERS = "adapters.safetensors"
+MERGED_IN = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what a merged model can be stored in
 
 
 @dataclass(frozen=True)
@@ -132,41 +135,51 @@ def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
     return names
 
 
-def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str = "BF16") -> None:
+def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str | None = None) -> None:
     """Write `checkpoint` with its adapters added to its weights, in hub layout, into the directory `out`.
 
-    dtype: "BF16" or "F32". Products are float32; memory holds one parameter. Raises LoraError and CheckpointError.
+    dtype: "F32", "BF16" or "F16"; None keeps what each tensor of the checkpoint is stored in, and tensors that were
+    frozen come out byte for byte as they are. Sums are float32; memory holds two tensors. Raises LoraError and
+    CheckpointError.
     """
     config, source = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise LoraError(f"{out} is the checkpoint that is read: name another directory")
-    check_tensors(config, source, where=checkpoint)
+    if dtype is not None and dtype not in MERGED_IN.values():
+        raise LoraError(f'no merged model is written in "{dtype}"; known are {", ".join(MERGED_IN.values())}')
+    shapes = check_tensors(config, source, where=checkpoint)
     file = AdaptersFile.open(adapters)
     file.check(config, source, checkpoint)
-    layout, ranks = hub_layout(config), adapted(config, file.lora)
-    own = set(trained_whole(config, file.lora))
+    dtypes = {name: dtype or source.dtype(name) for name in shapes}
+    # Wider ones first, as `ShardWriter` wants them.
+    order = sorted(shapes, key=lambda name: -DTYPES[dtypes[name]].itemsize)
+    ranks, own = adapted(config, file.lora), set(trained_whole(config, file.lora))
+    places = {hub: (name, i) for name, slot in hub_layout(config).items() for i, hub in enumerate(slot)}
 
-    def parameter(name: str) -> Tensor:
+    adapter = functools.lru_cache(maxsize=8)(file.get)  # experts come one by one, and share theirs
+
+    def merged(hub: str) -> np.ndarray:
+        name, i = places[hub]
+        if name not in ranks and name not in own and dtypes[hub] == source.dtype(hub):
+            return source.raw(hub)
         if name in own:
-            return file.get(name)
-        values = torch.empty(len(layout[name]), *source.shape(layout[name][0]))
-        for part, hub in zip(values, layout[name], strict=True):
-            part.numpy()[...] = source.get(hub)
-        if rank := ranks.get(name):
-            a, b = (file.get(f"{adapter_name(name)}.{leaf}") for leaf in "ab")
-            values.baddbmm_(b.view(len(values), -1, rank), a.view(len(values), rank, -1), alpha=file.lora.scale(rank))
-        return values if len(layout[name]) > 1 else values[0]
+            values = file.get(name)
+        else:
+            values = torch.tensor(source.get(hub))
+            if rank := ranks.get(name):
+                a, b = (adapter(f"{adapter_name(name)}.{leaf}") for leaf in "ab")
+                a, b = a.view(-1, rank, a.shape[-1])[i], b.view(-1, b.shape[-2], rank)[i]  # of this expert
+                values.addmm_(b, a, alpha=file.lora.scale(rank))
+        return stored(values, dtypes[hub])
 
-    with torch.device("meta"):
-        molmo = Molmo(config)
-    tokenizer = checkpoint / "tokenizer.json"
-    save_checkpoint(molmo, tokenizer, out, dtype=dtype, parameter=parameter, shard_bytes=SHARD_BYTES)
+    tokenizer, tensors = checkpoint / "tokenizer.json", map(merged, order)
+    write_tensors(config, tokenizer, out, {name: shapes[name] for name in order}, dtypes, tensors, SHARD_BYTES)
 
 
 class LoraTrainer(Trainer):
     """A run that ends with its adapters in `directory`/adapters.safetensors and the merged model in `directory`/model.
 
-    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`.
+    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`. merged_in: the dtype of `merge`.
     """
 
     def __init__(
@@ -180,16 +193,17 @@ class LoraTrainer(Trainer):
         *,
         checkpoint: Path,
         lora: LoraConfig,
+        merged_in: str | None = None,
     ):
-        self.checkpoint, self.lora = checkpoint, lora
+        self.checkpoint, self.lora, self.merged_in = checkpoint, lora, merged_in
         self.base = base_identity(model.molmo.config, open_tensors(checkpoint))
         super().__init__(model, tokenizer, data, recipe, directory, here)
 
-    def write_model(self, directory: Path, dtype: str = "BF16") -> None:
+    def write_model(self, directory: Path, dtype: str | None = None) -> None:
         """The adapters as they are now, and the checkpoint with them merged in; every rank has to call."""
         save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
         if self.here.first:
-            merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype)
+            merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype or self.merged_in)
         self.here.wait()
 
     def _identity(self) -> dict[str, Any]:
