@@ -6,41 +6,18 @@ from molmo_edge.cli import options
 from molmo_edge.cli.answering import answer_command
 
 
+@options.flat
 def count(
-    image: options.Image,
+    images: options.Images,
     label: options.Label,
     *,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    max_crops: options.MaxCrops = None,
-    threads: options.Threads = None,
-    llama: options.Llama = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = None,
-    json: options.Json = False,
+    opening: options.Opening,
+    sampling: options.Sampling,
+    json: options.JsonLines = False,
     save: options.Save = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Count everything of a kind, with a point for each."""
     from molmo_edge.prompt import count_question
 
-    answer_command(
-        image,
-        count_question(label),
-        model=model,
-        revision=revision,
-        device=device,
-        precision=precision,
-        max_crops=max_crops,
-        threads=threads,
-        llama=llama,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        json=json,
-        save=save,
-        quiet=quiet,
-    )
+    answer_command(images, count_question(label), opening, sampling, json=json, save=save, quiet=quiet)

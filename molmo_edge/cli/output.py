@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def progress(text: str, *, quiet: bool = False) -> Iterator[None]:
 
 def print_json(data: dict[str, Any]) -> None:
     """One line on stdout, in ASCII, so that no terminal or pipe can spoil it."""
-    print(json.dumps(data))
+    print(json.dumps(data), flush=True)
 
 
 def print_stream(stream: Stream) -> Answer:
@@ -104,6 +104,30 @@ def check_save(path: Path | None, image: Path) -> None:
         raise OutputError(f"--save {path}: the directory {path.parent} cannot be written to")
     if is_file(path) and is_file(image) and path.samefile(image):
         raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
+
+
+def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]:
+    """Where the drawn picture of each of several images goes: FOLDER/NAME.annotated.png.
+
+    Makes the folder. Raises OutputError, before any work, where it cannot be written to.
+    """
+    if folder is None:
+        return [None] * len(images)
+    if is_file(folder) or (folder.suffix.lower() in _FORMATS and not folder.is_dir()):
+        raise OutputError(f"--save {folder}: there are several images, so it must name a folder")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--save {folder}: the folder cannot be made: {error.strerror}") from None
+    taken: dict[str, int] = {}
+    paths: list[Path | None] = []
+    for image in images:
+        stem = "stdin" if str(image) == "-" else image.stem
+        taken[stem] = number = taken.get(stem, 0) + 1
+        path = folder / f"{stem if number == 1 else f'{stem}-{number}'}.annotated.png"
+        check_save(path, image)
+        paths.append(path)
+    return paths
 
 
 def save_image(image: Image.Image, path: Path) -> None:
