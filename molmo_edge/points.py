@@ -153,7 +153,8 @@ def format_points(points: Sequence[Point | tuple[float, float]], label: str, *, 
         return NONE
     pairs = [(p.x, p.y) if isinstance(p, Point) else (p[0], p[1]) for p in points]
     # numpy's rounding, not Python's: they differ where a half is not exact, 0.15 for one.
-    rounded = [(float(x), float(y)) for x, y in np.round(np.array(pairs, np.float64), 1)]
+    # Adding 0 makes 0 of -0, whose sign no pattern reads back.
+    rounded = [(float(x), float(y)) for x, y in np.round(np.array(pairs, np.float64), 1) + 0.0]
     rounded.sort(key=lambda xy: xy[0] * 10000 + xy[1])
     alt = label if alt is None else alt
     if len(rounded) == 1:

@@ -147,6 +147,9 @@ def test_formatting_of_none_and_of_counts():
     assert format_count([Point(1, 2), (3, 4)], "cups") == (
         'Counting the <points x1="1.0" y1="2.0" x2="3.0" y2="4.0" alt="cups">cups</points> shows a total of 2.'
     )
+    # -0 would be written with its sign, which no pattern reads.
+    text = format_points([(-0.0, 2), (-0.04, 3)], "ear")
+    assert text == '<points x1="0.0" y1="2.0" x2="0.0" y2="3.0" alt="ear">ear</points>'
     assert format_points([(1, 2)], "ear", alt="left ear") == '<point x="1.0" y="2.0" alt="left ear">ear</point>'
 
 

@@ -81,6 +81,7 @@ def labelme(*shapes: Any, **changes: Any) -> str:
         # Two columns, or two units, for one thing.
         ("image,label,x,x,y\na.png,cup,1,2,3\n", 'has several columns "x"'),
         ("image,label,x,y,x_percent,y_percent\na.png,cup,1,2,3,4\n", "has both x,y and x_percent,y_percent"),
+        (CSV.strip() + ",\na.png,cup,12,5,7\n", "line 2 of .* has '7' in a column without a name"),
         (CSV + "a.png,cu\0p,1,2\n", "line 2 of .*(damaged|NUL)"),
         (CSV + "a.png," + "c" * 200_000 + ",1,2\n", "line 2 of .* is not CSV: field larger"),
         (CSV + "a" * 5000 + ".png,cup,1,2\n", "is not there"),
@@ -93,6 +94,17 @@ def test_csv_rows_that_are_not_as_the_header_says(folder: Path, text: str, match
         assert read(folder)[0] == {"a.png": {"cup": [(1, 4)]}}
         return
     with pytest.raises(PointsError, match=match):
+        open_points(folder)
+
+
+def test_columns_without_a_name_may_be_empty(folder: Path) -> None:
+    (folder / "points.csv").write_text("image;label;x;y;;\na.png;cup;10;5;;\nb.png;cup;10;5\n")
+    assert read(folder)[0] == {"a.png": {"cup": [(10, 10)]}, "b.png": {"cup": [(10, 10)]}}
+
+
+def test_a_name_with_a_line_break_does_not_break_the_message(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"image": "a\nb.png", "label": "cup", "points": []}))
+    with pytest.raises(PointsError, match=r"'a\\nb\.png' is not there"):
         open_points(folder)
 
 

@@ -180,11 +180,11 @@ class Book:
 
         def size(page: Page) -> tuple[int, int] | str:
             if not page.is_there:
-                return f"{page.name} is not there"
+                return f"{_printable(page.name)} is not there"
             try:
                 height, width = load_image(page.path).shape[:2]
             except ImageError:
-                return f"{page.name} is no picture that can be read"
+                return f"{_printable(page.name)} is no picture that can be read"
             return width, height
 
         with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as pool:
@@ -252,7 +252,7 @@ def label_of(label: Any, where: str) -> str:
         raise PointsError(f"{where} has no label: name what the point is on")
     name = _unicode(label, where, "the label").strip()
     if "<" in name or ">" in name:  # an answer is written in tags
-        raise PointsError(f'{where} has the label "{name}": leave out < and >')
+        raise PointsError(f"{where} has the label {shown(name)}: leave out < and >")
     if not all(map(_is_of_a_line, name)):
         raise PointsError(f"{where} has the label {shown(name)}: a label is one line of text")
     return name.lower()
@@ -295,6 +295,10 @@ def shown(value: Any) -> str:
     text = repr(value)
     text = text if text.isprintable() else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

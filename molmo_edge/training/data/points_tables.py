@@ -46,6 +46,9 @@ def read_csv(path: Path, book: Book) -> None:
                 "and write decimals with a point"
             )
         row = dict(zip(columns, cells, strict=False))
+        # Spreadsheets write empty columns, which a decimal comma would fill.
+        if stray := [cell for name, cell in zip(columns, cells, strict=False) if cell and not name]:
+            raise PointsError(f"{where} has {shown(stray[0])} in a column without a name: empty it, or name the column")
         page, label = book.page(row["image"], where), label_of(row.get("label"), where)
         if missing := [name for name in needed if name not in row]:
             raise PointsError(
