@@ -229,7 +229,7 @@ def test_version_and_help(cli: Cli) -> None:
     for command in ("ask", "point", "count", "caption", "chat", "verify", "doctor", "bench", "export"):
         assert f"  {command} " in out
         assert cli(command, "--help")[0] == 0
-    assert "completion" not in out
+    assert "--install-completion" in out
 
 
 def test_verify(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ app = typer.Typer(
     name="molmo-edge",
     help="Ask a photo on your own machine: Molmo without account, cloud or PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it opens in half the time
 )
