@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from molmo_edge.cgroups import PROC, ROOT, memory_left
+
 
 def meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes ("MemAvailable", "SwapFree", ...); empty where there is none."""
@@ -18,28 +20,19 @@ def meminfo() -> dict[str, int]:
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
 
 
-def available_memory() -> int | None:
+def available_memory(proc: Path = PROC, root: Path = ROOT) -> int | None:
     """Bytes that this process can take without others being pushed out, swap not counted.
 
     On Linux what is available, and in a container no more than its limit leaves; on a Mac all that the machine has, as
-    a bound; None where nothing tells.
+    a bound; None where nothing tells. `proc`, `root`: see molmo_edge.cgroups.
     """
     if (available := meminfo().get("MemAvailable")) is not None:
-        return min(available, _container_leaves(available))
+        left = memory_left(proc, root)
+        return available if left is None else min(available, left)
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _container_leaves(otherwise: int) -> int:
-    try:
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):  # no cgroup of the second version, or "max"
-        return otherwise
-    return max(0, limit - used)
 
 
 def give_back() -> None:

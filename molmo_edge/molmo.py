@@ -82,8 +82,8 @@ class Molmo:
     `molmo_edge.runtimes.DEVICES`; "auto" is the best that there is. `precision`: of a checkpoint's
     weights, "fp32", "bf16", "int8", "nf4" (both of bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU that has
     the memory. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU threads,
-    None for the engine's choice. `llama`: how llama.cpp runs a bundle's GGUF, "cache=q8_0" or
-    LlamaOptions (molmo_edge.runtimes.llama_options).
+    at most the cores that this process may use; None for the physical ones, or a container's quota.
+    `llama`: how llama.cpp runs a bundle's GGUF, "cache=q8_0" or LlamaOptions (molmo_edge.runtimes.llama_options).
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -240,8 +240,8 @@ class Molmo:
         began = time.perf_counter()
         embeddings = self._runtime.embed(ids)  # [n, d_model]
         capacity = len(scene.embeddings) + len(ids) + most - 1
-        if scene.prefilled is not None and capacity <= scene.prefilled.capacity:
-            cache = scene.cache.copy()
+        if (prefilled := scene.prefilled) is not None and capacity <= prefilled.capacity:
+            cache = prefilled.copy()
         else:
             cache = self._runtime.new_cache(capacity)
             embeddings = np.concatenate([scene.embeddings, embeddings])

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.cores import physical_cores
 from molmo_edge.export import ExportError
-from molmo_edge.runtimes.llama_library import last_words, load_library, physical_cores
+from molmo_edge.runtimes.llama_library import last_words, load_library
 
 FLOATS = ("f32", "f16", "bf16")
 # By llama.cpp's own numbers (llama_ftype). The two-bit types are not among them: they need an importance matrix, and

@@ -9,12 +9,13 @@ is 6 % of the error in blocks of 128, and 2 % in blocks of 32, which do without.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+
+from molmo_edge.cores import available_cores
 
 MIDDLE = 8  # the zero point of a symmetric block
 CLIPS = (1.0, 0.92, 0.84)  # of a block's range; more of them gain less than a hundredth of the error
@@ -42,7 +43,7 @@ Round = Callable[[str, np.ndarray, int, bool], Blocks]
 
 def nearest(name: str, weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:
     """Each weight by itself, weight [out, in]. `in` must be a multiple of `block`."""
-    parts = np.array_split(weight, min(os.cpu_count() or 1, len(weight)))  # a row minds no other row
+    parts = np.array_split(weight, min(available_cores(), len(weight)))  # a row minds no other row
     with ThreadPoolExecutor(len(parts)) as pool:
         made = list(pool.map(lambda part: _nearest(part, block, asymmetric), parts))
     zero_points = [part.zero_point for part in made if part.zero_point is not None]

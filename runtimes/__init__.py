@@ -13,6 +13,7 @@ import numpy as np
 
 from molmo_edge.bundle import is_bundle, open_bundle
 from molmo_edge.config import MolmoConfig
+from molmo_edge.cores import choose_threads
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import is_checkpoint
@@ -146,7 +147,8 @@ def open_runtime(
     """Open a bundle on ONNX Runtime, its decoder on llama.cpp where it is a GGUF, or a checkpoint on PyTorch.
 
     `precision`: of a checkpoint's weights, "fp32", "bf16", "int8", "nf4", or "auto" (modeling/precision.py); a bundle
-    has its own. `threads`: None leaves the number to the engine, which takes the physical cores. `llama`: how
+    has its own. `threads`: None leaves the number to the engine, which takes the physical cores; in a container,
+    its quota. More than there are cores are refused. `llama`: how
     llama.cpp runs, LlamaOptions or their text (molmo_edge.runtimes.llama_options).
     Raises MolmoEdgeError: Unavailable for a device or an engine that is not here, BundleError for a damaged bundle,
     PrecisionError for weights that do not fit into memory.
@@ -154,8 +156,7 @@ def open_runtime(
     directory = Path(directory)
     if device not in DEVICES:
         raise Unavailable(f'device "{device}" is not known; known are {", ".join(DEVICES)}')
-    if threads is not None and not (isinstance(threads, int) and threads >= 1):
-        raise EngineError(f"threads must be a whole number, at least 1, it is {threads!r}")
+    choose_threads(threads)
     if is_bundle(directory):
         if precision != "auto":
             raise EngineError(f'{directory} is a bundle, whose precision was chosen at its export, not "{precision}"')

@@ -23,10 +23,11 @@ import numpy as np
 
 from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.config import MolmoConfig
+from molmo_edge.cores import choose_threads, physical_cores
 from molmo_edge.memory import available_memory
 from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.gguf_header import check_decoder
-from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu, physical_cores
+from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
 
@@ -72,7 +73,9 @@ def open_watched(
     load_library()
     check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
     options = dataclasses.replace(options, repack=_repack(bundle, options, gpu=False))
-    model = _Model(bundle.path("decoder"), threads or physical_cores(), False, options, threading.Event())
+    model = _Model(
+        bundle.path("decoder"), choose_threads(threads) or physical_cores(), False, options, threading.Event()
+    )
     return lambda capacity: LlamaCache(_Context(model, capacity, watch))
 
 
@@ -101,7 +104,7 @@ class LlamaRuntime:
         self.config, self._graphs = config, graphs
         self._stop = threading.Event()
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
-        made = (decoder, threads or physical_cores(), gpu, options, self._stop)
+        made = (decoder, choose_threads(threads) or physical_cores(), gpu, options, self._stop)
         self._loading: Future[_Model] | None = loader.submit(_Model, *made)
         self._born = forks.generation()
         forks.watch_load(self._loading)

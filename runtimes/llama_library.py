@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import ctypes
 import functools
-import os
 import platform
 import shutil
 import sys
@@ -131,17 +130,3 @@ def on_gpu(device: str) -> bool:
             f'this llama.cpp cannot run on device="{device}", {here}: {install_command(wanted, again=True)}'
         )
     return True
-
-
-def physical_cores() -> int:
-    """Cores that this process may run on; on Linux, two threads of one are counted once: these are the fastest."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    mine, cores = os.sched_getaffinity(0), set()
-    for cpu in mine:
-        try:
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
-        except OSError:
-            return len(mine)
-        cores.add(siblings)
-    return len(cores)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
+from molmo_edge.cores import available_cores, choose_threads
 from molmo_edge.errors import first_line
 from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
@@ -166,7 +166,8 @@ class OnnxRuntime:
     ) -> None:
         """`mapped`: weights in sidecars are used where they lie in the file, slower, but in next to no memory."""
         self.config = config
-        self._files, self._threads, self._mapped, self._placement = files, threads, mapped, placement
+        self._files, self._mapped, self._placement = files, mapped, placement
+        self._threads = choose_threads(threads)
         # A large tower's crop fills the cores by itself. A small one's operators are so short that waking the threads
         # for each of them takes as long: nano's crops side by side are an eighth faster.
         small = "vision_encoder" in files and not is_large(files["vision_encoder"])
@@ -182,7 +183,7 @@ class OnnxRuntime:
         # By size, the largest first.
         order = sorted(self._files, key=lambda name: self._files[name].stat().st_size, reverse=True)
         # Loading keeps a core busy: more loads at once than cores would be no sooner done, and close could stop fewer.
-        self._pool = ThreadPoolExecutor(min(len(order), os.cpu_count() or 1), thread_name_prefix="molmo-edge-load")
+        self._pool = ThreadPoolExecutor(min(len(order), available_cores()), thread_name_prefix="molmo-edge-load")
         self._sessions = {
             name: self._pool.submit(
                 _load,
@@ -312,7 +313,7 @@ def _load(
 def session_options(threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
     """An onnxruntime.SessionOptions."""
     options = _import().SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = choose_threads(threads) or 0
     options.inter_op_num_threads = 1
     # Four sessions have four pools: threads that spin while they wait take the cores from the one that works
     # (measured on two busy cores: 3.3 ms a token spinning, 1.8 ms not), and a laptop's battery besides. A large

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.cores import choose_threads
 from molmo_edge.memory import available_memory
 from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.checkpoint import open_tensors
@@ -113,6 +114,7 @@ class TorchRuntime:
     def _take(self, model: Molmo, threads: int | None) -> None:
         self.born = forks.generation()  # see molmo_edge.runtimes.forks
         self._threads_before = torch.get_num_threads()  # they are the process's, not this runtime's
+        threads = choose_threads(threads)
         if threads is not None:
             torch.set_num_threads(threads)
         self._model: Molmo | None = model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from molmo_edge.runtimes import Unavailable, llama_library
-from molmo_edge.runtimes.llama_library import install_command, load_library, physical_cores
+from molmo_edge.runtimes.llama_library import install_command, load_library
 
 
 @pytest.fixture
@@ -84,7 +84,3 @@ def test_a_build_that_does_not_load_and_one_that_is_too_old(unloaded: pytest.Mon
     unloaded.setitem(sys.modules, "llama_cpp", old)
     with pytest.raises(Unavailable, match=r"0\.2\.90 is too old, 0\.3\.36 is needed"):
         load_library()
-
-
-def test_physical_cores() -> None:
-    assert 1 <= physical_cores() <= 1024

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from molmo_edge import Molmo
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.memory import available_memory
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, by_expert, grouped_mm, mix_experts
 from molmo_edge.modeling.precision import PrecisionError, choose_precision, room, weight_bytes
@@ -220,17 +219,6 @@ def test_memory_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(runtime.model.decoder, "embed", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         runtime.embed(np.zeros(1, np.int64))
-
-
-def test_what_a_container_leaves_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molmo_edge.memory.meminfo", lambda: {"MemAvailable": 5000})
-    texts = {"memory.max": "1000", "memory.current": "400"}
-    monkeypatch.setattr(Path, "read_text", lambda self, **_: texts[self.name])
-    assert available_memory() == 600
-    texts["memory.current"] = "1100"
-    assert available_memory() == 0
-    texts["memory.max"] = "max"
-    assert available_memory() == 5000
 
 
 def test_wrong_precisions_and_devices(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

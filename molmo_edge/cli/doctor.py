@@ -13,6 +13,7 @@ import typer
 import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
+from molmo_edge.cores import available_cores
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.extras import Requirement, extras, pip_command
 from molmo_edge.memory import meminfo
@@ -31,7 +32,7 @@ def doctor(*, json: options.Json = False) -> None:
         "molmo_edge": molmo_edge.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cores(),
         **_memory(),
         "jetson": jetson(),
         "versions": {name: _version(name) for name in _CORE},

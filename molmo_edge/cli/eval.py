@@ -57,6 +57,7 @@ def eval(
     quiet: options.Quiet = False,
 ) -> None:
     """Ask a model benchmarks and score its answers."""
+    from molmo_edge.cores import available_cores
     from molmo_edge.evaluation.facts import model_identity
     from molmo_edge.evaluation.questions import UNSCORED
     from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
@@ -74,7 +75,7 @@ def eval(
     directory = find_model(bundle, revision=revision, quiet=quiet)
     folder = out or Path(f"{directory.resolve().name}-eval")
     if threads is None and not _on_gpu(device):  # rounding differs with their number: it belongs to the run
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = max(1, available_cores() // processes)
     settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
     with progress("opening the tasks", quiet=quiet):
         asked = {

@@ -29,6 +29,18 @@ def _known_precision(precision: str) -> str:
     return precision
 
 
+def _enough_cores(threads: int | None) -> int | None:
+    if threads is not None:
+        from molmo_edge.cores import choose_threads
+        from molmo_edge.runtimes import EngineError
+
+        try:
+            choose_threads(threads)
+        except EngineError as error:
+            raise typer.BadParameter(str(error)) from None
+    return threads
+
+
 def _known_llama(text: str | None) -> str | None:
     if text is not None:
         from molmo_edge.runtimes import EngineError
@@ -66,7 +78,8 @@ Precision = Annotated[
     str, typer.Option(help='Of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4".', callback=_known_precision)
 ]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Without it: the physical cores.")]
+_THREADS = "CPU threads. Without it: the physical cores, or a container's quota."
+Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 _LLAMA = "Of a GGUF: gpu_layers=N, cache=f16|q8_0|..., flash_attention=yes|no, repack=yes|no, with commas between."
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]

@@ -7,7 +7,6 @@ all ranks, so that neither their number nor the padding changes it.
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.cores import available_cores
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.layout import hub_layout
@@ -262,7 +262,7 @@ class Trainer:
                 self.share,
                 step=self.step,
                 steps=recipe.steps,
-                workers=min(recipe.workers, os.cpu_count() or 1),
+                workers=min(recipe.workers, available_cores()),
                 length=recipe.encoding.sequence if recipe.pad else None,
                 pin=self.here.device.type == "cuda",
             )

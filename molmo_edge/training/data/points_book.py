@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.cores import available_cores
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.file_names import FileNameError, find_file
 from molmo_edge.loading import ImageError, load_image
@@ -187,7 +188,7 @@ class Book:
                 return f"{_printable(page.name)} is no picture that can be read"
             return width, height
 
-        with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(_DECODERS, available_cores())) as pool:
             found = list(pool.map(size, self.pages))
         return [each for each in found if not isinstance(each, str)], [each for each in found if isinstance(each, str)]
 
