@@ -29,6 +29,7 @@ _CONTENTS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
         (rb".{4}ftypavi[fs]", "an AVIF image, which this Pillow cannot read: update Pillow, or convert it to PNG"),
         (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video: extract a frame as PNG or JPEG first"),
         (rb"PK\x03\x04|\x1f\x8b", "a compressed archive: unpack it first"),
+        (rb'\s*\{\s*"', "JSON text: download the image itself"),
         (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     )
 )
@@ -46,6 +47,11 @@ def describe_name(text: str) -> str | None:
     if _is_base64(text):
         return "is base64 text: decode it first (base64.b64decode), and pass the bytes or save them to a file"
     return None
+
+
+def kind_of_contents(head: bytes) -> str | None:
+    """What a file that starts with `head` is, where that is known and not an image: "a web page (HTML)"."""
+    return next((says.partition(":")[0] for start, says in _CONTENTS if start.match(head)), None)
 
 
 def describe_contents(head: bytes) -> str | None:

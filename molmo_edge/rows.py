@@ -7,17 +7,9 @@ package `datasets` then reads the parquet files. No code of a hub repository is 
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import json
 import math
-import os
 import re
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,29 +17,30 @@ from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.extras import pip_command
+from molmo_edge.fetching import FetchError, NoAnswerError, OtherFileError, fetch_image
 from molmo_edge.file_names import find_file
+
+__all__ = [
+    "ROWS",
+    "FetchError",
+    "NoAnswerError",
+    "OtherFileError",
+    "Row",
+    "Rows",
+    "RowsError",
+    "fetch_image",
+    "load_rows",
+    "number_in",
+    "rows_of",
+    "text_in",
+]
 
 ROWS = "rows.jsonl"
 _BATCH = 10_000  # rows of a column that is read whole
-_MOST_BYTES = 100_000_000  # of a picture
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be another one in a moment
-_AGENT = "Mozilla/5.0 (compatible; molmo-edge)"  # many hosts refuse Python's own
 
 
 class RowsError(MolmoEdgeError):
     """A data set that cannot be read, or rows that are not as expected."""
-
-
-class FetchError(MolmoEdgeError):
-    """A picture that its URL no longer gives. Links die: leave the row out, and count it."""
-
-
-class NoAnswerError(FetchError):
-    """The host did not answer, or was too busy: it may be gone, or this machine offline."""
-
-
-class OtherFileError(FetchError):
-    """The URL gives a file, but not the one that it gave once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,55 +283,3 @@ def _download(hub_id: str, configs: Sequence[str], split: str) -> Path:
             f"{hub_id} cannot be had from the hub: {first_line(error)}. Ask again, or fetch it elsewhere "
             f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DIR) and name that folder"
         ) from error
-
-
-def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.0, timeout: float = 20.0) -> Path:
-    """The file behind `url`, out of `folder` if it is there, else downloaded into it.
-
-    `sha256`: of the file's bytes, lower case; None to take what comes. `pause`: seconds before the first of three
-    retries, twice as many before each next. What fails for good (404, another hash) is not asked for again, but the
-    next call does. Raises FetchError: OtherFileError for another hash, NoAnswerError for a host that cannot be reached.
-    """
-    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file's name
-        raise FetchError(f"{url} should have the sha256 {sha256!r}, which is none")
-    path = folder / (sha256 or hashlib.sha256(url.encode()).hexdigest())
-    if path.exists():
-        return path
-    data = _get(url, pause, timeout)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise OtherFileError(f"{url} gives another file than it did: its sha256 is not {sha256}")
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{path.name}.{os.getpid()}.{threading.get_ident()}"
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
-    return path
-
-
-def _get(url: str, pause: float, timeout: float) -> bytes:
-    if not url.startswith(("http://", "https://")):
-        raise FetchError(f"{url} is no http address")
-    # Addresses in data sets have spaces and umlauts, which urllib does not send.
-    address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")
-    for wait in (pause, 2 * pause, 4 * pause, None):
-        try:
-            request = urllib.request.Request(address, headers={"User-Agent": _AGENT})
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                data = response.read(_MOST_BYTES + 1)
-                if response.length and len(data) <= _MOST_BYTES:  # read() with a limit does not mind a cut
-                    raise http.client.IncompleteRead(data, response.length)
-        except urllib.error.HTTPError as error:
-            if error.code not in _TRANSIENT or wait is None:
-                kind = NoAnswerError if error.code in _TRANSIENT else FetchError
-                raise kind(f"{url} cannot be fetched: HTTP status {error.code}") from error
-            after = error.headers.get("Retry-After", "")
-            wait = max(wait, min(30.0, float(after))) if after.isdecimal() else wait
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, ValueError) or wait is None:  # ValueError: an address that cannot be one
-                kind = FetchError if isinstance(error, ValueError) else NoAnswerError
-                raise kind(f"{url} cannot be fetched: {first_line(error)}") from error
-        else:
-            if len(data) > _MOST_BYTES:
-                raise FetchError(f"{url} gives more than {_MOST_BYTES} bytes, too many for a picture")
-            return data
-        time.sleep(wait)
-    raise AssertionError("unreachable: the last try raises or returns")

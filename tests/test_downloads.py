@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from molmo_edge import rows as rows_module
+from molmo_edge import fetching
 from molmo_edge.rows import FetchError, NoAnswerError, OtherFileError, fetch_image
 from molmo_edge.training.data import downloads
 from molmo_edge.training.data.downloads import (
@@ -55,7 +55,7 @@ class Host:
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(rows_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
     wait = threading.Event().wait  # time.sleep is one function for all modules
     sites = [Host(), Host()]
     lock = threading.Lock()

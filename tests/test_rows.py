@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge import rows as rows_module
+from molmo_edge import fetching
 from molmo_edge.images import load_image
 from molmo_edge.rows import FetchError, Row, RowsError, fetch_image, load_rows
 
@@ -238,7 +238,7 @@ def test_what_is_gone_is_asked_for_once(web: Web, tmp_path: Path) -> None:
 
 def test_a_busy_host_is_asked_again_three_times(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(rows_module.time, "sleep", waits.append)
+    monkeypatch.setattr(fetching.time, "sleep", waits.append)
     web.answers["/1"] = [(503, b""), (429, b""), (206, DATA[:4]), (200, DATA)]  # the third one breaks off
     assert fetch_image(f"{web.url}/1", SHA, tmp_path).read_bytes() == DATA
     assert waits == [1.0, 2.0, 4.0]
@@ -250,7 +250,7 @@ def test_a_busy_host_is_asked_again_three_times(web: Web, tmp_path: Path, monkey
 
 def test_a_host_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, web: Web) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(rows_module.time, "sleep", waits.append)
+    monkeypatch.setattr(fetching.time, "sleep", waits.append)
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:1/x cannot be fetched"):
         fetch_image("http://127.0.0.1:1/x", None, tmp_path)
     assert len(waits) == 3

@@ -109,4 +109,5 @@ class _Progress:
             self._told = counts.done
             note(
                 f"{counts.fetched} fetched, {counts.known} were there, {counts.failed} gone, {counts.other_file} others"
+                + (f", {counts.busy} at busy hosts: fetch again later" if counts.busy else "")
             )

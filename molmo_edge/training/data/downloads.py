@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from molmo_edge.errors import MolmoEdgeError, first_line
-from molmo_edge.loading import MAX_PIXELS
-from molmo_edge.rows import FetchError, NoAnswerError, OtherFileError, fetch_image
+from molmo_edge.fetching import BusyError, FetchError, NoAnswerError, OtherFileError, ascii_url, fetch_image
+from molmo_edge.loading import MAX_PIXELS, quiet_pillow
 
 MANIFEST = "manifest.jsonl"
 OK, FAILED, OTHER_FILE = "ok", "failed", "other_file"
+_BUSY = "busy"  # its host asks to be asked later: not written down, so that the next run does
 
 _WINDOW = 10_000  # URLs read ahead, so that there are other hosts to ask where one has many in a row
 # So many URLs of so many hosts without any answer in between: this machine is offline, the links are not dead.
@@ -53,10 +54,11 @@ class Counts:
     failed: int = 0
     other_file: int = 0
     known: int = 0  # settled by an earlier run
+    busy: int = 0  # to be asked for by the next one
 
     @property
     def done(self) -> int:
-        return self.fetched + self.failed + self.other_file + self.known
+        return self.fetched + self.failed + self.other_file + self.known + self.busy
 
 
 @dataclass
@@ -127,7 +129,8 @@ def fetch_images(
     """Fetch every (URL, sha256 of its bytes or None) into `folder`; the manifest says where each one is.
 
     `jobs` are asked for at once, of one host at most `per_host`. A URL is asked for once, however often it is wanted;
-    one that failed for good (gone, no picture, no answer to four tries) only with `retry_failed`. `wanted` may be
+    one that failed for good (gone, a web page or a placeholder in its place, no answer to four tries) only with
+    `retry_failed`; one whose host was busy to the end by the next run. `wanted` may be
     a generator of millions. `progress` hears after every URL that was asked for. May be stopped at any time, with
     KeyboardInterrupt too, and started again. Raises DownloadError where nothing can be fetched or written any more.
     """
@@ -178,7 +181,7 @@ class _Run:
                 yield _Job(url, sha256, _host(url))
 
     def settle(self, job: _Job, entry: Entry, silent: bool, log: IO[str]) -> None:
-        name = {OK: "fetched", FAILED: "failed", OTHER_FILE: "other_file"}[entry.outcome]
+        name = {OK: "fetched", FAILED: "failed", OTHER_FILE: "other_file", _BUSY: "busy"}[entry.outcome]
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + 1})
         if silent:
             self.silent.append((job, entry))
@@ -187,7 +190,8 @@ class _Run:
                 self.write_silent(log)
         else:
             self.write_silent(log)  # someone answers, so these did not
-            self._write(job, entry, log)
+            if entry.outcome != _BUSY:
+                self._write(job, entry, log)
 
     def _ask_whether_offline(self, entry: Entry) -> None:
         hosts = len({job.host for job, _ in self.silent})
@@ -272,8 +276,8 @@ class _Waiting:
 
 def _host(url: str) -> str:
     try:
-        return urllib.parse.urlsplit(url).netloc.lower()
-    except ValueError:  # fetch_image says what is wrong with it
+        return urllib.parse.urlsplit(ascii_url(url)).netloc.rpartition("@")[2].lower()
+    except FetchError:  # fetch_image says what is wrong with it
         return ""
 
 
@@ -319,6 +323,8 @@ def _fetch(job: _Job, folder: Path) -> tuple[Entry, bool]:
     try:
         path = fetch_image(job.url, job.sha256, folder)
         _check_picture(job.url, path)
+    except BusyError as error:
+        return Entry(_BUSY, reason=str(error)), False
     except FetchError as error:
         outcome = OTHER_FILE if isinstance(error, OtherFileError) else FAILED
         return Entry(outcome, reason=str(error)), isinstance(error, NoAnswerError)
@@ -330,11 +336,14 @@ def _check_picture(url: str, path: Path) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with quiet_pillow(), Image.open(path) as image:
             pixels = image.width * image.height
     except Exception as error:  # hostile headers make Pillow's parsers raise nearly anything
         path.unlink(missing_ok=True)
         raise FetchError(f"{url} gives no picture that Pillow can read: {type(error).__name__}") from error
+    if pixels == 1:  # what counters and removed pictures leave
+        path.unlink(missing_ok=True)
+        raise FetchError(f"{url} gives a placeholder of one pixel")
     if not 0 < pixels <= MAX_PIXELS:
         path.unlink(missing_ok=True)
         raise FetchError(f"{url} gives a picture of {pixels} pixels, the most are {MAX_PIXELS}")
