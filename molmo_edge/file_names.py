@@ -46,6 +46,13 @@ def find_file(folder: Path, name: str) -> Path | None:
     return found if os.path.isfile(found) else None
 
 
+def printable(name: object) -> str:
+    """A name as it can stand in a line of text: escaped where it has line breaks, halves of characters or the like."""
+    text = str(name)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def _names(folder: Path) -> dict[str, tuple[str, ...]]:
     try:
         return _names_at(os.fspath(folder), os.stat(folder).st_mtime_ns)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molmo_edge.export import ExportError
-from molmo_edge.file_names import FileNameError, find_file
+from molmo_edge.file_names import FileNameError, find_file, printable
 from molmo_edge.prompt import build_prompt, caption_question
 
 PROMPTS = "prompts.jsonl"
@@ -70,5 +70,5 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
     except FileNameError as error:
         raise ExportError(f"{file}, line {number}: {error}") from None
     if found is None:
-        raise ExportError(f"{file}, line {number}: there is no {prompt.image}")
+        raise ExportError(f"{file}, line {number}: there is no {printable(prompt.image)}")
     return Prompt(found, prompt.question, prompt.answer)

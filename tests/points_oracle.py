@@ -231,12 +231,12 @@ def _write_json(rng: random.Random, path: Path, text: str, whole: Callable[[str]
         value = json.loads(text)
     except ValueError:  # damaged before
         return "nothing"
-    value, how = _damage_value(rng, value)
+    value, how = damage_value(rng, value)
     path.write_bytes(whole(json.dumps(value)).encode("utf-8"))
     return how
 
 
-def _damage_value(rng: random.Random, value: Any) -> tuple[Any, str]:
+def damage_value(rng: random.Random, value: Any) -> tuple[Any, str]:
     """One place in a JSON value, any depth."""
     places: list[tuple[Any, Any]] = []
 

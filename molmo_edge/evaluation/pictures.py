@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from molmo_edge.file_names import printable
 from molmo_edge.images import load_image
 from molmo_edge.training.assets import Assets, load_assets
 from molmo_edge.training.photos import ANNOTATIONS, Photo, PhotoError, load_photos
@@ -104,21 +106,32 @@ def plain_pictures(root: Path) -> list[Picture]:
 def _check(photo: Photo) -> None:
     """Raises PhotoError, now rather than after an hour of questions. `load_photos` has checked the coordinates."""
     annotation, where = photo.annotation, photo.where
-    if not photo.path.is_file():
-        raise PhotoError(f"{where}: there is no {photo.path}")
+    if not os.path.isfile(photo.path):  # False for names that no file can have, too
+        raise PhotoError(f"{where}: there is no {printable(photo.path)}")
+    if not isinstance(annotation.get("source", ""), str):
+        raise PhotoError(f'{where}: "source" is the name of where photos are from, a text')
     for item in annotation.get("objects", ()):
         if not isinstance(item["label"], str) or not item["label"].strip():
             raise PhotoError(f'{where}: each of "objects" needs a "label" and its "boxes"')
+        if item.get("crowd") not in (None, False, True):
+            raise PhotoError(f'{where}: "crowd" of "{printable(item["label"])}" is true or false')
         boxes = [tuple(box) for box in item["boxes"]]
         if twice := [box for box in boxes if boxes.count(box) > 1]:
-            raise PhotoError(f'{where}: "{item["label"]}" has the box {list(twice[0])} twice: leave out one of them')
+            raise PhotoError(
+                f'{where}: "{printable(item["label"])}" has the box {list(twice[0])} twice: leave out one of them'
+            )
     labels = [item["label"] for item in annotation.get("objects", ())]
     if twice_said := [label for label in labels if labels.count(label) > 1]:
-        raise PhotoError(f'{where}: "{twice_said[0]}" stands there twice, put its boxes together')
+        raise PhotoError(f'{where}: "{printable(twice_said[0])}" stands there twice, put its boxes together')
     said = [*(t.get("text") for t in annotation.get("texts", ())), *annotation.get("fields", {}).values()]
     if not all(isinstance(text, str) for text in said):
         raise PhotoError(f"{where}: texts and fields are texts, numbers in quotes too")
-    if not all(re.fullmatch(r"\d{1,2}:\d{2}", str(clock.get("time"))) for clock in annotation.get("clocks", ())):
+    if any("\ud800" <= character <= "\udfff" for text in (*labels, *said) for character in text):
+        raise PhotoError(f"{where}: a text has half of a surrogate pair, which is no character")
+    if not all(
+        re.fullmatch(r"([01]?\d|2[0-4]):[0-5]\d", str(clock.get("time")), re.ASCII)
+        for clock in annotation.get("clocks", ())
+    ):
         raise PhotoError(f'{where}: the time of a clock is written as "3:25"')
 
 

@@ -113,10 +113,9 @@ def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Itera
     if picture.group == RECEIPTS:
         fields = picture.annotation.get("fields", {})
         for key, text in _FIELDS.items():
-            if fields.get(key):
-                yield _question(picture, "read", key, text, _read_score(fields[key]), fields[key])
-    elif len(texts) == 1:
-        text = texts[0]["text"]
+            if truth := fields.get(key, "").strip():  # answers are compared without the spaces around them
+                yield _question(picture, "read", key, text, _read_score(truth), truth)
+    elif len(texts) == 1 and (text := texts[0]["text"].strip()):
         yield _question(picture, "read", "text", "What does the text say?", _read_score(text), text)
     if len(clocks) == 1:
         time = clocks[0]["time"]

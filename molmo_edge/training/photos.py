@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.file_names import FileNameError, find_file
+from molmo_edge.file_names import FileNameError, find_file, printable
 from molmo_edge.loading import load_image
 
 Annotation = dict[str, Any]
@@ -75,7 +75,7 @@ def _check_coordinates(photo: Photo) -> None:
     """Pixels, x/y/width/height and NaN give boxes that no point can hit, or points that no model should learn."""
     try:
         for item in photo.annotation.get("objects", ()):
-            about = f'"{item["label"]}"'
+            about = f'"{printable(item["label"])}"'
             for box in item["boxes"]:
                 _check_box(box, about, photo.where)
             for point in item.get("points", ()):

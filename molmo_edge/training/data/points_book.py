@@ -19,7 +19,7 @@ from typing import Any
 
 from molmo_edge.cores import available_cores
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.file_names import FileNameError, find_file
+from molmo_edge.file_names import FileNameError, find_file, printable
 from molmo_edge.loading import ImageError, load_image
 
 NAMED = 10  # pictures, rows or shapes that a message lists
@@ -181,11 +181,11 @@ class Book:
 
         def size(page: Page) -> tuple[int, int] | str:
             if not page.is_there:
-                return f"{_printable(page.name)} is not there"
+                return f"{printable(page.name)} is not there"
             try:
                 height, width = load_image(page.path).shape[:2]
             except ImageError:
-                return f"{_printable(page.name)} is no picture that can be read"
+                return f"{printable(page.name)} is no picture that can be read"
             return width, height
 
         with ThreadPoolExecutor(min(_DECODERS, available_cores())) as pool:
@@ -296,10 +296,6 @@ def shown(value: Any) -> str:
     text = repr(value)
     text = text if text.isprintable() else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
