@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,7 @@ from molmo_edge.export.connector import connector
 from molmo_edge.export.decoder import decoder, embed_tokens
 from molmo_edge.export.graph import FP32, Graph, Precision
 from molmo_edge.export.source import open_source
+from molmo_edge.export.staging import publish, staged
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.export.wishes import Wishes, check_wishes
 from molmo_edge.loading import load_image
@@ -146,13 +145,11 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     check = check or _own_check(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside `out`, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staging = Path(scratch) / "bundle"
+    with staged(out, _disk_needed(config, tensors, wishes, measure=measure)) as scratch:
+        staging = scratch / "bundle"
         staging.mkdir()
         components: dict[str, dict[str, Any]] = {}
-        largest = _largest_values(Path(scratch) / "watched", config, tensors, wishes)
+        largest = _largest_values(scratch / "watched", config, tensors, wishes)
         for component in wishes.graphs:
             keep = too_large(largest.get(component, {}))
             how = wishes.int4
@@ -170,11 +167,11 @@ def export_bundle(
             del kind
         if wishes.engine == "gguf":
             seen = None if wishes.calibrate is None else _rows(wishes, config, tokenizer, staging, components)
-            components |= _ggufs(wishes, tokenizer, staging, Path(scratch), config, tensors, seen, name or out.name)
+            components |= _ggufs(wishes, tokenizer, staging, scratch, config, tensors, seen, name or out.name)
         files = {component: staging / components[component]["file"] for component in BUILDERS}
         _try(config, files)
         if measure and any(map(wishes.rounds, GRAPHS)):
-            _measure(components, files, Path(scratch) / "fp32", config, tensors, wishes)
+            _measure(components, files, scratch / "fp32", config, tensors, wishes)
         shutil.copyfile(checkpoint / TOKENIZER, staging / TOKENIZER)
         components["tokenizer"] = _entry(staging / TOKENIZER)
         manifest: dict[str, Any] = {
@@ -197,7 +194,7 @@ def export_bundle(
         if check is not None:
             manifest["check"] = _answer(staging, check)
             write_manifest(staging, manifest)
-        os.rename(staging, out)
+        publish(staging, out)
     return manifest
 
 
@@ -327,6 +324,21 @@ def _weights(component: str, config: MolmoConfig, tensors: TensorSource) -> int:
     if component == "decoder":
         prefixes += (head_name(config.decoder),)  # with tied weights the head is a second copy of the embedding
     return sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(prefixes))
+
+
+def _disk_needed(config: MolmoConfig, tensors: TensorSource, wishes: Wishes, *, measure: bool) -> int:
+    """Bytes that an export takes at most, its trials in float32 included and scales of rounded weights left out."""
+    weights = {component: _weights(component, config, tensors) for component in GRAPHS}
+    made = sum(weights[component] * wishes.make(component).bytes_per_weight for component in wishes.graphs)
+    if wishes.engine == "gguf":  # rounded by way of 16 bits, see molmo_edge.export.gguf
+        made += weights["decoder"] * {"f32": 4, "f16": 2, "bf16": 2}.get(wishes.precision["decoder"], 3)
+        made += 2 * (weights["vision_encoder"] + weights["connector"]) * wishes.mmproj
+    trials = {component: 4 * count for component, count in weights.items()}
+    if trials["decoder"] > _MEASURED_BELOW:
+        del trials["decoder"]
+    beside = sum(trials.values()) if measure and any(map(wishes.rounds, GRAPHS)) else 0
+    watched = sum(trials.values()) if any(wishes.make(component).half for component in wishes.graphs) else 0
+    return max(int(made + beside), watched)
 
 
 def _component(

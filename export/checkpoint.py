@@ -6,9 +6,7 @@ One tensor is read and converted while the one before it is written, so memory d
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 from molmo_edge.bundle import TOKENIZER
 from molmo_edge.export import ExportError
 from molmo_edge.export.source import open_source
+from molmo_edge.export.staging import publish, staged
 from molmo_edge.hub_config import write_hub_config
 from molmo_edge.modeling.checkpoint import DTYPES, TensorSource, widen
 from molmo_edge.modeling.layout import hub_shapes
@@ -26,7 +25,6 @@ from molmo_edge.tokenizer import Tokenizer
 PRECISIONS = {"bf16": "BF16", "fp32": "F32"}
 SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut them
 _AT_ONCE = 1 << 16  # values that are rounded in the processor's cache
-_SPARE = 200_000_000  # bytes that stay free on the disk
 _BESIDE = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -55,11 +53,8 @@ def export_checkpoint(
     Tokenizer.from_file(checkpoint / TOKENIZER)
     shapes = hub_shapes(config)
     total = sum(math.prod(shape) for shape in shapes.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(out.parent, total * DTYPES[dtype].itemsize)
-    # Beside `out`, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staging = Path(scratch) / "checkpoint"
+    with staged(out, total * DTYPES[dtype].itemsize) as scratch:
+        staging = scratch / "checkpoint"
         staging.mkdir()
         done = 0
         with ShardWriter(staging, shapes, dtype, shard_bytes) as writer:
@@ -72,7 +67,7 @@ def export_checkpoint(
         for name in (TOKENIZER, *_BESIDE):
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, staging / name)
-        os.rename(staging, out)
+        publish(staging, out)
     return sorted(out.glob("model*.safetensors"))
 
 
@@ -108,13 +103,3 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
         if np.isnan(part.min()):
             rounded[start : start + _AT_ONCE][np.isnan(part)] = 0x7FC0
     return rounded.reshape(values.shape)
-
-
-def check_disk(directory: Path, needed: int) -> None:
-    """Raise ExportError where `needed` bytes do not fit."""
-    free = shutil.disk_usage(directory).free
-    if needed + _SPARE > free:
-        raise ExportError(
-            f"the weights take {needed / 1e9:.1f} GB, but {directory} has only {free / 1e9:.1f} GB free: make room, or "
-            "choose another place"
-        )

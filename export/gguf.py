@@ -16,8 +16,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 import molmo_edge
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
-from molmo_edge.export.checkpoint import check_disk, round_to_bfloat16
+from molmo_edge.export.checkpoint import round_to_bfloat16
 from molmo_edge.export.gguf_vocab import add_vocabulary
+from molmo_edge.export.staging import check_disk
 from molmo_edge.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.quantize.gguf import FLOATS, quantize_gguf

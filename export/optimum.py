@@ -10,8 +10,7 @@ Importing this registers the model type "molmo" with transformers' AutoConfig an
 
 from __future__ import annotations
 
-import os
-import tempfile
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.export import ExportError
+from molmo_edge.export.staging import publish, staged
 from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import CONFIG
 from molmo_edge.modeling.checkpoint import check_tensors, open_tensors
@@ -93,9 +93,9 @@ def export_with_optimum(
         modules.update(load_components(components, config, tensors, model.config))
         return modules
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staging = Path(scratch) / "graphs"
+    needed = 4 * sum(math.prod(tensors.shape(name)) for name in tensors.names())  # the graphs are in float32
+    with staged(out, needed) as scratch:
+        staging = scratch / "graphs"
         try:
             main_export(
                 str(checkpoint),
@@ -114,7 +114,7 @@ def export_with_optimum(
             raise ExportError(f"optimum could not export {checkpoint}: {first_line(error)}") from error
         for name in components:
             _check(staging / f"{name}.onnx", modules[name], onnx_configs[name])
-        os.rename(staging, out)
+        publish(staging, out)
     return {name: out / f"{name}.onnx" for name in components}
 
 

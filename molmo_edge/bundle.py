@@ -7,6 +7,7 @@ newer than this program is refused by name before any of it reaches an engine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,10 +29,13 @@ MANIFEST = "molmo_edge.json"
 FORMAT = "molmo-edge-bundle"
 FORMAT_VERSION = 1
 SEAL = "sha256"  # the manifest's field with the hash of all the others
+MOST_STAMPS = 1000  # verified files that are remembered
 TOLERANCE = 2.0  # percent of a side: how far a point of the check may move, where the manifest does not say it
 GRAPHS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 TOKENIZER = "tokenizer.json"  # in a bundle as in a checkpoint
 
+_DAY = 24 * 60 * 60  # seconds
+_STAMP_DAYS = 180  # a file that nobody opened for longer is hashed again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -289,7 +294,7 @@ def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
         if stat.st_size != component.bytes:
             raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {component.bytes}: {again}")
         stamp = _stamp(path, stat, component.sha256)
-        if hashes is False or (hashes is None and os.path.exists(stamp)):
+        if hashes is False or (hashes is None and _is_stamped(stamp)):
             return
         found = sha256_of(path)
     except OSError as error:
@@ -337,9 +342,34 @@ def _stamp(path: Path, stat: os.stat_result, sha256: str) -> Path:
     return cache_directory() / "verified" / hashlib.sha256(fact.encode()).hexdigest()
 
 
+def _is_stamped(stamp: Path) -> bool:
+    try:
+        used = stamp.stat().st_mtime
+    except OSError:
+        return False
+    if time.time() - used > _DAY:
+        with contextlib.suppress(OSError):
+            stamp.touch()  # still in use, see `_prune`
+    return True
+
+
 def _remember(stamp: Path) -> None:
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
     except OSError:
         return  # a read-only home costs the comparison next time, nothing else
+    _prune(stamp.parent)
+
+
+def _prune(directory: Path) -> None:
+    """Forget stamps that nobody asked for in half a year, and the oldest of too many.
+
+    Files that are gone, or were written again, leave theirs, and a stamp does not say which file it is of.
+    """
+    with contextlib.suppress(OSError):  # another process prunes as well
+        stamps = sorted((entry.stat().st_mtime, entry.path) for entry in os.scandir(directory))
+        old = time.time() - _STAMP_DAYS * _DAY
+        for n, (used, path) in enumerate(reversed(stamps)):
+            if n >= MOST_STAMPS or used < old:
+                os.unlink(path)

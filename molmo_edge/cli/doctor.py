@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -42,6 +43,7 @@ def doctor(*, json: options.Json = False) -> None:
         "extra_packages": {extra: _packages(extra, parts) for extra, parts in found.items()},
         "model": _model(problems),
         "cache": _cache(problems),
+        "removed": _stale(),
         "usage_reports": reports(),
         "problems": problems,
     }
@@ -141,6 +143,16 @@ def _model(problems: list[str]) -> str | None:
         return None
     size = sum(component.bytes for component in bundle.components.values())
     return f"{bundle.name}, {size / 1e6:.0f} MB, {bundle.directory}"
+
+
+def _stale() -> list[str] | None:
+    """What exports and comparisons that were killed left here, or anywhere on this machine; it is removed now."""
+    import tempfile
+
+    from molmo_edge.scratch import remove_stale
+
+    removed = remove_stale([Path.cwd(), Path(tempfile.gettempdir())])
+    return [f"{stale.folder} ({stale.bytes / 1e6:.1f} MB, of a process that was killed)" for stale in removed] or None
 
 
 def _cache(problems: list[str]) -> str:

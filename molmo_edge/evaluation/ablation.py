@@ -8,9 +8,8 @@ that what they differ by is their own, and no image is encoded twice.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.trace import Subject, Trace, record
 from molmo_edge.quantize.parts import PARTS as OF_DECODER
 from molmo_edge.runtimes import open_files
+from molmo_edge.scratch import temporary_folder
 from molmo_edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class Bench:
         self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
         self.reference = reference
         self._max_crops = max_crops
-        self._scratch = tempfile.TemporaryDirectory(prefix="molmo-edge-ablation-")
+        self._open = ExitStack()
+        self._scratch = self._open.enter_context(temporary_folder("ablation"))
         self._built = 0
         self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
         with self._opened(self.files) as subject:
@@ -91,7 +92,7 @@ class Bench:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._scratch.cleanup()
+        self._open.close()
 
     def build(
         self, component: str, words: Mapping[str, str], tensors: TensorSource | None = None, **wishes: Any
@@ -131,7 +132,7 @@ class Bench:
 
     def _folder(self) -> Path:
         self._built += 1
-        folder = Path(self._scratch.name) / str(self._built)
+        folder = self._scratch / str(self._built)
         folder.mkdir()
         return folder
 

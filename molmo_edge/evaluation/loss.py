@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
 from molmo_edge.extras import pip_command
 from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import PartedRuntime, open_runtime
+from molmo_edge.scratch import temporary_folder
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -165,11 +165,11 @@ def measure_loss(
         check_comparable(reference.directory, candidate.directory)
     if noise == "bf16":
         _check_bf16(reference.directory)
-    with tempfile.TemporaryDirectory(prefix="molmo-edge-loss-") as scratch:
+    with temporary_folder("loss") as scratch:
         with reference.opened(max_crops) as subject:
             engine = subject.runtime.engine
             on_answer = on_model(reference.facts.name, len(questions))
-            trace = record(subject, questions, Path(scratch) / "trace", on_answer)
+            trace = record(subject, questions, scratch / "trace", on_answer)
             routed = _Routed(trace, subject)
         routed.choose(reference)
         loss = Loss(

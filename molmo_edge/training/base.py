@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import zlib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -40,9 +38,9 @@ from molmo_edge.export.checkpoint import (
     PRECISIONS,
     SHARD_BYTES,
     check_checkpoint_wishes,
-    check_disk,
     round_to_bfloat16,
 )
+from molmo_edge.export.staging import publish, staged
 from molmo_edge.hub import fetch_model
 from molmo_edge.hub_config import write_hub_config
 from molmo_edge.modeling.checkpoint import DTYPES, CheckpointError, TensorSource, widen
@@ -98,18 +96,16 @@ def build_base(
         config = window_variant(config, crop_size, _share(config) if overlap is None else overlap)
     tokenizer = molmo_tokenizer(decoder / TOKENIZER, config.decoder)
     plan = plan_base(config, decoder, tower, tied=tied)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(out.parent, sum(math.prod(shape) for shape in hub_shapes(config).values()) * DTYPES[dtype].itemsize)
-    # Beside `out`, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staging = Path(scratch) / "checkpoint"
+    weights = sum(math.prod(shape) for shape in hub_shapes(config).values())
+    with staged(out, weights * DTYPES[dtype].itemsize) as scratch:
+        staging = scratch / "checkpoint"
         staging.mkdir()
         with ShardWriter(staging, hub_shapes(config), dtype, shard_bytes) as writer:
             for name, shape in hub_shapes(config).items():
                 writer.write(name, _made(plan[name], name, shape, dtype, seed))
         write_hub_config(config, staging)
         (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        os.rename(staging, out)
+        publish(staging, out)
     return config
 
 

@@ -7,6 +7,7 @@ leaves the one before as the latest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.scratch import free_bytes
 from molmo_edge.training.optimizer import Optimizer
 from molmo_edge.training.parallel import World, at_rest
 
@@ -48,6 +50,7 @@ class Checkpoints:
     keep: int = 2  # the latest; older ones are removed
     _pending: tuple[Future[Any], Path] | None = field(default=None, repr=False)
     _group: Any = field(default=None, repr=False)
+    _bytes: int = field(default=0, repr=False)  # of the last one that was begun, all ranks together
 
     def __post_init__(self) -> None:
         if self.here.first:
@@ -73,6 +76,7 @@ class Checkpoints:
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         tensors, stager = _tensors(model, optimizer), None
+        self._bytes = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         if self.here.ranks == 1:
             # PyTorch's own copies copies, too: of MolmoE's 8-bit states, which come as some, that is 57 GB.
             tensors, stager = _copied(tensors, optimizer), _Copied()
@@ -92,9 +96,12 @@ class Checkpoints:
         try:
             future.result()
         except _FAILURES as error:  # of the storage: a full disk, a lost mount
+            room = f"it takes {self._bytes / 1e9:.3g} GB"
+            with contextlib.suppress(OSError):  # the disk may be gone
+                room += f", {free_bytes(self.directory) / 1e9:.3g} GB were free"
             if self.here.first:
                 shutil.rmtree(target.with_name(target.name + _PART), ignore_errors=True)
-            raise SaveError(f"the checkpoint {target} could not be written: {_because(error)}") from error
+            raise SaveError(f"the checkpoint {target} could not be written: {_because(error)}; {room}") from error
         if self.here.first:  # its metadata is written last, when all ranks have reported
             target.with_name(target.name + _PART).rename(target)
             for old in sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))[: -self.keep]:
