@@ -81,7 +81,8 @@ def _check_coordinates(photo: Photo) -> None:
             for point in item.get("points", ()):
                 if not _within(point, 2):
                     raise PhotoError(
-                        f"{photo.where}: the point {point} of {about} is not [x, y] in percent of width and height"
+                        f"{photo.where}: the point {printable(repr(point))} of {about} is not [x, y] in percent of "
+                        "width and height"
                     )
         for kind, box in _other_boxes(photo.annotation):
             _check_box(box, kind, photo.where)
@@ -108,8 +109,8 @@ def _check_box(box: Any, about: str, where: str) -> None:
         elif len(box) == 4 and (box[2] <= box[0] or box[3] <= box[1]):
             hint = ". Is it x, y, width, height? Then x1 is x + width, and y1 is y + height"
     raise PhotoError(
-        f"{where}: {box} of {about} is no box: a box is [x0, y0, x1, y1] in percent of width and height, with "
-        f"0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100{hint}"
+        f"{where}: {printable(repr(box))} of {about} is no box: a box is [x0, y0, x1, y1] in percent of width and "
+        f"height, with 0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100{hint}"
     )
 
 
