@@ -206,7 +206,7 @@ def _check_pcx(file: Any, name: str) -> None:
 
 def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
     _check_size(image, name)
-    deep = _is_deep(image)
+    black = _black_in_16_bits(image)
     _decode(image, name)
     _check_size(image, name)  # an icon's header may say another size than the image in it has
     turn = _TRANSPOSE.get(_orientation(image))
@@ -221,7 +221,7 @@ def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
     except ValueError as error:
         raise ImageError(f"{name} has colours of mode {image.mode}, which Pillow cannot turn into RGB") from error
     array = np.array(rgb if turn is None else rgb.transpose(turn))
-    if deep and not array.any():  # Pillow keeps the upper byte of 16-bit colours
+    if black >= 0 and array.max() <= black:
         raise ImageError(f"{name} has 16 bits a channel, and {_ALL_BELOW_256}")
     return array
 
@@ -237,9 +237,17 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise ImageError(f"{name} is empty: {width} x {height} pixels")
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether a file that is not decoded yet has 16 bits a channel, of which Pillow keeps 8."""
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+def _black_in_16_bits(image: Image.Image) -> int:
+    """Of a file that is not decoded yet: up to which 8-bit value all could come from 16-bit colours below 256.
+
+    Pillow keeps the upper byte of colours with 16 bits a channel; of PPM files it rounds them. -1: it has 8 bits.
+    """
+    for tile in getattr(image, "tile", ()):
+        if tile[0].startswith("ppm") and image.mode == "RGB" and tile[3][-1] == 65535:
+            return 1
+        if re.search(r"(L|A|X|a|B|K);16[BLN]", str(tile[3])):  # "BGR;16" has 16 bits for a pixel
+            return 0
+    return -1
 
 
 def _decode(image: Image.Image, name: str) -> None:

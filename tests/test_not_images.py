@@ -6,6 +6,7 @@ import base64
 import io
 import mmap
 import os
+import struct
 import sys
 import tempfile
 import threading
@@ -45,6 +46,15 @@ def png_16(values: np.ndarray, colour: int) -> bytes:
     )  # fmt: skip
 
 
+def tiff_16(values: np.ndarray) -> bytes:
+    """A TIFF with 16 bits a channel, uncompressed."""
+    height, width, _ = values.shape
+    tags = ((256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 140), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 146),
+            (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, values.nbytes))  # fmt: skip
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return data.ljust(140, b"\0") + struct.pack("<HHH", 16, 16, 16) + values.astype("<u2").tobytes()
+
+
 def with_alpha(values: np.ndarray) -> np.ndarray:
     return np.dstack([values, np.full(values.shape[:2], 65535, np.uint16)])
 
@@ -62,8 +72,25 @@ def with_alpha(values: np.ndarray) -> np.ndarray:
         png_16(DEEP, 2),
         png_16(with_alpha(DEEP[..., :1]), 4),
         png_16(with_alpha(DEEP), 6),
+        b"P6 30 20 65535\n" + DEEP.astype(">u2").tobytes(),
+        b"P5 30 20 65535\n" + DEEP[..., 0].astype(">u2").tobytes(),
+        tiff_16(DEEP),
     ],
-    ids=["array", "grey", "ones", "PNG", "TIFF", "I;16", "I", "PNG RGB", "PNG LA", "PNG RGBA"],
+    ids=[
+        "array",
+        "grey",
+        "ones",
+        "PNG",
+        "TIFF",
+        "I;16",
+        "I",
+        "PNG RGB",
+        "PNG LA",
+        "PNG RGBA",
+        "PPM",
+        "PGM",
+        "TIFF RGB",
+    ],
 )
 def test_8_bit_values_in_16_bits_are_refused_not_black(image: Any) -> None:
     with pytest.raises(ImageError, match=r"16 bits.*below 256.*as 8 bits.*scale them"):
@@ -75,9 +102,17 @@ def test_other_16_bit_images_are_read(tmp_path: Path) -> None:
     assert load_image(np.full((2, 3), 256, np.uint16)).tolist() == [[[1] * 3] * 3] * 2
     path = tmp_path / "deep.png"
     path.write_bytes(png_16(DEEP * 257, 2))
-    for source in (path, path.read_bytes(), png_16(with_alpha(DEEP * 257), 6)):
+    for source in (path, path.read_bytes(), png_16(with_alpha(DEEP * 257), 6), tiff_16(DEEP * 257)):
         assert np.array_equal(load_image(source), RGB)
+    assert np.array_equal(load_image(b"P6 30 20 65535\n" + (DEEP * 257).astype(">u2").tobytes()), RGB)
     assert np.array_equal(load_image(Image.fromarray(DEEP[..., 0] * 257))[..., 1], RGB[..., 0])
+
+
+def test_black_with_16_bits_a_pixel_is_black() -> None:
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0)
+    bmp = b"BM" + struct.pack("<IHHI", 98, 0, 0, 66) + header + masks + bytes(32)
+    assert load_image(bmp).shape == (4, 4, 3) and not load_image(bmp).any()
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
