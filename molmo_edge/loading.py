@@ -2,8 +2,8 @@
 
 Follows the reference's `load_image` (olmo/data/model_preprocessor.py): EXIF orientation applied, then Pillow's
 `convert("RGB")`, so transparency is dropped, not blended. Three deliberate differences: 16-bit grey is scaled
-to 8 bits where `convert` would clip it to white, a truncated file is refused where the reference fills the rest
-with grey, and Pillow's global settings are left alone.
+to 8 bits where `convert` would clip it to white, a damaged or truncated file is refused where the reference fills the
+rest with grey, and Pillow's global settings are left alone.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ def load_image(image: ImageLike) -> np.ndarray:
     - a PIL.Image.Image, at the frame it stands at. Modes "I;16" and "I" count as 16 bits deep, "F" as 0..1;
     - a numpy array [h, w] or [h, w, 1] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA; the alpha is dropped), of
       uint8, uint16 (0..65535), bool, or floats within 0..1.
+
+    16-bit images whose values are all below 256, and floats that do not exceed 1/255, would be black and are refused:
+    they hold 8-bit values. Base64 text and URLs are refused with what to do instead; nothing is fetched or decoded.
+    Pillow's warnings about a file are not shown.
 
     Raises ImageError. A JPEG that is cut short raises too, unless the app itself has told Pillow to accept
     such files (`ImageFile.LOAD_TRUNCATED_IMAGES`).

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.images import ImageError, load_image
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -258,6 +259,23 @@ def test_eps_without_ghostscript(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for source in (path, EPS, Image.open(path)):
         with pytest.raises(ImageError, match=r"EPS drawing, and Ghostscript, .* is not installed; convert it to PNG"):
             load_image(source)
+
+
+def test_ask_says_it_too(saying: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
+    closed = io.BytesIO(JPEG)
+    closed.close()
+    molmo = saying("ok")
+    for source, says in (
+        (base64.b64encode(JPEG).decode(), "base64 text"),
+        ("https://example.com/a.jpg", "is a URL"),
+        (DEEP, "below 256"),
+        (closed, "is closed"),
+        (EPS, "Ghostscript"),
+    ):
+        with pytest.raises(MolmoEdgeError, match=says):
+            molmo.ask(source, "What?")
+    assert str(molmo.ask(JPEG, "What?")) == "ok"
 
 
 def test_formats_that_pillow_only_recognises() -> None:
