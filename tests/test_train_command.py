@@ -139,6 +139,10 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     other = write_points(tmp_path / "other")
     assert command("train", "points", other, *options) == 1
     assert "is of a run with another data" in capsys.readouterr().err
+    with (folder / "points.csv").open("a") as file:  # said twice, so that it is the same run
+        file.write("\n0.png,cup,50,1\n")
+    assert command("train", "points", folder, *options) == 0
+    assert "counts once: line 26 of " in capsys.readouterr().err
     (folder / "points.csv").write_text("image,label,x,y\n0.png,cup,999,3")
     assert command("train", "points", folder, *options) == 1
     assert "points.csv" in capsys.readouterr().err

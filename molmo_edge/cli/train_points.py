@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from molmo_edge.cli import train_options as options
-from molmo_edge.cli.output import note
+from molmo_edge.cli.output import note, progress
 
 _FOLDER = "Pictures with points.csv (image,label,x,y), COCO's annotations.json, LabelMe's files, or rows.jsonl."
 _WHOLE = 'Parts trained whole: "connector", "vision", or none.'
@@ -67,7 +67,7 @@ def points(
     """Teach a checkpoint your own points: adapters on one card (LoRA), merged into a model that can be exported."""
     from molmo_edge.tokenizer import Tokenizer
     from molmo_edge.training.adapters import MERGED_IN, LoraTrainer
-    from molmo_edge.training.data.points_folder import open_points
+    from molmo_edge.training.data.points_folder import PointsError, open_points
     from molmo_edge.training.lora import LoraConfig, build_adapted
     from molmo_edge.training.parallel import world
     from molmo_edge.training.recipe import recipe_for
@@ -89,18 +89,27 @@ def points(
         log_every=log_every,
         seed=seed,
     )
-    train, held_back = open_points(
-        folder,
-        validation=validation,
-        seed=recipe.seed,
-        complete=complete or None,
-        max_annotations=annotations,
-        note=note,
-    )
+    left_out: list[str] = []
+    try:
+        with progress("reading the folder and decoding its pictures"):
+            train, held_back = open_points(
+                folder,
+                validation=validation,
+                seed=recipe.seed,
+                complete=complete or None,
+                max_annotations=annotations,
+                note=left_out.append,
+            )
+    except PointsError:
+        for each in left_out:  # what was skipped may be why nothing is left
+            note(each)
+        raise
     directory = options.starting_checkpoint(start, out)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     with world(device) as here:
         if here.first:
+            for each in left_out:
+                note(each)
             note(f"{len(train)} pictures to train on, {len(held_back)} to validate with")
             note(f"{recipe.steps} steps of {recipe.batch} sequences")
         model = build_adapted(directory, recipe, here, lora, base.value)

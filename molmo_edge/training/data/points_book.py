@@ -24,7 +24,7 @@ from molmo_edge.loading import ImageError, load_image
 
 NAMED = 10  # pictures, rows or shapes that a message lists
 _DISTORTED = 0.02  # a size in the annotations may be that much off in shape
-_DECODERS = 4  # pictures that are decoded at once: each takes three bytes a pixel
+_DECODERS = 8  # pictures that are decoded at once: each takes three bytes a pixel
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
