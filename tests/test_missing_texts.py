@@ -92,6 +92,12 @@ def test_an_empty_list_still_says_that_there_are_none(copy: Write) -> None:
         assert texts(data)[1] == "There are none."
 
 
+def test_a_name_that_no_file_can_have_is_a_missing_picture(copy: Write) -> None:
+    data = open_pixmo("pixmo_points", local=copy({**POINTED, "image": "a" * 300}), images=Path())
+    with pytest.raises(RowsError, match=r"row 0 of .* has no picture .*aaa"):
+        texts(data)
+
+
 def test_the_trainer_draws_another_row_and_says_why(copy: Write) -> None:
     pytest.importorskip("torch")
     from molmo_edge.training.loader import Samples

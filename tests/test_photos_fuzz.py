@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from points_oracle import damage_value
+from points_damage import damage_value
 
 from molmo_edge.evaluation.suites import suite
 from molmo_edge.points import format_count, format_points

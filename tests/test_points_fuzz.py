@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from points_oracle import FORMS, PICTURES, Folder, damage, make_pictures, meaning, write
+from points_damage import FORMS, PICTURES, Folder, damage, make_pictures, write
+from points_oracle import meaning
 
 from molmo_edge.points import parse_count, parse_points
 from molmo_edge.training.data.points_folder import PointsError, PointsFolder, open_points

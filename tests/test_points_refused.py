@@ -173,6 +173,12 @@ def test_a_file_that_lost_its_pictures_name_is_not_taken_for_somebody_elses(fold
         open_points(folder)
 
 
+def test_a_file_of_somebody_elses_with_one_such_key_is_left_alone(folder: Path) -> None:
+    (folder / "points.csv").write_text(CSV + "a.png,cup,10,5\n")
+    (folder / "graph.json").write_text(json.dumps({"shapes": {"input": [1, 3]}}))
+    assert read(folder) == ({"a.png": {"cup": [(10, 10)]}}, [])
+
+
 # --- units ------------------------------------------------------------------------------------------------------------
 
 

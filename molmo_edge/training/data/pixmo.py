@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class PixmoData:
         info = PIXMO[self.name]
         rows = [self.rows[int(row)] for row in self.order[self.starts[index] : self.starts[index + 1]]]
         image = self.images / self.files[index] if self.files else rows[0].image(IMAGE)
-        if image is None or (isinstance(image, Path) and not image.is_file()):
+        if image is None or (isinstance(image, Path) and not os.path.isfile(image)):
             raise RowsError(f"{_called(rows[0])} has no picture{'' if image is None else f' {image}'}: was it deleted?")
         if info.pixels:
             image = load_image(image)

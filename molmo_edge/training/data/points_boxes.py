@@ -88,10 +88,10 @@ def _coco_corners(each: dict[str, Any], where: str) -> Corners:
 # --- LabelMe ----------------------------------------------------------------------------------------------------------
 
 
-def is_labelme(path: Path) -> bool:
-    """Whether a .json is one of LabelMe's. One of its two keys is enough: without the other it is damaged."""
+def is_labelme(path: Path, *, whole: bool) -> bool:
+    """Whether a .json is one of LabelMe's. Unless `whole`, one of its two keys is enough: the other may be damaged."""
     content = read_json(read_text(path), path)
-    return isinstance(content, dict) and any(key in content for key in _LABELME)
+    return isinstance(content, dict) and (all if whole else any)(key in content for key in _LABELME)
 
 
 def read_labelme(path: Path, book: Book) -> None:

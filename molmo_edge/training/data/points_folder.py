@@ -155,7 +155,8 @@ def _formats(folder: Path) -> dict[str, tuple[Reader, list[Path]]]:
     if coco := sorted({path for pattern in _COCO for path in folder.glob(pattern)}):
         found[coco[0].name] = (read_coco, coco)
     others = sorted({*folder.glob("*.json"), *folder.glob("images/*.json")} - set(coco))
-    if shapes := [path for path in others if is_labelme(path)]:
+    # Beside another format, a file that only resembles LabelMe's is somebody else's.
+    if shapes := [path for path in others if is_labelme(path, whole=bool(found))]:
         found[f"LabelMe's {shapes[0].name}"] = (read_labelme, shapes)
     return found
 
