@@ -1,10 +1,12 @@
-"""One question about one photo: `python examples/ask.py examples/coffee.jpg "Point to the cup."`"""
+"""One question about one photo: `python examples/ask.py examples/coffee.jpg "Point to the cup."`, the default."""
 
 import sys
+from pathlib import Path
 
 from molmo_edge import Molmo
 
-image, question = sys.argv[1:3]
+image = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("coffee.jpg")
+question = sys.argv[2] if len(sys.argv) > 2 else "Point to the cup."
 answer = Molmo().ask(image, question)
 print(answer)
 for point in answer.points:

@@ -1,10 +1,15 @@
-"""Encode a photo once, ask it several questions: `python examples/scene.py examples/coffee.jpg cup spoon table`"""
+"""Encode a photo once, ask it several questions: `python examples/scene.py examples/coffee.jpg cup spoon table`.
+
+Without arguments: those.
+"""
 
 import sys
+from pathlib import Path
 
 from molmo_edge import Molmo, Point
 
-image, *labels = sys.argv[1:]
+image = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("coffee.jpg")
+labels = sys.argv[2:] or ["cup", "spoon", "table"]
 molmo = Molmo()
 scene = molmo.encode(image)  # the vision tower and the prefill of the image run here, and only here
 for label in labels:

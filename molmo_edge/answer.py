@@ -72,6 +72,7 @@ class Answer:
     complete: bool = True  # False: cut off by max_new_tokens or by the end of the context
     usage: Usage = Usage()
     image: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3], as asked about
+    model: str | None = field(default=None, compare=False)  # the name of the model that answered
 
     def __str__(self) -> str:
         return self.text
@@ -80,6 +81,14 @@ class Answer:
     def readable(self) -> str:
         """The text without point tags, their labels left in."""
         return readable(self.text).strip()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first by the seconds they took; None where there were none, or no times are known."""
+        # A complete answer's last step found the stop token.
+        steps = self.usage.tokens.generated - 1 + self.complete
+        seconds = self.usage.seconds.decode
+        return steps / seconds if steps > 0 and seconds > 0 else None
 
     def pixels(self) -> list[tuple[float, float]]:
         """The points as (x, y) in pixels of the image, EXIF rotation applied. Raises DrawError without image."""
@@ -91,7 +100,10 @@ class Answer:
         return draw_points(Image.fromarray(self._rgb()), self.points)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the image, ready for JSON; each point in percent and, with the image, in pixels."""
+        """Everything but the image, ready for JSON; each point in percent and, with the image, in pixels.
+
+        molmo_edge/answer.schema.json describes it.
+        """
         points: list[dict[str, Any]] = [{"x": p.x, "y": p.y, "label": p.label} for p in self.points]
         if self.image is not None:
             for point, (x, y) in zip(points, self.pixels(), strict=True):
@@ -103,7 +115,21 @@ class Answer:
             "complete": self.complete,
             "token_ids": list(self.token_ids),
             "usage": dataclasses.asdict(self.usage),
+            "model": self.model,
+            "tokens_per_second": None if (speed := self.tokens_per_second) is None else round(speed, 2),
         }
+
+    def _repr_png_(self) -> bytes | None:
+        """For notebooks."""
+        from molmo_edge.notebook import to_png
+
+        return to_png(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from molmo_edge.notebook import to_html
+
+        return to_html(self)
 
     def _rgb(self) -> np.ndarray:
         if self.image is None:

@@ -24,6 +24,8 @@ from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.generate import GenerationError, Sampling, generate_batch, likeliest, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.log import logger
+from molmo_edge.naming import model_name
 from molmo_edge.points import Point, parse_points
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
 from molmo_edge.runtimes import forks
@@ -112,16 +114,21 @@ class Molmo:
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
         runtime = open_runtime(directory, device=device, precision=precision, threads=threads, llama=llama)
-        self._assemble(runtime, tokenizer, max_crops, started)
+        self._assemble(runtime, tokenizer, max_crops, started, model_name(directory))
 
     @classmethod
-    def from_parts(cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None) -> Molmo:
-        """A Molmo on any engine that follows `molmo_edge.runtimes.Runtime`."""
+    def from_parts(
+        cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None, name: str | None = None
+    ) -> Molmo:
+        """A Molmo on any engine that follows `molmo_edge.runtimes.Runtime`. `name`: what its answers say of it."""
         molmo = cls.__new__(cls)
-        molmo._assemble(runtime, tokenizer, max_crops, time.perf_counter())
+        molmo._assemble(runtime, tokenizer, max_crops, time.perf_counter(), name)
         return molmo
 
-    def _assemble(self, runtime: Runtime, tokenizer: Tokenizer, max_crops: int | None, started: float) -> None:
+    def _assemble(
+        self, runtime: Runtime, tokenizer: Tokenizer, max_crops: int | None, started: float, name: str | None
+    ) -> None:
+        self.name = name  # of a bundle, owner/name of the hub, or a directory
         self._runtime = _Serial(runtime)
         self._tokenizer = tokenizer
         image = runtime.config.image
@@ -129,6 +136,7 @@ class Molmo:
             image = dataclasses.replace(image, max_crops=max_crops)
         self._process = ImageProcessor(image, tokenizer.special)
         self._load_seconds = time.perf_counter() - started
+        logger.debug("%s: opened on %s in %.3f s", name, runtime.engine, self._load_seconds)
 
     @property
     def config(self) -> MolmoConfig:

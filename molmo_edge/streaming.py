@@ -11,6 +11,7 @@ import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
 from molmo_edge.generate import GenerationError, Sampling, generate
+from molmo_edge.log import logger
 from molmo_edge.points import Point, StreamParser, parse_count
 from molmo_edge.tokenizer import StreamDecoder, Tokenizer
 
@@ -116,6 +117,15 @@ def finished(
     stated = parse_count(text)
     image = len(scene.embeddings)
     tokens = Tokens(image, prompt, len(token_ids), image + prompt if prefilled is None else prefilled)
+    logger.debug(
+        "%s: %d crops, %d tokens in, %d of them run, %d out, %.3f s",
+        scene.owner.name,
+        scene.crops,
+        tokens.image + tokens.prompt,
+        tokens.prefilled,
+        tokens.generated,
+        spent.total,
+    )
     return Answer(
         text=text,
         points=tuple(points),
@@ -124,4 +134,5 @@ def finished(
         complete=complete,
         usage=Usage(tokens, scene.crops, spent),
         image=scene.image,
+        model=scene.owner.name,
     )

@@ -84,6 +84,7 @@ class FakeRuntime:
     fed: list[np.ndarray] = field(default_factory=list)  # the embeddings of each forward
     images: int = 0
     closed: bool = False
+    engine: str = "a script"
 
     def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
         self.images += 1

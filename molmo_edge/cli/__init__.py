@@ -6,6 +6,7 @@ line says why), 2 (wrong use), 130 (interrupted).
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from molmo_edge.cli import (
 from molmo_edge.cli.streams import complain, flush_streams, open_streams
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.extras import with_extra
+from molmo_edge.log import shown
 
 app = typer.Typer(
     name="molmo-edge",
@@ -59,13 +61,17 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and what the library logs.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     global _tracebacks
     _tracebacks = debug
+    if debug:
+        logging.getLogger("molmo_edge").setLevel(logging.DEBUG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
-    sys.exit(flush_streams(_run(arguments)))
+    with shown():
+        status = _run(arguments)
+    sys.exit(flush_streams(status))
 
 
 def _end(number: int, frame: object) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from molmo_edge.images import ImageProcessor, PreparedImage, load_image
+from molmo_edge.log import shown, steps_log
 from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.training.assets import Assets, load_assets
 from molmo_edge.training.photos import Photo, augment, load_photos
@@ -114,7 +115,7 @@ def write_features(
             _write_sample(out / f"{name}.npz", features[start:end], prepared, annotation)
             start = end
         done += len(group)
-        print(f"{done} of {len(missing)} pictures, {done / (time.monotonic() - started):.2f} a second", flush=True)
+        steps_log.info("%d of %d pictures, %.2f a second", done, len(missing), done / (time.monotonic() - started))
 
 
 def _write_sample(path: Path, features: np.ndarray, prepared: PreparedImage, annotation: dict[str, Any]) -> None:
@@ -156,7 +157,8 @@ def main() -> None:
     assets = load_assets(args.sprites, split=args.split, photos=photos, skimage_data=args.skimage_data)
     todo = pictures(assets, photos, args.scenes, args.copies, args.seed)
     image = config.image if args.max_crops is None else replace(config.image, max_crops=args.max_crops)
-    write_features(model, ImageProcessor(image, tokenizer.special), todo, args.out)
+    with shown():
+        write_features(model, ImageProcessor(image, tokenizer.special), todo, args.out)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from molmo_edge.log import shown, steps_log
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, rotary_tables
 from molmo_edge.tokenizer import Tokenizer
@@ -220,7 +221,7 @@ class Run:
 
     def log(self, **record: Any) -> None:
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
-        print(line, flush=True)
+        steps_log.info("%s", line)
         with (self.directory / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -306,7 +307,8 @@ def main() -> None:
     args = vars(parser.parse_args())
     config = TrainConfig(**{f.name: args[f.name] for f in dataclasses.fields(TrainConfig)})
     names = json.loads(args["names"].read_text(encoding="utf-8"))
-    Run(args["start"], args["train"], args["val"], args["run"], config, names, args["device"]).train()
+    with shown():
+        Run(args["start"], args["train"], args["val"], args["run"], config, names, args["device"]).train()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+from molmo_edge.log import logger
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -28,7 +29,7 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.number:
             raise KeyboardInterrupt
         request.number = number
-        print("stopping behind this step; once more stops at once, without a checkpoint", file=sys.stderr, flush=True)
+        logger.warning("stopping after this step; a second signal stops at once, without a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # no other may listen
         yield request

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from molmo_edge.log import steps_log
 from molmo_edge.training.parallel import World
 
 LOG = "log.jsonl"
@@ -81,13 +82,13 @@ class Log:
         for name, value in values.items():
             if self._board is not None and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
-        print(self._line(step, values), flush=True)
+        steps_log.info("%s", self._line(step, values))
 
     def note(self, step: int, text: str) -> None:
         """Something out of the ordinary."""
         self._file.write(json.dumps({"step": step, "note": text}) + "\n")
         self._file.flush()
-        print(f"step {step}/{self.steps}  {text}", flush=True)
+        steps_log.info("step %d/%d  %s", step, self.steps, text)
 
     def close(self) -> None:
         self._file.close()

@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.log import logger
 from molmo_edge.rows import ROWS
 from molmo_edge.training.assets import load_sprites
 from molmo_edge.training.data.draw_charts import draw_chart
@@ -119,7 +119,7 @@ def generate(
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             if (index + 1) % _SPOKEN == 0:
                 file.flush()
-                print(f"{index + 1} of {count} {kind}", file=sys.stderr)
+                logger.info("%d of %d %s", index + 1, count, kind)
     return len(numbers)
 
 

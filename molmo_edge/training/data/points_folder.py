@@ -17,7 +17,6 @@ what is said twice counts once. Formats are read by points_tables.py and points_
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.log import logger
 from molmo_edge.points import parse_points
 from molmo_edge.training.data.points_book import Book, Page, PointsError, Reader
 from molmo_edge.training.data.points_boxes import is_labelme, read_coco, read_labelme
@@ -35,7 +35,6 @@ from molmo_edge.training.prompts import counting, pointing, without_points
 
 POINTS, ROWS, QUESTIONS = "points.csv", "rows.jsonl", "questions.jsonl"
 _COCO = ("annotations.json", "_annotations.coco.json", "instances*.json")
-_LOG = logging.getLogger(__name__)
 _ABSENT = 2  # labels of other pictures, that an example asks about
 
 __all__ = ["Picture", "PointsError", "PointsFolder", "open_points"]
@@ -88,7 +87,7 @@ def open_points(
     seed: int = 0,
     complete: bool | None = None,
     max_annotations: int = 8,
-    note: Callable[[str], None] = _LOG.warning,
+    note: Callable[[str], None] = logger.warning,
 ) -> tuple[PointsFolder, PointsFolder]:
     """The folder's pictures to train on, and those to validate with, which `seed` picks: a share `validation` of them.
 
