@@ -246,7 +246,7 @@ def _black_in_16_bits(image: Image.Image) -> int:
 
     Pillow keeps the upper byte of colours with 16 bits a channel; of PPM files it rounds them. -1: it has 8 bits.
     """
-    for tile in getattr(image, "tile", ()):
+    for tile in getattr(image, "tile", None) or ():  # None for some formats before Pillow 11
         if tile[0].startswith("ppm") and image.mode == "RGB" and tile[3][-1] == 65535:
             return 1
         if re.search(r"(L|A|X|a|B|K);16[BLN]", str(tile[3])):  # "BGR;16" has 16 bits for a pixel

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from hub_server import Hub
+from pickled import copy_pickled_molmoe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -85,7 +86,7 @@ def refused(process: subprocess.CompletedProcess[str]) -> str:
 def with_large_weights(hub: Hub) -> bytes:
     """The hub's model becomes the golden MolmoE, with more than fits into a piece of what is kept of a download."""
     shutil.rmtree(hub.directory)
-    shutil.copytree(GOLDEN / "molmoe", hub.directory)
+    copy_pickled_molmoe(hub.directory)
     weights = hub.directory / "pytorch_model.bin"
     torch.save(torch.load(weights, weights_only=True) | {"more": torch.rand(15_000_000)}, weights)
     return weights.read_bytes()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pickled import copy_pickled_molmoe
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
@@ -257,7 +258,7 @@ class _Code:
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / "molmoe", tmp_path / "in")
+    copy_pickled_molmoe(tmp_path / "in")
     weights = tmp_path / "in" / "pytorch_model.bin"
     torch.save(
         {"model.transformer.ln_f.weight": torch.ones(32), "x": _Code(tmp_path / "ran")}, weights, pickle_protocol=2
@@ -274,8 +275,14 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_pickle_holds_what_safetensors_hold(tmp_path: Path) -> None:
+    pickled, safe = open_tensors(copy_pickled_molmoe(tmp_path / "in")), open_tensors(GOLDEN / "molmoe")
+    for name in load_torch_file(GOLDEN / "molmoe" / "model.safetensors"):
+        np.testing.assert_array_equal(pickled.get(name), safe.get(name), err_msg=name)
+
+
 def test_pickles_that_are_cut_or_hold_other_things(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / "molmoe", tmp_path / "in")
+    copy_pickled_molmoe(tmp_path / "in")
     weights = tmp_path / "in" / "pytorch_model.bin"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pickled import copy_pickled_molmoe
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,8 +52,9 @@ def run(folder: Path, blocked: tuple[str, ...], *arguments: object) -> subproces
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """points/ with one annotated photo, and an empty data/."""
+    """points/ with one annotated photo, pickled/ with a checkpoint as the hub has MolmoE's, and an empty data/."""
     folder = tmp_path_factory.mktemp("inputs")
+    copy_pickled_molmoe(folder / "pickled")
     (folder / "data").mkdir()
     (folder / "points").mkdir()
     (folder / "points" / "coffee.png").write_bytes(PHOTO.read_bytes())
@@ -72,7 +74,7 @@ COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
     ("onnx", "export", ("export", "nano", "--engine", "torch", "--out", "checkpoint")),
     ("gguf", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
     ("llama_cpp", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
-    ("torch", "torch", ("export", GOLDEN / "molmoe", "--engine", "torch", "--out", "checkpoint")),
+    ("torch", "torch", ("export", "pickled", "--engine", "torch", "--out", "checkpoint")),
     ("torch", "torch", ("export", GOLDEN / "qwen", "--precision", "q4", "--calibrate", "points", "--out", "bundle")),
     ("onnx", "eval", ("loss", "nano", "nano")),
     ("matplotlib", "eval", ("loss", "nano", "nano", "--report", "report")),

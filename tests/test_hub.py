@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hub_client import GOLDEN, Client, refused, with_large_weights
 from hub_server import COMMIT, Hub, serve
+from pickled import copy_pickled_molmoe
 
 from molmo_edge.bundle import BundleError, resolve_model
 from molmo_edge.export import export_checkpoint
@@ -67,7 +68,7 @@ def test_a_bundle_is_fetched_whole(hub: Hub, client: Client, tiny_bundle: Path) 
 
 def test_a_pickle_is_fetched_where_there_is_nothing_else(hub: Hub, client: Client, tmp_path: Path) -> None:
     shutil.rmtree(hub.directory)
-    shutil.copytree(GOLDEN / "molmoe", hub.directory)
+    copy_pickled_molmoe(hub.directory)
     process = client("export", hub.name, "--engine", "torch", "--out", str(tmp_path / "out"), "--quiet")
     assert process.returncode == 0 and process.stderr == ""
     assert {file for file, _ in hub.downloads} == CHECKPOINT_FILES | {"pytorch_model.bin"}

@@ -48,7 +48,10 @@ def _saved(kind: str, mode: str, orientation: int = 1, **options: Any) -> bytes:
         exif[0x0112] = orientation
         options["exif"] = exif
     file = io.BytesIO()
-    _picture(mode).save(file, kind, **options)
+    try:
+        _picture(mode).save(file, kind, **options)
+    except OSError as error:  # of 16 bits in a PPM, before Pillow 10.3
+        pytest.skip(f"this Pillow does not write it: {error}")
     return file.getvalue()
 
 

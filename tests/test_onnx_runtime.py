@@ -161,6 +161,8 @@ def test_open_runtime_says_what_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine_name", ["onnx", "torch"])
 def test_closed_means_closed(engine_name: str) -> None:
+    if engine_name == "torch":
+        pytest.importorskip("torch")
     engine = open_runtime(bundle("qwen") if engine_name == "onnx" else GOLDEN / "qwen", threads=1)
     row, cache = engine.embed(np.array([1])), engine.new_cache(4)
     engine.close()
@@ -178,6 +180,7 @@ def test_closed_means_closed(engine_name: str) -> None:
 
 
 def test_a_closed_torch_runtime_frees_the_model() -> None:
+    pytest.importorskip("torch")
     engine = open_runtime(GOLDEN / "qwen", threads=1)
     model = weakref.ref(engine.model)  # type: ignore[attr-defined]
     engine.close()
