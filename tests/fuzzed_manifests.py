@@ -44,7 +44,8 @@ def edits(manifest: dict[str, Any], count: int, *, seed: int = 0, within: tuple[
             continue
         # A long list is one field: the ids of an answer would be most of them.
         field = place[:3] if place[0] == "check" else place
-        by_place.setdefault(field, []).extend(Edit(place, other) for other in [*_others(value, chance), None])
+        others = [other for other in _others(value, chance) if other != value]  # twice 0 is no edit
+        by_place.setdefault(field, []).extend(Edit(place, other) for other in [*others, None])
     chosen: list[Edit] = []
     for choices in by_place.values():
         chance.shuffle(choices)
@@ -85,7 +86,7 @@ def _others(value: Any, chance: random.Random) -> list[Any]:
     if isinstance(value, str):
         swapped = [chance.choice("0123456789abcdef") + value[1:], f"{value}x", value[:-1], value.swapcase()]
         words = ["default", "dino", "gelu", "quick_gelu", "openai", "onnx", "gguf", "fp32", "int8", "q8"]
-        return [other for other in (*swapped, *words) if other != value]
+        return [*swapped, *words]
     if isinstance(value, list):
-        return [other for other in (value[:-1], [*value, *value[-1:]], value[::-1]) if other != value]
+        return [value[:-1], [*value, *value[-1:]], value[::-1]]
     return []

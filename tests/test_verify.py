@@ -160,6 +160,7 @@ def test_fuzzed_manifests_with_a_hash_to_match(bundle: Path, settings: bool) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a busy machine took 216 s
 @pytest.mark.parametrize("settings", [False, True], ids=["", "and sum of settings"])
 def test_300_fuzzed_manifests_with_a_hash_to_match(bundle: Path, settings: bool) -> None:
     print(_fuzz_with_new_hashes(bundle, 300, settings=settings))
