@@ -20,6 +20,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.decoder import HUB as TRANSFORMER
 from molmo_edge.export.vision import HUB as VIT
+from molmo_edge.memory import available_memory, check_room
 from molmo_edge.modeling.checkpoint import CheckpointError
 from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.quantize.int8 import ZERO_POINT
@@ -163,12 +164,16 @@ class BundleTensors:
         return matrix[:, rows] if part == "down" else matrix[rows]
 
 
-def load_bundle_weights(directory: str | Path, *, dither: int | None = None) -> Molmo:
-    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode, float32. Needs PyTorch.
+def load_bundle_weights(directory: str | Path, *, dither: int | None = None, precision: str = "fp32") -> Molmo:
+    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode on the CPU. Needs PyTorch.
 
-    `dither`: see BundleTensors.
+    `dither`: see BundleTensors. `precision`: as of `load_checkpoint`; "auto" is fp32 where that fits into memory, else
+    bf16. Raises RoomError or PrecisionError where it does not fit.
     """
     from molmo_edge.modeling.loading import build_model
+    from molmo_edge.modeling.precision import choose_precision
 
+    check_room(sum(part.bytes for part in open_bundle(directory).components.values()), f"reading {directory}")
     tensors = BundleTensors(directory, dither=dither)
-    return build_model(tensors.config, tensors, where=str(directory))
+    precision = choose_precision(tensors.config, precision, "cpu", available_memory())
+    return build_model(tensors.config, tensors, where=str(directory), precision=precision)

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 from molmo_edge.cgroups import PROC, ROOT, memory_left
+from molmo_edge.errors import MolmoEdgeError
+
+
+class RoomError(MolmoEdgeError):
+    """A model that does not fit into the memory that is free."""
 
 
 def meminfo() -> dict[str, int]:
@@ -33,6 +38,16 @@ def available_memory(proc: Path = PROC, root: Path = ROOT) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def check_room(needed: int, what: str) -> None:
+    """Raise RoomError where `what` takes more bytes than are free. Linux would end the process instead."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise RoomError(
+            f"{what} takes at least {needed / 1e9:.1f} GB of memory, and only {free / 1e9:.1f} GB are free: end other "
+            "programs, or use a model of smaller precision"
+        )
 
 
 def give_back() -> None:

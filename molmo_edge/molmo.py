@@ -248,8 +248,8 @@ class Molmo:
         began = time.perf_counter()
         embeddings = self._runtime.embed(ids)  # [n, d_model]
         capacity = len(scene.embeddings) + len(ids) + most - 1
-        if (prefilled := scene.prefilled) is not None and capacity <= prefilled.capacity:
-            cache = prefilled.copy()
+        if (kept := scene.prefilled) is not None and capacity <= kept.capacity:
+            cache = kept.copy()
         else:
             cache = self._runtime.new_cache(capacity)
             embeddings = np.concatenate([scene.embeddings, embeddings])

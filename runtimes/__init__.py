@@ -173,16 +173,35 @@ def open_runtime(
     if llama is not None:
         raise EngineError(f"{directory} is a checkpoint, which does not run on llama.cpp: export it first")
     if is_checkpoint(directory):
-        try:
-            from molmo_edge.runtimes.torch import TorchRuntime
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            raise Unavailable(
-                f"{directory} is a checkpoint, which runs on PyTorch: {pip_command('torch')}, or export it"
-            ) from None
-        return TorchRuntime(directory, device=device, precision=precision, threads=threads)
+        return _pytorch(directory).TorchRuntime(directory, device=device, precision=precision, threads=threads)
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
+
+
+def check_model_room(directory: str | Path, *, device: str = "auto", precision: str = "auto") -> None:
+    """Raise MolmoEdgeError where a bundle or a checkpoint does not fit into the memory that is free.
+
+    `open_runtime` looks by itself; this is for a command that opens several models, before it opens the first.
+    """
+    if is_bundle(directory):
+        from molmo_edge.runtimes.onnx import check_bundle_room, place_bundle
+
+        bundle = open_bundle(directory)
+        check_bundle_room(bundle, place_bundle(bundle, device, insist=False))
+    else:
+        _pytorch(directory).check_checkpoint_room(directory, device=device, precision=precision)
+
+
+def _pytorch(directory: str | Path) -> Any:
+    """molmo_edge.runtimes.torch. Raises Unavailable without PyTorch."""
+    try:
+        from molmo_edge.runtimes import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise Unavailable(
+            f"{directory} is a checkpoint, which runs on PyTorch: {pip_command('torch')}, or export it"
+        ) from None
+    return torch
 
 
 def _llama_options(given: Any) -> LlamaOptions:

@@ -29,7 +29,7 @@ from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, 
 from molmo_edge.runtimes.gguf_header import check_decoder
 from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
-from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
+from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
 
 _Thing = TypeVar("_Thing")
 
@@ -51,6 +51,7 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
     # The image's part goes where the bundle's target says, or to the device that is insisted on, if this onnxruntime
     # has it, and else stays with the CPU: on a Jetson llama.cpp with CUDA is there sooner than onnxruntime with CUDA.
     placement = place_bundle(bundle, device, insist=False)
+    check_bundle_room(bundle, placement)
     options = dataclasses.replace(options, repack=_repack(bundle, options, gpu))
     graphs = OnnxRuntime(
         bundle.config, {name: bundle.path(name) for name in parts}, threads=threads, placement=placement

@@ -18,6 +18,7 @@ from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.cores import available_cores, choose_threads
 from molmo_edge.errors import first_line
+from molmo_edge.memory import check_room
 from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
@@ -29,6 +30,7 @@ def open_bundle_runtime(bundle: Bundle, *, device: str = "auto", threads: int | 
     """Open a verified bundle. Raises EngineError or Unavailable."""
     check_components(bundle, GRAPHS)
     placement = place_bundle(bundle, device)
+    check_bundle_room(bundle, placement)
     files = {name: bundle.path(name) for name in GRAPHS}
     return OnnxRuntime(bundle.config, files, threads=threads, placement=placement)
 
@@ -60,6 +62,13 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
         return Placement()
 
 
+def check_bundle_room(bundle: Bundle, placement: Placement) -> None:
+    """Raise RoomError where the graphs do not fit into memory. A GGUF is not counted: it stays in its file."""
+    if placement.device == "cpu":
+        graphs = (bundle.components[name] for name in GRAPHS)
+        check_room(sum(graph.bytes for graph in graphs if graph.engine == "onnx"), str(bundle.directory))
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
@@ -88,7 +97,7 @@ class _Buffer:
         if self.array is None:
             twin = _Buffer.empty(shape, self.number, self.value.device_name())
             if not same:  # rows lie elsewhere: by way of the CPU
-                moved = np.zeros(shape, self.number)
+                moved: np.ndarray = np.zeros(shape, self.number)
                 moved[:, :, :length] = self.value.numpy()[:, :, :length]
                 twin.value.update_inplace(moved)
             elif hasattr(onnxruntime := _import(), "copy_tensors"):

@@ -96,10 +96,9 @@ class TorchRuntime:
         Raises CheckpointError, Unavailable without the device, and PrecisionError where the weights do not fit into
         the memory that is free.
         """
-        kind = _pick_device(device)
+        kind, precision = check_checkpoint_room(checkpoint, device=device, precision=precision)
         config = MolmoConfig.from_hub(checkpoint)
         tensors = open_tensors(checkpoint)
-        precision = choose_precision(config, precision, kind, _free_memory(kind))
         with _one_sentence():
             model = build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind)
         self._take(model, threads)
@@ -227,6 +226,12 @@ class TorchRuntime:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def check_checkpoint_room(directory: str | Path, *, device: str, precision: str) -> tuple[str, str]:
+    """Device and precision, "auto" resolved. Raises Unavailable, and PrecisionError for weights that do not fit."""
+    kind = _pick_device(device)
+    return kind, choose_precision(MolmoConfig.from_hub(directory), precision, kind, _free_memory(kind))
 
 
 def _pick_device(device: str) -> str:

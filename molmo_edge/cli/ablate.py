@@ -10,7 +10,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import print_json
+from molmo_edge.cli.output import note, print_json
 from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
@@ -61,10 +61,15 @@ def ablate(
             strange = [] if other is None else matrices(bench, other)
             if strange and not json:  # before anything runs: broken weights may not
                 _print_matrices(strange)
+            if bench.mapped:
+                note("the model does not fit into memory in float32: weights stay in their files, which is slower")
             found = [bench.noise(on_part("noise"))]
-            found += (
+            parts = (
                 ablate(bench, words, on_part=on_part) if other is None else blame_parts(bench, other, on_part=on_part)
             )
+            for part in parts:  # each is said before the next runs
+                found.append(part)
+                note(f"{part.part} {part.precision}: KL {part.kl:.2g} a token", quiet=quiet)
     if json:
         print_json(_to_dict(found, strange))
     elif candidate is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,17 +64,29 @@ def bench(
     """Time each stage, and the same on PyTorch if installed."""
     from molmo_edge.bundle import load_tokenizer
     from molmo_edge.images import load_image
+    from molmo_edge.memory import give_back
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
 
     rgb = _synthetic(640, 480) if image is None else load_image(image)
     directory = find_model(model, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(directory)
+    height, width = rgb.shape[:2]
     timings: list[Timing] = []
 
     def measure(engine: str, runtime: Runtime, load: float) -> None:
         with Molmo.from_parts(runtime, tokenizer, max_crops=max_crops) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
+        give_back()
+
+    def show() -> None:
+        """The newest, before the next engine opens; outside of the spinner, which redirects stdout."""
+        if not json:
+            if len(timings) == 1:
+                tokens = timings[0].prompt_tokens
+                print(f"{directory.name}, image {width}x{height}, {tokens} tokens in; medians of {repeat} in ms")
+                print(_row("", [title for title, _ in _COLUMNS.values()]))
+            print(_row(timings[-1].engine, _cells(timings[-1])), flush=True)
 
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
@@ -81,7 +94,8 @@ def bench(
         own = precision if checkpoint is None else "auto"
         runtime: Runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=llama)
         measure(runtime.engine, runtime, time.perf_counter() - started)
-    note(f"{timings[0].engine} is done", quiet=quiet)
+    show()
+    note(f"{timings[0].engine} is done", quiet=quiet or not json)
     if not timings[0].engine.startswith("pytorch"):
         try:
             import torch  # noqa: F401  (in front of the clock: ours was imported before its own, too)
@@ -90,6 +104,7 @@ def bench(
                 started = time.perf_counter()
                 runtime = _torch_runtime(directory, checkpoint, device, precision, threads)
                 measure(runtime.engine, runtime, time.perf_counter() - started)
+            show()
         except ImportError:
             if checkpoint is not None:
                 raise
@@ -98,12 +113,8 @@ def bench(
             if checkpoint is not None:
                 raise
             note(f"PyTorch is left out: {error}")
-    height, width = rgb.shape[:2]
     if json:
         print_json({"model": str(directory), "image": [width, height], "timings": [asdict(t) for t in timings]})
-    else:
-        print(f"{directory.name}, image {width}x{height}, {timings[0].prompt_tokens} tokens in; medians of {repeat}")
-        _print_table(timings)
 
 
 def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, precision: str, threads: int | None) -> Runtime:
@@ -113,7 +124,7 @@ def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, precision
         return TorchRuntime(checkpoint, device=device, precision=precision, threads=threads)
     from molmo_edge.export import load_bundle_weights
 
-    return TorchRuntime.from_model(load_bundle_weights(bundle), threads=threads)
+    return TorchRuntime.from_model(load_bundle_weights(bundle, precision="auto"), threads=threads)
 
 
 def _measure(
@@ -149,24 +160,22 @@ def _synthetic(width: int, height: int) -> np.ndarray:
     return bands.astype(np.uint8)
 
 
-def _print_table(timings: list[Timing]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+# Title and width of each column, by the field of Timing.
+_COLUMNS = {
+    "cold": ("cold start", 11),
+    "preprocess": ("preprocessing", 14),
+    "vision": ("vision", 9),
+    "prefill": ("prefill", 9),
+    "first_token": ("first token", 12),
+    "decode": ("a token", 8),
+    "generated": ("tokens", 7),
+}
 
-    table = Table(title=None)
-    table.add_column("ms")
-    for timing in timings:
-        table.add_column(timing.engine, justify="right")
-    rows: dict[str, str] = {
-        "cold": "first token, cold",
-        "preprocess": "preprocessing",
-        "vision": "vision",
-        "prefill": "prefill",
-        "first_token": "first token",
-        "decode": "decode, a token",
-        "generated": "tokens out",
-    }
-    for field, title in rows.items():
-        values: list[Any] = [getattr(timing, field) for timing in timings]
-        table.add_row(title, *(f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
-    Console(width=80, soft_wrap=False).print(table)
+
+def _row(engine: str, cells: Sequence[str]) -> str:
+    return f"{engine:13}" + "".join(f"{cell:>{w}}" for cell, (_, w) in zip(cells, _COLUMNS.values(), strict=True))
+
+
+def _cells(timing: Timing) -> list[str]:
+    values: list[Any] = [getattr(timing, field) for field in _COLUMNS]
+    return [f"{value:.1f}" if isinstance(value, float) else str(value) for value in values]

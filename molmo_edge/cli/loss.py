@@ -42,6 +42,7 @@ def loss(
     """Measure what smaller models lose, on the same prompts."""
     from molmo_edge.bundle import is_bundle
     from molmo_edge.evaluation import need_onnx
+    from molmo_edge.evaluation.figures import KINDS
     from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
     from molmo_edge.runtimes import EngineError
 
@@ -65,6 +66,10 @@ def loss(
         raise EngineError("none of these has a GGUF, so llama.cpp's options are not for them")
 
     def keep(so_far: Loss) -> None:
+        measured = so_far.candidates[-1] if so_far.candidates else so_far.noise
+        if measured is not None:  # before the next model opens
+            says = (f"{KINDS[name].title} {KINDS[name].write(f.value)}" for name, f in measured.figures.items())
+            note(f"{measured.facts.name}: {', '.join(says)}", quiet=quiet)
         if report is not None:
             write_data(so_far, report)
 

@@ -7,6 +7,7 @@ that what they differ by is their own, and no image is encoded twice.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_edge.bundle import GRAPHS, TOKENIZER
+from molmo_edge.bundle import GRAPHS, TOKENIZER, is_bundle, open_bundle
 from molmo_edge.evaluation.compare import compare
 from molmo_edge.evaluation.figures import figures
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.trace import Subject, Trace, record
+from molmo_edge.memory import available_memory, check_room
+from molmo_edge.modeling.layout import hub_shapes
 from molmo_edge.quantize.parts import PARTS as OF_DECODER
 from molmo_edge.runtimes import open_files
 from molmo_edge.scratch import temporary_folder
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from molmo_edge.modeling.checkpoint import TensorSource
 
 _SEED = 6
+_ACTIVATIONS = 1_000_000_000  # bytes
 PARTS = ("vision_encoder", "connector", "embed_tokens", *OF_DECODER)
 
 
@@ -77,7 +81,10 @@ class Bench:
         again would seem free (molmo_edge.export.unpack.BundleTensors). Raises what opening the model raises."""
         from molmo_edge.export.source import open_source
 
+        if is_bundle(reference):
+            check_room(sum(part.bytes for part in open_bundle(reference).components.values()), f"reading {reference}")
         self.config, self.tensors = open_source(reference, dither=_SEED if dither else None)
+        self.mapped = _too_large(self.config)  # weights stay in their files, slower
         self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
         self.reference = reference
         self._max_crops = max_crops
@@ -138,11 +145,18 @@ class Bench:
 
     @contextmanager
     def _opened(self, files: dict[str, Path]) -> Iterator[Subject]:
-        runtime = open_files(self.config, files)
+        runtime = open_files(self.config, files, mapped=self.mapped)
         try:
             yield Subject(runtime, self.tokenizer, self._max_crops)
         finally:
             runtime.close()
+
+
+def _too_large(config: MolmoConfig) -> bool:
+    """Whether the model in float32, and activations, do not fit into the memory that is free."""
+    free = available_memory()
+    needed = 4 * sum(math.prod(shape) for shape in hub_shapes(config).values()) + _ACTIVATIONS
+    return free is not None and needed > free
 
 
 def ablate(

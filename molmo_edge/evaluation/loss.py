@@ -23,8 +23,9 @@ from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
 from molmo_edge.extras import pip_command
+from molmo_edge.memory import available_memory
 from molmo_edge.prompt import text_ids
-from molmo_edge.runtimes import PartedRuntime, open_runtime
+from molmo_edge.runtimes import PartedRuntime, check_model_room, open_runtime
 from molmo_edge.scratch import temporary_folder
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def measure_loss(
 
     `noise`: what the reference differs from itself by, with one thread and pixels moved by a millionth ("threads"), or
     with its weights in bf16 on PyTorch ("bf16"). `on_model(name, questions)` is called for each model, and what it
-    returns for each of its answers; `on_measured` with what there is after each candidate. The temporary folder takes
+    returns for each of its answers; `on_measured` with what there is after each of them. The temporary folder takes
     the reference's logits: 4 bytes for each entry of the vocabulary and each token.
     Raises LossError for models that do not take the same prompts, TraceError where no question is about an image.
     """
@@ -163,6 +164,8 @@ def measure_loss(
         raise LossError(f'noise "{noise}" is not known; known are {", ".join(NOISES)}')
     for candidate in candidates:
         check_comparable(reference.directory, candidate.directory)
+    for model in (reference, *candidates):  # one that does not fit would end the run after hours
+        check_model_room(model.directory, device=model.device, precision=model.precision)
     if noise == "bf16":
         _check_bf16(reference.directory)
     with temporary_folder("loss") as scratch:
@@ -186,6 +189,7 @@ def measure_loss(
         if noise != "none":
             on_answer = on_model(f"noise ({noise})", len(trace.answers))
             loss = replace(loss, noise=_noise(noise, reference, trace, routed, max_crops, on_answer))
+            on_measured(loss)
         for candidate in candidates:
             on_answer = on_model(candidate.facts.name, len(trace.answers) + len(_parted(trace).answers))
             measured = _measure(candidate, trace, routed, max_crops, on_answer)
@@ -274,6 +278,15 @@ def _check_bf16(directory: Path) -> None:
         raise LossError(f"noise in bf16 needs {error.name}: {pip_command('torch,export')}") from None
     if is_bundle(directory) and open_bundle(directory).components["decoder"].engine == "gguf":
         raise LossError(f"{directory} has a GGUF, which PyTorch does not read: choose another noise than bf16")
+    _choose_bf16(_config(directory), reading=model_facts(directory).bytes if is_bundle(directory) else 0)
+
+
+def _choose_bf16(config: MolmoConfig, reading: int = 0) -> str:
+    """Raises PrecisionError where the weights do not fit into memory beside `reading` bytes."""
+    from molmo_edge.modeling.precision import choose_precision
+
+    free = available_memory()
+    return choose_precision(config, "bf16", "cpu", None if free is None else free - reading)
 
 
 def _bf16(directory: Path) -> PartedRuntime:
@@ -283,7 +296,8 @@ def _bf16(directory: Path) -> PartedRuntime:
     from molmo_edge.runtimes.torch import TorchRuntime
 
     config, tensors = open_source(directory)
-    return TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision="bf16"))
+    precision = _choose_bf16(config)
+    return TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision=precision))
 
 
 class _Routed:

@@ -1,0 +1,164 @@
+"""Commands that open a model look at the free memory first, and show what they have measured before the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import MolmoEdgeError
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
+BENCH = ("bench", "--repeat", 1, "--max-new-tokens", 2, "--max-crops", 1)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make so many bytes of memory free."""
+
+    def make(count: int) -> None:
+        monkeypatch.setattr("molmo_edge.memory.meminfo", lambda: {"MemAvailable": count})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def config(golden: Path) -> MolmoConfig:
+    return MolmoConfig.from_hub(golden / "molmoe")
+
+
+def needed(config: MolmoConfig, precision: str) -> int:
+    from molmo_edge.modeling.precision import room, weight_bytes
+
+    return weight_bytes(config, precision, "cpu") + room(config, precision)
+
+
+@pytest.fixture
+def photos(golden: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "astronaut.png").write_bytes((golden / "astronaut.png").read_bytes())
+    row = {"image": "astronaut.png", "source": "receipts", "fields": {"total": "9"}, "objects": []}
+    (folder / "annotations.jsonl").write_text(json.dumps(row))
+    return folder
+
+
+def test_bench_runs_pytorch_in_bfloat16_where_float32_does_not_fit(
+    cli: Any, free: Callable[[int], None], tiny_bundle: Path, config: MolmoConfig
+) -> None:
+    free(needed(config, "bf16"))
+    assert needed(config, "bf16") < needed(config, "fp32")
+    status, out, _ = cli(*BENCH, "-m", tiny_bundle, "--json")
+    assert status == 0
+    assert [timing["engine"] for timing in json.loads(out)["timings"]] == ["onnxruntime", "pytorch bf16"]
+
+
+def test_bench_leaves_pytorch_out_where_nothing_fits(
+    cli: Any, free: Callable[[int], None], tiny_bundle: Path, config: MolmoConfig
+) -> None:
+    free(500_000_000)
+    status, out, err = cli(*BENCH, "-m", tiny_bundle)
+    assert status == 0
+    assert "onnxruntime" in out and "pytorch" not in out
+    assert "PyTorch is left out: the weights take" in err and "0.5 GB of memory are free" in err
+
+
+def test_bench_shows_the_first_engine_before_the_second_opens(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("molmo_edge.cli.bench._torch_runtime", killed)
+    status, out, _ = cli(*BENCH, "-m", tiny_bundle)
+    assert status != 0
+    assert "preprocessing" in out and "onnxruntime" in out
+
+
+def test_weights_of_a_bundle_do_not_load_where_they_do_not_fit(
+    free: Callable[[int], None], tiny_bundle: Path, config: MolmoConfig
+) -> None:
+    from molmo_edge.export import load_bundle_weights
+
+    free(needed(config, "bf16"))
+    with pytest.raises(MolmoEdgeError, match='use precision="bf16"'):
+        load_bundle_weights(tiny_bundle)
+    assert load_bundle_weights(tiny_bundle, precision="auto").precision == "bf16"
+
+
+@pytest.mark.parametrize("command", ["ask", "verify", "bench"])
+def test_a_bundle_larger_than_memory_is_refused(
+    command: str, cli: Any, free: Callable[[int], None], tiny_bundle: Path, golden: Path
+) -> None:
+    free(100_000)
+    arguments: dict[str, list[object]] = {
+        "ask": [golden / "astronaut.png", "What?", "-m", tiny_bundle],
+        "verify": [tiny_bundle],
+        "bench": ["-m", tiny_bundle],
+    }
+    status, out, err = cli(command, *arguments[command])
+    assert (status, out) == (1, "")
+    assert "GB of memory, and only 0.0 GB are free" in err
+
+
+@pytest.mark.parametrize("noise", ["threads", "bf16"])
+def test_loss_refuses_before_the_reference_is_asked(
+    noise: str, cli: Any, free: Callable[[int], None], tiny_bundle: Path, golden: Path, photos: Path, monkeypatch: Any
+) -> None:
+    """A candidate, or a noise, that does not fit."""
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the reference was asked")
+
+    monkeypatch.setattr("molmo_edge.evaluation.loss.record", asked)
+    free(500_000_000)
+    candidate = golden / "molmoe" if noise == "threads" else tiny_bundle
+    status, _, err = cli("loss", tiny_bundle, candidate, "--suite", f"photos:{photos}", "--noise", noise)
+    assert status == 1 and "0.5 GB of memory are free" in err
+
+
+def test_loss_shows_what_is_measured_before_the_next_model_opens(
+    cli: Any, tiny_bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from molmo_edge.evaluation import loss as module
+
+    measure, models = module._measure, []
+
+    def second_is_killed(model: Any, *arguments: Any, **named: Any) -> Any:
+        models.append(model)
+        if len(models) == 2:
+            raise MolmoEdgeError("killed")
+        return measure(model, *arguments, **named)
+
+    monkeypatch.setattr(module, "_measure", second_is_killed)
+    arguments = [tiny_bundle, tiny_bundle, tiny_bundle, "--suite", f"photos:{photos}", "--max-crops", 0]
+    status, _, err = cli("loss", *arguments, "--noise", "none")
+    assert status == 1
+    assert f"{tiny_bundle.name}: " in err and "KL a token, mean" in err
+
+
+def test_ablation_leaves_weights_in_their_files_where_they_do_not_fit(
+    cli: Any, free: Callable[[int], None], tiny_bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from molmo_edge.evaluation import ablation
+
+    opened, open_files = [], ablation.open_files
+
+    def watch(*arguments: Any, mapped: bool = False) -> Any:
+        opened.append(mapped)
+        return open_files(*arguments, mapped=mapped)
+
+    monkeypatch.setattr(ablation, "open_files", watch)
+    free(500_000_000)
+    arguments = [tiny_bundle, "--suite", f"photos:{photos}", "--precisions", "int8", "--max-crops", 0]
+    status, out, err = cli("ablate", *arguments, "--limit", 1)
+    assert status == 0 and "answers about 1 images" in out
+    assert opened and all(opened)
+    assert "weights stay in their files" in err
+    assert "embed_tokens int8: KL" in err, "each part is said when it is measured"
