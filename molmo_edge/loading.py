@@ -188,8 +188,8 @@ def _check_png(file: Any, name: str) -> None:
             while length and (data := file.read(min(length, 1 << 20))):
                 found, length = zlib.crc32(data, found), length - len(data)
             expected = file.read(4)
-            if length or len(expected) < 4:
-                break  # cut short: whether pixels are missing is the decoder's to say
+            if length or len(expected) < 4:  # bytes are missing somewhere: what is there may decode all the same
+                raise ImageError(f"{name} is damaged or cut short, copy or download it again: it ends too early")
             if found != int.from_bytes(expected, "big"):
                 part = kind.decode("ascii", "replace")
                 raise ImageError(f"{name} is damaged (the checksum of its {part} is wrong): copy or download it again")

@@ -291,7 +291,12 @@ def test_a_png_with_a_wrong_checksum_is_refused() -> None:
     data[data.index(b"IDAT") + 400] ^= 1  # a pixel
     with pytest.raises(ImageError, match=r"damaged .the checksum of its IDAT is wrong"):
         load_image(bytes(data))
-    commented = bytearray(encoded(Image.fromarray(RGB)))
+    whole = encoded(Image.fromarray(RGB))
+    for left_out in range(1, 40):
+        with pytest.raises(ImageError, match="damaged"):
+            load_image(whole[:100] + whole[100 + left_out :])
+    assert np.array_equal(load_image(whole[:-12]), RGB), "all pixels and their checksum are there"
+    commented = bytearray(whole)
     comment = b"\0\0\0\x05tEXta\0b c" + bytes(4)  # its checksum is wrong, and decides on no pixel
     commented[commented.index(b"IEND") - 4 : commented.index(b"IEND") - 4] = comment
     assert np.array_equal(load_image(bytes(commented)), RGB)
