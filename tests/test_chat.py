@@ -79,11 +79,29 @@ def test_the_ids_are_those_of_a_chat_that_prefills_everything(kind: str, tempera
             compare_with_scratch(molmo, molmo.chat(image), scene, temperature=temperature, new_tokens=12)
 
 
-def test_the_same_of_the_embedded_model() -> None:
+def behind_the_likeliest(molmo: Molmo, scene: Scene, ids: list[int], said: tuple[int, ...]) -> float:
+    """How far an id of `said` is behind the likeliest at most, in logits, when all of `ids` is prefilled at once."""
+    runtime, size = molmo._runtime, molmo.config.decoder.vocab_size
+    rows = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
+    cache, gaps = runtime.new_cache(len(rows) + len(said)), [0.0]
+    for token in said:
+        logits = runtime.forward(rows, cache)[:size]
+        gaps.append(float(logits.max() - logits[token]))
+        rows = runtime.embed(np.array([token]))
+    return max(gaps)
+
+
+def test_the_embedded_model_differs_by_rounding_alone() -> None:
+    """Its eight-bit activations round otherwise in another order, so ids may differ where two are nearly as likely."""
     with Molmo(threads=1, max_crops=1) as molmo:
         scene = molmo.encode(GOLDEN / "coffee.png")
-        chat = molmo.chat(scene)
-        compare_with_scratch(molmo, chat, scene, temperature=0.0, new_tokens=24)
+        chat, eos = molmo.chat(scene), molmo._tokenizer.special.eos
+        ids: list[int] = []
+        for question in QUESTIONS:
+            ids += text_ids(molmo._tokenizer, [question]).tolist()
+            answer = chat.ask(question, max_new_tokens=24)
+            assert behind_the_likeliest(molmo, scene, ids, answer.token_ids) < 0.5
+            ids += [*answer.token_ids, eos]
         assert len({answer.text for answer in chat.answers}) > 1
 
 
