@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import pip_command
+from molmo_edge.extras import MissingExtra, pip_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,18 +40,13 @@ class Timing:
     generated: int
 
 
+@options.flat
 def bench(
     image: Annotated[
         Path | None, typer.Argument(help="Without it: a synthetic one of 640x480.", show_default=False)
     ] = None,
     *,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    max_crops: options.MaxCrops = None,
-    threads: options.Threads = None,
-    llama: options.Llama = None,
+    opening: options.Opening,
     question: Annotated[str, typer.Option(help="What is asked.")] = "Describe this image.",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, at most.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Answers to take the median of; one before them warms up.")] = 3,
@@ -68,14 +64,17 @@ def bench(
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
 
+    if checkpoint is not None and importlib.util.find_spec("torch") is None:  # before anything is measured
+        raise MissingExtra(f"bench --checkpoint needs torch: {pip_command('torch')}")
+    device, threads = opening.device, opening.threads
     rgb = _synthetic(640, 480) if image is None else load_image(image)
-    directory = find_model(model, revision=revision, quiet=quiet)
+    directory = find_model(opening.model, revision=opening.revision, quiet=quiet)
     tokenizer = load_tokenizer(directory)
     height, width = rgb.shape[:2]
     timings: list[Timing] = []
 
     def measure(engine: str, runtime: Runtime, load: float) -> None:
-        with Molmo.from_parts(runtime, tokenizer, max_crops=max_crops) as molmo:
+        with Molmo.from_parts(runtime, tokenizer, max_crops=opening.max_crops) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
         give_back()
 
@@ -91,8 +90,8 @@ def bench(
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
         # With --checkpoint it is that one's precision that is meant.
-        own = precision if checkpoint is None else "auto"
-        runtime: Runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=llama)
+        own = opening.precision if checkpoint is None else "auto"
+        runtime: Runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=opening.llama)
         measure(runtime.engine, runtime, time.perf_counter() - started)
     show()
     note(f"{timings[0].engine} is done", quiet=quiet or not json)
@@ -102,12 +101,10 @@ def bench(
 
             with progress("measuring PyTorch", quiet=quiet):
                 started = time.perf_counter()
-                runtime = _torch_runtime(directory, checkpoint, device, precision, threads)
+                runtime = _torch_runtime(directory, checkpoint, device, opening.precision, threads)
                 measure(runtime.engine, runtime, time.perf_counter() - started)
             show()
         except ImportError:
-            if checkpoint is not None:
-                raise
             note(f"PyTorch is not installed, so there is nothing to compare with: {pip_command('torch')}")
         except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
             if checkpoint is not None:
