@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,7 +117,18 @@ def test_wheel_and_sdist_hold_what_they_must(artefacts: Path, source: Path) -> N
             assert str(file.relative_to(source)).replace(os.sep, "/") in names
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
+        about = archive.extractfile(
+            next(name for name in archive.getnames() if name.count("/") == 1 and "PKG-INFO" in name)
+        )
+        assert about is not None
+        metadata = email.message_from_string(about.read().decode())
     assert {"LICENSE", "pyproject.toml", "export/__init__.py", "runtimes/__init__.py", "tests/test_sdk.py"} <= packed
+    assert {"docs/export.md", "benchmarks/RESULTS.md", "examples/coffee.jpg", "molmo_edge/nano/MODEL_CARD.md"} <= packed
+    assert metadata["Author"] and metadata.get_all("Project-URL")
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    shown = metadata.get_payload()
+    assert "molmo-edge count examples/coffee.jpg" in shown
+    assert not re.search(r"\]\((?!https?:)", shown), "a link that leads nowhere on a package index"
 
 
 @pytest.mark.slow
