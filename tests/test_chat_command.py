@@ -200,6 +200,19 @@ def test_arrow_up_asks_again_in_this_chat_and_in_the_next(terminal: Open, tmp_pa
     assert chat.end() == 0
 
 
+def test_questions_can_be_kept_out_of_the_history(terminal: Open, tmp_path: Path) -> None:
+    chat = terminal("--no-history")
+    chat.send("Secret?\r")
+    chat.wait_for("So: Secret?")
+    chat.wait_for("> ")
+    chat.send("\x1b[A\r")  # in this chat it is still there
+    chat.wait_for("So: Secret?")
+    chat.wait_for("> ")
+    chat.send("\x04")
+    assert chat.end() == 0
+    assert not (tmp_path / "home" / "chat_history").exists()
+
+
 def test_a_history_that_cannot_be_written_is_no_error(terminal: Open, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
     chat = terminal()

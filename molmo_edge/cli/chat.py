@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,9 @@ def chat(
     *,
     opening: options.Opening,
     sampling: options.Sampling,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep the questions for arrow-up in later chats.")
+    ] = True,
     quiet: options.Quiet = False,
 ) -> None:
     """Ask a photo one question after the other. The photo and each turn are read once."""
@@ -50,7 +53,7 @@ def chat(
         with progress("looking at the photo", quiet=quiet):
             conversation = molmo.chat(photo)
         note(_HELP, quiet=quiet)
-        with _line_reader() as read_line:
+        with _line_reader(history) as read_line:
             _converse(conversation, read_line, image, sampling.keywords(), quiet=quiet)
 
 
@@ -104,10 +107,11 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def _line_reader() -> Iterator[Callable[[], str | None]]:
+def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
     """Yields what reads the next line, None at the end: with editing and history where somebody types.
 
-    The history outlives the chat, in the folder of molmo_edge.bundle.cache_directory, readable by its owner alone.
+    `keep`: the history outlives the chat, in the folder of molmo_edge.bundle.cache_directory, readable by its owner
+    alone. Without it the history is that of this chat.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield _read_plain
@@ -115,6 +119,10 @@ def _line_reader() -> Iterator[Callable[[], str | None]]:
     try:
         import readline  # from here on input() edits lines
     except ImportError:  # Windows, whose consoles edit lines themselves
+        yield _read_edited
+        return
+    if not keep:
+        readline.clear_history()
         yield _read_edited
         return
     from molmo_edge.bundle import cache_directory
