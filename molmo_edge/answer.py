@@ -33,7 +33,9 @@ class Tokens:
     image: int = 0  # with BOS and the markers around the crops
     prompt: int = 0  # the question and the role words around it, and earlier turns
     generated: int = 0
-    prefilled: int = 0  # of image and prompt: run for this answer; the rest was kept from a Scene or an earlier turn
+    prefilled: int = field(
+        default=0, compare=False
+    )  # of image and prompt: run for this answer; the rest was kept from a Scene or an earlier turn
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ class Seconds:
 class Usage:
     tokens: Tokens = Tokens()
     crops: int = 0  # the global view counted
-    seconds: Seconds = Seconds()
+    seconds: Seconds = field(default=Seconds(), compare=False)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; `str(answer)` is its text as generated, point tags included."""
+    """An answer; `str(answer)` is its text as generated, point tags included.
+
+    Two answers are equal where they say the same and took as many tokens and crops; how long they took, and whether
+    the image was prefilled before, is not compared.
+    """
 
     text: str
     points: tuple[Point, ...] = ()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
+from molmo_edge.copying import NotCopied
 from molmo_edge.generate import GenerationError, Sampling, most_new_tokens
 from molmo_edge.molmo import MAX_NEW_TOKENS, _checked
 from molmo_edge.prompt import text_ids
@@ -32,12 +33,14 @@ class ConversationFull(GenerationError):  # noqa: N818 (a state, not a mistake)
     """The next question does not fit into the model's context behind image and earlier turns."""
 
 
-class Chat:
+class Chat(NotCopied):
     """What `Molmo.chat` returns. Several threads may hold one, but only the newest question is answered.
 
     A turn counts once its answer is complete, or cut off by `max_new_tokens`: one whose stream failed, was interrupted
     or was left before its end is forgotten.
     """
+
+    _instead = "pass its image and its `history` on, and ask there"
 
     def __init__(self, molmo: Molmo, scene: Scene) -> None:
         """`scene`: of this Molmo; prefilled here if it is not yet."""

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
+from molmo_edge.batch import ask_batch
 from molmo_edge.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
+from molmo_edge.copying import NotCopied
 from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, generate_batch, likeliest, most_new_tokens
+from molmo_edge.generate import GenerationError, Sampling, likeliest, most_new_tokens
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.log import logger
 from molmo_edge.naming import model_name
-from molmo_edge.points import Point, parse_points
+from molmo_edge.points import Point
 from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
 from molmo_edge.runtimes import forks
+from molmo_edge.serial import Serial
 from molmo_edge.streaming import Stream, generate_pieces
 from molmo_edge.streaming import finished as _finished
 from molmo_edge.tokenizer import Tokenizer
@@ -36,7 +38,7 @@ from molmo_edge.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from molmo_edge.chat import Chat
     from molmo_edge.config import MolmoConfig
-    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
+    from molmo_edge.runtimes import Cache, Runtime
     from molmo_edge.runtimes.llama_options import LlamaOptions
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
@@ -50,7 +52,7 @@ class QuestionError(MolmoEdgeError):
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Scene(NotCopied):
     """An image, encoded and prefilled once by `Molmo.encode`; ask it as often as you like, from any thread."""
 
     image: np.ndarray | None  # uint8 [h, w, 3], EXIF rotation applied; None of `Molmo.no_image`
@@ -60,6 +62,8 @@ class Scene:
     cache: Cache | None  # prefilled with `embeddings`; copied for each question, never written to
     owner: Molmo
     born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
+
+    _instead = "pass its image on, and encode it there"
 
     @property
     def prefilled(self) -> Cache | None:
@@ -73,7 +77,7 @@ class Scene:
         return f"Scene({width}x{height}, {self.crops} crops, {len(self.embeddings)} positions)"
 
 
-class Molmo:
+class Molmo(NotCopied):
     """A model, ready to be asked; safe to share between threads.
 
     After `os.fork` a child opens a bundle on ONNX Runtime again when it first asks; on other engines every call there
@@ -91,6 +95,8 @@ class Molmo:
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
     [h, w, 4], or a Scene of this Molmo.
     """
+
+    _instead = "pass the model's path or hub id on, and open it there"
 
     def __init__(
         self,
@@ -129,7 +135,7 @@ class Molmo:
         self, runtime: Runtime, tokenizer: Tokenizer, max_crops: int | None, started: float, name: str | None
     ) -> None:
         self.name = name  # of a bundle, owner/name of the hub, or a directory
-        self._runtime = _Serial(runtime)
+        self._runtime = Serial(runtime)
         self._tokenizer = tokenizer
         image = runtime.config.image
         if max_crops is not None:
@@ -208,17 +214,76 @@ class Molmo:
             history=history,
         ).answer
 
-    def point(self, image: Any, label: str, **sampling: Any) -> Answer:
-        """Point at every `label` ("the dog"): `answer.points`. `sampling` as for `ask`."""
-        return self.ask(image, point_question(_checked(label, "label")), **sampling)
+    def point(
+        self,
+        image: Any,
+        label: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        history: History = (),
+    ) -> Answer:
+        """Point at every `label` ("the dog"): `answer.points`. Keywords as of `ask`."""
+        return self.ask(
+            image,
+            point_question(_checked(label, "label")),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            history=history,
+        )
 
-    def count(self, image: Any, label: str, **sampling: Any) -> Answer:
-        """Count every `label` ("cups"): `answer.count`, with a point for each. `sampling` as for `ask`."""
-        return self.ask(image, count_question(_checked(label, "label")), **sampling)
+    def count(
+        self,
+        image: Any,
+        label: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        history: History = (),
+    ) -> Answer:
+        """Count every `label` ("cups"): `answer.count`, with a point for each. Keywords as of `ask`."""
+        return self.ask(
+            image,
+            count_question(_checked(label, "label")),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            history=history,
+        )
 
-    def caption(self, image: Any, **sampling: Any) -> Answer:
-        """Describe `image`. `sampling` as for `ask`."""
-        return self.ask(image, caption_question(), **sampling)
+    def caption(
+        self,
+        image: Any,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        history: History = (),
+    ) -> Answer:
+        """Describe `image`. Keywords as of `ask`."""
+        return self.ask(
+            image,
+            caption_question(),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            history=history,
+        )
 
     def stream(
         self,
@@ -265,59 +330,54 @@ class Molmo:
             _finished(scene, text, points, token_ids, len(ids), spent, complete=complete, prefilled=prefilled)
         )
 
+    @overload
     def ask_batch(
         self,
         asks: Sequence[tuple[Any, str]],
         *,
+        errors: Literal["return"] = "return",
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+    ) -> list[Answer | MolmoEdgeError]: ...
+
+    @overload
+    def ask_batch(
+        self,
+        asks: Sequence[tuple[Any, str]],
+        *,
+        errors: Literal["raise"],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+    ) -> list[Answer]: ...
+
+    def ask_batch(
+        self,
+        asks: Sequence[tuple[Any, str]],
+        *,
+        errors: Literal["return", "raise"] = "return",
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> list[Answer]:
-        """Ask several (image, question) pairs; each gets the answer that `ask` gives it.
+    ) -> Sequence[Answer | MolmoEdgeError]:
+        """Ask several (image, question) pairs; each gets the answer that `ask` gives it, at its place in the list.
 
-        A checkpoint on PyTorch runs them side by side, other engines take one after the other. Side by side a product
-        may round otherwise, which in float32 has changed no answer yet. Memory grows with the number of pairs.
+        `errors`: what happens to a pair that `ask` would refuse, for an image that cannot be read, an empty question,
+        or a prompt that does not fit. "return": its place holds the MolmoEdgeError, and the others are answered.
+        "raise": it is raised. A failure of the engine or of the model, and wrong sampling settings, always raise.
+
+        A checkpoint on PyTorch runs the pairs side by side, other engines take one after the other. Side by side a
+        product may round otherwise, which in float32 has changed no answer yet. Memory grows with the number of pairs.
         `usage.seconds` of prefill and decode are then those of the whole batch.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        for question in _questions(asks):
-            _checked(question, "question")
-        if not self._runtime.batches:
-            options = dataclasses.asdict(sampling)
-            return [self.ask(image, question, **options) for image, question in asks]
-        scenes = [self._own(image) if isinstance(image, Scene) else self._see(image) for image, _ in asks]
-        texts = [text_ids(self._tokenizer, [question]) for _, question in asks]
-        most = [
-            most_new_tokens(sampling, len(scene.embeddings) + len(ids), self._context)
-            for scene, ids in zip(scenes, texts, strict=True)
-        ]
-        began = time.perf_counter()
-        prompts = [
-            np.concatenate([scene.embeddings, self._runtime.embed(ids)])
-            for scene, ids in zip(scenes, texts, strict=True)
-        ]
-        prefilled = self._runtime.prefill_batch(prompts, max(most))
-        prefill = time.perf_counter() - began
-        answers = generate_batch(
-            self._runtime,
-            prefilled,
-            sampling,
-            most,
-            eos_id=self._tokenizer.special.eos,
-            vocab_size=self.config.decoder.vocab_size,
-        )
-        decode = time.perf_counter() - began - prefill
-        spent = Seconds(load=self._load_seconds, prefill=prefill, decode=decode)
-        finished = []
-        for (image, _), scene, ids, token_ids, limit in zip(asks, scenes, texts, answers, most, strict=True):
-            text, seconds = self._tokenizer.decode(token_ids).lstrip(), spent
-            if scene is not image:
-                seconds = dataclasses.replace(spent, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
-            complete = len(token_ids) < limit
-            finished.append(_finished(scene, text, parse_points(text), token_ids, len(ids), seconds, complete=complete))
-        return finished
+        return ask_batch(self, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors)
 
     def gaps(self, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True) -> list[float]:
         """How far each id of a given answer lies behind the likeliest at its place, in logits; 0.0 where it is that.
@@ -366,15 +426,6 @@ class Molmo:
         return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
 
 
-def _questions(asks: Any) -> list[str]:
-    says = "a batch is a list of (image, question) pairs"
-    if not isinstance(asks, (list, tuple)) or not asks:
-        raise QuestionError(f"{says}, at least one")
-    if not all(isinstance(ask, (list, tuple)) and len(ask) == 2 for ask in asks):
-        raise QuestionError(says)
-    return [question for _, question in asks]
-
-
 def _checked(text: str, what: str) -> str:
     if not isinstance(text, str):
         raise QuestionError(f"the {what} must be a str, it is {type(text).__name__}")
@@ -398,59 +449,3 @@ def _turns(history: History) -> Iterator[str]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise QuestionError(says)
         yield from turn
-
-
-class _Serial:
-    """A runtime that threads take turns on: engines share their threads and scratch memory, some are not re-entrant.
-
-    One call at a time, not one answer: two streams make progress side by side.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._inner = runtime
-        self._lock = threading.Lock()
-        forks.on_fork(self)
-
-    def forked(self) -> None:
-        self._lock = threading.Lock()  # another thread may have held it, and is not there to release it
-
-    @property
-    def config(self) -> MolmoConfig:
-        return self._inner.config
-
-    @property
-    def engine(self) -> str:
-        return self._inner.engine
-
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        with self._lock:
-            return self._inner.encode_image(crops, masks)
-
-    def embed(self, token_ids: np.ndarray) -> np.ndarray:
-        with self._lock:
-            return self._inner.embed(token_ids)
-
-    def new_cache(self, capacity: int) -> Cache:
-        with self._lock:
-            return self._inner.new_cache(capacity)
-
-    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
-        with self._lock:
-            return self._inner.forward(embeddings, cache)
-
-    @property
-    def batches(self) -> bool:
-        """Whether the runtime takes several prompts at once."""
-        return hasattr(self._inner, "prefill_batch")
-
-    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
-        with self._lock:
-            return cast("BatchRuntime", self._inner).prefill_batch(prompts, room)
-
-    def forward_batch(self, embeddings: np.ndarray, batch: Any) -> np.ndarray:
-        with self._lock:
-            return cast("BatchRuntime", self._inner).forward_batch(embeddings, batch)
-
-    def close(self) -> None:
-        with self._lock:
-            self._inner.close()

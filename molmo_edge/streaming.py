@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
+from molmo_edge.copying import NotCopied
 from molmo_edge.generate import GenerationError, Sampling, generate
 from molmo_edge.log import logger
 from molmo_edge.points import Point, StreamParser, parse_count
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from molmo_edge.runtimes import Cache, Runtime
 
 
-class Stream(Iterator["str | Point"]):
+class Stream(Iterator["str | Point"], NotCopied):
     """What `Molmo.stream` returns: iterate it for the pieces, then read `answer`.
 
     A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text`, point
     tags included; `molmo_edge.readable.TagStripper` takes those out as they come. The points are `answer.points`.
     """
+
+    _instead = "pass its `answer` on"
 
     def __init__(self, pieces: Iterator[str | Point], result: list[Answer]) -> None:
         self._pieces = pieces

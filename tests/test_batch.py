@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.generate import Sampling, generate, generate_batch
+from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch
 from molmo_edge.molmo import QuestionError
+from molmo_edge.runtimes import EngineError
 from molmo_edge.runtimes.torch import TorchRuntime
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,5 +119,43 @@ def test_engines_without_batches_answer_one_after_the_other(tiny_bundle: Path, s
 )
 def test_wrong_batches_are_refused(saying: Callable[..., Molmo], asks: Any, says: str) -> None:
     with pytest.raises(Exception, match=says) as caught:
-        saying("x").ask_batch(asks)
+        saying("x").ask_batch(asks, errors="raise")
     assert isinstance(caught.value, QuestionError) or "no-such" in says
+    if len(asks) and len(asks[0]) == 2:
+        (reported,) = saying("x").ask_batch(asks)
+        assert type(reported) is type(caught.value) and str(reported) == str(caught.value)
+    else:  # what is no list of pairs has no places
+        with pytest.raises(QuestionError, match=says):
+            saying("x").ask_batch(asks)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_bad_pair_is_reported_at_its_place_and_the_others_are_answered(kind: str, tiny_bundle: Path) -> None:
+    with Molmo(tiny_bundle if kind == "onnx" else GOLDEN / "molmoe") as molmo:
+        other = Molmo(tiny_bundle).encode(ASKS[2][0])
+        bad = [("no-such.jpg", "What?"), (b"no image", "What?"), (ASKS[2][0], ""), (other, "What?")]
+        asks = [ASKS[0], *bad, ASKS[1], (ASKS[2][0], "ж" * 20_000)]
+        found = molmo.ask_batch(asks, max_new_tokens=4)
+        alone = [molmo.ask(image, question, max_new_tokens=4) for image, question in (ASKS[0], ASKS[1])]
+    assert [type(answer).__name__ for answer in found] == [
+        *("Answer", "ImageError", "ImageError", "QuestionError", "QuestionError", "Answer", "GenerationError")
+    ]
+    assert [found[0].token_ids, found[5].token_ids] == [answer.token_ids for answer in alone]
+    assert "no-such.jpg" in str(found[1])
+
+
+def test_a_batch_of_bad_pairs_alone(molmo: Molmo) -> None:
+    assert [str(error) for error in molmo.ask_batch([("a.jpg", "What?"), ("b.jpg", "What?")])] == [
+        f"there is no image {name}: check the path" for name in ("a.jpg", "b.jpg")
+    ]
+
+
+def test_what_is_wrong_with_the_whole_batch_raises(tiny_bundle: Path, saying: Callable[..., Molmo]) -> None:
+    with pytest.raises(GenerationError, match="temperature"):
+        saying("x").ask_batch([ASKS[0]], temperature=-1.0)
+    with pytest.raises(QuestionError, match='errors must be "return" or "raise"'):
+        saying("x").ask_batch([ASKS[0]], errors="ignore")  # type: ignore[call-overload]
+    molmo = Molmo(tiny_bundle)
+    molmo.close()
+    with pytest.raises(EngineError, match="closed"):
+        molmo.ask_batch([ASKS[0]])
