@@ -17,7 +17,7 @@ def connector(graph: Graph, config: MolmoConfig, tensors: TensorSource, precisio
 
     Reference: MolmoVisionBackbone.forward, "pad_and_partial_pad" and "attention-meanq".
     """
-    i, width = config.image, config.vision.feature_dim
+    i, width = config.image, config.feature_dim
     features = graph.input("features", np.float32, ["n", i.patches**2, width])
     masks = graph.input("masks", np.float32, ["n", i.patches**2])
     x = graph.node("Add", features, _padding(graph, tensors, masks))
@@ -44,7 +44,7 @@ def _padding(graph: Graph, tensors: TensorSource, masks: str) -> str:
 
 
 def _group(graph: Graph, config: MolmoConfig, x: str) -> str:
-    i, width = config.image, config.vision.feature_dim
+    i, width = config.image, config.feature_dim
     x = graph.node("Reshape", x, graph.ints(-1, i.cells, i.pool, i.cells, i.pool, width))
     x = graph.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
     return graph.node("Reshape", x, graph.ints(-1, i.pool**2, width))

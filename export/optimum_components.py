@@ -158,7 +158,7 @@ class ComponentOnnxConfig(OnnxConfig):
         crops[-1] = -1  # padding
         makers: dict[str, Callable[[], np.ndarray]] = {
             "crops": lambda: crops,
-            "features": lambda: rng.normal(size=(n, patches, m.vision.feature_dim)),
+            "features": lambda: rng.normal(size=(n, patches, m.feature_dim)),
             "masks": lambda: rng.choice([-1, 0, 0.5, 1], size=(n, patches)),
             "ids": lambda: np.append(rng.integers(0, rows, n - 1), rows - 1),
             "embeddings": lambda: rng.normal(size=(1, n, m.decoder.d_model)),

@@ -19,6 +19,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+OVERVIEW_UNIT = 32  # pixels; sides of an overview are padded to multiples of it
+
 # Of weights on PyTorch: modeling/precision.py says what they mean.
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
 
@@ -27,7 +29,7 @@ class ConfigError(MolmoEdgeError):
     """A configuration that cannot be read, or that contradicts itself."""
 
 
-_MAY_BE_ZERO = ("max_crops", "n_experts", "top_k", "additional_vocab_size")
+_MAY_BE_ZERO = ("max_crops", "overview", "n_experts", "top_k", "additional_vocab_size")
 _KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
@@ -68,6 +70,7 @@ class ImageConfig:
     overlap_margins: tuple[int, int] = (4, 4)  # patches dropped at the left/top and right/bottom inner sides
     max_crops: int = 12  # most crops of a tiling, the global view not counted; 0: the global view alone
     resize: str = "default"  # "default": bilinear, aspect kept, padded; "dino": bicubic, stretched to the canvas
+    overview: int = 0  # longest side, pixels, of the whole picture as a convolutional tower sees it; 0: no such tower
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -83,6 +86,10 @@ class ImageConfig:
         if left + right >= self.patches:
             raise ConfigError(
                 f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches"
+            )
+        if self.overview % OVERVIEW_UNIT:
+            raise ConfigError(
+                f"overview {self.overview} is not a multiple of {OVERVIEW_UNIT}, the tower's largest stride"
             )
         if not min(self.std) > 0:
             raise ConfigError(f"std must be positive, it is {self.std}")
@@ -147,6 +154,30 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ConvTowerConfig:
+    """A convolutional tower over the whole picture: a CSP backbone and a feature pyramid at strides 8, 16 and 32.
+
+    The shape is that of NanoDet-g (github.com/RangiLyu/nanodet, CustomCspNet and PAN).
+    """
+
+    stem_dim: int = 32  # channels behind the first convolution
+    steps: tuple[int, ...] = (1, 2, 2, 3)  # residual steps of each stage; a stage doubles the channels
+    pyramid_dim: int = 128  # channels of every level of the pyramid
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if len(self.steps) < 3 or min(self.steps) < 1:
+            raise ConfigError(f"conv tower steps {self.steps} must be at least three positive numbers")
+        if self.stem_dim % 2:
+            raise ConfigError(f"conv tower stem_dim {self.stem_dim} must be even")
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of a patch's features: four samples at stride 8, one each at strides 16 and 32."""
+        return 6 * self.pyramid_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder of the OLMo family: dense (Qwen2 style, OLMo post-norm style) or OLMoE."""
 
@@ -184,15 +215,21 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class MolmoConfig:
-    """A whole model. `projector_dim` is the inner width of the connector's SwiGLU."""
+    """A whole model. `projector_dim` is the inner width of the connector's SwiGLU.
+
+    With a `conv_tower` each patch has the ViT's features and, concatenated to them, the tower's.
+    """
 
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector_dim: int = 1024
+    conv_tower: ConvTowerConfig | None = None
 
     def __post_init__(self) -> None:
         _check(self)
+        if bool(self.conv_tower) != bool(self.image.overview):
+            raise ConfigError("conv_tower and image.overview go together: the tower sees the overview")
         if self.vision.n_pos != self.image.patches**2 + 1:
             raise ConfigError(
                 f"the ViT has {self.vision.n_pos} positions, but a crop has {self.image.patches**2} patches "
@@ -202,6 +239,11 @@ class MolmoConfig:
             raise ConfigError(
                 f"the ViT's patches are {self.vision.patch_size} px, those of the crops {self.image.patch_size} px"
             )
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of a patch feature as the connector sees it: of all towers together."""
+        return self.vision.feature_dim + (self.conv_tower.feature_dim if self.conv_tower else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """As written into a bundle's manifest; `from_dict` reads it back."""
@@ -213,10 +255,11 @@ class MolmoConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration is {type(data).__name__}, not an object with sections")
         return cls(
-            image=_dataclass(ImageConfig, data.get("image")),
-            vision=_dataclass(VisionConfig, data.get("vision")),
-            decoder=_dataclass(DecoderConfig, data.get("decoder")),
+            image=from_json(ImageConfig, data.get("image")),
+            vision=from_json(VisionConfig, data.get("vision")),
+            decoder=from_json(DecoderConfig, data.get("decoder")),
             projector_dim=data.get("projector_dim", 1024),
+            conv_tower=from_json(ConvTowerConfig, data["conv_tower"]) if data.get("conv_tower") else None,
         )
 
     @classmethod
@@ -227,7 +270,8 @@ class MolmoConfig:
         return read_config(Path(directory))
 
 
-def _dataclass(kind: type, data: Any) -> Any:
+def from_json(kind: type, data: Any) -> Any:
+    """A section of a configuration from parsed JSON. Raises ConfigError."""
     if not isinstance(data, dict):
         raise ConfigError(f"the configuration has no section for {kind.__name__}")
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})

@@ -7,6 +7,7 @@ instead, whose `model` section speaks MolmoE's dialect.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from molmo_edge.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ConfigError,
+    ConvTowerConfig,
     DecoderConfig,
     ImageConfig,
     MolmoConfig,
     VisionConfig,
     as_tuple,
+    from_json,
 )
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
@@ -105,6 +108,7 @@ def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoC
         vision, crop, resize = _vision(raw)
     except KeyError as error:
         raise ConfigError(f"config.json has no {error.args[0]!r}") from None
+    tower = dict((raw.get("vision_backbone") or {}).get("conv_tower") or {})  # this project's own addition
     image = ImageConfig(
         crop_size=crop,
         patch_size=vision.patch_size,
@@ -114,10 +118,12 @@ def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoC
         resize=resize,
         mean=as_tuple(preprocessor.get("image_mean", CLIP_MEAN)),
         std=as_tuple(preprocessor.get("image_std", CLIP_STD)),
+        overview=tower.pop("overview", 0),
     )
     # The reference gives the projector the decoder's FFN width; nano says its own.
     projector = raw.get("image_projector_dim") or decoder.ffn_dim
-    return MolmoConfig(image=image, vision=vision, decoder=decoder, projector_dim=projector)
+    conv_tower = from_json(ConvTowerConfig, tower) if tower else None
+    return MolmoConfig(image, vision, decoder, projector_dim=projector, conv_tower=conv_tower)
 
 
 def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:
@@ -238,6 +244,8 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             "resize_mode": i.resize,
         },
     }
+    if config.conv_tower is not None:
+        raw["vision_backbone"]["conv_tower"] = {**asdict(config.conv_tower), "overview": i.overview}
     preprocessor = {
         "base_image_input_size": [i.crop_size, i.crop_size],
         "image_mean": list(i.mean),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from molmo_edge.config import ImageConfig
+from molmo_edge.config import OVERVIEW_UNIT, ImageConfig
 from molmo_edge.loading import MAX_PIXELS, ImageError, load_image
 from molmo_edge.resize import resize
 from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
@@ -33,6 +33,14 @@ DROPPED = -100  # token_index of a pooled cell that another crop keeps
 
 
 @dataclass(frozen=True, eq=False)
+class Overview:
+    """The whole picture for a convolutional tower, and where the patches of the crops lie in it."""
+
+    pixels: np.ndarray  # float32 [3, h, w], normalised; sides are multiples of 32, padded with 0 below and to the right
+    positions: np.ndarray  # float32 [n_crops, patches^2, 4, 2]: x and y of the centres of each patch's quarters, pixels
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedImage:
     """What a runtime and a prompt need of an image. Crop 0 is the global view."""
 
@@ -43,6 +51,7 @@ class PreparedImage:
         np.ndarray
     )  # int32 [n_crops, cells^2]: position in `tokens`, DROPPED (-100) where another crop keeps it
     tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) where there is only the global view
+    overview: Overview | None = None  # where the configuration has one
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ class ImageProcessor:
                 y, x = (n * config.window for n in divmod(k, cols))  # in patches
                 _cut(canvas, y, x, config, out=crops[1 + k])
                 masks[k] = filled[y : y + side, x : x + side].reshape(-1)
-        return PreparedImage(crops, masks, *self.layout(tiling), tiling)
+        overview = _overview(rgb, tiling, config) if config.overview else None
+        return PreparedImage(crops, masks, *self.layout(tiling), tiling, overview)
 
     def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """`tokens` and `token_index` of a PreparedImage with this tiling, see there."""
@@ -121,6 +131,41 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
 def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
     """Tokens of an image with this tiling, BOS not counted."""
     return sum(rows * (cols + 1) + 2 for rows, cols in _blocks(config, tiling))
+
+
+def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the patches of each crop lie in a picture of height x width pixels, as shares of its sides.
+
+    Returns the centres, float32 [n_crops, patches^2, 2] as x and y, and the sides of a patch of each crop, float32
+    [n_crops, 2]. Centres in the padding are below 0 or above 1.
+    """
+    rows, cols = tiling
+    inside = (np.arange(config.patches) + 0.5) * config.patch_size
+    views = [(config.crop_size, config.crop_size, 0, 0)]  # height and width of the canvas, y and x of the crop in it
+    if rows:
+        canvas = [n * config.window * config.patch_size + _margin(config) for n in tiling]
+        stride = config.window * config.patch_size
+        views += [(*canvas, i * stride, j * stride) for i, j in np.ndindex(rows, cols)]
+    centres, sides = [], []
+    for canvas_h, canvas_w, y, x in views:
+        h, w = (canvas_h, canvas_w) if config.resize == "dino" else _fit(height, width, canvas_h, canvas_w)
+        ys = (inside + y - (canvas_h - h) // 2) / h
+        xs = (inside + x - (canvas_w - w) // 2) / w
+        centres.append(np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2))
+        sides.append((config.patch_size / w, config.patch_size / h))
+    return np.stack(centres).astype(np.float32), np.array(sides, np.float32)
+
+
+def _overview(rgb: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> Overview:
+    height, width = rgb.shape[:2]
+    h, w = _fit(height, width, config.overview, config.overview)
+    pixels = np.zeros((3, *(-(-side // OVERVIEW_UNIT) * OVERVIEW_UNIT for side in (h, w))), np.float32)
+    content = (resize(rgb, h, w) - np.float32(config.mean)) / np.float32(config.std)
+    pixels[:, :h, :w] = content.transpose(2, 0, 1)
+    centres, sides = patch_grid(config, tiling, height, width)
+    quarters = np.array([(-1, -1), (1, -1), (-1, 1), (1, 1)], np.float32) / 4
+    positions = centres[:, :, None] + quarters * sides[:, None, None]  # [n_crops, patches^2, 4, 2]
+    return Overview(pixels, positions * np.array([w, h], np.float32))
 
 
 def _margin(config: ImageConfig) -> int:

@@ -78,7 +78,7 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
 def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
     """By component and input: the shape without the crops."""
     patches = config.image.patches**2
-    features = f"{patches}x{config.vision.feature_dim}"
+    features = f"{patches}x{config.feature_dim}"
     return {
         "vision_encoder": {"crops": f"{patches}x{3 * config.image.patch_size**2}"},
         "connector": {"features": features, "masks": str(patches)},

@@ -32,8 +32,8 @@ class Connector(nn.Module):
         super().__init__()
         self.patches, self.pool = config.image.patches, config.image.pool
         vision = config.vision
-        self.pad_embed = nn.Parameter(torch.zeros(2, vision.feature_dim))
-        self.pooling = VisionAttention(vision.feature_dim, vision.d_model, vision.n_heads)
+        self.pad_embed = nn.Parameter(torch.zeros(2, config.feature_dim))
+        self.pooling = VisionAttention(config.feature_dim, vision.d_model, vision.n_heads)
         self.projector = Projector(vision.d_model, config.projector_dim, config.decoder.d_model)
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:

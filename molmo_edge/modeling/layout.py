@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molmo_edge.config import DecoderConfig, MolmoConfig
+from molmo_edge.config import ConvTowerConfig, DecoderConfig, MolmoConfig
 
 # A parameter of ours is one hub tensor, or several of them stacked along a new first dimension.
 Slot = tuple[str, ...]
@@ -35,6 +35,7 @@ def head_name(d: DecoderConfig) -> str:
 
 def _lines(config: MolmoConfig) -> Iterator[_Line]:
     yield from _vision(config)
+    yield from _conv_tower(config)
     yield from _connector(config)
     yield from _decoder(config)
 
@@ -65,8 +66,35 @@ def _vision(config: MolmoConfig) -> Iterator[_Line]:
             yield f"vision.blocks.{n}.{leaf}", (f"{hub}.transformer.resblocks.{n}.{leaf}",), shape
 
 
+def _conv_tower(config: MolmoConfig) -> Iterator[_Line]:
+    if config.conv_tower is not None:  # an extension of this project: no public checkpoint has one
+        for name, shape in tower_shapes(config.conv_tower).items():
+            yield f"conv_tower.{name}", (f"model.vision_backbone.conv_tower.{name}",), shape
+
+
+def tower_shapes(config: ConvTowerConfig) -> dict[str, Shape]:
+    """Parameter of `modeling.conv_tower.ConvTower` -> shape."""
+    convs: dict[str, Shape] = {"stem": (config.stem_dim, 3, 3, 3)}
+    width = config.stem_dim
+    for n, steps in enumerate(config.steps):
+        half = width // 2
+        convs[f"stages.{n}.first"] = (width, width, 3, 3)
+        for step in range(steps):
+            convs[f"stages.{n}.steps.{step}.0"] = (half, width, 3, 3)
+            convs[f"stages.{n}.steps.{step}.1"] = (half, half, 3, 3)
+        convs[f"stages.{n}.last"] = (width, width, 3, 3)
+        width *= 2
+    for level in range(3):
+        convs[f"lateral.{level}"] = (config.pyramid_dim, width >> (2 - level), 1, 1)
+        convs[f"output.{level}"] = (config.pyramid_dim, config.pyramid_dim, 3, 3)
+    shapes: dict[str, Shape] = {}
+    for name, shape in convs.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
 def _connector(config: MolmoConfig) -> Iterator[_Line]:
-    hub, d, width = "model.vision_backbone", config.vision.d_model, config.vision.feature_dim
+    hub, d, width = "model.vision_backbone", config.vision.d_model, config.feature_dim
     yield "connector.pad_embed", (f"{hub}.pad_embed",), (2, width)
     for w, columns in (("wq", width), ("wk", width), ("wv", width), ("wo", d)):
         for leaf, shape in (("weight", (d, columns)), ("bias", (d,))):

@@ -169,7 +169,7 @@ def stored(values: torch.Tensor, dtype: str) -> np.ndarray:
 
 def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.Parameter], *, where: str) -> None:
     """Fill parameters of a `Molmo`, whole ones or shards of a rank, from `source`; one hub tensor is held at a time."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 
     shapes = check_tensors(config, source, where=where)
     with torch.no_grad():
@@ -181,6 +181,14 @@ def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.
                 continue
             whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
             _filled((_read(source, hub) for hub in slot), whole, one)
-            # Every rank has read it: nothing travels.
-            mine = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(mine)
+            put(target, whole)
+
+
+@torch.no_grad()
+def put(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy `whole`, which every rank has, into a parameter or into this rank's shard of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(target, DTensor):  # nothing travels
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)

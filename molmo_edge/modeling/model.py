@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.connector import Connector
+from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.modeling.decoder import Decoder
 from molmo_edge.modeling.vision import VisionTransformer
 
@@ -19,6 +22,7 @@ class Molmo(nn.Module):
         self.config = config
         self.precision = "fp32"  # of the weights; see modeling/precision.py
         self.vision = VisionTransformer(config.vision)
+        self.conv_tower = ConvTower(config.conv_tower) if config.conv_tower else None
         self.connector = Connector(config)
         self.decoder = Decoder(config.decoder)
 
@@ -32,9 +36,19 @@ class Molmo(nn.Module):
                 nn.init.constant_(parameter, 1.0 if leaf in ("weight", "lambda1", "lambda2") else 0.0)
         return self
 
-    def encode_image(self, crops: Tensor, masks: Tensor) -> Tensor:
-        """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> [n, cells^2, d_model]."""
-        return self.connector(self.vision(crops), masks)
+    def encode_image(
+        self, crops: Tensor, masks: Tensor, pixels: Tensor | None = None, positions: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> [n, cells^2, d_model].
+
+        pixels, positions: the overviews that a convolutional tower needs, as in `ConvTower.forward`.
+        """
+        features = self.vision(crops)
+        if self.conv_tower is not None:
+            if pixels is None:
+                raise ValueError("this model has a convolutional tower: encode_image needs the overview's pixels")
+            features = torch.cat([features, self.conv_tower(pixels, positions).to(features.dtype)], dim=-1)
+        return self.connector(features, masks)
 
     def embed(self, ids: Tensor, cells: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
         """Token embeddings with image features ADDED at the <im_patch> positions (reference: Molmo.forward).

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from molmo_edge.config import ImageConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import ImageProcessor
+from molmo_edge.images import ImageProcessor, Overview, PreparedImage
 from molmo_edge.loading import load_image
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training import prompts
 from molmo_edge.training.examples import Example
 from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
+from molmo_edge.training.regions import Targets, join, make_targets
 
 PADDING_SEGMENT = -1  # smaller than any: padding sees everything before it, so that no row of a mask is empty
 DROPPED = -1
@@ -42,6 +43,7 @@ class Encoding:
     weighting: str = "root_subsegments"  # or "none", stage 1
     shuffle: bool = True  # the annotations: which of them a sequence cuts off is left to chance
     separator: bool = False  # an <im_end> between annotations; the reference has none
+    crops: int | None = None  # of a picture without annotations, most beside the global view, drawn by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Sample:
     masks: np.ndarray  # float32 [m, patches^2]
     token_index: np.ndarray  # int32 [m, cells^2]: position in the sequence, negative where dropped
     seed: int  # of what is drawn for this sequence in a step: its dropout
+    overview: Overview | None = None
+    targets: Targets | None = None  # of its regions
 
     def __len__(self) -> int:
         return len(self.packed.input_ids)
@@ -74,33 +78,46 @@ class Encoder:
             annotations = [annotations[int(i)] for i in rng.permutation(len(annotations))]
         messages = [write(annotation, rng) for annotation in annotations]
         special, n = self.tokenizer.special, self.encoding.sequence
-        tokens, crops, masks, token_index = self._image(example)
+        image = self._image(example)
         packed = pack(
             self.tokenizer,
-            tokens,
+            image.tokens,
             messages,
             weighting=self.encoding.weighting,
             weights=[annotation.weight for annotation in annotations],
             separator=special.im_end if self.encoding.separator else None,
         )
         packed = replace(packed, **{name: getattr(packed, name)[:n] for name in _OF_TOKENS})
-        if not packed.loss_weights.any():
+        if not packed.loss_weights.any() and (annotations or example.regions is None):
             raise EncodingError(
-                f"a sequence of {n} tokens has no room for an answer: {1 + len(tokens)} are the image's, "
+                f"a sequence of {n} tokens has no room for an answer: {1 + len(image.tokens)} are the image's, "
                 "so use fewer crops or longer sequences"
             )
-        return Sample(packed, crops, masks, token_index, int(rng.integers(1 << 62)))
+        index = np.where(image.token_index >= 0, image.token_index + 1, DROPPED).astype(np.int32)
+        chosen = self._crops(example, len(image.crops), rng)
+        overview, targets = image.overview, None
+        if overview is not None:
+            overview = replace(overview, positions=overview.positions[chosen])
+        if example.regions is not None:
+            height, width = load_image(example.image).shape[:2]
+            targets = make_targets(example.regions, self.image, image.tiling, height, width, chosen)
+        seed = int(rng.integers(1 << 62))
+        return Sample(packed, image.crops[chosen], image.masks[chosen], index[chosen], seed, overview, targets)
 
-    def _image(self, example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens int32 [k] without BOS, crops, masks, token_index; all of them empty for a text alone."""
+    def _crops(self, example: Example, n: int, rng: np.random.Generator) -> list[int]:
+        """Which of n crops are computed: all of them where anything is asked."""
+        if self.encoding.crops is None or example.annotations or n < 2:
+            return list(range(n))
+        return [0, *sorted(1 + int(i) for i in rng.permutation(n - 1)[: self.encoding.crops])]
+
+    def _image(self, example: Example) -> PreparedImage:
+        """Of a text alone, everything is empty."""
         c = self.image
         if example.image is None:
             shapes = (0, c.patches**2, c.patch_size**2 * 3), (0, c.patches**2), (0, c.cells**2)
             crops, masks, index = (np.zeros(shape, np.float32) for shape in shapes)
-            return np.zeros(0, np.int32), crops, masks, index.astype(np.int32)
-        prepared = ImageProcessor(c, self.tokenizer.special)(load_image(example.image))
-        index = np.where(prepared.token_index >= 0, prepared.token_index + 1, DROPPED).astype(np.int32)
-        return prepared.tokens, prepared.crops, prepared.masks, index
+            return PreparedImage(crops, masks, np.zeros(0, np.int32), index.astype(np.int32), (0, 0))
+        return ImageProcessor(c, self.tokenizer.special)(load_image(example.image))
 
 
 @dataclass
@@ -119,6 +136,11 @@ class Batch:
     answered: Tensor  # int64 [m]: which of the b * n tokens predict an answer's token
     lengths: list[int]  # of each sequence, without padding
     seeds: list[int]  # of each sequence
+    crop_counts: list[int]  # of each sequence
+    overviews: Tensor | None = None  # float32 [b, 3, h, w], padded to squares; None where no tower sees them
+    places: Tensor | None = None  # float32 [c, patches^2, 4, 2]: positions of `images.Overview`
+    heat: Tensor | None = None  # int8 [c, cells^2, n_names], see `regions.Targets`; all examples have regions, or none
+    centres: Tensor | None = None  # int64 [m, 4]
 
     def to(self, device: torch.device) -> Batch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
@@ -161,7 +183,37 @@ def collate(sequences: Sequence[Sample], length: int | None = None) -> Batch:
         answered=weights.flatten().nonzero()[:, 0],
         lengths=[len(s) for s in sequences],
         seeds=[s.seed for s in sequences],
+        crop_counts=[len(s.crops) for s in sequences],
+        **_overviews(sequences),
+        **_targets(sequences),
     )
+
+
+def _overviews(sequences: Sequence[Sample]) -> dict[str, Tensor]:
+    views = [s.overview for s in sequences]
+    if not any(views):
+        return {}
+    known = [view for view in views if view is not None]
+    side = max(max(view.pixels.shape) for view in known)
+    pixels = np.zeros((len(views), 3, side, side), np.float32)
+    for row, view in zip(pixels, views, strict=True):
+        if view is not None:
+            _, h, w = view.pixels.shape
+            row[:, :h, :w] = view.pixels
+    return {
+        "overviews": torch.from_numpy(pixels),
+        "places": torch.from_numpy(np.concatenate([view.positions for view in known])),
+    }
+
+
+def _targets(sequences: Sequence[Sample]) -> dict[str, Tensor]:
+    targets = [s.targets for s in sequences if s.targets is not None]
+    if not targets:
+        return {}
+    if len(targets) < len(sequences):
+        raise EncodingError("examples with regions and examples without are in one batch: train on them in stages")
+    heat, centres = join(targets)
+    return {"heat": heat, "centres": centres}
 
 
 def image_tokens(batch: Batch) -> int:

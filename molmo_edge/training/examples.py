@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from molmo_edge.training.regions import Regions
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -23,10 +25,11 @@ class Annotation:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image, in anything that `load_image` takes (None: a text alone), and at least one annotation."""
+    """An image, in anything that `load_image` takes (None: a text alone), with annotations, regions, or both."""
 
     image: Any
-    annotations: tuple[Annotation, ...]
+    annotations: tuple[Annotation, ...] = ()
+    regions: Regions | None = None
 
 
 class DataSet(Protocol):

@@ -20,6 +20,7 @@ from molmo_edge.modeling.model import Molmo
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
+from molmo_edge.training.regions import GroundingHead, Names, heat_loss
 
 _CHUNK = 1024  # positions whose logits exist at the same time: 200 MB in float32 at 50,000 tokens
 
@@ -36,6 +37,7 @@ class ForwardConfig:
     attention: str = "auto"  # "sdpa", "flex"
     experts: str = "auto"  # "grouped", "loop", "wide"
     recompute: bool = True  # activations of blocks in the backward pass, instead of keeping them
+    grounding: float = 0.0  # weight of the loss on regions (regions.py)
     compile: bool = False  # the ViT's blocks, norms and dense FFNs, through torch.compile
 
 
@@ -48,14 +50,17 @@ class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in t
     weight: Tensor
     correct: Tensor  # weight of the targets that have the largest logit
     expert_load: Tensor  # int64 [n_layers, n_experts], tokens an expert was chosen for; [0, 0] without experts
+    grounding_loss: Tensor  # of the regions, times its weight; a mean over objects, of this batch as a whole
 
 
 class Trainable(nn.Module):
     """A Molmo whose forward pass gives `Sums`. The unit that FSDP wraps: every parameter is used inside of it."""
 
-    def __init__(self, molmo: Molmo, config: ForwardConfig):
+    def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
+        """names: the vocabulary that regions are numbered by, where there is a loss on them."""
         super().__init__()
-        self.molmo, self.config = molmo, config
+        self.molmo, self.config, self.names = molmo, config, names
+        self.grounding = GroundingHead(molmo.config) if names is not None else None
         self.routing = Routing() if molmo.config.decoder.n_experts else None
         for block in molmo.decoder.blocks:
             if isinstance(block.ffn, SparseFFN):
@@ -66,20 +71,29 @@ class Trainable(nn.Module):
 
     def forward(self, batch: Batch) -> Sums:
         """The batch lies on the model's device. Training mode alone drops anything."""
+        features = self._features(batch)
+        cells = self.molmo.connector(features, batch.masks)  # [c, cells^2, d]
+        grounding = self._grounding(batch, features, cells)
         if self.routing is not None:
-            self.routing.logits, self.routing.experts, self.routing.open = [], [], True
-        hidden = self._hidden(batch)
+            self.routing.logits, self.routing.experts = [], []
+        if not len(batch.answered):  # regions alone
+            zero = torch.zeros((), device=cells.device)
+            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding)
+        if self.routing is not None:
+            self.routing.open = True
+        hidden = self._hidden(batch, cells)
         if self.routing is not None:
             self.routing.open = False
         at = batch.answered
         weights = batch.weights.flatten()[at]
         ce, z, correct = self._answers(hidden.flatten(0, 1).index_select(0, at), batch.targets.flatten()[at], weights)
-        return Sums(ce, self.config.z_loss * z, self._router_loss(batch), weights.sum(), correct, self._load(batch))
+        z, router = self.config.z_loss * z, self._router_loss(batch)
+        return Sums(ce, z, router, weights.sum(), correct, self._load(batch), grounding)
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch, cells: Tensor) -> Tensor:
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
-        cells = molmo.connector(self._features(batch.crops), batch.masks).flatten(0, 1)  # [c * cells^2, d]
+        cells = cells.flatten(0, 1)  # [c * cells^2, d]
         x = x.flatten(0, 1).index_add(0, batch.cells_at, cells.index_select(0, batch.cells).to(x.dtype)).view_as(x)
         mask = packed_mask(batch.segments, c.attention)
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
@@ -89,15 +103,31 @@ class Trainable(nn.Module):
             x = self._run(block, x, cos, sin, mask, None, dropout)
         return molmo.decoder.ln_f(x)
 
-    def _features(self, crops: Tensor) -> Tensor:
-        """As VisionTransformer.forward, block by block."""
-        vision = self.molmo.vision
-        x = vision.begin(crops)
+    def _features(self, batch: Batch) -> Tensor:
+        """Of all towers. The ViT as in VisionTransformer.forward, block by block."""
+        vision, tower = self.molmo.vision, self.molmo.conv_tower
+        x = vision.begin(batch.crops)
         outputs = []
         for block in vision.running:
             x = self._run(block, x)
             outputs.append(x)
-        return vision.end(crops, outputs)
+        features = vision.end(batch.crops, outputs)
+        if tower is None or batch.overviews is None or batch.places is None:
+            return features
+        sampled = tower(batch.overviews, batch.places.split(batch.crop_counts))
+        return torch.cat([features, sampled.to(features.dtype)], dim=-1)
+
+    def _grounding(self, batch: Batch, features: Tensor, cells: Tensor) -> Tensor:
+        """The weighted loss on regions: heat maps, and the patch inside of each object's cell."""
+        if self.grounding is None or self.names is None or batch.heat is None or batch.centres is None:
+            return torch.zeros((), device=cells.device)
+        names = self.names.embed(self.molmo.decoder.embedding)
+        objects = max(1, len(batch.centres))
+        loss = heat_loss(self.grounding.heat(names, cells), batch.heat) / objects
+        if len(batch.centres):
+            inside = self.grounding.patches(names, features, batch.centres)
+            loss = loss + F.cross_entropy(inside.float(), batch.centres[:, 3])
+        return self.config.grounding * loss
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.config.recompute and torch.is_grad_enabled():
@@ -132,7 +162,7 @@ class Trainable(nn.Module):
 
     @torch.no_grad()
     def _load(self, batch: Batch) -> Tensor:
-        if self.routing is None:
+        if self.routing is None or not self.routing.experts:
             return torch.zeros(0, 0, dtype=torch.long, device=batch.ids.device)
         real = (batch.segments >= 0).flatten()
         n = self.molmo.config.decoder.n_experts

@@ -56,7 +56,8 @@ def part_of(parameter: str) -> str:
     name = parameter.removeprefix("molmo.")
     if name == "decoder.new_embedding":
         return "connector"
-    return name.partition(".")[0]
+    part = name.partition(".")[0]
+    return {"conv_tower": "vision", "grounding": "connector"}.get(part, part)
 
 
 def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:

@@ -98,10 +98,13 @@ class Log:
     def _line(self, step: int, v: dict[str, Any]) -> str:
         parts = [f"step {step}/{self.steps}"]
         if "validation_loss" in v:
-            return "  ".join(
-                [*parts, f"validation: loss {v['validation_loss']:.4f}", _share("accuracy", v["validation_accuracy"])]
-            )
+            parts += [f"validation: loss {v['validation_loss']:.4f}", _share("accuracy", v["validation_accuracy"])]
+            if "validation_grounding_loss" in v:
+                parts += [f"grounding {v['validation_grounding_loss']:.4f}"]
+            return "  ".join(parts)
         parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("accuracy", v["accuracy"])]
+        if "grounding_loss" in v:
+            parts += [f"grounding {v['grounding_loss']:.4f}"]
         norms = [f"{v[k]:.2f}" for k in ("norm_connector", "norm_vision", "norm_decoder") if k in v]
         rates = [f"{v[k]:.1e}" for k in ("rate_connector", "rate_vision", "rate_decoder") if k in v]
         parts += [f"norm {'/'.join(norms)}", f"rate {'/'.join(rates)}"]

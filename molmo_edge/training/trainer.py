@@ -22,7 +22,7 @@ from molmo_edge.cores import available_cores
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.layout import hub_layout
-from molmo_edge.modeling.loading import fill, save_checkpoint
+from molmo_edge.modeling.loading import fill, put, save_checkpoint
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.checkpoints import Checkpoints, ResumeError, SaveError
 from molmo_edge.training.encoding import Batch, Encoder, image_tokens
@@ -35,6 +35,7 @@ from molmo_edge.training.mixture import Order
 from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, at_rest, shard, whole
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.regions import GroundingHead, Names
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 
@@ -51,19 +52,28 @@ class Data:
     validation: Sequence[DataSet] = ()
 
 
-def build(config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe, here: World) -> Trainable:
+def build(
+    config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe, here: World, names: Names | None = None
+) -> Trainable:
     """The model on this rank's device, its shard of it where there are several, in training mode.
 
     Weights are float32, whatever they are stored in. A rank never holds more than its shard and one parameter.
+    names: the vocabulary of the data sets' regions, where the recipe has a loss on them.
     """
     with torch.device("meta"):
-        molmo = Molmo(config)
-    model = Trainable(molmo, recipe.forward)
+        model = Trainable(Molmo(config), recipe.forward, names)
+    molmo = model.molmo
     freeze(molmo, recipe.frozen)
     shard(model, recipe.layout, here, compute=compute_dtype(recipe, here))
     model.to_empty(device=here.device)
     parameters = {name.removeprefix("molmo."): p for name, p in model.named_parameters()}
     fill(config, source, parameters, where=where)
+    if model.grounding is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            head = GroundingHead(config)
+        for name, fresh in head.named_parameters():
+            put(parameters[f"grounding.{name}"], fresh)
     return model.train()
 
 
@@ -203,25 +213,29 @@ class Trainer:
         """
         weight = torch.tensor([float(sum(m.batch.weights.sum() for m in micro))], device=self.here.device)
         self.here.sum(weight)
+        weight = torch.where(weight > 0, weight, 1.0)  # of pictures with regions alone
         self.optimizer.zero_grad()
-        totals, load = torch.zeros(5, device=self.here.device), None
+        totals, load = torch.zeros(6, device=self.here.device), None
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
             sums = self._forward(one.batch)
             loss = (sums.cross_entropy + sums.z_loss) / weight[0]
-            # Of routers, each batch's loss is a mean of its own.
-            loss = loss + sums.router_loss / (len(micro) * self.here.ranks)
+            # Of routers and of regions, each batch's loss is a mean of its own.
+            share = 1 / (len(micro) * self.here.ranks)
+            loss = loss + share * (sums.router_loss + sums.grounding_loss)
             loss.backward()
-            router = sums.router_loss * weight[0] / (len(micro) * self.here.ranks)
-            totals[:4] += torch.stack([sums.cross_entropy, sums.z_loss, router, sums.correct]).detach()
+            means = share * weight[0] * torch.stack([sums.router_loss, sums.grounding_loss])
+            totals[:5] += torch.stack([sums.cross_entropy, sums.z_loss, *means, sums.correct]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
-        totals[4] = self._request.number
+        totals[5] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, router_loss, accuracy, asked = (totals / weight).tolist()
+        ce, z, router_loss, grounding, accuracy, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
+        if self.model.grounding is not None:
+            values["grounding_loss"] = grounding
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        reason = self.guard.judge(ce, [float(norm) for norm in norms.values()])
+        reason = self.guard.judge(ce + grounding, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
             rates = self.optimizer.step(self.step + 1, self.recipe.steps)
@@ -279,13 +293,16 @@ class Trainer:
         count = min(self.recipe.validation_batches, once)
         batches = open_loader(Samples(sets, encoder, 0), order, share, step=0, steps=count)
         self.model.eval()
-        totals = torch.zeros(3, device=self.here.device)
+        totals = torch.zeros(5, device=self.here.device)
         for one in batches:
             sums = self._forward(one.batch)
-            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight])
+            count = torch.ones((), device=self.here.device)
+            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight, sums.grounding_loss, count])
         self.model.train()
-        ce, correct, weight = self.here.sum(totals).tolist()
-        return {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
+        ce, correct, weight, grounding, count = self.here.sum(totals).tolist()
+        weight = weight or 1.0
+        measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
+        return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / count})
 
     def _identity(self) -> dict[str, Any]:
         """What a run cannot go on without: the order of the samples hangs on it, and what is trained."""

@@ -1,0 +1,156 @@
+"""Grounding as an auxiliary loss: every labelled object of every picture at once, before any question is asked.
+
+For each name a heat map over the pooled cells: the query is the name's own embedding in the decoder, the keys are the
+connector's cells, so that any word can be asked for. Targets are CenterNet's (arXiv 1904.07850): 1 at the cell of an
+object's centre, less weight for negatives near to it. Inside a cell, the patch that holds the centre is chosen by a
+second dot product with the towers' features, as MolmoPoint chooses a subpatch (arXiv 2603.28069).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo_edge.config import ImageConfig, MolmoConfig
+from molmo_edge.images import patch_grid
+from molmo_edge.tokenizer import Tokenizer
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1, percent of width and height
+UNKNOWN = -1  # in heat maps: neither positive nor negative
+PEAK = 100  # in heat maps: an object's centre
+_NEAR = 0.54 / 3  # standard deviation of a peak, as a share of the box's sides (CenterNet: radius / 3)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where names are in an image. Names are numbers in the vocabulary of the data set."""
+
+    objects: tuple[tuple[int, Box], ...]
+    known: np.ndarray  # bool [n_names]: whether all there is of a name is in `objects` or `unsure`
+    unsure: tuple[tuple[int, Box], ...] = ()  # areas that say nothing about a name
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Of a picture's crops or, after `join`, of a batch's."""
+
+    heat: np.ndarray  # int8 [n_crops, cells^2, n_names]: 0..PEAK, UNKNOWN
+    centres: np.ndarray  # int64 [m, 4]: crop, cell, name, patch of the cell (row by row), of each object and crop
+
+
+def cell_grid(config: ImageConfig, centres: np.ndarray) -> np.ndarray:
+    """Centres of patches [n, patches^2, 2] -> centres of pooled cells [n, cells^2, 2]."""
+    side, p = config.cells, config.pool
+    return centres.reshape(-1, side, p, side, p, 2).mean((2, 4)).reshape(-1, side * side, 2)
+
+
+def make_targets(
+    regions: Regions, config: ImageConfig, tiling: tuple[int, int], height: int, width: int, crops: Sequence[int]
+) -> Targets:
+    """Targets of `crops` (numbers, 0 is the global view) of a picture of height x width pixels."""
+    patches, sides = patch_grid(config, tiling, height, width)
+    patches, sides = 100 * patches[list(crops)], 100 * sides[list(crops)] * config.pool
+    cells = cell_grid(config, patches)  # [n, cells^2, 2], percent
+    heat = np.where(regions.known, 0, UNKNOWN).astype(np.int8)
+    heat = np.broadcast_to(heat, (*cells.shape[:2], len(regions.known))).copy()
+    for name, box in regions.unsure:
+        inside = _overlap(cells, sides, box)
+        heat[..., name][inside] = UNKNOWN
+    found = []
+    for name, (x0, y0, x1, y1) in regions.objects:
+        centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
+        # At least half a cell: an object smaller than that is still seen by the neighbours.
+        spread = np.maximum(_NEAR * np.array([x1 - x0, y1 - y0]), 0.35 * sides[:, None])  # [n, 1, 2]
+        near = np.exp(-(((cells - centre) / spread) ** 2).sum(-1) / 2)
+        near = np.minimum(np.round(PEAK * near), PEAK - 1).astype(np.int8)
+        column = heat[..., name]
+        np.maximum(column, near, out=column, where=column != UNKNOWN)
+        holds = (np.abs(cells - centre) <= sides[:, None] / 2).all(-1)
+        for crop, cell in zip(*holds.nonzero(), strict=True):
+            heat[crop, cell, name] = PEAK
+            right, below = centre > cells[crop, cell]
+            found.append((crop, cell, name, 2 * int(below) + int(right)))
+    return Targets(heat, np.array(found, np.int64).reshape(-1, 4))
+
+
+def _overlap(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
+    """bool [n, cells^2]: cells that the box reaches into."""
+    low, high = cells - sides[:, None] / 2, cells + sides[:, None] / 2
+    return (low < box[2:]).all(-1) & (high > box[:2]).all(-1)
+
+
+def join(targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
+    """(heat int8 [crops, cells^2, n_names], centres int64 [m, 4]) of all pictures one after the other."""
+    first, centres = 0, []
+    for one in targets:
+        centres.append(one.centres + np.array([first, 0, 0, 0]))
+        first += len(one.heat)
+    return torch.from_numpy(np.concatenate([t.heat for t in targets])), torch.from_numpy(np.concatenate(centres))
+
+
+class GroundingHead(nn.Module):
+    """Names against cells, and against the patches inside of a cell."""
+
+    def __init__(self, config: MolmoConfig, width: int = 256):
+        super().__init__()
+        d = config.decoder.d_model
+        self.pool, self.side, self.width = config.image.pool, config.image.cells, width
+        self.name = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width))
+        self.prior = nn.Linear(d, 1)
+        self.cell = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
+        self.patch = nn.Sequential(nn.LayerNorm(config.feature_dim), nn.Linear(config.feature_dim, width))
+        nn.init.zeros_(self.prior.weight)
+        nn.init.constant_(self.prior.bias, -4.6)  # of a hundred cells, one has the name (RetinaNet, arXiv 1708.02002)
+
+    def queries(self, names: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """names [n, d_model] -> queries of cells [n, width] and of patches [n, width], and a bias [n]."""
+        cells, patches = self.name(names).chunk(2, dim=-1)
+        return cells, patches, self.prior(names)[:, 0]
+
+    def heat(self, names: Tensor, cells: Tensor) -> Tensor:
+        """names [n, d_model], cells [c, cells^2, d_model] -> logits [c, cells^2, n]."""
+        queries, _, prior = self.queries(names)
+        return self.cell(cells) @ queries.T / self.width**0.5 + prior
+
+    def patches(self, names: Tensor, features: Tensor, centres: Tensor) -> Tensor:
+        """Which patch of a cell: features [c, patches^2, feature_dim], centres int [m, 4] -> logits [m, pool^2]."""
+        crop, cell, name, _ = centres.unbind(1)
+        p, side = self.pool, self.side
+        y, x = cell // side * p, cell % side * p
+        at = torch.stack([(y + i) * side * p + x + j for i in range(p) for j in range(p)], dim=1)  # [m, pool^2]
+        keys = self.patch(features[crop[:, None], at])
+        return (keys * self.queries(names)[1][name][:, None]).sum(-1) / self.width**0.5
+
+
+def heat_loss(logits: Tensor, heat: Tensor) -> Tensor:
+    """CenterNet's focal loss, a sum over everything known: logits [c, cells^2, n], heat int8 of that shape."""
+    logits, target = logits.float(), heat.float() / PEAK
+    positive = heat == PEAK
+    p = logits.sigmoid()
+    loss = torch.where(
+        positive, (1 - p).square() * F.softplus(-logits), (1 - target).pow(4) * p.square() * F.softplus(logits)
+    )
+    return (loss * (heat != UNKNOWN)).sum()
+
+
+class Names:
+    """A vocabulary of names as the decoder writes them; its embeddings are means over each name's tokens."""
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer):
+        tokens = [tokenizer.encode(" " + name) for name in names]
+        ids = np.zeros((len(names), max(map(len, tokens))), np.int64)
+        weights = np.zeros(ids.shape, np.float32)
+        for row, weight, one in zip(ids, weights, tokens, strict=True):
+            row[: len(one)], weight[: len(one)] = one, 1 / len(one)
+        self.names, self._ids, self._weights = tuple(names), torch.from_numpy(ids), torch.from_numpy(weights)
+
+    def embed(self, embedding: Tensor) -> Tensor:
+        """embedding [vocabulary, d_model] -> [n_names, d_model], scaled to unit variance."""
+        self._ids, self._weights = self._ids.to(embedding.device), self._weights.to(embedding.device)
+        rows = (embedding[self._ids] * self._weights[..., None]).sum(1)
+        return rows / embedding.std()

@@ -1,0 +1,202 @@
+"""Annotated photographs as pictures with regions: what is known about which name, and augmentation that keeps it true.
+
+The folders are those of `molmo_edge.training.photos`, with two keys more: `pseudo` (boxes with scores that a detector
+found) and `difficult`. A name is asked about only where something is known: its true boxes where the source labels
+every instance, boxes of the detector at 0.42 and above, and absence where the detector has seen nothing at all.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from molmo_edge.training.examples import Example
+from molmo_edge.training.photos import NEVER_FLIPPED, Photo, load_photos
+from molmo_edge.training.regions import Box, Regions
+from recipes.nano.detector import COCO_NAMES
+
+SURE = 0.42  # score from which a detector's box counts as an object; below it nothing is known there
+# Sources that show little beside what they are about: names of other sources are absent there.
+NARROW = frozenset(
+    ("bccd", "cards", "raccoon", "road_signs", "clothing", "receipts", "chess", "gym", "vehicles", "vehicles2", "cans")
+)
+
+
+@dataclass
+class Picture:
+    """A photograph with what is known about names in it. Boxes are percent of width and height."""
+
+    rgb: np.ndarray  # uint8 [h, w, 3]
+    objects: list[tuple[str, Box]]
+    unsure: list[tuple[str, Box]]
+    known: set[str]
+
+
+class Vocabulary:
+    """All names that the photographs of some folders have, and which are labelled exhaustively in which source."""
+
+    def __init__(self, photos: list[Photo], roots: list[Path]):
+        self.exhaustive: dict[str, set[str]] = {}
+        for root in roots:
+            if (path := root / "classes.json").exists():
+                for source, names in json.loads(path.read_text(encoding="utf-8")).items():
+                    self.exhaustive.setdefault(source, set()).update(names)
+        labels: dict[str, set[str]] = {}
+        for photo in photos:
+            a = photo.annotation
+            labels.setdefault(a["source"], set()).update(o["label"] for o in a.get("objects", ()))
+        for source in ("bccd", "cards", "raccoon", "road_signs"):
+            self.exhaustive[source] = labels.get(source, set())
+        self.exhaustive["coco"] = set(COCO_NAMES)
+        others = set().union(*labels.values()) - set(COCO_NAMES)
+        self.names = (*COCO_NAMES, *sorted(others))
+        self.numbers = dict(zip(self.names, range(len(self.names)), strict=True))
+        self._others = others
+        self._of = labels
+
+    def picture(self, photo: Photo) -> Picture:
+        """The photograph as it is."""
+        a, source = photo.annotation, photo.annotation["source"]
+        objects, unsure, known = [], [], set()
+        if "objects" in a:
+            known |= self.exhaustive.get(source, set())
+        if "pseudo" in a:
+            known |= set(COCO_NAMES)
+        if source in NARROW:
+            known |= self._others - self._of.get(source, set())
+        labelled = {o["label"] for o in a.get("objects", ())}
+        for o in a.get("objects", ()):
+            objects += [(o["label"], tuple(box)) for box in o["boxes"]]
+            if o.get("crowd") or o["label"] not in self.exhaustive.get(source, set()):
+                known.discard(o["label"])
+        for found in a.get("pseudo", ()):
+            if found["label"] in labelled:
+                continue
+            for box, score in zip(found["boxes"], found["scores"], strict=True):
+                (objects if score >= SURE else unsure).append((found["label"], tuple(box)))
+        return Picture(photo.rgb(), objects, unsure, known)
+
+    def regions(self, picture: Picture) -> Regions:
+        known = np.array([name in picture.known for name in self.names])
+        numbers = self.numbers
+        return Regions(
+            tuple((numbers[name], box) for name, box in picture.objects),
+            known,
+            tuple((numbers[name], box) for name, box in picture.unsure),
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    mosaic: float = 0.25  # share of pictures that are four in one
+    crop: float = 0.6  # share of the others that are cut
+    least: float = 0.45  # of a side that a crop keeps
+    kept: float = 0.5  # share of a box that has to stay for its object to stay
+
+
+class RegionPhotos:
+    """A data set of the trainer: photographs with regions, and no questions."""
+
+    def __init__(self, photos: list[Photo], vocabulary: Vocabulary, augmentation: Augmentation | None, name: str):
+        self.photos, self.vocabulary, self.augmentation, self.name = photos, vocabulary, augmentation, name
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Without augmentation nothing is left to chance."""
+        if self.augmentation is None:
+            picture = self.vocabulary.picture(self.photos[index])
+        elif rng.random() < self.augmentation.mosaic:
+            others = [index, *(int(i) for i in rng.integers(len(self.photos), size=3))]
+            picture = mosaic([self._augmented(i, rng) for i in others], rng)
+        else:
+            picture = self._augmented(index, rng)
+        return Example(picture.rgb, regions=self.vocabulary.regions(picture))
+
+    def _augmented(self, index: int, rng: np.random.Generator) -> Picture:
+        photo, c = self.photos[index], self.augmentation
+        assert c is not None
+        picture = self.vocabulary.picture(photo)
+        if rng.random() < c.crop:
+            sides = rng.uniform(c.least, 1.0, 2) * 100
+            corner = rng.uniform(0, 1, 2) * (100 - sides)
+            picture = cut(picture, (*corner, *(corner + sides)), c.kept)
+        if photo.annotation["source"] not in NEVER_FLIPPED and rng.random() < 0.5:
+            picture = flip(picture)
+        return Picture(recolour(picture.rgb, rng), picture.objects, picture.unsure, picture.known)
+
+
+def cut(picture: Picture, window: Box, kept: float) -> Picture:
+    """The part `window` of a picture. Objects that lose more than they may are unsure there."""
+    h, w = picture.rgb.shape[:2]
+    left, right = round(w * window[0] / 100), max(round(w * window[2] / 100), round(w * window[0] / 100) + 1)
+    top, bottom = round(h * window[1] / 100), max(round(h * window[3] / 100), round(h * window[1] / 100) + 1)
+    low = np.array([left / w, top / h]) * 100
+    size = np.array([(right - left) / w, (bottom - top) / h]) * 100
+    cut_to = Picture(picture.rgb[top:bottom, left:right], [], [], picture.known)
+    for boxes, sure in ((picture.objects, True), (picture.unsure, False)):
+        for name, box in boxes:
+            inner, share = _clipped(box, low, low + size)
+            if share > 0:
+                moved = (np.array(inner).reshape(2, 2) - low) / size * 100
+                target = cut_to.objects if sure and share >= kept else cut_to.unsure
+                target.append((name, tuple(float(v) for v in moved.reshape(-1))))
+    return cut_to
+
+
+def _clipped(box: Box, low: np.ndarray, high: np.ndarray) -> tuple[Box, float]:
+    """The part of a box between two corners, and its share of the box's area."""
+    a, b = np.maximum(box[:2], low), np.minimum(box[2:], high)
+    whole = max((box[2] - box[0]) * (box[3] - box[1]), 1e-9)
+    return (*a, *b), float(np.prod(np.maximum(b - a, 0))) / whole
+
+
+def flip(picture: Picture) -> Picture:
+    """Mirrored left to right."""
+
+    def mirrored(boxes: list[tuple[str, Box]]) -> list[tuple[str, Box]]:
+        return [(name, (100 - x1, y0, 100 - x0, y1)) for name, (x0, y0, x1, y1) in boxes]
+
+    return Picture(picture.rgb[:, ::-1], mirrored(picture.objects), mirrored(picture.unsure), picture.known)
+
+
+def mosaic(pictures: list[Picture], rng: np.random.Generator, side: int = 512) -> Picture:
+    """Four pictures as one. What is known of a name in some of them alone is unsure in the others."""
+    middle = rng.uniform(0.35, 0.65, 2)
+    x, y = (round(side * share) for share in middle)
+    canvas = np.empty((side, side, 3), np.uint8)
+    out = Picture(canvas, [], [], set().union(*(p.known for p in pictures)))
+    tiles = ((0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side))
+    for picture, (x0, y0, x1, y1) in zip(pictures, tiles, strict=True):
+        tile = Image.fromarray(np.ascontiguousarray(picture.rgb)).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+        canvas[y0:y1, x0:x1] = np.asarray(tile)
+        low, size = np.array([x0, y0]) / side, np.array([x1 - x0, y1 - y0]) / side
+        for boxes, target in ((picture.objects, out.objects), (picture.unsure, out.unsure)):
+            for name, box in boxes:
+                moved = np.array(box).reshape(2, 2) * size + 100 * low
+                target.append((name, tuple(float(v) for v in moved.reshape(-1))))
+        whole = tuple(float(v) for v in 100 * np.concatenate([low, low + size]))
+        out.unsure += [(name, whole) for name in sorted(out.known - picture.known)]
+    return out
+
+
+def recolour(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, a gain for each channel and sometimes grey; through a table for each channel."""
+    if rng.random() < 0.05:
+        rgb = np.repeat(rgb.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
+    mean = rgb[::8, ::8].mean((0, 1))
+    contrast, gains = rng.uniform(0.7, 1.3), rng.uniform(0.75, 1.25) * rng.uniform(0.93, 1.07, 3)
+    levels = ((np.arange(256)[:, None] - mean) * contrast + mean) * gains
+    table = np.clip(levels, 0, 255).astype(np.uint8)  # [256, 3]
+    return np.stack([table[:, c][rgb[..., c]] for c in range(3)], axis=-1)
+
+
+def read(roots: list[Path], split: str) -> list[Photo]:
+    """Photographs with something known about names, of all folders."""
+    photos = [photo for root in roots for photo in load_photos(root, split)]
+    return [p for p in photos if any(p.annotation.get(key) for key in ("objects", "pseudo"))]

@@ -1,0 +1,92 @@
+"""Stage 1: the connector learns to see. Every labelled object of every photograph at once, as heat maps of names.
+
+The towers are frozen; the decoder gives the names' embeddings and does not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.images import ImageProcessor
+from molmo_edge.modeling.checkpoint import open_tensors
+from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.flops import device_flops
+from molmo_edge.training.forward import ForwardConfig
+from molmo_edge.training.optimizer import OptimizerConfig, Rate
+from molmo_edge.training.parallel import world
+from molmo_edge.training.photos import Photo
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.regions import Names
+from molmo_edge.training.trainer import Data, Trainer, build
+from recipes.nano.detector import COCO_NAMES, box_layers, score_layers
+from recipes.nano.photos import Augmentation, RegionPhotos, Vocabulary, read
+from recipes.nano.score import detector_points, heat_points, report
+
+RECIPE = Recipe(
+    steps=20_000,
+    batch=16,
+    micro=8,
+    mixture=(),
+    frozen=("vision", "decoder"),
+    encoding=Encoding(crops=1),
+    forward=ForwardConfig(grounding=1.0, recompute=False),
+    # A constant rate: how long the stage lasts is decided while it runs. `FINISH` lowers it.
+    optimizer=OptimizerConfig(connector=Rate(1e-3, 100), floor=1.0, weight_decay=0.01),
+    max_crops=None,
+    save_every=250,
+    validate_every=500,
+    validation_batches=24,
+    workers=1,
+)
+
+
+def precision() -> str:
+    """Of products: bfloat16 on a GPU, and on a CPU where it has it in hardware, measured."""
+    if torch.cuda.is_available():
+        return "bf16"
+    cpu = torch.device("cpu")
+    return "bf16" if device_flops(cpu, torch.bfloat16) > 1.3 * device_flops(cpu, torch.float32) else "fp32"
+
+
+def data(roots: Sequence[Path]) -> tuple[Data, Vocabulary, list[Photo]]:
+    """Training and validation sets, the vocabulary, and the photographs of validation."""
+    photos, held_out = read(list(roots), "train"), read(list(roots), "val")
+    vocabulary = Vocabulary([*photos, *held_out], list(roots))
+    sets = [RegionPhotos(photos, vocabulary, Augmentation(), "photos")]
+    return Data(sets, [1.0], [RegionPhotos(held_out, vocabulary, None, "photos_val")]), vocabulary, held_out
+
+
+def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path:
+    """The stage, taken up where `run` has got to; returns the checkpoint it ends with."""
+    sets, vocabulary, _ = data(roots)
+    config, tokenizer = MolmoConfig.from_hub(start), Tokenizer.from_file(start / "tokenizer.json")
+    names = Names(vocabulary.names, tokenizer)
+    with world("auto") as here:
+        model = build(config, open_tensors(start), str(start), recipe, here, names)
+        return Trainer(model, tokenizer, sets, recipe, run, here).train()
+
+
+def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detector: Path) -> dict[str, object]:
+    """What the latest checkpoint of `run` and the detector alone score on the photographs of validation."""
+    sets, vocabulary, held_out = data(roots)
+    config, tokenizer = MolmoConfig.from_hub(start), Tokenizer.from_file(start / "tokenizer.json")
+    names = Names(vocabulary.names, tokenizer)
+    with world("cpu") as here:
+        model = build(config, open_tensors(start), str(start), recipe, here, names)
+        trainer = Trainer(model, tokenizer, sets, recipe, run, here)
+    model.eval()
+    find = heat_points(model, names, ImageProcessor(config.image, tokenizer.special))
+    told: dict[str, object] = {"step": trainer.step, "nano": report(held_out, vocabulary, find)}
+    tower = model.molmo.conv_tower
+    assert tower is not None and vocabulary.names[: len(COCO_NAMES)] == COCO_NAMES
+    alone = detector_points(tower, score_layers(detector), box_layers(detector), config.image.overview)
+    told["detector"] = report(held_out, vocabulary, alone)
+    with (run / "scores.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(told) + "\n")
+    return told
