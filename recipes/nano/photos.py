@@ -78,7 +78,7 @@ class Vocabulary:
                 continue
             for box, score in zip(found["boxes"], found["scores"], strict=True):
                 (objects if score >= SURE else unsure).append((found["label"], tuple(box)))
-        return Picture(photo.rgb(), objects, unsure, known)
+        return Picture(photo.rgb(), objects, unsure, known & self.numbers.keys())
 
     def regions(self, picture: Picture) -> Regions:
         known = np.array([name in picture.known for name in self.names])
