@@ -39,7 +39,7 @@ RECIPE = Recipe(
     # A constant rate: how long the stage lasts is decided while it runs. `FINISH` lowers it.
     optimizer=OptimizerConfig(connector=Rate(1e-3, 100), floor=1.0, weight_decay=0.01),
     max_crops=None,
-    save_every=250,
+    save_every=100,
     validate_every=500,
     validation_batches=24,
     workers=1,
