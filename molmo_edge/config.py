@@ -166,8 +166,8 @@ class ConvTowerConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if len(self.steps) < 3 or min(self.steps) < 1:
-            raise ConfigError(f"conv tower steps {self.steps} must be at least three positive numbers")
+        if len(self.steps) != 4 or min(self.steps) < 1:
+            raise ConfigError(f"conv tower steps {self.steps} must be four positive numbers, one for each stage")
         if self.stem_dim % 2:
             raise ConfigError(f"conv tower stem_dim {self.stem_dim} must be even")
 

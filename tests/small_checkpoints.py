@@ -63,7 +63,9 @@ def a_batch(checkpoint: Path) -> Batch:
 def hidden(molmo: Molmo, batch: Batch) -> Tensor:
     """[n, d_model] behind everything that has an adapter."""
     with torch.no_grad():
-        return Trainable(molmo, PLAIN).eval()._hidden(batch)[0, : batch.lengths[0]]
+        model = Trainable(molmo, PLAIN).eval()
+        cells = molmo.connector(model._features(batch), batch.masks)
+        return model._hidden(batch, cells)[0, : batch.lengths[0]]
 
 
 def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -123,6 +125,29 @@ def test_workers_change_nothing_and_damage_is_replaced() -> None:
     assert [a != b for a, b in zip(clean, mended, strict=True)] == drawn, "the others stay as they are"
     with pytest.raises(DataError, match="20 examples in a row"):
         loaded(Words(frozenset(range(30))), 0)
+
+
+FAILING_WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_mixture as t
+from molmo_edge.training.loader import Samples, Share, open_loader, start
+
+class Broken(t.Words):
+    def example(self, index, rng):
+        raise KeyError("a fault of the data set")
+
+encoder = t.Encoder(t.Tokenizer.from_file(t.GOLDEN / "molmoe" / "tokenizer.json"), t.ImageConfig(), t.Encoding())
+samples = Samples([Broken()], encoder, 5)
+batches = start(open_loader(samples, t.Order([30], [1.0], 5), Share(4, 2), step=0, steps=9, workers=1))
+next(batches)
+"""
+
+
+def test_a_run_whose_worker_fails_exits() -> None:
+    command = [sys.executable, "-c", FAILING_WORKER, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a fault of the data set" in done.stderr
 
 
 # --- schedules, parts, guard ------------------------------------------------------------------------------------------

@@ -160,7 +160,9 @@ def test_dropout_drops_what_it_says() -> None:
     n, d = 400, 64
     weights = torch.zeros(2, n)
     weights[:, 200:300] = 0.5
-    batch = Batch(*([torch.zeros(0)] * 2), weights, *([torch.zeros(0)] * 7), lengths=[n, 300], seeds=[1, 2])
+    batch = Batch(
+        *([torch.zeros(0)] * 2), weights, *([torch.zeros(0)] * 7), lengths=[n, 300], seeds=[1, 2], crop_counts=[0, 0]
+    )
     drop = residual_dropout(batch, 0.1, 0.4)
     assert drop is not None
     out = drop(torch.ones(2, n, d), 3)

@@ -6,6 +6,8 @@ must neither end a run nor let ranks go apart.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # imported here: it registers its own end of workers with atexit
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -124,6 +126,19 @@ def open_loader(
         pin_memory=pin,
         **options,
     )
+
+
+def start(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
+    """The loader's batches. Its workers are killed when this process exits, whatever ended it.
+
+    They ignore SIGTERM (see `ignore_interrupts`), by which multiprocessing ends them at exit and then waits: without
+    this, a run that fails while a traceback holds the loader would never exit.
+    """
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    for worker in set(multiprocessing.active_children()) - before:
+        atexit.register(worker.kill)  # runs before what multiprocessing registered when it was imported
+    return batches
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from molmo_edge.training.examples import DataSet
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
 from molmo_edge.training.guard import Guard
-from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader
+from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, start
 from molmo_edge.training.mixture import Order
 from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, at_rest, shard, whole
@@ -269,7 +269,7 @@ class Trainer:
 
     def _loader(self) -> Iterator[MicroBatch]:
         recipe = self.recipe
-        return iter(
+        return start(
             open_loader(
                 Samples(self.data.sets, self.encoder, recipe.seed),
                 self._order(),
