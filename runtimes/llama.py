@@ -27,7 +27,7 @@ from molmo_edge.cores import choose_threads, physical_cores
 from molmo_edge.memory import available_memory
 from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows, forks
 from molmo_edge.runtimes.gguf_header import check_decoder
-from molmo_edge.runtimes.llama_library import last_words, load_library, on_gpu
+from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, last_words, load_library, on_gpu
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
 
@@ -428,9 +428,20 @@ def _wait_out(runner: ThreadPoolExecutor) -> None:
 
 
 def _repack(bundle: Bundle, options: LlamaOptions, gpu: bool) -> bool:
-    """Weights laid out for the CPU's own kernels are a second copy beside the mapped file."""
+    """Weights laid out for the CPU's own kernels are a second copy beside the mapped file.
+
+    Raises EngineError where they are asked for and would end the process (see `has_amx`).
+    """
+    if options.repack and has_amx():
+        raise EngineError(
+            "this build of llama.cpp has AMX kernels, which can crash on repacked weights: use repack=no, or build it "
+            f"without them: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='{WITHOUT_AMX}' -DCMAKE_CXX_FLAGS='{WITHOUT_AMX}'\" "
+            "pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python"
+        )
     if gpu or options.repack is not None:
         return bool(options.repack)
+    if has_amx():
+        return False
     decoder = bundle.components["decoder"]
     if platform.machine().lower() in ("x86_64", "amd64") and decoder.precision not in _BETTER_REPACKED:
         return False

@@ -95,6 +95,20 @@ def jetson() -> str | None:
     return name if "NVIDIA" in name else None
 
 
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this build has llama.cpp's AMX kernels.
+
+    They run on weights that are repacked, and end the process with an illegal instruction where GCC built them: its
+    `_tile_loadconfig` tells the compiler that 8 of the 64 bytes of the tiles' configuration are read, so the stores to
+    the others are dropped (seen with GCC 12.2 and llama.cpp of llama-cpp-python 0.3.36).
+    """
+    return b"AMX_INT8 = 1" in load_library().llama_print_system_info()
+
+
 @functools.cache
 def gpus() -> list[str]:
     """Names of the devices beside the CPU that this build can use and that are there: ["CUDA0"], ["MTL0"], []."""

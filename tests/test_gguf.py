@@ -35,6 +35,7 @@ from molmo_edge.gguf_layout import decoder_tensors
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
+from molmo_edge.runtimes.llama_library import has_amx
 from molmo_edge.runtimes.llama_options import LlamaOptions
 
 # What float16 cannot hold, the random decoder of the golden OLMo makes.
@@ -153,6 +154,11 @@ def test_options_change_no_token() -> None:
 
 def test_weights_laid_out_anew_are_the_same_weights() -> None:
     """q4_0 is what llama.cpp repacks; its other kernel adds up in another order."""
+    if has_amx():
+        with pytest.raises(EngineError, match="without them: CMAKE_ARGS"):
+            open_runtime(gguf_bundle("molmoe", "q4_0"), llama=replace(EXACT, repack=True))
+        assert open_runtime(gguf_bundle("molmoe", "q4_0")).engine == "llama.cpp"
+        return
     rows = prompt(gguf_runtime("molmoe", "f32"), case("molmoe", "square"))
     plain, repacked = (
         logits_of(gguf_runtime("molmoe", "q4_0", replace(EXACT, repack=repack)), rows, 16) for repack in (False, True)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.runtimes import Unavailable, llama_library
+from molmo_edge.runtimes import EngineError, Unavailable, llama, llama_library
 from molmo_edge.runtimes.llama_library import install_command, load_library
+from molmo_edge.runtimes.llama_options import LlamaOptions
 
 
 @pytest.fixture
@@ -84,3 +85,19 @@ def test_a_build_that_does_not_load_and_one_that_is_too_old(unloaded: pytest.Mon
     unloaded.setitem(sys.modules, "llama_cpp", old)
     with pytest.raises(Unavailable, match=r"0\.2\.90 is too old, 0\.3\.36 is needed"):
         load_library()
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_weights_are_not_repacked_for_amx(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    """On a build with AMX kernels repacking ends the process: off by default, refused where it is asked for."""
+    monkeypatch.setattr(llama, "has_amx", lambda: amx)
+    monkeypatch.setattr(llama, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(llama.platform, "machine", lambda: "x86_64")
+    bundle: Any = types.SimpleNamespace(components={"decoder": types.SimpleNamespace(precision="q4_0", bytes=1000)})
+    assert llama._repack(bundle, LlamaOptions(), gpu=False) is not amx
+    assert llama._repack(bundle, LlamaOptions(repack=False), gpu=False) is False
+    if amx:
+        with pytest.raises(EngineError, match="repack=no, or build it without them"):
+            llama._repack(bundle, LlamaOptions(repack=True), gpu=False)
+    else:
+        assert llama._repack(bundle, LlamaOptions(repack=True), gpu=False)
