@@ -12,9 +12,10 @@ import torch
 from safetensors.numpy import load_file
 
 from molmo_edge.config import ImageConfig
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.images import ImageProcessor, load_image
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.decoder import SparseFFN, choose_experts, mix_experts
+from molmo_edge.modeling.decoder import SparseFFN, choose_experts, grouped_mm, mix_experts
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, EncodingError, Sample, collate
@@ -180,6 +181,10 @@ def test_dropout_drops_what_it_says() -> None:
     assert residual_dropout(batch, 0.0, 0.0) is None
 
 
+needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="torch.nn.functional.grouped_mm came in PyTorch 2.10")
+
+
+@needs_grouped_mm
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_grouped_experts_have_the_loops_gradients(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -195,6 +200,7 @@ def test_grouped_experts_have_the_loops_gradients(tokens: int) -> None:
         assert (one - other).abs().max() <= 0.02 * one.abs().max(), name
 
 
+@needs_grouped_mm
 def test_autocast_reaches_grouped_experts() -> None:
     """Weights stay float32, products are bfloat16: what a GPU trains with."""
     molmo, _, _ = load_checkpoint(GOLDEN / "molmoe")
@@ -207,6 +213,13 @@ def test_autocast_reaches_grouped_experts() -> None:
     assert float(rounded.cross_entropy.detach()) == pytest.approx(float(exact.cross_entropy), rel=0.02)
     assert float(rounded.cross_entropy.detach()) != float(exact.cross_entropy)
     assert molmo.decoder.blocks[0].ffn.gate.grad.dtype == torch.float32
+
+
+def test_grouped_experts_need_a_pytorch_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molmo_edge.modeling.decoder.grouped_mm", None)
+    molmo, _, _ = load_checkpoint(GOLDEN / "molmoe")
+    with pytest.raises(MolmoEdgeError, match=r"need PyTorch 2\.10"):
+        Trainable(molmo, dataclasses.replace(PLAIN, experts="grouped"))
 
 
 def test_router_losses() -> None:

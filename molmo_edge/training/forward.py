@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.modeling import decoder
 from molmo_edge.modeling.decoder import DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
@@ -23,6 +25,10 @@ from molmo_edge.training.encoding import Batch
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
 
 _CHUNK = 1024  # positions whose logits exist at the same time: 200 MB in float32 at 50,000 tokens
+
+
+class ForwardError(MolmoEdgeError):
+    """A pass that this PyTorch cannot make."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,12 @@ class Trainable(nn.Module):
     """A Molmo whose forward pass gives `Sums`. The unit that FSDP wraps: every parameter is used inside of it."""
 
     def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
-        """names: the vocabulary that regions are numbered by, where there is a loss on them."""
+        """names: the vocabulary that regions are numbered by, where there is a loss on them.
+
+        Raises ForwardError for grouped experts with a PyTorch before 2.10.
+        """
+        if config.experts == "grouped" and decoder.grouped_mm is None:
+            raise ForwardError(f"grouped experts need PyTorch 2.10, this is {torch.__version__}: choose loop or wide")
         super().__init__()
         self.molmo, self.config, self.names = molmo, config, names
         self.grounding = GroundingHead(molmo.config) if names is not None else None
