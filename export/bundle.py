@@ -35,6 +35,7 @@ from molmo_edge.export.source import open_source
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.export.vision import vision_encoder
 from molmo_edge.export.wishes import Wishes, check_wishes
+from molmo_edge.images import ImageProcessor
 from molmo_edge.loading import load_image
 from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.layout import head_name
@@ -55,7 +56,7 @@ BUILDERS: dict[str, Builder] = {
 }
 # Which hub tensors a component is made of, to know its size before it is built.
 _PREFIXES = {
-    "vision_encoder": ("model.vision_backbone.image_vit.",),
+    "vision_encoder": ("model.vision_backbone.image_vit.", "model.vision_backbone.conv_tower."),
     "connector": ("model.vision_backbone.image_p", "model.vision_backbone.pad_embed"),
     "embed_tokens": ("model.transformer.wte.",),
     "decoder": ("model.transformer.blocks.",),  # and its head, see build_component
@@ -143,6 +144,10 @@ def export_bundle(
         mmproj=mmproj,
     )
     config, tensors = open_source(checkpoint)
+    if mmproj and config.conv_tower is not None:
+        raise ExportError(
+            "an mmproj holds one vision tower, this model has a convolutional one as well: leave mmproj out"
+        )
     check = check or _own_check(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, wishes, measure=measure)) as scratch:
@@ -384,8 +389,8 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     runtime = open_files(config, files, mapped=True)
     try:
         i = config.image
-        crop = np.zeros((1, i.patches**2, i.patch_size**2 * 3), np.float32)
-        features = runtime.encode_image(crop, np.ones((1, i.patches**2), np.float32))
+        blank = ImageProcessor(dataclasses.replace(i, max_crops=0))(np.zeros((i.crop_size, i.crop_size, 3), np.uint8))
+        features = runtime.encode_image(blank.crops, np.ones_like(blank.masks), blank.overview)
         rows = features[0] + runtime.embed(np.zeros(1, np.int64))
         logits = runtime.forward(rows, runtime.new_cache(i.cells**2))
     except EngineError as error:

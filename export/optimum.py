@@ -83,6 +83,8 @@ def export_with_optimum(
             f"{checkpoint} has no {CONFIG}, which optimum reads: `molmo-edge export {checkpoint} --engine torch --out "
             "DIRECTORY` writes the checkpoint in hub layout"
         )
+    if config.conv_tower is not None:
+        raise ExportError(f"{checkpoint} has a convolutional tower, which export_bundle writes and optimum does not")
     tensors = open_tensors(checkpoint)
     check_tensors(config, tensors, where=checkpoint)
     hub = MolmoHubConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from molmo_edge.config import MolmoConfig, VisionConfig
+from molmo_edge.export.conv_tower import conv_features
 from molmo_edge.export.graph import Graph, Precision
 from molmo_edge.export.operators import attention, quick_gelu
 from molmo_edge.modeling.checkpoint import TensorSource
@@ -16,10 +17,11 @@ def vision_encoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, pre
     """crops float32 [n, patches^2, patch_size^2 * 3] -> features float32 [n, patches^2, feature_dim].
 
     The class token runs along and is dropped; the outputs of `config.vision.layers` are concatenated in that
-    order. A crop whose pixels are ALL -1 (batch padding) gives zeros; the remote code of MolmoE zeroes a crop
-    where ANY pixel is -1, which is a bug of it (reference: MolmoVisionBackbone.encode_image).
+    order. With a convolutional tower its features are concatenated to them, and there are the inputs of
+    `conv_features` as well. A crop whose pixels are ALL -1 (batch padding) gives zeros; the remote code of MolmoE
+    zeroes a crop where ANY pixel is -1, which is a bug of it (reference: MolmoVisionBackbone.encode_image).
     """
-    v, d = config.vision, config.vision.d_model
+    v = config.vision
     crops = graph.input("crops", np.float32, ["n", v.n_pos - 1, v.patch_size**2 * 3])
     x = _embed(graph, v, tensors, precision, crops)
     outputs = {}
@@ -35,8 +37,11 @@ def vision_encoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, pre
     padding = graph.node("Cast", graph.node("Equal", crops, graph.constant(-1.0)), to=1)  # float
     all_padding = graph.node("ReduceMin", padding, graph.ints(1, 2), keepdims=1)  # [n, 1, 1]
     keep = graph.node("Sub", graph.constant(1.0), all_padding)
-    features = graph.node("Mul", features, keep, name="features")
-    graph.output(features, np.float32, ["n", v.n_pos - 1, d * len(v.layers)])
+    tower = config.conv_tower is not None
+    features = graph.node("Mul", features, keep, name=None if tower else "features")
+    if tower:
+        features = graph.node("Concat", features, conv_features(graph, config, tensors), axis=-1, name="features")
+    graph.output(features, np.float32, ["n", v.n_pos - 1, config.feature_dim])
 
 
 def layer_norm(graph: Graph, x: str, name: str, tensors: TensorSource, eps: float) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> np.ndarray:
     """BOS and the image tokens, float32 [n, d_model]; `prompt` is that of `image` (molmo_edge.prompt.image_ids)."""
-    return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks))
+    return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks, image.overview))
 
 
 def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.ndarray:

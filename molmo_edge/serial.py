@@ -12,6 +12,7 @@ from molmo_edge.runtimes import forks
 
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
+    from molmo_edge.images import Overview
     from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
 
 
@@ -37,9 +38,9 @@ class Serial:
     def engine(self) -> str:
         return self._inner.engine
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         with self._lock:
-            return self._inner.encode_image(crops, masks)
+            return self._inner.encode_image(crops, masks, overview)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         with self._lock:

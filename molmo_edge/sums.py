@@ -27,7 +27,7 @@ import numpy as np
 
 from molmo_edge.bundle import BundleError, content_sha256
 from molmo_edge.config import ImageConfig
-from molmo_edge.images import ImageProcessor, select_tiling
+from molmo_edge.images import ImageProcessor, PreparedImage, select_tiling
 from molmo_edge.prompt import text_ids
 from molmo_edge.tokenizer import SpecialIds, Tokenizer
 
@@ -76,8 +76,13 @@ def layout_sum(config: ImageConfig, tokenizer: Tokenizer, question: str) -> str:
 def pixels_sum(config: ImageConfig, special: SpecialIds) -> dict[str, Any]:
     """Crops and masks of the drawn images."""
     process = ImageProcessor(config, special)
-    parts = [part for size in _DRAWN for image in (process(_drawn(*size)),) for part in (image.crops, image.masks)]
+    parts = [part for size in _DRAWN for image in (process(_drawn(*size)),) for part in _arrays(image)]
     return array_sum(np.concatenate([part.reshape(-1) for part in parts]))
+
+
+def _arrays(image: PreparedImage) -> list[np.ndarray]:
+    whole = image.overview
+    return [image.crops, image.masks, *(() if whole is None else (whole.pixels, whole.positions))]
 
 
 def array_sum(array: np.ndarray) -> dict[str, Any]:

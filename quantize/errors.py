@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.images import Overview
 from molmo_edge.runtimes import Runtime, open_files
 
 _TEXT = 32  # tokens after the image
@@ -32,14 +33,14 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
     """
     a, b = open_files(config, exact, mapped=True), open_files(config, files)
     rng = np.random.default_rng(0)
-    crops, masks = sample_crops(config)
+    crops, masks, overview = sample_image(config)
     ids = rng.integers(0, config.decoder.vocab_size, _TEXT)
-    features = a.encode_crops(crops)
+    features = a.encode_crops(crops, overview)
     image = a.connect(features, masks)
     text = a.embed(ids)
     sequence = np.concatenate([*image, text])
     errors = {
-        "vision_encoder": _error(features, b.encode_crops(crops)),
+        "vision_encoder": _error(features, b.encode_crops(crops, overview)),
         "connector": _error(image, b.connect(features, masks)),
         "embed_tokens": _error(text, b.embed(ids)),
     }
@@ -48,6 +49,18 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
     a.close()
     b.close()
     return errors
+
+
+def sample_image(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray, Overview | None]:
+    """What a vision tower sees: `sample_crops`, and an overview where there is a convolutional tower."""
+    crops, masks = sample_crops(config)
+    if not config.image.overview:
+        return crops, masks, None
+    i, rng = config.image, np.random.default_rng(1)
+    patches = crops[0].reshape(i.patches, i.patches, i.patch_size, i.patch_size, 3).transpose(4, 0, 2, 1, 3)
+    pixels = patches.reshape(3, i.crop_size, i.crop_size)[:, : i.crop_size // 32 * 32, : i.crop_size // 32 * 32]
+    positions = rng.uniform(0, pixels.shape[-1], (len(crops), i.patches**2, 4, 2)).astype(np.float32)
+    return crops, masks, Overview(pixels, positions)
 
 
 def sample_crops(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray]:

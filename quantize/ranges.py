@@ -9,7 +9,7 @@ import numpy as np
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.graph import Graph, Precision, fp32_linear, fp32_table
-from molmo_edge.quantize.errors import sample_crops
+from molmo_edge.quantize.errors import sample_image
 
 _HIGHEST = 65504.0  # of float16
 _ROOM = 4.0  # a photo may bring larger numbers than the probe did
@@ -47,8 +47,9 @@ def largest_values(config: MolmoConfig, files: dict[str, Path]) -> dict[str, dic
         }
         return next(value for name, value in values.items() if not name.endswith(_MARK))
 
-    crops, masks = sample_crops(config)
-    features = run("vision_encoder", {"crops": crops})
+    crops, masks, overview = sample_image(config)
+    whole = {} if overview is None else {"pixels": overview.pixels[None], "positions": overview.positions}
+    features = run("vision_encoder", {"crops": crops, **whole})
     if "connector" in files:
         image = run("connector", {"features": features, "masks": masks})
     if "decoder" in files:

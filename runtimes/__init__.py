@@ -19,6 +19,7 @@ from molmo_edge.extras import pip_command
 from molmo_edge.hub_config import is_checkpoint
 
 if TYPE_CHECKING:
+    from molmo_edge.images import Overview
     from molmo_edge.runtimes.llama import LlamaRuntime
     from molmo_edge.runtimes.llama_options import LlamaOptions
     from molmo_edge.runtimes.onnx import OnnxRuntime
@@ -64,8 +65,11 @@ class Runtime(Protocol):
         """What runs the decoder, for people to read: "onnxruntime", "llama.cpp", "pytorch bf16"."""
         ...
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model].
+
+        `overview`: of the same image, for a model with a convolutional tower; others do not look at it.
+        """
         ...
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
@@ -89,8 +93,8 @@ class Runtime(Protocol):
 class PartedRuntime(Runtime, Protocol):
     """A runtime that shows what lies between vision tower and connector: all of ours."""
 
-    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
-        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
+    def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim], of all towers."""
         ...
 
     def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -113,6 +117,18 @@ def check_copy(cache: Cache, capacity: int | None) -> int:
     if capacity is not None and capacity < cache.length:
         raise EngineError(f"{cache.length} positions are filled: they do not fit into a copy of {capacity}")
     return cache.capacity if capacity is None else capacity
+
+
+def check_overview(overview: Overview | None, config: MolmoConfig) -> Overview | None:
+    """The overview that a convolutional tower sees, None without such a tower.
+
+    Raises EngineError where the model has a tower and the overview is missing.
+    """
+    if config.conv_tower is None:
+        return None
+    if overview is None:
+        raise EngineError("this model has a convolutional tower: it needs the overview of the image, not crops alone")
+    return overview
 
 
 def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:

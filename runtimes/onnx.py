@@ -18,8 +18,18 @@ from molmo_edge.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.cores import available_cores, choose_threads
 from molmo_edge.errors import first_line
+from molmo_edge.images import Overview
 from molmo_edge.memory import check_room
-from molmo_edge.runtimes import Cache, EngineError, Unavailable, check_capacity, check_copy, check_rows, forks
+from molmo_edge.runtimes import (
+    Cache,
+    EngineError,
+    Unavailable,
+    check_capacity,
+    check_copy,
+    check_overview,
+    check_rows,
+    forks,
+)
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
@@ -215,12 +225,15 @@ class OnnxRuntime:
         if self._sessions:
             self._sessions = None
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        return self.connect(self.encode_crops(crops), masks)
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        return self.connect(self.encode_crops(crops, overview), masks)
 
-    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
+    def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
         crops, some = np.ascontiguousarray(crops, np.float32), self._crops_at_once
+        if (seen := check_overview(overview, self.config)) is not None:  # all crops at once: the tower runs once
+            whole = {"pixels": seen.pixels[None], "positions": seen.positions}
+            return self._run("vision_encoder", {"crops": crops, **whole})
         parts = (crops[i : i + some] for i in range(0, len(crops), some))
         return np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
 

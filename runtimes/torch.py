@@ -14,12 +14,13 @@ import torch
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.cores import choose_threads
+from molmo_edge.images import Overview
 from molmo_edge.memory import available_memory
 from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.loading import build_model
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
-from molmo_edge.runtimes import EngineError, Unavailable, check_copy, forks
+from molmo_edge.runtimes import EngineError, Unavailable, check_copy, check_overview, forks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,14 +138,23 @@ class TorchRuntime:
         return self.model.precision
 
     @_inference
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> float32 [n, cells^2, d_model]."""
-        return self._in_parts(self.model.encode_image, crops, masks)
+        if check_overview(overview, self.config) is None:
+            return self._in_parts(self.model.encode_image, crops, masks)
+        return self._in_parts(self.model.connector, self._all_towers(crops, overview), masks)
 
     @_inference
-    def encode_crops(self, crops: np.ndarray) -> np.ndarray:
+    def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops float32 [n, patches^2, 588] -> patch features float32 [n, patches^2, feature_dim]."""
-        return self._in_parts(self.model.vision, crops)
+        return self._all_towers(crops, overview)
+
+    def _all_towers(self, crops: np.ndarray, overview: Overview | None) -> np.ndarray:
+        features = self._in_parts(self.model.vision, crops)
+        if (seen := check_overview(overview, self.config)) is None or self.model.conv_tower is None:
+            return features
+        sampled = self.model.conv_tower(self._tensor(seen.pixels[None]), [self._tensor(seen.positions)])
+        return np.concatenate([features, sampled.float().cpu().numpy()], axis=-1)
 
     @_inference
     def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.images import Overview
 from molmo_edge.molmo import Molmo
 from molmo_edge.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class FakeRuntime:
     closed: bool = False
     engine: str = "a script"
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         self.images += 1
         features = np.zeros((len(crops), self.config.image.cells**2, self.config.decoder.d_model), np.float32)
         features[:, :, 1] = 1 + np.arange(features[:, :, 1].size).reshape(len(crops), -1)

@@ -6,16 +6,22 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from molmo_edge import Molmo as Sdk
 from molmo_edge.config import ConfigError, ConvTowerConfig, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.hub_config import from_hub_config, to_hub_config
-from molmo_edge.images import ImageProcessor, patch_grid
+from molmo_edge.images import ImageProcessor, PreparedImage, patch_grid
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.modeling.layout import tower_shapes
+from molmo_edge.runtimes import EngineError, open_runtime
+from molmo_edge.selfcheck import check_bundle
 
 GOLDEN = Path(__file__).parent / "golden"
 TOWER = ConvTowerConfig(stem_dim=4, steps=(1, 1, 1, 2), pyramid_dim=6)
@@ -147,3 +153,61 @@ def test_the_tower_is_needed_where_the_model_has_one() -> None:
     assert cells.shape == (len(crops), CONFIG.image.cells**2, 32)
     darker = model.encode_image(crops, masks, view[0] - 1, view[1])
     assert not torch.allclose(cells, darker), "the tower's features reach the cells"
+
+
+def whole(prepared: PreparedImage, model: Molmo) -> np.ndarray:
+    """Image features by the module itself, all crops at once."""
+    assert prepared.overview is not None
+    view = (torch.from_numpy(prepared.overview.pixels)[None], [torch.from_numpy(prepared.overview.positions)])
+    with torch.no_grad():
+        return model.encode_image(torch.from_numpy(prepared.crops), torch.from_numpy(prepared.masks), *view).numpy()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tower")
+    model = Molmo(CONFIG).init_weights(std=0.15, generator=torch.Generator().manual_seed(1))
+    assert model.conv_tower is not None
+    model.conv_tower.half().float()  # as a detector's weights are published
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory)
+    return directory
+
+
+def test_engines_equal_the_module_on_pictures_of_any_shape(checkpoint: Path, tmp_path: Path) -> None:
+    model, _, config = load_checkpoint(checkpoint)
+    bundle = tmp_path / "bundle"
+    export_bundle(checkpoint, bundle, "fp32")
+    sizes = [(120, 100), (60, 250), (300, 90), (40, 40)]
+    for engine in (open_runtime(bundle), open_runtime(checkpoint)):
+        for size in sizes:
+            prepared = ImageProcessor(config.image)(ramp(*size))
+            exact = whole(prepared, model)
+            found = engine.encode_image(prepared.crops, prepared.masks, prepared.overview)
+            assert np.abs(found - exact).max() < 2e-4 * np.abs(exact).max(), (engine.engine, size)
+        with pytest.raises(EngineError, match="needs the overview"):
+            engine.encode_image(prepared.crops, prepared.masks)
+        engine.close()
+
+
+def test_a_bundle_answers_as_its_checkpoint_in_every_precision(checkpoint: Path, tmp_path: Path) -> None:
+    """The whole way: export, check, questions, the loss of rounding, and the bundle exported again."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(ramp(120, 160)).save(photo)
+    check = CheckPhoto(photo, "What is it?", max_new_tokens=8)
+    export_bundle(checkpoint, tmp_path / "fp32", "fp32", check=check)
+    export_bundle(checkpoint, tmp_path / "int8", "int8")
+    export_bundle(tmp_path / "fp32", tmp_path / "again", "fp32")
+    assert check_bundle(tmp_path / "fp32").passed
+    answers = {}
+    for model in (checkpoint, *(tmp_path / name for name in ("fp32", "int8", "again"))):
+        with Sdk(model) as sdk:
+            answers[model.name] = sdk.ask(photo, "Why?", max_new_tokens=12).token_ids
+    assert answers["fp32"] == answers[checkpoint.name] == answers["again"]
+    assert len(answers["int8"]) == len(answers["fp32"])
+    with pytest.raises(ExportError, match="leave mmproj out"):
+        export_bundle(checkpoint, tmp_path / "gguf", "f16", engine="gguf", mmproj=True)
+    names = {t.name: t for t in onnx.load(tmp_path / "fp32" / "vision_encoder.onnx").graph.initializer}
+    convolutions = [t for name, t in names.items() if "conv_tower" in name]
+    assert len(convolutions) == len(tower_shapes(TOWER)) and all(
+        t.data_type == onnx.TensorProto.FLOAT16 for t in convolutions
+    )

@@ -97,7 +97,7 @@ def compare(
 
 
 def _encode(subject: Subject, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    patches = subject.runtime.encode_crops(seen.crops)
+    patches = subject.runtime.encode_crops(seen.crops, seen.overview)
     return patches, subject.runtime.connect(patches, seen.masks)
 
 

@@ -334,6 +334,6 @@ def _how(model: Model) -> dict[str, Any]:
 
 def _rows(subject: Subject, answered: Answered) -> np.ndarray:
     runtime, seen = subject.runtime, subject.see(answered.question)
-    image = with_features(runtime, seen.prompt, runtime.encode_image(seen.crops, seen.masks))
+    image = with_features(runtime, seen.prompt, runtime.encode_image(seen.crops, seen.masks, seen.overview))
     ids = np.concatenate([text_ids(subject.tokenizer, [answered.question.text]), answered.targets[:-1]])
     return np.concatenate([image, runtime.embed(ids)])

@@ -17,7 +17,7 @@ from molmo_edge.embeddings import with_features
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.generate import likeliest
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.images import ImageProcessor, Overview, load_image
 from molmo_edge.prompt import Prompt, image_ids, text_ids
 from molmo_edge.runtimes import Cache, PartedRuntime, Runtime
 from molmo_edge.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ class Subject:
         if self.moved:
             noise = np.random.default_rng(0).uniform(-_MOVED, _MOVED, crops.shape)
             crops = (crops * (1 + noise)).astype(np.float32)
-        return Seen(crops, prepared.masks, image_ids(self.tokenizer, prepared), (rgb.shape[1], rgb.shape[0]))
+        size = rgb.shape[1], rgb.shape[0]
+        return Seen(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Seen:
     masks: np.ndarray  # float32 [n, patches^2]
     prompt: Prompt
     size: tuple[int, int]  # width and height of the image, pixels
+    overview: Overview | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def record(
     found: list[Answered] = []
     for image, group in enumerate(by_image(asked)):
         seen = subject.see(group[0])
-        patches = runtime.encode_crops(seen.crops)
+        patches = runtime.encode_crops(seen.crops, seen.overview)
         cells = runtime.connect(patches, seen.masks)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
