@@ -145,9 +145,7 @@ def export_bundle(
     )
     config, tensors = open_source(checkpoint)
     if mmproj and config.conv_tower is not None:
-        raise ExportError(
-            "an mmproj holds one vision tower, this model has a convolutional one as well: leave mmproj out"
-        )
+        raise ExportError("an mmproj holds one vision tower, and this model has two: leave mmproj out")
     check = check or _own_check(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, wishes, measure=measure)) as scratch:

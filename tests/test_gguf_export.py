@@ -17,7 +17,7 @@ import torch
 from exported import GOLDEN, case, costs, expected, gguf_bundle, gguf_runtime, relative
 
 from molmo_edge import Molmo, gguf_layout
-from molmo_edge.bundle import MANIFEST, BundleError, default_bundle, sha256_of
+from molmo_edge.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.gguf_layout import NoGraphError
@@ -181,7 +181,7 @@ class TestForeign:
             path.write_bytes(content)
             manifest = json.loads((directory / MANIFEST).read_text())
             manifest["components"]["decoder"] |= {"bytes": len(content), "sha256": sha256_of(path)}
-            (directory / MANIFEST).write_text(json.dumps(manifest))
+            write_manifest(directory, manifest)
             return directory
 
         yield make

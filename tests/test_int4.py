@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import norm_error, normal, run
 
+from molmo_edge.bundle import MANIFEST, write_manifest
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
 from molmo_edge.modeling import load_checkpoint
@@ -151,8 +152,9 @@ def test_the_manifest_says_what_rounding_cost_and_what_it_needs() -> None:
 
 def test_an_older_onnxruntime_is_told_so(tmp_path: Path) -> None:
     shutil.copytree(bundle("molmoe", "q4"), tmp_path / "bundle")
-    manifest = tmp_path / "bundle" / "molmo_edge.json"
-    manifest.write_text(manifest.read_text().replace('"onnxruntime": "1.31"', '"onnxruntime": "99.5"'))
+    text = (tmp_path / "bundle" / MANIFEST).read_text()
+    assert '"onnxruntime": "1.31"' in text
+    write_manifest(tmp_path / "bundle", json.loads(text.replace('"onnxruntime": "1.31"', '"onnxruntime": "99.5"')))
     with pytest.raises(Unavailable, match=r"decoder_q4\.onnx needs onnxruntime 99\.5 or later, this is \d"):
         open_runtime(tmp_path / "bundle")
 

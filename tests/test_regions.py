@@ -104,8 +104,9 @@ class Squares:
         return Example(picture, regions=Regions(tuple(objects), np.array([True, True])))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, max_crops=1))
+    config = dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, max_crops=1, overview=64))
     start = tmp_path / "start"
     model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(0))
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -337,10 +336,14 @@ def test_a_provider_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPa
     """ONNX Runtime itself goes on with the CPU and prints a warning."""
     import onnxruntime
 
-    def session(path: str, options: Any, providers: list[Any]) -> Any:
-        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    class Session:
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            pass
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     placement = place("cuda", "cpu", ALL, runtime("qwen").config)
     engine = OnnxRuntime(runtime("qwen").config, {"decoder": bundle("qwen") / "decoder.onnx"}, placement=placement)
     with pytest.raises(Unavailable, match="has CUDAExecutionProvider but cannot start it"):
