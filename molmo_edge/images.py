@@ -160,7 +160,7 @@ def _overview(rgb: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> 
     height, width = rgb.shape[:2]
     h, w = _fit(height, width, config.overview, config.overview)
     pixels = np.zeros((3, *(-(-side // OVERVIEW_UNIT) * OVERVIEW_UNIT for side in (h, w))), np.float32)
-    content = (resize(rgb, h, w) - np.float32(config.mean)) / np.float32(config.std)
+    content = (resize(rgb, h, w) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     pixels[:, :h, :w] = content.transpose(2, 0, 1)
     centres, sides = patch_grid(config, tiling, height, width)
     quarters = np.array([(-1, -1), (1, -1), (-1, 1), (1, 1)], np.float32) / 4

@@ -7,7 +7,8 @@ Here the second one is a detector's backbone and feature pyramid, in the shape o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = y = _act(self.first(x))
-        for step in self.steps:
-            a, b = step  # type: ignore[misc]  # a ModuleList of two
-            narrow = _act(a(y))
-            y = torch.cat([_act(b(narrow)), narrow], dim=1)
+        for narrowing, refining in cast("Iterable[nn.ModuleList]", self.steps):
+            narrow = _act(narrowing(y))
+            y = torch.cat([_act(refining(narrow)), narrow], dim=1)
         return torch.cat([_act(self.last(y)), x], dim=1)
 
 

@@ -81,7 +81,7 @@ def make_targets(
 def _overlap(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
     """bool [n, cells^2]: cells that the box reaches into."""
     low, high = cells - sides[:, None] / 2, cells + sides[:, None] / 2
-    return (low < box[2:]).all(-1) & (high > box[:2]).all(-1)
+    return np.asarray((low < box[2:]).all(-1) & (high > box[:2]).all(-1))
 
 
 def join(targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:

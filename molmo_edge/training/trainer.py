@@ -296,13 +296,13 @@ class Trainer:
         totals = torch.zeros(5, device=self.here.device)
         for one in batches:
             sums = self._forward(one.batch)
-            count = torch.ones((), device=self.here.device)
-            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight, sums.grounding_loss, count])
+            one_batch = torch.ones((), device=self.here.device)
+            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight, sums.grounding_loss, one_batch])
         self.model.train()
-        ce, correct, weight, grounding, count = self.here.sum(totals).tolist()
+        ce, correct, weight, grounding, seen = self.here.sum(totals).tolist()
         weight = weight or 1.0
         measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
-        return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / count})
+        return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:
         """What a run cannot go on without: the order of the samples hangs on it, and what is trained."""
