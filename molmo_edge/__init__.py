@@ -14,17 +14,23 @@ from molmo_edge.privacy import switch_off_reports
 
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer as Answer
+    from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
     from molmo_edge.molmo import Molmo as Molmo
     from molmo_edge.points import Point as Point
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Molmo", "Point", "__version__"]
+__all__ = ["Answer", "Molmo", "MolmoEdgeError", "Point", "__version__"]
 
 # Here, because every import of another library by this package comes after it.
 switch_off_reports()
 
 # Loaded on first use: a program that only imports molmo_edge pays for neither numpy nor an engine.
-_HOMES = {"Answer": "molmo_edge.answer", "Molmo": "molmo_edge.molmo", "Point": "molmo_edge.points"}
+_HOMES = {
+    "Answer": "molmo_edge.answer",
+    "Molmo": "molmo_edge.molmo",
+    "MolmoEdgeError": "molmo_edge.errors",
+    "Point": "molmo_edge.points",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -67,3 +67,11 @@ def test_a_wrong_name_says_so() -> None:
     with pytest.raises(AttributeError, match="'Molma'"):
         molmo_edge.Molma  # noqa: B018
     assert {"Molmo", "Answer", "Point"} <= set(dir(molmo_edge))
+
+
+def test_the_error_family_is_at_the_top() -> None:
+    from molmo_edge.errors import MolmoEdgeError
+
+    assert molmo_edge.MolmoEdgeError is MolmoEdgeError
+    assert set(molmo_edge.__all__) <= set(dir(molmo_edge))
+    assert all(hasattr(molmo_edge, name) for name in molmo_edge.__all__)
