@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("llama_cpp")
 
 import torch
 from exported import GOLDEN, case, costs, expected, gguf_bundle, gguf_runtime, relative
+from test_conv_tower import write_checkpoint
 
 from molmo_edge import Molmo, gguf_layout
 from molmo_edge.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
@@ -160,6 +162,20 @@ class TestMmproj:
                 model = vision_from_mmproj(gguf_bundle(architecture, "f16", mmproj=True) / "mmproj-f16.gguf", model)
                 found = model.encode_image(torch.from_numpy(c.crops), torch.from_numpy(c.masks)).numpy()
             assert relative(found, exact) < 2e-3
+
+
+def test_a_convolutional_tower_beside_the_vit(tmp_path: Path) -> None:
+    """It is part of the vision graph; an mmproj has no place for it."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match="leave mmproj out"):
+        export_bundle(checkpoint, tmp_path / "mmproj", "f32", engine="gguf", mmproj=True)
+    export_bundle(checkpoint, tmp_path / "bundle", "f32", engine="gguf")
+    photo = np.arange(120 * 160 * 3, dtype=np.uint32).reshape(120, 160, 3).astype(np.uint8)
+    ids = []
+    for model in (checkpoint, tmp_path / "bundle"):
+        with Molmo(model) as molmo:
+            ids.append(molmo.ask(photo, "Why?", max_new_tokens=12).token_ids)
+    assert ids[0] == ids[1]
 
 
 class TestForeign:

@@ -190,5 +190,5 @@ def test_doctor_says_what_each_library_reports(run: Callable[..., Run]) -> None:
 def test_the_documentation_names_every_switch() -> None:
     from molmo_edge import privacy
 
-    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
     assert all(f"`{switch.variable}`" in text and f"`{switch.library}`" in text for switch in privacy.SWITCHES)
