@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from importlib.machinery import PathFinder
 
 from molmo_edge.privacy import switch_off_reports
 
+TYPE_CHECKING = False  # `typing` takes longer to import than all of this module
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
     from molmo_edge.answer import Answer as Answer
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
     from molmo_edge.molmo import Molmo as Molmo

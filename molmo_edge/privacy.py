@@ -7,20 +7,22 @@ is imported. A value that is already in the environment stays. docs/privacy.md s
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+
+TYPE_CHECKING = False  # `typing`, as `dataclasses`, takes longer to import than all of this module
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 _TRUE = ("1", "ON", "TRUE", "YES")  # in capitals, as huggingface_hub reads them
 
 
-@dataclass(frozen=True)
 class Switch:
     """An environment variable that stops a library's usage reports."""
 
-    library: str
-    variable: str
-    value: str  # that switches the reports off
-    others: tuple[str, ...] = ()  # variables that the library reads for the same purpose
+    def __init__(self, library: str, variable: str, value: str, others: tuple[str, ...] = ()) -> None:
+        self.library = library
+        self.variable = variable
+        self.value = value  # that switches the reports off
+        self.others = others  # variables that the library reads for the same purpose
 
     def set(self, environment: MutableMapping[str, str]) -> None:
         """Set the variable, unless it or one of `others` has a value."""

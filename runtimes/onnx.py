@@ -295,11 +295,18 @@ def _guard(name: str, run: functools.partial[Any]) -> Any:
         raise EngineError(f"{name} failed in onnxruntime: {first_line(error)}") from error
 
 
+_BROKEN = "onnxruntime is installed but does not load ({}): pip install --force-reinstall onnxruntime"
+
+
 def _import() -> Any:
     try:
         import onnxruntime
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise Unavailable(_BROKEN.format(first_line(error))) from error
         raise Unavailable("bundles run on onnxruntime, which is not installed: pip install onnxruntime") from None
+    except ImportError as error:  # a wheel for another Python, or a missing system library
+        raise Unavailable(_BROKEN.format(first_line(error))) from error
     return onnxruntime
 
 

@@ -6,107 +6,49 @@ line says why), 2 (wrong use), 130 (interrupted).
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
-import threading
-from collections.abc import Sequence
-from typing import Annotated
 
-import typer
+# Nothing else is imported here: an interrupt that arrives during an import outside `main` shows a traceback.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
-import molmo_edge
-from molmo_edge.cli import (
-    ablate,
-    ask,
-    bench,
-    caption,
-    chat,
-    count,
-    doctor,
-    eval,
-    export,
-    loss,
-    point,
-    quantize,
-    train,
-    verify,
-)
-from molmo_edge.cli.streams import complain, flush_streams, open_streams
-from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import with_extra
-from molmo_edge.log import shown
-
-app = typer.Typer(
-    name="molmo-edge",
-    help="Ask a photo on your own machine: Molmo without account, cloud or PyTorch.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: it opens in half the time
-)
-_EXTRAS = {ablate: "eval", eval: "eval", export: "export", loss: "eval", quantize: "eval"}  # made for the command
-for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
-    _name = _command.__name__.rpartition(".")[2]
-    app.command()(with_extra(getattr(_command, _name), _name, _EXTRAS.get(_command)))
-app.add_typer(train.app, name="train")
-
-_tracebacks = False
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"molmo-edge {molmo_edge.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error, and what the library logs.")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    global _tracebacks
-    _tracebacks = debug
-    if debug:
-        logging.getLogger("molmo_edge").setLevel(logging.DEBUG)
+INTERRUPTED = 130  # the exit status of a shell's command that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `arguments` are those of the process unless given."""
-    open_streams()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
-    with shown():
-        status = _run(arguments)
-    sys.exit(flush_streams(status))
-
-
-def _end(number: int, frame: object) -> None:
-    """As Ctrl-C does: what a command has begun is cleaned up, temporary folders and its own processes among it."""
-    sys.exit(128 + number)
-
-
-def _run(arguments: Sequence[str] | None) -> int:
     try:
-        app(arguments, prog_name="molmo-edge")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except (MolmoEdgeError, MemoryError, OSError) as error:
-        if _tracebacks:
+        from molmo_edge.cli.interrupts import Interrupts
+
+        with Interrupts(whole_process=arguments is None) as interrupts:
+            from molmo_edge.cli.application import run
+
+            status = run(arguments, interrupts)
+        if status and interrupts.pending:  # whatever the command made of it
+            status = INTERRUPTED
+    except BaseException as error:
+        if not _is_interrupt(error):
             raise
-        complain(" ".join(_sentence(error).split()))
-        return 1
-    return 0
+        status = INTERRUPTED
+    sys.exit(status)
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory: try --max-crops 4, or a smaller image or model"
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a directory that may not be written to
-        name = str(error.filename or "")
-        name = name if len(name) <= 200 else f"{name[:120]}... ({len(name)} characters)"
-        return f"{error.strerror}: {name}" if name else error.strerror
-    return str(error)
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt is among an error's causes: Python wraps one in a RuntimeError in `__set_name__`."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from molmo_edge.cli.application import app
+
+    return app

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.interrupts import settle_interrupt
 from molmo_edge.cli.opening import open_molmo
 from molmo_edge.cli.output import check_save, note, print_stream, progress, save_image
 from molmo_edge.cli.pictures import STDIN, PictureError, is_folder, open_picture
@@ -70,6 +71,7 @@ def _converse(
         except KeyboardInterrupt:  # the line that was being typed is dropped, as in a shell
             if not sys.stdin.isatty():  # a script: Ctrl-C ends it
                 raise
+            settle_interrupt()
             note("\n/quit or Ctrl-D ends the chat")
             continue
         try:
@@ -89,6 +91,7 @@ def _converse(
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
+            settle_interrupt()
             print(flush=True)  # ends the answer's line
             note("cancelled: this question and its answer are not part of the conversation")
 

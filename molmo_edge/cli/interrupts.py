@@ -1,0 +1,69 @@
+"""Remember Ctrl-C: an interrupt may surface as another error, which is then not worth a message.
+
+An extension module that is being imported turns KeyboardInterrupt into ImportError, a descriptor's `__set_name__` into
+RuntimeError, and a destructor loses it.
+"""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_entered: list[Interrupts] = []
+
+
+def settle_interrupt() -> None:
+    """Forget an interrupt that a command has answered itself, as a chat does: it goes on."""
+    for interrupts in _entered:
+        interrupts.pending = False
+
+
+class Interrupts:
+    """Where SIGINT is as Python sets it up: raises KeyboardInterrupt as usual while the block runs, and counts it.
+
+    An error that leaves the block after an interrupt becomes KeyboardInterrupt. `whole_process`: the process ends with
+    the block, and an interrupt during its shutdown ends it at once.
+    """
+
+    def __init__(self, *, whole_process: bool = False) -> None:
+        self.pending = False  # an interrupt arrived that nothing has dealt with yet
+        self._whole_process = whole_process
+        self._ours = False
+        self._hook: Any = None
+
+    def __enter__(self) -> Interrupts:
+        _entered.append(self)
+        on_main = threading.current_thread() is threading.main_thread()
+        # A background job of a shell ignores interrupts, and a program that calls `main` may have a handler.
+        if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+            self._ours = True
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _entered.remove(self)
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self._whole_process else signal.default_int_handler)
+            sys.unraisablehook = self._hook
+        if self.pending and error is not None and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.pending = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, lost: Any) -> None:
+        """Raise an interrupt that a destructor or a callback has swallowed again, a moment after it has returned."""
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            again = threading.Timer(0.01, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            self._hook(lost)
