@@ -6,7 +6,6 @@ import contextlib
 import email.utils
 import hashlib
 import http.client
-import os
 import re
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.not_images import HEAD, kind_of_contents
+from molmo_edge.writing import written_aside
 
 _MOST_BYTES = 100_000_000  # of a picture
 _NOT_YET = 202  # accepted: the host goes on making the picture
@@ -72,9 +72,8 @@ def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.
     data, came_from = _get(url, pause, timeout)
     _check_contents(url, data, came_from, sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{path.name}.{os.getpid()}.{threading.get_ident()}"
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
+    with written_aside(path) as part:
+        part.write_bytes(data)
     return path
 
 

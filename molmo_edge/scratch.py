@@ -24,6 +24,7 @@ from pathlib import Path
 
 from molmo_edge.bundle import cache_directory
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.writing import naming
 
 _PARTIAL, _LOCK = ".molmo-edge-partial", ".molmo-edge-lock"
 _log = logging.getLogger("molmo_edge")
@@ -51,7 +52,8 @@ def work_folder(target: Path) -> Iterator[Path]:
     parent = target.resolve().parent
     name = target.name[:200]  # a name may have 255 bytes
     folder, lock = parent / f".{name}{_PARTIAL}", parent / f".{name}{_LOCK}"
-    handle = _take(lock)
+    with naming(target, lock):
+        handle = _take(lock)
     if handle is None:
         raise BusyError(
             f"another process{_owner(lock)} is writing {target}: wait for it to end, or choose another directory"

@@ -139,3 +139,25 @@ def test_other_wrong_uses(cli: Cli, tmp_path: Path) -> None:
     ):
         found, _, stderr = cli(*arguments)
         assert found == status and message in stderr, (arguments, stderr)
+
+
+def test_a_report_that_cannot_be_written_costs_no_table(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    (report / "loss.json").mkdir(parents=True)  # a rename onto it fails
+    (report / "loss.json" / "full").touch()
+    model = bundle("molmoe")
+    arguments = ["loss", model, model, "--suite", f"photos:{photos}", "--max-crops", 0, "--noise", "none"]
+    status, stdout, stderr = cli(*arguments, "--report", report)
+    assert status == 1 and "all figures" in stdout
+    assert stderr.splitlines()[-1].endswith(f": {report / 'loss.json'}") and ".part" not in stderr
+    assert [path.name for path in report.iterdir()] == ["loss.json"]
+
+
+def test_results_that_cannot_be_written_cost_no_table(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "results.json" / "full").mkdir(parents=True)
+    status, stdout, stderr = cli(
+        "eval", bundle("molmoe"), "--tasks", f"photos:{photos}", "--max-crops", 0, "--out", out
+    )
+    assert status == 1 and "anls" in stdout
+    assert stderr.splitlines()[-1].endswith(f": {out / 'results.json'}")

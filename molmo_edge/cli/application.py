@@ -24,6 +24,7 @@ from molmo_edge.cli import (
     eval,
     export,
     loss,
+    options,
     point,
     quantize,
     train,
@@ -43,9 +44,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: it opens in half the time
 )
 _EXTRAS = {ablate: "eval", eval: "eval", export: "export", loss: "eval", quantize: "eval"}  # made for the command
+_COMMANDS = dict.fromkeys((ask, point, count), options.ImagesAndText)
 for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
     _name = _command.__name__.rpartition(".")[2]
-    app.command()(with_extra(getattr(_command, _name), _name, _EXTRAS.get(_command)))
+    app.command(cls=_COMMANDS.get(_command))(with_extra(getattr(_command, _name), _name, _EXTRAS.get(_command)))
 app.add_typer(train.app, name="train")
 
 _tracebacks = False

@@ -64,12 +64,14 @@ def _converse(
     from molmo_edge.chat import ConversationFull
 
     last: Answer | None = None
+    failed = False
+    typed = sys.stdin.isatty()
     while True:
         try:
             if (line := read_line()) is None or line == "/quit":
-                return
+                break
         except KeyboardInterrupt:  # the line that was being typed is dropped, as in a shell
-            if not sys.stdin.isatty():  # a script: Ctrl-C ends it
+            if not typed:  # a script: Ctrl-C ends it
                 raise
             settle_interrupt()
             note("\n/quit or Ctrl-D ends the chat")
@@ -85,15 +87,19 @@ def _converse(
                 last = print_stream(chat.stream(line, **sampling))
                 _note_turn(last, chat, quiet=quiet)
         except ConversationFull:
+            failed = True
             note(f"molmo-edge: {_FULL}")
         except MolmoEdgeError as error:  # a bad question ends the question, not the conversation
+            failed = True
             note(f"molmo-edge: {error}")
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not typed:
                 raise
             settle_interrupt()
             print(flush=True)  # ends the answer's line
             note("cancelled: this question and its answer are not part of the conversation")
+    if failed and not typed:  # a script cannot see what a person has seen
+        raise typer.Exit(1)
 
 
 def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:

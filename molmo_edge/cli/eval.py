@@ -20,6 +20,7 @@ from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.cli.tasks import Asked, bars, open_suite
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.writing import written_aside
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -202,11 +203,12 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
         name: {group: {score: figure.to_dict() for score, figure in scores.items()} for group, scores in groups.items()}
         for name, groups in results.items()
     }
-    (folder / "results.json").write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
     if json:
         print_json({"model": str(directory), "results": plain})
     else:
         _print_table(results)
+    with written_aside(folder / "results.json") as part:  # after the table, which a full disk must not cost
+        part.write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
     note(f"answers and results are in {folder}", quiet=quiet)
 
 

@@ -71,7 +71,10 @@ def loss(
             says = (f"{KINDS[name].title} {KINDS[name].write(f.value)}" for name, f in measured.figures.items())
             note(f"{measured.facts.name}: {', '.join(says)}", quiet=quiet)
         if report is not None:
-            write_data(so_far, report)
+            try:
+                write_data(so_far, report)
+            except OSError as error:  # it is written again at the end; hours of measuring go on
+                note(f"{error.filename} is not up to date: {error.strerror}", quiet=quiet)
 
     with bars(quiet=quiet) as on_model:
         found = measure_loss(
@@ -86,14 +89,14 @@ def loss(
         )
     if left_out := len(questions) - found.questions:
         note(f"{left_out} questions in words alone were left out", quiet=quiet)
-    if report is not None:
-        with progress("writing the report", quiet=quiet):
-            write_report(found, report)
-        note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
     if json:
         print_json(found.to_dict())
     else:
         _print(found)
+    if report is not None:  # after the tables, which a full disk must not cost
+        with progress("writing the report", quiet=quiet):
+            write_report(found, report)
+        note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
 
 
 def _print(found: Loss) -> None:

@@ -8,9 +8,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+
+from molmo_edge.cli.pictures import names_image
 
 
 def _known_device(device: str) -> str:
@@ -63,10 +66,10 @@ _IMAGE = 'The photo: any file that Pillow reads. After "--" its name may begin w
 _QUESTION = '"Where is the dog?" After "--" it may begin with a dash: photo.jpg -- "-5 or 5 degrees?"'
 _LABEL = 'What to look for: "the dog", "cups". After "--" it may begin with a dash: photo.jpg -- "-5 sign"'
 _IMAGES = 'A photo, several, or a folder of them; "-" reads one from stdin. After "--" its name may begin with a dash.'
-Image = Annotated[Path, typer.Argument(help=_IMAGE, show_default=False)]
+Image = Annotated[Path, typer.Argument(metavar="IMAGE", help=_IMAGE, show_default=False)]
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help=_IMAGES, show_default=False)]
-Question = Annotated[str, typer.Argument(help=_QUESTION, show_default=False)]
-Label = Annotated[str, typer.Argument(help=_LABEL, show_default=False)]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help=_QUESTION, show_default=False)]
+Label = Annotated[str, typer.Argument(metavar="LABEL", help=_LABEL, show_default=False)]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
@@ -133,6 +136,24 @@ class Sampling:
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
             return "--top-k and --top-p change nothing at --temperature 0, which takes the likeliest token"
         return None
+
+
+class ImagesAndText(TyperCommand):
+    """A command of images and one text: of a single argument that names an image the text is missing, not the image."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)  # the parser takes them out
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            missing = getattr(error, "param", None)
+            images, text = (p for p in self.params if p.param_type_name == "argument")
+            if missing is images and error.param_hint is None:
+                # The parser gives the last argument to the text, and images what is before it.
+                only = self.make_parser(ctx).parse_args(given)[0].get(text.name)
+                if isinstance(only, str) and names_image(Path(only)):
+                    error.param = cast(Any, text)
+            raise
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.writing import written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,13 +133,9 @@ def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write `image` whole or not at all. Raises OutputError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it: a rename cannot cross file systems
     options = {"quality": 92} if path.suffix.lower() != ".png" else {}
     try:
-        with part.open("xb") as file:
+        with written_aside(path) as part, part.open("xb") as file:
             image.save(file, _FORMATS[path.suffix.lower()], **options)
-        os.replace(part, path)
     except (OSError, ValueError) as error:  # ValueError: sides past what the format can hold
-        raise OutputError(f"--save {path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise OutputError(f"--save {path} could not be written: {getattr(error, 'strerror', None) or error}") from error

@@ -61,6 +61,11 @@ def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
     return found, len(paths) > 1 or is_folder(paths[0])
 
 
+def names_image(path: Path) -> bool:
+    """Whether an argument is meant as an image rather than as a question or a label."""
+    return path == STDIN or path.suffix.lower() in SUFFIXES or is_file(path) or is_folder(path)
+
+
 def is_folder(path: Path) -> bool:
     """As `Path.is_dir`, for anything that came from a command line."""
     try:

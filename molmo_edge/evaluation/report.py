@@ -23,6 +23,7 @@ from molmo_edge.evaluation.summary import columns, summary
 from molmo_edge.images import load_image
 from molmo_edge.points import Point, parse_points
 from molmo_edge.readable import readable
+from molmo_edge.writing import written_aside
 
 PAGE, DATA = "report.html", "loss.json"
 EXAMPLES = 6  # of each candidate: where its points lie furthest from the reference's
@@ -60,9 +61,8 @@ def write_data(loss: Loss, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with written_aside(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def page(loss: Loss) -> str:

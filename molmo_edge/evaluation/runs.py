@@ -19,6 +19,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.evaluation.stats import Figure, average
 from molmo_edge.molmo import Molmo, Scene
+from molmo_edge.writing import naming, written_aside
 
 RUN = "run.json"
 Line = dict[str, Any]
@@ -89,7 +90,7 @@ def ask(
     part = folder / f"{stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
     if part.exists():
         os.truncate(part, len(_whole_lines(part)))
-    with part.open("a", encoding="utf-8") as file:
+    with naming(part), part.open("a", encoding="utf-8") as file:
         for group in groups:
             left = [question for question in group if question.id not in done]
             scene = _scene(molmo, left[0]) if left else None
@@ -122,9 +123,8 @@ def finish(questions: Sequence[Question], folder: Path, suite: str) -> list[Line
     if any(name not in lines for name in wanted):
         return None
     whole = folder / f"{stem(suite)}.jsonl"
-    scratch = whole.with_name(f".{whole.name}.{os.getpid()}")
-    scratch.write_text("".join(lines[name] for name in wanted), encoding="utf-8")
-    os.replace(scratch, whole)
+    with written_aside(whole) as aside:
+        aside.write_text("".join(lines[name] for name in wanted), encoding="utf-8")
     for part in _parts(folder, suite):
         part.unlink(missing_ok=True)
     return [json.loads(lines[name]) for name in wanted]

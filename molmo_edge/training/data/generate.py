@@ -36,6 +36,7 @@ from molmo_edge.training.data.draw_documents import draw_document
 from molmo_edge.training.data.draw_scenes import Sprites, count_row, draw_scene, point_rows
 from molmo_edge.training.data.draw_tables import draw_table
 from molmo_edge.training.data.drawing import DrawError, Fonts, encode, find_fonts, photographed, softened
+from molmo_edge.writing import written_aside
 
 _DRAWINGS = {
     "charts": draw_chart,
@@ -187,9 +188,8 @@ def _store(kind: str, seed: int, out: Path, materials: Materials, index: int) ->
 
 
 def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
+    with written_aside(path) as part:
+        part.write_bytes(data)
 
 
 # --- processes ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Files that are written whole or not at all; errors name the file that was asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from molmo_edge.cli.output import OutputError, save_image
+from molmo_edge.scratch import work_folder
+from molmo_edge.writing import naming, written_aside
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with written_aside(path) as part:
+        part.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+    with pytest.raises(KeyError), written_aside(path) as part:
+        part.write_text("half")
+        raise KeyError
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "no-folder" / "a.txt"
+    with pytest.raises(FileNotFoundError) as error, written_aside(path) as part:
+        part.write_text("x")
+    assert error.value.filename == str(path)
+    with pytest.raises(OutputError) as refused:
+        save_image(Image.new("RGB", (2, 2)), path.with_suffix(".png"))
+    assert ".part" not in str(refused.value) and str(path.with_suffix(".png")) in str(refused.value)
+    with pytest.raises(FileNotFoundError) as error, work_folder(path):
+        pass
+    assert error.value.filename == str(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as error, naming(tmp_path / "a"), open("/dev/full", "w") as file:
+        file.write("x")
+    assert error.value.filename == str(tmp_path / "a")
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, naming(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+    assert error.value.filename == str(tmp_path / "b")
