@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.config import MolmoConfig
+from molmo_edge.log import shown
 from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.encoding import Encoding
@@ -118,4 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown():
+        main()

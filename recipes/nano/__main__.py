@@ -43,4 +43,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from molmo_edge.log import shown
+
+    with shown():
+        main()
