@@ -123,8 +123,14 @@ def test_workers_change_nothing_and_damage_is_replaced() -> None:
     assert len(mended) == len(clean) and {r.split(":")[0] for r in replaced} == {"words 3", "words 4"}
     drawn = [index in damaged.damaged for _, _, index, _ in draws(Order([30], [1.0], 5, first=8), 28)]
     assert [a != b for a, b in zip(clean, mended, strict=True)] == drawn, "the others stay as they are"
-    with pytest.raises(DataError, match="20 examples in a row"):
-        loaded(Words(frozenset(range(30))), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_keeps_its_own_message(workers: int) -> None:
+    with pytest.raises(DataError) as raised:
+        loaded(Words(frozenset(range(30))), workers)
+    assert str(raised.value).startswith("20 examples in a row") and "\n" not in str(raised.value)
+    assert "words" in str(raised.value) and "Traceback" not in str(raised.value)
 
 
 FAILING_WORKER = """
@@ -148,6 +154,7 @@ def test_a_run_whose_worker_fails_exits() -> None:
     command = [sys.executable, "-c", FAILING_WORKER, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "a fault of the data set" in done.stderr
+    assert "is killed by signal" not in done.stderr, "the end of the workers is no error of its own"
 
 
 # --- schedules, parts, guard ------------------------------------------------------------------------------------------

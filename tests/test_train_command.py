@@ -148,6 +148,17 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     assert "points.csv" in capsys.readouterr().err
 
 
+def test_data_that_cannot_be_used_is_one_sentence(small_molmoe: Path, tmp_path: Path) -> None:
+    folder = write_points(tmp_path / "points", side=600)
+    options = ["--from", small_molmoe, "--out", tmp_path / "run", *SMALL, "--sequence", "64", "--workers", "1"]
+    arguments = [sys.executable, "-m", "molmo_edge.cli", "train", "points", *map(str, [folder, *options])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("molmo-edge: 20 examples in a row cannot be used"), done.stderr
+    assert not any(word in done.stderr for word in ("Traceback", "worker", "rank0"))
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(small_molmoe: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--from", small_molmoe, "--data", data, "--out", run, *SMALL, "--steps", "400", "--workers", "1"]

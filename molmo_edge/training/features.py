@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from molmo_edge.images import ImageProcessor, PreparedImage, load_image
 from molmo_edge.log import shown, steps_log
@@ -28,6 +28,7 @@ from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.training.assets import Assets, load_assets
 from molmo_edge.training.photos import Photo, augment, load_photos
 from molmo_edge.training.scenes import draw_scene
+from molmo_edge.training.workers import Loader
 
 Picture = tuple[np.ndarray, dict[str, Any]]  # rgb uint8 [h, w, 3] and its annotation
 
@@ -105,7 +106,7 @@ def write_features(
     vision = model.vision.to(torch.bfloat16)
     device = next(vision.parameters()).device
     started, done = time.monotonic(), 0
-    loader = DataLoader(_Prepared(missing, processor), batch_size=batch, num_workers=1, collate_fn=list)
+    loader = Loader(_Prepared(missing, processor), batch_size=batch, num_workers=1, collate=list)
     for group in loader:
         crops = np.concatenate([prepared.crops for _, prepared, _ in group])
         features = vision(torch.from_numpy(crops).to(device, torch.bfloat16)).half().cpu().numpy()

@@ -6,21 +6,20 @@ must neither end a run nor let ranks go apart.
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing.util  # imported here: it registers its own end of workers with atexit
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
 from molmo_edge.training.examples import DataSet
 from molmo_edge.training.mixture import Draw, Order
 from molmo_edge.training.stopping import ignore_interrupts
+from molmo_edge.training.workers import Loader
 
 _TRIES = 20  # neighbours in a row that may be damaged
 
@@ -108,7 +107,7 @@ def open_loader(
     workers: int = 0,
     length: int | None = None,
     pin: bool = False,
-) -> DataLoader[MicroBatch]:
+) -> Loader[MicroBatch]:
     """Micro-batches from `step` on. workers: processes that read ahead, 0 for none; their number changes nothing.
 
     length: tokens that every batch is padded to; its own longest sequence when None. A worker that is stuck for
@@ -118,26 +117,22 @@ def open_loader(
     if workers:
         # Several batches ahead each, so that one slow picture is made up for before anyone waits.
         options = {"prefetch_factor": 4, "timeout": 600, "worker_init_fn": ignore_interrupts}
-    return DataLoader(
+    return Loader(
         samples,
         batch_sampler=MicroBatches(order, share, step, steps),
         num_workers=workers,
-        collate_fn=_Collate(length),
+        collate=_Collate(length),
         pin_memory=pin,
         **options,
     )
 
 
-def start(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
-    """The loader's batches. Its workers are killed when this process exits, whatever ended it.
+def start(loader: Loader[MicroBatch]) -> Iterator[MicroBatch]:
+    """The loader's batches. Workers start at once, and read ahead before the first batch is asked for.
 
-    They ignore SIGTERM (see `ignore_interrupts`), by which multiprocessing ends them at exit and then waits: without
-    this, a run that fails while a traceback holds the loader would never exit.
+    Raises DataError, from whichever process it comes, with its own message.
     """
-    before = set(multiprocessing.active_children())
-    batches = iter(loader)
-    for worker in set(multiprocessing.active_children()) - before:
-        atexit.register(worker.kill)  # runs before what multiprocessing registered when it was imported
+    batches: Iterator[MicroBatch] = iter(loader)
     return batches
 
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from molmo_edge.log import shown, steps_log
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
@@ -33,6 +32,7 @@ from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.batches import IGNORED, Batch, PackedQuestions, Visits, collate, to_device
 from molmo_edge.training.features import Sample, read_sample
 from molmo_edge.training.grounding import looking_loss, naming_loss
+from molmo_edge.training.workers import Loader
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,9 @@ class Run:
         self._stage("answer", self.config.steps, self.config.batch)
         self.export()
 
-    def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> DataLoader[Batch]:
+    def _batches(self, data: PackedQuestions, batch: int, first: int, steps: int, seed: int) -> Loader[Batch]:
         sampler = Visits(data.groups, batch, first, steps, seed)
-        return DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, prefetch_factor=6)
+        return Loader(data, batch_sampler=sampler, collate=collate, num_workers=1, prefetch_factor=6)
 
     def _stage(self, stage: str, steps: int, size: int) -> None:
         c, first = self.config, self.step[stage]
