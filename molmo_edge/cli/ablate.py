@@ -10,7 +10,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import note, print_json
+from molmo_edge.cli.output import note, print_json, print_table
 from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
@@ -130,14 +130,5 @@ def _figures(part: Ablated) -> list[str]:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], asked: str) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(padding=(0, 1))
-    for i, head in enumerate(heads):
-        table.add_column(escape(head), justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    print_table(heads, rows)
     print(f"{asked}; brackets: 95 % intervals")

@@ -17,7 +17,7 @@ import typer
 import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.tasks import Asked, bars, open_suite
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.writing import written_aside
@@ -213,18 +213,10 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
 
 
 def _print_table(results: Results) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for title in ("what", "score"):
-        table.add_column(title)
-    for title in ("%", "95 % between", "n"):
-        table.add_column(title, justify="right")
+    rows = []
     for groups in results.values():
         for group, scores in groups.items():
             for score, f in scores.items():
                 ends = "?" if math.isnan(f.low) else f"{100 * f.low:.1f} and {100 * f.high:.1f}"
-                table.add_row(escape(group), escape(score), f"{100 * f.value:.1f}", ends, str(f.n))
-    Console().print(table)
+                rows.append([group, score, f"{100 * f.value:.1f}", ends, str(f.n)])
+    print_table(("what", "score", "%", "95 % between", "n"), rows, left=2)

@@ -13,7 +13,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.cli.output import console, note, print_json, progress
 
 _PRECISION = (
     'onnx: "fp32", "fp16" (GPUs), "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 '
@@ -128,10 +128,10 @@ def _safetensors(checkpoint: Path, out: Path, precision: str, *, json: bool, qui
 @contextmanager
 def _bar(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where somebody is looking; what it yields takes the part done and the whole."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bars:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bars:
         task = bars.add_task(text)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

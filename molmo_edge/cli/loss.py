@@ -9,7 +9,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
-from molmo_edge.cli.output import note, print_json, progress
+from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites
 
 if TYPE_CHECKING:
@@ -100,18 +100,11 @@ def loss(
 
 
 def _print(found: Loss) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from molmo_edge.evaluation.summary import columns, summary
 
-    console = Console()
-    console.print(
+    print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
-        f"{found.images} images, {found.questions} questions",
-        highlight=False,
-        markup=False,
+        f"{found.images} images, {found.questions} questions"
     )
     shown = columns(found)
     heads = [_head(measured, found) for measured in shown]
@@ -122,16 +115,8 @@ def _print(found: Loss) -> None:
     ]
     for i, (titles, rows) in enumerate(tables):
         if rows:
-            table = Table(padding=(0, 1), show_lines=i == 0)
-            for j, title in enumerate(titles):
-                table.add_column(escape(title), justify="right" if i and j else "left")
-            for row in rows:
-                table.add_row(*map(escape, row))
-            console.print(table)
-    console.print(
-        "Brackets: 95 % intervals. Scores: the candidate's and its change. Noise: the reference against itself.",
-        highlight=False,
-    )
+            print_table(titles, rows, lines=i == 0)
+    print("Brackets: 95 % intervals. Scores: the candidate's and its change. Noise: the reference against itself.")
 
 
 def _head(measured: Measured, found: Loss) -> str:

@@ -15,10 +15,12 @@ from molmo_edge.writing import written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.console import Console
 
     from molmo_edge.answer import Answer
     from molmo_edge.molmo import Stream
 
+_UNLIMITED = 10_000  # columns
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -39,10 +41,45 @@ def progress(text: str, *, quiet: bool = False) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
+    from rich.text import Text
+
+    with console(stderr=True).status(Text(text)):
+        yield
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that shows text as it is: names that users chose may look like emoji codes or markup.
+
+    Where nobody looks at a terminal, lines are as long as they have to be.
+    """
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.file.isatty():
+        made.width = _UNLIMITED
+    return made
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, lines: bool = False) -> None:
+    """Print a table on stdout. Long cells wrap between words; no word is ever cut or left out.
+
+    Args:
+        heads: Title of each column. Line breaks are kept.
+        rows: As many cells as titles each.
+        left: Columns that are aligned left from the first; the others are aligned right.
+        lines: Whether to draw lines between rows.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(padding=(0, 1), show_lines=lines)
+    for i, cells in enumerate(zip(heads, *rows, strict=True)):
+        longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+        table.add_column(Text(cells[0]), justify="left" if i < left else "right", min_width=longest)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console().print(table, crop=False)  # a line that the terminal breaks can still be read
 
 
 def print_json(data: dict[str, Any]) -> None:

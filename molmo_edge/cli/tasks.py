@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molmo_edge.bundle import is_hub_id
-from molmo_edge.cli.output import note, progress
+from molmo_edge.cli.output import console, note, progress
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -76,11 +76,10 @@ def open_suites(
 @contextmanager
 def bars(*, quiet: bool) -> Iterator[Callable[..., Callable[[], None]]]:
     """Yields a function (text, total, done=0) that adds a bar on stderr and returns what advances it by one."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as shown:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), disable=quiet or not sys.stderr.isatty()) as shown:
 
         def add(text: str, total: int, done: int = 0) -> Callable[[], None]:
             task = shown.add_task(text, total=total, completed=done)
