@@ -281,5 +281,6 @@ def _download(hub_id: str, configs: Sequence[str], split: str) -> Path:
     except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
         raise RowsError(
             f"{hub_id} cannot be had from the hub: {first_line(error)}. Ask again, or fetch it elsewhere "
-            f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DIR) and name that folder"
+            f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DATA/NAME, NAME "
+            "as the data set is called here) and pass --data DATA"
         ) from error

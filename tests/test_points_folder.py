@@ -274,7 +274,8 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
     with pytest.raises(PointsError) as error:
         open_points(folder)
     said = str(error.value)
-    assert "15 of the 16 pictures that" in said and "broken.png is no picture that can be read" in said
+    assert "15 of the 16 pictures that" in said and "broken.png is no picture that can be read: " in said
+    assert "damaged or cut short" in said or "not an image" in said
     assert "gone8.png is not there" in said and "gone9.png" not in said and said.endswith("and 5 more")
 
 
@@ -292,7 +293,7 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
         ("points.csv", "image,label,x,y\n,cup,1,1\n", "line 2 of .* names no picture"),
         ("points.csv", "image,label,x,y\na.png\n", "line 2 of .* has no label"),
         ("points.csv", "picture,label,x,y\n", "begins with 'picture,label,x,y': its first line has to be image,label"),
-        ("points.csv", "", "begins with ''"),
+        ("points.csv", "", "is empty: its first line .* image,label,x,y .* or image,label,x_percent"),
         ("points.csv", "image,label,x,y\n", "has no picture with a point or a question"),
         ("points.csv", "image,label,x,y\na.png,caf\xe9,1,1\n", r"points\.csv cannot be read as UTF-8"),
         ("rows.jsonl", '{"image": "a.png"}\n{', 'line 1 of .* has no list "points"'),

@@ -158,7 +158,9 @@ def test_one_split_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert len(load_rows("owner/name", (), "test", None)) == 3
     assert asked[0] == {"id": "owner/name", "repo_type": "dataset", "allow_patterns": ["data/test-*.parquet"]}
-    with pytest.raises(RowsError, match=r"owner/gone cannot be had from the hub: no route\. .*hf download owner/gone"):
+    with pytest.raises(
+        RowsError, match=r"owner/gone cannot be had from the hub: no route\. .*hf download owner/gone.*--data"
+    ):
         load_rows("owner/gone", ("A", "B"), "test", None)
     assert asked[1]["allow_patterns"] == ["A/test-*.parquet", "B/test-*.parquet"]
 

@@ -225,3 +225,12 @@ def test_a_limit_is_spread_over_all() -> None:
 def test_questions_that_suites_share_are_asked_once() -> None:
     questions = suite("nano-val", limit=2)
     assert unique([*questions, *questions]) == questions
+
+
+def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match="there is no folder"):
+        suite(f"photos:{tmp_path / 'dog'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MolmoEdgeError) as raised:
+        suite(f"photos:{tmp_path / 'empty'}")
+    assert "there is no folder" not in str(raised.value)

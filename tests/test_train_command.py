@@ -134,6 +134,8 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     capsys.readouterr()
     assert command("train", "points", folder, "--from", small_molmoe, "--out", small_molmoe) == 1
     assert "is the checkpoint itself" in capsys.readouterr().err
+    assert command("train", "points", folder, "--from", small_molmoe, "--out", folder / ".") == 1
+    assert "is the folder of the pictures" in capsys.readouterr().err
     assert command("train", "points", folder, "--from", "nano", "--out", run) == 1
     assert "nano is a bundle, and training begins with a checkpoint" in capsys.readouterr().err
     other = write_points(tmp_path / "other")
@@ -157,6 +159,18 @@ def test_data_that_cannot_be_used_is_one_sentence(small_molmoe: Path, tmp_path: 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("molmo-edge: 20 examples in a row cannot be used"), done.stderr
     assert not any(word in done.stderr for word in ("Traceback", "worker", "rank0"))
+
+
+@pytest.mark.parametrize(("batch", "ranks", "micro"), [(1, 1, 1), (6, 1, 3), (8, 1, 4), (8, 4, 2)])
+def test_the_default_micro_batch_divides_the_batch(
+    batch: int, ranks: int, micro: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from molmo_edge.cli.train_options import changed
+    from molmo_edge.training.recipe import Recipe
+
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    options = {"rates": None, "states": "fp32", "sequence": None, "steps": None, "micro": None, "batch": batch}
+    assert changed(Recipe(10, 16, ()), **options).micro == micro
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(small_molmoe: Path, data: Path, tmp_path: Path) -> None:

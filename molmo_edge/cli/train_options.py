@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,7 +104,17 @@ def changed(
         parts[part] = Rate(peaks.get(part, stage.peak), max(1, round(stage.warmup * shorter)))
     optimizer = dataclasses.replace(recipe.optimizer, states=states, **parts)
     encoding = dataclasses.replace(recipe.encoding, **given(sequence=sequence))
+    if rest["micro"] is None:
+        rest["micro"] = _micro(rest["batch"] or recipe.batch, recipe.micro)
     return dataclasses.replace(recipe, frozen=frozen, optimizer=optimizer, encoding=encoding, **given(**rest))
+
+
+def _micro(batch: int, most: int) -> int:
+    """The largest number of sequences at once, up to `most`, that divides a rank's share of the batch."""
+    share, rest = divmod(batch, int(os.environ.get("WORLD_SIZE", "1")))
+    if rest or not share:  # refused by the trainer, with the numbers
+        return most
+    return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
 
 
 def _peaks(text: str) -> dict[str, float]:

@@ -73,6 +73,8 @@ def points(
     from molmo_edge.training.recipe import recipe_for
     from molmo_edge.training.trainer import Data
 
+    if out.resolve() == folder.resolve():
+        raise options.TrainError(f"--out {out} is the folder of the pictures: name another directory for the run")
     lora = LoraConfig(rank, expert_rank, targets=options.names(targets), whole=options.names(whole))
     recipe = options.changed(
         recipe_for("points"),

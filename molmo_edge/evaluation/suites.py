@@ -54,6 +54,8 @@ def suite(
         if kind == "photos" and not folder:
             raise SuiteError("photos:DIR names the folder with the photos and their annotations.jsonl")
         pictures = own_scenes(SCENES) if kind == "nano-val" else []
+        if folder and not Path(folder).is_dir():
+            raise SuiteError(f"{name}: there is no folder {folder}")
         if folder:
             pictures += folder_pictures(Path(folder))
         return _some_questions(name, evenly(pictures, limit))

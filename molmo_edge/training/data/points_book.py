@@ -184,8 +184,8 @@ class Book:
                 return f"{printable(page.name)} is not there"
             try:
                 height, width = load_image(page.path).shape[:2]
-            except ImageError:
-                return f"{printable(page.name)} is no picture that can be read"
+            except ImageError as error:
+                return f"{printable(page.name)} is no picture that can be read: {error}"
             return width, height
 
         with ThreadPoolExecutor(min(_DECODERS, available_cores())) as pool:

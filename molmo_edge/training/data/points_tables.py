@@ -32,7 +32,10 @@ def read_csv(path: Path, book: Book) -> None:
     _, columns = next(rows, ("", []))
     units = [unit for unit in (_PIXELS, _PERCENTS) if set(unit) <= set(columns)]
     if not units or not {"image", "label"} <= set(columns):
-        raise PointsError(f"{path} begins with {head.strip()!r}: its first line has to be image,label,x,y")
+        begins = f"begins with {head.strip()!r}" if text.strip() else "is empty"
+        raise PointsError(
+            f"{path} {begins}: its first line has to be image,label,x,y (pixels) or image,label,x_percent,y_percent"
+        )
     if len(units) > 1:
         raise PointsError(f"{path} has both {','.join(_PIXELS)} and {','.join(_PERCENTS)}: keep one of the two")
     unit, frame = units[0], PERCENT if units[0] == _PERCENTS else SHOWN
