@@ -119,7 +119,8 @@ def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None 
 
         return fetch_model(str(model), revision, to_run=to_run)
     if revision is not None:
-        raise BundleError(f"a revision is for a model of the hub, owner/name, but the model is {model}")
+        given = "none is named" if model is None else f"the model is {model}"
+        raise BundleError(f"a revision is for a model of the hub, owner/name, but {given}")
     if model is None:
         return default_bundle()
     if not isinstance(model, (str, os.PathLike)):

@@ -51,7 +51,8 @@ def _check(config: Any) -> None:
         if not fits:
             raise ConfigError(f"{name} must be {f.type}, it is {value!r}")
         if kind in ("int", "float") and not more and not (value > 0 or (value == 0 and f.name in _MAY_BE_ZERO)):
-            raise ConfigError(f"{name} must be positive, it is {value}")
+            allowed = "positive or 0" if f.name in _MAY_BE_ZERO else "positive"
+            raise ConfigError(f"{name} must be {allowed}, it is {value}")
 
 
 def _is(kind: str, value: Any) -> bool:

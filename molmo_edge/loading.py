@@ -85,7 +85,7 @@ def load_image(image: ImageLike) -> np.ndarray:
 
 def _from_path(path: str | os.PathLike[str]) -> np.ndarray:
     text = os.fsdecode(path)
-    name = _shorten(text)
+    name = _shorten(re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", r"\1://", text))  # Path("https://...") lost one
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; failing to open is not failing to read
     except IsADirectoryError:

@@ -8,6 +8,11 @@ _TAG = re.compile(r'<points? [^<]*?"\s*>|</points?>')
 _BEGINNINGS = ("<point ", "<points ", "</point>", "</points>")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 crop", "2 crops"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def readable(text: str) -> str:
     """`text` without point tags: '<point x="1.0" y="2.0" alt="dog">dog</point>' is "dog"."""
     strip = TagStripper()

@@ -103,6 +103,8 @@ def _run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
         if interrupts.pending:
             return INTERRUPTED
         if isinstance(error, _WrongUse):
+            if type(error).__name__ == "NoSuchOption":
+                complain('what follows "--" may begin with a dash: a file\'s name, a question, a label')
             error.show()  # type: ignore[attr-defined]
             return error.exit_code  # type: ignore[attr-defined]
         if isinstance(error, typer.Abort):

@@ -16,6 +16,7 @@ from molmo_edge.cli.opening import open_molmo
 from molmo_edge.cli.output import check_save, note, print_stream, progress, save_image
 from molmo_edge.cli.pictures import STDIN, PictureError, is_folder, open_picture
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.readable import counted
 
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer
@@ -106,7 +107,10 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
     if chat.full:
         note(_FULL, quiet=quiet)
     elif not answer.complete:
-        note(f"cut off after {answer.usage.tokens.generated} tokens: --max-new-tokens allows more", quiet=quiet)
+        note(
+            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: --max-new-tokens allows more",
+            quiet=quiet,
+        )
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
     note(
         f"{tokens.prefilled} of {tokens.image + tokens.prompt} tokens read, {tokens.generated} out; "

@@ -11,6 +11,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.opening import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites
+from molmo_edge.readable import counted
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss, Measured
@@ -104,7 +105,7 @@ def _print(found: Loss) -> None:
 
     print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
-        f"{found.images} images, {found.questions} questions"
+        f"{counted(found.images, 'image')}, {counted(found.questions, 'question')}"
     )
     shown = columns(found)
     heads = [_head(measured, found) for measured in shown]

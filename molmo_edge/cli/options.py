@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,12 @@ def _known_llama(text: str | None) -> str | None:
     return text
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"it must be a finite number, it is {value:g}")
+    return value
+
+
 def _share(value: float) -> float:
     if not 0.0 < value <= 1.0:
         raise typer.BadParameter(f"it must be above 0 and at most 1, it is {value:g}")
@@ -93,7 +100,8 @@ _SAVE = "Write the photo with the points drawn in: .png, .jpg or .webp. For seve
 Save = Annotated[Path | None, typer.Option(help=_SAVE)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Cut the answer off after this many tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer, the same each time.")]
+_TEMPERATURE = "0: the likeliest answer, the same each time."
+Temperature = Annotated[float, typer.Option(min=0.0, help=_TEMPERATURE, callback=_finite)]
 Seed = Annotated[int | None, typer.Option(min=0, help="With a temperature: repeats the same draw.")]
 TopK = Annotated[int, typer.Option(min=0, help="With a temperature: only the likeliest K tokens; 0: all.")]
 _TOP_P = "With a temperature: only the likeliest tokens that together have this probability."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.readable import counted
 from molmo_edge.writing import written_aside
 
 if TYPE_CHECKING:
@@ -110,11 +111,15 @@ def print_points(answer: Answer) -> None:
 def note_usage(answer: Answer, *, quiet: bool) -> None:
     """What it took, and whether the answer was cut off."""
     if not answer.complete:
-        note(f"cut off after {answer.usage.tokens.generated} tokens: --max-new-tokens allows more", quiet=quiet)
+        note(
+            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: --max-new-tokens allows more",
+            quiet=quiet,
+        )
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
     first = seconds.load + seconds.total - seconds.decode
     note(
-        f"{answer.usage.crops} crops, {tokens.image + tokens.prompt} tokens in, {tokens.generated} out; "
+        f"{counted(answer.usage.crops, 'crop')}, {counted(tokens.image + tokens.prompt, 'token')} in, "
+        f"{tokens.generated} out; "
         f"first token after {first:.2f} s, all after {first + seconds.decode:.2f} s",
         quiet=quiet,
     )

@@ -10,6 +10,7 @@ import typer
 
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note, progress
+from molmo_edge.readable import counted
 
 _FOLDER = "Pictures with points.csv (image,label,x,y), COCO's annotations.json, LabelMe's files, or rows.jsonl."
 _WHOLE = 'Parts trained whole: "connector", "vision", or none.'
@@ -112,8 +113,8 @@ def points(
         if here.first:
             for each in left_out:
                 note(each)
-            note(f"{len(train)} pictures to train on, {len(held_back)} to validate with")
-            note(f"{recipe.steps} steps of {recipe.batch} sequences")
+            note(f"{counted(len(train), 'picture')} to train on, {len(held_back)} to validate with")
+            note(f"{counted(recipe.steps, 'step')} of {counted(recipe.batch, 'sequence')}")
         model = build_adapted(directory, recipe, here, lora, base.value)
         data = Data([train], [1.0], [held_back] if len(held_back) else ())
         merged_in = MERGED_IN.get(merge_dtype.value)

@@ -56,6 +56,11 @@ def drifts(loss: Loss) -> str:
         label = f"{m.facts.name}: {sum(d == 0 for d in distances)} of {len(distances)} points did not move"
         axes.hist(distances, bins=edges, histtype="step", linewidth=1.6, color=colour, label=label)
     axes.set_yscale("symlog")
+    highest = axes.get_ylim()[1]
+    steps = [0, *(digit * 10**power for power in range(9) for digit in (1, 2, 5))]
+    axes.set_yticks([step for step in steps if step <= highest], minor=False)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("drift of a point, % of the image's diagonal")
     axes.set_ylabel("points")
     axes.legend(frameon=False, fontsize=9)
