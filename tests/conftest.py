@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from molmo_edge.molmo import Molmo
 from molmo_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.append(str(Path(__file__).parent.parent))  # last: recipes/ is not installed, everything else is
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
