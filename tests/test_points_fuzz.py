@@ -18,6 +18,7 @@ FOLDERS = 100  # of each form
 # What is wrong with a whole file or folder has no line.
 _WHOLE = re.compile(
     r"of no use: |has no picture with a point|cannot be read as UTF-8|is not JSON|begins with |has several columns|"
+    r"is empty: its first line|"
     r"has both |names no picture|needs a list|is not as COCO has it|holds nothing that says|says that .* has no |"
     r"is about a picture of |(width|height) is |the picture's name is damaged"
 )
