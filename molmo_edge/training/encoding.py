@@ -78,7 +78,8 @@ class Encoder:
             annotations = [annotations[int(i)] for i in rng.permutation(len(annotations))]
         messages = [write(annotation, rng) for annotation in annotations]
         special, n = self.tokenizer.special, self.encoding.sequence
-        image = self._image(example)
+        rgb = None if example.image is None else load_image(example.image)
+        image = self._image(rgb)
         packed = pack(
             self.tokenizer,
             image.tokens,
@@ -98,9 +99,8 @@ class Encoder:
         overview, targets = image.overview, None
         if overview is not None:
             overview = replace(overview, positions=overview.positions[chosen])
-        if example.regions is not None:
-            height, width = load_image(example.image).shape[:2]
-            targets = make_targets(example.regions, self.image, image.tiling, height, width, chosen)
+        if example.regions is not None and rgb is not None:
+            targets = make_targets(example.regions, self.image, image.tiling, *rgb.shape[:2], chosen)
         seed = int(rng.integers(1 << 62))
         return Sample(packed, image.crops[chosen], image.masks[chosen], index[chosen], seed, overview, targets)
 
@@ -110,14 +110,14 @@ class Encoder:
             return list(range(n))
         return [0, *sorted(1 + int(i) for i in rng.permutation(n - 1)[: self.encoding.crops])]
 
-    def _image(self, example: Example) -> PreparedImage:
+    def _image(self, rgb: np.ndarray | None) -> PreparedImage:
         """Of a text alone, everything is empty."""
         c = self.image
-        if example.image is None:
+        if rgb is None:
             shapes = (0, c.patches**2, c.patch_size**2 * 3), (0, c.patches**2), (0, c.cells**2)
             crops, masks, index = (np.zeros(shape, np.float32) for shape in shapes)
             return PreparedImage(crops, masks, np.zeros(0, np.int32), index.astype(np.int32), (0, 0))
-        return ImageProcessor(c, self.tokenizer.special)(load_image(example.image))
+        return ImageProcessor(c, self.tokenizer.special)(rgb)
 
 
 @dataclass
