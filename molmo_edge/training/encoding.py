@@ -100,7 +100,8 @@ class Encoder:
         if overview is not None:
             overview = replace(overview, positions=overview.positions[chosen])
         if example.regions is not None and rgb is not None:
-            targets = make_targets(example.regions, self.image, image.tiling, *rgb.shape[:2], chosen)
+            height, width = rgb.shape[:2]
+            targets = make_targets(example.regions, self.image, image.tiling, height, width, chosen)
         seed = int(rng.integers(1 << 62))
         return Sample(packed, image.crops[chosen], image.masks[chosen], index[chosen], seed, overview, targets)
 
