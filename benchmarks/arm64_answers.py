@@ -114,7 +114,7 @@ def ask(work: Path, machine: str, follow: str | None, threads: int, nudge: int |
 def _asked(
     work: Path, name: str, told: list[dict[str, Any]] | None, threads: int, nudge: int | None
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    from molmo_edge.bundle import default_bundle, load_tokenizer
+    from molmo_edge.checkpoints.bundle import default_bundle, load_tokenizer
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
 

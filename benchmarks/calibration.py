@@ -4,7 +4,7 @@
     python benchmarks/calibration.py --photos PHOTOS --engine gguf          # the same on llama.cpp
     python benchmarks/calibration.py --photos PHOTOS --checkpoint DIR
 
-PHOTOS is a directory in the format of `molmo_edge.training.photos`. Prompts with their annotated answers from its
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`. Prompts with their annotated answers from its
 `train` split calibrate; photos of its `val` split are asked, and at each token of fp32's own greedy answer the
 candidates' distributions are held against fp32's. Vision, connector and embeddings are fp32's everywhere.
 """
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import TOKENIZER, default_bundle, load_tokenizer
+from molmo_edge.checkpoints.bundle import TOKENIZER, default_bundle, load_tokenizer
+from molmo_edge.data.annotated_photos import load_photos
 from molmo_edge.export import export_bundle, load_bundle_weights
-from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.points import format_points
-from molmo_edge.prompt import point_question, text_ids
+from molmo_edge.frontend.points import format_points
+from molmo_edge.frontend.prompts import point_question, text_ids
+from molmo_edge.modeling.weights import save_checkpoint
 from molmo_edge.quantize.calibration import MOST, PROMPTS
 from molmo_edge.runtimes import open_runtime
-from molmo_edge.training.photos import load_photos
 
 ONNX: dict[str, dict[str, Any]] = {
     f"{word}{', zero points' if asymmetric else ''}, blocks of {block}{', calibrated' if calibrated else ''}": {

@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_sources import open_tensors, stored_bytes
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import open_tensors, stored_bytes
-from molmo_edge.modeling.layout import hub_shapes
 
 _COPY = "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
 _EXPORT = "from molmo_edge.cli import main; main()"

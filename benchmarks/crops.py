@@ -3,7 +3,8 @@
     python benchmarks/crops.py --photos PHOTOS --limit 60            # the embedded nano
     python benchmarks/crops.py --model BUNDLE --image photo.jpg      # times alone, of any bundle
 
-PHOTOS is a directory in the format of `molmo_edge.training.photos`; its `val` split is used, the same photos for each
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; its `val` split is used, the same photos
+for each
 row. Prints a table and, last, one line of JSON.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from molmo_edge import Molmo
 from molmo_edge.evaluation.nano import Case, evaluate, photo_cases
-from molmo_edge.images import load_image
+from molmo_edge.frontend.crops import load_image
 
 QUESTION = "Describe this image."
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama import LlamaRuntime
 

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from molmo_edge.checkpoints.hub_config import write_hub_config
+from molmo_edge.checkpoints.pickles import read_pickle
+from molmo_edge.checkpoints.safetensors_files import ShardWriter
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_sources import PICKLE
 from molmo_edge.config import PRESETS, MolmoConfig
-from molmo_edge.hub_config import write_hub_config
-from molmo_edge.modeling.checkpoint import PICKLE
-from molmo_edge.modeling.layout import hub_shapes
-from molmo_edge.modeling.pickles import read_pickle
-from molmo_edge.modeling.shards import ShardWriter
-from molmo_edge.tokenizer import END_OF_TEXT
+from molmo_edge.frontend.tokenizer import END_OF_TEXT
 
 _STD = 0.02
 _CHUNK = 1 << 22  # values that one thread draws at a time

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from molmo_edge.config import ImageConfig
-from molmo_edge.images import ImageProcessor
+from molmo_edge.frontend.crops import ImageProcessor
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import molmo_edge  # noqa: F401 - it switches off the usage reports of onnxrunti
 # isort: split
 import onnxruntime
 
-from molmo_edge.bundle import Bundle, open_bundle
+from molmo_edge.checkpoints.bundle import Bundle, open_bundle
 from molmo_edge.runtimes.onnx import OnnxCache, is_large
 
 _EXPERTS = ".experts."

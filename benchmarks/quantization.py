@@ -2,10 +2,11 @@
 
     python benchmarks/quantization.py --photos PHOTOS --out DIR [--limit 45] [--only onnx-int8,...]
 
-PHOTOS is a directory in the format of `molmo_edge.training.photos`; its `train` split calibrates, its `val` split and
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; its `train` split calibrates, its `val`
+split and
 the scenes of nano-val are asked about. The reference is nano in float32. What is stored of nano is rounded to eight
 bits, and rounding that again would seem free: each weight of the reference is a random one of those that round to what
-is stored (molmo_edge.export.unpack.BundleTensors, dither).
+is stored (molmo_edge.export.bundle_weights.BundleTensors, dither).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 
 from calibration import write_prompts
 
-from molmo_edge.bundle import TOKENIZER, default_bundle
+from molmo_edge.checkpoints.bundle import TOKENIZER, default_bundle
 from molmo_edge.evaluation.loss import Model, measure_loss
 from molmo_edge.evaluation.report import write_data, write_report
 from molmo_edge.evaluation.suites import suite
 from molmo_edge.export import export_bundle, load_bundle_weights
-from molmo_edge.modeling.loading import save_checkpoint
+from molmo_edge.modeling.weights import save_checkpoint
 
 SEED = 6
 _ROWS = ("vision_encoder", "connector", "embed_tokens", "attention", "experts", "head")

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.modeling.loading import load_part
-from molmo_edge.quantize.errors import sample_crops
+from molmo_edge.export.component_errors import sample_crops
+from molmo_edge.modeling.weights import load_part
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
 

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import pip_command
+from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.export.bundle import CheckPhoto, check_bundle_wishes, export_bundle
-    from molmo_edge.export.checkpoint import check_checkpoint_wishes, export_checkpoint
+    from molmo_edge.export.bundle_weights import load_bundle_weights
     from molmo_edge.export.optimum import export_with_optimum, quantize_with_optimum
-    from molmo_edge.export.unpack import load_bundle_weights
+    from molmo_edge.export.safetensors_checkpoint import check_checkpoint_wishes, export_checkpoint
 
 _HOME = {
     "CheckPhoto": "bundle",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import molmo_edge
-from molmo_edge.bundle import (
+from molmo_edge.checkpoints.bundle import (
     FORMAT,
     FORMAT_VERSION,
     GRAPHS,
@@ -25,27 +25,27 @@ from molmo_edge.bundle import (
     sha256_of,
     write_manifest,
 )
+from molmo_edge.checkpoints.tensor_names import head_name
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.export import ExportError
-from molmo_edge.export.connector import connector
-from molmo_edge.export.decoder import decoder, embed_tokens
-from molmo_edge.export.graph import FP32, Graph, Precision
+from molmo_edge.export.component_errors import component_errors
+from molmo_edge.export.connector_graph import connector
+from molmo_edge.export.decoder_graph import decoder, embed_tokens
+from molmo_edge.export.graph_builder import FP32, Graph, Precision
+from molmo_edge.export.int4_graph import Int4
+from molmo_edge.export.options import Wishes, check_wishes
 from molmo_edge.export.source import open_source
 from molmo_edge.export.staging import publish, staged
-from molmo_edge.export.vision import vision_encoder
-from molmo_edge.export.wishes import Wishes, check_wishes
-from molmo_edge.images import ImageProcessor
-from molmo_edge.loading import load_image
-from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.layout import head_name
-from molmo_edge.prompt import build_prompt
-from molmo_edge.quantize.errors import component_errors
-from molmo_edge.quantize.int4 import Int4
-from molmo_edge.quantize.ranges import WATCHED, largest_values, too_large
+from molmo_edge.export.vision_graph import vision_encoder
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.prompts import build_prompt
+from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.quantize.activation_ranges import WATCHED, largest_values, too_large
 from molmo_edge.runtimes import EngineError, open_files
 from molmo_edge.runtimes.onnx import OnnxRuntime
-from molmo_edge.tokenizer import Tokenizer
 
 Builder = Callable[[Graph, MolmoConfig, TensorSource, Precision], None]
 BUILDERS: dict[str, Builder] = {
@@ -70,7 +70,8 @@ _SIDECAR_ABOVE = 100_000_000
 class CheckPhoto:
     """What a sound copy of the bundle must be able to answer: `Molmo.ask(image, question)` is run and recorded.
 
-    With it go sums of what lies between photo and answer (molmo_edge/sums.py), for `molmo-edge verify` to compare.
+    With it go sums of what lies between photo and answer (molmo_edge/sdk/stage_checksums.py), for `molmo-edge
+    verify` to compare.
     """
 
     image: Path
@@ -100,23 +101,28 @@ def export_bundle(
     `checkpoint`: a directory in hub layout or the reference's own, or a bundle, whose weights are read back.
 
     `engine`: of the decoder. "onnx", or "gguf": a file for llama.cpp, in one of the precisions of
-    molmo_edge.quantize.gguf ("f16", "q8_0", "q4_k_m", ...), the rest ONNX as before, its embeddings in float32;
+    molmo_edge.quantize.llama_quantize ("f16", "q8_0", "q4_k_m", ...), the rest ONNX as before, its embeddings in
+    float32;
     `mmproj` adds vision and connector as a GGUF (molmo_edge.export.mmproj).
 
-    For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.quantize.float16), "int8", "q8" (molmo_edge.quantize.int8
+    For ONNX `precision` is one of "fp32", "fp16" (molmo_edge.export.float16_graph), "int8", "q8"
+    (molmo_edge.export.int8_graph
     says what they are) for everything; "q4", "mixed" and "q4f16", four bits for the decoder
-    (molmo_edge.quantize.int4 says which) and eight or sixteen for the rest; or a mapping of components to them, and of
-    parts of the decoder ("attention", "experts", "router", "head": molmo_edge.quantize.parts). What it leaves out is as
-    `target` wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.wishes), or fp32.
+    (molmo_edge.export.int4_graph says which) and eight or sixteen for the rest; or a mapping of components to
+    them, and of
+    parts of the decoder ("attention", "experts", "router", "head": molmo_edge.export.decoder_precisions). What it
+    leaves out is as
+    `target` wants it ("cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml": molmo_edge.export.options), or fp32.
 
     `plain`: ONNX's own operators alone, for engines that lack ONNX Runtime's; fp32, fp16 or int8.
     `block`: 32, 64 or 128 four-bit weights share a scale; `asymmetric`: and a zero point. `calibrate`: a folder of
     photos to round four-bit weights with (molmo_edge.quantize.calibration) and to quieten the loud inputs of int8
-    (molmo_edge.quantize.smooth), slower, and closer to fp32; for a GGUF they tell llama.cpp which inputs matter
+    (molmo_edge.quantize.smoothing), slower, and closer to fp32; for a GGUF they tell llama.cpp which inputs matter
     (molmo_edge.quantize.importance).
 
     `measure`: run every component that is not fp32 or fp16 beside its fp32 form, a decoder of less than 4 GB, and write
-    the errors into the manifest (molmo_edge.quantize.errors); the errors of rounded weights are there in any case.
+    the errors into the manifest (molmo_edge.export.component_errors); the errors of rounded weights are there in
+    any case.
 
     `check`: a photo and a question to record in the bundle. None: those of a `checkpoint` that is a bundle with a
     check, answered anew by the new bundle, and else none.
@@ -236,7 +242,7 @@ def _calibrated(
 ) -> tuple[TensorSource, Int4]:
     """The decoder's weights, smoothed where int8 will round them, and how its four-bit ones are rounded."""
     from molmo_edge.quantize.calibration import Calibration
-    from molmo_edge.quantize.smooth import smoothed
+    from molmo_edge.quantize.smoothing import smoothed
 
     if parts := wishes.smooth():
         tensors = smoothed(config, tensors, rows, parts)

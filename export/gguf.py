@@ -1,6 +1,7 @@
 """The decoder as a GGUF in llama.cpp's own names, for its own graphs: olmoe, qwen2 and olmo2.
 
-Written tensor by tensor in 16 or 32 bits; molmo_edge.quantize.gguf makes fewer of them. The file is a whole language
+Written tensor by tensor in 16 or 32 bits; molmo_edge.quantize.llama_quantize makes fewer of them. The file is a
+whole language
 model with its tokenizer, which any program on llama.cpp can chat with in text; images enter as embeddings, from the
 graphs beside it (molmo_edge.runtimes.llama).
 """
@@ -14,15 +15,15 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 import molmo_edge
+from molmo_edge.checkpoints.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
-from molmo_edge.export.checkpoint import round_to_bfloat16
 from molmo_edge.export.gguf_vocab import add_vocabulary
+from molmo_edge.export.safetensors_checkpoint import round_to_bfloat16
 from molmo_edge.export.staging import check_disk
-from molmo_edge.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
-from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.quantize.gguf import FLOATS, quantize_gguf
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.quantize.llama_quantize import FLOATS, quantize_gguf
 
 _FLOATS = {
     "f32": (4, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molmo_edge.checkpoints.gguf_layout import token_names
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export import ExportError
-from molmo_edge.gguf_layout import token_names
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.llama_library import last_words, load_library
-from molmo_edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

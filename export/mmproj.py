@@ -17,10 +17,10 @@ import numpy as np
 from gguf import GGUFWriter, LlamaFileType
 
 import molmo_edge
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.layout import hub_shapes
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 _BACKBONE, _WTE = "model.vision_backbone", "model.transformer.wte"
 _VIT = f"{_BACKBONE}.image_vit"

@@ -1,9 +1,11 @@
 """Graphs through Hugging Face's optimum: its ONNX exporter and its quantiser, for the parts of Molmo that they serve.
 
 A second way from a checkpoint to ONNX, for whom optimum is the tool at hand and for its per-target int8. The graphs of
-vision tower, connector and embeddings have the names, types and shapes of our own (export/vision.py, connector.py,
+vision tower, connector and embeddings have the names, types and shapes of our own (export/vision_graph.py,
+connector.py,
 decoder.py) and can stand in for them. A decoder as a bundle needs it, whose caches are buffers that the caller binds
-(export/decoder.py), cannot be had by tracing; what optimum traces is a decoder that sees a whole sequence at once.
+(export/decoder_graph.py), cannot be had by tracing; what optimum traces is a decoder that sees a whole sequence at
+once.
 
 Importing this registers the model type "molmo" with transformers' AutoConfig and AutoModel.
 """
@@ -16,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.checkpoints.hub_config import CONFIG
+from molmo_edge.checkpoints.tensor_sources import check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.export import ExportError
 from molmo_edge.export.staging import publish, staged
-from molmo_edge.extras import pip_command
-from molmo_edge.hub_config import CONFIG
-from molmo_edge.modeling.checkpoint import check_tensors, open_tensors
+from molmo_edge.system.extras import pip_command
 
 try:
     import onnx

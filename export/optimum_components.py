@@ -16,10 +16,10 @@ from optimum.utils import NormalizedConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling import connector, decoder, vision
-from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.layout import hub_layout
 from molmo_edge.modeling.model import Molmo
 
 Axes = dict[str, dict[int, str]]  # name of an input or output -> its axes of free size

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from molmo_edge.bundle import is_bundle
+from molmo_edge.checkpoints.bundle import is_bundle
+from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
 
 
 def open_source(directory: Path, *, dither: int | None = None) -> tuple[MolmoConfig, TensorSource]:
@@ -18,7 +18,7 @@ def open_source(directory: Path, *, dither: int | None = None) -> tuple[MolmoCon
     Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle whose decoder is a GGUF.
     """
     if is_bundle(directory):  # all there, or it would not have been made
-        from molmo_edge.export.unpack import BundleTensors
+        from molmo_edge.export.bundle_weights import BundleTensors
 
         bundle = BundleTensors(directory, dither=dither)
         return bundle.config, bundle

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molmo_edge.export import ExportError
-from molmo_edge.scratch import BusyError, free_bytes, is_full, work_folder
+from molmo_edge.system.scratch import BusyError, free_bytes, is_full, work_folder
 
 Free = Callable[[Path], int]  # bytes that can be written into a directory
 

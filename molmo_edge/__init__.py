@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
-from molmo_edge.privacy import switch_off_reports
+from molmo_edge.system.privacy import switch_off_reports
 
 TYPE_CHECKING = False  # `typing` takes longer to import than all of this module
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from molmo_edge.answer import Answer as Answer
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
+    from molmo_edge.frontend.points import Point as Point
     from molmo_edge.molmo import Molmo as Molmo
-    from molmo_edge.points import Point as Point
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "Molmo", "MolmoEdgeError", "Point", "__version__"]
@@ -32,7 +32,7 @@ _HOMES = {
     "Answer": "molmo_edge.answer",
     "Molmo": "molmo_edge.molmo",
     "MolmoEdgeError": "molmo_edge.errors",
-    "Point": "molmo_edge.points",
+    "Point": "molmo_edge.frontend.points",
 }
 
 

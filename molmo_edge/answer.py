@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from molmo_edge import lettering
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.points import Point
-from molmo_edge.readable import readable
+from molmo_edge.frontend.points import Point
+from molmo_edge.sdk import lettering
+from molmo_edge.sdk.readable_text import readable
 
 __all__ = ["Answer", "DrawError", "Point", "Seconds", "Tokens", "Usage", "draw_points"]
 
@@ -127,13 +127,13 @@ class Answer:
 
     def _repr_png_(self) -> bytes | None:
         """For notebooks."""
-        from molmo_edge.notebook import to_png
+        from molmo_edge.sdk.notebook import to_png
 
         return to_png(self)
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        from molmo_edge.notebook import to_html
+        from molmo_edge.sdk.notebook import to_html
 
         return to_html(self)
 

@@ -1,6 +1,7 @@
 """A conversation about one image: keys and values of the image and of earlier turns stay in one cache.
 
-A turn runs its own tokens only. What the model sees is the reference's format of a conversation (molmo_edge.prompt),
+A turn runs its own tokens only. What the model sees is the reference's format of a conversation
+(molmo_edge.frontend.prompts),
 with the answers as the ids that were generated.
 """
 
@@ -14,16 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
-from molmo_edge.copying import NotCopied
-from molmo_edge.generate import GenerationError, Sampling, most_new_tokens
+from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import MAX_NEW_TOKENS, _checked
-from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import forks
-from molmo_edge.streaming import Stream, finished, generate_pieces
+from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
+from molmo_edge.sdk.process_bound import NotCopied
+from molmo_edge.sdk.streaming import Stream, finished, generate_pieces
 
 if TYPE_CHECKING:
+    from molmo_edge.frontend.points import Point
     from molmo_edge.molmo import Molmo, Scene
-    from molmo_edge.points import Point
     from molmo_edge.runtimes import Cache
 
 _ROOM = 1024  # positions that a new cache has beyond what is needed now: a few turns fit before it is copied

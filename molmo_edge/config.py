@@ -266,7 +266,7 @@ class MolmoConfig:
     @classmethod
     def from_hub(cls, directory: str | Path) -> MolmoConfig:
         """Read the configuration of a checkpoint directory, in hub layout or the reference's own."""
-        from molmo_edge.hub_config import read_config  # it builds on this module
+        from molmo_edge.checkpoints.hub_config import read_config  # it builds on this module
 
         return read_config(Path(directory))
 

@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
-from molmo_edge.batch import ask_batch
-from molmo_edge.bundle import load_tokenizer, resolve_model
+from molmo_edge.checkpoints.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
-from molmo_edge.copying import NotCopied
-from molmo_edge.embeddings import image_embeddings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, likeliest, most_new_tokens
-from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.log import logger
-from molmo_edge.naming import model_name
-from molmo_edge.points import Point
-from molmo_edge.prompt import caption_question, count_question, image_ids, point_question, text_ids
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.points import Point
+from molmo_edge.frontend.prompts import caption_question, count_question, image_ids, point_question, text_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import forks
-from molmo_edge.serial import Serial
-from molmo_edge.streaming import Stream, generate_pieces
-from molmo_edge.streaming import finished as _finished
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.runtimes.generate import GenerationError, Sampling, likeliest, most_new_tokens
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+from molmo_edge.sdk.batch import ask_batch
+from molmo_edge.sdk.model_name import model_name
+from molmo_edge.sdk.process_bound import NotCopied
+from molmo_edge.sdk.shared_engine import Serial
+from molmo_edge.sdk.streaming import Stream, generate_pieces
+from molmo_edge.sdk.streaming import finished as _finished
+from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
     from molmo_edge.chat import Chat

@@ -1,6 +1,7 @@
 """Is this copy of a bundle sound? Its files and its manifest are as written, and it computes what it computed then.
 
-The sums of the check (molmo_edge/sums.py) are compared part by part, then the answer. Another processor rounds
+The sums of the check (molmo_edge/sdk/stage_checksums.py) are compared part by part, then the answer. Another
+processor rounds
 otherwise, and where a model hesitates, between two digits of a coordinate for one, a rounding decides, and all that
 follows is another answer. So an answer that is not the same is not wrong yet: the recorded one is followed id by id,
 and each has to be the likeliest here, or as good as that.
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
-from molmo_edge.bundle import GRAPHS, MANIFEST, Bundle, Check, load_tokenizer, open_bundle
-from molmo_edge.embeddings import image_embeddings
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.checkpoints.bundle import GRAPHS, MANIFEST, Bundle, Check, load_tokenizer, open_bundle
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.prompts import image_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.molmo import Molmo, Scene
-from molmo_edge.prompt import image_ids
 from molmo_edge.runtimes import Cache, Runtime, open_runtime
-from molmo_edge.sums import (
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+from molmo_edge.sdk.stage_checksums import (
     VERSION,
     Part,
     array_sum,
@@ -33,7 +35,6 @@ from molmo_edge.sums import (
     read_sums,
     settings_sum,
 )
-from molmo_edge.tokenizer import Tokenizer
 
 _MORE = 16  # tokens beyond the recorded ones, so that an answer that does not stop, or says it longer, is seen
 # Logits behind the likeliest id that rounding accounts for; between two processors 0.09 was seen. Other points than

@@ -3,7 +3,7 @@
 A Molmo prompt is mostly image, and image positions look nothing like text: matrices that are calibrated on text alone
 are rounded for the wrong inputs. So each sequence here is a photo, a question, and the answer where one is given.
 
-Layers come one after the other (molmo_edge.quantize.walk), each with the rounded ones before it, as in use.
+Layers come one after the other (molmo_edge.quantize.layer_inputs), each with the rounded ones before it, as in use.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.embeddings import image_embeddings
 from molmo_edge.export import ExportError
-from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.modeling.checkpoint import TensorSource
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.prompts import image_ids, text_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling.decoder import SparseFFN
-from molmo_edge.prompt import image_ids, text_ids
+from molmo_edge.quantize.calibration_prompts import PROMPTS, QUESTIONS, Prompt, photos_in, read_prompts
 from molmo_edge.quantize.gptq import gptq
-from molmo_edge.quantize.prompts import PROMPTS, QUESTIONS, Prompt, photos_in, read_prompts
+from molmo_edge.quantize.layer_inputs import SHARED, Walk
 from molmo_edge.quantize.rounding import Blocks, nearest
-from molmo_edge.quantize.walk import SHARED, Walk
 from molmo_edge.runtimes import Runtime
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings
 
 __all__ = ["MOST", "PROMPTS", "Calibration", "Prompt", "find_prompts", "sequences"]
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.checkpoint import TensorSource
 from molmo_edge.modeling.decoder import DenseFFN, SparseFFN
-from molmo_edge.quantize.walk import SHARED, Walk
+from molmo_edge.quantize.layer_inputs import SHARED, Walk
 
 
 @torch.inference_mode()
 def importance(config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """By tensor of the GGUF (molmo_edge.gguf_layout): float32 [in], of experts [n_experts, in].
+    """By tensor of the GGUF (molmo_edge.checkpoints.gguf_layout): float32 [in], of experts [n_experts, in].
 
     `rows`: what `molmo_edge.quantize.calibration.sequences` gave. The head and the embedding are not among them:
     llama.cpp keeps more bits of the one, and nothing reads the other.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molmo_edge.cores import available_cores
+from molmo_edge.system.cores import available_cores
 
 MIDDLE = 8  # the zero point of a symmetric block
 CLIPS = (1.0, 0.92, 0.84)  # of a block's range; more of them gain less than a hundredth of the error

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from molmo_edge.bundle import is_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
+from molmo_edge.checkpoints.hub_config import is_checkpoint
 from molmo_edge.config import MolmoConfig
-from molmo_edge.cores import choose_threads
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import pip_command
-from molmo_edge.hub_config import is_checkpoint
+from molmo_edge.system.cores import choose_threads
+from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
-    from molmo_edge.images import Overview
+    from molmo_edge.frontend.crops import Overview
     from molmo_edge.runtimes.llama import LlamaRuntime
     from molmo_edge.runtimes.llama_options import LlamaOptions
     from molmo_edge.runtimes.onnx import OnnxRuntime

@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from molmo_edge.bundle import GRAPHS, Bundle, load_tokenizer
+from molmo_edge.checkpoints.bundle import GRAPHS, Bundle, load_tokenizer
+from molmo_edge.checkpoints.gguf_header import check_decoder
 from molmo_edge.config import MolmoConfig
-from molmo_edge.cores import choose_threads, physical_cores
-from molmo_edge.memory import available_memory
 from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows, forks
-from molmo_edge.runtimes.gguf_header import check_decoder
 from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, last_words, load_library, on_gpu
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
+from molmo_edge.system.cores import choose_threads, physical_cores
+from molmo_edge.system.memory import available_memory
 
 _Thing = TypeVar("_Thing")
 
@@ -100,7 +100,7 @@ class LlamaRuntime:
     ) -> None:
         """`graphs`: with vision, connector and embeddings; it is closed with this. `gpu`: where the decoder goes.
 
-        The GGUF is taken as it is: see `molmo_edge.runtimes.gguf_header.check_decoder`.
+        The GGUF is taken as it is: see `molmo_edge.checkpoints.gguf_header.check_decoder`.
         """
         self.config, self._graphs = config, graphs
         self._stop = threading.Event()

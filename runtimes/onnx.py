@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.bundle import GRAPHS, Bundle
+from molmo_edge.checkpoints.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
-from molmo_edge.cores import available_cores, choose_threads
 from molmo_edge.errors import first_line
-from molmo_edge.images import Overview
-from molmo_edge.memory import check_room
+from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import (
     Cache,
     EngineError,
@@ -31,6 +29,8 @@ from molmo_edge.runtimes import (
     forks,
 )
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
+from molmo_edge.system.cores import available_cores, choose_threads
+from molmo_edge.system.memory import check_room
 
 _CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
 _SMALL_CROPS = 8  # of a small vision tower, at once

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molmo_edge.bundle import GRAPHS, cache_directory
+from molmo_edge.checkpoints.bundle import GRAPHS, cache_directory
 from molmo_edge.config import MolmoConfig
 from molmo_edge.runtimes import Unavailable
 

@@ -12,15 +12,15 @@ from typing import ParamSpec, TypeVar, cast
 import numpy as np
 import torch
 
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.cores import choose_threads
-from molmo_edge.images import Overview
-from molmo_edge.memory import available_memory
+from molmo_edge.frontend.crops import Overview
 from molmo_edge.modeling import KVCache, Molmo
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.modeling.loading import build_model
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
+from molmo_edge.modeling.weights import build_model
 from molmo_edge.runtimes import EngineError, Unavailable, check_copy, check_overview, forks
+from molmo_edge.system.cores import choose_threads
+from molmo_edge.system.memory import available_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")

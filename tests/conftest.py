@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.images import Overview
+from molmo_edge.frontend.crops import Overview
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.molmo import Molmo
-from molmo_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.append(str(Path(__file__).parent.parent))  # last: recipes/ is not installed, everything else is

@@ -13,12 +13,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from molmo_edge.export import export_bundle
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import Runtime, open_runtime
 from molmo_edge.runtimes.llama import LlamaRuntime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime
-from molmo_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("molmoe", "qwen", "olmo")

@@ -29,7 +29,7 @@ if "NO_HARD_LINKS" in os.environ:
     os.link = refuse_link
 if sys.argv[1] == "fetch":
     from molmo_edge.errors import MolmoEdgeError
-    from molmo_edge.hub import fetch_model
+    from molmo_edge.checkpoints.hub import fetch_model
     try:
         print(fetch_model(sys.argv[2], sys.argv[3] or None))
     except MolmoEdgeError as error:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import Layout

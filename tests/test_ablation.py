@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from exported import GOLDEN, bundle, case, prompt, relative, runtime
 
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, ablate, size_of, words_of
-from molmo_edge.evaluation.blame import tensor_part
+from molmo_edge.evaluation.attribution import tensor_part
+from molmo_edge.evaluation.precision_search import Choice, search, steps
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import suite
 from molmo_edge.export import ExportError, export_bundle
-from molmo_edge.modeling.layout import hub_shapes
-from molmo_edge.quantize.search import Choice, search, steps
 
 CROPS = 1
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.evaluation.academic import TASKS, questions
+from molmo_edge.data.rows import FetchError, RowsError
+from molmo_edge.evaluation.benchmarks import TASKS, questions
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.images import load_image
-from molmo_edge.rows import FetchError, RowsError
+from molmo_edge.frontend.crops import load_image
 
 datasets = pytest.importorskip("datasets")
 TEXT, NUMBER, SMALL = datasets.Value("string"), datasets.Value("int64"), datasets.Value("int32")
@@ -363,7 +363,7 @@ def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
         path.write_bytes(pages[url])
         return path
 
-    monkeypatch.setattr("molmo_edge.evaluation.row_questions.fetch_image", fetch)
+    monkeypatch.setattr("molmo_edge.evaluation.benchmark_questions.fetch_image", fetch)
     return pages
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.evaluation.academic import questions
-from molmo_edge.evaluation.ai2d import draw_letters
+from molmo_edge.data.ai2d import draw_letters
+from molmo_edge.data.rows import RowsError
+from molmo_edge.evaluation.benchmarks import questions
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.images import load_image
-from molmo_edge.rows import RowsError
+from molmo_edge.frontend.crops import load_image
 
 
 def asked(folder: Path, split: str | None = None) -> list[Question]:

@@ -88,7 +88,7 @@ def test_an_answer_knows_its_model(tiny_bundle: Path, golden: Path, saying: Sayi
 
 
 def test_a_checkpoint_of_the_hubs_cache_has_the_hubs_name(tmp_path: Path) -> None:
-    from molmo_edge.naming import model_name
+    from molmo_edge.sdk.model_name import model_name
 
     snapshot = tmp_path / "models--allenai--MolmoE-1B-0924" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
@@ -143,14 +143,14 @@ def test_the_library_logs_under_its_name(
 
 
 def test_warnings_of_the_library_are_not_printed_without_a_handler() -> None:
-    code = "import molmo_edge.log as log; log.logger.warning('careful'); log.steps_log.error('step')"
+    code = "import molmo_edge.system.log as log; log.logger.warning('careful'); log.steps_log.error('step')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_command_line_shows_what_is_logged(cli: Cli, saying: Saying, monkeypatch: pytest.MonkeyPatch) -> None:
-    from molmo_edge.log import logger, steps_log
+    from molmo_edge.system.log import logger, steps_log
 
     molmo = saying("ok")
 

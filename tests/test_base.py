@@ -37,18 +37,18 @@ from base_layouts import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, FileSource
 from molmo_edge.cli import main
 from molmo_edge.config import CLIP_MEAN, IMAGENET_MEAN, PRESETS, ConfigError, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError
-from molmo_edge.images import ImageProcessor
-from molmo_edge.modeling.checkpoint import CheckpointError, FileSource
-from molmo_edge.modeling.layout import hub_shapes
-from molmo_edge.modeling.loading import load_checkpoint
-from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS as MOLMOE
-from molmo_edge.tokenizer import TokenizerError
-from molmo_edge.training.base import build_base, molmo_tokenizer, window_variant
-from molmo_edge.training.base_names import BaseError, base_recipes
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS as MOLMOE
+from molmo_edge.frontend.tokenizer import TokenizerError
+from molmo_edge.modeling.weights import load_checkpoint
+from molmo_edge.training.pretrained_layouts import BaseError, base_recipes
+from molmo_edge.training.starting_checkpoint import build_base, molmo_tokenizer, window_variant
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch
 from molmo_edge.molmo import QuestionError
 from molmo_edge.runtimes import EngineError
+from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, generate_batch
 from molmo_edge.runtimes.torch import TorchRuntime
 
 GOLDEN = Path(__file__).parent / "golden"

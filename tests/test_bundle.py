@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import BundleError, is_bundle, load_tokenizer, open_bundle, resolve_model, write_manifest
+from molmo_edge.checkpoints.bundle import (
+    BundleError,
+    is_bundle,
+    load_tokenizer,
+    open_bundle,
+    resolve_model,
+    write_manifest,
+)
 from molmo_edge.config import MolmoConfig
 from molmo_edge.selfcheck import check_bundle
 

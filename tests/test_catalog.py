@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.training.data.catalog import CatalogError, at_hand, copy_of, fetch_pictures, in_mixture, open_sets
-from molmo_edge.training.data.downloads import MANIFEST, OK
+from molmo_edge.data.catalog import CatalogError, at_hand, copy_of, fetch_pictures, in_mixture, open_sets
+from molmo_edge.data.downloads import MANIFEST, OK
 from molmo_edge.training.recipe import CAPTION, MULTITASK
 
 

@@ -14,10 +14,10 @@ import pytest
 from molmo_edge import Answer, Molmo
 from molmo_edge.chat import Chat, ConversationFull
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.generate import GenerationError, Sampling, generate
+from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import QuestionError, Scene
-from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import EngineError
+from molmo_edge.runtimes.generate import GenerationError, Sampling, generate
 
 GOLDEN = Path(__file__).parent / "golden"
 PHOTO = np.zeros((60, 80, 3), np.uint8)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.prompt import text_ids
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.prompts import text_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 pty = pytest.importorskip("pty", reason="a POSIX terminal")
 pytest.importorskip("readline")
@@ -31,7 +31,7 @@ import dataclasses
 from conftest import GOLDEN, FakeRuntime
 from molmo_edge import molmo
 from molmo_edge.config import MolmoConfig
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 tokenizer = Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
 config = MolmoConfig.from_hub(GOLDEN / "molmoe")

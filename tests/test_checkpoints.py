@@ -19,17 +19,17 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
 from molmo_edge import Molmo
+from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.safetensors_files import ShardWriter
+from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, open_tensors
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle, export_checkpoint
-from molmo_edge.export.checkpoint import round_to_bfloat16
-from molmo_edge.hub_config import from_hub_config, to_hub_config
+from molmo_edge.export.safetensors_checkpoint import round_to_bfloat16
+from molmo_edge.frontend.tokenizer import TokenizerError
 from molmo_edge.modeling import Molmo as Model
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
-from molmo_edge.modeling.layout import hub_layout, hub_shapes
-from molmo_edge.modeling.shards import ShardWriter
-from molmo_edge.tokenizer import TokenizerError
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("molmoe", "qwen", "olmo")

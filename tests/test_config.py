@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig, VisionConfig
-from molmo_edge.hub_config import from_hub_config, to_hub_config
 
 Raw = dict[str, Any]
 

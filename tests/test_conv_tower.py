@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from molmo_edge import Molmo as Sdk
+from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.tensor_names import tower_shapes
 from molmo_edge.config import ConfigError, ConvTowerConfig, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, export_bundle
-from molmo_edge.hub_config import from_hub_config, to_hub_config
-from molmo_edge.images import ImageProcessor, PreparedImage, patch_grid
+from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, patch_grid
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
-from molmo_edge.modeling.layout import tower_shapes
 from molmo_edge.runtimes import EngineError, open_runtime
 from molmo_edge.selfcheck import check_bundle
 

@@ -50,7 +50,7 @@ V1 = "12:cpu,cpuacct:/docker/ab\n5:memory:/docker/ab\n1:name=systemd:/docker/ab\
     ],
 )
 def test_cpu_quota(tmp_path: Path, proc: str, files: dict[str, str], quota: float | None) -> None:
-    from molmo_edge.cgroups import cpu_quota
+    from molmo_edge.system.cgroups import cpu_quota
 
     assert cpu_quota(*machine(tmp_path, proc, files)) == quota
 
@@ -71,15 +71,15 @@ def test_cpu_quota(tmp_path: Path, proc: str, files: dict[str, str], quota: floa
     ],
 )
 def test_memory_that_a_container_leaves(tmp_path: Path, proc: str, files: dict[str, str], left: int | None) -> None:
-    from molmo_edge.cgroups import memory_left
+    from molmo_edge.system.cgroups import memory_left
 
     assert memory_left(*machine(tmp_path, proc, files)) == left
 
 
 def test_available_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from molmo_edge.memory import available_memory
+    from molmo_edge.system.memory import available_memory
 
-    monkeypatch.setattr("molmo_edge.memory.meminfo", lambda: {"MemAvailable": 5000})
+    monkeypatch.setattr("molmo_edge.system.memory.meminfo", lambda: {"MemAvailable": 5000})
     assert available_memory(*machine(tmp_path, "0::/\n", {"memory.max": "1000", "memory.current": "400"})) == 600
     assert available_memory(*machine(tmp_path, "0::/\n", {"memory.max": "9000", "memory.current": "400"})) == 5000
 
@@ -97,20 +97,20 @@ class TestThreads:
         return make
 
     def test_the_quota_is_the_default(self, quota: Callable[[int], tuple[Path, Path]]) -> None:
-        from molmo_edge.cores import choose_threads
+        from molmo_edge.system.cores import choose_threads
 
         assert choose_threads(None, *quota(1500)) == 2
         assert choose_threads(None, *quota(300)) == 1
 
     def test_without_a_limit_the_engine_chooses(self, quota: Callable[[int], tuple[Path, Path]]) -> None:
-        from molmo_edge.cores import choose_threads
+        from molmo_edge.system.cores import choose_threads
 
         assert choose_threads(None, *quota(64_000)) is None
 
     def test_affinity_is_a_limit(
         self, quota: Callable[[int], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from molmo_edge.cores import available_cores, choose_threads
+        from molmo_edge.system.cores import available_cores, choose_threads
 
         files = quota(64_000)
         monkeypatch.setattr("os.sched_getaffinity", lambda _: {5}, raising=False)
@@ -119,7 +119,7 @@ class TestThreads:
             choose_threads(2, *files)
 
     def test_more_than_the_quota_is_refused(self, quota: Callable[[int], tuple[Path, Path]]) -> None:
-        from molmo_edge.cores import choose_threads
+        from molmo_edge.system.cores import choose_threads
 
         assert choose_threads(2, *quota(1500)) == 2
         with pytest.raises(EngineError, match="3 threads are more than the 2 cores"):
@@ -154,7 +154,7 @@ def test_a_container_runs_as_many_threads_as_its_quota(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 try:
-    import molmo_edge.cores as cores
+    import molmo_edge.system.cores as cores
     cores.choose_threads.__defaults__ = (Path({str(proc)!r}), Path({str(root)!r}))
 except ImportError:
     pass

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.rows import load_rows
-from molmo_edge.training.data import draw_charts, generate
-from molmo_edge.training.data.draw_charts import Chart, draw_chart
-from molmo_edge.training.data.draw_clocks import NOT_SHOWN, WITH_AM, WITHOUT_AM, describe, draw_clock
-from molmo_edge.training.data.draw_code import draw_code
-from molmo_edge.training.data.draw_diagrams import draw_diagram
-from molmo_edge.training.data.draw_documents import draw_document
-from molmo_edge.training.data.draw_scenes import SHAPES, Sprites, count_row, draw_scene, point_rows
-from molmo_edge.training.data.draw_tables import draw_table
-from molmo_edge.training.data.drawing import COLOURS, DrawError, Drawing, Face, Fonts, find_fonts, money
-from molmo_edge.training.data.generate import KINDS, Materials, draw_picture
+from molmo_edge.data.drawn import charts as draw_charts
+from molmo_edge.data.drawn import generate
+from molmo_edge.data.drawn.charts import Chart, draw_chart
+from molmo_edge.data.drawn.clocks import NOT_SHOWN, WITH_AM, WITHOUT_AM, describe, draw_clock
+from molmo_edge.data.drawn.code import draw_code
+from molmo_edge.data.drawn.diagrams import draw_diagram
+from molmo_edge.data.drawn.documents import draw_document
+from molmo_edge.data.drawn.generate import KINDS, Materials, draw_picture
+from molmo_edge.data.drawn.scenes import SHAPES, Sprites, count_row, draw_scene, point_rows
+from molmo_edge.data.drawn.sheets import COLOURS, DrawError, Drawing, Face, Fonts, find_fonts, money
+from molmo_edge.data.drawn.tables import draw_table
+from molmo_edge.data.rows import load_rows
 
 PAGES = {
     "charts": draw_chart,

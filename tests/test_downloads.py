@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from molmo_edge import fetching
-from molmo_edge.rows import FetchError, NoAnswerError, OtherFileError, fetch_image
-from molmo_edge.training.data import downloads
-from molmo_edge.training.data.downloads import (
+from molmo_edge.data import downloads, fetching
+from molmo_edge.data.downloads import (
     FAILED,
     MANIFEST,
     OK,
@@ -27,6 +25,7 @@ from molmo_edge.training.data.downloads import (
     Manifest,
     fetch_images,
 )
+from molmo_edge.data.rows import FetchError, NoAnswerError, OtherFileError, fetch_image
 
 
 def picture(colour: int) -> bytes:

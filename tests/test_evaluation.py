@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from molmo_edge.evaluation.annotated_pictures import Picture
 from molmo_edge.evaluation.nano import evaluate
-from molmo_edge.evaluation.pictures import Picture
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
-from molmo_edge.points import Point
+from molmo_edge.frontend.points import Point
 
 
 def test_points_and_boxes_are_matched_one_to_one() -> None:

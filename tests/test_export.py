@@ -16,15 +16,15 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import molmo_edge.export.bundle as bundle_module
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.hub_config import to_hub_config
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, open_tensors
 from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
-from molmo_edge.export.graph import FP32, Graph
-from molmo_edge.export.vision import vision_encoder
-from molmo_edge.hub_config import to_hub_config
-from molmo_edge.loading import ImageError
-from molmo_edge.modeling.checkpoint import CheckpointError, open_tensors
-from molmo_edge.prompt import PromptError
+from molmo_edge.export.graph_builder import FP32, Graph
+from molmo_edge.export.vision_graph import vision_encoder
+from molmo_edge.frontend.image_files import ImageError
+from molmo_edge.frontend.prompts import PromptError
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
@@ -223,7 +223,7 @@ def test_manifest_describes_the_bundle() -> None:
 
 def test_large_weights_go_to_a_sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", 100_000)
-    monkeypatch.setattr("molmo_edge.export.graph._INLINE_BELOW", 2048)
+    monkeypatch.setattr("molmo_edge.export.graph_builder._INLINE_BELOW", 2048)
     export_bundle(GOLDEN / "olmo", tmp_path / "bundle")
     opened = open_bundle(tmp_path / "bundle", hashes=True)
     assert opened.components["decoder_data"].file == "decoder.onnx.data"

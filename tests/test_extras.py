@@ -121,7 +121,7 @@ def test_help_needs_no_extra(folder: Path) -> None:
 
 
 def test_a_missing_module_of_no_extra_is_a_bug() -> None:
-    from molmo_edge.extras import with_extra
+    from molmo_edge.system.extras import with_extra
 
     def broken() -> None:
         raise ModuleNotFoundError("No module named 'molmo_edge.nonsense'", name="molmo_edge.nonsense")
@@ -131,7 +131,7 @@ def test_a_missing_module_of_no_extra_is_a_bug() -> None:
 
 
 def test_each_package_is_in_the_extras_that_errors_name() -> None:
-    from molmo_edge.extras import EXTRAS_OF, extras
+    from molmo_edge.system.extras import EXTRAS_OF, extras
 
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -167,7 +167,7 @@ def test_doctor_lists_every_extra(folder: Path) -> None:
 
 def test_too_old_is_missing_and_the_extra_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from molmo_edge.cli.doctor import _extra_line, _packages
-    from molmo_edge.extras import extras
+    from molmo_edge.system.extras import extras
 
     installed = {"torch": "2.6.1+cpu", "onnx": "1.16.0", "optimum-onnx": "0.2.0"}
 

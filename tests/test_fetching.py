@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge import fetching
-from molmo_edge.fetching import BusyError, FetchError, OtherFileError, ascii_url, fetch_image
-from molmo_edge.rows import NoAnswerError
-from molmo_edge.training.data.downloads import FAILED, MANIFEST, OK, OTHER_FILE, Counts, Manifest, fetch_images
+from molmo_edge.data import fetching
+from molmo_edge.data.downloads import FAILED, MANIFEST, OK, OTHER_FILE, Counts, Manifest, fetch_images
+from molmo_edge.data.fetching import BusyError, FetchError, OtherFileError, ascii_url, fetch_image
+from molmo_edge.data.rows import NoAnswerError
 
 
 def picture(colour: int, side: int = 4) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 
 from molmo_edge import Molmo
 from molmo_edge.config import ConfigError
-from molmo_edge.readable import counted
+from molmo_edge.sdk.readable_text import counted
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from molmo_edge.checkpoints.tensor_sources import check_tensors, open_tensors
 from molmo_edge.config import PRESETS, MolmoConfig
-from molmo_edge.modeling.checkpoint import check_tensors, open_tensors
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     config = replace(PRESETS["nano"], decoder=decoder)
     size = make_checkpoint(config, tmp_path / "large")
     assert size > 1.2e9
-    empty = peak_of("import molmo_edge.modeling.loading, molmo_edge.quantize.bitsandbytes")
+    empty = peak_of("import molmo_edge.modeling.weights, molmo_edge.modeling.bitsandbytes")
     export = "import sys; from molmo_edge.export import export_checkpoint as e; e(sys.argv[1], sys.argv[2])"
     assert peak_of(export, str(tmp_path / "large"), str(tmp_path / "out")) < empty + 0.15e9
     index = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.generate import GenerationError, Sampling, generate, generate_batch, next_token
+from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, generate_batch, next_token
 
 VOCAB, ROWS, EOS = 10, 12, 9
 

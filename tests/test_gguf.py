@@ -29,11 +29,11 @@ from exported import (
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from molmo_edge.bundle import load_tokenizer
+from molmo_edge.checkpoints.bundle import load_tokenizer
+from molmo_edge.checkpoints.gguf_layout import decoder_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.gguf_layout import decoder_tensors
+from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.prompt import text_ids
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.llama_library import has_amx
 from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -109,7 +109,7 @@ def test_special_rows_survive() -> None:
 
 def test_the_file_holds_the_checkpoint() -> None:
     """Every tensor of an f32 file, read by another reader, is what the layout says it is made of."""
-    from molmo_edge.modeling.checkpoint import open_tensors
+    from molmo_edge.checkpoints.tensor_sources import open_tensors
 
     for architecture in ARCHITECTURES:
         config, tensors = MolmoConfig.from_hub(GOLDEN / architecture), open_tensors(GOLDEN / architecture)

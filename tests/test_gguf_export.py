@@ -18,17 +18,18 @@ import torch
 from exported import GOLDEN, case, costs, expected, gguf_bundle, gguf_runtime, relative
 from test_conv_tower import write_checkpoint
 
-from molmo_edge import Molmo, gguf_layout
-from molmo_edge.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
+from molmo_edge import Molmo
+from molmo_edge.checkpoints import gguf_layout
+from molmo_edge.checkpoints.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
+from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
-from molmo_edge.gguf_layout import NoGraphError
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.quantize.gguf import GGUF_WORDS, quantize_gguf
+from molmo_edge.quantize.llama_quantize import GGUF_WORDS, quantize_gguf
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.selfcheck import check_bundle
-from molmo_edge.tokenizer import Tokenizer
 
 
 class TestExport:
@@ -227,8 +228,8 @@ class TestForeign:
                 open_runtime(swapped(bad))
 
     def test_another_tokenizer(self, swapped: Any, tmp_path: Path) -> None:
+        from molmo_edge.checkpoints.tensor_sources import open_tensors
         from molmo_edge.export.gguf import write_decoder
-        from molmo_edge.modeling.checkpoint import open_tensors
 
         checkpoint = GOLDEN / "molmoe"
         text = (checkpoint / "tokenizer.json").read_text("utf-8")

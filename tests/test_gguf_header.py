@@ -12,13 +12,13 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.bundle import BundleError
+from molmo_edge.checkpoints.bundle import BundleError
+from molmo_edge.checkpoints.gguf_header import _TYPES, check_decoder, read_header
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import gguf_vocab
 from molmo_edge.export.gguf import write_decoder
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.runtimes.gguf_header import _TYPES, check_decoder, read_header
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = MolmoConfig.from_hub(GOLDEN / "molmoe")

@@ -14,19 +14,19 @@ from exported import ARCHITECTURES, GOLDEN, bundle, case, costs, prompt, runtime
 from test_quantize import norm_error
 from torch import Tensor
 
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
-from molmo_edge.export.unpack import BundleTensors
-from molmo_edge.loading import ImageError
+from molmo_edge.export.bundle_weights import BundleTensors
+from molmo_edge.frontend.image_files import ImageError
+from molmo_edge.frontend.prompts import PromptError, text_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.prompt import PromptError, text_ids
 from molmo_edge.quantize.calibration import MOST, Prompt, find_prompts, sequences
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.importance import importance
+from molmo_edge.quantize.layer_inputs import Walk
 from molmo_edge.quantize.rounding import Blocks, nearest
-from molmo_edge.quantize.walk import Walk
-from molmo_edge.tokenizer import Tokenizer
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

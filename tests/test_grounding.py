@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from molmo_edge.config import PRESETS
-from molmo_edge.images import ImageProcessor
-from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS
 from molmo_edge.training.grounding import NamedRegions, cell_centres, cells_in_box, looking_loss, naming_loss
 
 IMAGE = PRESETS["nano"].image

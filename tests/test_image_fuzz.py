@@ -23,7 +23,7 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import load_image
+from molmo_edge.frontend.crops import load_image
 
 _SMOOTH = np.linspace(0, 255, 37 * 23 * 3).reshape(37, 23, 3)
 RGB = np.clip(_SMOOTH + np.random.default_rng(5).normal(0, 20, _SMOOTH.shape), 0, 255).astype(np.uint8)
@@ -211,7 +211,7 @@ def bombs() -> dict[str, bytes]:
 _MEMORY = """
 import resource, sys, warnings
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import load_image
+from molmo_edge.frontend.crops import load_image
 warnings.simplefilter("error")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

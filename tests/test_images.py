@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from molmo_edge.config import IMAGENET_MEAN, IMAGENET_STD, ImageConfig
-from molmo_edge.images import (
+from molmo_edge.frontend.crops import (
     ImageError,
     ImageProcessor,
     image_token_count,
     load_image,
     select_tiling,
 )
-from molmo_edge.resize import resize
-from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
+from molmo_edge.frontend.resize import resize
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
 
 GOLDEN = Path(__file__).parent / "golden"
 SUMMARY = json.loads((GOLDEN / "preprocess.json").read_text(encoding="utf-8"))

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import norm_error, normal, run
 
-from molmo_edge.bundle import MANIFEST, write_manifest
+from molmo_edge.checkpoints.bundle import MANIFEST, write_manifest
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.export import ExportError, export_bundle
-from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
+from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
+from molmo_edge.export.int4_graph import int4_precision
+from molmo_edge.export.int8_graph import quantize_rows
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.quantize.int4 import int4_precision
-from molmo_edge.quantize.int8 import quantize_rows
 from molmo_edge.quantize.rounding import nearest, pack_nibbles, unpack_nibbles
 from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime

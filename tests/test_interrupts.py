@@ -62,7 +62,7 @@ sys.meta_path.insert(0, Finder())
         ("typer", ""),
         ("typer", "RuntimeError"),
         ("molmo_edge.cli.ask", ""),
-        ("molmo_edge.loading", ""),
+        ("molmo_edge.frontend.image_files", ""),
         ("PIL.Image", "BadParameter"),
         ("numpy", "RuntimeError"),
         ("numpy", "SystemError"),

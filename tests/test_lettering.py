@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from molmo_edge import lettering
 from molmo_edge.answer import draw_points
-from molmo_edge.points import Point
+from molmo_edge.frontend.points import Point
+from molmo_edge.sdk import lettering
 
 
 @pytest.fixture(params=["no fonts installed", "fonts of this machine"])

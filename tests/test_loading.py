@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from molmo_edge.images import MAX_PIXELS, ImageError, load_image
+from molmo_edge.frontend.crops import MAX_PIXELS, ImageError, load_image
 
 GOLDEN = Path(__file__).parent / "golden"
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

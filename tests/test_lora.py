@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from small_checkpoints import DECODERS, PLAIN, a_batch, a_recipe, close, hidden, write_checkpoint
 from torch import Tensor
 
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint
-from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.modeling.decoder import SparseFFN, grouped_mm, mix_experts
-from molmo_edge.modeling.layout import hub_layout
-from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.adapters import (
     ADAPTERS,
     AdaptersFile,

@@ -13,14 +13,13 @@ import torch
 from small_checkpoints import PLAIN, a_batch, a_recipe, close, hidden, write_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.adapters import (
     ADAPTERS,
     AdaptersFile,
     LoraTrainer,
 )
-from molmo_edge.training.checkpoints import ResumeError
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.lora import (
     LoraConfig,
@@ -28,6 +27,7 @@ from molmo_edge.training.lora import (
 )
 from molmo_edge.training.parallel import World, world
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.run_checkpoints import ResumeError
 from molmo_edge.training.trainer import Data
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,19 +11,19 @@ import torch
 from exported import GOLDEN, bundle
 
 from molmo_edge.evaluation.ablation import Bench
-from molmo_edge.evaluation.blame import blame_parts, matrices
+from molmo_edge.evaluation.attribution import blame_parts, matrices
 from molmo_edge.evaluation.figures import KINDS
 from molmo_edge.evaluation.loss import Loss, LossError, Model, check_comparable, measure_loss
 from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.reference_outputs import TraceError
 from molmo_edge.evaluation.report import write_report
 from molmo_edge.evaluation.suites import suite
-from molmo_edge.evaluation.trace import TraceError
 from molmo_edge.export import export_bundle
-from molmo_edge.export.unpack import BundleTensors
+from molmo_edge.export.bundle_weights import BundleTensors
+from molmo_edge.frontend.points import format_points
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN
-from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.points import format_points
+from molmo_edge.modeling.weights import save_checkpoint
 
 CROPS = 1
 
@@ -135,7 +135,7 @@ def test_a_damaged_matrix_without_its_like_is_named(
     with Bench(bundle("molmoe"), questions[:2], max_crops=CROPS) as bench:
         broken = BundleTensors(bundle("molmoe"))
         monkeypatch.setattr(broken, "get", lambda n: plain(broken, n) * (factor if n == name else 1))
-        monkeypatch.setattr("molmo_edge.evaluation.blame._open", lambda bench, candidate: broken)
+        monkeypatch.setattr("molmo_edge.evaluation.attribution._open", lambda bench, candidate: broken)
         found = matrices(bench, bundle("molmoe"))
     assert [(m.name, m.stands_out) for m in found] == [(name, True)]
 

@@ -53,7 +53,7 @@ def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path, monkeypatch:
         assert (status, stdout) == (0, "") and "without --shard joins them" in stderr
     status, stdout, _ = cli(*arguments)
     assert status == 0 and "anls" in stdout
-    monkeypatch.setattr("molmo_edge.cores.available_cores", lambda *_: 7)
+    monkeypatch.setattr("molmo_edge.system.cores.available_cores", lambda *_: 7)
     status, _, stderr = cli(*arguments, "--threads", 7)
     assert status == 1 and "7 here" in stderr, "another number of threads may round to other answers"
 

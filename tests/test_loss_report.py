@@ -16,7 +16,7 @@ from molmo_edge.evaluation.loss import Loss, Measured, Model, measure_loss
 from molmo_edge.evaluation.report import write_report
 from molmo_edge.evaluation.suites import suite
 from molmo_edge.export import export_bundle
-from molmo_edge.points import format_points
+from molmo_edge.frontend.points import format_points
 
 Cli = Callable[..., tuple[int, str, str]]
 QUESTIONS = ("Same points?", "How far do points drift?", "Same answers, word for word?", "Which part costs it?")

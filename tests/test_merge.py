@@ -10,12 +10,12 @@ import torch
 from small_checkpoints import a_batch, close, hidden
 from test_lora import EVERYWHERE, filled, saved
 
+from molmo_edge.checkpoints.hub_config import write_hub_config
+from molmo_edge.checkpoints.safetensors_files import ShardWriter
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource, open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.hub_config import write_hub_config
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.checkpoint import CheckpointError, TensorSource, open_tensors
-from molmo_edge.modeling.layout import hub_layout
-from molmo_edge.modeling.shards import ShardWriter
 from molmo_edge.training.adapters import ADAPTERS, merge
 from molmo_edge.training.lora import LoraConfig, LoraError, adapted, adapter_name, trained_whole
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from molmo_edge.data.academic import open_academic
+from molmo_edge.data.android import action_words
+from molmo_edge.data.examples import DataSet
+from molmo_edge.data.pixmo import open_pixmo
+from molmo_edge.data.rows import RowsError, rows_of
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.academic import questions
-from molmo_edge.rows import RowsError, rows_of
-from molmo_edge.training.data.academic import open_academic
-from molmo_edge.training.data.android import action_words
-from molmo_edge.training.data.pixmo import open_pixmo
-from molmo_edge.training.examples import DataSet
+from molmo_edge.evaluation.benchmarks import questions
 
 NAN, INF = math.nan, math.inf
 Write = Callable[..., Path]
@@ -100,8 +100,8 @@ def test_a_name_that_no_file_can_have_is_a_missing_picture(copy: Write) -> None:
 
 def test_the_trainer_draws_another_row_and_says_why(copy: Write) -> None:
     pytest.importorskip("torch")
+    from molmo_edge.data.mixture import Draw
     from molmo_edge.training.loader import Samples
-    from molmo_edge.training.mixture import Draw
 
     bad = {**POINTED, "points": [{"x": NAN, "y": 1.0}], "image_url": "https://example.org/0.jpg"}
     data = open_pixmo("pixmo_points", local=copy(bad, POINTED), images=Path())
@@ -209,7 +209,7 @@ def test_lines_that_are_no_text_or_too_deep_are_named(copy: Write) -> None:
 
 
 def test_rows_in_memory_are_named_too(tmp_path: Path) -> None:
-    from molmo_edge.rows import number_in, text_in
+    from molmo_edge.data.rows import number_in, text_in
 
     row = rows_of(tmp_path, [{"a": 1}, {"a": None}])[1]
     with pytest.raises(RowsError, match=r"row 1 of .* has no label, where a text is needed"):

@@ -14,13 +14,13 @@ import pytest
 pytest.importorskip("torch")
 
 from molmo_edge.config import ImageConfig
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.data.mixture import Group, MixtureError, Order, mixture_rates
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.encoding import Encoder, Encoding
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.guard import DivergedError, Guard
 from molmo_edge.training.loader import DataError, MicroBatches, Samples, Share, open_loader
-from molmo_edge.training.mixture import Group, MixtureError, Order, mixture_rates
 from molmo_edge.training.optimizer import OptimizerConfig, Rate, part_of, rate_at
 from molmo_edge.training.recipe import CAPTION, MULTITASK, RecipeError, recipe_for
 
@@ -43,7 +43,7 @@ def test_the_papers_mixture() -> None:
     assert sum(group.rate for group in MULTITASK.mixture) == pytest.approx(1.0)
     names = [name for group in MULTITASK.mixture for name in group.sizes]
     assert len(names) == len(set(names)) == 32
-    from molmo_edge.training.data.catalog import known
+    from molmo_edge.data.catalog import known
 
     assert set(names) <= set(known()) and set(CAPTION.mixture[0].sizes) <= set(known())
 

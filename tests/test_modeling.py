@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.hub_config import from_hub_config, to_hub_config
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.modeling import KVCache, Molmo, load_checkpoint, save_checkpoint
-from molmo_edge.modeling.checkpoint import CheckpointError
-from molmo_edge.prompt import build_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("molmoe", "qwen", "olmo")

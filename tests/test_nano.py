@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import default_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import default_bundle, open_bundle
 from molmo_edge.config import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

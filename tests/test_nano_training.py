@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.images import ImageProcessor
+from molmo_edge.data.drawn.sprites import Assets
+from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
-from molmo_edge.training.assets import Assets
 from molmo_edge.training.batches import PackedQuestions, Visits, collate
 from molmo_edge.training.features import pictures, read_sample, write_features
 from molmo_edge.training.nano import Run, TrainConfig, experts_at, scale_at

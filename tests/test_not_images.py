@@ -20,7 +20,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import ImageError, load_image
+from molmo_edge.frontend.crops import ImageError, load_image
 
 GOLDEN = Path(__file__).parent / "golden"
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -21,13 +21,13 @@ import yaml
 from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, greedy, prompt, relative, runtime
 from transformers import AutoConfig, AutoModel
 
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export import optimum as subject
 from molmo_edge.export import optimum_components as parts
 from molmo_edge.export.optimum import COMPONENTS, TARGETS, export_with_optimum, quantize_with_optimum
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
-from molmo_edge.modeling.checkpoint import CheckpointError
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
 TOLERANCE = 1e-4

@@ -10,10 +10,10 @@ import pytest
 
 from molmo_edge import Molmo as Sdk
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.points import format_points
-from molmo_edge.training.data.draw_scenes import draw_scene
+from molmo_edge.data.drawn.scenes import draw_scene
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.points import format_points
 from molmo_edge.training.encoding import Encoding
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.recipe import Recipe
@@ -50,9 +50,9 @@ def eight() -> Eight:
 @pytest.mark.slow
 def test_eight_pictures_are_learnt_to_the_letter(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
+    from molmo_edge.checkpoints.tensor_sources import open_tensors
+    from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.modeling import Molmo, save_checkpoint
-    from molmo_edge.modeling.checkpoint import open_tensors
-    from molmo_edge.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.trainer import Data, Trainer, build
 

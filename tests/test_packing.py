@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.training.packing import IMAGE_SEGMENT, attention_mask, pack
 

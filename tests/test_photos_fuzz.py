@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from points_damage import damage_value
 
+from molmo_edge.data.annotated_photos import PhotoError
 from molmo_edge.evaluation.suites import suite
-from molmo_edge.points import format_count, format_points
-from molmo_edge.training.photos import PhotoError
+from molmo_edge.frontend.points import format_count, format_points
 
 SCENE: dict[str, Any] = {
     "image": "a.png", "source": "scene", "width": 40, "height": 30, "split": "val",

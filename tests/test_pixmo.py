@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.loading import load_image
-from molmo_edge.rows import RowsError
-from molmo_edge.training.data.downloads import MANIFEST, Manifest
-from molmo_edge.training.data.pixmo import PIXMO, PixmoData, open_pixmo, pointing_eval_urls, wanted_images
-from molmo_edge.training.examples import Annotation, DataSet, Example
-from molmo_edge.training.prompts import CAPTIONING, COUNTING, POINTING
+from molmo_edge.data.annotation_prompts import CAPTIONING, COUNTING, POINTING
+from molmo_edge.data.downloads import MANIFEST, Manifest
+from molmo_edge.data.examples import Annotation, DataSet, Example
+from molmo_edge.data.pixmo import PIXMO, PixmoData, open_pixmo, pointing_eval_urls, wanted_images
+from molmo_edge.data.rows import RowsError
+from molmo_edge.frontend.image_files import load_image
 
 Rows = Sequence[dict[str, Any]]
 

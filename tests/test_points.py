@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molmo_edge.points import (
+from molmo_edge.frontend.points import (
     Point,
     StreamParser,
     extract_points,

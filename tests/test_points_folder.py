@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.points import parse_count, parse_points
-from molmo_edge.training.data.points_folder import PointsError, PointsFolder, open_points
-from molmo_edge.training.examples import Example
+from molmo_edge.data.examples import Example
+from molmo_edge.data.points_folder import PointsError, PointsFolder, open_points
+from molmo_edge.frontend.points import parse_count, parse_points
 
 # Boxes in pixels: left, top, width, height. "turned.jpg" is stored as 80 x 40 and shown as 40 x 80.
 BOXES: dict[str, dict[str, list[tuple[float, ...]]]] = {

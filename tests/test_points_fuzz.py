@@ -11,8 +11,8 @@ import pytest
 from points_damage import FORMS, PICTURES, Folder, damage, make_pictures, write
 from points_oracle import meaning
 
-from molmo_edge.points import parse_count, parse_points
-from molmo_edge.training.data.points_folder import PointsError, PointsFolder, open_points
+from molmo_edge.data.points_folder import PointsError, PointsFolder, open_points
+from molmo_edge.frontend.points import parse_count, parse_points
 
 FOLDERS = 100  # of each form
 # What is wrong with a whole file or folder has no line.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge.training.data.points_folder import PointsError, PointsFolder, open_points
+from molmo_edge.data.points_folder import PointsError, PointsFolder, open_points
 
 PERCENT_CSV = "image,label,x_percent,y_percent\n"
 CSV = "image,label,x,y\n"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.loading import load_image
-from molmo_edge.training.data.points_folder import PointsError, open_points
+from molmo_edge.data.points_folder import PointsError, open_points
+from molmo_edge.frontend.image_files import load_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom: pixels
 

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from molmo_edge import Molmo
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, by_expert, grouped_mm, mix_experts
 from molmo_edge.modeling.precision import PrecisionError, choose_precision, room, weight_bytes
-from molmo_edge.prompt import build_prompt
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.torch import TorchRuntime
 
@@ -87,7 +87,7 @@ def test_bitsandbytes_costs_what_it_says(name: str, precision: str, most: float)
 @pytest.mark.parametrize("name", ["molmoe", "qwen"])
 def test_what_is_quantised_and_what_is_not(name: str, precision: str) -> None:
     pytest.importorskip("bitsandbytes")
-    from molmo_edge.quantize.bitsandbytes import QuantizedExperts, QuantizedLinear
+    from molmo_edge.modeling.bitsandbytes import QuantizedExperts, QuantizedLinear
 
     model, _, config = load_checkpoint(GOLDEN / name, precision=precision)
     quantized = {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -109,7 +109,7 @@ def test_what_is_quantised_and_what_is_not(name: str, precision: str) -> None:
 def test_int8_takes_inputs_beyond_float16() -> None:
     """Where no norm stands in front of a matrix, inputs pass 65504."""
     pytest.importorskip("bitsandbytes")
-    from molmo_edge.quantize.bitsandbytes import Quantizer
+    from molmo_edge.modeling.bitsandbytes import Quantizer
 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(64, 128, generator=generator), torch.randn(5, 128, generator=generator)

@@ -135,7 +135,7 @@ def test_bitsandbytes_downloads_no_kernels(run: Callable[..., Run], tmp_path: Pa
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs): open('downloaded', 'w')\n")
     code = (
-        "from molmo_edge.quantize.bitsandbytes import import_bitsandbytes; import_bitsandbytes('tests')\n"
+        "from molmo_edge.modeling.bitsandbytes import import_bitsandbytes; import_bitsandbytes('tests')\n"
         "import kernels  # an app can still import it\n"
     )
     run("-c", code, PYTHONPATH=os.pathsep.join((str(ROOT), str(tmp_path))))
@@ -188,7 +188,7 @@ def test_doctor_says_what_each_library_reports(run: Callable[..., Run]) -> None:
 
 
 def test_the_documentation_names_every_switch() -> None:
-    from molmo_edge import privacy
+    from molmo_edge.system import privacy
 
     text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
     assert all(f"`{switch.variable}`" in text and f"`{switch.library}`" in text for switch in privacy.SWITCHES)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from molmo_edge.config import ImageConfig, MolmoConfig
-from molmo_edge.images import ImageProcessor, load_image
-from molmo_edge.prompt import (
+from molmo_edge.frontend.crops import ImageProcessor, load_image
+from molmo_edge.frontend.prompts import (
     PromptError,
     build_caption_prompt,
     build_prompt,
@@ -21,7 +21,7 @@ from molmo_edge.prompt import (
     point_question,
     text_ids,
 )
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = Tokenizer.from_file(GOLDEN / "molmoe_pruned_tokenizer.json")

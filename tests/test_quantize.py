@@ -13,8 +13,8 @@ from exported import ARCHITECTURES, bundle, case, runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.export.graph import FP32, Graph, Precision
-from molmo_edge.quantize.int8 import INT8, Q8, quantize_channels, quantize_rows
+from molmo_edge.export.graph_builder import FP32, Graph, Precision
+from molmo_edge.export.int8_graph import INT8, Q8, quantize_channels, quantize_rows
 
 
 def run(precision: Precision, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge.points import parse_count, parse_points
-from molmo_edge.training.english import counted, listed, plural, with_article
-from molmo_edge.training.questions import QA, describe, grounded_names, region_of, write_questions
-from molmo_edge.training.sprite_names import COCO_LABELS, SYNONYMS, overlapping, sprite_sources
+from molmo_edge.data.drawn.sprite_names import COCO_LABELS, SYNONYMS, overlapping, sprite_sources
+from molmo_edge.data.english import counted, listed, plural, with_article
+from molmo_edge.data.grounded_questions import QA, describe, grounded_names, region_of, write_questions
+from molmo_edge.frontend.points import parse_count, parse_points
 
 VOCABULARY = sorted(set(sprite_sources()) | COCO_LABELS)
 
@@ -56,7 +56,7 @@ def test_points_counts_and_boxes_agree() -> None:
 
 
 def test_the_sdk_asks_as_training_did() -> None:
-    from molmo_edge.prompt import caption_question, count_question, point_question
+    from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 
     asked = [qa.question for qa in ask(scene(DOGS))]
     for own, kinds in ((point_question("dog"), "point"), (count_question("dogs"), "count")):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from molmo_edge.config import ConvTowerConfig, ImageConfig
-from molmo_edge.images import ImageProcessor
+from molmo_edge.data.annotated_photos import Photo, load_photos
+from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling.conv_tower import ConvTower
-from molmo_edge.training.photos import Photo, load_photos
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
 from recipes.nano.score import local_maxima, stitched, suppress

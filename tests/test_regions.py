@@ -13,13 +13,13 @@ pytest.importorskip("torch")
 import torch
 from test_conv_tower import CONFIG, GOLDEN
 
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import ImageConfig
-from molmo_edge.images import patch_grid, select_tiling
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.crops import patch_grid, select_tiling
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.tokenizer import Tokenizer
 from molmo_edge.training.encoding import Encoder, Encoding, EncodingError, collate
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world

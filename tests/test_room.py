@@ -23,7 +23,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make so many bytes of memory free."""
 
     def make(count: int) -> None:
-        monkeypatch.setattr("molmo_edge.memory.meminfo", lambda: {"MemAvailable": count})
+        monkeypatch.setattr("molmo_edge.system.memory.meminfo", lambda: {"MemAvailable": count})
 
     return make
 

@@ -16,17 +16,17 @@ import torch
 from exported import EXACT, GOLDEN, bundle, gguf_bundle, gguf_runtime, relative, runtime
 
 import molmo_edge.export.bundle as bundle_module
-import molmo_edge.export.experts as experts_module
+import molmo_edge.export.experts_graph as experts_module
+import molmo_edge.modeling.bitsandbytes as bitsandbytes_module
 import molmo_edge.modeling.decoder as decoder_module
-import molmo_edge.quantize.bitsandbytes as bitsandbytes_module
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.routing import _choose, _reader, _with_probabilities, agreement, router_choices
 from molmo_edge.export import export_bundle
-from molmo_edge.export.graph import Graph, Linear, fp32_linear
-from molmo_edge.quantize.int4 import Int4
-from molmo_edge.quantize.int8 import int8_linear, q8_linear
+from molmo_edge.export.graph_builder import Graph, Linear, fp32_linear
+from molmo_edge.export.int4_graph import Int4
+from molmo_edge.export.int8_graph import int8_linear, q8_linear
 from molmo_edge.runtimes import EngineError, Unavailable
 
 MOLMOE = GOLDEN / "molmoe"
@@ -103,7 +103,7 @@ def test_weights_in_a_sidecar_are_used_where_they_lie(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", 10_000)
-    monkeypatch.setattr("molmo_edge.export.graph._INLINE_BELOW", 256)
+    monkeypatch.setattr("molmo_edge.export.graph_builder._INLINE_BELOW", 256)
     export_bundle(MOLMOE, tmp_path / "bundle", {"decoder": precision}, measure=False)
     opened = open_bundle(tmp_path / "bundle")
     (data,) = tmp_path.glob("bundle/decoder*.onnx.data")

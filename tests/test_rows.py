@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge import fetching
-from molmo_edge.images import load_image
-from molmo_edge.rows import FetchError, Row, RowsError, fetch_image, load_rows
+from molmo_edge.data import fetching
+from molmo_edge.data.rows import FetchError, Row, RowsError, fetch_image, load_rows
+from molmo_edge.frontend.crops import load_image
 
 datasets = pytest.importorskip("datasets")
 

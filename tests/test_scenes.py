@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from molmo_edge.training import scenes
-from molmo_edge.training.assets import AssetError, Assets, Background, build_assets, find_fonts, load_sprites
-from molmo_edge.training.backdrops import draw_backdrop
-from molmo_edge.training.clocks import draw_clock
-from molmo_edge.training.photos import PhotoError, augment, crop_annotation, load_photos
-from molmo_edge.training.scenes import KINDS, SceneError, draw_scene
-from molmo_edge.training.sprite_names import BROADER, overlapping, sprite_sources
-from molmo_edge.training.words import draw_text
+from molmo_edge.data.annotated_photos import PhotoError, augment, crop_annotation, load_photos
+from molmo_edge.data.drawn import sprite_scenes as scenes
+from molmo_edge.data.drawn.backdrops import draw_backdrop
+from molmo_edge.data.drawn.clock_faces import draw_clock
+from molmo_edge.data.drawn.rendered_words import draw_text
+from molmo_edge.data.drawn.sprite_names import BROADER, overlapping, sprite_sources
+from molmo_edge.data.drawn.sprite_scenes import KINDS, SceneError, draw_scene
+from molmo_edge.data.drawn.sprites import AssetError, Assets, Background, build_assets, find_fonts, load_sprites
 
 NAMES = ("bird", "owl", "cat", "cup", "ring", "clock", "shoe", "pizza")
 

@@ -39,7 +39,7 @@ from molmo_edge.evaluation.text_scores import (
     token_f1,
     vqa_score,
 )
-from molmo_edge.points import Point
+from molmo_edge.frontend.points import Point
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8"))
 NOTHING = {"precision": 0.0, "recall": 0.0, "f1": 0.0}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from molmo_edge import bundle as bundle_module
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints import bundle as bundle_module
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.export import ExportError, export_checkpoint
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -198,7 +198,7 @@ export_checkpoint("{GOLDEN / "qwen"}", "{tmp_path}/model", "fp32")'
 
 
 def test_a_work_folder_is_one_threads_and_leaves_nothing(cache: Path, tmp_path: Path) -> None:
-    from molmo_edge.scratch import BusyError, work_folder
+    from molmo_edge.system.scratch import BusyError, work_folder
 
     place = tmp_path / "place"
     place.mkdir()
@@ -215,7 +215,7 @@ def test_a_work_folder_is_one_threads_and_leaves_nothing(cache: Path, tmp_path: 
 
 
 def test_work_folders_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from molmo_edge.scratch import work_folder
+    from molmo_edge.system.scratch import work_folder
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("MOLMO_EDGE_CACHE", str(tmp_path / "file" / "cache"))
@@ -230,7 +230,7 @@ def test_a_file_system_without_locks_asks_for_the_process(
 ) -> None:
     import fcntl
 
-    from molmo_edge.scratch import BusyError, remove_stale, work_folder
+    from molmo_edge.system.scratch import BusyError, remove_stale, work_folder
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -252,11 +252,12 @@ def test_a_file_system_without_locks_asks_for_the_process(
 
 def test_temporary_folders_are_found_as_well(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons build models of many gigabytes in the system's folder for temporary files."""
-    from molmo_edge.scratch import temporary_folder
+    from molmo_edge.system.scratch import temporary_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     child = (
-        "import os; from molmo_edge.scratch import temporary_folder as t\nwith t('loss') as f: os.kill(os.getpid(), 9)"
+        "import os; from molmo_edge.system.scratch import temporary_folder as t\n"
+        "with t('loss') as f: os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", child], env=env)

@@ -16,12 +16,12 @@ from PIL import Image
 
 from molmo_edge import Answer, Molmo, Point
 from molmo_edge.answer import DrawError, Seconds, draw_points
-from molmo_edge.bundle import Bundle, Check, Component
+from molmo_edge.checkpoints.bundle import Bundle, Check, Component
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.molmo import MAX_QUESTION_CHARS, QuestionError
-from molmo_edge.readable import TagStripper, readable
+from molmo_edge.sdk.readable_text import TagStripper, readable
+from molmo_edge.sdk.stage_checksums import Part
 from molmo_edge.selfcheck import CheckReport
-from molmo_edge.sums import Part
 
 CASES = ("square", "landscape", "wide_text")
 TWO_DOGS = 'Look: <points x1="10.0" y1="20.0" x2="90.0" y2="50.0" alt="dogs">the dogs</points> here.'

@@ -13,8 +13,8 @@ from molmo_edge.export import export_bundle
 from molmo_edge.export.source import open_source
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import DenseFFN
-from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.quantize.smooth import smoothed
+from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.quantize.smoothing import smoothed
 from molmo_edge.runtimes import open_runtime
 
 LOUD = (3, 17)  # channels
@@ -68,7 +68,7 @@ def logits_of(architecture: str, rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
 def test_smoothed_weights_are_the_same_function(architecture: str, tmp_path: Path) -> None:
-    from molmo_edge.modeling.loading import build_model
+    from molmo_edge.modeling.weights import build_model
 
     config, tensors = open_source(GOLDEN / architecture)
     rows = prompt(runtime(architecture), case(architecture, "square"))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from molmo_edge.data.annotated_photos import PhotoError, load_photos
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.pictures import Picture, own_scenes
+from molmo_edge.evaluation.annotated_pictures import Picture, own_scenes
 from molmo_edge.evaluation.suites import SuiteError, evenly, expand, picture_questions, suite, unique
-from molmo_edge.points import format_count, format_points
-from molmo_edge.training.photos import PhotoError, load_photos
+from molmo_edge.frontend.points import format_count, format_points
 
 TWO_DOGS = [[10, 10, 20, 20], [60, 60, 80, 80]]
 ANNOTATION: dict[str, Any] = {

@@ -14,16 +14,16 @@ import torch
 from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, costs, expected, greedy, prompt, relative, runtime
 from onnx.reference import ReferenceEvaluator
 
-from molmo_edge.bundle import open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export import bundle as bundle_module
-from molmo_edge.export import experts as experts_module
-from molmo_edge.export.unpack import load_bundle_weights
-from molmo_edge.export.wishes import TARGETS, check_wishes
+from molmo_edge.export import experts_graph as experts_module
+from molmo_edge.export.bundle_weights import load_bundle_weights
+from molmo_edge.export.options import TARGETS, check_wishes
 from molmo_edge.modeling import load_checkpoint
-from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.quantize.ranges import too_large
+from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.quantize.activation_ranges import too_large
 from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.providers import place

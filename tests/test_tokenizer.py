@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from molmo_edge.tokenizer import MOLMOE_SPECIAL_IDS, StreamDecoder, Tokenizer, TokenizerError
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, StreamDecoder, Tokenizer, TokenizerError
 
 GOLDEN = Path(__file__).parent / "golden"
 PRUNED = GOLDEN / "molmoe_pruned_tokenizer.json"  # made by make_tokenizer_fixture.py

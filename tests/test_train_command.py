@@ -14,7 +14,7 @@ import pytest
 
 from molmo_edge import Molmo as Sdk
 from molmo_edge.cli import main
-from molmo_edge.training.data.generate import generate
+from molmo_edge.data.drawn.generate import generate
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ["--steps", "3", "--batch", "2", "--micro", "1", "--workers", "0", "--device", "cpu", "--log-every", "1"]
@@ -112,7 +112,7 @@ def write_points(folder: Path, side: int = 64, count: int = 12) -> Path:
 
 
 def stored_in(checkpoint: Path) -> set[str]:
-    from molmo_edge.modeling.checkpoint import open_tensors
+    from molmo_edge.checkpoints.tensor_sources import open_tensors
 
     tensors = open_tensors(checkpoint)
     return {tensors.dtype(name) for name in tensors.names()}

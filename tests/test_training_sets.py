@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge.loading import load_image
-from molmo_edge.rows import RowsError
-from molmo_edge.training.data.academic import ACADEMIC, open_academic
-from molmo_edge.training.data.academic_rows import HUMAN_WEIGHT, MACHINE_WEIGHT, best_answer
-from molmo_edge.training.examples import Annotation, DataSet, Example
+from molmo_edge.data.academic import ACADEMIC, open_academic
+from molmo_edge.data.academic_rows import HUMAN_WEIGHT, MACHINE_WEIGHT, best_answer
+from molmo_edge.data.examples import Annotation, DataSet, Example
+from molmo_edge.data.rows import RowsError
+from molmo_edge.frontend.image_files import load_image
 
 MIXTURE = {
     *("coco_2014_vqa_multi", "text_vqa", "okvqa", "chart_qa_weighted", "doc_qa", "info_qa", "a_okvqa_mc", "a_okvqa_da"),

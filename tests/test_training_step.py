@@ -12,14 +12,14 @@ import torch
 from safetensors.numpy import load_file
 
 from molmo_edge.config import ImageConfig
+from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, choose_experts, grouped_mm, mix_experts
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, EncodingError, Sample, collate
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig, Trainable, router_losses
 from molmo_edge.training.packing import attention_mask, pack
 

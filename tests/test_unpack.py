@@ -10,15 +10,15 @@ import pytest
 import torch
 from exported import bundle
 
-from molmo_edge.bundle import default_bundle
+from molmo_edge.checkpoints.bundle import default_bundle
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.export import export_bundle, export_checkpoint
-from molmo_edge.export.unpack import BundleTensors, load_bundle_weights
-from molmo_edge.images import load_image
+from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
+from molmo_edge.frontend.crops import load_image
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint, save_checkpoint
-from molmo_edge.modeling.checkpoint import open_tensors
 from molmo_edge.molmo import Molmo
 from molmo_edge.runtimes.torch import TorchRuntime
-from molmo_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = Path(__file__).parent.parent / "examples"

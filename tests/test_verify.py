@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from molmo_edge import Molmo
-from molmo_edge.bundle import BundleError, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.bundle import BundleError, load_tokenizer, open_bundle
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import ImageProcessor, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.selfcheck import check_bundle
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -52,8 +52,8 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def write(bundle: Path, manifest: dict[str, Any], *, sealed: bool, settings: bool = False) -> None:
     """`sealed`: with the hash of the new content; `settings`: with the sum of the new settings, too."""
     if sealed:
-        from molmo_edge.bundle import content_sha256
-        from molmo_edge.sums import settings_sum
+        from molmo_edge.checkpoints.bundle import content_sha256
+        from molmo_edge.sdk.stage_checksums import settings_sum
 
         if settings and {"model", "special_ids"} <= set(manifest) and "sums" in (manifest.get("check") or {}):
             manifest["check"]["sums"]["settings"] = settings_sum(manifest)
@@ -253,11 +253,11 @@ def test_sums_pass_on_engines_that_round_otherwise(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     from exported import GOLDEN
 
-    from molmo_edge import sums
-    from molmo_edge.embeddings import image_embeddings
     from molmo_edge.export import CheckPhoto, export_bundle
-    from molmo_edge.prompt import image_ids
+    from molmo_edge.frontend.prompts import image_ids
     from molmo_edge.runtimes import open_runtime
+    from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+    from molmo_edge.sdk import stage_checksums as sums
 
     for precision in ("fp32", "int8"):
         out = tmp_path / precision
@@ -274,7 +274,7 @@ def test_sums_pass_on_engines_that_round_otherwise(tmp_path: Path) -> None:
 
 
 def test_signed_sums_tell_how_far_arrays_are_apart() -> None:
-    from molmo_edge import sums
+    from molmo_edge.sdk import stage_checksums as sums
 
     random = np.random.default_rng(0)
     exact = random.normal(size=(7, 300, 40)).astype(np.float32)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from molmo_edge.cli.output import OutputError, save_image
-from molmo_edge.scratch import work_folder
-from molmo_edge.writing import naming, written_aside
+from molmo_edge.system.atomic_files import naming, written_aside
+from molmo_edge.system.scratch import work_folder
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.log import shown
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.system.log import shown
 from molmo_edge.training.encoding import Encoding
-from molmo_edge.training.examples import Annotation, Example
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import Layout, world

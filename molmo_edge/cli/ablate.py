@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table
-from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
+from molmo_edge.cli.question_options import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import Ablated
-    from molmo_edge.evaluation.blame import Matrix
+    from molmo_edge.evaluation.attribution import Matrix
 
 _LIMIT = "Most pictures: each is asked about once for every part and precision."
 _SHOWN = 8  # matrices
@@ -46,7 +46,7 @@ def ablate(
     directory = _find(reference, quiet)
     other = None if candidate is None else _find(candidate, quiet)
     if other is not None:
-        from molmo_edge.evaluation.blame import blame_parts, check_candidate, matrices
+        from molmo_edge.evaluation.attribution import blame_parts, check_candidate, matrices
 
         check_candidate(directory, other)
     _, questions = open_suites(suite, limit, data, quiet=quiet)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molmo_edge.cli.opening import open_molmo
+from molmo_edge.cli.open_model import open_molmo
 from molmo_edge.cli.options import Opening, Sampling
 from molmo_edge.cli.output import (
     OutputError,
@@ -27,7 +27,7 @@ from molmo_edge.cli.streams import complain
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.streaming import Stream
+    from molmo_edge.sdk.streaming import Stream
 
 
 def answer_command(
@@ -57,7 +57,7 @@ def answer_command(
     if (advice := sampling.without_effect) is not None:
         note(advice, quiet=quiet)
     with progress("opening the photo", quiet=quiet):
-        from molmo_edge.loading import ImageError
+        from molmo_edge.frontend.image_files import ImageError
 
         opened: list[Any] = []  # what to give to the model, or why it cannot be had
         for picture in pictures:
@@ -71,8 +71,8 @@ def answer_command(
         for picture, problem in zip(pictures, opened, strict=True):
             _report(picture, problem, json=json)
         raise typer.Exit(1)
-    from molmo_edge.generate import GenerationError
     from molmo_edge.molmo import QuestionError, _checked
+    from molmo_edge.runtimes.generate import GenerationError
 
     failed = False
     with open_molmo(opening, quiet=quiet) as molmo:

@@ -33,8 +33,8 @@ from molmo_edge.cli import (
 from molmo_edge.cli.interrupts import Interrupts
 from molmo_edge.cli.streams import complain, flush_streams, open_streams
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import with_extra
-from molmo_edge.log import shown
+from molmo_edge.system.extras import with_extra
+from molmo_edge.system.log import shown
 
 app = typer.Typer(
     name="molmo-edge",

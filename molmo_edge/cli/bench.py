@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, progress
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import MissingExtra, pip_command
+from molmo_edge.system.extras import MissingExtra, pip_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,11 +58,11 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time each stage, and the same on PyTorch if installed."""
-    from molmo_edge.bundle import load_tokenizer
-    from molmo_edge.images import load_image
-    from molmo_edge.memory import give_back
+    from molmo_edge.checkpoints.bundle import load_tokenizer
+    from molmo_edge.frontend.crops import load_image
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
+    from molmo_edge.system.memory import give_back
 
     if checkpoint is not None and importlib.util.find_spec("torch") is None:  # before anything is measured
         raise MissingExtra(f"bench --checkpoint needs torch: {pip_command('torch')}")

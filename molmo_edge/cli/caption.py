@@ -17,6 +17,6 @@ def caption(
     quiet: options.Quiet = False,
 ) -> None:
     """Describe photos."""
-    from molmo_edge.prompt import caption_question
+    from molmo_edge.frontend.prompts import caption_question
 
     answer_command(images, caption_question(), opening, sampling, json=json, save=save, quiet=quiet)

@@ -12,11 +12,11 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.interrupts import settle_interrupt
-from molmo_edge.cli.opening import open_molmo
+from molmo_edge.cli.open_model import open_molmo
 from molmo_edge.cli.output import check_save, note, print_stream, progress, save_image
 from molmo_edge.cli.pictures import STDIN, PictureError, is_folder, open_picture
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.readable import counted
+from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer
@@ -123,7 +123,8 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
 def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
     """Yields what reads the next line, None at the end: with editing and history where somebody types.
 
-    `keep`: the history outlives the chat, in the folder of molmo_edge.bundle.cache_directory, readable by its owner
+    `keep`: the history outlives the chat, in the folder of molmo_edge.checkpoints.bundle.cache_directory, readable
+    by its owner
     alone. Without it the history is that of this chat.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -138,7 +139,7 @@ def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
         readline.clear_history()
         yield _read_edited
         return
-    from molmo_edge.bundle import cache_directory
+    from molmo_edge.checkpoints.bundle import cache_directory
 
     file = cache_directory() / "chat_history"
     with contextlib.suppress(OSError):  # there is none yet

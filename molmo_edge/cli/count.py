@@ -18,6 +18,6 @@ def count(
     quiet: options.Quiet = False,
 ) -> None:
     """Count everything of a kind, with a point for each."""
-    from molmo_edge.prompt import count_question
+    from molmo_edge.frontend.prompts import count_question
 
     answer_command(images, count_question(label), opening, sampling, json=json, save=save, quiet=quiet)

@@ -14,11 +14,11 @@ import typer
 import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cores import available_cores
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import Requirement, extras, pip_command
-from molmo_edge.memory import meminfo
-from molmo_edge.privacy import reports
+from molmo_edge.system.cores import available_cores
+from molmo_edge.system.extras import Requirement, extras, pip_command
+from molmo_edge.system.memory import meminfo
+from molmo_edge.system.privacy import reports
 
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
 
@@ -134,7 +134,7 @@ def _llama(problems: list[str]) -> list[str] | None:
 
 
 def _model(problems: list[str]) -> str | None:
-    from molmo_edge.bundle import default_bundle, open_bundle
+    from molmo_edge.checkpoints.bundle import default_bundle, open_bundle
 
     try:
         bundle = open_bundle(default_bundle())
@@ -149,14 +149,14 @@ def _stale() -> list[str] | None:
     """What exports and comparisons that were killed left here, or anywhere on this machine; it is removed now."""
     import tempfile
 
-    from molmo_edge.scratch import remove_stale
+    from molmo_edge.system.scratch import remove_stale
 
     removed = remove_stale([Path.cwd(), Path(tempfile.gettempdir())])
     return [f"{stale.folder} ({stale.bytes / 1e6:.1f} MB, of a process that was killed)" for stale in removed] or None
 
 
 def _cache(problems: list[str]) -> str:
-    from molmo_edge.bundle import cache_directory
+    from molmo_edge.checkpoints.bundle import cache_directory
 
     directory = cache_directory()
     try:

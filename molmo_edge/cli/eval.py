@@ -16,11 +16,11 @@ import typer
 
 import molmo_edge
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.tasks import Asked, bars, open_suite
+from molmo_edge.cli.question_options import Asked, bars, open_suite
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.writing import written_aside
+from molmo_edge.system.atomic_files import written_aside
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -58,12 +58,12 @@ def eval(
     quiet: options.Quiet = False,
 ) -> None:
     """Ask a model benchmarks and score its answers."""
-    from molmo_edge.cores import available_cores
-    from molmo_edge.evaluation.facts import model_identity
+    from molmo_edge.evaluation.model_facts import model_identity
     from molmo_edge.evaluation.questions import UNSCORED
     from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
     from molmo_edge.evaluation.suites import expand
     from molmo_edge.molmo import Molmo
+    from molmo_edge.system.cores import available_cores
 
     mine = Shard.parse(shard) if shard else Shard()
     if shard and processes > 1:
@@ -132,7 +132,7 @@ def _with_parent(advance: Callable[[], None]) -> Callable[[], None]:
 
 
 def _say_published_crops(names: Sequence[str], max_crops: int | None, *, quiet: bool) -> None:
-    from molmo_edge.evaluation.academic import TASKS
+    from molmo_edge.evaluation.benchmarks import TASKS
 
     for most in sorted({TASKS[name].max_crops for name in names if name in TASKS} - {max_crops}):
         of = ", ".join(name for name in names if name in TASKS and TASKS[name].max_crops == most)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import console, note, print_json, progress
 
 _PRECISION = (

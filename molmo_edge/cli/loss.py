@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites
-from molmo_edge.readable import counted
+from molmo_edge.cli.question_options import Asked, bars, interval, named, open_suites
+from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss, Measured
@@ -41,7 +41,7 @@ def loss(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what smaller models lose, on the same prompts."""
-    from molmo_edge.bundle import is_bundle
+    from molmo_edge.checkpoints.bundle import is_bundle
     from molmo_edge.evaluation import need_onnx
     from molmo_edge.evaluation.figures import KINDS
     from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
@@ -101,7 +101,7 @@ def loss(
 
 
 def _print(found: Loss) -> None:
-    from molmo_edge.evaluation.summary import columns, summary
+    from molmo_edge.evaluation.loss_summary import columns, summary
 
     print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "

@@ -35,8 +35,8 @@ def _known_precision(precision: str) -> str:
 
 def _enough_cores(threads: int | None) -> int | None:
     if threads is not None:
-        from molmo_edge.cores import choose_threads
         from molmo_edge.runtimes import EngineError
+        from molmo_edge.system.cores import choose_threads
 
         try:
             choose_threads(threads)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.readable import counted
-from molmo_edge.writing import written_aside
+from molmo_edge.sdk.readable_text import counted
+from molmo_edge.system.atomic_files import written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,7 +90,7 @@ def print_json(data: dict[str, Any]) -> None:
 
 def print_stream(stream: Stream) -> Answer:
     """Show the text as it comes, point tags taken out, then the points; returns the whole answer."""
-    from molmo_edge.readable import TagStripper
+    from molmo_edge.sdk.readable_text import TagStripper
 
     stripper = TagStripper()
     for piece in stream:

@@ -37,7 +37,7 @@ def open_picture(path: Path) -> Any:
         raise PictureError(f"{path} is a folder without pictures ({', '.join(SUFFIXES)})")
     if is_file(path):
         return path
-    from molmo_edge.loading import load_image
+    from molmo_edge.frontend.image_files import load_image
 
     return load_image(path)
 

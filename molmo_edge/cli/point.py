@@ -18,6 +18,6 @@ def point(
     quiet: options.Quiet = False,
 ) -> None:
     """Point at everything of a kind."""
-    from molmo_edge.prompt import point_question
+    from molmo_edge.frontend.prompts import point_question
 
     answer_command(images, point_question(label), opening, sampling, json=json, save=save, quiet=quiet)

@@ -10,13 +10,13 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cli.tasks import Asked, bars, interval, named, open_suites, parse_words
+from molmo_edge.cli.question_options import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
+    from molmo_edge.evaluation.precision_search import Found
     from molmo_edge.evaluation.stats import Figure
-    from molmo_edge.quantize.search import Found
 
 _LIMIT = "Most pictures: each is asked about once for every part and precision."
 _CALIBRATE = "A folder of photos to round four-bit weights of the bundle with."
@@ -43,13 +43,13 @@ def quantize(
     """Choose each part's precision by what it costs, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
-    from molmo_edge.bundle import GRAPHS, open_bundle
+    from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
     from molmo_edge.evaluation import need_onnx
 
     need_onnx("a search")
     from molmo_edge.evaluation.ablation import Bench, ablate
+    from molmo_edge.evaluation.precision_search import search
     from molmo_edge.export import check_bundle_wishes, export_bundle
-    from molmo_edge.quantize.search import search
 
     check_bundle_wishes(out, None, None if calibrate is None else {"decoder": "q4"}, calibrate=calibrate)
     words = parse_words(precisions)

@@ -15,7 +15,7 @@ from molmo_edge.cli import train_data, train_points
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note
 from molmo_edge.config import PRESETS
-from molmo_edge.extras import with_extra
+from molmo_edge.system.extras import with_extra
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
@@ -93,8 +93,8 @@ def _stage(stage: str, summary: str) -> Callable[..., None]:
         seed: options.Seed = None,
         device: options.Device = "auto",
     ) -> None:
-        from molmo_edge.training.data.catalog import open_sets
-        from molmo_edge.training.mixture import Group, mixture_rates
+        from molmo_edge.data.catalog import open_sets
+        from molmo_edge.data.mixture import Group, mixture_rates
         from molmo_edge.training.parallel import Layout
         from molmo_edge.training.recipe import recipe_for
         from molmo_edge.training.trainer import Data
@@ -159,7 +159,7 @@ app.command("multitask")(_stage("multitask", "Stage 2: the mixture of pointing, 
 
 
 def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str]:
-    from molmo_edge.training.data.catalog import at_hand, in_mixture
+    from molmo_edge.data.catalog import at_hand, in_mixture
 
     names = in_mixture(recipe.mixture)
     if chosen or hub:
@@ -177,9 +177,9 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
 
 
 def _run(start: str, recipe: Recipe, open_data: Callable[[], Any], out: Path, device: str) -> None:
+    from molmo_edge.checkpoints.tensor_sources import open_tensors
     from molmo_edge.config import MolmoConfig
-    from molmo_edge.modeling.checkpoint import open_tensors
-    from molmo_edge.tokenizer import Tokenizer
+    from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.trainer import Trainer, build
 

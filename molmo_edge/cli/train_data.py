@@ -11,7 +11,7 @@ import typer
 from molmo_edge.cli.output import note
 
 if TYPE_CHECKING:
-    from molmo_edge.training.data.downloads import Counts
+    from molmo_edge.data.downloads import Counts
 
 
 class Kind(str, Enum):
@@ -48,7 +48,7 @@ def start(
     seed: Annotated[int, typer.Option(min=0, help="Of the connector.")] = 0,
 ) -> None:
     """The checkpoint that stage 1 starts from: a language model, a ViT, and a random connector between them."""
-    from molmo_edge.training.base import build_base
+    from molmo_edge.training.starting_checkpoint import build_base
 
     build_base(
         decoder,
@@ -71,12 +71,12 @@ def draw(
     seed: Annotated[int, typer.Option(min=0, help="Another one draws other pictures.")] = 0,
     fonts: Annotated[Path | None, typer.Option(help="A folder with more fonts, .ttf or .otf.")] = None,
     sprites: Annotated[
-        Path | None, typer.Option(help="points and count: pictures made by molmo_edge.training.assets.")
+        Path | None, typer.Option(help="points and count: pictures made by molmo_edge.data.drawn.sprites.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Draw a data set whose answers are exact, in the columns of the PixMo set of that kind."""
-    from molmo_edge.training.data.generate import generate
+    from molmo_edge.data.drawn.generate import generate
 
     drawn = generate(kind.value, count, out, seed=seed, fonts=fonts, sprites=sprites, jobs=jobs)
     note(f"{drawn} pictures drawn, {count} in {out}")
@@ -92,7 +92,7 @@ def fetch(
     ] = False,
 ) -> None:
     """Fetch the pictures that PixMo names by address. Stopped, it goes on where it was."""
-    from molmo_edge.training.data.catalog import fetch_pictures
+    from molmo_edge.data.catalog import fetch_pictures
 
     manifest = fetch_pictures(sets, data, jobs=jobs, retry_failed=retry_failed, progress=_Progress())
     note(", ".join(f"{number} {what}" for what, number in manifest.counts().items()))

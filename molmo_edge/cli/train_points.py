@@ -10,7 +10,7 @@ import typer
 
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note, progress
-from molmo_edge.readable import counted
+from molmo_edge.sdk.readable_text import counted
 
 _FOLDER = "Pictures with points.csv (image,label,x,y), COCO's annotations.json, LabelMe's files, or rows.jsonl."
 _WHOLE = 'Parts trained whole: "connector", "vision", or none.'
@@ -66,9 +66,9 @@ def points(
     device: options.Device = "auto",
 ) -> None:
     """Teach a checkpoint your own points: adapters on one card (LoRA), merged into a model that can be exported."""
-    from molmo_edge.tokenizer import Tokenizer
+    from molmo_edge.data.points_folder import PointsError, open_points
+    from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.adapters import MERGED_IN, LoraTrainer
-    from molmo_edge.training.data.points_folder import PointsError, open_points
     from molmo_edge.training.lora import LoraConfig, build_adapted
     from molmo_edge.training.parallel import world
     from molmo_edge.training.recipe import recipe_for

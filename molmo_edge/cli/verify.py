@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molmo_edge.cli import options
-from molmo_edge.cli.opening import find_model
+from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, progress
 
 if TYPE_CHECKING:
+    from molmo_edge.sdk.stage_checksums import Part
     from molmo_edge.selfcheck import CheckReport
-    from molmo_edge.sums import Part
 
 # What is not as recorded means, and what to do.
 _MEANS = {

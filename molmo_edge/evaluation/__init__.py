@@ -1,7 +1,7 @@
 """Tasks and metrics: how good an answer is, and what a smaller model lost."""
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import pip_command
+from molmo_edge.system.extras import pip_command
 
 
 class EvaluationError(MolmoEdgeError):

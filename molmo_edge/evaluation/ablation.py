@@ -15,22 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_edge.bundle import GRAPHS, TOKENIZER, is_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import GRAPHS, TOKENIZER, is_bundle, open_bundle
+from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.evaluation.compare import compare
 from molmo_edge.evaluation.figures import figures
 from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.reference_outputs import Subject, Trace, record
 from molmo_edge.evaluation.stats import Figure
-from molmo_edge.evaluation.trace import Subject, Trace, record
-from molmo_edge.memory import available_memory, check_room
-from molmo_edge.modeling.layout import hub_shapes
-from molmo_edge.quantize.parts import PARTS as OF_DECODER
+from molmo_edge.export.decoder_precisions import PARTS as OF_DECODER
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
-from molmo_edge.scratch import temporary_folder
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.system.memory import available_memory, check_room
+from molmo_edge.system.scratch import temporary_folder
 
 if TYPE_CHECKING:
+    from molmo_edge.checkpoints.tensor_sources import TensorSource
     from molmo_edge.config import MolmoConfig
-    from molmo_edge.modeling.checkpoint import TensorSource
 
 _SEED = 6
 _ACTIVATIONS = 1_000_000_000  # bytes
@@ -42,7 +42,7 @@ class Ablated:
     """One part, otherwise than the reference."""
 
     part: str
-    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.blame)
+    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.attribution)
     saved: int  # bytes
     figures: dict[str, Figure]
 
@@ -78,7 +78,7 @@ class Bench:
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         """`dither`: weights of a bundle, which lie on the grid of their rounding, are moved off it, or rounding them
-        again would seem free (molmo_edge.export.unpack.BundleTensors). Raises what opening the model raises."""
+        again would seem free (molmo_edge.export.bundle_weights.BundleTensors). Raises what opening the model raises."""
         from molmo_edge.export.source import open_source
 
         if is_bundle(reference):
@@ -106,7 +106,7 @@ class Bench:
     ) -> Path:
         """A component's graph, in a folder of its own. `words`, `wishes`: as of `molmo_edge.export.export_bundle`."""
         from molmo_edge.export.bundle import build_component
-        from molmo_edge.export.wishes import check_wishes
+        from molmo_edge.export.options import check_wishes
 
         precision = check_wishes(dict(words), **wishes).make(component)
         path = self._folder() / f"{component}.onnx"

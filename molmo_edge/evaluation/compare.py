@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from molmo_edge.embeddings import with_features
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.reference_outputs import Answered, Prefilled, Seen, Subject, Trace, answer_text
 from molmo_edge.evaluation.text_scores import token_f1
-from molmo_edge.evaluation.trace import Answered, Prefilled, Seen, Subject, Trace, answer_text
-from molmo_edge.generate import likeliest
-from molmo_edge.points import Point, parse_points
+from molmo_edge.frontend.points import Point, parse_points
+from molmo_edge.runtimes.generate import likeliest
+from molmo_edge.runtimes.prompt_embeddings import with_features
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_edge.bundle import is_bundle, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.bundle import is_bundle, load_tokenizer, open_bundle
 from molmo_edge.config import MolmoConfig
-from molmo_edge.embeddings import with_features
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.compare import Comparison, compare
-from molmo_edge.evaluation.facts import ModelFacts, model_facts
 from molmo_edge.evaluation.figures import ScoreFigure, figures, scores
+from molmo_edge.evaluation.model_facts import ModelFacts, model_facts
 from molmo_edge.evaluation.questions import Question
+from molmo_edge.evaluation.reference_outputs import Answered, Subject, Trace, record
 from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import evenly
-from molmo_edge.evaluation.trace import Answered, Subject, Trace, record
-from molmo_edge.extras import pip_command
-from molmo_edge.memory import available_memory
-from molmo_edge.prompt import text_ids
+from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import PartedRuntime, check_model_room, open_runtime
-from molmo_edge.scratch import temporary_folder
+from molmo_edge.runtimes.prompt_embeddings import with_features
+from molmo_edge.system.extras import pip_command
+from molmo_edge.system.memory import available_memory
+from molmo_edge.system.scratch import temporary_folder
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -292,7 +292,7 @@ def _choose_bf16(config: MolmoConfig, reading: int = 0) -> str:
 def _bf16(directory: Path) -> PartedRuntime:
     """The model's weights on PyTorch, in bfloat16; a bundle's are read back."""
     from molmo_edge.export.source import open_source
-    from molmo_edge.modeling.loading import build_model
+    from molmo_edge.modeling.weights import build_model
     from molmo_edge.runtimes.torch import TorchRuntime
 
     config, tensors = open_source(directory)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.evaluation.pictures import RECEIPTS, Picture, photo_pictures, scene_pictures
+from molmo_edge.evaluation.annotated_pictures import RECEIPTS, Picture, photo_pictures, scene_pictures
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
+from molmo_edge.frontend.points import Point
 from molmo_edge.molmo import Molmo
-from molmo_edge.points import Point
 
 CENTRE = (Point(50.0, 50.0),)
 

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.extras import pip_command
+from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss

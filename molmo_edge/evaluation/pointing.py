@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from molmo_edge.evaluation.text_scores import read_integer
-from molmo_edge.points import Point, extract_points, parse_count
+from molmo_edge.frontend.points import Point, extract_points, parse_count
 
 Box = Sequence[float]  # x0, y0, x1, y1
 
@@ -175,7 +175,7 @@ def point_count_score(text: str, count: int) -> dict[str, float]:
     """Whether an answer states the count: "correct", "close" (at most one off), "valid" (it states any).
 
     "There are none." states none here, as the reference looks for it with "\\b" for a backspace; and of several
-    lines only the first is searched for "a total of". `molmo_edge.points.parse_count` reads both.
+    lines only the first is searched for "a total of". `molmo_edge.frontend.points.parse_count` reads both.
     Reference: olmo/eval/evaluators.py::PointCountEval.
     """
     plain = text.strip().lower().rstrip(".").strip()

@@ -17,13 +17,13 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.compare import Compared
 from molmo_edge.evaluation.figures import KINDS, ScoreFigure
 from molmo_edge.evaluation.loss import Loss, Measured
+from molmo_edge.evaluation.loss_summary import columns, summary
 from molmo_edge.evaluation.plots import check_plots, drifts, size_and_loss
 from molmo_edge.evaluation.stats import Figure
-from molmo_edge.evaluation.summary import columns, summary
-from molmo_edge.images import load_image
-from molmo_edge.points import Point, parse_points
-from molmo_edge.readable import readable
-from molmo_edge.writing import written_aside
+from molmo_edge.frontend.crops import load_image
+from molmo_edge.frontend.points import Point, parse_points
+from molmo_edge.sdk.readable_text import readable
+from molmo_edge.system.atomic_files import written_aside
 
 PAGE, DATA = "report.html", "loss.json"
 EXAMPLES = 6  # of each candidate: where its points lie furthest from the reference's
@@ -66,7 +66,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def page(loss: Loss) -> str:
-    """What a user asks comes first (molmo_edge.evaluation.summary); tokens and features come last."""
+    """What a user asks comes first (molmo_edge.evaluation.loss_summary); tokens and features come last."""
     shown = columns(loss)
     r = loss.reference
     body = [

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from molmo_edge.bundle import Bundle, is_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import Bundle, is_bundle, open_bundle
+from molmo_edge.checkpoints.hub_config import is_checkpoint
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.extras import pip_command
-from molmo_edge.hub_config import is_checkpoint
 from molmo_edge.runtimes import EngineError, Unavailable, check_capacity, open_runtime
+from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions

@@ -19,7 +19,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.evaluation.stats import Figure, average
 from molmo_edge.molmo import Molmo, Scene
-from molmo_edge.writing import naming, written_aside
+from molmo_edge.system.atomic_files import naming, written_aside
 
 RUN = "run.json"
 Line = dict[str, Any]

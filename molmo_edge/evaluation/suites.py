@@ -2,9 +2,10 @@
 
 nano-val            scenes drawn here, from pictures that come along
 nano-val:DIR        these and the validation photos of DIR
-photos:DIR          photos of DIR, in the annotations format of molmo_edge.training.photos; or plain photos without
+photos:DIR          photos of DIR, in the annotations format of molmo_edge.data.annotated_photos; or plain photos
+without
                     annotations, whose answers can be compared (loss) but not scored
-ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.academic; `academic` is all of them
+ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.benchmarks; `academic` is all of them
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from molmo_edge.data.annotated_photos import ANNOTATIONS
+from molmo_edge.data.english import plural
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.pictures import RECEIPTS, Picture, own_scenes, photo_pictures, plain_pictures
+from molmo_edge.evaluation.annotated_pictures import RECEIPTS, Picture, own_scenes, photo_pictures, plain_pictures
 from molmo_edge.evaluation.pointing import Box, is_valid_point_answer, score_points
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.evaluation.text_scores import anls, clock_score
-from molmo_edge.points import parse_count, parse_points
-from molmo_edge.prompt import caption_question, count_question, point_question
-from molmo_edge.training.english import plural
-from molmo_edge.training.photos import ANNOTATIONS
+from molmo_edge.frontend.points import parse_count, parse_points
+from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 
 _Thing = TypeVar("_Thing")
 
@@ -59,7 +60,7 @@ def suite(
         if folder:
             pictures += folder_pictures(Path(folder))
         return _some_questions(name, evenly(pictures, limit))
-    from molmo_edge.evaluation.academic import TASKS, questions
+    from molmo_edge.evaluation.benchmarks import TASKS, questions
 
     if name not in TASKS:
         raise SuiteError(f'there is no suite "{name}"; there are nano-val, photos:DIR, {", ".join(TASKS)}')
@@ -77,7 +78,7 @@ def folder_pictures(folder: Path) -> list[Picture]:
 
 def expand(names: Sequence[str]) -> list[str]:
     """The names, `academic` replaced by all benchmarks, each once."""
-    from molmo_edge.evaluation.academic import TASKS
+    from molmo_edge.evaluation.benchmarks import TASKS
 
     return list(dict.fromkeys(one for name in names for one in (TASKS if name == "academic" else (name,))))
 

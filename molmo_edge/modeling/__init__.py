@@ -1,6 +1,6 @@
 """Molmo in PyTorch: vision tower, connector, decoders (dense and OLMoE), checkpoint loading.
 
-Names are looked up on first use, so that `molmo_edge.modeling.checkpoint`, which needs no torch,
+Names are looked up on first use, so that `molmo_edge.checkpoints.tensor_sources`, which needs no torch,
 can be imported without it.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molmo_edge.modeling.decoder import Decoder, KVCache
-    from molmo_edge.modeling.loading import load_checkpoint, save_checkpoint
     from molmo_edge.modeling.model import Molmo
+    from molmo_edge.modeling.weights import load_checkpoint, save_checkpoint
 
 __all__ = ["Decoder", "KVCache", "Molmo", "load_checkpoint", "save_checkpoint"]
 

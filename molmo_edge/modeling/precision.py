@@ -16,9 +16,9 @@ import re
 
 import torch
 
+from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.config import PRECISIONS, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.modeling.layout import hub_layout, hub_shapes
 
 _QUANTIZED = re.compile(
     r"decoder\.blocks\.\d+\.(attn\.(att_proj|attn_out)\.weight|ffn\.(ff_proj|ff_out)\.weight|ffn\.(gate|up|down))"

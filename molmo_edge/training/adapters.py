@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from molmo_edge.checkpoints.safetensors_files import read_header
+from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
+from molmo_edge.checkpoints.tensor_sources import DTYPES, FileSource, TensorSource, check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.checkpoint import DTYPES, FileSource, TensorSource, check_tensors, open_tensors
-from molmo_edge.modeling.layout import hub_layout, hub_shapes
-from molmo_edge.modeling.loading import stored, write_tensors
-from molmo_edge.modeling.shards import read_header
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.modeling.weights import stored, write_tensors
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.lora import (
     LoraConfig,

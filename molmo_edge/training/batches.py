@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.prompt import build_prompt
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.data.grounded_questions import QA, grounded_names, write_questions
+from molmo_edge.frontend.prompts import build_prompt
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.features import Sample, read_sample
 from molmo_edge.training.grounding import NamedRegions, cell_centres, cells_in_box
 from molmo_edge.training.packing import Packed, attention_mask, pack
-from molmo_edge.training.questions import QA, grounded_names, write_questions
 
 Batch = dict[str, Any]  # tensors by name, see `collate`, and "regions"
 IGNORED = -100  # target of what only fills a batch up

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from molmo_edge.config import ImageConfig
+from molmo_edge.data import annotation_prompts as prompts
+from molmo_edge.data.examples import Example
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.images import ImageProcessor, Overview, PreparedImage
-from molmo_edge.loading import load_image
-from molmo_edge.tokenizer import Tokenizer
-from molmo_edge.training import prompts
-from molmo_edge.training.examples import Example
+from molmo_edge.frontend.crops import ImageProcessor, Overview, PreparedImage
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
 from molmo_edge.training.regions import Targets, join, make_targets
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from molmo_edge.images import ImageProcessor, PreparedImage, load_image
-from molmo_edge.log import shown, steps_log
+from molmo_edge.data.annotated_photos import Photo, augment, load_photos
+from molmo_edge.data.drawn.sprite_scenes import draw_scene
+from molmo_edge.data.drawn.sprites import Assets, load_assets
+from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, load_image
 from molmo_edge.modeling import Molmo, load_checkpoint
-from molmo_edge.training.assets import Assets, load_assets
-from molmo_edge.training.photos import Photo, augment, load_photos
-from molmo_edge.training.scenes import draw_scene
+from molmo_edge.system.log import shown, steps_log
 from molmo_edge.training.workers import Loader
 
 Picture = tuple[np.ndarray, dict[str, Any]]  # rgb uint8 [h, w, 3] and its annotation

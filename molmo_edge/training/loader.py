@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from molmo_edge.data.examples import DataSet
+from molmo_edge.data.mixture import Draw, Order
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
-from molmo_edge.training.examples import DataSet
-from molmo_edge.training.mixture import Draw, Order
 from molmo_edge.training.stopping import ignore_interrupts
 from molmo_edge.training.workers import Loader
 

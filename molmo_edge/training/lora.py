@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
+from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.memory import give_back
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.checkpoint import TensorSource, check_tensors, open_tensors
+from molmo_edge.modeling.bitsandbytes import QuantizedLinear, Quantizer
 from molmo_edge.modeling.decoder import BLOCK, SparseFFN, by_expert, grouped_mm, has_grouped_mm, in_blocks
-from molmo_edge.modeling.layout import hub_layout, hub_shapes
 from molmo_edge.modeling.linear import match, working_dtype
-from molmo_edge.modeling.loading import build_model, fill
 from molmo_edge.modeling.precision import is_quantized, storage_dtype
-from molmo_edge.quantize.bitsandbytes import QuantizedLinear, Quantizer
+from molmo_edge.modeling.weights import build_model, fill
+from molmo_edge.system.memory import give_back
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.parallel import World, shard
 from molmo_edge.training.recipe import Recipe

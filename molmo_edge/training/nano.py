@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molmo_edge.log import shown, steps_log
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, rotary_tables
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.system.log import shown, steps_log
 from molmo_edge.training.batches import IGNORED, Batch, PackedQuestions, Visits, collate, to_device
 from molmo_edge.training.features import Sample, read_sample
 from molmo_edge.training.grounding import looking_loss, naming_loss
@@ -294,7 +294,7 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--start", required=True, type=Path, help="checkpoint from molmo_edge.training.start")
+    parser.add_argument("--start", required=True, type=Path, help="checkpoint from molmo_edge.training.nano_start")
     parser.add_argument("--train", required=True, type=Path, nargs="+", help="features of the training pictures")
     parser.add_argument(
         "--val", required=True, type=Path, nargs="+", help="features of others, for the validation loss"

@@ -96,7 +96,7 @@ class Optimizer:
             "weight_decay": config.weight_decay,
         }
         if self._eight:
-            from molmo_edge.quantize.bitsandbytes import import_bitsandbytes
+            from molmo_edge.modeling.bitsandbytes import import_bitsandbytes
 
             adamw = import_bitsandbytes("8-bit optimizer states", "states in fp32").optim.AdamW8bit
             self._inner = adamw(groups, lr=0.0, min_8bit_size=_EIGHT_BIT, **options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 IMAGE_SEGMENT = 10000  # larger than any annotation's number: all annotations see the image, it sees none of them
 

@@ -132,7 +132,7 @@ def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype
         sum_gradients(fully_shard(unit, mesh=mesh, mp_policy=policy))
 
     if layout.experts > 1:
-        from molmo_edge.training.experts import spread_experts
+        from molmo_edge.training.expert_parallel import spread_experts
 
         if layout.replicas > 1:
             raise ParallelError("experts on several ranks and several copies of the model do not go together")

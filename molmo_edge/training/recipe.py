@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from molmo_edge.data.mixture import Group
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.forward import ForwardConfig
-from molmo_edge.training.mixture import Group
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import Layout
 

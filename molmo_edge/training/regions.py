@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import ImageConfig, MolmoConfig
-from molmo_edge.images import patch_grid
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.frontend.crops import patch_grid
+from molmo_edge.frontend.tokenizer import Tokenizer
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, percent of width and height
 UNKNOWN = -1  # in heat maps: neither positive nor negative

@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from molmo_edge.log import steps_log
+from molmo_edge.system.log import steps_log
 from molmo_edge.training.parallel import World
 
 LOG = "log.jsonl"

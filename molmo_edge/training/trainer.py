@@ -17,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.cores import available_cores
+from molmo_edge.data.examples import DataSet
+from molmo_edge.data.mixture import Order
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.checkpoint import TensorSource
-from molmo_edge.modeling.layout import hub_layout
-from molmo_edge.modeling.loading import fill, put, save_checkpoint
-from molmo_edge.tokenizer import Tokenizer
-from molmo_edge.training.checkpoints import Checkpoints, ResumeError, SaveError
+from molmo_edge.modeling.weights import fill, put, save_checkpoint
+from molmo_edge.system.cores import available_cores
 from molmo_edge.training.encoding import Batch, Encoder, image_tokens
-from molmo_edge.training.examples import DataSet
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
 from molmo_edge.training.guard import Guard
 from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, start
-from molmo_edge.training.mixture import Order
 from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, at_rest, shard, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import GroundingHead, Names
+from molmo_edge.training.run_checkpoints import Checkpoints, ResumeError, SaveError
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 

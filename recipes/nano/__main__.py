@@ -43,7 +43,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from molmo_edge.log import shown
+    from molmo_edge.system.log import shown
 
     with shown():
         main()

@@ -1,6 +1,7 @@
 """Annotated photographs as pictures with regions: what is known about which name, and augmentation that keeps it true.
 
-The folders are those of `molmo_edge.training.photos`, with two keys more: `pseudo` (boxes with scores that a detector
+The folders are those of `molmo_edge.data.annotated_photos`, with two keys more: `pseudo` (boxes with scores that a
+detector
 found) and `difficult`. A name is asked about only where something is known: its true boxes where the source labels
 every instance, boxes of the detector at 0.42 and above, and absence where the detector has seen nothing at all.
 """
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from molmo_edge.training.examples import Example
-from molmo_edge.training.photos import NEVER_FLIPPED, Photo, load_photos
+from molmo_edge.data.annotated_photos import NEVER_FLIPPED, Photo, load_photos
+from molmo_edge.data.examples import Example
 from molmo_edge.training.regions import Box, Regions
 from recipes.nano.detector import COCO_NAMES
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
+from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
-from molmo_edge.images import ImageProcessor
-from molmo_edge.modeling.checkpoint import open_tensors
-from molmo_edge.tokenizer import Tokenizer
+from molmo_edge.data.annotated_photos import Photo
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.flops import device_flops
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
-from molmo_edge.training.photos import Photo
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build

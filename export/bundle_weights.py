@@ -1,0 +1,179 @@
+"""A bundle's weights back as tensors under their hub names: `export_bundle` read backwards.
+
+Rounded weights come back as the floats that they stand for, LayerScale as ones, since it is folded into the
+matrices. So an embedded model can be run, trained further or exported again where its checkpoint is not at hand.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
+from molmo_edge.config import MolmoConfig
+from molmo_edge.export import ExportError
+from molmo_edge.export.decoder_graph import HUB as TRANSFORMER
+from molmo_edge.export.int8_graph import ZERO_POINT
+from molmo_edge.export.vision_graph import HUB as VIT
+from molmo_edge.quantize.rounding import Blocks, unpack_nibbles
+from molmo_edge.system.memory import available_memory, check_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from molmo_edge.modeling import Molmo
+
+BACKBONE = "model.vision_backbone"
+TABLE = f"{TRANSFORMER}.wte"
+
+
+class BundleTensors:
+    """A TensorSource over the graphs of a bundle; each tensor is widened when it is asked for."""
+
+    def __init__(self, directory: str | Path, *, dither: int | None = None) -> None:
+        """`dither`: a seed. Each rounded weight is then a random one of those that round to it, as its original was:
+        rounding it again costs what rounding costs, where what lies on the grid already would seem to cost nothing.
+
+        Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
+        bundle = open_bundle(directory)
+        self.config: MolmoConfig = bundle.config
+        self._directory, self._dither = bundle.directory, dither
+        self._arrays: dict[str, np.ndarray] = {}
+        self._blocks: dict[
+            str, tuple[int, int]
+        ] = {}  # of matrices in blocks: bits, and inputs, where the last is padded
+        for component in GRAPHS:
+            if bundle.components[component].engine != "onnx":
+                raise ExportError(f"{directory}: the weights of {component} are not in an ONNX graph")
+            graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
+            self._arrays |= {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+            for node in graph.node:
+                numbers = {a.name: a.i for a in node.attribute}
+                if node.op_type == "MatMulNBits":
+                    self._blocks[node.input[1]] = numbers["bits"], numbers["K"]
+                elif node.op_type == "QMoE":
+                    d = self.config.decoder
+                    for weight, inputs in ((node.input[2], d.d_model), (node.input[5], d.ffn_dim)):
+                        self._blocks[weight] = numbers["expert_weight_bits"], inputs
+        # Experts that lie in one matrix are asked for one after the other, each for its shape first.
+        self._last = lru_cache(maxsize=1)(self._widen)
+        self._read = {name: partial(self._last, name) for name in self._arrays} | self._derived()
+        # Blocks behind the last one that is looked at are in a checkpoint, but not in a bundle: they never run.
+        first = f"{VIT}.transformer.resblocks.0."
+        for name in [name for name in self._read if name.startswith(first)]:
+            for n in range(self.config.vision.last_layer + 1, self.config.vision.n_layers):
+                unused = name.replace(first, f"{VIT}.transformer.resblocks.{n}.")
+                self._read[unused] = partial(self._zeros, name)
+
+    def names(self) -> list[str]:
+        return [name for name in hub_shapes(self.config) if name in self._read]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.get(name).shape
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def file(self, name: str) -> Path:
+        return self._directory
+
+    def raw(self, name: str) -> np.ndarray:
+        return np.asarray(self.get(name), np.float32)
+
+    def get(self, name: str) -> np.ndarray:
+        if name not in self._read:
+            raise CheckpointError(f'the bundle has no tensor "{name}"')
+        return self._read[name]()
+
+    def _widen(self, name: str) -> np.ndarray:
+        """A matrix as [out, in], the table as [rows, d], or whatever else just as it is stored. Read-only."""
+        array = self._float(name)
+        array.flags.writeable = False  # the next one who asks may get the same
+        return array
+
+    def _float(self, name: str) -> np.ndarray:
+        array = self._arrays[name]
+        scale = self._arrays.get(f"{name.removesuffix('.weight')}.scale")
+        if array.dtype == np.uint8 and scale is not None:  # scales [..., out, blocks]
+            bits, inputs = self._blocks[name]
+            scale = scale.astype(np.float32)
+            if bits == 8:
+                codes = array.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT
+                wide = self._dithered(name, codes) * scale[..., None]
+                return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
+            zero_point = self._arrays.get(f"{name.removesuffix('.weight')}.zero_point")
+            if zero_point is not None:
+                zero_point = unpack_nibbles(zero_point)[..., : scale.shape[-1]]
+            codes = unpack_nibbles(array).reshape(*scale.shape[:-1], -1)
+            return Blocks(self._dithered(name, codes), scale, zero_point).restored()[..., :inputs]
+        if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
+            wide = self._dithered(name, array.astype(np.float32)) * scale
+            return wide if name == TABLE else wide.T
+        if array.dtype == np.float16:
+            array = array.astype(np.float32)
+        return array.T if array.ndim == 2 and name.endswith(".weight") else array
+
+    def _dithered(self, name: str, codes: np.ndarray) -> np.ndarray:
+        if self._dither is None:
+            return codes
+        random = np.random.default_rng([self._dither, zlib.crc32(name.encode())])
+        return codes + random.uniform(-0.5, 0.5, codes.shape).astype(np.float32)
+
+    def _zeros(self, like: str) -> np.ndarray:
+        return np.zeros_like(self.get(like))
+
+    def _derived(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Hub tensors that the export has folded, stacked or split."""
+        v, d = self.config.vision, self.config.decoder
+        read: dict[str, Callable[[], np.ndarray]] = {
+            f"{TABLE}.embedding": lambda: self._last(TABLE)[: d.embedding_size],
+            f"{BACKBONE}.pad_embed": lambda: np.stack([self._arrays[f"{BACKBONE}.pad_embed.{k}"] for k in (0, 1)]),
+            f"{VIT}.class_embedding": lambda: self._arrays[f"{VIT}.class_embedding"].reshape(-1),
+        }
+        if d.additional_vocab_size:
+            read[f"{TABLE}.new_embedding"] = lambda: self._last(TABLE)[d.embedding_size :]
+        if v.image_model_type == "dino":
+            for n in range(v.last_layer + 1):
+                for scale in ("lambda1", "lambda2"):
+                    read[f"{VIT}.transformer.resblocks.{n}.{scale}"] = lambda: np.ones(v.d_model, np.float32)
+        for n in range(d.n_layers if d.n_experts else 0):
+            experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
+            if f"{experts}.0.gate_proj.weight" in self._arrays:
+                continue  # one after the other, under their own names
+            for part in ("gate", "up", "down"):
+                for e in range(d.n_experts):
+                    read[f"{experts}.{e}.{part}_proj.weight"] = partial(self._expert, f"{experts}.{part}_proj", part, e)
+        return read
+
+    def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
+        experts = wide.rpartition(".")[0]
+        if f"{experts}.down.weight" in self._arrays:  # of QMoE, where rows of gate and up take turns
+            if part == "down":
+                return self._last(f"{experts}.down.weight")[e]
+            return self._last(f"{experts}.gate_up.weight")[e, ("gate", "up").index(part) :: 2]
+        matrix, ffn = self._last(f"{wide}.weight"), self.config.decoder.ffn_dim
+        rows = slice(e * ffn, (e + 1) * ffn)
+        return matrix[:, rows] if part == "down" else matrix[rows]
+
+
+def load_bundle_weights(directory: str | Path, *, dither: int | None = None, precision: str = "fp32") -> Molmo:
+    """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode on the CPU. Needs PyTorch.
+
+    `dither`: see BundleTensors. `precision`: as of `load_checkpoint`; "auto" is fp32 where that fits into memory, else
+    bf16. Raises RoomError or PrecisionError where it does not fit.
+    """
+    from molmo_edge.modeling.precision import choose_precision
+    from molmo_edge.modeling.weights import build_model
+
+    check_room(sum(part.bytes for part in open_bundle(directory).components.values()), f"reading {directory}")
+    tensors = BundleTensors(directory, dither=dither)
+    precision = choose_precision(tensors.config, precision, "cpu", available_memory())
+    return build_model(tensors.config, tensors, where=str(directory), precision=precision)

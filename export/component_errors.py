@@ -1,0 +1,90 @@
+"""What a smaller precision costs, component by component, on inputs like the real ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.frontend.crops import Overview
+from molmo_edge.runtimes import Runtime, open_files
+
+_TEXT = 32  # tokens after the image
+_SCORED = 8  # of them, the last ones, are compared
+
+
+@dataclass(frozen=True)
+class ComponentError:
+    largest: float  # largest absolute difference
+    relative: float  # norm of the difference over the norm of the exact output
+
+
+def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]) -> dict[str, ComponentError]:
+    """Compare what is in `files` with what is in `exact`; both map the same components to .onnx files, or to a .gguf.
+
+    The decoder, which may be too large to be run twice, may be missing.
+
+    Every component gets the exact outputs of the one before it, so that the errors are its own. The image is
+    a synthetic one, the text random ids; the decoder is compared on logits after an image and a text.
+
+    Memory holds what is in `files`, as any use of it does, and of `exact` only what has no sidecar.
+    """
+    a, b = open_files(config, exact, mapped=True), open_files(config, files)
+    rng = np.random.default_rng(0)
+    crops, masks, overview = sample_image(config)
+    ids = rng.integers(0, config.decoder.vocab_size, _TEXT)
+    features = a.encode_crops(crops, overview)
+    image = a.connect(features, masks)
+    text = a.embed(ids)
+    sequence = np.concatenate([*image, text])
+    errors = {
+        "vision_encoder": _error(features, b.encode_crops(crops, overview)),
+        "connector": _error(image, b.connect(features, masks)),
+        "embed_tokens": _error(text, b.embed(ids)),
+    }
+    if "decoder" in exact:
+        errors["decoder"] = _error(_logits(a, sequence), _logits(b, sequence))
+    a.close()
+    b.close()
+    return errors
+
+
+def sample_image(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray, Overview | None]:
+    """What a vision tower sees: `sample_crops`, and an overview where there is a convolutional tower."""
+    crops, masks = sample_crops(config)
+    if not config.image.overview:
+        return crops, masks, None
+    i, rng = config.image, np.random.default_rng(1)
+    patches = crops[0].reshape(i.patches, i.patches, i.patch_size, i.patch_size, 3).transpose(4, 0, 2, 1, 3)
+    pixels = patches.reshape(3, i.crop_size, i.crop_size)[:, : i.crop_size // 32 * 32, : i.crop_size // 32 * 32]
+    positions = rng.uniform(0, pixels.shape[-1], (len(crops), i.patches**2, 4, 2)).astype(np.float32)
+    return crops, masks, Overview(pixels, positions)
+
+
+def sample_crops(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Two crops [2, patches^2, patch_size^2 * 3] of soft shapes, edges and grain, normalised; masks [2, patches^2]."""
+    i, rng = config.image, np.random.default_rng(0)
+    y, x = np.mgrid[0 : i.crop_size, 0 : i.crop_size] / i.crop_size
+    crops = []
+    for _ in range(2):
+        waves = [np.sin(rng.normal(0, 12) * x + rng.normal(0, 12) * y + rng.normal()) for _ in range(4)]
+        shade = sum(waves)[..., None] * rng.normal(size=3) + 2.0 * ((x > 0.4) & (y < 0.6))[..., None]
+        pixels = np.clip(0.5 + 0.15 * shade + rng.normal(0, 0.02, (i.crop_size, i.crop_size, 3)), 0, 1)
+        pixels = (pixels - i.mean) / i.std
+        patches = pixels.reshape(i.patches, i.patch_size, i.patches, i.patch_size, 3).transpose(0, 2, 1, 3, 4)
+        crops.append(patches.reshape(i.patches**2, -1))
+    return np.stack(crops).astype(np.float32), np.ones((2, i.patches**2), np.float32)
+
+
+def _logits(runtime: Runtime, sequence: np.ndarray) -> np.ndarray:
+    cache = runtime.new_cache(len(sequence))
+    runtime.forward(sequence[:-_SCORED], cache)
+    return np.stack([runtime.forward(row[None], cache) for row in sequence[-_SCORED:]])
+
+
+def _error(exact: np.ndarray, found: np.ndarray) -> ComponentError:
+    difference = found - exact
+    relative = float(np.linalg.norm(difference) / np.linalg.norm(exact))
+    return ComponentError(float(np.abs(difference).max()), relative)

@@ -1,0 +1,200 @@
+"""A small builder for ONNX graphs: nodes by hand, weights streamed in one tensor at a time.
+
+No tracer stands between the model and the file: every operator is chosen here, nothing needs PyTorch, and a
+weight keeps its hub name, so that `model.transformer.blocks.0.attn.att_proj.weight` can be found in the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from molmo_edge.config import DecoderConfig
+from molmo_edge.export import ExportError
+
+MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
+OPSET = 20  # the first with Gelu
+IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.export.int8_graph
+FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
+_INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
+_PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
+
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """What rounding cost a matrix, or several."""
+
+    largest: float  # absolute difference
+    squared: float  # sum of squared differences
+    squared_weight: float  # sum of squared weights
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over norm of the weights."""
+        return math.sqrt(self.squared / self.squared_weight) if self.squared_weight else 0.0
+
+
+class Graph:
+    """One ONNX graph under construction. A value is the name of a tensor in it.
+
+    `sidecar`: a file that takes the large weights as they come (an .onnx file itself cannot pass 2 GB), so that
+    no more than one of them is in memory. Without it they stay inside of the graph.
+    `plain`: ONNX's own operators alone, none that only ONNX Runtime has (molmo_edge.export.graph_operators).
+    """
+
+    def __init__(self, name: str, sidecar: Path | None = None, *, plain: bool = False) -> None:
+        self.name = name
+        self.sidecar = sidecar
+        self.plain = plain
+        self.memo: dict[tuple[str, ...], str] = {}  # values that several consumers share, such as quantised inputs
+        self.errors: dict[str, WeightError] = {}  # of each matrix that was rounded
+        self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime that has all its operators
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        if sidecar is not None:
+            sidecar.write_bytes(b"")
+
+    def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], shape))
+        return name
+
+    def output(self, value: str, dtype: type, shape: Sequence[int | str]) -> None:
+        self._outputs.append(helper.make_tensor_value_info(value, _TYPES[np.dtype(dtype)], shape))
+
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """Add a tensor under `name`, once: what is already there is used again."""
+        if name not in self._weights:
+            array = np.asarray(array, order="C")
+            proto = TensorProto(name=name, data_type=_TYPES[array.dtype], dims=array.shape)
+            if self.sidecar is None or array.nbytes < _INLINE_BELOW:
+                proto.raw_data = array.tobytes()
+            else:
+                _append(self.sidecar, array, proto)
+            self._weights[name] = proto
+        return name
+
+    def constant(self, value: float | Sequence[float], dtype: type = np.float32) -> str:
+        """A small constant, shared by all that ask for the same one."""
+        array: np.ndarray = np.asarray(value, dtype=dtype)
+        return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
+
+    def ints(self, *values: int) -> str:
+        """A one-dimensional int64 constant: a shape, axes, bounds."""
+        return self.constant(values, np.int64)
+
+    def node(self, op: str, *inputs: str, domain: str = "", name: str | None = None, **attributes: Any) -> str:
+        """Add a node with one output and return it; `name` names both."""
+        return self.nodes(op, *inputs, outputs=(name or f"{op}_{len(self._nodes)}",), domain=domain, **attributes)[0]
+
+    def nodes(
+        self, op: str, *inputs: str, outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """Add a node with the named outputs."""
+        attributes = {key: value for key, value in attributes.items() if value is not None}
+        name = f"{outputs[0]}/node"
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        return tuple(outputs)
+
+    def need(self, *version: int) -> None:
+        """Say that an operator came with this version of ONNX Runtime."""
+        self.needs = max(self.needs, (version[0], version[1]))
+
+    def rounded(self, name: str, weight: np.ndarray, restored: np.ndarray) -> None:
+        """Note what rounding `weight` to `restored` cost; what is noted under one name adds up.
+
+        Raises ExportError for weights that are not numbers, which rounding would hide.
+        """
+        before = self.errors.get(name, WeightError(0.0, 0.0, 0.0))
+        difference = restored.reshape(weight.shape) - weight
+        largest = float(np.abs(difference).max(initial=0))
+        if not math.isfinite(largest):
+            raise ExportError(f"{name} holds values that are not numbers, or too large for this precision")
+        self.errors[name] = WeightError(
+            max(before.largest, largest),
+            before.squared + float(np.vdot(difference, difference)),
+            before.squared_weight + float(np.vdot(weight, weight)),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the graph to `path`; its sidecar, if any, must stay beside it under the same name."""
+        opsets = [helper.make_opsetid("", OPSET)] + ([] if self.plain else [helper.make_opsetid(MICROSOFT, 1)])
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values()))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="molmo-edge")
+        path.write_bytes(model.SerializeToString())
+
+
+def _append(sidecar: Path, array: np.ndarray, proto: onnx.TensorProto) -> None:
+    with sidecar.open("ab") as file:
+        offset = math.ceil(file.tell() / _PAGE) * _PAGE
+        file.write(bytes(offset - file.tell()))
+        array.tofile(file)
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", sidecar.name), ("offset", offset), ("length", array.nbytes)):
+        proto.external_data.add(key=key, value=str(value))
+
+
+# How a matrix enters a graph is the one thing that differs between precisions.
+Linear = Callable[[Graph, str, str, np.ndarray, "np.ndarray | None"], str]
+"""(graph, x [..., in], hub name without ".weight", weight [out, in], bias [out] or None) -> [..., out]"""
+Table = Callable[[Graph, str, str, np.ndarray], str]
+"""(graph, ids int64 [n], name, table [rows, d]) -> [n, d]"""
+
+ExpertPart = Callable[[str, int], np.ndarray]
+"""("gate", "up" or "down", expert) -> its matrix [out, in]"""
+Experts = Callable[[Graph, DecoderConfig, str, str, str, ExpertPart], "str | None"]
+"""(graph, config, x [1, n, d], router's probabilities [1, n, n_experts], hub name, part) -> [1, n, d], or None where
+these sizes cannot be taken, and the experts are matrices like any other"""
+
+
+def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+    # Stored transposed, [in, out], as MatMul wants it.
+    y = graph.node("MatMul", x, graph.weight(f"{name}.weight", weight.T))
+    return add_bias(graph, y, name, bias)
+
+
+def fp32_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
+    return graph.node("Gather", graph.weight(name, table), ids)
+
+
+def add_bias(graph: Graph, y: str, name: str, bias: np.ndarray | None) -> str:
+    return y if bias is None else graph.node("Add", y, graph.weight(f"{name}.bias", bias))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the matrices and the lookup table of a component are stored and multiplied."""
+
+    name: str  # as written into a manifest, one of molmo_edge.export.options.WORDS
+    suffix: str  # of the component's file: "" for fp32, else "_" and the name
+    bytes_per_weight: float
+    linear: Linear
+    table: Table
+    experts: Experts | None = None  # None: experts are matrices like any other
+    router: Linear = fp32_linear  # small, and a wrong choice is a whole expert
+    half: bool = False  # products in float16, attention's and so its cache too
+    keep: Collection[str] = ()  # but for these matrices (hub names without ".weight"), which float16 has no room for
+
+    def half_after(self, *matrices: str) -> bool:
+        """Whether what these matrices give may be multiplied in float16."""
+        return self.half and not any(name in self.keep for name in matrices)
+
+
+FP32 = Precision("fp32", "", 4, fp32_linear, fp32_table)

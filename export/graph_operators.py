@@ -1,0 +1,224 @@
+"""What both towers are made of, each in two forms: ONNX Runtime's fused operators, or ONNX's own alone.
+
+The fused ones ("com.microsoft", and SimplifiedLayerNormalization, which is in no standard either) are what is fast on
+ONNX Runtime. The plain ones (`Graph.plain`) run on whatever reads ONNX: TensorRT, CoreML, onnx's own reference
+evaluator. Inputs, outputs and the caches of a graph are the same in both, but for the padding of narrow heads.
+
+With `half` the products of attention, and so the caches, are float16; softmax, norms and sums stay float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from molmo_edge.config import DecoderConfig
+from molmo_edge.export.graph_builder import FLOAT, FLOAT16, INT64, MICROSOFT, Graph
+
+_HEAD_UNIT = 16  # GroupQueryAttention takes heads of a multiple of this
+
+
+def rms_norm(graph: Graph, x: str, name: str, weight: np.ndarray, eps: float) -> str:
+    scale = graph.weight(f"{name}.weight", weight)
+    if not graph.plain:
+        return graph.node("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=eps, stash_type=1)
+    mean = graph.node("ReduceMean", graph.node("Mul", x, x), graph.ints(-1), keepdims=1)
+    root = graph.node("Sqrt", graph.node("Add", mean, graph.constant(eps)))
+    return graph.node("Mul", graph.node("Div", x, root), scale)
+
+
+def silu(graph: Graph, x: str) -> str:
+    return graph.node("Mul", x, graph.node("Sigmoid", x))
+
+
+def quick_gelu(graph: Graph, x: str) -> str:
+    if not graph.plain:
+        return graph.node("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
+    return graph.node("Mul", x, graph.node("Sigmoid", graph.node("Mul", x, graph.constant(1.702))))
+
+
+def attention(graph: Graph, q: str, k: str, v: str, n_heads: int, head_dim: int, *, half: bool) -> str:
+    """Every position looks at every other: q, k, v [batch, n, n_heads * head_dim] -> the same shape."""
+    q, k, v = (to_half(graph, part) if half else part for part in (q, k, v))
+    if not graph.plain:
+        return from_half(graph, graph.node("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=n_heads), half)
+    heads = graph.ints(0, 0, n_heads, head_dim)
+    q, k, v = (graph.node("Reshape", part, heads) for part in (q, k, v))
+    q, v = (graph.node("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, v))  # [batch, n_heads, n, head_dim]
+    # Scaled before the product, which so stays small enough for float16.
+    q = graph.node("Mul", q, graph.constant(head_dim**-0.5, np.float16 if half else np.float32))
+    scores = from_half(graph, graph.node("MatMul", q, graph.node("Transpose", k, perm=[0, 2, 3, 1])), half)
+    h = graph.node("MatMul", _softmax(graph, scores, half), v)
+    h = graph.node("Reshape", graph.node("Transpose", h, perm=[0, 2, 1, 3]), graph.ints(0, 0, n_heads * head_dim))
+    return from_half(graph, h, half)
+
+
+def to_half(graph: Graph, x: str) -> str:
+    """x as float16, once for all that want it."""
+    if ("float16", x) not in graph.memo:
+        graph.memo["float16", x] = graph.node("Cast", x, to=FLOAT16)
+    return graph.memo["float16", x]
+
+
+def from_half(graph: Graph, x: str, half: bool = True) -> str:
+    return graph.node("Cast", x, to=FLOAT) if half else x
+
+
+def _softmax(graph: Graph, scores: str, half: bool) -> str:
+    weights = graph.node("Softmax", scores, axis=-1)
+    return graph.node("Cast", weights, to=FLOAT16) if half else weights
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the n positions of a run lie: what every layer's attention needs, made once."""
+
+    total: str  # int32 [1]: positions after these n
+    cos: str  # [max_position_embeddings, head_dim / 2]
+    sin: str
+    fused: str = ""  # total - 1, as GroupQueryAttention counts
+    rows: str = ""  # plain: their positions, int64 [n]
+    mask: str = ""  # plain: 0 where a position may look, -inf elsewhere [n, total]
+
+
+def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str) -> Positions:
+    """Rotary tables are made in float32 throughout, as the reference makes them."""
+    exponent = np.arange(0, d.head_dim, 2, dtype=np.float32) / np.float32(d.head_dim)
+    frequency = np.float32(1.0) / np.float32(d.rope_theta) ** exponent
+    angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequency
+    if not graph.plain:
+        angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))
+        cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
+        return Positions(total, cos, sin, fused=graph.node("Sub", total, graph.constant([1], np.int32)))
+    cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
+    end = graph.node("Squeeze", graph.node("Cast", total, to=INT64), graph.ints(0))
+    n = graph.node("Squeeze", graph.node("Shape", embeddings, start=1, end=2), graph.ints(0))
+    one, zero = graph.constant(1, np.int64), graph.constant(0, np.int64)
+    rows = graph.node("Range", graph.node("Sub", end, n), end, one)
+    keys = graph.node("Range", zero, end, one)
+    seen = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", rows, graph.ints(1)))  # [n, total]
+    mask = graph.node("Where", seen, graph.constant(0.0), graph.constant(float("-inf")))
+    return Positions(total, cos, sin, rows=rows, mask=mask)
+
+
+def kernel_head_dim(d: DecoderConfig) -> int:
+    """Width of a head in GroupQueryAttention and in its cache."""
+    return -(-d.head_dim // _HEAD_UNIT) * _HEAD_UNIT
+
+
+def cached_attention(
+    graph: Graph, d: DecoderConfig, qkv: tuple[str, str, str], name: str, layer: int, where: Positions, *, half: bool
+) -> str:
+    """Rotate q and k, append k and v to the layer's cache, attend: -> [1, n, d_model].
+
+    The cache is `past_key.<layer>` and `past_value.<layer>` [1, n_kv_heads, capacity, head_dim] (rounded up to a
+    multiple of 16 where the operator is fused), and leaves as `present_*`, to be bound to the same memory.
+    """
+    number, width = (np.float16, FLOAT16) if half else (np.float32, FLOAT)
+    buffer: list[int | str] = [1, d.n_kv_heads, "capacity", d.head_dim if graph.plain else kernel_head_dim(d)]
+    past = [graph.input(f"past_{part}.{layer}", number, buffer) for part in ("key", "value")]
+    present = [f"present_{part}.{layer}" for part in ("key", "value")]
+    if graph.plain:
+        h = _plain_cached(graph, d, qkv, past, present, where, width)
+    else:
+        q, k, v = (_widen(graph, d, part) for part in qkv)
+        q, k, v = (to_half(graph, part) if half else part for part in (q, k, v))
+        tables = [to_half(graph, part) if half else part for part in (where.cos, where.sin)]
+        h, *present = graph.nodes(
+            "GroupQueryAttention",
+            *(q, k, v, *past, where.fused, where.total, *tables),
+            outputs=(f"{name}.attention", *present),
+            domain=MICROSOFT,
+            num_heads=d.n_heads,
+            kv_num_heads=d.n_kv_heads,
+            scale=d.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        h = _narrow(graph, d, from_half(graph, h, half))
+    for value in present:
+        graph.output(value, number, buffer)
+    return h
+
+
+def _plain_cached(
+    graph: Graph,
+    d: DecoderConfig,
+    qkv: tuple[str, str, str],
+    past: list[str],
+    present: list[str],
+    where: Positions,
+    width: int,
+) -> str:
+    half, group = width == FLOAT16, d.n_heads // d.n_kv_heads
+    q, k, v = (
+        graph.node("Reshape", part, graph.ints(0, 0, heads, d.head_dim))
+        for part, heads in zip(qkv, (d.n_heads, d.n_kv_heads, d.n_kv_heads), strict=True)
+    )
+    q = graph.node("Mul", _rotate(graph, q, where), graph.constant(d.head_dim**-0.5))
+    # [1, n, n_kv_heads, group, head_dim] -> [1, n_kv_heads, group, n, head_dim]
+    q = graph.node("Reshape", q, graph.ints(0, 0, d.n_kv_heads, group, d.head_dim))
+    q = graph.node("Transpose", q, perm=[0, 2, 3, 1, 4])
+    seen = []
+    for part, old, new in ((_rotate(graph, k, where), past[0], present[0]), (v, past[1], present[1])):
+        part = graph.node("Transpose", part, perm=[0, 2, 1, 3])  # [1, n_kv_heads, n, head_dim]
+        part = graph.node("Cast", part, to=width) if half else part
+        whole = graph.node("ScatterND", old, _slots(graph, d, where), part, name=new)
+        end = graph.node("Cast", where.total, to=INT64)
+        valid = graph.node("Slice", whole, graph.ints(0), end, graph.ints(2))  # what lies behind is not written yet
+        seen.append(graph.node("Unsqueeze", valid, graph.ints(2)))  # [1, n_kv_heads, 1, total, head_dim]
+    keys = graph.node("Transpose", seen[0], perm=[0, 1, 2, 4, 3])
+    q = graph.node("Cast", q, to=width) if half else q
+    scores = graph.node("Add", from_half(graph, graph.node("MatMul", q, keys), half), where.mask)
+    h = graph.node("MatMul", _softmax(graph, scores, half), seen[1])
+    h = graph.node("Transpose", from_half(graph, h, half), perm=[0, 3, 1, 2, 4])
+    return graph.node("Reshape", h, graph.ints(0, 0, d.d_model))
+
+
+def _slots(graph: Graph, d: DecoderConfig, where: Positions) -> str:
+    """Where k and v go in a cache: [1, n_kv_heads, n, 3] of (0, head, position)."""
+    if ("slots", where.rows) not in graph.memo:
+        heads = graph.weight("kv_heads", np.arange(d.n_kv_heads, dtype=np.int64)[None, :, None, None])
+        rows = graph.node("Unsqueeze", where.rows, graph.ints(0, 1, 3))  # [1, 1, n, 1]
+        zero = graph.constant(0, np.int64)
+        heads = graph.node("Add", heads, graph.node("Mul", rows, zero))  # [1, n_kv_heads, n, 1]
+        rows = graph.node("Add", rows, graph.node("Mul", heads, zero))
+        slots = graph.node("Concat", graph.node("Mul", rows, zero), heads, rows, axis=-1)
+        graph.memo["slots", where.rows] = slots
+    return graph.memo["slots", where.rows]
+
+
+def _rotate(graph: Graph, x: str, where: Positions) -> str:
+    """x [1, n, heads, head_dim] turned by its positions; the halves of a head pair up."""
+    if ("angles", where.rows) not in graph.memo:
+        for table, kind in ((where.cos, "angles"), (where.sin, "sines")):
+            picked = graph.node("Gather", table, where.rows)  # [n, head_dim / 2]
+            graph.memo[kind, where.rows] = graph.node("Unsqueeze", picked, graph.ints(1))
+    cos, sin = graph.memo["angles", where.rows], graph.memo["sines", where.rows]
+    a, b = graph.nodes("Split", x, outputs=(f"{x}.first", f"{x}.second"), axis=-1, num_outputs=2)
+    first = graph.node("Sub", graph.node("Mul", a, cos), graph.node("Mul", b, sin))
+    second = graph.node("Add", graph.node("Mul", b, cos), graph.node("Mul", a, sin))
+    return graph.node("Concat", first, second, axis=-1)
+
+
+def _widen(graph: Graph, d: DecoderConfig, x: str) -> str:
+    """Heads of x [1, n, heads * head_dim] padded with zeros, each half of a head for itself, as rotation pairs them."""
+    pad = (kernel_head_dim(d) - d.head_dim) // 2
+    if not pad:
+        return x
+    halves = graph.node("Reshape", x, graph.ints(1, -1, 2, d.head_dim // 2))  # [1, n * heads, 2, head_dim / 2]
+    halves = graph.node("Pad", halves, graph.ints(0, 0, 0, 0, 0, 0, 0, pad))
+    # Shape of x but for the last axis, which the heads have outgrown.
+    length = graph.node("Shape", x, start=0, end=2)
+    return graph.node("Reshape", halves, graph.node("Concat", length, graph.ints(-1), axis=0))
+
+
+def _narrow(graph: Graph, d: DecoderConfig, x: str) -> str:
+    """The inverse of `_widen` for [1, n, n_heads * kernel_head_dim]."""
+    half = d.head_dim // 2
+    if kernel_head_dim(d) == d.head_dim:
+        return x
+    halves = graph.node("Reshape", x, graph.ints(0, -1, 2 * d.n_heads, kernel_head_dim(d) // 2))
+    halves = graph.node("Slice", halves, graph.ints(0), graph.ints(half), graph.ints(3))
+    return graph.node("Reshape", halves, graph.ints(0, -1, d.d_model))

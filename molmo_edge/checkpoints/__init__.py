@@ -1,0 +1,1 @@
+"""Models on disk: the hub, configuration files, tensor files, GGUF headers, bundles and their manifest."""

@@ -1,0 +1,248 @@
+"""Models by hub id: what is fetched, whether it fits on the disk, and what to do where the hub cannot be reached.
+
+huggingface_hub does the transfer, into its own cache: HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what
+they always mean. Newer versions of it throw an unfinished file away, which for one of 28.9 GB is days on a slow line:
+large files are therefore kept as far as they came, resumed, and compared with the hub's sha256. Python code beside a
+checkpoint is never fetched.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import re
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.checkpoints.bundle import MANIFEST, TOKENIZER, sha256_of
+from molmo_edge.checkpoints.hub_config import CONFIG
+from molmo_edge.checkpoints.hub_links import LARGE, HubFile, has_symlinks, is_inside, reuse, snapshot_path
+from molmo_edge.errors import MolmoEdgeError, first_line
+from molmo_edge.system.extras import pip_command
+
+_CHECKPOINT = (
+    *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),
+    # For other programs, beside a converted checkpoint.
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+_PICKLE = "pytorch_model.bin"
+_NOT_OF_A_BUNDLE = ("*.py", ".git*", "*.md")
+_SPARE = 500_000_000  # bytes that stay free on the disk
+
+
+class HubError(MolmoEdgeError):
+    """A model that could not be had from the hub."""
+
+
+def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True) -> Path:
+    """The directory of a bundle or checkpoint `owner/name`, downloaded where the cache has it not.
+
+    `revision`: a branch, a tag or a commit; None for the main branch. `to_run`: a checkpoint will be run, which needs
+    PyTorch; that is found out before 29 GB are fetched. Raises HubError.
+    """
+    from huggingface_hub import constants
+
+    name = hub_id if revision is None else f"{hub_id} at {revision}"
+    if constants.HF_HUB_OFFLINE:
+        return _cached(hub_id, revision, f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
+    try:
+        files = _list(hub_id, revision)
+    except _Unreachable as error:
+        return _cached(
+            hub_id, revision, f"the hub ({constants.ENDPOINT}) cannot be reached for {name}: {first_line(error)}"
+        )
+    wanted = _wanted(name, list(files), to_run)
+    missing = [files[file] for file in wanted if not _is_cached(hub_id, files[file])]
+    links = not missing or has_symlinks(_folder(hub_id))
+    if not links:
+        missing = [file for file in missing if not reuse(_folder(hub_id), file)]
+    _check_disk(hub_id, missing, links)
+    return _download(hub_id, revision, wanted, missing, links)
+
+
+class _Unreachable(Exception):  # noqa: N818 (a state, not a mistake)
+    pass
+
+
+def _list(hub_id: str, revision: str | None) -> dict[str, HubFile]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    except HFValidationError as error:
+        raise HubError(f"{hub_id} is no directory here, and no hub id: {first_line(error)}") from None
+    except GatedRepoError:
+        raise HubError(f"{hub_id} is gated: accept its conditions on its page, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"{hub_id} is no directory here, and the hub has no such model, or does not show it to you: check the "
+            "name, or set HF_TOKEN for a private one"
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f'{hub_id} has no revision "{revision}": name a branch, a tag or a commit of it') from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status == 401 or status == 403:
+            raise HubError(f"the hub does not let you read {hub_id} ({status}): check HF_TOKEN") from None
+        raise _Unreachable(error) from error
+    except Exception as error:  # connections fail with httpx's errors or with requests', by the client's version
+        raise _Unreachable(error) from error
+    files = {}
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # it and names become paths here: the hub may name no others
+        raise HubError(f"the hub says that the commit of {hub_id} is {info.sha!r}, which is none: ask again later")
+    for sibling in info.siblings or ():
+        if not is_inside(sibling.rfilename):
+            raise HubError(f"{hub_id} names a file outside of its folder, {sibling.rfilename!r}: do not trust it")
+        sha256 = sibling.lfs and str(
+            sibling.lfs.sha256
+        )  # it becomes a file's name: nothing else than a hash may be one
+        sha256 = sha256 if sha256 and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
+        files[sibling.rfilename] = HubFile(sibling.rfilename, int(sibling.size or 0), str(info.sha), sha256)
+    return files
+
+
+def _wanted(name: str, files: list[str], to_run: bool) -> list[str]:
+    if MANIFEST in files:
+        return [file for file in files if not _matches(file, _NOT_OF_A_BUNDLE)]
+    if CONFIG not in files:
+        raise HubError(f"{name} on the hub holds neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG})")
+    weights = [file for file in files if _matches(file, _SAFETENSORS)] or [file for file in files if file == _PICKLE]
+    if not weights:
+        raise HubError(f"{name} on the hub has no weights: expected {', '.join(_SAFETENSORS[:2])} or {_PICKLE}")
+    if TOKENIZER not in files:
+        raise HubError(f"{name} on the hub has no {TOKENIZER}, without which nothing can be asked")
+    if (to_run or weights == [_PICKLE]) and importlib.util.find_spec("torch") is None:
+        why = "which runs on PyTorch" if to_run else "whose weights are a pickle, which only PyTorch reads"
+        raise HubError(f"{name} is a checkpoint, {why}: {pip_command('torch')}, or name a bundle")
+    return weights + [file for file in files if _matches(file, _CHECKPOINT)]
+
+
+def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(file, pattern) for pattern in patterns)
+
+
+def _is_cached(hub_id: str, file: HubFile) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, file.name, revision=file.commit), str)
+
+
+def _folder(hub_id: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
+
+
+def _blobs(hub_id: str) -> Path:
+    return _folder(hub_id) / "blobs"
+
+
+def _to_write(hub_id: str, file: HubFile, links: bool) -> int:
+    """Bytes that will be added to the disk. `links`: the cache can make symlinks."""
+    if file.sha256 is None:
+        return file.size
+    whole, part = _blobs(hub_id) / file.sha256, _blobs(hub_id) / f"{file.sha256}.part"
+    if whole.exists():
+        return 0 if links else file.size  # the client copies a blob that `reuse` has left where it is
+    there = part.stat().st_size if part.exists() else 0
+    return file.size - (there if there <= file.size else 0)  # one that is longer is thrown away
+
+
+def _check_disk(hub_id: str, missing: list[HubFile], links: bool) -> None:
+    blobs = _blobs(hub_id)
+    needed = sum(_to_write(hub_id, file, links) for file in missing)
+    there = next(path for path in blobs.parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed and needed + _SPARE > free:
+        raise HubError(
+            f"{hub_id} takes {needed / 1e9:.1f} GB more, but {there} has only {free / 1e9:.1f} GB free: make room, or "
+            "let HF_HOME name a directory on a larger disk"
+        )
+
+
+def _download(hub_id: str, revision: str | None, wanted: list[str], missing: list[HubFile], links: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        for file in missing:
+            if file.size >= LARGE and file.sha256 is not None:
+                _download_large(hub_id, file, file.sha256, links)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in wanted]))
+    except HubError:
+        raise
+    except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
+        raise HubError(
+            f"the download of {hub_id} broke off: {first_line(error)}. Ask again: it goes on where it stopped"
+        ) from error
+
+
+def _download_large(hub_id: str, file: HubFile, sha256: str, links: bool) -> None:
+    """Put `file` where the cache looks for it, going on from what an earlier attempt has left.
+
+    That is by its hash; where there are no symlinks, by its name at once: the client would copy it there, and 28.9 GB
+    would lie on the disk twice.
+    """
+    from filelock import FileLock
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    blobs = _blobs(hub_id)
+    locks = blobs.parent.parent / ".locks" / blobs.parent.name
+    for directory in (blobs, locks):
+        directory.mkdir(parents=True, exist_ok=True)
+    part = blobs / f"{sha256}.part"
+    with FileLock(locks / f"{part.name}.lock"):  # two at once would write into each other
+        target = blobs / sha256 if links else snapshot_path(_folder(hub_id), file)
+        if (blobs / sha256).exists() or target.exists():
+            return
+        if part.exists() and part.stat().st_size > file.size:
+            part.unlink()
+        with part.open("ab") as out:
+            http_get(
+                hf_hub_url(hub_id, file.name, revision=file.commit),
+                out,
+                resume_size=out.tell(),
+                headers=build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+        if sha256_of(part) != sha256:
+            part.unlink()
+            raise HubError(f"{file.name} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
+
+
+def _cached(hub_id: str, revision: str | None, why: str) -> Path:
+    """The copy that an earlier download left, whole; what is wrong with its weights is found when they are opened."""
+    from huggingface_hub import constants, snapshot_download
+
+    advice = (
+        f"connect once, or fetch it elsewhere (hf download {hub_id} --local-dir DIR), copy that directory here and "
+        "name it instead of the id"
+    )
+    known: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=[MANIFEST, CONFIG], **known))
+    except Exception:  # LocalEntryNotFoundError, or by version another one
+        raise HubError(f"{why}; {constants.HF_HUB_CACHE} has no copy of it: {advice}") from None
+    missing = None
+    if not (directory / MANIFEST).is_file():
+        weights = any(any(directory.glob(pattern)) for pattern in (*_SAFETENSORS, _PICKLE))
+        there = {CONFIG: (directory / CONFIG).is_file(), TOKENIZER: (directory / TOKENIZER).is_file()}
+        missing = next((file for file, found in (there | {"its weights": weights}).items() if not found), None)
+    if missing is not None:
+        raise HubError(f"{why}; the copy in {directory} lacks {missing}: {advice}")
+    return directory

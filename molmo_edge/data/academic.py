@@ -1,0 +1,288 @@
+"""The academic training sets of Molmo's second stage, about 20 of them, as data sets.
+
+What is asked and answered, and what is one example, is the reference's (olmo/data/academic_datasets.py, names by
+olmo/data/__init__.py::get_dataset_by_name; the list is AUX of launch_scripts/train_multitask_model.py). Rows are read
+from parquet files on the hub, whose code is never run, from the authors' own files, or from a rows.jsonl in the columns
+of either. How often a set is drawn is a matter of the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from molmo_edge.data import academic_files as files
+from molmo_edge.data import academic_rows as ask
+from molmo_edge.data import ai2d, android
+from molmo_edge.data import benchmark_files as official
+from molmo_edge.data.examples import DataSet, Example
+from molmo_edge.data.rows import Row, Rows, RowsError, load_rows
+
+_SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository of parquet files on the hub."""
+
+    hub_id: str
+    configs: tuple[str, ...] = ()
+    train: str = "train"  # what it calls the split; "": it has none
+    validation: str = "validation"
+
+    def split(self, name: str) -> str:
+        return self.train if name == "train" else self.validation
+
+
+@dataclass(frozen=True)
+class Academic:
+    """Where a set's rows are, and how they become examples."""
+
+    name: str
+    style: str  # the tag of its questions, where they have none of their own
+    ask_row: Callable[[Row], list[ask.Asked]]  # of a row of one question
+    authors: str  # where the authors' files are, for people
+    sources: tuple[Source, ...] = ()  # the first that has the split is taken
+    files: Callable[[Path, str], Rows | None] | None = None  # reads the authors' files, if a folder has them
+    ask_picture: Callable[[Row], list[ask.Asked]] = ask.listed  # of a row of all questions about a picture
+    by_picture: bool = False  # one example is a picture and all its questions; else each question is one
+    plain: Callable[[str], str] = str  # makes one of The Cauldron's answers the authors' again
+    steps: Callable[[Rows, Path | None, str], Rows] | None = None  # rows of questions out of larger ones
+    kept: Callable[[Rows, str], list[int]] | None = None  # the rows that are asked
+
+
+@dataclass(frozen=True, eq=False)
+class AcademicSet:
+    """A `DataSet`; see `open_academic`."""
+
+    spec: Academic
+    rows: Rows
+    places: Sequence[Sequence[int]] | None  # of each example, its rows; None: each row is an example
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def __len__(self) -> int:
+        return len(self.rows if self.places is None else self.places)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Raises RowsError for a row without a picture, an answer, or the column that it is in."""
+        rows = [self.rows[row] for row in ([index] if self.places is None else self.places[index])]
+        where = f"row {rows[0].index} of {self.rows.where}"
+        try:
+            image = rows[0].image("image")
+            if image is None:
+                raise RowsError(f"{where} has no picture: leave it out, or copy it again")
+            asked = [each for row in rows for each in self._asked(row)]
+            made = [ask.annotate(each, self.spec.style, rng) for each in asked]
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise RowsError(f"{where} is not as {self.name} has it: {error!r}") from error
+        said = tuple(annotation for annotation in made if all(message.strip() for message in annotation.messages))
+        if not said:
+            raise RowsError(f"{where} asks nothing about its picture")
+        return Example(image, said)
+
+    def _asked(self, row: Row) -> list[ask.Asked]:
+        return self.spec.ask_picture(row) if "questions" in row else self.spec.ask_row(row)
+
+
+def open_academic(name: str, *, split: str = "train", local: Path | None = None) -> DataSet:
+    """One of `ACADEMIC`.
+
+    `split`: "train" or "validation". `local`: a folder with the authors' files (see academic_files.py), a copy of the
+    hub's, or a rows.jsonl (see `load_rows`); None: the hub's files are downloaded. Raises RowsError.
+    """
+    if name not in ACADEMIC:
+        raise RowsError(f'there is no academic training set "{name}", only {", ".join(ACADEMIC)}')
+    if split not in _SPLITS:
+        raise RowsError(f'academic training sets have the splits {" and ".join(_SPLITS)}, not "{split}"')
+    spec = ACADEMIC[name]
+    rows = _rows(spec, split, local)
+    if "texts" in rows.columns:
+        rows = ask.cauldron_rows(rows, single=not spec.by_picture, plain=spec.plain)
+    elif spec.steps is not None:
+        rows = spec.steps(rows, local, split)
+    return AcademicSet(spec, rows, _places(spec, rows, split))
+
+
+def _rows(spec: Academic, split: str, local: Path | None) -> Rows:
+    rows = spec.files(local, split) if spec.files and local is not None else None
+    if rows is not None:
+        return rows
+    source = next((source for source in spec.sources if source.split(split)), None)
+    if source is not None:
+        return load_rows(source.hub_id, source.configs, source.split(split), local)
+    if local is not None:
+        return load_rows(spec.name, (), split, local)
+    raise RowsError(
+        f'{spec.name} has no parquet files of its split "{split}" on the hub: fetch the files of {spec.authors}, and '
+        "name their folder"
+    )
+
+
+def _places(spec: Academic, rows: Rows, split: str) -> Sequence[Sequence[int]] | None:
+    if spec.kept is not None:
+        return [(row,) for row in spec.kept(rows, split)]
+    if not spec.by_picture or "questions" in rows.columns:
+        return None
+    column = "id_image" if "id_image" in rows.columns else "image_id"  # the names in two copies of VQAv2
+    grouped: dict[object, list[int]] = {}
+    for row, picture in enumerate(rows.column(column)):
+        grouped.setdefault(picture, []).append(row)
+    return list(grouped.values())
+
+
+def _with_picture(rows: Rows, _split: str) -> list[int]:
+    # Read one by one: only the null mask is wanted, but the pictures come with it, and not all of them at once.
+    return [row.index for row in rows if row.image("image") is not None]
+
+
+def _not_difficult(rows: Rows, split: str) -> list[int]:
+    """A-OKVQA's authors score no direct answers to some questions; they are used for training alone."""
+    if split == "train":
+        return list(range(len(rows)))
+    return [row for row, difficult in enumerate(rows.column("difficult_direct_answer")) if not difficult]
+
+
+def _cauldron(config: str) -> Source:
+    """Many training sets in one, as Idefics2's authors have put them together, all about a picture in one row.
+
+    Columns: images, texts (user, assistant, source). It has one answer for each question, with a capital at its
+    beginning, and pictures of some test sets are left out.
+    """
+    return Source("HuggingFaceM4/the_cauldron", (config,), validation="")
+
+
+_CHART_QA = (Source("HuggingFaceM4/ChartQA", validation="val"),)  # image, query, label (a list), human_or_machine
+_A_OKVQA = (Source("HuggingFaceM4/A-OKVQA"),)  # image, question, choices, correct_choice_idx, direct_answers
+_ALL = (
+    # lmms-lab/VQAv2, as Multimodal-Fatima/VQAv2_train, has the ten answers that an answer is chosen from, but the
+    # picture again for each question. The authors' answers are lower case throughout.
+    Academic(
+        "coco_2014_vqa_multi",
+        "vqa2",
+        ask.short,
+        "visualqa.org and COCO's train2014",
+        (_cauldron("vqav2"), Source("lmms-lab/VQAv2", train="")),
+        official.vqa2_rows,
+        by_picture=True,
+        plain=str.lower,
+    ),
+    # facebook/textvqa, which the reference has, is a script. image, question, answers.
+    Academic("text_vqa", "text_vqa", ask.short, "textvqa.org", (Source("lmms-lab/textvqa"),)),
+    # HuggingFaceM4/OK-VQA, which the reference has, is a script. image, question, answers, answers_original.
+    Academic(
+        "okvqa",
+        "okvqa",
+        ask.okvqa,
+        "okvqa.allenai.org and COCO's train2014",
+        (
+            Source("Multimodal-Fatima/OK-VQA_train", validation=""),
+            Source("lmms-lab/OK-VQA", train="", validation="val2014"),
+        ),
+        partial(official.vqa2_rows, version=""),
+    ),
+    Academic("chart_qa_weighted", "chart_qa", ask.chart_qa_weighted, "github.com/vis-nlp/ChartQA", _CHART_QA),
+    Academic("chart_qa", "chart_qa", ask.chart_qa, "github.com/vis-nlp/ChartQA", _CHART_QA),
+    # image, question, answers
+    Academic("doc_qa", "doc_qa", ask.short, "docvqa.org", (Source("HuggingFaceM4/DocumentVQA"),)),
+    # lmms-lab/DocVQA has no training split. The authors' files need an account, and keep all answers as they were.
+    Academic(
+        "info_qa",
+        "info_qa",
+        ask.short,
+        "docvqa.org (rrc.cvc.uab.es, challenge 17, task 3)",
+        (_cauldron("infographic_vqa"), Source("lmms-lab/DocVQA", ("InfographicVQA",), train="")),
+        official.info_qa_rows,
+    ),
+    # "Transparent" is but its name: with the authors' files both kinds of boxes are there, as in the reference.
+    Academic(
+        "ai2_diagram_v2_mix_transparent",
+        "ai2_diagram",
+        ask.ai2d,
+        "ai2-website.s3.amazonaws.com/data/ai2d-all.zip",
+        (_cauldron("ai2d"),),
+        ai2d.official_rows,
+        ask.listed_diagrams,
+    ),
+    Academic("a_okvqa_mc", "a_okvqa_mc", ask.a_okvqa_mc, "github.com/allenai/aokvqa", _A_OKVQA),
+    Academic("a_okvqa_da", "a_okvqa_da", ask.a_okvqa_da, "github.com/allenai/aokvqa", _A_OKVQA, kept=_not_difficult),
+    Academic(
+        "android_control",
+        "android_control",
+        android.android_control,
+        "github.com/google-research/google-research/tree/master/android_control",
+        (Source("smolagents/android-control", validation=""),),
+        steps=android.step_rows,
+    ),
+    # image (none for half of the rows), question, hint, choices, answer (an index)
+    Academic(
+        "science_qa_img",
+        "science_qa",
+        ask.science_qa,
+        "scienceqa.github.io",
+        (Source("derek-thomas/ScienceQA"),),
+        kept=_with_picture,
+    ),
+    # The Cauldron's copy answers with whole solutions.
+    Academic(
+        "tabwmp_da",
+        "tabwmp_da",
+        ask.tabwmp,
+        "github.com/lupantech/PromptPG (data/tabmwp)",
+        files=files.tabwmp_rows,
+    ),
+    Academic(
+        "st_qa",
+        "st_qa",
+        ask.short,
+        "rrc.cvc.uab.es, challenge 11, task 3",
+        (_cauldron("st_vqa"),),
+        files.st_qa_rows,
+    ),
+    Academic(
+        "tally_qa",
+        "tally_qa",
+        ask.short,
+        "github.com/manoja328/tallyqa, COCO 2014 and Visual Genome",
+        (_cauldron("tallyqa"),),
+        files.tally_qa_rows,
+        by_picture=True,
+    ),
+    # Words of a fixed list, all lower case.
+    Academic(
+        "dv_qa",
+        "dv_qa",
+        ask.short,
+        "github.com/kushalkafle/DVQA_dataset",
+        (_cauldron("dvqa"),),
+        files.dv_qa_rows,
+        by_picture=True,
+        plain=str.lower,
+    ),
+    Academic(
+        "figure_qa",
+        "figure_qa",
+        ask.short,
+        "microsoft.com/research, FigureQA",
+        (_cauldron("figureqa"),),
+        files.figure_qa_rows,
+        by_picture=True,
+        plain=ask.yes_is_one,
+    ),
+    Academic(
+        "plot_qa",
+        "plot_qa",
+        ask.short,
+        "github.com/NiteshMethani/PlotQA",
+        (_cauldron("plotqa"),),
+        files.plot_qa_rows,
+        by_picture=True,
+    ),
+)
+ACADEMIC: dict[str, Academic] = {spec.name: spec for spec in _ALL}

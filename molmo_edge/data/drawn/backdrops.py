@@ -1,0 +1,88 @@
+"""What a scene is drawn on: crops of photographs, gradients, plain colours, noise."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from molmo_edge.data.drawn.sprites import Assets, Background
+
+Size = tuple[int, int]  # width, height, pixels
+
+
+def draw_backdrop(rng: np.random.Generator, assets: Assets, size: Size) -> tuple[Image.Image, str, frozenset[str]]:
+    """(RGB image of `size`, its kind, labels that may be on it): "photo", "plain", "gradient" or "noise"."""
+    kind = str(rng.choice(["photo", "plain", "gradient", "noise"], p=[0.55, 0.15, 0.2, 0.1]))
+    if kind == "photo" and assets.backgrounds:
+        background = assets.backgrounds[int(rng.integers(len(assets.backgrounds)))]
+        image, maybe_present = _photo_crop(rng, background, size)
+        return image, "photo", maybe_present
+    if kind == "gradient":
+        return _gradient(rng, size), kind, frozenset()
+    if kind == "noise":
+        return _noise(rng, size), kind, frozenset()
+    return Image.new("RGB", size, random_colour(rng)), "plain", frozenset()
+
+
+def random_colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    """Half of them pale or dark greys, as walls, paper and tables are; the others anything."""
+    if rng.random() < 0.5:
+        grey = rng.choice([rng.uniform(200, 255), rng.uniform(20, 90), rng.uniform(90, 200)], p=[0.6, 0.2, 0.2])
+        rgb = np.clip(grey + rng.uniform(-18, 18, 3), 0, 255)
+    else:
+        rgb = rng.uniform(0, 255, 3)
+    return int(rgb[0]), int(rgb[1]), int(rgb[2])
+
+
+def _photo_crop(rng: np.random.Generator, background: Background, size: Size) -> tuple[Image.Image, frozenset[str]]:
+    """A crop in the scene's aspect, the one of six that shows least of the labelled objects."""
+    height, width = background.rgb.shape[:2]
+    aspect = size[0] / size[1]
+    best: tuple[float, tuple[int, int, int, int]] | None = None
+    for _ in range(6):
+        crop_w = min(width, height * aspect) * rng.uniform(0.5, 1.0)
+        crop_h = crop_w / aspect
+        x0, y0 = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
+        window = (int(x0), int(y0), max(int(x0) + 8, int(x0 + crop_w)), max(int(y0) + 8, int(y0 + crop_h)))
+        shown = sum(_overlap(box, window, width, height) for box in background.boxes)
+        if best is None or shown < best[0]:
+            best = shown, window
+        if shown == 0:
+            break
+    assert best is not None
+    window = best[1]
+    labels = frozenset(
+        label
+        for box, label in zip(background.boxes, background.labels, strict=True)
+        if _overlap(box, window, width, height) > 0
+    )
+    image = Image.fromarray(background.rgb[window[1] : window[3], window[0] : window[2]])
+    return image.resize(size, Image.Resampling.BILINEAR), labels | background.maybe_present
+
+
+def _overlap(
+    box: tuple[float, float, float, float], window: tuple[int, int, int, int], width: int, height: int
+) -> float:
+    """Area, in pixels, of a percent box inside a pixel window."""
+    w = min(box[2] * width / 100, window[2]) - max(box[0] * width / 100, window[0])
+    h = min(box[3] * height / 100, window[3]) - max(box[1] * height / 100, window[1])
+    return max(w, 0.0) * max(h, 0.0)
+
+
+def _gradient(rng: np.random.Generator, size: Size) -> Image.Image:
+    """Four corner colours, blended."""
+    corners = np.array([[random_colour(rng) for _ in range(2)] for _ in range(2)], np.uint8)
+    if rng.random() < 0.5:
+        corners[:, 1] = corners[:, 0]  # from top to bottom only: sky, floor
+    # Resizing a 2 x 2 image blends only its middle half, so enlarge and keep that.
+    wide = Image.fromarray(corners).resize((size[0] * 2, size[1] * 2), Image.Resampling.BILINEAR)
+    return wide.crop((size[0] // 2, size[1] // 2, size[0] // 2 + size[0], size[1] // 2 + size[1]))
+
+
+def _noise(rng: np.random.Generator, size: Size) -> Image.Image:
+    """Coarse cloud of one of several grains around one colour."""
+    grain = int(rng.choice([4, 12, 40]))
+    shape = (max(2, size[1] // grain), max(2, size[0] // grain), int(rng.choice([1, 3])))
+    values = np.array(random_colour(rng)) + rng.normal(0, rng.uniform(8, 45), shape)
+    coarse = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)

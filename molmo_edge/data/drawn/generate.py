@@ -1,0 +1,216 @@
+"""Drawn data sets to train on, with exact answers, in unlimited number: folders of rows.jsonl and pictures.
+
+    molmo-edge train draw charts --count 1000 --out DATA/pixmo_docs_charts
+
+The columns are those of the PixMo set that a kind stands in for, so that one loader reads both:
+  clocks                                          allenai/pixmo-clocks, and the picture in "image"
+  charts, tables, documents, diagrams, code       allenai/pixmo-docs, and what was drawn in "data", a JSON text
+  points                                          allenai/pixmo-points, with "image" instead of a URL: percent
+  count                                           allenai/pixmo-count, with "image" instead of a URL: pixels
+Picture i depends on kind, seed, i, the fonts and the sprites alone. A run that was cut off goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.data.drawn.charts import draw_chart
+from molmo_edge.data.drawn.clocks import draw_clock
+from molmo_edge.data.drawn.code import draw_code
+from molmo_edge.data.drawn.diagrams import draw_diagram
+from molmo_edge.data.drawn.documents import draw_document
+from molmo_edge.data.drawn.scenes import Sprites, count_row, draw_scene, point_rows
+from molmo_edge.data.drawn.sheets import DrawError, Fonts, encode, find_fonts, photographed, softened
+from molmo_edge.data.drawn.sprites import load_sprites
+from molmo_edge.data.drawn.tables import draw_table
+from molmo_edge.data.rows import ROWS
+from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.system.log import logger
+
+_DRAWINGS = {
+    "charts": draw_chart,
+    "tables": draw_table,
+    "documents": draw_document,
+    "diagrams": draw_diagram,
+    "code": draw_code,
+}
+KINDS = ("clocks", *_DRAWINGS, "points", "count")
+_PAPER = ("tables", "documents")  # half of these are photographed
+_SETTINGS = "generated.json"
+_SPOKEN = 1000  # pictures from one word of progress to the next
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What pictures are drawn with."""
+
+    fonts: Fonts
+    sprites: Sprites | None = None  # None: coloured shapes
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file and the rows that speak of it, without their "image"."""
+
+    file: bytes
+    ending: str  # "jpg" or "png"
+    rows: list[dict[str, Any]]
+
+
+def draw_picture(kind: str, seed: int, index: int, materials: Materials) -> Picture:
+    """Picture `index` of the data set `kind`, one of KINDS."""
+    rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
+    name = f"{kind}_{seed}_{index}"
+    if kind in _DRAWINGS:
+        drawing = _DRAWINGS[kind](rng, materials.fonts)
+        photo = kind in _PAPER and rng.random() < 0.5
+        image = photographed(rng, drawing.image) if photo else softened(rng, drawing.image)
+        questions = {"question": [q for q, _ in drawing.questions], "answer": [a for _, a in drawing.questions]}
+        row = {"image_id": name, "questions": questions, "data": json.dumps(drawing.data)}
+        return Picture(*encode(rng, image, photo), [row])
+    if kind == "clocks":
+        clock = draw_clock(rng, materials.fonts)
+        row = {"example_id": name, "watchface_id": f"drawn_{clock.row['watchface_name']}", **clock.row}
+        return Picture(*encode(rng, softened(rng, clock.image)), [row])
+    scene = draw_scene(rng, materials.sprites)
+    rows = point_rows(scene) if kind == "points" else [count_row(rng, scene)]
+    file, ending = encode(rng, scene.image)
+    sha256 = hashlib.sha256(file).hexdigest()
+    return Picture(file, ending, [{"image_sha256": sha256, **row} for row in rows])
+
+
+def generate(
+    kind: str,
+    count: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    fonts: Path | None = None,
+    sprites: Path | None = None,
+    jobs: int = 1,
+) -> int:
+    """Fill the folder `out` up to `count` pictures; returns how many were drawn now.
+
+    `fonts`: a folder with more of them; `sprites`: a folder of `molmo_edge.data.drawn.sprites`, for points and count.
+    `jobs`: processes. Raises DrawError where `out` was begun with other settings, AssetError for no sprites.
+    """
+    if kind not in KINDS:
+        raise DrawError(f'there is no kind "{kind}" to draw; known are {", ".join(KINDS)}')
+    if sprites is not None and kind not in ("points", "count"):
+        raise DrawError(f"{kind} are drawn without sprites: leave --sprites out")
+    materials = Materials(find_fonts(fonts), None if sprites is None else load_sprites(sprites))
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    _check_settings(out, _settings(kind, seed, materials))
+    done, begun = _resume(out)
+    numbers = range(done, max(count, done + begun))  # what was begun is finished, even where fewer are wanted now
+    store = partial(_store, kind, seed, out)
+    with (out / ROWS).open("ab") as file:
+        for index, rows in zip(numbers, _drawn(store, materials, numbers, jobs), strict=True):
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            if (index + 1) % _SPOKEN == 0:
+                file.flush()
+                logger.info("%d of %d %s", index + 1, count, kind)
+    return len(numbers)
+
+
+def _settings(kind: str, seed: int, materials: Materials) -> dict[str, Any]:
+    """What decides how a picture looks, besides its number."""
+    fonts = [path.name for face in materials.fonts.faces for path in (face.regular, face.bold) if path is not None]
+    fonts += [path.name for path in materials.fonts.mono]
+    sprites = {name: len(pictures) for name, pictures in (materials.sprites or {}).items()}
+    return {"kind": kind, "seed": seed, "fonts": sorted(set(fonts)), "sprites": sprites}
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out / _SETTINGS
+    if not path.exists():
+        if (out / ROWS).exists():
+            raise DrawError(f"{out} holds a data set that was not drawn here: name another folder")
+        _write(path, json.dumps(settings, indent=1).encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise DrawError(f"{out} was begun with other {name}: go on with the same, or name another folder")
+
+
+def _resume(out: Path) -> tuple[int, bool]:
+    """(the number of pictures that are finished, whether another was begun); rows behind the finished are cut off.
+
+    The last picture is drawn again, as its rows may have been written in part. So is all behind a picture that is gone.
+    """
+    path = out / ROWS
+    if not path.exists():
+        return 0, False
+    last, begins, end = -1, 0, 0  # the last picture, where its rows begin, and where they end: bytes
+    with path.open("rb") as file:
+        for line in file:
+            name = _picture_of(line)
+            if name is None:
+                break
+            index = int(Path(name).stem)
+            if index != last:
+                last, begins = last + 1, end
+                if index != last or not (out / name).is_file():
+                    break
+            end += len(line)
+    os.truncate(path, begins)
+    return max(0, last), last >= 0
+
+
+def _picture_of(line: bytes) -> str | None:
+    """None for a row that was not written to its end."""
+    try:
+        name = json.loads(line)["image"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _store(kind: str, seed: int, out: Path, materials: Materials, index: int) -> list[dict[str, Any]]:
+    """Draw a picture into its place; returns its rows."""
+    picture = draw_picture(kind, seed, index, materials)
+    name = f"pictures/{index // 1000:04d}/{index:07d}.{picture.ending}"
+    (out / name).parent.mkdir(exist_ok=True)
+    _write(out / name, picture.file)
+    return [{"image": name, **row} for row in picture.rows]
+
+
+def _write(path: Path, data: bytes) -> None:
+    with written_aside(path) as part:
+        part.write_bytes(data)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+_task: Any = None  # of a worker: a function of the number alone; sprites would be sent with every picture otherwise
+
+
+def _begin(store: Any, materials: Materials) -> None:
+    global _task
+    _task = partial(store, materials)
+
+
+def _work(index: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = _task(index)
+    return rows
+
+
+def _drawn(store: Any, materials: Materials, numbers: range, jobs: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each picture, in order."""
+    if jobs <= 1 or len(numbers) < 2:
+        yield from map(partial(store, materials), numbers)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, _begin, (store, materials)) as pool:
+        yield from pool.imap(_work, numbers, chunksize=8)

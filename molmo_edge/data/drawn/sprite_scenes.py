@@ -1,0 +1,260 @@
+"""Drawn scenes with exact annotations: named sprites, words and clocks on backdrops.
+
+What a scene gives that photographs cannot: every object of it is known, in unlimited variety. Annotations have the
+format of the annotated photographs (percent coordinates, one entry a label), see `draw_scene`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from molmo_edge.data.drawn.backdrops import draw_backdrop
+from molmo_edge.data.drawn.clock_faces import draw_clock
+from molmo_edge.data.drawn.rendered_words import draw_text, random_text
+from molmo_edge.data.drawn.sprite_names import overlapping
+from molmo_edge.data.drawn.sprites import Assets
+from molmo_edge.errors import MolmoEdgeError
+
+Annotation = dict[str, Any]
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1, pixels
+
+KINDS = {"sprites": 0.68, "words": 0.12, "clocks": 0.06, "mixed": 0.14}  # how often draw_scene picks each
+MAX_OBJECTS = 10
+HIDDEN = 0.25  # of an object's box, others may cover at most this much
+TRIES = 24  # places tried before an object is drawn smaller or left out
+
+
+class SceneError(MolmoEdgeError):
+    """A kind of scene that does not exist."""
+
+
+@dataclass
+class _Canvas:
+    """The picture so far and what may not be covered."""
+
+    image: Image.Image
+    taken: list[Box] = field(default_factory=list)
+    covered: list[float] = field(default_factory=list)  # pixels of each taken box under later ones; inf: keep clear
+    objects: dict[str, list[tuple[Box, tuple[int, int]]]] = field(default_factory=dict)
+    texts: list[tuple[str, Box]] = field(default_factory=list)
+    clocks: list[tuple[str, Box]] = field(default_factory=list)
+
+    @property
+    def side(self) -> int:
+        return min(self.image.size)
+
+
+def draw_scene(rng: np.random.Generator, assets: Assets, kind: str | None = None) -> tuple[np.ndarray, Annotation]:
+    """(uint8 [h, w, 3], annotation) of a random scene; `kind` is one of KINDS or None for any.
+
+    Sides are 256 to 640 pixels. The annotation has, all coordinates in percent with one decimal:
+      objects: [{"label", "boxes": [[x0,y0,x1,y1]], "points": [[x,y]]}], every object of the scene, points on them
+      texts: [{"text", "box"}], from top to bottom;  clocks: [{"time": "3:25", "box"}] (each is an object too)
+      maybe_present: labels that the backdrop may show: neither counts nor absence can be asked of them
+      backdrop: "photo", "plain", "gradient" or "noise";  source: "scene";  width, height: pixels
+    Raises SceneError for another kind.
+    """
+    if kind is None:
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    elif kind not in KINDS:
+        raise SceneError(f'there are no scenes of kind "{kind}"; known are {", ".join(KINDS)}')
+    backdrop, backdrop_kind, maybe_present = draw_backdrop(rng, assets, _random_size(rng))
+    canvas = _Canvas(backdrop)
+    # The dial is called a clock, so the backdrop must not hold another.
+    if (kind == "clocks" or (kind == "mixed" and rng.random() < 0.35)) and "clock" not in maybe_present:
+        _place_clock(rng, assets, canvas, (0.4, 0.9) if kind == "clocks" else (0.3, 0.45))
+    if kind in ("words", "mixed"):
+        for _ in range(int(rng.integers(1, 5 if kind == "words" else 3))):
+            _place_text(rng, assets, canvas, large=kind == "words")
+    if kind in ("sprites", "mixed") or not (canvas.texts or canvas.clocks):
+        _place_sprites(rng, assets, canvas, maybe_present, MAX_OBJECTS if kind == "sprites" else 4)
+    return np.asarray(canvas.image), _annotate(canvas, backdrop_kind, maybe_present)
+
+
+def _random_size(rng: np.random.Generator) -> tuple[int, int]:
+    aspect = float(np.exp(rng.uniform(-1, 1) * np.log(16 / 9 if rng.random() < 0.2 else 4 / 3)))
+    longest = float(rng.uniform(320, 640))
+    width, height = (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
+    return max(256, round(width)), max(256, round(height))
+
+
+# --- sprites ----------------------------------------------------------------------------------------------------
+
+
+def _place_sprites(
+    rng: np.random.Generator, assets: Assets, canvas: _Canvas, maybe_present: frozenset[str], most: int
+) -> None:
+    banned = set(maybe_present) | set(canvas.objects)
+    wanted: list[tuple[str, Image.Image]] = []
+    names_left = int(rng.choice([1, 2, 3, 4, 5], p=[0.28, 0.3, 0.22, 0.12, 0.08]))
+    for index in rng.permutation(len(assets.names)):
+        name = assets.names[index]
+        if name in banned:
+            continue
+        if not names_left or len(wanted) >= most:
+            break
+        names_left -= 1
+        banned |= {name} | overlapping(name)
+        pictures = assets.sprites[name]
+        first = pictures[int(rng.integers(len(pictures)))]
+        same = rng.random() < 0.5
+        for _ in range(int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.48, 0.19, 0.13, 0.09, 0.06, 0.05]))):
+            wanted.append((name, first if same else pictures[int(rng.integers(len(pictures)))]))
+    wanted = wanted[:most]
+    # Many objects must be smaller to fit: the side that n equal squares could have, with room between them.
+    largest = min(0.45, 0.85 / np.sqrt(max(len(wanted), 1)))
+    for i in rng.permutation(len(wanted)):
+        name, picture = wanted[i]
+        small = rng.random() < 0.25
+        size = rng.uniform(0.10, 0.2) if small else rng.uniform(min(0.2, 0.7 * largest), largest)
+        _place_sprite(rng, canvas, name, picture, int(size * canvas.side))
+
+
+def _place_sprite(rng: np.random.Generator, canvas: _Canvas, name: str, picture: Image.Image, side: int) -> None:
+    """Turned, lit and pasted at a free place; three quarters of the size where there is none, then left out."""
+    for shrink in (1.0, 0.75):
+        sprite = _vary(rng, picture, max(20, int(side * shrink)))
+        box = _find_place(rng, canvas, sprite.size, HIDDEN)
+        if box is not None:
+            if rng.random() < 0.3:
+                _cast_shadow(canvas.image, sprite, box)
+            canvas.image.paste(sprite, box[:2], sprite)
+            _take(canvas, box)
+            point = _point_on(sprite)
+            canvas.objects.setdefault(name, []).append((box, (box[0] + point[0], box[1] + point[1])))
+            return
+
+
+def _vary(rng: np.random.Generator, picture: Image.Image, side: int) -> Image.Image:
+    """RGBA, longest side about `side`: often mirrored, turned by up to 15 degrees, lit differently."""
+    scale = side / max(picture.size)
+    size = (max(4, round(picture.width * scale)), max(4, round(picture.height * scale)))
+    sprite = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.6:
+        sprite = sprite.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR, expand=True)
+        sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
+    if rng.random() < 0.7:
+        alpha = sprite.getchannel("A")
+        sprite = ImageEnhance.Brightness(sprite.convert("RGB")).enhance(float(rng.uniform(0.7, 1.25)))
+        sprite.putalpha(alpha)
+    return sprite
+
+
+def _cast_shadow(image: Image.Image, sprite: Image.Image, box: Box) -> None:
+    alpha = sprite.getchannel("A").filter(ImageFilter.BoxBlur(2)).point(lambda a: a * 2 // 5)
+    drop = max(2, sprite.height // 24)
+    image.paste((0, 0, 0), (box[0] + drop // 2, box[1] + drop), alpha)
+
+
+def _point_on(sprite: Image.Image) -> tuple[int, int]:
+    """The opaque pixel nearest to the centre: of a ring or a crescent, the centre of the box is not on it."""
+    alpha = np.asarray(sprite.getchannel("A")) > 128  # [h, w]
+    centre_y, centre_x = alpha.shape[0] // 2, alpha.shape[1] // 2
+    if alpha[centre_y, centre_x] or not alpha.any():
+        return centre_x, centre_y
+    ys, xs = np.nonzero(alpha)
+    nearest = int(np.argmin((ys - centre_y) ** 2 + (xs - centre_x) ** 2))
+    return int(xs[nearest]), int(ys[nearest])
+
+
+# --- words and clocks -------------------------------------------------------------------------------------------
+
+
+def _place_text(rng: np.random.Generator, assets: Assets, canvas: _Canvas, large: bool) -> None:
+    height = int(canvas.side * rng.uniform(0.06, 0.2 if large else 0.12))
+    for shrink in (1.0, 0.6):
+        picture = draw_text(
+            rng, assets, text := random_text(rng), max(12, int(height * shrink)), int(canvas.image.width * 0.9)
+        )
+        if rng.random() < 0.2:
+            picture = picture.rotate(float(rng.uniform(-6, 6)), Image.Resampling.BICUBIC, expand=True)
+        box = _find_place(rng, canvas, picture.size, 0.0)
+        if box is not None:
+            canvas.image.paste(picture, box[:2], picture)
+            _take(canvas, box, keep_clear=True)
+            canvas.texts.append((text, box))
+            return
+
+
+def _place_clock(rng: np.random.Generator, assets: Assets, canvas: _Canvas, sizes: tuple[float, float]) -> None:
+    picture, time = draw_clock(rng, assets, int(canvas.side * rng.uniform(*sizes)))
+    box = _find_place(rng, canvas, picture.size, 0.0)
+    if box is not None:
+        canvas.image.paste(picture, box[:2], picture)
+        _take(canvas, box, keep_clear=True)
+        canvas.clocks.append((time, box))
+        canvas.objects["clock"] = [(box, ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2))]
+
+
+# --- placing ----------------------------------------------------------------------------------------------------
+
+
+def _find_place(rng: np.random.Generator, canvas: _Canvas, size: tuple[int, int], hidden: float) -> Box | None:
+    """A random box of `size` that hides at most the share `hidden` of every box below it; None after TRIES."""
+    room_x, room_y = canvas.image.width - size[0], canvas.image.height - size[1]
+    if room_x < 0 or room_y < 0:
+        return None
+    for _ in range(TRIES):
+        x, y = int(rng.integers(room_x + 1)), int(rng.integers(room_y + 1))
+        box = (x, y, x + size[0], y + size[1])
+        if all(_fits(box, old, used, hidden) for old, used in zip(canvas.taken, canvas.covered, strict=True)):
+            return box
+    return None
+
+
+def _fits(box: Box, old: Box, used: float, hidden: float) -> bool:
+    overlap = _intersection(box, old)
+    # A small thing on a large one would hide little of it and yet look like a part of it.
+    smaller = min(_area(box), _area(old))
+    return overlap == 0 or (used + overlap <= hidden * _area(old) and overlap <= hidden * smaller)
+
+
+def _take(canvas: _Canvas, box: Box, keep_clear: bool = False) -> None:
+    for i, old in enumerate(canvas.taken):
+        canvas.covered[i] += _intersection(box, old)
+    canvas.taken.append(box)
+    canvas.covered.append(float("inf") if keep_clear else 0.0)
+
+
+def _intersection(a: Box, b: Box) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+# --- annotation -------------------------------------------------------------------------------------------------
+
+
+def _annotate(canvas: _Canvas, backdrop: str, maybe_present: frozenset[str]) -> Annotation:
+    width, height = canvas.image.size
+    scale = (100 / width, 100 / height)
+
+    def percent(*pixels: int) -> list[float]:
+        return [round(p * scale[i % 2], 1) for i, p in enumerate(pixels)]
+
+    objects = [
+        {
+            "label": label,
+            "boxes": [percent(*box) for box, _ in found],
+            "points": [percent(*point) for _, point in found],
+        }
+        for label, found in canvas.objects.items()
+    ]
+    return {
+        "source": "scene",
+        "width": width,
+        "height": height,
+        "backdrop": backdrop,
+        "objects": objects,
+        "texts": [{"text": t, "box": percent(*box)} for t, box in sorted(canvas.texts, key=lambda t: t[1][1])],
+        "clocks": [{"time": t, "box": percent(*box)} for t, box in canvas.clocks],
+        "maybe_present": sorted(maybe_present),
+    }

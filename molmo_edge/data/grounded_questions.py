@@ -1,0 +1,304 @@
+"""Questions and answers about an annotated image, drawn scene or photograph, in Molmo's grammar.
+
+Only what the annotation settles is asked: no counts of crowds, no absence of what a backdrop may show, no places on
+the border between two regions. The answer names things in the question's own words, as Molmo's answers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.data.drawn.sprite_names import (
+    COCO_LABELS,
+    OUT_OF_PLACE,
+    SYNONYMS,
+    UNLABELLED_IN_PHOTOS,
+    overlapping,
+)
+from molmo_edge.data.english import be, counted, listed, plural, with_article
+from molmo_edge.frontend.points import format_count, format_points
+
+Annotation = dict[str, Any]
+Box = Sequence[float]  # x0, y0, x1, y1, percent
+
+MOST_INSTANCES = 12  # labels with more are neither pointed at nor counted
+SMALLEST = 3.0  # percent: a label with an instance whose longer side is below cannot be seen at 224 pixels
+BORDER = 4.0  # percent: nearer to the border of two regions, an object is in neither
+
+# How often a kind is asked, relative to the others that the image allows.
+KINDS = {
+    "point": 3.0,
+    "count": 2.5,
+    "negative": 1.0,
+    "where": 1.0,
+    "what": 0.8,
+    "read": 3.0,
+    "clock": 3.0,
+    "caption": 1.2,
+}
+
+# {a}: one, as labelled; {b}: plural. The first of each is the SDK's own and makes half of the questions.
+_POINT = (
+    "Point to the {a}.", "Point to the {b}.", "Point at the {a}.", "Point to all {b}.", "Point to every {a}.",
+    "Show me the {a}.", "Find the {a}.", "Locate the {b}.", "Can you point to the {a}?", "Please point out the {b}.",
+    "Mark each {a}.", "Point: {a}", "Where are the {b}? Point to them.",
+)  # fmt: skip
+_COUNT = (
+    "How many {b} are there?", "How many {b} are in the image?", "How many {b} do you see?", "Count the {b}.",
+    "What is the number of {b}?", "How many {b} can you count?", "Count all {b} in this picture.",
+)  # fmt: skip
+_WHERE = ("Where is the {a}?", "In which part of the image is the {a}?", "Where do you see the {a}?")
+_WHAT = ("What is at the {r}?", "What do you see at the {r}?", "Which object is at the {r}?")
+_READ = ("What does the text say?", "What does it say?", "Read the text.", "What is written here?")
+_READ_AT = ("What is written at the {r}?", "What does the text at the {r} say?", "Read the text at the {r}.")
+_CLOCK = ("What time is it?", "What time does the clock show?", "Read the clock.", "Tell me the time.")
+_CAPTION = ("Describe this image.", "What is in this image?", "Caption this image.", "What do you see?")
+_RECEIPT = {"total": "What is the total?", "date": "What is the date?", "company": "Which company is this from?"}
+_GARMENT = ("What kind of clothing is this?", "Which garment is this?", "What is in this image?")
+_GARMENTS = {"longsleeve": "long-sleeved shirt", "outwear": "jacket"}
+
+# Sources that annotate every instance of these labels: on their images, one of these without a box is absent.
+_CLOSED = {
+    "cards": frozenset({"king", "ace", "nine", "ten", "jack", "queen"}),
+    "road_signs": frozenset({"green traffic light", "yellow traffic light", "red traffic light", "parking sign"}),
+}
+
+_ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+
+
+@dataclass(frozen=True)
+class QA:
+    question: str
+    answer: str
+    kind: str  # of KINDS
+    target_boxes: np.ndarray | None = None  # float32 [k, 4], percent: what the answer is about, in its points' order
+
+
+def write_questions(
+    annotation: Annotation, rng: np.random.Generator, *, max_questions: int, vocabulary: Collection[str]
+) -> list[QA]:
+    """Up to `max_questions` different questions with their answers, in random order.
+
+    `vocabulary`: the names of the sprites and labels that training uses; absent things are chosen from it. Fewer, even
+    no questions come back where the annotation allows no more.
+    """
+    makers: dict[str, Callable[[], list[QA]]] = {
+        "point": lambda: [_point(rng, o) for o in _countable(annotation)],
+        "count": lambda: [_count(rng, o) for o in _countable(annotation)],
+        "negative": lambda: _negatives(annotation, rng, vocabulary),
+        "where": lambda: _where(annotation, rng),
+        "what": lambda: _what(annotation, rng),
+        "read": lambda: _read(annotation, rng),
+        "clock": lambda: _clock(annotation, rng),
+        "caption": lambda: _caption(annotation, rng),
+    }
+    candidates = {kind: found for kind, make in makers.items() if (found := make())}
+    chosen: list[QA] = []
+    while candidates and len(chosen) < max_questions:
+        kinds = list(candidates)
+        weights = np.array([KINDS[k] for k in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
+        chosen.append(candidates[kind].pop(int(rng.integers(len(candidates[kind])))))
+        if not candidates[kind]:
+            del candidates[kind]
+    return chosen
+
+
+def grounded_names(annotation: Annotation) -> list[tuple[str, list[float]]]:
+    """Every labelled instance as (label, percent box), crowds' listed instances too."""
+    return [(o["label"], list(box)) for o in annotation.get("objects", ()) for box in o["boxes"]]
+
+
+def region_of(box: Box) -> str | None:
+    """Which ninth holds the box's centre: "top left", "top", ..., "center"; None near a border between two."""
+    ninth = []
+    for low, high in ((box[0], box[2]), (box[1], box[3])):
+        middle = (low + high) / 2
+        if min(abs(middle - 100 / 3), abs(middle - 200 / 3)) < BORDER:
+            return None
+        ninth.append(int(middle * 3 // 100))
+    return f"{_ROWS[min(ninth[1], 2)]} {_COLUMNS[min(ninth[0], 2)]}".strip() or "center"
+
+
+# --- pointing and counting --------------------------------------------------------------------------------------
+
+
+def _countable(annotation: Annotation) -> list[Annotation]:
+    """Labels whose instances are all known, visible and few."""
+    uncertain = set(annotation.get("maybe_present", ()))
+    return [
+        o
+        for o in annotation.get("objects", ())
+        if 0 < len(o["boxes"]) <= MOST_INSTANCES
+        and not o.get("crowd")
+        and o["label"] not in uncertain
+        and min(max(b[2] - b[0], b[3] - b[1]) for b in o["boxes"]) >= SMALLEST
+    ]
+
+
+def _asked(rng: np.random.Generator, label: str, phrasings: Sequence[str]) -> tuple[str, str]:
+    """(question, the words it uses for the label). Now and then a synonym, sometimes other phrasings."""
+    if label in SYNONYMS and rng.random() < 0.15:
+        label = SYNONYMS[label][int(rng.integers(len(SYNONYMS[label])))]
+    phrasing = _pick(rng, phrasings)
+    words = label if "{a}" in phrasing else plural(label)
+    return phrasing.format(a=words, b=words), words.lower()
+
+
+def _ordered(item: Annotation) -> tuple[list[tuple[float, float]], np.ndarray]:
+    """(points by x then y, their boxes float32 [k, 4]): the order in which an answer names them."""
+    order = sorted(range(len(item["points"])), key=lambda i: tuple(round(v, 1) for v in item["points"][i]))
+    points = [(float(item["points"][i][0]), float(item["points"][i][1])) for i in order]
+    return points, np.array([item["boxes"][i] for i in order], np.float32)
+
+
+def _point(rng: np.random.Generator, item: Annotation) -> QA:
+    question, words = _asked(rng, item["label"], _POINT)
+    points, boxes = _ordered(item)
+    return QA(question, format_points(points, words), "point", boxes)
+
+
+def _count(rng: np.random.Generator, item: Annotation) -> QA:
+    question, words = _asked(rng, item["label"], _COUNT)
+    points, boxes = _ordered(item)
+    return QA(question, format_count(points, words), "count", boxes)
+
+
+def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
+    """Two questions about what is certainly absent; one where nothing present can be asked for, lest "none" wins."""
+    absent = sorted(absent_labels(annotation, vocabulary))
+    if not absent:
+        return []
+    size = min(2 if _countable(annotation) else 1, len(absent))
+    questions = []
+    for label in rng.choice(absent, size=size, replace=False):
+        question, _ = _asked(rng, str(label), _POINT if rng.random() < 0.5 else _COUNT)
+        questions.append(QA(question, "There are none.", "negative"))
+    return questions
+
+
+def absent_labels(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
+    """Names of `vocabulary` that are certainly not in the picture, as far as its source annotates."""
+    names = set(vocabulary)
+    source = annotation["source"]
+    if source == "coco":
+        if "objects" not in annotation:
+            return set()
+        names = names - UNLABELLED_IN_PHOTOS | names & COCO_LABELS
+    elif source != "scene":
+        names &= OUT_OF_PLACE | _CLOSED.get(source, frozenset())
+    for label in annotation.get("maybe_present", ()):
+        names -= {label} | overlapping(label)
+    for item in annotation.get("objects", ()):
+        # A label that a crop has emptied is absent, unless something of it may be left.
+        if item["boxes"] or item.get("crowd"):
+            names -= {item["label"]} | overlapping(item["label"])
+    return names
+
+
+# --- places -----------------------------------------------------------------------------------------------------
+
+
+def _at(region: str) -> str:
+    return "in the center" if region == "center" else f"at the {region}"
+
+
+def _where(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
+    questions = []
+    for item in _countable(annotation):
+        region = region_of(item["boxes"][0]) if len(item["boxes"]) == 1 else None
+        if region is not None:
+            label = item["label"]
+            question, words = _asked(rng, label, _WHERE)
+            answer = f"The {words} {be(words)} {_at(region)}."
+            questions.append(QA(question.replace("is the", f"{be(words)} the"), answer, "where", _ordered(item)[1]))
+    return questions
+
+
+def _what(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
+    """What is in a ninth that one object has to itself; of scenes alone, where everything is labelled."""
+    if annotation["source"] != "scene" or annotation.get("backdrop") == "photo":
+        return []
+    found = grounded_names(annotation) + [("", t["box"]) for t in annotation["texts"]]
+    questions = []
+    for label, box in found:
+        region = region_of(box)
+        if label and region and not any(_reaches(other, region) for _, other in found if other is not box):
+            question = _pick(rng, _WHAT).format(r=region)
+            if region == "center":
+                question = question.replace("at the", "in the")
+            answer = with_article(label)
+            questions.append(QA(question, f"{answer[0].upper()}{answer[1:]}.", "what", np.array([box], np.float32)))
+    return questions
+
+
+def _reaches(box: Box, region: str) -> bool:
+    """Whether the box touches the ninth."""
+    x = 100 / 3 * (0 if "left" in region else 2 if "right" in region else 1)
+    y = 100 / 3 * (0 if "top" in region else 2 if "bottom" in region else 1)
+    return box[0] < x + 100 / 3 and box[2] > x and box[1] < y + 100 / 3 and box[3] > y
+
+
+# --- text, clocks, captions -------------------------------------------------------------------------------------
+
+
+def _read(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
+    if annotation["source"] == "receipts":
+        fields = annotation.get("fields", {})
+        return [QA(question, fields[key], "read") for key, question in _RECEIPT.items() if fields.get(key)]
+    texts = annotation.get("texts", ())
+    if not texts or annotation.get("texts_cut"):
+        return []
+    boxes = np.array([t["box"] for t in texts], np.float32)
+    questions = [QA(_pick(rng, _READ), "\n".join(t["text"] for t in texts), "read", boxes)]
+    for i, text in enumerate(texts if len(texts) > 1 else ()):
+        region = region_of(text["box"])
+        if region and not any(_reaches(t["box"], region) for j, t in enumerate(texts) if j != i):
+            question = _pick(rng, _READ_AT).format(r=region)
+            question = question.replace("at the center", "in the center")
+            questions.append(QA(question, text["text"], "read", boxes[i : i + 1]))
+    return questions
+
+
+def _clock(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
+    clocks = annotation.get("clocks", ())
+    if len(clocks) != 1 or annotation.get("clocks_cut"):
+        return []
+    return [QA(_pick(rng, _CLOCK), clocks[0]["time"], "clock", np.array([clocks[0]["box"]], np.float32))]
+
+
+def _caption(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
+    if annotation.get("captions"):
+        return [QA(_pick(rng, _CAPTION), _any(rng, annotation["captions"]).strip(), "caption")]
+    garment = annotation.get("fields", {}).get("class")
+    if garment and garment not in ("not sure", "other"):
+        answer = with_article(_GARMENTS.get(garment, garment))
+        return [QA(_pick(rng, _GARMENT), f"{answer[0].upper()}{answer[1:]}.", "caption")]
+    if annotation["source"] == "receipts":
+        return [QA(_pick(rng, _CAPTION), "A scanned receipt.", "caption")]
+    answer = describe(annotation)
+    return [QA(_pick(rng, _CAPTION), answer, "caption")] if answer else []
+
+
+def describe(annotation: Annotation) -> str:
+    """A caption such as "A photo with two dogs, a cup and a clock.", the largest first; "" of nothing labelled."""
+    named = [o for o in annotation.get("objects", ()) if o["boxes"]]
+    named.sort(key=lambda o: -sum((b[2] - b[0]) * (b[3] - b[1]) for b in o["boxes"]))
+    # Of a crowd it is only known that there are several.
+    parts = [counted(o["label"], 99 if o.get("crowd") else len(o["boxes"])) for o in named[:6]]
+    if not annotation.get("texts_cut") and annotation["source"] != "receipts":
+        parts += [f'the text "{t["text"]}"' for t in annotation.get("texts", ())]
+    return f"A photo with {listed(parts)}." if parts else ""
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """The first of the options half of the time."""
+    return options[0] if rng.random() < 0.5 else _any(rng, options)
+
+
+def _any(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]

@@ -1,0 +1,321 @@
+"""How a row of each academic benchmark becomes a question: text, tag and score as in the reference.
+
+Sources: olmo/data/academic_datasets.py and pixmo_datasets.py for what is asked, olmo/data/data_formatter.py for the
+text (templates "uber_model", system prompt "demo_or_style"), launch_scripts/utils.py::get_evaluator and
+olmo/eval/evaluators.py for the scores. Every function takes the benchmark and a row.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from molmo_edge.checkpoints.bundle import cache_directory
+from molmo_edge.data.ai2d import letter_names, prune
+from molmo_edge.data.rows import Row, RowsError, fetch_image, number_in, text_in
+from molmo_edge.evaluation.mmmu import mmmu_score
+from molmo_edge.evaluation.pointing import point_count_score, score_in_masks
+from molmo_edge.evaluation.questions import Question, Score
+from molmo_edge.evaluation.text_scores import (
+    anls,
+    clean_answer,
+    exact_match,
+    math_vista_score,
+    real_world_qa_score,
+    relaxed_correctness,
+    select_option,
+    vqa_score,
+)
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.prompts import count_question, point_question
+
+if TYPE_CHECKING:
+    from molmo_edge.evaluation.benchmarks import Benchmark
+
+_LETTERS = "ABCDEFG"  # the reference names no more: options from the eighth on are not shown
+
+
+def _question(
+    task: Benchmark,
+    row: Row,
+    text: str,
+    score: Score,
+    truth: Any,
+    *,
+    style: str | None = None,
+    id: object = None,
+    image_id: object = None,
+    image: Callable[[], Any] | None = None,
+    kind: str = "task",
+    words_alone: bool = False,
+) -> Question:
+    """`id`: the data set's own; left out, the row's number."""
+    style = task.style if style is None else style
+    name = f"{task.name}/{row.index:06d}" if id is None else f"{task.name}/{id}"
+    return Question(
+        id=name,
+        group=task.name,
+        kind=kind,
+        image_id=name if image_id is None else f"{task.name}/{image_id}",
+        image=image or functools.partial(row.image, "image"),
+        text=f"{style}: {text}" if style else text,
+        score=score,
+        max_new_tokens=task.max_new_tokens,
+        words_alone=words_alone,
+        truth=truth,
+    )
+
+
+def _scored(answers: Sequence[str], metrics: dict[str, Callable[[Sequence[str], str], float]]) -> Score:
+    """Scores of a cleaned answer; none where the answers are not public."""
+
+    def score(text: str) -> dict[str, float]:
+        said = clean_answer(text)
+        return {name: float(metric(answers, said)) for name, metric in metrics.items()} if answers else {}
+
+    return score
+
+
+def _best(metric: Callable[[str, str], float]) -> Callable[[Sequence[str], str], float]:
+    return lambda answers, said: max(metric(answer, said) for answer in answers)
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question, a line "A: ..." for each option, and an end of line. Reference: `format_options`."""
+    lines = [f"{letter}: {option}" for letter, option in zip(_LETTERS, options, strict=False)]
+    return "\n".join([question, *lines, ""])
+
+
+def chart_qa(task: Benchmark, row: Row) -> Question:
+    answers = text_list(row, "label")
+    # A class label, 0 human and 1 machine. The reference takes 1 for human, so that its two parts are others.
+    part = "human" if row["human_or_machine"] in (0, "human") else "augmented"
+    relaxed = _best(relaxed_correctness)
+    score = _scored(answers, {"relaxed": relaxed, f"relaxed_{part}": relaxed, "em": exact_match})
+    return _question(task, row, _text(row, "query"), score, answers)
+
+
+def vqa2(task: Benchmark, row: Row) -> Question:
+    answers = [text_in(row, each["answer"], "answer", blank=True) for each in row["answers"] or ()]
+    score = _scored(answers, {"vqa": vqa_score})
+    return _question(task, row, _text(row, "question"), score, answers, id=row["question_id"], image_id=row["image_id"])
+
+
+def text_vqa(task: Benchmark, row: Row) -> Question:
+    answers = text_list(row, "answers")
+    if not any(answers):  # empty texts in the test split
+        answers = []
+    score = _scored(answers, {"vqa": vqa_score})
+    return _question(task, row, _text(row, "question"), score, answers, id=row["question_id"], image_id=row["image_id"])
+
+
+def doc_qa(task: Benchmark, row: Row) -> Question:
+    answers = text_list(row, "answers")
+    if task.name == "doc_qa":
+        image_id = f"{row['ucsf_document_id']}_{row['ucsf_document_page_no']}"
+    else:
+        image_id = row["image_url"]
+    score = _scored(answers, {"anls": _best(anls), "em": exact_match})
+    return _question(task, row, _text(row, "question"), score, answers, id=row["questionId"], image_id=image_id)
+
+
+def real_world_qa(task: Benchmark, row: Row) -> Question:
+    text, answer = _text(row, "question"), _text(row, "answer")
+    short = "Please answer directly with a single word or number." in text
+    if not short and "Please answer directly with only the letter of the correct option and nothing else." not in text:
+        raise RowsError(f"row {row.index} of {row.rows.where} asks neither for a word nor for a letter: {text!r}")
+    # "no_instruction" takes the instruction from short answers alone; options keep theirs.
+    return _question(
+        task,
+        row,
+        text.split("\n")[0] if short else text,
+        lambda said: {"accuracy": real_world_qa_score(answer, clean_answer(said), not short)},
+        answer,
+        style="vqa2" if short else "a_okvqa_mc",
+    )
+
+
+def mmmu(task: Benchmark, row: Row) -> Question:
+    id, question, answer, kind = row["id"], _text(row, "question"), row["answer"], row["question_type"]
+    options = text_list(row, "options")
+    # Rows on the hub write "<image 2>" for an option that is a picture, which the reference does not look for: it
+    # asks about image_1 then. Pictures after image_1 are never shown.
+    pictures = sum(re.match("<img='(.*?)'>", option) is not None for option in options) > 1
+    mentioned = {int(number) for number in re.findall(r"<image (\d)>", "\n".join([question, *options]))}
+    multiple = kind == "multiple-choice"
+
+    def score(text: str) -> dict[str, float]:
+        if answer in (None, "", "?"):  # of the test split
+            return {}
+        # The reference draws from one generator for all questions; with one each, a run can stop and go on.
+        rng = random.Random(id)
+        said = clean_answer(text)
+        return {"accuracy": float(mmmu_score([answer], said, question_type=kind, options=options, rng=rng))}
+
+    return _question(
+        task,
+        row,
+        with_options(question, options) if multiple else question,
+        score,
+        {"answer": answer, "images_not_shown": sorted(mentioned if pictures else mentioned - {1})},
+        style="a_okvqa_mc" if multiple else "vqa2",
+        id=id,
+        image=(lambda: None) if pictures else functools.partial(row.image, "image_1"),
+        words_alone=pictures,
+    )
+
+
+def text_list(row: Row, column: str) -> list[str]:
+    """A cell that is a list of texts, or the text of such a list in Python, as some data sets on the hub have it."""
+    value = row[column]
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise RowsError(f"row {row.index} of {row.rows.where} has {column} that are no list: {value!r}") from None
+    return [words_of(row, text, f"one of {column}") for text in value or ()]
+
+
+def words_of(row: Row, value: Any, what: str) -> str:
+    """A text, or a number written out. Raises RowsError for None and NaN, which are no words of anybody's."""
+    return text_in(row, value, what, blank=True) if isinstance(value, str) else f"{_finite(row, value, what)}"
+
+
+def _finite(row: Row, value: Any, what: str) -> Any:
+    number_in(row, value, what)
+    return value
+
+
+def _text(row: Row, column: str) -> str:
+    return text_in(row, row[column], column)
+
+
+def math_vista(task: Benchmark, row: Row) -> Question:
+    answer, kind = row["answer"], row["question_type"]
+    choices = None if row["choices"] is None else text_list(row, "choices")
+    text = _text(row, "question").split("Question:")[-1].split("Hint:")[0].strip()
+    multiple = kind == "multi_choice"
+    known = {
+        "answer": answer,
+        "question_type": kind,
+        "answer_type": row["answer_type"],
+        "choices": choices,
+    }
+    digits = None if row["precision"] is None else number_in(row, row["precision"], "precision")
+
+    def score(said: str) -> dict[str, float]:
+        if not answer:  # of the test split
+            return {}
+        # The hub has 1.0 for one decimal. Python rounds to no float, so that the reference counts every float answer
+        # as wrong; "accuracy_rounded" rounds.
+        given = {"accuracy": digits if digits is None else float(digits)}
+        given["accuracy_rounded"] = digits if digits is None else int(digits)
+        return {name: float(math_vista_score(said.strip(), precision=d, **known)) for name, d in given.items()}
+
+    return _question(
+        task,
+        row,
+        with_options(text, choices or ()) if multiple else text,
+        score,
+        answer,
+        style="a_okvqa_mc" if multiple else "vqa2",
+        id=row["pid"],
+        image=functools.partial(row.image, "decoded_image"),
+    )
+
+
+def ai2d(task: Benchmark, row: Row) -> Question:
+    options, answer = prune(text_list(row, "options"), int(row["answer"]))
+    told = "abc_label" in row
+    names = letter_names(row, options)
+    if names is not None:
+        style, text = "ai2_diagram_no_letter", "\n".join([_text(row, "question"), *names, ""])
+    else:
+        style, names = "ai2_diagram", list(_LETTERS[: len(options)])
+        text = with_options(_text(row, "question"), options)
+    scores = ["mc"]
+    if told:  # a question without letters counts with both kinds of boxes
+        scores += ["mc_opaque"] if not row["has_transparent_box"] else []
+        scores += ["mc_transparent"] if row["has_transparent_box"] or not row["abc_label"] else []
+    return _question(
+        task,
+        row,
+        text,
+        lambda said: dict.fromkeys(scores, float(select_option(clean_answer(said), names) == answer)),
+        names[answer],
+        style=style,
+        id=row["question_id"] if told else None,
+        image_id=row["image_id"] if told else None,
+    )
+
+
+def countbench_qa(task: Benchmark, row: Row) -> Question | None:
+    from PIL import Image
+
+    data = row.image("image")
+    if data is None:
+        return None
+    load_image(data)  # raises ImageError for a damaged one
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        if len(image.getbands()) == 1:
+            return None
+    score = functools.partial(point_count_score, count=int(row["number"]))
+    return _question(task, row, _text(row, "question"), score, int(row["number"]), kind="count")
+
+
+def pixmo_count(task: Benchmark, row: Row) -> Question:
+    count = int(row["count"])
+    image, image_id = _pixmo_image(row)
+    return _question(
+        task,
+        row,
+        count_question(_text(row, "label").lower()),
+        functools.partial(point_count_score, count=count),
+        count,
+        image_id=image_id,
+        image=image,
+        kind="count",
+    )
+
+
+def pixmo_points(task: Benchmark, row: Row) -> Question:
+    points = [(number_in(row, point["x"], "x"), number_in(row, point["y"], "y")) for point in row["points"]]
+    image, image_id = _pixmo_image(row)
+
+    def score(text: str) -> dict[str, float]:
+        height, width = load_image(image()).shape[:2]
+        masks = [np.asarray(mask, bool) for mask in row["masks"] or ()]
+        pixels = [(x * width / 100, y * height / 100) for x, y in points]
+        # The points are percent, whatever the data set's card says. The reference takes them for pixels where it
+        # matches answers with them, which published figures have in them; "f1_pixels" matches like with like.
+        return {
+            **score_in_masks(text, points, masks, width, height),
+            "f1_pixels": score_in_masks(text, pixels, masks, width, height)["f1"],
+        }
+
+    return _question(
+        task,
+        row,
+        point_question(_text(row, "label").lower()),
+        score,
+        [list(point) for point in points],
+        image_id=image_id,
+        image=image,
+        kind="point" if points else "absent",
+    )
+
+
+def _pixmo_image(row: Row) -> tuple[Callable[[], Any], object]:
+    """The picture, and what it is called: a copy's own "image" if it has one, else what the URL gives."""
+    if "image" in row and row.image("image") is not None:
+        return functools.partial(row.image, "image"), row.get("image_url")
+    # Of pixmo-count the reference checks no hashes. Hosts send placeholders for what is gone, so here they are.
+    path = fetch_image(row["image_url"], row["image_sha256"], cache_directory() / "images")
+    return (lambda: path), row["image_url"]

@@ -1,0 +1,1 @@
+"""From an image and a question to arrays: image files, overlapping crops, tokens, prompts, points."""

@@ -1,0 +1,261 @@
+"""An RGB image -> overlapping crops, padding masks and the layout of its tokens.
+
+The image is seen twice: as one global view, and cut into crops that share margins with their neighbours, so
+that nothing is cut in half for every crop. After pooling, a cell in a shared margin is kept by one crop only;
+the kept cells tile the image exactly once.
+
+Follows the reference's MultiModalPreprocessor, crop mode "overlap-and-resize-c2"
+(olmo/data/model_preprocessor.py), quirks included: released weights were trained with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from molmo_edge.config import OVERVIEW_UNIT, ImageConfig
+from molmo_edge.frontend.image_files import MAX_PIXELS, ImageError, load_image
+from molmo_edge.frontend.resize import resize
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
+
+__all__ = [
+    "MAX_PIXELS",
+    "ImageError",
+    "ImageProcessor",
+    "PreparedImage",
+    "image_token_count",
+    "load_image",
+    "select_tiling",
+]
+
+DROPPED = -100  # token_index of a pooled cell that another crop keeps
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """The whole picture for a convolutional tower, and where the patches of the crops lie in it."""
+
+    pixels: np.ndarray  # float32 [3, h, w], normalised; sides are multiples of 32, padded with 0 below and to the right
+    positions: np.ndarray  # float32 [n_crops, patches^2, 4, 2]: x and y of the centres of each patch's quarters, pixels
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """What a runtime and a prompt need of an image. Crop 0 is the global view."""
+
+    crops: np.ndarray  # float32 [n_crops, patches^2, patch_size^2 * 3], normalised
+    masks: np.ndarray  # float32 [n_crops, patches^2]: share of image pixels in a patch; row k is crop k+1's, see below
+    tokens: np.ndarray  # int32 [n]: without BOS
+    token_index: (
+        np.ndarray
+    )  # int32 [n_crops, cells^2]: position in `tokens`, DROPPED (-100) where another crop keeps it
+    tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) where there is only the global view
+    overview: Overview | None = None  # where the configuration has one
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Turns images into crops and tokens. `special` has to come from the model's tokenizer; MolmoE's is the default."""
+
+    config: ImageConfig = field(default_factory=ImageConfig)
+    special: SpecialIds = MOLMOE_SPECIAL_IDS
+
+    def __call__(self, rgb: np.ndarray) -> PreparedImage:
+        """Prepare `rgb`, uint8 [h, w, 3] (see `load_image`). Raises ImageError for anything else."""
+        if (
+            not isinstance(rgb, np.ndarray)
+            or rgb.dtype != np.uint8
+            or rgb.ndim != 3
+            or rgb.shape[2] != 3
+            or not rgb.size
+        ):
+            got = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
+            raise ImageError(f"crops are cut from uint8 [h, w, 3], not from {got}; use load_image first")
+        config = self.config
+        tiling = select_tiling(rgb.shape[0], rgb.shape[1], config)
+        rows, cols = tiling
+        side = config.patches
+        n_crops = 1 + rows * cols
+        crops = np.empty((n_crops, side * side, config.patch_size**2 * 3), np.float32)
+        # The reference appends the global view's row of -1 at the END, although its crop comes first. So row k
+        # holds the mask of crop k+1, and the last crop counts as padded everywhere. The weights know no other way.
+        masks = np.full((n_crops, side * side), -1, np.float32)
+
+        view, _ = _canvas(rgb, config.crop_size, config.crop_size, config)
+        _cut(view, 0, 0, config, out=crops[0])
+        if rows:
+            height, width = (n * config.window * config.patch_size + _margin(config) for n in tiling)
+            canvas, filled = _canvas(rgb, height, width, config)
+            for k in range(rows * cols):
+                y, x = (n * config.window for n in divmod(k, cols))  # in patches
+                _cut(canvas, y, x, config, out=crops[1 + k])
+                masks[k] = filled[y : y + side, x : x + side].reshape(-1)
+        overview = _overview(rgb, tiling, config) if config.overview else None
+        return PreparedImage(crops, masks, *self.layout(tiling), tiling, overview)
+
+    def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens` and `token_index` of a PreparedImage with this tiling, see there."""
+        return self._tokens(tiling), _token_index(self.config, tiling)
+
+    def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
+        s = self.special
+        blocks = []
+        for rows, cols in _blocks(self.config, tiling):
+            row = [s.im_patch] * cols + [s.im_col]
+            blocks.append(np.array([s.im_start, *row * rows, s.im_end], np.int32))
+        return np.concatenate(blocks)
+
+
+def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """Choose (rows, columns) of crops for an image of height x width pixels; (0, 0) where max_crops is 0.
+
+    The tiling that needs least enlarging wins, or least shrinking where all of them shrink; of equals the one
+    with fewer crops, then with fewer rows. Reference: `select_tiling`.
+    """
+    if not config.max_crops:
+        return 0, 0
+    most = config.max_crops
+    tilings = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    tilings.sort(key=lambda t: (t[0] * t[1], t[0]))
+    windows = np.array(tilings, np.float32) * np.float32(config.window * config.patch_size)  # [n, 2], pixels
+    # A side shorter than the margins comes out negative or 0. The reference lets it: such images end at (1, 1).
+    inner = np.array([height, width], np.float32) - np.float32(_margin(config))
+    with np.errstate(divide="ignore"):
+        scale = (windows / inner).min(axis=1)  # [n]
+    fits = scale >= 1
+    best = np.argmin(np.where(fits, scale, np.float32(10e9))) if fits.any() else np.argmax(scale)
+    return tilings[int(best)]
+
+
+def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
+    """Tokens of an image with this tiling, BOS not counted."""
+    return sum(rows * (cols + 1) + 2 for rows, cols in _blocks(config, tiling))
+
+
+def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the patches of each crop lie in a picture of height x width pixels, as shares of its sides.
+
+    Returns the centres, float32 [n_crops, patches^2, 2] as x and y, and the sides of a patch of each crop, float32
+    [n_crops, 2]. Centres in the padding are below 0 or above 1.
+    """
+    rows, cols = tiling
+    inside = (np.arange(config.patches) + 0.5) * config.patch_size
+    views = [(config.crop_size, config.crop_size, 0, 0)]  # height and width of the canvas, y and x of the crop in it
+    if rows:
+        canvas = [n * config.window * config.patch_size + _margin(config) for n in tiling]
+        stride = config.window * config.patch_size
+        views += [(*canvas, i * stride, j * stride) for i, j in np.ndindex(rows, cols)]
+    centres, sides = [], []
+    for canvas_h, canvas_w, y, x in views:
+        h, w = (canvas_h, canvas_w) if config.resize == "dino" else _fit(height, width, canvas_h, canvas_w)
+        ys = (inside + y - (canvas_h - h) // 2) / h
+        xs = (inside + x - (canvas_w - w) // 2) / w
+        centres.append(np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2))
+        sides.append((config.patch_size / w, config.patch_size / h))
+    return np.stack(centres).astype(np.float32), np.array(sides, np.float32)
+
+
+def _overview(rgb: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> Overview:
+    height, width = rgb.shape[:2]
+    h, w = _fit(height, width, config.overview, config.overview)
+    pixels = np.zeros((3, *(-(-side // OVERVIEW_UNIT) * OVERVIEW_UNIT for side in (h, w))), np.float32)
+    content = (resize(rgb, h, w) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    pixels[:, :h, :w] = content.transpose(2, 0, 1)
+    centres, sides = patch_grid(config, tiling, height, width)
+    quarters = np.array([(-1, -1), (1, -1), (-1, 1), (1, 1)], np.float32) / 4
+    positions = centres[:, :, None] + quarters * sides[:, None, None]  # [n_crops, patches^2, 4, 2]
+    return Overview(pixels, positions * np.array([w, h], np.float32))
+
+
+def _margin(config: ImageConfig) -> int:
+    """Pixels of a canvas side beyond the windows."""
+    return sum(config.overlap_margins) * config.patch_size
+
+
+def _blocks(config: ImageConfig, tiling: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of pooled cells in each block of tokens: the global view, then the stitched crops."""
+    blocks = [(config.cells, config.cells)]
+    if tiling[0]:
+        rows, cols = ((n * config.window + sum(config.overlap_margins)) // config.pool for n in tiling)
+        blocks.append((rows, cols))
+    return blocks
+
+
+def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+    """int32 [n_crops, cells^2]: where each pooled cell of each crop goes in the tokens, DROPPED where nowhere."""
+    n = config.cells
+    left, right = (m // config.pool for m in config.overlap_margins)
+    cell = np.arange(n)
+    # A block is im_start, then rows of cells that end in im_col, then im_end.
+    index = [1 + cell[:, None] * (n + 1) + cell]
+    rows, cols = tiling
+    if rows:
+        _, (_, width) = _blocks(config, tiling)
+        start = n * (n + 1) + 3  # behind the global block and the next im_start
+        for i, j in np.ndindex(rows, cols):
+            y, x = (k * (config.window // config.pool) + cell for k in (i, j))  # [n]: row, column in the stitched grid
+            keep_y, keep_x = (
+                (cell >= (left if k else 0)) & (cell < n - (right if k < last else 0))
+                for k, last in ((i, rows - 1), (j, cols - 1))
+            )
+            place = start + y[:, None] * (width + 1) + x
+            index.append(np.where(keep_y[:, None] & keep_x, place, DROPPED))
+    return np.stack(index).reshape(-1, n * n).astype(np.int32)
+
+
+def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Resize onto a canvas and normalise.
+
+    Returns float32 [height, width, 3], and float32 [height / patch_size, width / patch_size], the share of
+    image pixels in each patch.
+    """
+    patch = config.patch_size
+    if config.resize == "dino":
+        # Stretched to fill the canvas. The reference's filter rounds to uint8 steps in between; this one stays
+        # in floats, at most half a step away.
+        content = resize(rgb, height, width, cubic=True)
+        top = left = 0
+    else:
+        h, w = _fit(rgb.shape[0], rgb.shape[1], height, width)
+        content = resize(rgb, h, w)
+        top, left = (height - h) // 2, (width - w) // 2
+    h, w = content.shape[:2]
+    mean, std = (np.tile(np.array(v, np.float32), width) for v in (config.mean, config.std))  # [width * 3]
+    canvas = np.empty((height, width * 3), np.float32)
+    canvas[:top], canvas[top + h :] = -mean / std, -mean / std  # padded with black, before normalising
+    middle = canvas[top : top + h]
+    middle[:, : left * 3], middle[:, (left + w) * 3 :] = 0, 0
+    middle[:, left * 3 : (left + w) * 3] = content.reshape(h, w * 3)
+    middle -= mean
+    middle /= std
+    inside_y = _per_patch(top, h, height, patch)
+    inside_x = _per_patch(left, w, width, patch)
+    return canvas.reshape(height, width, 3), np.outer(inside_y, inside_x).astype(np.float32) / np.float32(patch**2)
+
+
+def _fit(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+    """Size of h x w, enlarged or shrunk to fit height x width.
+
+    In float32 and truncated, as the reference does: one side in forty loses a pixel by it. A very long
+    image could lose its short side altogether; the reference fails there, here one pixel stays.
+    """
+    size = np.array([h, w], np.float32)
+    scale = (np.array([height, width], np.float32) / size).min()
+    fit_h, fit_w = (max(int(side), 1) for side in size * scale)
+    return fit_h, fit_w
+
+
+def _per_patch(start: int, length: int, size: int, patch: int) -> np.ndarray:
+    """Along one side: pixels of start..start+length in each patch of `size` pixels."""
+    edges = np.arange(0, size + 1, patch)
+    inside = np.clip(edges - start, 0, length)
+    return np.diff(inside)
+
+
+def _cut(canvas: np.ndarray, y: int, x: int, config: ImageConfig, *, out: np.ndarray) -> None:
+    """Copy the crop at patch (y, x) of `canvas` into `out`, float32 [patches^2, patch_size^2 * 3]."""
+    p, n, size = config.patch_size, config.patches, config.crop_size
+    crop = canvas[y * p : y * p + size, x * p : x * p + size]
+    patches = crop.reshape(n, p, n, p * 3).transpose(0, 2, 1, 3)  # [n, n, p, p * 3]
+    out.reshape(n, n, p, p * 3)[...] = patches

@@ -1,0 +1,115 @@
+"""What a question looks like to the model: roles, style tags, turns; and the phrases the SDK asks with.
+
+A sequence is BOS, the image tokens, then for each turn " User: {question} Assistant:" and " {answer}" EOS.
+Source: olmo/data/data_formatter.py::DataFormatter (message format "role", leading space always) and
+MultiModalPreprocessor.__call__.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.crops import PreparedImage
+from molmo_edge.frontend.tokenizer import Tokenizer
+
+
+class PromptError(MolmoEdgeError):
+    """A question that is empty, or turns that do not alternate."""
+
+
+class Prompt(NamedTuple):
+    """BOS and an image as ids for the decoder, and where the image's features go among them."""
+
+    ids: np.ndarray  # int32 [n], BOS first
+    token_index: np.ndarray  # int32 [n_crops, cells^2]: position in `ids`, negative where dropped
+
+
+def build_prompt(question: str, *, style: str | None = None) -> str:
+    """ " User: {question} Assistant:", the question as it is, behind "{style}: " if a style is given.
+
+    Styles are the tags of the academic training sets ("vqa2", "chart_qa", "a_okvqa_mc", ...): with one the
+    model answers as that set does, without one it converses. Raises PromptError for an empty question.
+    """
+    if not question.strip():
+        raise PromptError("the question is empty")
+    tag = f"{style}: " if style else ""
+    return f" User: {tag}{question} Assistant:"
+
+
+def build_caption_prompt(style: str = "long_caption", length: int | None = 65) -> str:
+    """The prompt of stage 1, which knew no roles: " long_caption 65:", or " transcript 40:".
+
+    `length` asks for an answer of about 15 times as many characters; None leaves it open. Reference:
+    `get_system_prompt`, "style_and_length"; its space in front of an open length's colon is kept.
+    """
+    return f" {style} {'' if length is None else length}:"
+
+
+def image_ids(tokenizer: Tokenizer, image: PreparedImage) -> Prompt:
+    """What every sequence begins with: BOS and the image; `text_ids` follow it."""
+    ids = np.concatenate([[tokenizer.special.bos], image.tokens]).astype(np.int32)
+    return Prompt(ids, np.where(image.token_index < 0, image.token_index, image.token_index + 1).astype(np.int32))
+
+
+def text_ids(tokenizer: Tokenizer, turns: Sequence[str], *, style: str | None = None) -> np.ndarray:
+    """Ids of a conversation, int32 [n], without BOS and image: what follows a prefilled image.
+
+    `turns` are the plain texts of user, assistant, user, ..., the user's last; `style` tags that last question.
+    EOS follows every answer. Special tokens typed into a text stay text.
+
+    Raises PromptError for an empty question, and for turns that do not end with a question.
+    """
+    if isinstance(turns, str) or len(turns) % 2 == 0:
+        raise PromptError("turns are a list of question, answer, question, ...: the last is the question to answer")
+    ids: list[int] = []
+    for i, turn in enumerate(turns):
+        if i % 2:
+            ids += [*tokenizer.encode(f" {turn}"), tokenizer.special.eos]
+        else:
+            ids += tokenizer.encode(build_prompt(turn, style=style if i == len(turns) - 1 else None))
+    return np.array(ids, np.int32)
+
+
+def point_question(label: str) -> str:
+    """ "Point to the dog." for "dog", "the dog" or "a dog"; "all dogs" and "my dog" keep their own words."""
+    return f"Point to {_with_article(_phrase(label))}."
+
+
+def count_question(label: str) -> str:
+    """ "How many cups are there?" for "cups" or "the cups"."""
+    phrase = _phrase(label)
+    first, _, rest = phrase.partition(" ")
+    return f"How many {rest if first.lower() in _ARTICLES and rest else phrase} are there?"
+
+
+def caption_question() -> str:
+    """The plainest of the reference's caption prompts."""
+    return "Describe this image."
+
+
+_ARTICLES = frozenset(("the", "a", "an"))
+# fmt: off
+_DETERMINERS = frozenset((
+    "all", "any", "both", "each", "either", "every", "her", "his", "its", "my", "our", "some", "that", "their",
+    "these", "this", "those", "your",
+))
+# fmt: on
+
+
+def _phrase(label: str) -> str:
+    """`label` on one line and without the end of a sentence."""
+    phrase = " ".join(label.split()).rstrip(".?!,;: ")
+    if not phrase:
+        raise PromptError('the label is empty: say what to look for, "the dog" for one')
+    return phrase
+
+
+def _with_article(phrase: str) -> str:
+    first, _, rest = phrase.partition(" ")
+    if first.lower() in _ARTICLES and rest:
+        return f"the {rest}"
+    return phrase if first.lower() in _DETERMINERS and rest else f"the {phrase}"

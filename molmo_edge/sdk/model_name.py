@@ -1,0 +1,22 @@
+"""What a model is called in answers: the name that a person gave it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from molmo_edge.checkpoints.bundle import MANIFEST
+
+
+def model_name(directory: Path) -> str:
+    """A bundle's name, owner/name of a checkpoint in the hub's cache, else the directory's own name."""
+    try:
+        name = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["name"]
+        if isinstance(name, str) and name:
+            return name
+    except (OSError, ValueError, KeyError, TypeError):  # a checkpoint; a damaged manifest is refused elsewhere
+        pass
+    path = directory.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return path.name

@@ -1,0 +1,72 @@
+"""One engine, used by several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from molmo_edge.runtimes import forks
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
+    from molmo_edge.frontend.crops import Overview
+    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
+
+
+class Serial:
+    """A runtime that threads take turns on: engines share their threads and scratch memory, some are not re-entrant.
+
+    One call at a time, not one answer: two streams make progress side by side.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._inner = runtime
+        self._lock = threading.Lock()
+        forks.on_fork(self)
+
+    def forked(self) -> None:
+        self._lock = threading.Lock()  # another thread may have held it, and is not there to release it
+
+    @property
+    def config(self) -> MolmoConfig:
+        return self._inner.config
+
+    @property
+    def engine(self) -> str:
+        return self._inner.engine
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        with self._lock:
+            return self._inner.encode_image(crops, masks, overview)
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        with self._lock:
+            return self._inner.embed(token_ids)
+
+    def new_cache(self, capacity: int) -> Cache:
+        with self._lock:
+            return self._inner.new_cache(capacity)
+
+    def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        with self._lock:
+            return self._inner.forward(embeddings, cache)
+
+    @property
+    def batches(self) -> bool:
+        """Whether the runtime takes several prompts at once."""
+        return hasattr(self._inner, "prefill_batch")
+
+    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
+        with self._lock:
+            return cast("BatchRuntime", self._inner).prefill_batch(prompts, room)
+
+    def forward_batch(self, embeddings: np.ndarray, batch: Any) -> np.ndarray:
+        with self._lock:
+            return cast("BatchRuntime", self._inner).forward_batch(embeddings, batch)
+
+    def close(self) -> None:
+        with self._lock:
+            self._inner.close()

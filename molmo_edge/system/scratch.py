@@ -1,0 +1,222 @@
+"""Folders for work in progress, which do not outlive their process for long, however it ends.
+
+A folder `.NAME.molmo-edge-partial` lies beside what it becomes, so that the last step is a rename on one file system.
+The lock `.NAME.molmo-edge-lock` is taken before the folder is made and held for as long as it is used; the system lets
+go of it when a process is killed. So whoever can take the lock of a folder knows that nobody works in it any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from molmo_edge.checkpoints.bundle import cache_directory
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.system.atomic_files import naming
+
+_PARTIAL, _LOCK = ".molmo-edge-partial", ".molmo-edge-lock"
+_log = logging.getLogger("molmo_edge")
+
+
+class BusyError(MolmoEdgeError):
+    """Another process is writing to the same place."""
+
+
+@dataclass(frozen=True)
+class Stale:
+    """A folder of a process that was killed, removed."""
+
+    folder: Path
+    bytes: int
+
+
+@contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """A new, empty folder beside `target`, removed at the end with all that is left in it.
+
+    Folders that killed processes left beside it, or anywhere else on this machine, are removed first. Raises BusyError
+    where another process, or another thread, has a work folder for the same target.
+    """
+    parent = target.resolve().parent
+    name = target.name[:200]  # a name may have 255 bytes
+    folder, lock = parent / f".{name}{_PARTIAL}", parent / f".{name}{_LOCK}"
+    with naming(target, lock):
+        handle = _take(lock)
+    if handle is None:
+        raise BusyError(
+            f"another process{_owner(lock)} is writing {target}: wait for it to end, or choose another directory"
+        )
+    note = _note_of(folder)
+    try:
+        if folder.exists():  # nobody has the lock, so it was left
+            _remove(folder)
+        with contextlib.suppress(OSError):  # without a cache only the next export beside it finds it
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(str(folder), encoding="utf-8")
+        remove_stale([parent])
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            note.unlink()
+        _release(handle, lock)
+
+
+@contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """As `work_folder`, in the system's folder for temporary files, under a name of its own."""
+    with work_folder(Path(tempfile.gettempdir()) / f"molmo-edge-{kind}-{secrets.token_hex(4)}") as folder:
+        yield folder
+
+
+def remove_stale(parents: Iterable[Path] = ()) -> list[Stale]:
+    """Remove work folders of dead processes: those in `parents`, and all that this user's processes took a note of."""
+    found = {folder for parent in parents for folder in _partials(parent)}
+    notes = cache_directory() / "work"
+    with contextlib.suppress(OSError):
+        for note in notes.iterdir():
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                folder = Path(note.read_text(encoding="utf-8"))
+                if folder.name.endswith(_PARTIAL):
+                    found.add(folder)
+    removed = []
+    for folder in sorted(found):
+        lock = folder.with_name(folder.name.removesuffix(_PARTIAL) + _LOCK)
+        try:
+            if not lock.exists():  # not made by `work_folder`, or gone already
+                if not folder.exists():
+                    _note_of(folder).unlink()
+                continue
+            if (handle := _take(lock)) is None:
+                continue
+            try:
+                if folder.is_dir():
+                    removed.append(_remove(folder))
+                _note_of(folder).unlink(missing_ok=True)
+            finally:
+                _release(handle, lock)
+        except OSError:  # of another user, or on a disk that is gone
+            continue
+    return removed
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user can still write into `directory`."""
+    return shutil.disk_usage(directory).free
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _partials(parent: Path) -> list[Path]:
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return []
+    locks = [name.removesuffix(_LOCK) + _PARTIAL for name in names if name.endswith(_LOCK)]
+    return [parent / name for name in locks]  # also where a process died between the lock and its folder
+
+
+def _remove(folder: Path) -> Stale:
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    shutil.rmtree(folder)
+    _log.info("removed %s, %.1f MB, which a process that was killed left", folder, size / 1e6)
+    return Stale(folder, size)
+
+
+def _note_of(folder: Path) -> Path:
+    return cache_directory() / "work" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+
+
+def _take(lock: Path) -> int | None:
+    """Lock the file, made where it is missing; None where another has it. Raises OSError."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            taken = _try_lock(handle)
+            # Whoever had the lock removes the file, perhaps between our opening and our locking it.
+            if taken and os.path.exists(lock) and os.path.samestat(os.fstat(handle), os.stat(lock)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()} {socket.gethostname()}".encode())
+                return handle
+        except FileNotFoundError:
+            taken = True  # removed just now: again
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        if not taken:
+            return None
+
+
+def _try_lock(handle: int) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 1 << 20, os.SEEK_SET)  # beyond the text, which stays readable
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        return not _lives(handle)  # a file system without locks: what is left to ask is the process
+    return True
+
+
+def _lives(handle: int) -> bool:
+    """Whether the process that a lock file names may still be there."""
+    pid, _, host = os.pread(handle, 200, 0).decode("utf-8", "replace").partition(" ")
+    if not pid.isdigit():
+        return False
+    if host != socket.gethostname():
+        return True  # on a machine that cannot be asked
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _owner(lock: Path) -> str:
+    try:
+        pid = lock.read_text(encoding="utf-8").partition(" ")[0]
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" ({pid})" if pid.isdigit() else ""
+
+
+def _release(handle: int, lock: Path) -> None:
+    if sys.platform == "win32":  # an open file cannot be removed there
+        os.close(handle)
+    with contextlib.suppress(OSError):
+        lock.unlink()
+    if sys.platform != "win32":
+        os.close(handle)
