@@ -22,4 +22,4 @@ _HOME = {"Decoder": "decoder", "KVCache": "decoder", "Molmo": "model"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'loading')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'weights')}"), name)
