@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _HOME = {
     "CheckPhoto": "bundle",
     "check_bundle_wishes": "bundle",
-    "check_checkpoint_wishes": "checkpoint",
+    "check_checkpoint_wishes": "safetensors_checkpoint",
     "export_bundle": "bundle",
-    "export_checkpoint": "checkpoint",
+    "export_checkpoint": "safetensors_checkpoint",
     "export_with_optimum": "optimum",
-    "load_bundle_weights": "unpack",
+    "load_bundle_weights": "bundle_weights",
     "quantize_with_optimum": "optimum",
 }
 

@@ -130,13 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if head:
-            return
+            return None
         cut = self.hub.cut_after
         if cut is not None and name.endswith(_WEIGHTS):
             self.wfile.write(data[start : max(start, cut)])
             self.close_connection = True
         else:
             self.wfile.write(data[start:])
+        return None
 
     def _json(self, value: object, *, head: bool) -> None:
         body = json.dumps(value).encode()

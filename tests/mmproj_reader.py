@@ -18,7 +18,8 @@ def vision_from_mmproj(path: Path, model: Molmo) -> Molmo:
         t.name: torch.from_numpy(t.data.reshape(*map(int, t.shape[::-1])).copy()).float() for t in reader.tensors
     }
     v = model.config.vision
-    assert said["general.architecture"] == "clip" and said["clip.projector_type"] == "molmo"
+    assert said["general.architecture"] == "clip"
+    assert said["clip.projector_type"] == "molmo"
     assert said["clip.vision.block_count"] == v.last_layer + 1
     assert said["molmo.vision.blocks"] == [layer % v.n_layers for layer in v.layers]
     ids = [said[f"molmo.token.{token}"] for token in ("im_start", "im_end", "im_patch", "im_col", "image")]

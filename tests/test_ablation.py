@@ -43,7 +43,8 @@ def test_a_part_alone_is_rounded_and_nothing_else(part: str, word: str, tmp_path
     manifest = export_bundle(GOLDEN / "molmoe", tmp_path / "b", {part: word}, measure=True)
     decoder = manifest["components"]["decoder"]
     assert {tensor_part(f"{name}.weight") for name in decoder["weight_errors"]} == {part}
-    assert decoder["precision"] == f"fp32,{part}={word}" and decoder["file"] == "decoder_parts.onnx"
+    assert decoder["precision"] == f"fp32,{part}={word}"
+    assert decoder["file"] == "decoder_parts.onnx"
     assert 0 < decoder["relative_error"] < 0.3
     c = case("molmoe", "square")
     from molmo_edge.runtimes import open_runtime
@@ -103,7 +104,8 @@ def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[
     whole, all_of_it = sum(map(size_of, bench.files.values())), steps(parts)[-1].saved
     some, less = whole - all_of_it // 3, whole - 9 * all_of_it // 10
     found = search(bench, parts, max_bytes=some)
-    assert less < found.bytes <= some and found.kl > 0
+    assert less < found.bytes <= some
+    assert found.kl > 0
     assert found.kl < search(bench, parts, max_bytes=less).kl
     with pytest.raises(ExportError, match="nothing fits"):
         search(bench, parts, max_bytes=whole // 100)
@@ -112,7 +114,8 @@ def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[
 def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[Ablated]) -> None:
     dearest = max(part.kl for part in parts)
     found = search(bench, parts, max_kl=dearest / 4)
-    assert 0 < found.kl <= dearest / 4 and found.choice.words
+    assert 0 < found.kl <= dearest / 4
+    assert found.choice.words
     all_of_it = search(bench, parts, max_kl=1e9)
     assert all_of_it.bytes < found.bytes
     assert dict(all_of_it.choice.words) == dict(steps(parts)[-1].words)
@@ -145,7 +148,8 @@ def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:
         {"experts": "q4", "head": "q8"},
         {"experts": "q4", "head": "q4"},
     ]
-    assert found[-1].saved == 1650 and found[-1].predicted == pytest.approx(1.4)
+    assert found[-1].saved == 1650
+    assert found[-1].predicted == pytest.approx(1.4)
     assert Choice().to_precision() == {}
 
 
@@ -153,9 +157,11 @@ def test_the_commands(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     status, out, _ = cli("ablate", bundle("molmoe"), bundle("molmoe", "q4"), "--limit", 1, "--max-crops", 0, "--json")
     assert status == 0
     found = json.loads(out)
-    assert [part["part"] for part in found["parts"]] == ["noise", *PARTS] and found["matrices"]
+    assert [part["part"] for part in found["parts"]] == ["noise", *PARTS]
+    assert found["matrices"]
     assert cli("ablate", bundle("molmoe"), "--precisions", "q3")[0] == 2
     assert cli("quantize", bundle("molmoe"), "--out", tmp_path / "x")[0] == 2
     status, _, err = cli("quantize", bundle("molmoe"), "--out", tmp_path, "--max-kl", 1)
-    assert status == 1 and "exists already" in err
+    assert status == 1
+    assert "exists already" in err
     assert np.isfinite(found["parts"][0]["figures"]["kl_mean"]["value"])

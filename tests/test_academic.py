@@ -305,7 +305,8 @@ def test_an_mmmu_answer_that_names_no_option_is_drawn_the_same_at_every_run(tmp_
     rows = [mmmu_row(f"v_Art_{i}", "Which?", list("wxyz"), "C") for i in range(40)]
     local = hub_like(tmp_path, "validation", MMMU, *rows)  # all subjects in one, as copies on the hub have them
     runs = [[q.score("no idea")["accuracy"] for q in asked("mmmu", local)] for _ in range(2)]
-    assert runs[0] == runs[1] and 0 < sum(runs[0]) < 20
+    assert runs[0] == runs[1]
+    assert 0 < sum(runs[0]) < 20
     (one,) = asked("mmmu", local, limit=1)
     assert one.score("no idea")["accuracy"] == runs[0][0]
 
@@ -406,7 +407,8 @@ def test_pixmo_points_are_scored_in_their_masks(tmp_path: Path, web: dict[str, b
     assert there.score(one) == pytest.approx({"precision": 1, "recall": 0.5, "f1": 2 / 3, "f1_pixels": 2 / 3})
     assert there.score(beside) == dict.fromkeys(("precision", "recall", "f1", "f1_pixels"), 0.0)
     assert (absent.kind, absent.truth) == ("absent", [])
-    assert absent.score("There are none.")["f1"] == 1.0 and absent.score(one)["f1"] == 0.0
+    assert absent.score("There are none.")["f1"] == 1.0
+    assert absent.score(one)["f1"] == 0.0
 
 
 def test_points_are_matched_as_in_the_reference_and_as_is_right(tmp_path: Path) -> None:

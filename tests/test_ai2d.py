@@ -86,17 +86,23 @@ def test_letters_are_drawn_as_the_reference_draws_them(tmp_path: Path) -> None:
     assert (original == ground).all()
 
     # Opaque: the box's own colour at its edge, the letter's black near its middle, nothing outside.
-    assert (hidden[30, 40:81] == (25, 249, 255)).all() and (hidden[50, 40:81] == (25, 249, 255)).all()
+    assert (hidden[30, 40:81] == (25, 249, 255)).all()
+    assert (hidden[50, 40:81] == (25, 249, 255)).all()
     dark = np.argwhere(hidden[28:53, 38:83].sum(-1) < 100) + np.array((28, 38))
-    assert len(dark) > 20 and np.abs(dark.mean(0) - (40, 60)).max() < 3
+    assert len(dark) > 20
+    assert np.abs(dark.mean(0) - (40, 60)).max() < 3
     assert 9 <= np.ptp(dark[:, 0]) <= 20  # as large as its box allows, 22 pixels at most
-    assert (hidden[29] == ground).all() and (hidden[:, 81:] == ground).all()  # and no flat box
+    assert (hidden[29] == ground).all()
+    assert (hidden[:, 81:] == ground).all()
 
     # Transparent: half the ground's colour, half the box's; a white tag with the letter over the top left corner.
     half = np.round(ground + (np.array([25, 249, 255]) - ground) * 127 / 255)
     assert np.abs(shown[40:51, 60:81] - half).max() <= 1
     tag = np.argwhere((shown[15:60, 20:90] == 255).all(-1)) + np.array((15, 20))
-    assert tag[:, 1].min() >= 28 and tag[:, 0].min() >= 20 and tag[:, 0].max() <= 45 and tag[:, 1].max() <= 60
+    assert tag[:, 1].min() >= 28
+    assert tag[:, 0].min() >= 20
+    assert tag[:, 0].max() <= 45
+    assert tag[:, 1].max() <= 60
     assert (shown[tag[:, 0].min() : tag[:, 0].max(), 28 : tag[:, 1].max()].sum(-1) < 100).any()
 
 

@@ -82,7 +82,8 @@ def test_an_answer_knows_its_model(tiny_bundle: Path, golden: Path, saying: Sayi
     with Molmo(tiny_bundle, threads=1, max_crops=0) as molmo:
         assert molmo.name == "tiny"
         answer = molmo.ask(golden / "coffee.png", "What?", max_new_tokens=3)
-        assert answer.model == "tiny" and answer.to_dict()["model"] == "tiny"
+        assert answer.model == "tiny"
+        assert answer.to_dict()["model"] == "tiny"
         assert molmo.chat(golden / "coffee.png").ask("What?", max_new_tokens=3).model == "tiny"
     assert saying("ok").ask(PHOTO, "What?").to_dict()["model"] is None  # of no name
 
@@ -111,16 +112,23 @@ def test_a_notebook_shows_the_image_with_its_points() -> None:
     png = answer._repr_png_()
     assert png is not None
     shown = np.asarray(Image.open(io.BytesIO(png)))
-    assert shown.shape == PHOTO.shape and (shown != 128).any() and (PHOTO == 128).all()
+    assert shown.shape == PHOTO.shape
+    assert (shown != 128).any()
+    assert (PHOTO == 128).all()
     page = answer._repr_html_()
-    assert "data:image/jpeg;base64," in page and "&lt;b&gt;dogs&lt;/b&gt;" in page and "dogs &amp; cats" in page
-    assert "<td>8, 12</td>" in page and "Look: the dogs here." in page and "<b>" not in page
+    assert "data:image/jpeg;base64," in page
+    assert "&lt;b&gt;dogs&lt;/b&gt;" in page
+    assert "dogs &amp; cats" in page
+    assert "<td>8, 12</td>" in page
+    assert "Look: the dogs here." in page
+    assert "<b>" not in page
 
 
 def test_a_notebook_keeps_a_small_copy_of_a_large_image() -> None:
     answer = Answer("x", (Point(50, 50, "here"),), image=np.zeros((3000, 2000, 3), np.uint8))
     png = answer._repr_png_()
-    assert png is not None and Image.open(io.BytesIO(png)).size == (683, 1024)
+    assert png is not None
+    assert Image.open(io.BytesIO(png)).size == (683, 1024)
     assert len(answer._repr_html_()) < 100_000
 
 
@@ -129,7 +137,9 @@ def test_a_notebook_shows_an_answer_without_image_or_points() -> None:
     assert Answer("<script>", (Point(1.5, 2, "a"),))._repr_png_() is None
     assert Answer("1 < 2", image=PHOTO)._repr_html_() == "<div><p>1 &lt; 2</p></div>"
     page = Answer("x", (Point(1.5, 2, "a"),), complete=False)._repr_html_()
-    assert "1.5 %, 2.0 %" in page and "<img" not in page and "cut off" in page
+    assert "1.5 %, 2.0 %" in page
+    assert "<img" not in page
+    assert "cut off" in page
 
 
 def test_the_library_logs_under_its_name(
@@ -138,7 +148,8 @@ def test_the_library_logs_under_its_name(
     with caplog.at_level(logging.DEBUG, logger="molmo_edge"), Molmo(tiny_bundle, threads=1, max_crops=0) as molmo:
         molmo.ask(golden / "coffee.png", "What?", max_new_tokens=3)
     assert {record.name.partition(".")[0] for record in caplog.records if "molmo" in record.name} == {"molmo_edge"}
-    assert "tiny: opened on onnxruntime" in caplog.text and re.search(r"tiny: 1 crops, .* 3 out", caplog.text)
+    assert "tiny: opened on onnxruntime" in caplog.text
+    assert re.search(r"tiny: 1 crops, .* 3 out", caplog.text)
     assert capfd.readouterr() == ("", "")
 
 
@@ -163,7 +174,9 @@ def test_the_command_line_shows_what_is_logged(cli: Cli, saying: Saying, monkeyp
     monkeypatch.setattr("molmo_edge.molmo.Molmo", noisy)
     image = ROOT / "tests" / "golden" / "coffee.png"
     status, out, err = cli("ask", image, "What?")
-    assert (status, out) == (0, "step 1/2\nok\n") and "a folder has two notes" in err and "--debug" not in err
+    assert (status, out) == (0, "step 1/2\nok\n")
+    assert "a folder has two notes" in err
+    assert "--debug" not in err
     assert "only with --debug" in cli("--debug", "ask", image, "What?")[2]
     logger.warning("after the command")
     assert cli("--version")[2] == ""

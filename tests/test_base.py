@@ -283,7 +283,7 @@ def test_the_tokenizer_gets_what_the_references_gets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 600}), "begin at 500"),
         (
@@ -317,7 +317,7 @@ def changed(directory: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda t: t.pop("model.embed_tokens.weight"), "has 0 tensors called embed_tokens.weight"),
         (lambda t: t.pop("lm_head.weight"), "lm has no tensor lm_head.weight"),
@@ -335,7 +335,7 @@ def test_tensors_that_are_not_those(tmp_path, clip, change, message):
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"rope_theta": 10000.0}, r"rope_theta 10000.0 \(not 1000000.0\)"),
         ({"rms_norm_eps": 1e-5}, "norm_eps"),
@@ -380,7 +380,7 @@ def test_wishes_that_cannot_be_met(tmp_path, clip, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, content", [("pytorch_model.bin", b"no zip"), ("model.safetensors", b"short")])
+@pytest.mark.parametrize(("name", "content"), [("pytorch_model.bin", b"no zip"), ("model.safetensors", b"short")])
 def test_damaged_files(tmp_path, clip, name, content):
     write_decoder(tmp_path / "lm", "qwen2")
     shutil.copytree(clip[0], tmp_path / "clip")

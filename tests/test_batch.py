@@ -42,7 +42,8 @@ def test_a_batch_equals_one_at_a_time(molmo: Molmo) -> None:
             other.count,
             other.complete,
         )
-        assert one.usage.tokens == other.usage.tokens and one.usage.crops == other.usage.crops
+        assert one.usage.tokens == other.usage.tokens
+        assert one.usage.crops == other.usage.crops
         assert np.array_equal(one.image, other.image)
 
 
@@ -58,7 +59,8 @@ def test_scenes_go_into_a_batch(molmo: Molmo) -> None:
     assert first.token_ids == molmo.ask(scene, "What is it?", max_new_tokens=6).token_ids
     assert second.token_ids == molmo.ask(ASKS[0][0], "Who?", max_new_tokens=6).token_ids
     assert first.usage.seconds.vision == 0 < second.usage.seconds.vision
-    assert first.usage.seconds.prefill > 0 and first.usage.seconds.decode > 0
+    assert first.usage.seconds.prefill > 0
+    assert first.usage.seconds.decode > 0
 
 
 @pytest.mark.parametrize("name", ["molmoe", "qwen", "olmo"])
@@ -123,7 +125,8 @@ def test_wrong_batches_are_refused(saying: Callable[..., Molmo], asks: Any, says
     assert isinstance(caught.value, QuestionError) or "no-such" in says
     if len(asks) and len(asks[0]) == 2:
         (reported,) = saying("x").ask_batch(asks)
-        assert type(reported) is type(caught.value) and str(reported) == str(caught.value)
+        assert type(reported) is type(caught.value)
+        assert str(reported) == str(caught.value)
     else:  # what is no list of pairs has no places
         with pytest.raises(QuestionError, match=says):
             saying("x").ask_batch(asks)

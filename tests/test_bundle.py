@@ -167,7 +167,8 @@ def test_resolve_model_names_what_it_was_given(
 ) -> None:
     assert resolve_model(bundle) == bundle
     assert resolve_model(str(golden / "molmoe")) == golden / "molmoe"
-    assert is_bundle(bundle) and not is_bundle(golden / "molmoe")
+    assert is_bundle(bundle)
+    assert not is_bundle(golden / "molmoe")
     with pytest.raises(BundleError, match="neither a bundle"):
         resolve_model(tmp_path)
     with pytest.raises(BundleError, match="is a file"):
@@ -227,19 +228,26 @@ def test_another_models_answers_fail_the_check(bundle: Path, golden: Path, tmp_p
     check = json.loads((bundle / "molmo_edge.json").read_text())["check"]
     edit(tmp_path / "other", lambda m: m.update(check=check))
     report = check_bundle(tmp_path / "other", threads=1)
-    assert not report.passed and report.different is not None and report.different.name == "logits"
+    assert not report.passed
+    assert report.different is not None
+    assert report.different.name == "logits"
     edit(tmp_path / "other", lambda m: m["check"].pop("sums"))  # as older bundles are
     report = check_bundle(tmp_path / "other", threads=1)
-    assert not report.passed and report.gap is not None and report.gap > 0.5
+    assert not report.passed
+    assert report.gap is not None
+    assert report.gap > 0.5
 
 
 def test_an_answer_that_does_not_stop_fails_the_check(bundle: Path) -> None:
     check = open_bundle(bundle).check
-    assert check is not None and not check.complete  # the golden model never stops by itself
+    assert check is not None
+    assert not check.complete
     edit(bundle, lambda m: m["check"].update(complete=True))
     report = check_bundle(bundle, threads=1)
     assert report.token_ids[: len(check.token_ids)] == check.token_ids
-    assert not report.stopped and not report.exact and not report.passed
+    assert not report.stopped
+    assert not report.exact
+    assert not report.passed
 
 
 def test_an_answer_that_stops_where_it_did_passes_the_check(
@@ -254,15 +262,19 @@ def test_an_answer_that_stops_where_it_did_passes_the_check(
     longer = saying("two dogs" + " and on" * 50).fake  # type: ignore[attr-defined]
     monkeypatch.setattr("molmo_edge.selfcheck.open_runtime", lambda *_, **__: longer)
     report = check_bundle(bundle)
-    assert not report.stopped and not report.passed
+    assert not report.stopped
+    assert not report.passed
 
 
 def test_the_check_passes_on_a_sound_copy_and_fails_on_another_answer(bundle: Path) -> None:
     report = check_bundle(bundle, threads=1)
-    assert report.exact and report.passed and len(report.token_ids) == 8
+    assert report.exact
+    assert report.passed
+    assert len(report.token_ids) == 8
     edit(bundle, lambda m: m["check"].update(token_ids=[1, 2, 3]))
     report = check_bundle(bundle, threads=1)
-    assert not report.exact and not report.passed
+    assert not report.exact
+    assert not report.passed
 
 
 def test_the_check_compares_every_hash_again(bundle: Path) -> None:

@@ -119,7 +119,8 @@ def test_a_conversation_outgrows_its_cache(kind: str, tiny_bundle: Path, monkeyp
             found.append(answer.token_ids)
             capacities.add(tight._cache.capacity)  # type: ignore[union-attr]
             assert answer.usage.tokens.prefilled < 30
-        assert found == expected and len(capacities) > 1
+        assert found == expected
+        assert len(capacities) > 1
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -148,7 +149,8 @@ def test_an_answer_left_half_way_is_forgotten(kind: str, tiny_bundle: Path) -> N
             assert answer.token_ids == undisturbed.ask(question, max_new_tokens=6).token_ids
             with pytest.raises(GenerationError, match="another question was asked"):
                 next(stream)
-        assert chat.history == undisturbed.history and [q for q, _ in chat.history] == list(QUESTIONS)
+        assert chat.history == undisturbed.history
+        assert [q for q, _ in chat.history] == list(QUESTIONS)
 
 
 def words(molmo: Molmo, chat: Chat) -> str:
@@ -199,9 +201,11 @@ def test_reset_keeps_the_image_and_nothing_else(saying: Saying) -> None:
     taken = chat.positions
     chat.ask("Second?")
     chat.reset()
-    assert chat.history == [] and chat.positions == len(chat.scene.embeddings)
+    assert chat.history == []
+    assert chat.positions == len(chat.scene.embeddings)
     again = chat.ask("First?")
-    assert again.usage.tokens == dataclasses.replace(first.usage.tokens) and chat.positions == taken
+    assert again.usage.tokens == dataclasses.replace(first.usage.tokens)
+    assert chat.positions == taken
 
 
 def test_a_full_conversation_says_so_and_goes_on_after_a_reset(saying: Saying) -> None:
@@ -211,12 +215,14 @@ def test_a_full_conversation_says_so_and_goes_on_after_a_reset(saying: Saying) -
     molmo = saying("Yes.", context=image + 2 * turn)
     chat = molmo.chat(PHOTO)
     for turns in (1, 2):
-        assert chat.ask("Why?").complete and chat.full == (turns == 2)
+        assert chat.ask("Why?").complete
+        assert chat.full == (turns == 2)
     with pytest.raises(ConversationFull, match=r"the conversation is full.*reset\(\)"):
         chat.ask("Why?")
     assert len(chat.history) == 2  # nothing changed
     chat.reset()
-    assert not chat.full and chat.ask("Why?").complete
+    assert not chat.full
+    assert chat.ask("Why?").complete
 
 
 def test_an_answer_that_fills_the_context_is_cut_off(saying: Saying) -> None:
@@ -224,7 +230,9 @@ def test_an_answer_that_fills_the_context_is_cut_off(saying: Saying) -> None:
     own = saying("Yes.").ask(PHOTO, "Why?").usage.tokens.prompt
     chat = saying("a rather long story", context=image + own + 1).chat(PHOTO)
     answer = chat.ask("Why?")
-    assert not answer.complete and len(answer.token_ids) == 2 and chat.full
+    assert not answer.complete
+    assert len(answer.token_ids) == 2
+    assert chat.full
     with pytest.raises(ConversationFull):
         chat.ask("Why?")
 
@@ -273,7 +281,8 @@ def test_what_cannot_be_asked_changes_nothing(saying: Saying, ask: Callable[[Cha
     stream = chat.stream("First?")
     with pytest.raises(error):
         ask(chat)
-    assert stream.answer.text == "Yes." and len(chat.history) == 1
+    assert stream.answer.text == "Yes."
+    assert len(chat.history) == 1
 
 
 def test_another_molmos_scene_is_refused(saying: Saying) -> None:
@@ -297,7 +306,8 @@ def test_a_scene_may_have_several_chats(tiny_bundle: Path) -> None:
         for thread in threads:
             thread.join()
         assert [found[k] for k in range(len(chats))] == alone
-        assert scene.cache is not None and scene.cache.length == len(scene.embeddings)
+        assert scene.cache is not None
+        assert scene.cache.length == len(scene.embeddings)
 
 
 def test_closing_the_molmo_ends_its_chats(saying: Saying, tiny_bundle: Path) -> None:

@@ -116,7 +116,8 @@ def test_the_references_folders_are_the_same_model(name: str, tmp_path: Path) ->
     as_reference(GOLDEN / name, tmp_path / "reference")
     ours, _, config = load_checkpoint(tmp_path / "reference")
     golden, _, golden_config = load_checkpoint(GOLDEN / name)
-    assert config.decoder == golden_config.decoder and config.vision == golden_config.vision
+    assert config.decoder == golden_config.decoder
+    assert config.vision == golden_config.vision
     for (parameter, values), (_, expected) in zip(ours.named_parameters(), golden.named_parameters(), strict=True):
         assert torch.equal(values, expected), parameter
     export_checkpoint(tmp_path / "reference", tmp_path / "hub")
@@ -128,7 +129,8 @@ def test_the_references_folders_are_the_same_model(name: str, tmp_path: Path) ->
 def test_conversion_keeps_every_value(name: str, precision: str, tmp_path: Path) -> None:
     """The golden weights are bfloat16 exactly, so neither precision may change one; both loaders read the result."""
     files = export_checkpoint(GOLDEN / name, tmp_path / "out", precision, shard_bytes=100_000)
-    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     theirs = {k: v for file in files for k, v in load_torch_file(file).items()}
     assert {v.dtype for v in theirs.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
@@ -172,9 +174,8 @@ def test_rounding_is_pytorchs_and_needs_none_of_it() -> None:
 def test_conversion_says_how_far_it_is(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     export_checkpoint(GOLDEN / "qwen", tmp_path / "out", on_progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told) and told[-1][0] == told[-1][1] == sum(
-        v.size for v in tensors_of(GOLDEN / "qwen").values()
-    )
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == sum(v.size for v in tensors_of(GOLDEN / "qwen").values())
 
 
 # What a damaged checkpoint is refused with, before or while it is converted.

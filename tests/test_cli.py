@@ -67,7 +67,8 @@ def test_saying_the_points(cli: Cli, tmp_path: Path, photo: Path, saying: Any, m
     assert out.splitlines() == ["Here: dogs.", "   1  x    128  y    256  dogs", "   2  x    384  y    256  dogs"]
     assert f"wrote {save}" in err
     marked = np.asarray(Image.open(save)).astype(int) - np.asarray(Image.open(photo).convert("RGB"))
-    assert abs(marked)[250:262, 120:136].any() and abs(marked)[250:262, 376:392].any()
+    assert abs(marked)[250:262, 120:136].any()
+    assert abs(marked)[250:262, 376:392].any()
     assert not abs(marked)[:100].any()
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
@@ -85,7 +86,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     with pytest.raises(OutputError, match="could not be written"):
         save_image(Image.new("RGB", (20000, 1)), path)  # WebP holds 16383
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_save_is_checked_before_any_work(cli: Cli, tmp_path: Path, photo: Path) -> None:
@@ -99,7 +101,9 @@ def test_save_is_checked_before_any_work(cli: Cli, tmp_path: Path, photo: Path) 
         (photo, "overwrite the photo"),
     ):
         status, out, err = cli("ask", photo, "What?", "-m", "/no/model", "--save", path)
-        assert (status, out) == (2, "") and says in err and "Traceback" not in err
+        assert (status, out) == (2, "")
+        assert says in err
+        assert "Traceback" not in err
     check_save(None, photo)
 
 
@@ -135,7 +139,9 @@ def test_bad_images_are_one_line(cli: Cli, tiny_bundle: Path, tmp_path: Path, na
     before = set(tmp_path.iterdir())
     status, out, err = cli("ask", image, "What?", "-m", tiny_bundle, "--save", save, "--json")
     assert (status, out) == (1, "")
-    assert len(err.splitlines()) == 1 and err.startswith("molmo-edge: ") and image.name in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("molmo-edge: ")
+    assert image.name in err
     assert set(tmp_path.iterdir()) == before
 
 
@@ -144,7 +150,9 @@ def test_bad_images_are_one_line(cli: Cli, tiny_bundle: Path, tmp_path: Path, na
 def test_bad_questions_are_one_line(cli: Cli, tiny_bundle: Path, photo: Path, verb: str, question: str) -> None:
     status, out, err = cli(verb, photo, question, "-m", tiny_bundle)
     assert (status, out) == (1, "")
-    assert len(err.splitlines()) == 1 and len(err) < 300 and err.startswith("molmo-edge: ")
+    assert len(err.splitlines()) == 1
+    assert len(err) < 300
+    assert err.startswith("molmo-edge: ")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +189,9 @@ def test_wrong_use_is_status_2(cli: Cli, arguments: tuple[str, ...]) -> None:
 )
 def test_failures_are_status_1(cli: Cli, tiny_bundle: Path, photo: Path, arguments: tuple[str, ...], says: str) -> None:
     status, out, err = cli("ask", photo, "What?", "-m", tiny_bundle, *arguments)
-    assert (status, out) == (1, "") and says in err and len(err.splitlines()) == 1
+    assert (status, out) == (1, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
 
 
 def test_what_the_system_refuses_is_one_line(cli: Cli, golden: Path, tmp_path: Path) -> None:
@@ -190,7 +200,9 @@ def test_what_the_system_refuses_is_one_line(cli: Cli, golden: Path, tmp_path: P
     in_the_way.touch()
     status, out, err = cli("export", golden / "molmoe", "--out", in_the_way / "bundle")
     assert (status, out) == (1, "")
-    assert len(err.splitlines()) == 1 and err.startswith("molmo-edge: ") and str(in_the_way) in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("molmo-edge: ")
+    assert str(in_the_way) in err
 
 
 @pytest.mark.parametrize("command", [("ask", "What?"), ("chat",)])
@@ -200,7 +212,8 @@ def test_a_photo_that_is_no_file_opens_no_model(
     monkeypatch.setattr("molmo_edge.molmo.Molmo", lambda *_, **__: pytest.fail("a model was opened"))
     verb, *question = command
     status, out, err = cli(verb, tmp_path / "missing.jpg", *question)
-    assert (status, out) == (1, "") and "there is no image" in err
+    assert (status, out) == (1, "")
+    assert "there is no image" in err
 
 
 @pytest.mark.parametrize("command", [("ask", "What?"), ("chat",)])
@@ -219,7 +232,9 @@ def test_a_photo_that_cannot_be_read_closes_the_model(
 def test_debug_shows_the_traceback(photo: Path) -> None:
     arguments = ["--debug", "ask", str(photo), "What?", "--model", "/no/such/model"]
     run = subprocess.run([*COMMAND, *arguments], env=ENV, capture_output=True, text=True)
-    assert run.returncode == 1 and "Traceback" in run.stderr and "BundleError" in run.stderr
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "BundleError" in run.stderr
 
 
 def test_version_and_help(cli: Cli) -> None:
@@ -234,11 +249,13 @@ def test_version_and_help(cli: Cli) -> None:
 
 def test_verify(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     status, out, _ = cli("verify", tiny_bundle)
-    assert status == 0 and "answered with the same tokens" in out
+    assert status == 0
+    assert "answered with the same tokens" in out
     status, out, _ = cli("verify", tiny_bundle, "--json")
     assert json.loads(out)["passed"] is True
     status, out, err = cli("verify", tmp_path)
-    assert (status, out) == (1, "") and "holds neither a bundle" in err
+    assert (status, out) == (1, "")
+    assert "holds neither a bundle" in err
 
 
 def test_doctor(cli: Cli) -> None:
@@ -246,7 +263,8 @@ def test_doctor(cli: Cli) -> None:
     facts = json.loads(out)
     assert status == bool(facts["problems"])
     assert "CPUExecutionProvider" in facts["onnxruntime_providers"]
-    assert facts["versions"]["numpy"] and isinstance(facts["extras"]["torch"], bool)
+    assert facts["versions"]["numpy"]
+    assert isinstance(facts["extras"]["torch"], bool)
     assert cli("doctor")[1].startswith("molmo edge")
 
 
@@ -260,9 +278,12 @@ def test_bench_times_every_stage_on_both_engines(cli: Cli, tiny_bundle: Path, go
         assert (ours["engine"], torch["engine"]) == ("onnxruntime", "pytorch fp32")
         for timing in (ours, torch):
             assert min(timing[stage] for stage in ("cold", "preprocess", "vision", "prefill", "decode")) > 0
-        assert ours["prompt_tokens"] == torch["prompt_tokens"] and ours["generated"] == torch["generated"]
+        assert ours["prompt_tokens"] == torch["prompt_tokens"]
+        assert ours["generated"] == torch["generated"]
     status, out, _ = cli(*arguments)
-    assert status == 0 and "preprocessing" in out and "pytorch" in out
+    assert status == 0
+    assert "preprocessing" in out
+    assert "pytorch" in out
     assert cli(*arguments, "--checkpoint", "/no/such/checkpoint")[0] == 1
 
 
@@ -275,7 +296,8 @@ def test_export_then_ask(cli: Cli, golden: Path, photo: Path, tmp_path: Path) ->
     assert json.loads(out)["manifest"]["components"]["vision_encoder"]["precision"] == "q8"
     assert cli("ask", photo, "What?", "-m", out_dir, "--max-new-tokens", 2)[0] == 0
     status, out, err = cli("export", golden / "molmoe", "--out", out_dir)
-    assert (status, out) == (1, "") and "exists already" in err
+    assert (status, out) == (1, "")
+    assert "exists already" in err
 
 
 def test_chat(tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
@@ -289,7 +311,9 @@ def test_chat(tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
     )
     assert run.returncode == 1, run.stderr  # a question failed, and nobody sat there to ask it again
     assert len(run.stdout.splitlines()) == 2
-    assert "must end in" in run.stderr and "wrote" in run.stderr and "shorten it" in run.stderr
+    assert "must end in" in run.stderr
+    assert "wrote" in run.stderr
+    assert "shorten it" in run.stderr
     assert (tmp_path / "a.png").exists()
 
 
@@ -301,7 +325,8 @@ def test_chat_survives_bytes_that_are_no_text(tiny_bundle: Path, photo: Path) ->
         capture_output=True,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 2 and b"Traceback" not in run.stderr
+    assert len(run.stdout.splitlines()) == 2
+    assert b"Traceback" not in run.stderr
 
 
 def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
@@ -310,7 +335,8 @@ def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
     os.close(read)  # nobody will ever read
     run = subprocess.run(command, env=ENV, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert run.returncode == 1 and run.stderr == ""
+    assert run.returncode == 1
+    assert run.stderr == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
@@ -322,7 +348,8 @@ def test_an_interrupt_is_quiet(tiny_bundle: Path, photo: Path) -> None:
         process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, ours)
-    assert process.stdin is not None and process.stderr is not None
+    assert process.stdin is not None
+    assert process.stderr is not None
     assert "a question" in process.stderr.readline()  # it waits for one now
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)

@@ -35,7 +35,8 @@ def test_a_dense_config_without_vision_has_clips(golden: Path, checkpoint: str) 
     full = raw(golden, checkpoint)
     bare = {k: v for k, v in full.items() if k not in ("vision_backbone", "vit_layers", "additional_vocab_size")}
     config = from_hub_config(bare, {})
-    assert config.vision == VisionConfig() and config.image.crop_size == 336
+    assert config.vision == VisionConfig()
+    assert config.image.crop_size == 336
     assert config.decoder == replace(from_hub_config(full, {}).decoder, additional_vocab_size=128)
 
 

@@ -92,7 +92,9 @@ def test_patches_sample_the_place_they_show(resize: str, size: tuple[int, int]) 
     prepared = ImageProcessor(config)(ramp(*size))
     assert prepared.overview is not None
     pixels, positions = prepared.overview.pixels, prepared.overview.positions
-    assert pixels.shape[1] % 32 == 0 and pixels.shape[2] % 32 == 0 and max(pixels.shape) == 192
+    assert pixels.shape[1] % 32 == 0
+    assert pixels.shape[2] % 32 == 0
+    assert max(pixels.shape) == 192
     centres, sides = patch_grid(config, prepared.tiling, *size)
     colours = prepared.crops.reshape(*prepared.crops.shape[:2], -1, 3).mean(2)  # [n_crops, patches^2, 3]
     inside = (np.abs(centres - 0.5) + sides[:, None] / 2 < 0.49).all(-1)  # patches without padding or edges
@@ -210,6 +212,5 @@ def test_a_bundle_answers_as_its_checkpoint_in_every_precision(checkpoint: Path,
     assert len(answers["int8"]) == len(answers["fp32"])
     names = {t.name: t for t in onnx.load(tmp_path / "fp32" / "vision_encoder.onnx").graph.initializer}
     convolutions = [t for name, t in names.items() if "conv_tower" in name]
-    assert len(convolutions) == len(tower_shapes(TOWER)) and all(
-        t.data_type == onnx.TensorProto.FLOAT16 for t in convolutions
-    )
+    assert len(convolutions) == len(tower_shapes(TOWER))
+    assert all(t.data_type == onnx.TensorProto.FLOAT16 for t in convolutions)

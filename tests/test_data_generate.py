@@ -81,7 +81,8 @@ def test_the_same_number_gives_the_same_bytes_soon(kind: str, fonts: Fonts) -> N
     assert first.file != draw_picture(kind, 4, 5, materials).file
     image = Image.open(io.BytesIO(first.file))
     assert image.format == {"jpg": "JPEG", "png": "PNG"}[first.ending]
-    assert min(image.size) >= 150 and max(image.size) <= 2500
+    assert min(image.size) >= 150
+    assert max(image.size) <= 2500
     assert all(tuple(row) == COLUMNS[kind] for row in first.rows)
 
 
@@ -92,7 +93,9 @@ def test_pages_ask_and_answer_and_cut_no_word(kind: str, own: bool, fonts: Fonts
         assert len(drawing.questions) >= 4
         assert len({question for question, _ in drawing.questions}) == len(drawing.questions)
         for question, answer in drawing.questions:
-            assert question.strip() and answer.strip() == answer and answer
+            assert question.strip()
+            assert answer.strip() == answer
+            assert answer
         for box in drawing.texts:
             assert box[0] >= -1 and box[1] >= -1, (drawing.data, box)
             assert box[2] <= drawing.image.width + 1 and box[3] <= drawing.image.height + 1, (drawing.data, box)
@@ -269,9 +272,12 @@ def test_the_time_is_written_as_in_pixmo_clocks() -> None:
     assert describe(15, 4, None, WITHOUT_AM)["text"] == "3:04"
     assert describe(0, 0, 9, WITHOUT_AM)["text"] == "12:00:09"
     noon = describe(12, 30, 5, WITH_AM)
-    assert noon["text"] == "12:30:05 PM" and noon["hour_visible"] == 12 and noon["watch_time"] == "12:30:05"
+    assert noon["text"] == "12:30:05 PM"
+    assert noon["hour_visible"] == 12
+    assert noon["watch_time"] == "12:30:05"
     hidden = describe(1, 2, 3, NOT_SHOWN)
-    assert hidden["text"] == "The time is not shown in the image." and not hidden["shows_seconds"]
+    assert hidden["text"] == "The time is not shown in the image."
+    assert not hidden["shows_seconds"]
     assert {hidden[f"{name}_visible"] for name in ("hour", "minute", "second")} == {-1}
 
 
@@ -287,7 +293,8 @@ def test_points_lie_on_the_colour_of_their_shape() -> None:
             absent += not points
             colour = label.split(" ")[0]
             for x, y in points:
-                assert 0 <= x <= 100 and 0 <= y <= 100
+                assert 0 <= x <= 100
+                assert 0 <= y <= 100
                 pixel = pixels[int(y / 100 * scene.image.height), int(x / 100 * scene.image.width)]
                 colours = [COLOURS[colour]] if colour in COLOURS else list(COLOURS.values())
                 assert min(np.abs(pixel - c).max() for c in colours) <= 2, (i, label, pixel)

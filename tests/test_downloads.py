@@ -101,7 +101,8 @@ def test_every_host_is_asked_by_few_at_once(hosts: list[Host], tmp_path: Path) -
     body_by_url = {site.url + name: body for site in hosts for name, (_, body) in site.pages.items()}
     for url, _ in wanted:
         path = manifest.path(url)
-        assert path is not None and path.read_bytes() == body_by_url[url]
+        assert path is not None
+        assert path.read_bytes() == body_by_url[url]
 
 
 def test_jobs_are_the_most_at_once(hosts: list[Host], tmp_path: Path) -> None:
@@ -117,12 +118,14 @@ def test_a_picture_is_fetched_once_and_said_to_be_there(hosts: list[Host], tmp_p
     heard: list[Counts] = []
     manifest = fetch_images([(wanted[0][0], sha), *wanted, *wanted], tmp_path, progress=heard.append)
     assert sorted(site.asked) == ["/0", "/1", "/2"]
-    assert [counts.done for counts in heard] == [1, 2, 3] and heard[-1] == Counts(fetched=3)
+    assert [counts.done for counts in heard] == [1, 2, 3]
+    assert heard[-1] == Counts(fetched=3)
     assert manifest.counts() == {OK: 3, FAILED: 0, OTHER_FILE: 0}
     assert manifest.path(wanted[0][0], sha) == tmp_path / sha
     unchecked = wanted[1][0]  # its hash is known too, although none was wanted
     assert manifest.path(unchecked, hashlib.sha256(picture(1)).hexdigest()) == manifest.path(unchecked) is not None
-    assert manifest.path(unchecked, "0" * 64) is None and manifest.path(site.url + "/else") is None
+    assert manifest.path(unchecked, "0" * 64) is None
+    assert manifest.path(site.url + "/else") is None
     assert Manifest.load(tmp_path) == manifest
 
 
@@ -147,7 +150,8 @@ def test_a_run_that_was_stopped_goes_on(hosts: list[Host], tmp_path: Path) -> No
     heard: list[Counts] = []
     manifest = fetch_images(wanted, tmp_path, jobs=1, progress=heard.append)
     assert sorted(site.asked) == [f"/{i}" for i in range(8)], "something was fetched twice, or never"
-    assert heard[-1] == Counts(fetched=5, known=3) and manifest.counts()[OK] == 8
+    assert heard[-1] == Counts(fetched=5, known=3)
+    assert manifest.counts()[OK] == 8
 
 
 def test_a_line_that_was_cut_short_is_passed_over(hosts: list[Host], tmp_path: Path) -> None:
@@ -173,7 +177,8 @@ def test_what_has_failed_is_not_asked_for_again(hosts: list[Host], tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 2, "the page was kept"
     heard: list[Counts] = []
     fetch_images(wanted, tmp_path, progress=heard.append)
-    assert sorted(site.asked) == ["/0", "/gone", "/page"] and not heard
+    assert sorted(site.asked) == ["/0", "/gone", "/page"]
+    assert not heard
     site.pages["/gone"] = (200, picture(7))
     manifest = fetch_images([*wanted, *wanted], tmp_path, retry_failed=True, progress=heard.append)
     assert sorted(site.asked) == ["/0", "/gone", "/gone", "/page", "/page"]
@@ -187,11 +192,14 @@ def test_another_picture_than_once_is_refused(hosts: list[Host], tmp_path: Path)
     sha = "0" * 64
     heard: list[Counts] = []
     manifest = fetch_images([(url, sha)], tmp_path, progress=heard.append)
-    assert heard == [Counts(other_file=1)] and manifest.path(url) is None
+    assert heard == [Counts(other_file=1)]
+    assert manifest.path(url) is None
     fetch_images([(url, sha)], tmp_path)
     assert len(site.asked) == 1
     manifest = fetch_images([(url, None)], tmp_path)  # another data set takes what there is
-    assert len(site.asked) == 2 and manifest.path(url) is not None and manifest.path(url, sha) is None
+    assert len(site.asked) == 2
+    assert manifest.path(url) is not None
+    assert manifest.path(url, sha) is None
 
 
 def test_a_file_that_was_deleted_is_fetched_again(hosts: list[Host], tmp_path: Path) -> None:
@@ -200,7 +208,8 @@ def test_a_file_that_was_deleted_is_fetched_again(hosts: list[Host], tmp_path: P
     assert path is not None
     path.unlink()
     fetch_images(wanted, tmp_path)
-    assert path.is_file() and len(hosts[0].asked) == 2
+    assert path.is_file()
+    assert len(hosts[0].asked) == 2
 
 
 def test_few_addresses_are_read_ahead(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +224,8 @@ def test_few_addresses_are_read_ahead(hosts: list[Host], tmp_path: Path, monkeyp
 
     ahead: list[int] = []
     fetch_images(wanted(), tmp_path, jobs=2, progress=lambda counts: ahead.append(read - counts.done))
-    assert len(ahead) == 30 and max(ahead) <= 4 + 2
+    assert len(ahead) == 30
+    assert max(ahead) <= 4 + 2
 
 
 def test_a_machine_that_is_offline_condemns_no_address(
@@ -238,7 +248,8 @@ def test_lines_are_written_as_answers_come(hosts: list[Host], tmp_path: Path) ->
     fetch_images(hosts[0].fill(3), tmp_path, progress=read)
     assert lines == [1, 2, 3]
     row = json.loads((tmp_path / MANIFEST).read_text().splitlines()[0])
-    assert set(row) == {"url", "outcome", "file", "sha256"} and row["outcome"] == OK
+    assert set(row) == {"url", "outcome", "file", "sha256"}
+    assert row["outcome"] == OK
 
 
 def test_a_folder_that_cannot_be_written_is_said(hosts: list[Host], tmp_path: Path) -> None:

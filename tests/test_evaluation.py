@@ -73,4 +73,5 @@ def test_validation_of_a_model_that_knows_and_of_one_that_does_not(wrong: bool) 
     assert report["pointing"]["scenes"]["centre_guess_f1"] == pytest.approx(2 / 3, abs=1e-3)
     assert report["counting"]["scenes"]["exact"] == (0 if wrong else 1)
     assert report["absent"]["scenes"] == {"n": 1, "no_points": 0 if wrong else 1}
-    assert report["reading"]["exact"] == 1 and report["clocks"]["exact"] == 1
+    assert report["reading"]["exact"] == 1
+    assert report["clocks"]["exact"] == 1

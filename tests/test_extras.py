@@ -105,7 +105,8 @@ def test_a_missing_package_is_one_line_that_names_its_extra(
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("molmo-edge: ")]
     assert f'pip install "molmo-edge[{extra}]"' in line
-    assert "Traceback" not in done.stderr and done.stderr.endswith(f"{line}\n")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"{line}\n")
 
 
 @pytest.mark.parametrize("command", [("ask", PHOTO, "What?", "--max-new-tokens", 2), ("doctor",), ("verify",)])
@@ -158,10 +159,12 @@ def test_doctor_lists_every_extra(folder: Path) -> None:
         (line,) = [line for line in shown.splitlines() if line.startswith(f"extra {extra} ")]
         assert facts["extras"][extra] == (not packages["missing"])
         if packages["missing"]:
-            assert f'pip install "molmo-edge[{extra}]"' in packages["install"] and packages["install"] in line
+            assert f'pip install "molmo-edge[{extra}]"' in packages["install"]
+            assert packages["install"] in line
             assert all(missing in line for missing in packages["missing"])
         else:
-            assert packages["install"] is None and "pip install" not in line
+            assert packages["install"] is None
+            assert "pip install" not in line
         assert all(f"{name} {version}" in line for name, version in packages["installed"].items())
 
 

@@ -122,7 +122,8 @@ def site(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> Iterator[Site]:
     ],
 )  # fmt: skip
 def test_addresses_are_sent_in_ascii(url: str, sent: str) -> None:
-    assert ascii_url(url) == sent and ascii_url(sent) == sent
+    assert ascii_url(url) == sent
+    assert ascii_url(sent) == sent
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,9 @@ def test_addresses_are_sent_in_ascii(url: str, sent: str) -> None:
 def test_what_is_no_address_is_asked_of_nobody(url: str, tmp_path: Path, waits: list[float]) -> None:
     with pytest.raises(FetchError) as caught:
         fetch_image(url, None, tmp_path)
-    assert type(caught.value) is FetchError and waits == [] and "\n" not in str(caught.value).strip()
+    assert type(caught.value) is FetchError
+    assert waits == []
+    assert "\n" not in str(caught.value).strip()
 
 
 def test_international_hosts_and_paths_are_fetched(site: Site, tmp_path: Path) -> None:
@@ -173,7 +176,8 @@ def test_a_host_that_is_not_ready_is_asked_again(site: Site, tmp_path: Path, wai
     site.answers["/2"] = [Answer(status, b"")]
     with pytest.raises(BusyError, match=f"/2 cannot be fetched: HTTP status {status}"):
         fetch_image(f"{site.url}/2", None, tmp_path)
-    assert waits[3:] == [1.0, 2.0, 4.0] and [path for _, path in site.asked].count("/2") == 4
+    assert waits[3:] == [1.0, 2.0, 4.0]
+    assert [path for _, path in site.asked].count("/2") == 4
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,8 @@ def test_a_host_that_asks_for_an_hour_is_left_alone(site: Site, tmp_path: Path, 
         fetch_image(f"{site.url}/1", None, tmp_path)
     with pytest.raises(BusyError, match="its host asks to wait 3600 s more"):
         fetch_image(f"{site.url}/2", None, tmp_path)
-    assert site.asked == [("127.0.0.1", "/1")] and waits == []
+    assert site.asked == [("127.0.0.1", "/1")]
+    assert waits == []
     other = fetch_image(f"http://other.example:{site.port}/2", None, tmp_path)
     assert other.read_bytes() == PICTURE
 
@@ -226,7 +231,8 @@ def test_busy_hosts_are_asked_by_the_next_run(site: Site, tmp_path: Path) -> Non
     heard: list[Counts] = []
     manifest = fetch_images(wanted, tmp_path, jobs=1, progress=heard.append)
     assert manifest.counts() == {OK: 1, FAILED: 0, OTHER_FILE: 0}
-    assert heard[-1] == Counts(fetched=1, busy=2) and heard[-1].done == 3
+    assert heard[-1] == Counts(fetched=1, busy=2)
+    assert heard[-1].done == 3
     assert len((tmp_path / MANIFEST).read_text().splitlines()) == 1
     site.answers |= {"/1": [Answer()], "/3": [Answer()]}
     assert fetch_images(wanted, tmp_path, jobs=1).counts()[OK] == 3
@@ -251,7 +257,8 @@ def test_pages_instead_of_pictures_are_missing(
     assert not list(tmp_path.iterdir())
     manifest = fetch_images([(f"{site.url}/1", sha256)], tmp_path)
     entry = Manifest.load(tmp_path).entries[f"{site.url}/1"]
-    assert entry.outcome == FAILED and "gives no picture" in str(entry.reason)
+    assert entry.outcome == FAILED
+    assert "gives no picture" in str(entry.reason)
     assert manifest.path(f"{site.url}/1") is None
     assert json.loads((tmp_path / MANIFEST).read_text())["outcome"] == FAILED
 
@@ -276,7 +283,8 @@ def test_known_placeholders_are_missing(site: Site, tmp_path: Path, monkeypatch:
             entry = manifest.entries[f"{site.url}/{name}"]
             assert entry.outcome == FAILED and "placeholder" in str(entry.reason), name
     there = Manifest.load(tmp_path / "None")
-    assert there.path(f"{site.url}/there") is not None and there.counts() == {OK: 1, FAILED: 4, OTHER_FILE: 0}
+    assert there.path(f"{site.url}/there") is not None
+    assert there.counts() == {OK: 1, FAILED: 4, OTHER_FILE: 0}
     assert len(list((tmp_path / "None").iterdir())) == 2, "a placeholder was kept"
 
 

@@ -28,7 +28,8 @@ Cli = Callable[..., tuple[int, str, str]]
 def test_what_is_wrong_is_said(cli: Cli, golden: object, arguments: list[str], status: int, says: str) -> None:
     arguments = [f"{golden}/coffee.png" if each == "examples/cat.jpg" else each for each in arguments]
     got, _, err = cli(*arguments)
-    assert got == status and says in err
+    assert got == status
+    assert says in err
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -42,7 +42,8 @@ def test_a_random_checkpoint_has_the_public_layout(config: MolmoConfig, files: s
     assert MolmoConfig.from_hub(tmp_path / "a") == config
     source = open_tensors(tmp_path / "a")
     shapes = check_tensors(config, source, where="a")
-    assert set(source.names()) == set(shapes) and {source.dtype(name) for name in shapes} == {"F32"}
+    assert set(source.names()) == set(shapes)
+    assert {source.dtype(name) for name in shapes} == {"F32"}
     make_checkpoint(config, tmp_path / "b", seed=3)
     make_checkpoint(config, tmp_path / "c", seed=4)
     same, other = open_tensors(tmp_path / "b"), open_tensors(tmp_path / "c")
@@ -65,7 +66,8 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     export = "import sys; from molmo_edge.export import export_checkpoint as e; e(sys.argv[1], sys.argv[2])"
     assert peak_of(export, str(tmp_path / "large"), str(tmp_path / "out")) < empty + 0.15e9
     index = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert index["n_layers"] == 28 and (tmp_path / "out" / "model.safetensors").stat().st_size > 0.6e9
+    assert index["n_layers"] == 28
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 0.6e9
     load = "import sys; from molmo_edge.modeling import load_checkpoint as l; l(sys.argv[1], precision='nf4')"
     pytest.importorskip("bitsandbytes")
     from molmo_edge.modeling.precision import weight_bytes

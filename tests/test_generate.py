@@ -73,7 +73,8 @@ def test_eos_at_once_is_an_empty_answer() -> None:
 def test_stops_at_max_new_tokens_without_a_last_forward() -> None:
     tokens, runtime, cache = run([1, 2, 3, 4, 5], max_new_tokens=3)
     assert tokens == [1, 2, 3]
-    assert len(runtime.script) == 2 and cache.length == 5
+    assert len(runtime.script) == 2
+    assert cache.length == 5
 
 
 def test_stops_where_the_context_ends() -> None:
@@ -174,7 +175,8 @@ def test_ids_at_minus_infinity_are_never_drawn() -> None:
     logits = np.array([-np.inf, 0.5, -np.inf, 0.4], np.float32)
     for temperature in (0.0, 1e-320, 1.0, 1e30):
         drawn = {next_token(logits, Sampling(temperature=temperature), np.random.default_rng(s)) for s in range(40)}
-        assert drawn <= {1, 3} and (temperature >= 1 or drawn == {1})
+        assert drawn <= {1, 3}
+        assert temperature >= 1 or drawn == {1}
 
 
 @pytest.mark.filterwarnings("error")

@@ -61,7 +61,7 @@ def test_f32_equals_the_reference(architecture: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("architecture", ("molmoe", "qwen"))
+@pytest.mark.parametrize("architecture", ["molmoe", "qwen"])
 def test_f16_gives_the_reference_s_tokens(architecture: str, name: str) -> None:
     engine = gguf_runtime(architecture, "f16", LlamaOptions())  # as a user has it: keys and values in f16 too
     rows = prompt(engine, case(architecture, name))
@@ -88,7 +88,7 @@ def test_logits_of_chunks_equal_those_of_single_positions() -> None:
     assert relative(logits_of(engine, rows, 8)[-1], whole) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "most"), (("q8_0", 0.005), ("q4_k_m", 0.05)))
+@pytest.mark.parametrize(("precision", "most"), [("q8_0", 0.005), ("q4_k_m", 0.05)])
 def test_what_rounding_costs(precision: str, most: float, capsys: pytest.CaptureFixture[str]) -> None:
     divergence, same = costs("molmoe", gguf_runtime("molmoe", precision, LlamaOptions()))
     with capsys.disabled():

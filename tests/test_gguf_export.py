@@ -45,10 +45,14 @@ class TestExport:
             GOLDEN / "qwen", tmp_path / "a", {"decoder": "q8_0", "connector": "q8"}, engine="gguf", measure=False
         )
         words = {name: c.get("precision") for name, c in manifest["components"].items()}
-        assert words["decoder"] == "q8_0" and words["connector"] == "q8" and words["vision_encoder"] == "fp32"
+        assert words["decoder"] == "q8_0"
+        assert words["connector"] == "q8"
+        assert words["vision_encoder"] == "fp32"
         manifest = export_bundle(GOLDEN / "qwen", tmp_path / "b", engine="gguf", target="cpu-x86", measure=False)
         words = {name: c.get("precision") for name, c in manifest["components"].items()}
-        assert words["decoder"] == "q4_k_m" and words["vision_encoder"] == "int8" and words["embed_tokens"] == "fp32"
+        assert words["decoder"] == "q4_k_m"
+        assert words["vision_encoder"] == "int8"
+        assert words["embed_tokens"] == "fp32"
 
     def test_what_cannot_be(self, tmp_path: Path) -> None:
         for wishes, why in (
@@ -127,27 +131,33 @@ class TestCommandLine:
         wanted = expected("molmoe")[1]["square"]
         options = ("--max-new-tokens", 24, "--json", "--llama", "cache=f32,flash_attention=no")
         status, said, _ = cli("ask", GOLDEN / wanted["image"], wanted["question"], "-m", out, *options)
-        assert status == 0 and json.loads(said)["token_ids"] == wanted["generated_ids"]
+        assert status == 0
+        assert json.loads(said)["token_ids"] == wanted["generated_ids"]
         assert cli("verify", out)[0] == 0
         status, said, _ = cli(
             "bench", "-m", out, "--max-new-tokens", 2, "--repeat", 1, "--max-crops", 1, "--json", "-q"
         )
-        assert status == 0 and json.loads(said)["timings"][0]["engine"] == "llama.cpp"
+        assert status == 0
+        assert json.loads(said)["timings"][0]["engine"] == "llama.cpp"
 
     def test_wrong_use(self, cli: Any, tmp_path: Path) -> None:
         photo = GOLDEN / "coffee.png"
         status, _, said = cli("ask", photo, "What?", "--llama", "cache=q9")
-        assert status == 2 and "'q9' is not known" in " ".join(said.split())
+        assert status == 2
+        assert "'q9' is not known" in " ".join(said.split())
         status, _, said = cli("ask", photo, "What?", "--llama", "cache=f16")  # nano is no GGUF
-        assert status == 1 and "not for it" in said
+        assert status == 1
+        assert "not for it" in said
         status, _, said = cli("export", GOLDEN / "qwen", "--engine", "gguf", "--block", 32, "--out", tmp_path / "no")
-        assert status == 1 and "have their own" in said
+        assert status == 1
+        assert "have their own" in said
         status, _, said = cli("export", GOLDEN / "qwen", "--engine", "torch", "--mmproj", "--out", tmp_path / "no")
         assert status == 2
 
     def test_doctor_names_what_llama_cpp_has(self, cli: Any) -> None:
         status, said, _ = cli("doctor", "--json")
-        assert status == 0 and json.loads(said)["llama_cpp_devices"][-1] == "CPU"
+        assert status == 0
+        assert json.loads(said)["llama_cpp_devices"][-1] == "CPU"
 
 
 class TestMmproj:

@@ -56,7 +56,8 @@ def test_it_reads_what_another_reader_reads(path: Path) -> None:
     assert set(header.metadata) == set(fields)
     for tensor in reader.tensors:
         found = header.tensors[tensor.name]
-        assert found.shape == tuple(map(int, tensor.shape[::-1])) and found.size == tensor.n_bytes
+        assert found.shape == tuple(map(int, tensor.shape[::-1]))
+        assert found.size == tensor.n_bytes
 
 
 def test_sizes_of_types_are_those_of_ggml() -> None:

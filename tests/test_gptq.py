@@ -42,8 +42,11 @@ def correlated(n: int, width: int) -> Tensor:
 
 def solved(weight: Tensor, hessian: Tensor, block: int, asymmetric: bool = False) -> np.ndarray:
     codes, scale, zero_point = gptq(weight, hessian, block, asymmetric=asymmetric)
-    assert codes.dtype == torch.uint8 and codes.max() <= 15 and codes.shape == weight.shape
-    assert scale.shape == (*weight.shape[:-1], weight.shape[-1] // block) and (zero_point is None) != asymmetric
+    assert codes.dtype == torch.uint8
+    assert codes.max() <= 15
+    assert codes.shape == weight.shape
+    assert scale.shape == (*weight.shape[:-1], weight.shape[-1] // block)
+    assert (zero_point is None) != asymmetric
     return Blocks(codes.numpy(), scale.numpy(), None if zero_point is None else zero_point.numpy()).restored()
 
 
@@ -123,7 +126,8 @@ def test_calibrated_bundles_are_closer_to_fp32(architecture: str) -> None:
     kl, same = costs(architecture, runtime(architecture, "q4", calibrate=GOLDEN))
     plain_kl, plain_same = costs(architecture, runtime(architecture, "q4"))
     print(f"{architecture}: same top token {same:.1%} ({plain_same:.1%}), mean KL {kl:.2g} ({plain_kl:.2g})")
-    assert kl < 0.7 * plain_kl and same > plain_same - 0.02
+    assert kl < 0.7 * plain_kl
+    assert same > plain_same - 0.02
 
 
 def untouched(weight: np.ndarray) -> np.ndarray:
@@ -144,7 +148,8 @@ def test_every_matrix_is_calibrated() -> None:
     assert len(names) == 2 * (2 + 3 * 8)
     calibrated = {name for name in names if not np.array_equal(ours.get(name), untouched(exact.get(name)))}
     idle = set(names) - calibrated
-    assert len(idle) < 6 and all("down_proj" in name for name in idle)  # of experts that no position chose
+    assert len(idle) < 6
+    assert all("down_proj" in name for name in idle)
     attention = "model.transformer.blocks.0.attn.att_proj"
     found = norm_error(ours.get(f"{attention}.weight"), exact.get(f"{attention}.weight"))
     assert errors[attention][0] == pytest.approx(found, rel=0.01)
@@ -169,8 +174,10 @@ def test_photos_get_common_questions(tmp_path: Path) -> None:
         shutil.copyfile(GOLDEN / "text.png", tmp_path / f"{n:02}.png")
     (tmp_path / "notes.txt").write_text("no photo")
     found = find_prompts(tmp_path)
-    assert len(found) == MOST and len({entry.image for entry in found}) == MOST
-    assert found[0].image.name == "00.png" and found[-1].image.name > "37"
+    assert len(found) == MOST
+    assert len({entry.image for entry in found}) == MOST
+    assert found[0].image.name == "00.png"
+    assert found[-1].image.name > "37"
     assert len({entry.question for entry in found}) == 5
 
 

@@ -152,7 +152,8 @@ def test_damage_is_refused_or_decoded_as_the_file_says(kind: int) -> None:
     data = _saved(name, mode, orientation, **options)
     whole = load_image(data)
     expected = plainly(data)
-    assert expected is not None and np.array_equal(whole, expected)
+    assert expected is not None
+    assert np.array_equal(whole, expected)
     if name not in ("ICO", "ICNS"):  # which have sizes of their own
         assert whole.shape == ((23, 37, 3) if orientation > 4 else (37, 23, 3))
     random = np.random.default_rng(kind)
@@ -162,12 +163,16 @@ def test_damage_is_refused_or_decoded_as_the_file_says(kind: int) -> None:
         result = loaded_or_refused(bytes(damaged))
         if isinstance(result, str):
             continue
-        assert result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3 and result.flags.c_contiguous
+        assert result.dtype == np.uint8
+        assert result.ndim == 3
+        assert result.shape[2] == 3
+        assert result.flags.c_contiguous
         if damage == "cut" or name == "PNG":
             assert np.array_equal(result, whole), "damage passed for an image"
         else:
             expected = plainly(bytes(damaged))
-            assert expected is not None and np.array_equal(result, expected)
+            assert expected is not None
+            assert np.array_equal(result, expected)
 
 
 def test_there_are_300() -> None:

@@ -35,12 +35,15 @@ GOLDEN = Path(__file__).parent / "golden"
 def test_rounding_uses_all_levels(seed: int, rows: int, blocks: int, block: int) -> None:
     weight = np.random.default_rng(seed).standard_t(3, (rows, blocks * block)).astype(np.float32)
     rounded = nearest("", weight, block, False)
-    assert rounded.codes.dtype == np.uint8 and rounded.codes.max() <= 15 and rounded.scale.shape == (rows, blocks)
+    assert rounded.codes.dtype == np.uint8
+    assert rounded.codes.max() <= 15
+    assert rounded.scale.shape == (rows, blocks)
     each = weight.reshape(rows, blocks, block)
     restored = (rounded.codes.reshape(each.shape).astype(np.float32) - 8) * rounded.scale[..., None]
     np.testing.assert_array_equal(restored.reshape(weight.shape), rounded.restored())
     largest, step = np.abs(each).max(axis=-1), np.abs(rounded.scale)[..., None]
-    assert (largest * 0.8399 <= 8 * step[..., 0]).all() and (8 * step[..., 0] <= largest * 1.0001).all()
+    assert (largest * 0.8399 <= 8 * step[..., 0]).all()
+    assert (8 * step[..., 0] <= largest * 1.0001).all()
     if block <= 32:
         assert np.allclose(np.abs(restored).max(axis=-1), largest, rtol=1e-6)  # the largest is kept exactly
     inside = np.abs(each) <= 7 * step
@@ -57,7 +60,9 @@ def test_a_zero_point_keeps_zero_and_both_ends(seed: int, shift: float, block: i
     weight = (np.random.default_rng(seed).normal(size=(3, 2 * block)) + shift).astype(np.float32)
     weight[0, 0] = 0
     rounded = nearest("", weight, block, True)
-    assert rounded.zero_point is not None and rounded.zero_point.dtype == np.uint8 and rounded.zero_point.max() <= 15
+    assert rounded.zero_point is not None
+    assert rounded.zero_point.dtype == np.uint8
+    assert rounded.zero_point.max() <= 15
     assert rounded.restored()[0, 0] == 0
     steps = np.repeat(rounded.scale, block, axis=-1)
     # Half a step, half of the zero point's, and what a narrower range cuts off.
@@ -70,7 +75,8 @@ def test_a_zero_point_keeps_zero_and_both_ends(seed: int, shift: float, block: i
 def test_packing_is_undone(seed: int, pairs: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 16, (3, 2 * pairs), dtype=np.uint8)
     packed = pack_nibbles(codes)
-    assert packed.shape == (3, pairs) and (packed & 15 == codes[:, ::2]).all()
+    assert packed.shape == (3, pairs)
+    assert (packed & 15 == codes[:, ::2]).all()
     np.testing.assert_array_equal(unpack_nibbles(packed), codes)
 
 
@@ -95,7 +101,9 @@ def test_one_matrix() -> None:
     x, weight = normal(3, 32), normal(5, 32, seed=1)
     x[1], weight[2] = 0, 0
     y = run(int4_precision("q4"), x, weight)
-    assert np.isfinite(y).all() and not y[1].any() and not y[:, 2].any()
+    assert np.isfinite(y).all()
+    assert not y[1].any()
+    assert not y[:, 2].any()
 
 
 @pytest.mark.parametrize("precision", ["q4", "mixed"])
@@ -162,7 +170,8 @@ def test_an_older_onnxruntime_is_told_so(tmp_path: Path) -> None:
 def test_a_large_decoder_is_not_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("molmo_edge.export.bundle._MEASURED_BELOW", 100_000)
     components = export_bundle(GOLDEN / "molmoe", tmp_path / "bundle", "q4")["components"]
-    assert "relative_error" in components["vision_encoder"] and "relative_error" not in components["decoder"]
+    assert "relative_error" in components["vision_encoder"]
+    assert "relative_error" not in components["decoder"]
     assert components["decoder"]["weight_errors"]
 
 

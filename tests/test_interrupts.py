@@ -88,12 +88,14 @@ def test_handlers_of_a_program_that_calls_main_are_left_as_they_were(capfd: pyte
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert signal.getsignal(signal.SIGINT) is handler and sys.unraisablehook is hook
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert sys.unraisablehook is hook
 
 
 def test_an_error_without_an_interrupt_keeps_its_message(cli: object, tmp_path: Path) -> None:
     status, _, err = cli("ask", tmp_path / "none.jpg", "What?")  # type: ignore[operator]
-    assert status == 1 and "there is no image" in err
+    assert status == 1
+    assert "there is no image" in err
 
 
 def test_an_onnxruntime_that_does_not_load_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ class TestCaches:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(llama._Context, part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
                 self.engine.forward(text, second)
-            assert second._context is base._context and second.length == 200
+            assert second._context is base._context
+            assert second.length == 200
         third = base.copy()
         for cache in (second, third):
             assert relative(self.engine.forward(text, cache), self.alone(rows, text)) < 1e-5
@@ -215,7 +216,8 @@ def test_closing_frees_the_model_at_once() -> None:
         engine.close()
         assert model() is not None  # a cache is still held
         del cache, engine
-        assert context() is None and model() is None
+        assert context() is None
+        assert model() is None
     finally:
         gc.enable()
 

@@ -60,7 +60,8 @@ def test_the_command_is_the_machine_s(
     unloaded.setitem(sys.modules, "llama_cpp", None)  # importing it raises ModuleNotFoundError
     with pytest.raises(Unavailable) as error:
         load_library()
-    assert "not installed" in str(error.value) and str(error.value).endswith(command)
+    assert "not installed" in str(error.value)
+    assert str(error.value).endswith(command)
 
 
 def test_a_device_has_its_own_command(unloaded: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ def adapter() -> Iterator[ModuleType]:
             registry = sys.modules["lmms_eval.models.registry_v2"]
             patch.setattr(registry, "ModelManifest", StandInManifest, raising=False)
         spec = importlib.util.spec_from_file_location(ADAPTER.stem, ADAPTER)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, ADAPTER.stem, module)
         spec.loader.exec_module(module)

@@ -91,7 +91,8 @@ def test_gradients_are_where_they_are_asked_for(small_checkpoints: dict[str, Pat
     assert {part_of(n) for n in names} == {"connector", "decoder"}
     assert not any("router" in n or "norm" in n for n in names)
     inner = "ffn.adapter.down.a" if kind == "experts" else "ffn.ff_out.adapter.a"
-    assert f"decoder.blocks.1.{inner}" in names and "connector.pad_embed" in names
+    assert f"decoder.blocks.1.{inner}" in names
+    assert "connector.pad_embed" in names
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -110,7 +111,9 @@ def test_an_adapter_of_full_rank_has_the_gradient_of_its_matrix(small_checkpoint
     Trainable(molmo, PLAIN).train()(batch).cross_entropy.backward()
     for parameter in parameters:
         ours, expected = molmo.get_parameter(f"{adapter_name(parameter)}.b").grad, whole.get_parameter(parameter).grad
-        assert ours is not None and expected is not None and expected.any()
+        assert ours is not None
+        assert expected is not None
+        assert expected.any()
         close(ours[..., : expected.shape[-1]], 2 * expected, 1e-4)
 
 
@@ -132,10 +135,8 @@ def test_merged_weights_answer_as_their_adapters(
     merged, tokenizer, config = load_checkpoint(tmp_path / "out")
     close(hidden(merged, batch), ours)
     assert differ(plain, ours)
-    assert (
-        config == molmo.config
-        and tokenizer.special.bos == Tokenizer.from_file(checkpoint / "tokenizer.json").special.bos
-    )
+    assert config == molmo.config
+    assert tokenizer.special.bos == Tokenizer.from_file(checkpoint / "tokenizer.json").special.bos
     base, _, _ = load_checkpoint(checkpoint)
     changed = {n for n in hub_layout(config) if not torch.equal(base.get_parameter(n), merged.get_parameter(n))}
     assert changed == set(adapted(config, only(target)))
@@ -148,7 +149,8 @@ def test_what_is_trained_whole_is_merged_too(small_checkpoints: dict[str, Path],
     )
     molmo, _, _ = load_checkpoint(checkpoint)
     names = filled(molmo, lora)
-    assert "vision.blocks.1.feed_forward.w1.bias" in names and "vision.pre_ln.weight" in names
+    assert "vision.blocks.1.feed_forward.w1.bias" in names
+    assert "vision.pre_ln.weight" in names
     assert "vision.blocks.2.feed_forward.w1.bias" not in names, "a block that never runs"
     merge(checkpoint, saved(molmo, lora, checkpoint, tmp_path / ADAPTERS), tmp_path / "out", "F32")
     merged, _, _ = load_checkpoint(tmp_path / "out")
@@ -306,7 +308,8 @@ def test_four_bits_learn_and_stay_as_they_are(
             model.train()
     assert losses[-1] < 0.8 * losses[0]
     after = codes(molmo)
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
     if kind == "experts":
         assert sums.expert_load.sum() == sum(batch.lengths) * config.decoder.n_layers * config.decoder.top_k
 

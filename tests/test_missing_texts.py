@@ -108,7 +108,9 @@ def test_the_trainer_draws_another_row_and_says_why(copy: Write) -> None:
     samples = Samples([data], lambda example, rng: example, 0)  # type: ignore[arg-type]
     example, replaced = samples[Draw(0, 0, 0, 0)]
     assert "cup" in example.annotations[0].messages[1]  # type: ignore[attr-defined]
-    assert len(replaced) == 1 and "row 0 of " in replaced[0] and "nan as x of a point" in replaced[0]
+    assert len(replaced) == 1
+    assert "row 0 of " in replaced[0]
+    assert "nan as x of a point" in replaced[0]
 
 
 ASKED = {"question": "What?", "answers": ["tea"]}
@@ -192,7 +194,8 @@ def test_benchmark_rows_without_words_or_places_are_refused(
         return [q.text for q in questions(task, local=copy({**row, **changed}), skipped=pytest.fail)]
 
     (text,) = asked()
-    assert "None" not in text and "nan" not in text
+    assert "None" not in text
+    assert "nan" not in text
     with pytest.raises(MolmoEdgeError, match="row 0 of "):
         asked(**change)
 

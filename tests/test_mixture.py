@@ -45,7 +45,8 @@ def test_the_papers_mixture() -> None:
     assert len(names) == len(set(names)) == 32
     from molmo_edge.data.catalog import known
 
-    assert set(names) <= set(known()) and set(CAPTION.mixture[0].sizes) <= set(known())
+    assert set(names) <= set(known())
+    assert set(CAPTION.mixture[0].sizes) <= set(known())
 
 
 def test_every_example_comes_once_an_epoch() -> None:
@@ -115,12 +116,14 @@ def loaded(data: Words, workers: int) -> tuple[list[list[int]], list[str]]:
 
 def test_workers_change_nothing_and_damage_is_replaced() -> None:
     clean, none = loaded(Words(), 0)
-    assert not none and len(clean) == 7 * 4
+    assert not none
+    assert len(clean) == 7 * 4
     assert loaded(Words(), 2)[0] == clean
     damaged = Words(frozenset({3, 4}))
     mended, replaced = loaded(damaged, 0)
     assert loaded(damaged, 2) == (mended, replaced)
-    assert len(mended) == len(clean) and {r.split(":")[0] for r in replaced} == {"words 3", "words 4"}
+    assert len(mended) == len(clean)
+    assert {r.split(":")[0] for r in replaced} == {"words 3", "words 4"}
     drawn = [index in damaged.damaged for _, _, index, _ in draws(Order([30], [1.0], 5, first=8), 28)]
     assert [a != b for a, b in zip(clean, mended, strict=True)] == drawn, "the others stay as they are"
 
@@ -129,8 +132,10 @@ def test_workers_change_nothing_and_damage_is_replaced() -> None:
 def test_an_error_of_a_worker_keeps_its_own_message(workers: int) -> None:
     with pytest.raises(DataError) as raised:
         loaded(Words(frozenset(range(30))), workers)
-    assert str(raised.value).startswith("20 examples in a row") and "\n" not in str(raised.value)
-    assert "words" in str(raised.value) and "Traceback" not in str(raised.value)
+    assert str(raised.value).startswith("20 examples in a row")
+    assert "\n" not in str(raised.value)
+    assert "words" in str(raised.value)
+    assert "Traceback" not in str(raised.value)
 
 
 FAILING_WORKER = """
@@ -153,7 +158,8 @@ next(batches)
 def test_a_run_whose_worker_fails_exits() -> None:
     command = [sys.executable, "-c", FAILING_WORKER, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "a fault of the data set" in done.stderr
+    assert done.returncode == 1
+    assert "a fault of the data set" in done.stderr
     assert "is killed by signal" not in done.stderr, "the end of the workers is no error of its own"
 
 
@@ -162,11 +168,13 @@ def test_a_run_whose_worker_fails_exits() -> None:
 
 def test_schedule_is_the_references() -> None:
     rate = Rate(2e-4, 200)
-    assert rate_at(rate, 1, 1000, 0.1) == pytest.approx(1e-6) and rate_at(rate, 100, 1000, 0.1) == pytest.approx(1e-4)
+    assert rate_at(rate, 1, 1000, 0.1) == pytest.approx(1e-6)
+    assert rate_at(rate, 100, 1000, 0.1) == pytest.approx(1e-4)
     assert rate_at(rate, 200, 1000, 0.1) == pytest.approx(2e-4)
     assert rate_at(rate, 600, 1000, 0.1) == pytest.approx(2e-4 * 0.55)
     assert rate_at(rate, 1000, 1000, 0.1) == pytest.approx(2e-5)
-    assert part_of("molmo.decoder.new_embedding") == "connector" and part_of("molmo.vision.pre_ln.weight") == "vision"
+    assert part_of("molmo.decoder.new_embedding") == "connector"
+    assert part_of("molmo.vision.pre_ln.weight") == "vision"
     assert OptimizerConfig().clip == 1.0
 
 
@@ -187,9 +195,11 @@ def test_the_guard_leaves_out_what_would_do_harm() -> None:
     assert "far above" in (guard.judge(4.0, [1.0]) or "")
     assert "norm is nan" in (guard.judge(2.0, [1.0, float("nan"), 1.0]) or "")
     assert "loss is inf" in (guard.judge(float("inf"), [1.0]) or "")
-    assert guard.mean == pytest.approx(2.0, abs=0.05) and guard.skipped == 3
+    assert guard.mean == pytest.approx(2.0, abs=0.05)
+    assert guard.skipped == 3
     assert Guard(**guard.state()) == guard
-    assert guard.judge(2.1, [1.0]) is None and guard.in_a_row == 0
+    assert guard.judge(2.1, [1.0]) is None
+    assert guard.in_a_row == 0
     with pytest.raises(DivergedError, match="20 steps in a row"):
         for _ in range(20):
             guard.judge(float("nan"), [1.0])

@@ -25,13 +25,16 @@ def test_the_readmes_question_gets_a_true_answer() -> None:
     with Molmo() as molmo:
         answer = molmo.count(EXAMPLES / "coffee.jpg", "cups")
     assert answer.count == 1
-    assert answer.text.startswith("Counting the <point ") and answer.text.endswith("shows a total of 1.")
+    assert answer.text.startswith("Counting the <point ")
+    assert answer.text.endswith("shows a total of 1.")
     (point,) = answer.points
-    assert 25 <= point.x <= 75 and 5 <= point.y <= 75
+    assert 25 <= point.x <= 75
+    assert 5 <= point.y <= 75
 
 
 @pytest.mark.parametrize(("max_crops", "crops"), [(0, 1), (1, 2), (4, 5), (12, 13)])
 def test_fewer_and_more_crops_than_its_own(max_crops: int, crops: int) -> None:
     with Molmo(max_crops=max_crops) as molmo:
         answer = molmo.ask(EXAMPLES / "coffee.jpg", "How many cups are there?")
-    assert answer.usage.crops == crops and answer.text
+    assert answer.usage.crops == crops
+    assert answer.text

@@ -80,7 +80,8 @@ def records(directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
 def test_features_are_the_vits_own(start: Path, cache: Path) -> None:
     model, _, _ = load_checkpoint(start)
     sample = read_sample(sorted(cache.glob("*.npz"))[0])
-    assert sample.features.dtype == np.float16 and sample.annotation["objects"]
+    assert sample.features.dtype == np.float16
+    assert sample.annotation["objects"]
     assert len(sample.features) == len(sample.masks) == len(sample.token_index)
     assert sample.features.shape[2] == model.config.vision.feature_dim
 
@@ -152,15 +153,15 @@ def test_batches_are_padded_to_few_lengths(start: Path, cache: Path) -> None:
     _, tokenizer, config = load_checkpoint(start)
     data = PackedQuestions([cache], tokenizer, config, questions=3, names=NAMES, seed=0)
     batch = collate([data[i, 0] for i in range(3)])
-    assert batch["ids"].shape[1] % 64 == 0 and len(batch["answered"]) % 64 == 0
-    assert (
-        torch.isfinite(batch["loss_weights"]).all()
-        and (batch["targets"] != -100).sum() == (batch["loss_weights"] > 0).sum()
-    )
+    assert batch["ids"].shape[1] % 64 == 0
+    assert len(batch["answered"]) % 64 == 0
+    assert torch.isfinite(batch["loss_weights"]).all()
+    assert (batch["targets"] != -100).sum() == (batch["loss_weights"] > 0).sum()
 
 
 def test_schedules() -> None:
-    assert scale_at(0, 100, 10) == pytest.approx(0.1) and scale_at(10, 100, 10) == 1.0
+    assert scale_at(0, 100, 10) == pytest.approx(0.1)
+    assert scale_at(10, 100, 10) == 1.0
     assert scale_at(100, 100, 10) == pytest.approx(0.1)
     config = TrainConfig(steps=100, dense_share=0.5)
     assert [experts_at(s, config, 8, 4) for s in (0, 49, 50, 99)] == [8, 8, 7, 4]

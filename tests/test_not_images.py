@@ -113,7 +113,8 @@ def test_black_with_16_bits_a_pixel_is_black() -> None:
     masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
     header = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0)
     bmp = b"BM" + struct.pack("<IHHI", 98, 0, 0, 66) + header + masks + bytes(32)
-    assert load_image(bmp).shape == (4, 4, 3) and not load_image(bmp).any()
+    assert load_image(bmp).shape == (4, 4, 3)
+    assert not load_image(bmp).any()
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
@@ -198,7 +199,8 @@ def test_base64_text_is_called_so(kind: str, tmp_path: Path) -> None:
     for source in (text, Path(text), text.encode(), base64.encodebytes(data).decode(), path, f"data:x;base64,{text}"):
         with pytest.raises(ImageError, match=r"base64.b64decode|data URL, and URLs are not fetched") as caught:
             load_image(source)
-        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+        assert "\n" not in str(caught.value)
     assert np.array_equal(load_image(base64.b64decode(text)), load_image(data))
 
 

@@ -41,7 +41,8 @@ def test_pyproject_lists_every_package() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = setup["tool"]["setuptools"]["packages"]
-    assert set(listed) == packages_in(ROOT) and len(listed) == len(set(listed))
+    assert set(listed) == packages_in(ROOT)
+    assert len(listed) == len(set(listed))
 
 
 def test_all_means_all() -> None:
@@ -124,7 +125,8 @@ def test_wheel_and_sdist_hold_what_they_must(artefacts: Path, source: Path) -> N
         metadata = email.message_from_string(about.read().decode())
     assert {"LICENSE", "pyproject.toml", "export/__init__.py", "runtimes/__init__.py", "tests/test_sdk.py"} <= packed
     assert {"docs/export.md", "benchmarks/RESULTS.md", "examples/coffee.jpg", "molmo_edge/nano/MODEL_CARD.md"} <= packed
-    assert metadata["Author"] and metadata.get_all("Project-URL")
+    assert metadata["Author"]
+    assert metadata.get_all("Project-URL")
     assert metadata["Description-Content-Type"].startswith("text/markdown")
     shown = metadata.get_payload()
     assert "molmo-edge count examples/coffee.jpg" in shown

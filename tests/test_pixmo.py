@@ -89,7 +89,9 @@ def test_the_mixtures_names_are_there() -> None:
 def test_captions_and_one_transcript_by_chance(opened: Opened) -> None:
     rows = [{"image_url": url(1), "caption": "A cat.", "transcripts": ["um", "a cat", "well"]}]
     (said,) = only(opened("pixmo_cap", rows))
-    assert said.style == "long_caption" and said.messages[0] in CAPTIONING and said.messages[1:] == ("A cat.",)
+    assert said.style == "long_caption"
+    assert said.messages[0] in CAPTIONING
+    assert said.messages[1:] == ("A cat.",)
     data = opened("pixmo_cap_with_transcripts", rows)
     heard = set()
     for seed in range(30):
@@ -109,9 +111,11 @@ def test_conversations_of_both_versions_of_cap_qa(opened: Opened) -> None:
     ]
     first, second = only(opened("pixmo_cap_qa", rows))
     assert (first.style, second.messages) == ("synthetic_qa", ("Hi", "Hello"))
-    assert first.messages[:2] == ("What is it?", "A dog.") and first.messages[3] == "Four."
+    assert first.messages[:2] == ("What is it?", "A dog.")
+    assert first.messages[3] == "Four."
     # The request stands before the question that asks how many, and not before another.
-    assert first.messages[2].endswith("How many legs?") and first.messages[2] != "How many legs?"
+    assert first.messages[2].endswith("How many legs?")
+    assert first.messages[2] != "How many legs?"
     old = "[USER] What is it? [ASSISTANT] A dog.\n[USER] Big? [ASSISTANT]"
     (one,) = only(opened("pixmo_cap_qa", [{"image_url": url(1), "question": old, "answer": "No."}]))
     assert one.messages == ("What is it?", "A dog.", "Big?", "No.")
@@ -128,7 +132,8 @@ def test_questions_of_a_picture_go_together_and_how_many_asks_for_no_points(open
     assert [each.messages[0] for each in second.annotations] == ["Old?"]
     red, many = first.annotations  # the one that asks nothing is left out
     assert (red.style, red.messages) == ("user_qa", ("Is it red?", "Yes."))
-    assert many.messages[0].endswith("How many?") and many.messages[0] != "How many?"
+    assert many.messages[0].endswith("How many?")
+    assert many.messages[0] != "How many?"
     with pytest.raises(RowsError, match="neither question nor answer"):
         only(opened("pixmo_ask_model_anything", [row(1, "")]))
 
@@ -156,7 +161,8 @@ def test_points_are_percent_and_sets_are_told_apart_by_how_they_were_collected(o
     assert cups.messages[1] == '<points x1="10.0" y1="100.0" x2="50.0" y2="20.0" alt="cup">cup</points>'
     assert dogs.messages[1] == "There are none."
     (beans,) = only(opened("pixmo_points_high_freq_counting", rows))
-    assert beans.style == "point_count" and beans.messages[0] in {template.format(x="bean") for template in COUNTING}
+    assert beans.style == "point_count"
+    assert beans.messages[0] in {template.format(x="bean") for template in COUNTING}
     point = '<point x="1.0" y="2.0" alt="bean">bean</point>'
     assert beans.messages[1] == f"Counting the {point} shows a total of 1."
     assert only(opened("pixmo_points_high_freq", rows))[0].messages[1] == point
@@ -178,7 +184,8 @@ def test_points_of_count_are_pixels(opened: Opened) -> None:
     (example,) = examples(data)
     assert load_image(example.image).shape == (100, 200, 3)
     said = '<points x1="10.0" y1="50.0" x2="50.0" y2="10.0" alt="hen">hen</points>'
-    assert example.annotations[0].messages[1] == said and example.annotations[0].style == "pointing"
+    assert example.annotations[0].messages[1] == said
+    assert example.annotations[0].style == "pointing"
     (counted,) = only(opened("pixmo_count_counting", rows))
     assert (counted.style, counted.messages[1]) == ("point_count", f"Counting the {said} shows a total of 2.")
     for split in ("validation", "test"):
@@ -211,7 +218,8 @@ def test_explanations_have_their_points_inline_and_are_halved(opened: Opened) ->
     ]
     assert [Path(example.image).name for example in found] == [sha(1), sha(1), sha(2)]
     said = found[0].annotations[0]
-    assert said.style == "point_qa" and said.messages[1] == (
+    assert said.style == "point_qa"
+    assert said.messages[1] == (
         'The <point x="10.0" y="20.0" alt="red cup">Cup</point> is left of '
         '<points x1="80.0" y1="2.0" x2="90.0" y2="1.0" alt="plates">them</points>, see?'
     )
@@ -327,13 +335,16 @@ def test_validation_is_picked_by_hash_whatever_the_order_and_the_download(opened
     train = opened("pixmo_cap", captions(*numbers))
     validation = opened("pixmo_cap", captions(*numbers), split="validation")
     held_back = set(names(validation))
-    assert len(held_back) == 5 and len(train) == 95 and not held_back & set(names(train))
+    assert len(held_back) == 5
+    assert len(train) == 95
+    assert not held_back & set(names(train))
     by_hash = sorted(numbers, key=lambda i: hashlib.sha256(url(i).encode()).hexdigest())
     assert held_back == {f"caption {i}" for i in by_hash[:5]}
     shuffled = [int(i) for i in np.random.default_rng(1).permutation(100)]
     assert set(names(opened("pixmo_cap", captions(*shuffled), split="validation"))) == held_back
     some = opened("pixmo_cap", captions(*numbers), by_hash[3:], split="validation")
-    assert set(names(some)) == {f"caption {i}" for i in by_hash[3:5]} and some.left_out == 3
+    assert set(names(some)) == {f"caption {i}" for i in by_hash[3:5]}
+    assert some.left_out == 3
     # All rows of a picture are on one side.
     rows = [point_row(i % 100, f"thing {i}", []) for i in range(300)]
     held = opened("pixmo_points", rows, split="validation")

@@ -129,7 +129,8 @@ def test_every_format_says_the_same(folder: Path, write: Callable[[Path], None],
         for image in BOXES:
             (folder / image).rename(folder / "images" / image)
     train, validation = open_points(folder, validation=0)
-    assert len(validation) == 0 and len(train) == 3
+    assert len(validation) == 0
+    assert len(train) == 3
     assert pictures(train) == PERCENT
     assert train.labels == (("cup", "spoon") if write is write_coco else ())
 
@@ -144,7 +145,8 @@ def test_an_example_points_and_counts(folder: Path) -> None:
         question, answer = annotation.messages
         label = "cup" if "cup" in question else "spoon"
         found = sorted((p.x, p.y) for p in parse_points(answer))
-        assert found == sorted(PERCENT["a.png"][label]) and label in answer
+        assert found == sorted(PERCENT["a.png"][label])
+        assert label in answer
         assert annotation.style == "pointing" or parse_count(answer) == len(found)
     assert {a.messages for e in every(train, 0) for a in e.annotations} > {a.messages for a in example.annotations}
     assert pickle.loads(pickle.dumps(train)).example(0, np.random.default_rng(0)).annotations == example.annotations
@@ -231,7 +233,8 @@ def test_questions_beside_points_and_alone(folder: Path) -> None:
     (one,) = train.example(0, np.random.default_rng(0)).annotations
     assert (one.style, one.messages) == ("user_qa", ("What is it?", "A table."))
     (counted,) = train.example(1, np.random.default_rng(0)).annotations
-    assert counted.messages[0] != "How many cups?" and counted.messages[0].endswith("How many cups?")
+    assert counted.messages[0] != "How many cups?"
+    assert counted.messages[0].endswith("How many cups?")
     write_coco(folder)
     both, _ = open_points(folder, validation=0)
     assert len(both) == 3
@@ -254,7 +257,8 @@ def test_the_split_is_by_picture_and_the_same_every_time(folder: Path) -> None:
         return set(pictures(train)), set(pictures(validation))
 
     train, validation = names(validation=0.2)
-    assert len(validation) == 8 and not train & validation
+    assert len(validation) == 8
+    assert not train & validation
     assert names(validation=0.2) == (train, validation)
     assert names(validation=0.2, seed=1)[1] != validation
     assert names(validation=0.1)[1] < validation, "a larger share holds back the same pictures, and more"
@@ -274,9 +278,12 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
     with pytest.raises(PointsError) as error:
         open_points(folder)
     said = str(error.value)
-    assert "15 of the 16 pictures that" in said and "broken.png is no picture that can be read: " in said
+    assert "15 of the 16 pictures that" in said
+    assert "broken.png is no picture that can be read: " in said
     assert "damaged or cut short" in said or "not an image" in said
-    assert "gone8.png is not there" in said and "gone9.png" not in said and said.endswith("and 5 more")
+    assert "gone8.png is not there" in said
+    assert "gone9.png" not in said
+    assert said.endswith("and 5 more")
 
 
 @pytest.mark.parametrize(

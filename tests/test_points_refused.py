@@ -201,7 +201,8 @@ def test_errors_are_in_the_unit_of_the_file(folder: Path, name: str, text: str, 
     (folder / name).write_text(text)
     with pytest.raises(PointsError) as error:
         open_points(folder)
-    assert said in str(error.value) and never not in str(error.value).replace("x_percent", "")
+    assert said in str(error.value)
+    assert never not in str(error.value).replace("x_percent", "")
 
 
 # --- what is said twice -----------------------------------------------------------------------------------------------
@@ -242,14 +243,16 @@ def test_what_is_said_twice_counts_once_with_a_note(folder: Path, name: str, tex
     found, (note,) = read(folder)
     assert sorted(found["a.png"]["cup"]) == [(10, 10), (10, 12)]
     assert found.get("b.png", {"cup": [(10, 10)]}) == {"cup": [(10, 10)]}
-    assert note.startswith("read before, so it counts once: ") and all(place in note for place in places)
+    assert note.startswith("read before, so it counts once: ")
+    assert all(place in note for place in places)
 
 
 def test_different_boxes_with_one_middle_are_two_things(folder: Path) -> None:
     boxes = [{"bbox": [9, 4, 2, 2]}, {"bbox": [8, 3, 4, 4]}, {"bbox": [9, 4, 2, 2], "category_id": 2}]
     (folder / "annotations.json").write_text(coco(*boxes))
     found, notes = read(folder)
-    assert found["a.png"] == {"cup": [(10, 10)] * 2, "spoon": [(10, 10)]} and notes == []
+    assert found["a.png"] == {"cup": [(10, 10)] * 2, "spoon": [(10, 10)]}
+    assert notes == []
 
 
 def test_questions_and_none_said_twice(folder: Path) -> None:
@@ -261,7 +264,10 @@ def test_questions_and_none_said_twice(folder: Path) -> None:
     train, _ = open_points(folder, validation=0, note=notes.append)
     assert train.pictures[0].questions == (("What?", "A table."), ("What?", "A desk."))
     assert train.pictures[0].points == {"cup": ()}
-    assert len(notes) == 1 and "points.csv" in notes[0] and "line 2 of" in notes[0] and "questions.jsonl" in notes[0]
+    assert len(notes) == 1
+    assert "points.csv" in notes[0]
+    assert "line 2 of" in notes[0]
+    assert "questions.jsonl" in notes[0]
 
 
 def test_notes_go_to_the_log_unless_told_otherwise(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -269,7 +275,8 @@ def test_notes_go_to_the_log_unless_told_otherwise(folder: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING, logger="molmo_edge"):
         train, _ = open_points(folder, validation=0)
     assert points_of(train) == {"a.png": {"cup": [(1, 2)]}}
-    assert caplog.text.count("points.csv (a.png)") == 10 and "and 19 more" in caplog.text
+    assert caplog.text.count("points.csv (a.png)") == 10
+    assert "and 19 more" in caplog.text
 
 
 # --- LabelMe's shapes -------------------------------------------------------------------------------------------------
@@ -308,7 +315,8 @@ def test_many_skipped_shapes_do_not_flood(folder: Path) -> None:
     shapes = [{"label": f"l{i}", "shape_type": "line", "points": [[1, 1], [2, 2]]} for i in range(30)]
     (folder / "a.json").write_text(labelme(*shapes, {"label": "cup", "shape_type": "point", "points": [[1, 1]]}))
     _, notes = read(folder)
-    assert len(notes) == 11 and notes[-1].startswith("20 more shapes")
+    assert len(notes) == 11
+    assert notes[-1].startswith("20 more shapes")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -330,7 +338,8 @@ def test_names_in_another_unicode_form_find_their_file(folder: Path, on_disk: st
     ):
         (folder / name).write_text(text, encoding="utf-8")
         train, _ = open_points(folder, validation=0)
-        assert [p.path for p in train.pictures] == [path] and train.pictures[0].points == {"cup": ((10, 10),)}
+        assert [p.path for p in train.pictures] == [path]
+        assert train.pictures[0].points == {"cup": ((10, 10),)}
         (folder / name).unlink()
 
 

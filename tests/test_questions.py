@@ -44,15 +44,19 @@ def test_points_counts_and_boxes_agree() -> None:
     for qa in asked:
         points = parse_points(qa.answer)
         assert [(p.x, p.y) for p in points] == expected[len(points)]
-        assert qa.target_boxes is not None and qa.target_boxes.dtype == np.float32
+        assert qa.target_boxes is not None
+        assert qa.target_boxes.dtype == np.float32
         assert qa.target_boxes.shape == (len(points), 4)
         for point, box in zip(points, qa.target_boxes, strict=True):
-            assert box[0] <= point.x <= box[2] and box[1] <= point.y <= box[3]
+            assert box[0] <= point.x <= box[2]
+            assert box[1] <= point.y <= box[3]
         label = points[0].label
-        assert label in ("dog", "dogs", "cup", "cups") and label in qa.question
+        assert label in ("dog", "dogs", "cup", "cups")
+        assert label in qa.question
         if qa.kind == "count":
             assert parse_count(qa.answer) == len(points)
-            assert qa.answer.startswith("Counting the <point") and qa.answer.endswith(f"a total of {len(points)}.")
+            assert qa.answer.startswith("Counting the <point")
+            assert qa.answer.endswith(f"a total of {len(points)}.")
 
 
 def test_the_sdk_asks_as_training_did() -> None:
@@ -92,7 +96,8 @@ def test_only_what_is_absent_is_denied() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         asked = write_questions(annotation, rng, max_questions=20, vocabulary=present)
-        assert asked and "negative" not in {qa.kind for qa in asked}
+        assert asked
+        assert "negative" not in {qa.kind for qa in asked}
     denied = [qa for qa in ask(annotation, 400) if qa.kind == "negative"]
     assert len({qa.question for qa in denied}) > 100
     assert {qa.answer for qa in denied} == {"There are none."}
@@ -124,7 +129,8 @@ def test_an_emptied_label_is_absent_but_a_cut_one_is_not() -> None:
     asked = [
         qa.question for _ in range(50) for qa in write_questions(gone, rng, max_questions=9, vocabulary=["cat", "fork"])
     ]
-    assert asked and all("cat" in q for q in asked)
+    assert asked
+    assert all("cat" in q for q in asked)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,8 @@ def test_places_are_asked_of_unique_things_only() -> None:
     assert places == {"The cup is in the center.", "The glasses are at the top right."}
     assert "Where are the glasses?" in {qa.question for qa in questions}
     what = {(qa.question, qa.answer) for qa in questions if qa.kind == "what"}
-    assert ("What is at the top left?", "A dog.") in what and ("What is in the center?", "A cup.") in what
+    assert ("What is at the top left?", "A dog.") in what
+    assert ("What is in the center?", "A cup.") in what
     on_photo = ask(scene(CUP, backdrop="photo"))
     assert not any(qa.kind == "what" for qa in on_photo), "other things may be there"
 
@@ -186,7 +193,8 @@ def test_no_question_comes_twice_and_none_too_many() -> None:
     rng = np.random.default_rng(1)
     for limit in (0, 1, 3, 50):
         asked = write_questions(scene(DOGS, CUP), rng, max_questions=limit, vocabulary=VOCABULARY)
-        assert len(asked) <= limit and (not limit or asked)
+        assert len(asked) <= limit
+        assert not limit or asked
         keys = [(qa.kind, qa.question) for qa in asked]
         assert len(keys) == len(set(keys))
 

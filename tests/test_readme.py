@@ -36,7 +36,8 @@ def setup() -> ModuleType:
     """setup.py, which runs nothing when it is imported."""
     pytest.importorskip("setuptools")
     spec = importlib.util.spec_from_file_location("molmo_edge_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,7 +53,8 @@ def test_the_example_prints_points(tmp_path: Path) -> None:
     answer, point, *rest = done.stdout.splitlines()
     assert re.fullmatch(r'<point x="[\d.]+" y="[\d.]+" alt="cup">cup</point>', answer)
     assert re.fullmatch(r"cup \([\d.]+, [\d.]+\)", point)
-    assert int(rest[0]) >= 1 and rest[1].strip()
+    assert int(rest[0]) >= 1
+    assert rest[1].strip()
     assert (tmp_path / "annotated.png").is_file()
 
 
@@ -94,7 +96,9 @@ def test_the_sdist_takes_what_is_linked_and_names_what_exists() -> None:
 def test_a_package_index_shows_no_link_that_leads_nowhere(setup: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = setup.description(readme, None)
-    assert LINK.findall(readme) and not LINK.findall(shown) and "docs/export.md" in shown
+    assert LINK.findall(readme)
+    assert not LINK.findall(shown)
+    assert "docs/export.md" in shown
     assert "[Molmo](https://arxiv.org/abs/2409.17146)" in shown
     assert "[docs/export.md](https://host/me/it/blob/main/docs/export.md)" in setup.description(
         readme, "https://host/me/it"

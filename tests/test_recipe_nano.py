@@ -70,7 +70,8 @@ def test_boxes_stay_on_their_objects() -> None:
                 assert (name in names) == (share > 0.5)
                 assert (name in [n for n, _ in part.unsure]) == (share < 0.5)
                 kept, lost = kept + (share > 0.5), lost + (share < 0.5)
-    assert kept > 20 and lost > 20
+    assert kept > 20
+    assert lost > 20
 
 
 def test_a_mosaic_knows_what_its_parts_know() -> None:
@@ -79,7 +80,8 @@ def test_a_mosaic_knows_what_its_parts_know() -> None:
     other.known, other.objects = {"red"}, [("red", BOXES["red"])]
     whole = mosaic([picture(), other, picture(120, 90), picture()], rng)
     assert_true(whole)
-    assert whole.known == {"red", "blue", "green"} and len(whole.objects) == 7
+    assert whole.known == {"red", "blue", "green"}
+    assert len(whole.objects) == 7
     blue = [box for name, box in whole.unsure if name == "blue"]
     assert len(blue) == 1 and blue[0][1] == 0 and blue[0][2] == 100, "nothing is known of blue in the upper right part"
 
@@ -110,11 +112,14 @@ def test_a_name_is_known_where_its_source_or_the_detector_says_so(tmp_path: Path
     vocabulary = Vocabulary(photos, [root])
     assert vocabulary.names == (*COCO_NAMES, "lamp")
     cups, street = (vocabulary.picture(photo) for photo in photos)
-    assert cups.known == {"cup", "scissors"} and cups.objects == [("cup", (0, 0, 50, 50))]
+    assert cups.known == {"cup", "scissors"}
+    assert cups.objects == [("cup", (0, 0, 50, 50))]
     assert street.known == set(COCO_NAMES), "its own label, lamp, is not labelled everywhere"
-    assert ("car", (50, 50, 80, 80)) in street.objects and street.unsure == [("car", (0, 0, 9, 9))]
+    assert ("car", (50, 50, 80, 80)) in street.objects
+    assert street.unsure == [("car", (0, 0, 9, 9))]
     regions = vocabulary.regions(street)
-    assert regions.known.sum() == len(COCO_NAMES) and not regions.known[vocabulary.numbers["lamp"]]
+    assert regions.known.sum() == len(COCO_NAMES)
+    assert not regions.known[vocabulary.numbers["lamp"]]
 
 
 def test_examples_depend_on_the_generator_alone(tmp_path: Path) -> None:
@@ -123,8 +128,11 @@ def test_examples_depend_on_the_generator_alone(tmp_path: Path) -> None:
     data = RegionPhotos(photos, Vocabulary(photos, [root]), Augmentation(), "photos")
     for index in range(2):
         a, b = (data.example(index, np.random.default_rng(7)) for _ in range(2))
-        assert np.array_equal(a.image, b.image) and a.regions is not None and b.regions is not None
-        assert a.regions.objects == b.regions.objects and a.regions.unsure == b.regions.unsure
+        assert np.array_equal(a.image, b.image)
+        assert a.regions is not None
+        assert b.regions is not None
+        assert a.regions.objects == b.regions.objects
+        assert a.regions.unsure == b.regions.unsure
     plain = RegionPhotos(photos, data.vocabulary, None, "photos")
     assert np.array_equal(
         plain.example(0, np.random.default_rng(0)).image, plain.example(0, np.random.default_rng(1)).image
@@ -182,9 +190,11 @@ def test_kept_cells_are_stitched_row_by_row() -> None:
         prepared = ImageProcessor(config)(np.zeros((*size, 3), np.uint8))
         grid, crop, cell = stitched(prepared.token_index, prepared.tiling, config)
         rows, columns = ((n * config.window + 4) // config.pool for n in prepared.tiling)
-        assert grid.shape == (rows, columns) and (crop > 0).all()
+        assert grid.shape == (rows, columns)
+        assert (crop > 0).all()
         places = prepared.token_index[crop, cell].reshape(rows, columns)
-        assert (np.diff(places, axis=1) == 1).all() and (np.diff(places, axis=0) == columns + 1).all()
+        assert (np.diff(places, axis=1) == 1).all()
+        assert (np.diff(places, axis=0) == columns + 1).all()
 
 
 def test_peaks_and_overlaps() -> None:

@@ -54,7 +54,8 @@ def test_each_object_peaks_in_the_cell_and_patch_that_hold_its_centre(resize: st
                 y, x = divmod(int(patch), side)
                 cell = y // 2 * config.cells + x // 2
                 expected.add((crop, cell, name, 2 * (y % 2) + x % 2))
-    assert found == expected and len(found) > len(boxes)
+    assert found == expected
+    assert len(found) > len(boxes)
     for crop, cell, name, _ in found:
         assert targets.heat[crop, cell, name] == PEAK
     assert (targets.heat == PEAK).sum() == len({row[:3] for row in found})
@@ -65,9 +66,11 @@ def test_what_is_not_known_is_neither_positive_nor_negative() -> None:
     known = np.array([True, False, True])
     regions = Regions(((0, (10, 10, 20, 20)), (1, (60, 60, 70, 70))), known, unsure=((2, (0, 0, 50, 100)),))
     heat = make_targets(regions, config, (0, 0), 100, 100, [0]).heat[0].reshape(4, 4, 3)
-    assert heat[0, 0, 0] == PEAK and (heat[..., 0] != UNKNOWN).all()
+    assert heat[0, 0, 0] == PEAK
+    assert (heat[..., 0] != UNKNOWN).all()
     assert heat[2, 2, 1] == PEAK and (heat[..., 1] == UNKNOWN).sum() == 15, "the others of the name are not known"
-    assert (heat[:, :2, 2] == UNKNOWN).all() and (heat[:, 2:, 2] == 0).all()
+    assert (heat[:, :2, 2] == UNKNOWN).all()
+    assert (heat[:, 2:, 2] == 0).all()
 
 
 def test_heat_loss_is_centernets() -> None:
@@ -159,7 +162,8 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
     with torch.no_grad():
         model = trainer.model.eval()
         cells = model.molmo.connector(model._features(batch), batch.masks)
-        assert model.grounding is not None and batch.heat is not None
+        assert model.grounding is not None
+        assert batch.heat is not None
         heat = model.grounding.heat(names.embed(model.molmo.decoder.embedding), cells)
     flat, target = heat.flatten(1, 1).transpose(1, 2).flatten(0, 1), batch.heat.transpose(1, 2).flatten(0, 1)
     assert (flat.argmax(-1) == target.argmax(-1)).float().mean() > 0.9, "the hottest cell is the object's"

@@ -80,7 +80,9 @@ def test_every_kind_of_copy_gives_the_same_rows(write: Callable[[Path], None], t
     widths = {"one": 10, "two": 11, "three": 10 if write is write_parquet else 12}
     assert [seen(row) for row in rows] == [(t, (5, w, 3), [[True, False], []]) for t, w in widths.items()]
     assert (len(rows), set(rows.columns)) == (3, {"text", "image", "n"})
-    assert rows[1]["text"] == "two" and "nothing" not in rows[1] and rows[1].get("nothing") is None
+    assert rows[1]["text"] == "two"
+    assert "nothing" not in rows[1]
+    assert rows[1].get("nothing") is None
     with pytest.raises(RowsError, match=r'has no column "nothing", only '):
         rows[0]["nothing"]
     with pytest.raises(IndexError):
@@ -102,7 +104,8 @@ def test_pictures_are_not_decoded_before_they_are_asked_for(tmp_path: Path, monk
     monkeypatch.setattr(Image, "open", lambda *arguments, **more: opened.append(arguments))
     rows = load_rows("owner/name", (), "test", tmp_path)
     assert [row["text"] for row in rows] == ["one", "two", "three"]
-    assert isinstance(rows[0].image("image"), bytes) and not opened
+    assert isinstance(rows[0].image("image"), bytes)
+    assert not opened
 
 
 def test_what_is_wrong_with_a_copy_is_said(tmp_path: Path) -> None:
@@ -217,14 +220,16 @@ def test_a_picture_is_fetched_once_and_kept(web: Web, tmp_path: Path) -> None:
     assert web.asked == ["/a%20b%C3%BC.png?x=1"]
     assert [path.name for path in folder.iterdir()] == [SHA]  # nothing half written
     unchecked = fetch_image(f"{web.url}/a bü.png?x=1", None, folder)
-    assert unchecked != first and unchecked.read_bytes() == DATA
+    assert unchecked != first
+    assert unchecked.read_bytes() == DATA
 
 
 def test_another_picture_than_once_is_refused(web: Web, tmp_path: Path) -> None:
     web.answers["/1"] = [(200, b"a placeholder")]
     with pytest.raises(FetchError, match=rf"/1 gives another file than it did: its sha256 is not {SHA}"):
         fetch_image(f"{web.url}/1", SHA, tmp_path)
-    assert len(web.asked) == 1 and not list(tmp_path.iterdir())
+    assert len(web.asked) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_gone_is_asked_for_once(web: Web, tmp_path: Path) -> None:

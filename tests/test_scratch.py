@@ -59,7 +59,8 @@ def begin(cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         children.append(child)
         timer = threading.Timer(WAIT, child.kill)
         timer.start()
-        assert child.stdout is not None and child.stdout.readline() == "begun\n"
+        assert child.stdout is not None
+        assert child.stdout.readline() == "begun\n"
         timer.cancel()
         return child
 
@@ -110,9 +111,12 @@ def test_doctor_removes_what_a_killed_export_left_and_nothing_else(
     alive = begin(CHECKPOINT, place / "alive")
     end(begin(CHECKPOINT, place / "killed"), signal.SIGKILL)
     found = json.loads(cli("doctor", "--json")[1])["removed"]
-    assert len(found) == 1 and str(place / ".killed") in found[0]
-    assert any("alive" in name for name in inside(place)) and not any("killed" in name for name in inside(place))
-    assert alive.poll() is None and mine.is_dir()
+    assert len(found) == 1
+    assert str(place / ".killed") in found[0]
+    assert any("alive" in name for name in inside(place))
+    assert not any("killed" in name for name in inside(place))
+    assert alive.poll() is None
+    assert mine.is_dir()
     assert json.loads(cli("doctor", "--json")[1])["removed"] is None
 
 
@@ -145,7 +149,8 @@ def test_what_is_made_meanwhile_is_left_as_it_is(cache: Path, tmp_path: Path, em
 
     with pytest.raises(ExportError, match="was made by another process while this export ran"):
         export_checkpoint(GOLDEN / "qwen", out, on_progress=make)
-    assert inside(out.parent) == ["model"] and inside(out) == ([] if empty else ["theirs"])
+    assert inside(out.parent) == ["model"]
+    assert inside(out) == ([] if empty else ["theirs"])
 
 
 def test_a_disk_that_is_too_small_is_said_with_the_numbers(
@@ -211,7 +216,8 @@ def test_a_work_folder_is_one_threads_and_leaves_nothing(cache: Path, tmp_path: 
             assert other != folder
     with pytest.raises(KeyError), work_folder(place / "x"):
         raise KeyError
-    assert inside(place) == [] and list((cache / "work").iterdir()) == []
+    assert inside(place) == []
+    assert list((cache / "work").iterdir()) == []
 
 
 def test_work_folders_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +292,8 @@ def test_stamps_of_verified_files_are_pruned(cache: Path, tiny_bundle: Path, mon
         (stamps / f"{n:064x}").touch()
         os.utime(stamps / f"{n:064x}", (os.stat(stamps).st_mtime - 100,) * 2)
     open_bundle(tiny_bundle, hashes=True)
-    assert len(inside(stamps)) == 10 and mine <= set(inside(stamps))
+    assert len(inside(stamps)) == 10
+    assert mine <= set(inside(stamps))
 
 
 def test_a_stamp_in_use_stays(cache: Path, tiny_bundle: Path) -> None:

@@ -119,7 +119,8 @@ def test_stream_pieces_are_the_text_and_points_come_as_their_tag_closes(saying: 
     assert tuple(p for p in pieces if isinstance(p, Point)) == stream.answer.points
     last_point = max(i for i, p in enumerate(pieces) if isinstance(p, Point))
     behind = "".join(p for p in pieces[last_point:] if isinstance(p, str))
-    assert behind.endswith(" here.") and "dogs" not in behind
+    assert behind.endswith(" here.")
+    assert "dogs" not in behind
 
 
 def test_a_stream_left_half_way_still_has_its_answer(saying: Saying) -> None:
@@ -192,7 +193,8 @@ def test_a_scene_is_encoded_once(saying: Saying) -> None:
     scene = molmo.encode(PHOTO)
     answers = [molmo.ask(scene, "Why?") for _ in range(3)]
     assert molmo.fake.images == 1  # type: ignore[attr-defined]
-    assert scene.seconds.vision > 0 and scene.seconds.prefill > 0
+    assert scene.seconds.vision > 0
+    assert scene.seconds.prefill > 0
     assert answers[0].usage.seconds.vision == 0
     assert answers[0].usage.crops == scene.crops == 2
     assert answers[0].usage.tokens.image == len(scene.embeddings)
@@ -205,7 +207,8 @@ def test_a_scene_is_encoded_once(saying: Saying) -> None:
 def test_scenes_are_told_apart_by_identity(saying: Saying) -> None:
     molmo = saying("ok")
     one, other = molmo.encode(PHOTO), molmo.encode(PHOTO)
-    assert one != other and len({one, other, one}) == 2
+    assert one != other
+    assert len({one, other, one}) == 2
 
 
 @pytest.mark.parametrize("room", [-1, 2.5, "512", None])
@@ -244,7 +247,8 @@ def test_wrong_arguments_and_tokenizers_are_found_before_an_engine_opens(
 
 def test_an_answer_cut_off_says_so(saying: Saying) -> None:
     answer = saying("a long story").ask(PHOTO, "Tell.", max_new_tokens=3)
-    assert not answer.complete and len(answer.token_ids) == 3
+    assert not answer.complete
+    assert len(answer.token_ids) == 3
 
 
 def test_the_end_of_the_context_cuts_off(saying: Saying) -> None:
@@ -252,7 +256,8 @@ def test_the_end_of_the_context_cuts_off(saying: Saying) -> None:
     prompt = saying("ok").ask(PHOTO, "Tell.").usage.tokens.prompt
     context = len(scene.embeddings) + prompt + 1
     answer = saying("a long story", context=context).ask(PHOTO, "Tell.")
-    assert len(answer.token_ids) == 2 and not answer.complete  # one fed back, one read off its logits
+    assert len(answer.token_ids) == 2
+    assert not answer.complete
     with pytest.raises(MolmoEdgeError, match="shorten the question"):
         saying("ok", context=context - 2).ask(PHOTO, "Tell.")
     with pytest.raises(MolmoEdgeError, match="lower max_crops"):
@@ -323,7 +328,8 @@ def test_drawing_marks_the_point_and_leaves_the_image_alone(size: tuple[int, int
     image = Image.new("RGB", size, (128, 128, 128))
     before = image.tobytes()
     drawn = draw_points(image, [Point(50, 50, "a rather long label"), Point(0, 0), Point(100, 100, "é")])
-    assert drawn.size == image.size and drawn.mode == "RGB"
+    assert drawn.size == image.size
+    assert drawn.mode == "RGB"
     assert image.tobytes() == before
     x, y = (min(round(v / 2), v - 1) for v in size)
     if min(size) >= 30:
@@ -335,7 +341,9 @@ def test_drawing_marks_the_point_and_leaves_the_image_alone(size: tuple[int, int
 def test_drawing_many_points() -> None:
     answer = Answer("", tuple(Point(i, i, f"l{i % 9}") for i in range(100)), image=PHOTO)
     drawn = np.asarray(answer.draw())
-    assert drawn.shape == PHOTO.shape and drawn.any() and not PHOTO.any()
+    assert drawn.shape == PHOTO.shape
+    assert drawn.any()
+    assert not PHOTO.any()
 
 
 def test_drawing_grey_and_palette_images() -> None:

@@ -58,13 +58,15 @@ def test_what_belongs_to_the_process_is_not_copied(
 def test_an_answer_is_pickled_and_copied(molmo: Molmo) -> None:
     answer = molmo.ask(IMAGE, "What?", max_new_tokens=2)
     for other in (pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer)):
-        assert other == answer and np.array_equal(other.image, answer.image)
+        assert other == answer
+        assert np.array_equal(other.image, answer.image)
 
 
 def test_the_same_answer_twice_is_equal(molmo: Molmo) -> None:
     first, second = (molmo.ask(IMAGE, "What?", max_new_tokens=3) for _ in range(2))
     assert first.usage.seconds != second.usage.seconds
-    assert first == second and hash(first) == hash(second)
+    assert first == second
+    assert hash(first) == hash(second)
     assert molmo.ask(molmo.encode(IMAGE), "What?", max_new_tokens=3) == first, "prefilled before, the same answer"
 
 

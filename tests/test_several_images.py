@@ -51,7 +51,8 @@ def test_json_is_one_line_for_each_image(cli: Cli, says: Any, photos: Path) -> N
     images = [photos / "a.png", photos / "c.gif"]
     status, out, _ = cli("ask", *images, "Where?", "--json")
     answers = [json.loads(line) for line in out.splitlines()]
-    assert status == 0 and [answer["image"] for answer in answers] == [str(image) for image in images]
+    assert status == 0
+    assert [answer["image"] for answer in answers] == [str(image) for image in images]
     assert all(answer["points"][0]["pixel"] == [15, 20] for answer in answers)
 
 
@@ -73,7 +74,8 @@ def test_a_bad_picture_is_reported_at_its_place(cli: Cli, says: Any, photos: Pat
     assert status == 1
     missing, broken = err.splitlines()
     for line, image in ((missing, images[0]), (broken, images[2])):
-        assert line.startswith("molmo-edge: ") and str(image) in line
+        assert line.startswith("molmo-edge: ")
+        assert str(image) in line
     if as_json:
         lines = [json.loads(line) for line in out.splitlines()]
         assert [line["image"] for line in lines] == [str(image) for image in images]
@@ -88,17 +90,23 @@ def test_no_model_is_opened_where_no_picture_is_there(cli: Cli, photos: Path, mo
     empty = photos / "empty"
     empty.mkdir()
     status, out, err = cli("ask", photos / "no.png", empty, "Where?")
-    assert (status, out) == (1, "") and len(err.splitlines()) == 2 and "folder without pictures" in err
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 2
+    assert "folder without pictures" in err
 
 
 def test_a_bad_question_is_not_the_pictures_fault(cli: Cli, says: Any, photos: Path) -> None:
     status, out, err = cli("ask", photos, " ")
-    assert (status, out) == (1, "") and len(err.splitlines()) == 1 and "empty" in err
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "empty" in err
 
 
 def test_words_without_quotes_are_wrong_use(cli: Cli, says: Any, photos: Path) -> None:
     status, out, err = cli("ask", photos / "a.png", "Where", "is", "it?")
-    assert (status, out) == (2, "") and '"Where"' in err and "quotes" in err
+    assert (status, out) == (2, "")
+    assert '"Where"' in err
+    assert "quotes" in err
 
 
 def test_drawn_pictures_of_several_images_go_to_a_folder(cli: Cli, says: Any, photos: Path, tmp_path: Path) -> None:
@@ -108,7 +116,8 @@ def test_drawn_pictures_of_several_images_go_to_a_folder(cli: Cli, says: Any, ph
     images = [photos / "a.png", photos / "more" / "a.png", photos / "c.gif"]
     status, out, _ = cli("point", *images, "dog", "--json", "--save", out_dir)
     names = ["a.annotated.png", "a-2.annotated.png", "c.annotated.png"]
-    assert status == 0 and {path.name for path in out_dir.iterdir()} == set(names)
+    assert status == 0
+    assert {path.name for path in out_dir.iterdir()} == set(names)
     assert [json.loads(line)["saved"] for line in out.splitlines()] == [str(out_dir / name) for name in names]
     with Image.open(out_dir / "c.annotated.png") as drawn:
         assert drawn.size == (60, 40)
@@ -118,7 +127,8 @@ def test_a_file_cannot_take_several_pictures(cli: Cli, says: Any, photos: Path, 
     (tmp_path / "file").touch()
     for save in (tmp_path / "out.png", tmp_path / "file"):
         status, out, err = cli("point", photos, "dog", "--save", save)
-        assert (status, out) == (2, "") and "must name a folder" in " ".join(err.split())
+        assert (status, out) == (2, "")
+        assert "must name a folder" in " ".join(err.split())
 
 
 def run(*arguments: object, data: bytes) -> subprocess.CompletedProcess[bytes]:
@@ -134,7 +144,8 @@ def test_a_dash_reads_an_image_from_stdin(tiny_bundle: Path, golden: Path) -> No
     piped, named = run("ask", "-", *options, data=photo.read_bytes()), run("ask", photo, *options, data=b"")
     assert piped.returncode == named.returncode == 0
     ours, theirs = json.loads(piped.stdout), json.loads(named.stdout)
-    assert ours["image"] == "-" and ours["token_ids"] == theirs["token_ids"]
+    assert ours["image"] == "-"
+    assert ours["token_ids"] == theirs["token_ids"]
     both = run("ask", "-", photo, *options, data=photo.read_bytes()).stdout.splitlines()
     assert [json.loads(line)["token_ids"] for line in both] == [theirs["token_ids"]] * 2
 
@@ -143,7 +154,8 @@ def test_a_dash_reads_an_image_from_stdin(tiny_bundle: Path, golden: Path) -> No
 def test_what_is_no_image_on_stdin_is_one_line(data: bytes, says: bytes) -> None:
     done = run("ask", "-", "What?", data=data)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_stdin_can_be_read_once_and_not_by_chat(cli: Cli, says: Any) -> None:
@@ -162,7 +174,8 @@ def test_top_k_and_top_p_reach_the_model(cli: Cli, says: Any, photos: Path, monk
     monkeypatch.setattr(says, "stream", keep)
     options = ("--temperature", 0.7, "--top-k", 40, "--top-p", 0.9, "--seed", 3, "--max-new-tokens", 7)
     status, _, err = cli("ask", photos / "a.png", "Where?", *options)
-    assert status == 0 and "change nothing" not in err
+    assert status == 0
+    assert "change nothing" not in err
     assert given == {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 3, "max_new_tokens": 7}
 
 

@@ -16,13 +16,15 @@ def test_wilson_is_not_sure_after_ten_of_ten() -> None:
     assert share([True] * 10).high == 1
     assert share([False] * 10).high == pytest.approx(z2 / (10 + z2))
     half = share([True, False] * 20)
-    assert (
-        half.value == 0.5 and half.low == pytest.approx(0.352, abs=1e-3) and half.high == pytest.approx(0.648, abs=1e-3)
-    )
+    assert half.value == 0.5
+    assert half.low == pytest.approx(0.352, abs=1e-3)
+    assert half.high == pytest.approx(0.648, abs=1e-3)
 
 
 def test_nothing_has_no_value() -> None:
-    assert math.isnan(share([]).value) and math.isnan(mean([], []).value) and math.isnan(quantile([], [], 0.5).value)
+    assert math.isnan(share([]).value)
+    assert math.isnan(mean([], []).value)
+    assert math.isnan(quantile([], [], 0.5).value)
 
 
 def test_equal_values_have_no_doubt() -> None:
@@ -45,7 +47,8 @@ def test_the_interval_of_a_quantile_holds_it() -> None:
     values = np.arange(1000.0)
     found = quantile(values, (np.arange(1000) % 100).tolist(), 0.9)
     assert found.value == pytest.approx(899.1)
-    assert found.low <= found.value <= found.high and found.high - found.low < 60
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < 60
 
 
 def test_a_ratio_keeps_its_ends_in_order() -> None:
@@ -55,22 +58,27 @@ def test_a_ratio_keeps_its_ends_in_order() -> None:
 
 def test_scores_that_are_all_alike_are_in_doubt_by_their_pictures() -> None:
     found = average([1.0] * 12, [f"{i // 3}" for i in range(12)])
-    assert found.n == 12 and found.low == pytest.approx(share([True] * 4).low)
+    assert found.n == 12
+    assert found.low == pytest.approx(share([True] * 4).low)
     mixed = average([1.0, 0.0, 1.0, 1.0], "aabb")
     assert mixed.low < 0.5 < mixed.value == 0.75 < mixed.high
 
 
 def test_one_picture_tells_no_interval_and_few_tell_a_wide_one() -> None:
     alone = mean([0.1, 0.5, 0.2], "aaa")
-    assert math.isnan(alone.low) and math.isnan(alone.high) and alone.n == 3
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+    assert alone.n == 3
     equal = mean([0.0, 0.0], "aa")
     assert equal.low == equal.high == 0, "nothing lost is nothing lost"
 
 
 def test_what_is_never_negative_is_not_so_on_average() -> None:
     found = mean([0.0, 0.0, 0.0, 0.9], "abcd")
-    assert found.low == 0 and found.high <= 1
-    assert mean([0.0, 0.0, 0.0, 9.0], "abcd").high > 5 and mean([0.1, -0.1, 0.3], "abc").low < 0
+    assert found.low == 0
+    assert found.high <= 1
+    assert mean([0.0, 0.0, 0.0, 9.0], "abcd").high > 5
+    assert mean([0.1, -0.1, 0.3], "abc").low < 0
 
 
 @pytest.mark.parametrize(("pictures", "least"), [(3, 0.85), (5, 0.88), (12, 0.9), (40, 0.92)])

@@ -40,7 +40,8 @@ def question(golden: Path, tiny_bundle: Path) -> tuple[object, ...]:
 def test_a_closed_stdout_is_said(question: tuple[object, ...], more: tuple[str, ...]) -> None:
     run = with_streams(">&-", *question, *more, "-q")
     assert run.returncode == 1
-    assert len(run.stderr.splitlines()) == 1 and run.stderr.startswith("molmo-edge: stdout is closed")
+    assert len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("molmo-edge: stdout is closed")
 
 
 @posix
@@ -72,7 +73,9 @@ def test_all_streams_closed_is_no_traceback(question: tuple[object, ...], tmp_pa
 @posix
 def test_a_closed_stdin_ends_a_chat(golden: Path, tiny_bundle: Path) -> None:
     run = with_streams("<&-", "chat", golden / "astronaut.png", "-m", tiny_bundle, "--max-crops", "0")
-    assert run.returncode == 0 and run.stdout == "" and "Traceback" not in run.stderr
+    assert run.returncode == 0
+    assert run.stdout == ""
+    assert "Traceback" not in run.stderr
 
 
 @posix
@@ -94,7 +97,8 @@ def test_a_stderr_that_nobody_reads_does_not_cost_the_answer(question: tuple[obj
     os.close(read)
     command = [*COMMAND, *map(str, question), "--json"]
     run = subprocess.run(command, env=ENV, stdout=subprocess.PIPE, stderr=write, timeout=120, check=False)
-    assert run.returncode == 0 and json.loads(run.stdout)["usage"]["tokens"]["generated"] == 3
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["usage"]["tokens"]["generated"] == 3
     command = [*COMMAND, "ask", "/no/such/photo.jpg", "What?"]
     failed = subprocess.run(command, env=ENV, stdout=subprocess.PIPE, stderr=write, timeout=120, check=False)
     os.close(write)
@@ -129,7 +133,9 @@ def test_text_that_is_no_path_is_one_line(
     save = ("--save", tmp_path / "out.png") if verb == "ask" else ()
     status, out, err = cli(verb, image, *question, "-m", tiny_bundle, *save)
     assert (status, out) == (1, "")
-    assert says in err and len(err.splitlines()) == 1 and len(err) < 500
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert len(err) < 500
 
 
 @pytest.mark.parametrize("verb", ["ask", "point", "count"])
@@ -147,7 +153,9 @@ def test_a_question_may_begin_with_a_dash(
     monkeypatch.setattr("molmo_edge.molmo.Molmo", molmo)
     for text in ("-5 or 5 degrees", "--json", "-q"):
         status, out, _ = cli(verb, golden / "astronaut.png", "-q", "--", text)
-        assert status == 0 and out == "ok\n" and text in asked[-1]
+        assert status == 0
+        assert out == "ok\n"
+        assert text in asked[-1]
     shown = " ".join(cli(verb, "--help")[1].split())
     assert 'After "--" it may begin with a dash: photo.jpg -- "-5' in shown
 

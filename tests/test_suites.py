@@ -38,7 +38,8 @@ def test_what_a_picture_is_asked() -> None:
     found = asked(ANNOTATION)
     texts = {q.kind: q.text for q in found.values()}
     assert [q.kind for q in found.values()] == ["point", "count", "absent", "read", "clock", "caption"], "no crowds"
-    assert texts["point"] == "Point to the dog." and texts["count"] == "How many dogs are there?"
+    assert texts["point"] == "Point to the dog."
+    assert texts["count"] == "How many dogs are there?"
     assert {q.image_id for q in found.values()} == {next(iter(found.values())).id.rsplit("/", 2)[0]}
 
 
@@ -52,10 +53,12 @@ def test_right_answers_score_one_and_wrong_ones_do_not() -> None:
     assert (half["precision"], half["recall"], half["f1"]) == (1, 0.5, pytest.approx(2 / 3))
     assert found["point dog"].score("There are none.") == {"precision": 0, "recall": 0, "f1": 0, "format": 0}
     assert found["count dog"].score(format_count(points, "dogs")) == {"exact": 1, "close": 1}
-    assert found["count dog"].score("3") == {"exact": 0, "close": 1} and found["count dog"].score("?")["close"] == 0
+    assert found["count dog"].score("3") == {"exact": 0, "close": 1}
+    assert found["count dog"].score("?")["close"] == 0
     assert absent.score("There are none.") == {"refused": 1}
     assert absent.score(format_points(points[:1], "x")) == {"refused": 0}
-    assert found["read text"].score(" STOP ") == {"anls": 1, "exact": 1} and found["read text"].score("x")["anls"] == 0
+    assert found["read text"].score(" STOP ") == {"anls": 1, "exact": 1}
+    assert found["read text"].score("x")["anls"] == 0
     assert found["clock time"].score("12:25") == {"exact": 1, "close": 1}
     assert found["clock time"].score("12:27") == {"exact": 0, "close": 1}
 
@@ -198,7 +201,9 @@ def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) 
     (tmp_path / "._a.png").write_bytes(b"macOS's notes about a.png")
     (tmp_path / "notes.txt").write_text("no photo")
     found = suite(f"photos:{tmp_path}")
-    assert len(found) == 15 and len({q.id for q in found}) == 15 and len({q.image_id for q in found}) == 3
+    assert len(found) == 15
+    assert len({q.id for q in found}) == 15
+    assert len({q.image_id for q in found}) == 3
     assert {q.text for q in found} >= {"Describe this image.", "Point to the main object."}
     assert {(q.kind, str(q.score("There are none."))) for q in found} == {("unscored", "{}")}
     assert all(q.image().shape == (30, 40, 3) for q in found)
@@ -215,11 +220,14 @@ def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) 
 
 def test_academic_is_all_benchmarks_each_once() -> None:
     names = expand(["ai2d", "academic", "nano-val"])
-    assert len(names) == 13 and names[0] == "ai2d" and names[-1] == "nano-val"
+    assert len(names) == 13
+    assert names[0] == "ai2d"
+    assert names[-1] == "nano-val"
 
 
 def test_a_limit_is_spread_over_all() -> None:
-    assert evenly(range(10), 3) == [0, 3, 6] and evenly(range(3), None) == evenly(range(3), 9) == [0, 1, 2]
+    assert evenly(range(10), 3) == [0, 3, 6]
+    assert evenly(range(3), None) == evenly(range(3), 9) == [0, 1, 2]
 
 
 def test_questions_that_suites_share_are_asked_once() -> None:

@@ -65,7 +65,8 @@ def test_it_learns(whole: Path) -> None:
     log = curve(whole)
     assert log[STEPS]["loss"] < 0.7 * log[1]["loss"]
     assert log[1]["rate_decoder"] == pytest.approx(3e-3 / 5), "a fifth of the way up"
-    assert log[STEPS]["utilisation"] > 0 and log[STEPS]["tokens_per_second"] > 0
+    assert log[STEPS]["utilisation"] > 0
+    assert log[STEPS]["tokens_per_second"] > 0
 
 
 def test_two_ranks_have_the_curve_of_one(small_molmoe: Path, whole: Path, tmp_path: Path) -> None:
@@ -128,7 +129,8 @@ def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Pat
     run(small_molmoe, tmp_path, "--steps", "5")
     process = start(small_molmoe, tmp_path, "--few", "8")
     out, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "is of a run with another data" in out
+    assert process.returncode == 1
+    assert "is of a run with another data" in out
 
 
 @pytest.mark.slow
@@ -136,7 +138,8 @@ def test_bfloat16_products_keep_float32_weights(small_molmoe: Path, whole: Path,
     """Also behind a validation, which leaves what belongs to no block gathered."""
     run(small_molmoe, tmp_path, "--precision", "bf16", "--validate", "--steps", "10", ranks=2)
     ours, exact = curve(tmp_path)[1]["loss"], curve(whole)[1]["loss"]
-    assert ours == pytest.approx(exact, rel=0.01) and ours != exact
+    assert ours == pytest.approx(exact, rel=0.01)
+    assert ours != exact
     for name, values in weights(tmp_path).items():
         if values.ndim > 1 and "wte.embedding" not in name and "resblocks.2" not in name:  # not frozen
             rounded = values.view(np.uint32) & 0xFFFF
@@ -148,7 +151,8 @@ def test_sigterm_through_torchrun_leaves_a_checkpoint(small_molmoe: Path, tmp_pa
     process = start(small_molmoe, tmp_path, "--steps", "2000", ranks=2)
     until = time.monotonic() + 120
     while not (tmp_path / "log.jsonl").exists() or len(curve(tmp_path)) < 3:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.1)
     process.terminate()
     out, _ = process.communicate(timeout=100)

@@ -225,7 +225,8 @@ def test_grouped_experts_need_a_pytorch_that_has_them(monkeypatch: pytest.Monkey
 def test_router_losses() -> None:
     even = torch.zeros(64, 8)
     balance, z = router_losses(even, torch.arange(128).view(64, 2) % 8, torch.arange(64) < 60)
-    assert float(balance) == pytest.approx(1.0) and float(z) == pytest.approx(np.log(8) ** 2, rel=1e-5)
+    assert float(balance) == pytest.approx(1.0)
+    assert float(z) == pytest.approx(np.log(8) ** 2, rel=1e-5)
     greedy = torch.zeros(64, 8)
     greedy[:, 0] = 50.0
     everyone = torch.ones(64, dtype=torch.bool)
@@ -235,7 +236,8 @@ def test_router_losses() -> None:
     model = Trainable(molmo, dataclasses.replace(PLAIN, balance_loss=0.01, router_z_loss=0.001)).train()
     model(collate([golden_sample("molmoe")])).router_loss.backward()
     ffn = molmo.decoder.blocks[0].ffn
-    assert isinstance(ffn, SparseFFN) and torch.count_nonzero(ffn.router.weight.grad)
+    assert isinstance(ffn, SparseFFN)
+    assert torch.count_nonzero(ffn.router.weight.grad)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -266,7 +268,8 @@ def test_weights_separators_and_styles() -> None:
     caption = Example(picture(), (Annotation("long_caption", ("Describe.", "A cup " * 20)),))
     packed = encoder(style="caption", weighting="none")(caption, np.random.default_rng(0)).packed
     text = encode.tokenizer.decode(packed.input_ids[packed.segments == 1].tolist())
-    assert "User" not in text and text.startswith(" long_caption ")
+    assert "User" not in text
+    assert text.startswith(" long_caption ")
     length = int(text.split()[1].rstrip(":"))
     assert abs(length - 120 // 15) <= 5, "the wanted length, with noise"
 
@@ -274,7 +277,8 @@ def test_weights_separators_and_styles() -> None:
 def test_larger_windows_can_be_trained() -> None:
     """The variant of public summaries: windows of about 512 pixels, a third of them shared."""
     config = ImageConfig(crop_size=504, overlap_margins=(6, 6))
-    assert config.patches == 36 and sum(config.overlap_margins) / config.patches == pytest.approx(1 / 3)
+    assert config.patches == 36
+    assert sum(config.overlap_margins) / config.patches == pytest.approx(1 / 3)
     _, tokenizer, _ = load_checkpoint(GOLDEN / "molmoe")
     sample = Encoder(tokenizer, config, Encoding())(Example(picture(600), QUESTIONS), np.random.default_rng(0))
     assert sample.crops.shape[1:] == (36 * 36, 588)

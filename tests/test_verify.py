@@ -97,7 +97,8 @@ def test_a_change_of_what_a_bundle_answers_is_refused(bundle: Path, name: str, s
     status, _, err = cli("verify", bundle, "--threads", 1)
     assert status == 1
     assert ("changed after it was written" in err) is not sealed
-    assert err.count("\n") == 1 and "Traceback" not in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -118,11 +119,16 @@ def test_the_first_part_that_differs_names_the_cause(bundle: Path, name: str, pa
     HARMFUL[name](manifest)
     write(bundle, manifest, sealed=True, settings=True)
     report = check_bundle(bundle, threads=1)
-    assert report.different is not None and report.different.name == part and not report.passed
+    assert report.different is not None
+    assert report.different.name == part
+    assert not report.passed
     status, out, err = cli("verify", bundle, "--threads", 1)
-    assert status == 1 and f"OTHER  {part}" in out and f"the sum of {part} is not the recorded one" in err
+    assert status == 1
+    assert f"OTHER  {part}" in out
+    assert f"the sum of {part} is not the recorded one" in err
     found = json.loads(cli("verify", bundle, "--json", "--threads", 1)[1])
-    assert [p["name"] for p in found["parts"] if not p["same"]] == [part] and not found["passed"]
+    assert [p["name"] for p in found["parts"] if not p["same"]] == [part]
+    assert not found["passed"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,9 @@ def _fuzz_with_new_hashes(bundle: Path, count: int, *, settings: bool) -> Counte
 @pytest.mark.parametrize("settings", [False, True], ids=["", "and sum of settings"])
 def test_fuzzed_manifests_with_a_hash_to_match(bundle: Path, settings: bool) -> None:
     caught = _fuzz_with_new_hashes(bundle, 25, settings=settings)
-    assert "its own sha256" not in caught and caught["opening"] and caught["settings"] * (not settings) + settings
+    assert "its own sha256" not in caught
+    assert caught["opening"]
+    assert caught["settings"] * (not settings) + settings
 
 
 @pytest.mark.slow
@@ -194,8 +202,10 @@ def test_an_older_bundle_without_sums_opens_and_verify_says_that_it_checks_less(
     with Molmo(bundle, threads=1) as molmo:
         assert molmo.ask(bundle / "check" / "photo.png", "What?", max_new_tokens=2).token_ids
     status, out, err = cli("verify", bundle, "--threads", 1)
-    assert status == 0 and "answered with the same tokens" in out
-    assert "without sums" in err and "only its files and its answer are checked" in err
+    assert status == 0
+    assert "answered with the same tokens" in out
+    assert "without sums" in err
+    assert "only its files and its answer are checked" in err
     assert cli("verify", bundle, "--threads", 1, "--quiet")[2] == ""
 
 
@@ -245,7 +255,8 @@ def test_a_recorded_point_farther_than_the_tolerance_fails(
     write(bundle, manifest, sealed=True)
     monkeypatch.setattr("molmo_edge.selfcheck.open_runtime", lambda *_, **__: molmo.fake)  # type: ignore[attr-defined]
     report = check_bundle(bundle)
-    assert report.token_ids == ids and report.passed is passes
+    assert report.token_ids == ids
+    assert report.passed is passes
 
 
 def test_sums_pass_on_engines_that_round_otherwise(tmp_path: Path) -> None:
@@ -283,7 +294,8 @@ def test_signed_sums_tell_how_far_arrays_are_apart() -> None:
     assert sums.compare("pixels", recorded, sums.array_sum(exact * (1 + 1e-7))).same
     for size in (1e-4, 0.01, 0.3):
         part = sums.compare("pixels", recorded, sums.array_sum(exact + size * random.normal(size=exact.shape)))
-        assert not part.same and part.distance == pytest.approx(size, rel=0.5)
+        assert not part.same
+        assert part.distance == pytest.approx(size, rel=0.5)
     one = exact.copy()
     one[3, 123, 5] += 0.1  # a single value of 84,000
     assert not sums.compare("pixels", recorded, sums.array_sum(one)).same
@@ -301,16 +313,20 @@ def test_verify_takes_nano_by_name(cli: Cli, tmp_path: Path, monkeypatch: pytest
     status, out, err = cli("verify", "nano", "--json", "--quiet")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    assert found["name"] == "nano" and found["passed"] and [p["name"] for p in found["parts"]][-1] == "logits"
+    assert found["name"] == "nano"
+    assert found["passed"]
+    assert [p["name"] for p in found["parts"]][-1] == "logits"
     status, _, err = cli("verify", "nowhere")
-    assert status == 1 and "there is no directory nowhere" in err
+    assert status == 1
+    assert "there is no directory nowhere" in err
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert cli("verify", tmp_path / "a.png")[0] == 1
 
 
 def test_a_checkpoint_is_not_verified(golden: Path, cli: Cli) -> None:
     status, _, err = cli("verify", golden / "molmoe")
-    assert status == 1 and "molmo_edge.json is missing" in err
+    assert status == 1
+    assert "molmo_edge.json is missing" in err
 
 
 def test_a_bundle_made_of_a_bundle_keeps_its_check(bundle: Path, tmp_path: Path) -> None:
@@ -321,17 +337,21 @@ def test_a_bundle_made_of_a_bundle_keeps_its_check(bundle: Path, tmp_path: Path)
     manifest["check"]["tolerance"] = 1.25
     write(bundle, manifest, sealed=True)
     made = export_bundle(bundle, tmp_path / "int8", "int8", measure=False)["check"]
-    assert made["question"] == "Point to the helmet." and made["tolerance"] == 1.25
-    assert made["sha256"] == manifest["check"]["sha256"] and len(made["token_ids"]) == 8
+    assert made["question"] == "Point to the helmet."
+    assert made["tolerance"] == 1.25
+    assert made["sha256"] == manifest["check"]["sha256"]
+    assert len(made["token_ids"]) == 8
     assert made["sums"]["features"] != manifest["check"]["sums"]["features"]
     assert made["sums"]["pixels"] == manifest["check"]["sums"]["pixels"]
     report = check_bundle(tmp_path / "int8", threads=1)
-    assert report.exact and report.passed
+    assert report.exact
+    assert report.passed
 
 
 @pytest.mark.slow
 def test_an_export_of_nano_keeps_its_check(cli: Cli, tmp_path: Path) -> None:
     assert cli("export", "nano", "--out", tmp_path / "copy", "--quiet")[0] == 0
     made = fuzzed_manifests.read(tmp_path / "copy")["check"]
-    assert made["question"] == "How many cups are there?" and len(made["points"]) == 1
+    assert made["question"] == "How many cups are there?"
+    assert len(made["points"]) == 1
     assert cli("verify", tmp_path / "copy", "--quiet")[0] == 0

@@ -19,11 +19,13 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     with written_aside(path) as part:
         part.write_text("after")
         assert path.read_text() == "before"
-    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "after"
+    assert os.listdir(tmp_path) == ["a.txt"]
     with pytest.raises(KeyError), written_aside(path) as part:
         part.write_text("half")
         raise KeyError
-    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "after"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
@@ -33,7 +35,8 @@ def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     assert error.value.filename == str(path)
     with pytest.raises(OutputError) as refused:
         save_image(Image.new("RGB", (2, 2)), path.with_suffix(".png"))
-    assert ".part" not in str(refused.value) and str(path.with_suffix(".png")) in str(refused.value)
+    assert ".part" not in str(refused.value)
+    assert str(path.with_suffix(".png")) in str(refused.value)
     with pytest.raises(FileNotFoundError) as error, work_folder(path):
         pass
     assert error.value.filename == str(path)

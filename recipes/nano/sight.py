@@ -84,7 +84,8 @@ def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detecto
     find = heat_points(model, names, ImageProcessor(config.image, tokenizer.special))
     told: dict[str, object] = {"step": trainer.step, "nano": report(held_out, vocabulary, find)}
     tower = model.molmo.conv_tower
-    assert tower is not None and vocabulary.names[: len(COCO_NAMES)] == COCO_NAMES
+    assert tower is not None
+    assert vocabulary.names[: len(COCO_NAMES)] == COCO_NAMES
     alone = detector_points(tower, score_layers(detector), box_layers(detector), config.image.overview)
     told["detector"] = report(held_out, vocabulary, alone)
     with (run / "scores.jsonl").open("a", encoding="utf-8") as file:
