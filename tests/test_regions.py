@@ -16,6 +16,7 @@ from test_conv_tower import CONFIG, GOLDEN
 from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import ImageConfig
 from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.data.regions import Regions
 from molmo_edge.frontend.crops import patch_grid, select_tiling
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
@@ -24,7 +25,7 @@ from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
-from molmo_edge.training.regions import PEAK, UNKNOWN, Names, Regions, heat_loss, make_targets
+from molmo_edge.training.regions import PEAK, UNKNOWN, Names, heat_loss, make_targets
 from molmo_edge.training.trainer import Data, Trainer, build
 
 NAMES = ("red square", "blue square")

@@ -20,8 +20,7 @@ import numpy as np
 from molmo_edge.data.ai2d import letter_names, prune
 from molmo_edge.data.annotation_prompts import multiple_choice, pick
 from molmo_edge.data.examples import Annotation
-from molmo_edge.data.rows import Row, Rows, RowsError, text_in
-from molmo_edge.evaluation.benchmark_questions import text_list, words_of
+from molmo_edge.data.rows import Row, Rows, RowsError, text_in, text_list, written_out
 
 # With these weights, what people asked and what machines made count the same in all. So the reference has it in its
 # loader of the authors' files, and means it in the one of the hub's; but there it takes the label 1 for people, which
@@ -153,11 +152,11 @@ def _said(row: Row, answer: Any) -> str:
         answer = answer.get("raw_answer") or answer.get("answer")
     if answer is None:
         raise RowsError(f"row {row.index} of {row.rows.where} has a question without an answer: is it of a test split?")
-    return words_of(row, answer, "an answer")
+    return written_out(row, answer, "an answer")
 
 
 def _choice(row: Row, question: str, options: Sequence[str], right: Any, style: str = "") -> Asked:
-    texts = tuple(words_of(row, option, "an option") for option in options)
+    texts = tuple(written_out(row, option, "an option") for option in options)
     return Asked(question, options=texts, right=_right(row, right, len(options)), style=style)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molmo_edge.training.regions import Regions
+from molmo_edge.data.regions import Regions
 
 
 @dataclass(frozen=True)

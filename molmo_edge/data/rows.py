@@ -7,6 +7,7 @@ package `datasets` then reads the parquet files. No code of a hub repository is 
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -33,6 +34,8 @@ __all__ = [
     "number_in",
     "rows_of",
     "text_in",
+    "text_list",
+    "written_out",
 ]
 
 ROWS = "rows.jsonl"
@@ -135,6 +138,25 @@ def number_in(row: Row, value: Any, what: str) -> float:
     if not math.isfinite(number):
         raise RowsError(f"row {row.index} of {row.rows.where} has {value!r} as {what}, where a number is needed")
     return number
+
+
+def text_list(row: Row, column: str) -> list[str]:
+    """A cell that is a list of texts, or the Python literal of such a list, as some data sets on the hub write it."""
+    value = row[column]
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise RowsError(f"row {row.index} of {row.rows.where}: {column} is not a list: {value!r}") from None
+    return [written_out(row, text, f"one of {column}") for text in value or ()]
+
+
+def written_out(row: Row, value: Any, what: str) -> str:
+    """A text as it is, a number in digits. Raises RowsError for None and NaN."""
+    if isinstance(value, str):
+        return value
+    number_in(row, value, what)
+    return f"{value}"
 
 
 def rows_of(where: Path, listed: Sequence[dict[str, Any]]) -> Rows:

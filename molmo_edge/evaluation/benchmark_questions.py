@@ -7,7 +7,6 @@ olmo/eval/evaluators.py for the scores. Every function takes the benchmark and a
 
 from __future__ import annotations
 
-import ast
 import functools
 import io
 import random
@@ -19,7 +18,7 @@ import numpy as np
 
 from molmo_edge.checkpoints.bundle import cache_directory
 from molmo_edge.data.ai2d import letter_names, prune
-from molmo_edge.data.rows import Row, RowsError, fetch_image, number_in, text_in
+from molmo_edge.data.rows import Row, RowsError, fetch_image, number_in, text_in, text_list
 from molmo_edge.evaluation.mmmu import mmmu_score
 from molmo_edge.evaluation.pointing import point_count_score, score_in_masks
 from molmo_edge.evaluation.questions import Question, Score
@@ -170,27 +169,6 @@ def mmmu(task: Benchmark, row: Row) -> Question:
         image=(lambda: None) if pictures else functools.partial(row.image, "image_1"),
         words_alone=pictures,
     )
-
-
-def text_list(row: Row, column: str) -> list[str]:
-    """A cell that is a list of texts, or the text of such a list in Python, as some data sets on the hub have it."""
-    value = row[column]
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise RowsError(f"row {row.index} of {row.rows.where} has {column} that are no list: {value!r}") from None
-    return [words_of(row, text, f"one of {column}") for text in value or ()]
-
-
-def words_of(row: Row, value: Any, what: str) -> str:
-    """A text, or a number written out. Raises RowsError for None and NaN, which are no words of anybody's."""
-    return text_in(row, value, what, blank=True) if isinstance(value, str) else f"{_finite(row, value, what)}"
-
-
-def _finite(row: Row, value: Any, what: str) -> Any:
-    number_in(row, value, what)
-    return value
 
 
 def _text(row: Row, column: str) -> str:

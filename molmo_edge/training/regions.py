@@ -17,22 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import ImageConfig, MolmoConfig
+from molmo_edge.data.regions import Box, Regions
 from molmo_edge.frontend.crops import patch_grid
 from molmo_edge.frontend.tokenizer import Tokenizer
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1, percent of width and height
 UNKNOWN = -1  # in heat maps: neither positive nor negative
 PEAK = 100  # in heat maps: an object's centre
 _NEAR = 0.54 / 3  # standard deviation of a peak, as a share of the box's sides (CenterNet: radius / 3)
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Where names are in an image. Names are numbers in the vocabulary of the data set."""
-
-    objects: tuple[tuple[int, Box], ...]
-    known: np.ndarray  # bool [n_names]: whether all there is of a name is in `objects` or `unsure`
-    unsure: tuple[tuple[int, Box], ...] = ()  # areas that say nothing about a name
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from molmo_edge.data.annotated_photos import NEVER_FLIPPED, Photo, load_photos
 from molmo_edge.data.examples import Example
-from molmo_edge.training.regions import Box, Regions
+from molmo_edge.data.regions import Box, Regions
 from recipes.nano.detector import COCO_NAMES
 
 SURE = 0.42  # score from which a detector's box counts as an object; below it nothing is known there

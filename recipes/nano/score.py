@@ -19,12 +19,13 @@ from torch import Tensor
 
 from molmo_edge.config import ImageConfig
 from molmo_edge.data.annotated_photos import Photo
+from molmo_edge.data.regions import Box
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.frontend.crops import ImageProcessor, Overview, patch_grid
 from molmo_edge.frontend.points import Point
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.forward import Trainable
-from molmo_edge.training.regions import Box, Names
+from molmo_edge.training.regions import Names
 from recipes.nano.photos import Vocabulary
 
 GROUPS = {"coco": ("coco", "coco2"), "voc": ("voc07", "voc12")}
