@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import open_tensors, stored_bytes
-from molmo_edge.config import MolmoConfig
 
 _COPY = "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
 _EXPORT = "from molmo_edge.cli import main; main()"
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = [p for p in sorted(args.checkpoint.iterdir()) if p.suffix in (".bin", ".safetensors", ".pt")]
     tensors = open_tensors(args.checkpoint)
-    names = hub_shapes(MolmoConfig.from_hub(args.checkpoint))
+    names = hub_shapes(read_config(args.checkpoint))
     largest = max(stored_bytes(tensors, [name]) for name in names)
     source = sum(path.stat().st_size for path in weights)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:

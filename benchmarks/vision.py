@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.config import MolmoConfig
 from molmo_edge.export.component_errors import sample_crops
 from molmo_edge.modeling.weights import load_part
 from molmo_edge.runtimes.onnx import OnnxRuntime
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = MolmoConfig.from_hub(args.checkpoint)
+    config = read_config(args.checkpoint)
     model = load_part(config, open_tensors(args.checkpoint), "vision")
     bundle = open_bundle(args.bundle, hashes=False)
     runtime = OnnxRuntime(config, {"vision_encoder": bundle.path("vision_encoder")}, threads=args.threads)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from molmo_edge.checkpoints.hub_config import CONFIG
+from molmo_edge.checkpoints.hub_config import CONFIG, read_config
 from molmo_edge.checkpoints.tensor_sources import check_tensors, open_tensors
-from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.export import ExportError
 from molmo_edge.export.staging import publish, staged
@@ -79,7 +78,7 @@ def export_with_optimum(
         raise ExportError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
     if out.exists():
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
-    config = MolmoConfig.from_hub(checkpoint)
+    config = read_config(checkpoint)
     if not (checkpoint / CONFIG).is_file():
         raise ExportError(
             f"{checkpoint} has no {CONFIG}, which optimum reads: `molmo-edge export {checkpoint} --engine torch --out "
@@ -160,7 +159,7 @@ def quantize_with_optimum(directory: str | Path, target: str, out: str | Path | 
     files = {name: directory / f"{name}.onnx" for name in COMPONENTS if (directory / f"{name}.onnx").is_file()}
     if not files:
         raise ExportError(f"{directory} has none of the graphs that optimum exports: {', '.join(COMPONENTS)}")
-    if "decoder_without_cache" in files and MolmoConfig.from_hub(directory).decoder.norm_after:
+    if "decoder_without_cache" in files and read_config(directory).decoder.norm_after:
         raise ExportError(
             f"{files['decoder_without_cache']} is of OLMo's style, which int8 ruins here: remove the file"
         )

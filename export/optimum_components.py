@@ -26,7 +26,7 @@ Axes = dict[str, dict[int, str]]  # name of an input or output -> its axes of fr
 
 
 class MolmoHubConfig(PretrainedConfig):
-    """A checkpoint's config.json as transformers keeps it; what it means is MolmoConfig.from_hub's to say."""
+    """A checkpoint's config.json as transformers keeps it; what it means is read_config's to say."""
 
     model_type = "molmo"
 

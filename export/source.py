@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from molmo_edge.checkpoints.bundle import is_bundle
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
 
@@ -22,6 +23,6 @@ def open_source(directory: Path, *, dither: int | None = None) -> tuple[MolmoCon
 
         bundle = BundleTensors(directory, dither=dither)
         return bundle.config, bundle
-    config, tensors = MolmoConfig.from_hub(directory), open_tensors(directory)
+    config, tensors = read_config(directory), open_tensors(directory)
     check_tensors(config, tensors, where=directory)
     return config, tensors

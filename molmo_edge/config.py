@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError
@@ -262,13 +261,6 @@ class MolmoConfig:
             projector_dim=data.get("projector_dim", 1024),
             conv_tower=from_json(ConvTowerConfig, data["conv_tower"]) if data.get("conv_tower") else None,
         )
-
-    @classmethod
-    def from_hub(cls, directory: str | Path) -> MolmoConfig:
-        """Read the configuration of a checkpoint directory, in hub layout or the reference's own."""
-        from molmo_edge.checkpoints.hub_config import read_config  # it builds on this module
-
-        return read_config(Path(directory))
 
 
 def from_json(kind: type, data: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar, cast
 import numpy as np
 import torch
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.crops import Overview
@@ -98,7 +99,7 @@ class TorchRuntime:
         the memory that is free.
         """
         kind, precision = check_checkpoint_room(checkpoint, device=device, precision=precision)
-        config = MolmoConfig.from_hub(checkpoint)
+        config = read_config(checkpoint)
         tensors = open_tensors(checkpoint)
         with _one_sentence():
             model = build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind)
@@ -241,7 +242,7 @@ class TorchRuntime:
 def check_checkpoint_room(directory: str | Path, *, device: str, precision: str) -> tuple[str, str]:
     """Device and precision, "auto" resolved. Raises Unavailable, and PrecisionError for weights that do not fit."""
     kind = _pick_device(device)
-    return kind, choose_precision(MolmoConfig.from_hub(directory), precision, kind, _free_memory(kind))
+    return kind, choose_precision(read_config(directory), precision, kind, _free_memory(kind))
 
 
 def _pick_device(device: str) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig, VisionConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,7 +92,7 @@ def write_decoder(
     directory: Path, kind: str, rows: int = 512, dtype=torch.float32, **config
 ) -> dict[str, torch.Tensor]:
     """A directory as on the hub, in two shards; `config` changes config.json."""
-    c = MolmoConfig.from_hub(GOLDEN / KINDS[kind]).decoder
+    c = read_config(GOLDEN / KINDS[kind]).decoder
     tensors = {name: t.to(dtype) for name, t in randomly(decoder_shapes(c, kind, rows)).items()}
     if config.get("tie_word_embeddings"):
         del tensors["lm_head.weight"]
@@ -129,7 +130,7 @@ def base_tokenizer() -> dict:
 
 def write_clip(directory: Path, n_layers: int = 11, n_pos: int = 577) -> dict[str, torch.Tensor]:
     """A whole CLIP in a pickle, as OpenAI's on the hub: with a text half, and with integers among the weights."""
-    v = MolmoConfig.from_hub(GOLDEN / "qwen").vision
+    v = read_config(GOLDEN / "qwen").vision
     tensors = randomly(clip_shapes(v, n_layers, n_pos), seed=1)
     more = {
         "logit_scale": torch.tensor(2.0),
@@ -289,7 +290,7 @@ def resampled(positions, side):
 
 
 def golden(kind: str) -> MolmoConfig:
-    return MolmoConfig.from_hub(GOLDEN / KINDS[kind])
+    return read_config(GOLDEN / KINDS[kind])
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
     """`saying(text)` is a Molmo that answers every question with `text`; `context` shortens its context."""
 
     def make(text: str, *, context: int = 4096, max_crops: int | None = 2) -> Molmo:
-        config = MolmoConfig.from_hub(GOLDEN / "molmoe")
+        config = read_config(GOLDEN / "molmoe")
         config = replace(config, decoder=replace(config.decoder, max_position_embeddings=context))
         runtime = FakeRuntime(config, [*tokenizer.encode(f" {text}"), tokenizer.special.eos])
         molmo = Molmo.from_parts(runtime, tokenizer, max_crops=max_crops)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -51,9 +52,7 @@ def write_checkpoint(directory: Path, kind: str, seed: int = 0, dtype: str = "F3
 
 
 def a_batch(checkpoint: Path) -> Batch:
-    encode = Encoder(
-        Tokenizer.from_file(checkpoint / "tokenizer.json"), MolmoConfig.from_hub(checkpoint).image, Encoding()
-    )
+    encode = Encoder(Tokenizer.from_file(checkpoint / "tokenizer.json"), read_config(checkpoint).image, Encoding())
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
     asked = (Annotation("demo", ("Why?", "Because it is red.")), Annotation("demo", ("How many?", "Seven of them.")))

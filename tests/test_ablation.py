@@ -13,8 +13,8 @@ import pytest
 from exported import GOLDEN, bundle, case, prompt, relative, runtime
 
 from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
-from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, ablate, size_of, words_of
 from molmo_edge.evaluation.attribution import tensor_part
 from molmo_edge.evaluation.precision_search import Choice, search, steps
@@ -81,7 +81,7 @@ def test_parts_that_cannot_be_had(precision: Any, options: dict[str, Any], messa
 
 @pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
 def test_every_tensor_belongs_to_one_part(architecture: str) -> None:
-    config = MolmoConfig.from_hub(GOLDEN / architecture)
+    config = read_config(GOLDEN / architecture)
     found = {tensor_part(name) for name in hub_shapes(config)}
     assert found == set(PARTS) - (set() if config.decoder.n_experts else {"router"})
 

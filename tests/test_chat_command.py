@@ -34,7 +34,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 
 tokenizer = Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
-config = MolmoConfig.from_hub(GOLDEN / "molmoe")
+config = read_config(GOLDEN / "molmoe")
 config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings={context}))
 EOS = tokenizer.special.eos
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.hub_config import from_hub_config, read_config, to_hub_config
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig, VisionConfig
 
 Raw = dict[str, Any]
@@ -119,7 +119,7 @@ def test_a_dict_that_is_no_configuration(section: Any) -> None:
 
 def test_files_that_cannot_be_read(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is missing"):
-        MolmoConfig.from_hub(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        MolmoConfig.from_hub(tmp_path)
+        read_config(tmp_path)

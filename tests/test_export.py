@@ -17,7 +17,7 @@ from torch import nn
 
 import molmo_edge.export.bundle as bundle_module
 from molmo_edge.checkpoints.bundle import open_bundle
-from molmo_edge.checkpoints.hub_config import to_hub_config
+from molmo_edge.checkpoints.hub_config import read_config, to_hub_config
 from molmo_edge.checkpoints.tensor_sources import CheckpointError, open_tensors
 from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
@@ -169,7 +169,7 @@ def test_dino_equals_torch(tmp_path: Path) -> None:
 def tiny_checkpoint(directory: Path, **decoder: Any) -> MolmoConfig:
     """A checkpoint in MolmoE's dialect made from the golden dense one, with a decoder of another make."""
     tensors = load_file_as_float(GOLDEN / "qwen")
-    config = MolmoConfig.from_hub(GOLDEN / "qwen")
+    config = read_config(GOLDEN / "qwen")
     values = {**config.decoder.__dict__, **decoder}
     config = MolmoConfig(config.image, config.vision, DecoderConfig(**values), config.projector_dim)
     raw, preprocessor = to_hub_config(config)
@@ -210,7 +210,7 @@ def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 def test_manifest_describes_the_bundle() -> None:
     opened = open_bundle(bundle("qwen", "int8"), hashes=True)
-    config = MolmoConfig.from_hub(GOLDEN / "qwen")
+    config = read_config(GOLDEN / "qwen")
     assert opened.config == config
     assert opened.special_ids["im_patch"] > 0
     words = {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "int8"}

@@ -31,7 +31,7 @@ from gguf.quants import dequantize
 
 from molmo_edge.checkpoints.bundle import load_tokenizer
 from molmo_edge.checkpoints.gguf_layout import decoder_tensors
-from molmo_edge.config import MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
@@ -112,7 +112,7 @@ def test_the_file_holds_the_checkpoint() -> None:
     from molmo_edge.checkpoints.tensor_sources import open_tensors
 
     for architecture in ARCHITECTURES:
-        config, tensors = MolmoConfig.from_hub(GOLDEN / architecture), open_tensors(GOLDEN / architecture)
+        config, tensors = read_config(GOLDEN / architecture), open_tensors(GOLDEN / architecture)
         found = {t.name: t for t in GGUFReader(gguf_bundle(architecture, "f32") / "decoder-f32.gguf").tensors}
         for tensor in decoder_tensors(config.decoder):
             data = dequantize(found[tensor.name].data, found[tensor.name].tensor_type).reshape(tensor.shape)

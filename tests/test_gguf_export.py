@@ -22,7 +22,8 @@ from molmo_edge import Molmo
 from molmo_edge.checkpoints import gguf_layout
 from molmo_edge.checkpoints.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
-from molmo_edge.config import DecoderConfig, MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.config import DecoderConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
@@ -253,7 +254,7 @@ class TestForeign:
         i, j = (vocab.index(key) for key in swap)
         (i, first), (j, second) = sorted(((i, f'"{a}":'), (j, f'"{b}":')))
         vocab = vocab[:i] + swap[first] + vocab[i + len(first) : j] + swap[second] + vocab[j + len(second) :]
-        other, config = Tokenizer(head + vocab), MolmoConfig.from_hub(checkpoint)
+        other, config = Tokenizer(head + vocab), read_config(checkpoint)
         write_decoder(tmp_path / "other.gguf", other, config, open_tensors(checkpoint), "f32", "other")
         with pytest.raises(BundleError, match="made for another tokenizer: token"):
             open_runtime(swapped((tmp_path / "other.gguf").read_bytes()))

@@ -14,8 +14,8 @@ from exported import ARCHITECTURES, GOLDEN, bundle, case, costs, prompt, runtime
 from test_quantize import norm_error
 from torch import Tensor
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.config import MolmoConfig
 from molmo_edge.export import ExportError
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.image_files import ImageError
@@ -163,7 +163,7 @@ def test_sequences_hold_image_question_and_answer() -> None:
     np.testing.assert_array_equal(long, np.concatenate([short, answer]))
     text = engine.embed(text_ids(tokenizer, ["What?"]))
     np.testing.assert_array_equal(short[-len(text) :], text)
-    assert MolmoConfig.from_hub(GOLDEN / "qwen").decoder.d_model == short.shape[1]
+    assert read_config(GOLDEN / "qwen").decoder.d_model == short.shape[1]
 
 
 # Where its prompts come from.

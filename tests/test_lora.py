@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from small_checkpoints import DECODERS, PLAIN, a_batch, a_recipe, close, hidden, write_checkpoint
 from torch import Tensor
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.config import PRESETS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, grouped_mm, mix_experts
@@ -280,7 +281,7 @@ def test_four_bits_learn_and_stay_as_they_are(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     checkpoint, lora = small_checkpoints[kind], LoraConfig(rank=4, expert_rank=2)
-    config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
+    config, batch = read_config(checkpoint), a_batch(checkpoint)
     molmo = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     answers, _, _ = load_checkpoint(checkpoint, precision="nf4")
     close(hidden(molmo, batch), hidden(answers, batch), 2e-2)  # the same four bits
@@ -318,7 +319,7 @@ def test_gradients_flow_through_four_bits(small_checkpoints: dict[str, Path]) ->
     """To the connector, as they flow through what the four bits stand for."""
     pytest.importorskip("bitsandbytes")
     checkpoint = small_checkpoints["dense"]
-    config, batch = MolmoConfig.from_hub(checkpoint), a_batch(checkpoint)
+    config, batch = read_config(checkpoint), a_batch(checkpoint)
     four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     wide, _, _ = load_checkpoint(checkpoint)
     for name in adapted(config, LoraConfig(targets=("attention", "ffn"))):
@@ -343,7 +344,7 @@ def test_adapters_over_four_bits_are_merged_into_the_checkpoint_itself(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     checkpoint = small_checkpoints["experts"]
-    config = MolmoConfig.from_hub(checkpoint)
+    config = read_config(checkpoint)
     four = open_base(config, open_tensors(checkpoint), str(checkpoint), "nf4", CPU)
     wide, _, _ = load_checkpoint(checkpoint)
     paths = []

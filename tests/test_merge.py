@@ -10,7 +10,7 @@ import torch
 from small_checkpoints import a_batch, close, hidden
 from test_lora import EVERYWHERE, filled, saved
 
-from molmo_edge.checkpoints.hub_config import write_hub_config
+from molmo_edge.checkpoints.hub_config import read_config, write_hub_config
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource, open_tensors
@@ -39,7 +39,7 @@ def stored_as(checkpoint: Path, out: Path, *, mixed: bool, file: str, dtype: tor
         from safetensors.torch import save_file
 
         save_file(tensors, out / file, metadata={"format": "pt"})
-    write_hub_config(MolmoConfig.from_hub(checkpoint), out)
+    write_hub_config(read_config(checkpoint), out)
     (out / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     return out
 

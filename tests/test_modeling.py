@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.hub_config import from_hub_config, read_config, to_hub_config
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.frontend.crops import ImageProcessor, load_image
@@ -106,7 +106,7 @@ def test_a_saved_checkpoint_loads_back(tmp_path: Path) -> None:
 
 
 def test_dino_layout_and_configuration_survive_saving(tmp_path: Path) -> None:
-    config = MolmoConfig.from_hub(GOLDEN / "molmoe")
+    config = read_config(GOLDEN / "molmoe")
     vision = VisionConfig(
         "dino", d_model=32, n_layers=3, n_heads=4, mlp_dim=64, n_pos=17, activation="gelu", layers=(-1, -2)
     )

@@ -21,6 +21,7 @@ import yaml
 from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, greedy, prompt, relative, runtime
 from transformers import AutoConfig, AutoModel
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import ExportError
@@ -107,7 +108,7 @@ def test_inputs_and_outputs_are_those_of_our_own_graphs(architecture: str, compo
 def test_answers_stay_with_its_graphs(architecture: str, components: tuple[str, ...]) -> None:
     names = ("vision_encoder", "connector", "embed_tokens", "decoder")
     files = {name: (graphs if name in components else bundle)(architecture) / f"{name}.onnx" for name in names}
-    engine = OnnxRuntime(MolmoConfig.from_hub(GOLDEN / architecture), files, threads=2)
+    engine = OnnxRuntime(read_config(GOLDEN / architecture), files, threads=2)
     for name in CASES:
         ids = greedy(engine, prompt(engine, case(architecture, name)), 24)
         assert ids == expected(architecture)[1][name]["generated_ids"]
@@ -238,7 +239,7 @@ def test_dino_tied_weights_and_a_single_table(tmp_path: Path) -> None:
     """What no golden checkpoint has; each graph is compared with PyTorch before it is kept."""
     vision = VisionConfig("dino", 32, 4, 4, 48, 17, norm_eps=1e-6, activation="gelu", layers=(-2, -4))
     image = ImageConfig(crop_size=56, overlap_margins=(0, 0), resize="dino")
-    golden = MolmoConfig.from_hub(GOLDEN / "qwen").decoder
+    golden = read_config(GOLDEN / "qwen").decoder
     config = MolmoConfig(image, vision, replace(golden, weight_tying=True, additional_vocab_size=0), 64)
     made = Molmo(config).init_weights(0.3, torch.Generator().manual_seed(0))
     save_checkpoint(made, GOLDEN / "qwen" / "tokenizer.json", tmp_path / "checkpoint")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 from molmo_edge import Molmo
-from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.config import PRESETS, ConfigError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.modeling import load_checkpoint
@@ -124,7 +125,7 @@ def test_int8_takes_inputs_beyond_float16() -> None:
 
 
 def sparse_ffn(dtype: torch.dtype) -> SparseFFN:
-    config = MolmoConfig.from_hub(GOLDEN / "molmoe").decoder
+    config = read_config(GOLDEN / "molmoe").decoder
     ffn = SparseFFN(config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in ffn.named_parameters():

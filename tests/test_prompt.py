@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from molmo_edge.config import ImageConfig, MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.config import ImageConfig
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import (
     PromptError,
@@ -35,7 +36,7 @@ def test_sequence_equals_the_golden_one(checkpoint, case):
     expected = json.loads((directory / "expected.json").read_text(encoding="utf-8"))[case]
     arrays = load_file(directory / "expected.safetensors")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    processor = ImageProcessor(MolmoConfig.from_hub(directory).image, tokenizer.special)
+    processor = ImageProcessor(read_config(directory).image, tokenizer.special)
     image = processor(load_image(GOLDEN / expected["image"]))
     prompt = image_ids(tokenizer, image)
     text = text_ids(tokenizer, [expected["question"]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 
@@ -30,7 +31,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture(scope="module")
 def config(golden: Path) -> MolmoConfig:
-    return MolmoConfig.from_hub(golden / "molmoe")
+    return read_config(golden / "molmoe")
 
 
 def needed(config: MolmoConfig, precision: str) -> int:

@@ -20,7 +20,7 @@ import molmo_edge.export.experts_graph as experts_module
 import molmo_edge.modeling.bitsandbytes as bitsandbytes_module
 import molmo_edge.modeling.decoder as decoder_module
 from molmo_edge.checkpoints.bundle import open_bundle
-from molmo_edge.config import MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.routing import _choose, _reader, _with_probabilities, agreement, router_choices
 from molmo_edge.export import export_bundle
@@ -30,7 +30,7 @@ from molmo_edge.export.int8_graph import int8_linear, q8_linear
 from molmo_edge.runtimes import EngineError, Unavailable
 
 MOLMOE = GOLDEN / "molmoe"
-CONFIG = MolmoConfig.from_hub(MOLMOE).decoder
+CONFIG = read_config(MOLMOE).decoder
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not here")
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.config import MolmoConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.system.log import shown
@@ -83,7 +83,7 @@ def main() -> None:
     )
     start = args.checkpoint
     with world("cpu") as here:
-        model = build(MolmoConfig.from_hub(start), open_tensors(start), str(start), recipe, here)
+        model = build(read_config(start), open_tensors(start), str(start), recipe, here)
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
         few = Noise("few", args.few, 1)
         data = Data([few, Noise("many", 12, 3)], [0.4, 0.6], [few] if args.validate else ())

@@ -44,8 +44,9 @@ def is_checkpoint(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (CONFIG, REFERENCE_CONFIG))
 
 
-def read_config(directory: Path) -> MolmoConfig:
-    """The configuration of a checkpoint directory. Raises ConfigError, also where it cannot be read."""
+def read_config(directory: str | Path) -> MolmoConfig:
+    """Read the configuration of a checkpoint directory, in hub layout or the reference's own. Raises ConfigError."""
+    directory = Path(directory)
     if not (directory / CONFIG).exists() and (directory / REFERENCE_CONFIG).exists():
         return read_reference_config(directory / REFERENCE_CONFIG)
     image = directory / PREPROCESSOR

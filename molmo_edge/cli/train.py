@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.cli import train_data, train_points
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.output import note
@@ -178,13 +179,12 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
 
 def _run(start: str, recipe: Recipe, open_data: Callable[[], Any], out: Path, device: str) -> None:
     from molmo_edge.checkpoints.tensor_sources import open_tensors
-    from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.trainer import Trainer, build
 
     directory = options.starting_checkpoint(start, out)
-    config = MolmoConfig.from_hub(directory)
+    config = read_config(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     data = open_data()
     with world(device) as here:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import is_bundle, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.compare import Comparison, compare
@@ -245,7 +246,7 @@ def check_comparable(reference: Path, candidate: Path) -> None:
 
 
 def _config(directory: Path) -> MolmoConfig:
-    return open_bundle(directory).config if is_bundle(directory) else MolmoConfig.from_hub(directory)
+    return open_bundle(directory).config if is_bundle(directory) else read_config(directory)
 
 
 def _noise(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle, is_bundle, open_bundle
-from molmo_edge.checkpoints.hub_config import is_checkpoint
+from molmo_edge.checkpoints.hub_config import is_checkpoint, read_config
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.errors import first_line
 from molmo_edge.runtimes import EngineError, Unavailable, check_capacity, open_runtime
@@ -58,7 +58,7 @@ def router_choices(
     bundle = open_bundle(directory) if is_bundle(directory) else None
     if bundle is None and not is_checkpoint(directory):
         raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
-    config = MolmoConfig.from_hub(directory) if bundle is None else bundle.config
+    config = read_config(directory) if bundle is None else bundle.config
     if not config.decoder.n_experts:
         return None
     prompts = [_checked(prompt, config) for prompt in rows]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from molmo_edge.checkpoints.hub_config import write_hub_config
+from molmo_edge.checkpoints.hub_config import read_config, write_hub_config
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import INDEX, CheckpointError, TensorSource, check_tensors, open_tensors
@@ -31,7 +31,7 @@ def load_checkpoint(
     the tensor where one is missing or has another shape than the configuration says, before any is read.
     """
     directory = Path(directory)
-    config = MolmoConfig.from_hub(directory)
+    config = read_config(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     model = build_model(config, open_tensors(directory), where=str(directory), precision=precision, device=device)
     return model, tokenizer, config

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.safetensors_files import read_header
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import DTYPES, FileSource, TensorSource, check_tensors, open_tensors
@@ -142,7 +143,7 @@ def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str | None = None)
     frozen come out byte for byte as they are. Sums are float32; memory holds two tensors. Raises LoraError and
     CheckpointError.
     """
-    config, source = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint)
+    config, source = read_config(checkpoint), open_tensors(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise LoraError(f"{out} is the checkpoint that is read: name another directory")
     if dtype is not None and dtype not in MERGED_IN.values():

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
 from molmo_edge.config import MolmoConfig
@@ -253,7 +254,7 @@ def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfi
     if here.ranks > 1 and (base == "nf4" or (recipe.layout.experts > 1 and "experts" in lora.targets)):
         what = "weights in four bits" if base == "nf4" else "experts with adapters"
         raise LoraError(f'{what} cannot be spread over ranks: use one rank, or base="bf16" and experts=1')
-    config, source, where = MolmoConfig.from_hub(checkpoint), open_tensors(checkpoint), str(checkpoint)
+    config, source, where = read_config(checkpoint), open_tensors(checkpoint), str(checkpoint)
     if here.ranks == 1:
         molmo = open_base(config, source, where, base, here.device)
         add_adapters(molmo, lora, recipe.seed)

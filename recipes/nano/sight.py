@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.config import MolmoConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def data(roots: Sequence[Path]) -> tuple[Data, Vocabulary, list[Photo]]:
 def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path:
     """The stage, taken up where `run` has got to; returns the checkpoint it ends with."""
     sets, vocabulary, _ = data(roots)
-    config, tokenizer = MolmoConfig.from_hub(start), Tokenizer.from_file(start / "tokenizer.json")
+    config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
@@ -75,7 +75,7 @@ def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path
 def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detector: Path) -> dict[str, object]:
     """What the latest checkpoint of `run` and the detector alone score on the photographs of validation."""
     sets, vocabulary, held_out = data(roots)
-    config, tokenizer = MolmoConfig.from_hub(start), Tokenizer.from_file(start / "tokenizer.json")
+    config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
     with world("cpu") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
