@@ -289,7 +289,7 @@ def test_the_tokenizer_gets_what_the_references_gets(tmp_path):
         (lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 600}), "begin at 500"),
         (
             lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 499, "content": "<im_col>"}),
-            "leaves ids out",
+            "skips ids",
         ),
         (lambda t: t.pop("model"), "is damaged"),
     ],

@@ -22,7 +22,6 @@ from molmo_edge.checkpoints.tensor_names import Shape, head_name
 from molmo_edge.checkpoints.tensor_sources import PICKLE, SAFETENSORS, CheckpointError, FileSource, TensorSource
 from molmo_edge.config import DecoderConfig, MolmoConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.training.nano_start import resample_grid
 
 # The features that Molmo takes of each tower (launch_scripts/train_captioner.py).
 CLIP_LAYERS, DINO_LAYERS = (-2, -9), (-3, -9)
@@ -330,3 +329,14 @@ def _dino(v: VisionConfig, base: TensorSource) -> _Named:
         for k in (1, 2):
             scale = (f"{layers}.{n}.layer_scale{k}.lambda1", (v.d_model,))
             yield f"transformer.resblocks.{n}.lambda{k}", Recipe(base, (scale,))
+
+
+def resample_grid(grid: np.ndarray, positions: int) -> np.ndarray:
+    """[side^2, d] -> [positions, d], bicubic without antialiasing."""
+    import torch
+    import torch.nn.functional as F
+
+    old, new = round(len(grid) ** 0.5), round(positions**0.5)
+    square = torch.from_numpy(np.array(grid)).view(1, old, old, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
+    return square.permute(0, 2, 3, 1).reshape(positions, -1).numpy()

