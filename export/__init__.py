@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ __all__ = [
     "load_bundle_weights",
     "quantize_with_optimum",
 ]
-
-
-class ExportError(MolmoEdgeError):
-    """An export that was asked for something it cannot do, or that this installation lacks a part for."""
 
 
 def __getattr__(name: str) -> Any:

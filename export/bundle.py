@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-import molmo_edge
 from molmo_edge.checkpoints.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,10 +28,11 @@ from molmo_edge.checkpoints.tensor_names import head_name
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import first_line
-from molmo_edge.export import ExportError
+from molmo_edge.export.activation_ranges import WATCHED, largest_values, too_large
 from molmo_edge.export.component_errors import component_errors
 from molmo_edge.export.connector_graph import connector
 from molmo_edge.export.decoder_graph import decoder, embed_tokens
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.graph_builder import FP32, Graph, Precision
 from molmo_edge.export.int4_graph import Int4
 from molmo_edge.export.options import Wishes, check_wishes
@@ -43,9 +43,9 @@ from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.quantize.activation_ranges import WATCHED, largest_values, too_large
 from molmo_edge.runtimes import EngineError, open_files
 from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.system.version import __version__
 
 Builder = Callable[[Graph, MolmoConfig, TensorSource, Precision], None]
 BUILDERS: dict[str, Builder] = {
@@ -187,7 +187,7 @@ def export_bundle(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "name": name or out.name,
-            "created_by": f"molmo-edge {molmo_edge.__version__}",
+            "created_by": f"molmo-edge {__version__}",
             "model": config.to_dict(),
             "special_ids": dataclasses.asdict(tokenizer.special),
             "components": components,

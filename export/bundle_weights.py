@@ -19,8 +19,8 @@ from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import MolmoConfig
-from molmo_edge.export import ExportError
 from molmo_edge.export.decoder_graph import HUB as TRANSFORMER
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.int8_graph import ZERO_POINT
 from molmo_edge.export.vision_graph import HUB as VIT
 from molmo_edge.quantize.rounding import Blocks, unpack_nibbles

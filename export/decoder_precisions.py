@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.graph_builder import ExpertPart, Graph, Linear, Precision, fp32_linear
 from molmo_edge.export.int4_graph import Int4
 from molmo_edge.export.int8_graph import int8_linear, is_head, q8_linear

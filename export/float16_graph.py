@@ -2,7 +2,7 @@
 
 The products are float16: matrices, and q, k, v and the cache of attention. What lies between them, norms, activations,
 softmax and the residual stream, stays float32, where large values are: the ViT's few huge channels, the sums of many
-layers. So only what enters or leaves a product can pass float16's 65504; molmo_edge.quantize.activation_ranges finds
+layers. So only what enters or leaves a product can pass float16's 65504; molmo_edge.export.activation_ranges finds
 those matrices, and they stay float32, as does the attention behind them. Attention's scores are not watched: queries
 are scaled before they meet the keys.
 

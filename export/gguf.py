@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-import molmo_edge
 from molmo_edge.checkpoints.gguf_layout import GgufTensor, architecture, decoder_tensors, shape_metadata
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.gguf_vocab import add_vocabulary
 from molmo_edge.export.safetensors_checkpoint import round_to_bfloat16
 from molmo_edge.export.staging import check_disk
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize.llama_quantize import FLOATS, quantize_gguf
+from molmo_edge.system.version import __version__
 
 _FLOATS = {
     "f32": (4, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -89,7 +89,7 @@ def write_decoder(
         writer.add_type("model")
         writer.add_name(name)
         writer.add_file_type(_FLOATS[kind][2])
-        writer.add_string("molmo_edge.created_by", f"molmo-edge {molmo_edge.__version__}")
+        writer.add_string("molmo_edge.created_by", f"molmo-edge {__version__}")
         for key, value in shape_metadata(d).items():
             if isinstance(value, float):
                 writer.add_float32(key, value)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_edge.checkpoints.gguf_layout import token_names
 from molmo_edge.config import DecoderConfig
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.llama_library import last_words, load_library
 

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu

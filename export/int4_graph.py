@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.float16_graph import float16_linear, float16_table
 from molmo_edge.export.graph_builder import MICROSOFT, ExpertPart, Graph, Precision, add_bias, fp32_linear
 from molmo_edge.export.graph_operators import from_half, to_half

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType
 
-import molmo_edge
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.system.version import __version__
 
 _BACKBONE, _WTE = "model.vision_backbone", "model.transformer.wte"
 _VIT = f"{_BACKBONE}.image_vit"
@@ -118,7 +118,7 @@ def _metadata(writer: GGUFWriter, config: MolmoConfig, tokenizer: Tokenizer, nam
     writer.add_type("mmproj")
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.MOSTLY_F16)
-    writer.add_string("molmo_edge.created_by", f"molmo-edge {molmo_edge.__version__}")
+    writer.add_string("molmo_edge.created_by", f"molmo-edge {__version__}")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "molmo")
     writer.add_bool("clip.use_gelu", v.activation == "gelu")  # else quick_gelu

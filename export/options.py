@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molmo_edge.checkpoints.bundle import GRAPHS
-from molmo_edge.export import ExportError
 from molmo_edge.export.decoder_precisions import PART_WORDS, PARTS, by_part
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.float16_graph import float16
 from molmo_edge.export.graph_builder import FP32, Precision
 from molmo_edge.export.int4_graph import Int4, int4_precision
 from molmo_edge.export.int8_graph import INT8, Q8
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.llama_quantize import FLOATS, GGUF_WORDS, WEIGHED
 from molmo_edge.system.extras import pip_command
 
@@ -255,4 +256,7 @@ def _prompts(folder: Path) -> list[Prompt]:
         if error.name != "torch":
             raise
         raise ExportError(f"a calibration runs on PyTorch: {pip_command('torch')}") from None
-    return find_prompts(folder)
+    try:
+        return find_prompts(folder)
+    except QuantizeError as error:
+        raise ExportError(str(error)) from None

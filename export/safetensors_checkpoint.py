@@ -17,7 +17,7 @@ from molmo_edge.checkpoints.hub_config import write_hub_config
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import DTYPES, TensorSource, widen
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.export.source import open_source
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.frontend.tokenizer import Tokenizer

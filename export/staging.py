@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from molmo_edge.export import ExportError
+from molmo_edge.export.errors import ExportError
 from molmo_edge.system.scratch import BusyError, free_bytes, is_full, work_folder
 
 Free = Callable[[Path], int]  # bytes that can be written into a directory

@@ -8,6 +8,7 @@ import sys
 from importlib.machinery import PathFinder
 
 from molmo_edge.system.privacy import switch_off_reports
+from molmo_edge.system.version import __version__
 
 TYPE_CHECKING = False  # `typing` takes longer to import than all of this module
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from molmo_edge.frontend.points import Point as Point
     from molmo_edge.molmo import Molmo as Molmo
 
-__version__ = "0.1.0"
 __all__ = ["Answer", "Molmo", "MolmoEdgeError", "Point", "__version__"]
 
 # Here, because every import of another library by this package comes after it.

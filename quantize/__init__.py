@@ -1,1 +1,7 @@
-"""Smaller weights for the exported graphs, and what they cost (imported as `molmo_edge.quantize`)."""
+"""Quantisers and calibration: they work on arrays and know nothing of graphs (imported as `molmo_edge.quantize`)."""
+
+from molmo_edge.errors import MolmoEdgeError
+
+
+class QuantizeError(MolmoEdgeError):
+    """The weights cannot be quantised, or the calibration data cannot be used."""

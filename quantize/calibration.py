@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.export import ExportError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import image_ids, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling.decoder import SparseFFN
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.calibration_prompts import PROMPTS, QUESTIONS, Prompt, photos_in, read_prompts
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.layer_inputs import SHARED, Walk
@@ -47,19 +47,19 @@ def find_prompts(folder: str | Path) -> list[Prompt]:
     """The prompts of a folder, at most MOST, evenly over what it has.
 
     From its prompts.jsonl, a line {"image": path in the folder, "question": ..., "answer": ...} each, the answer
-    optional; without that file every photo in it gets one of a few common questions. Raises ExportError, and ImageError
-    or PromptError for what cannot be used.
+    optional; without that file every photo in it gets one of a few common questions. Raises QuantizeError,
+    ImageError or PromptError for what cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ExportError(f"{folder} is not a folder of photos to calibrate with")
+        raise QuantizeError(f"{folder} is not a folder of photos to calibrate with")
     listed = folder / PROMPTS
     if listed.is_file():
         prompts = _some(read_prompts(listed))
     else:
         prompts = [Prompt(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(_some(photos_in(folder)))]
     if not prompts:
-        raise ExportError(f"{folder} holds no photos to calibrate with, and no {PROMPTS}")
+        raise QuantizeError(f"{folder} holds no photos to calibrate with, and no {PROMPTS}")
     for prompt in prompts:  # now, not after an hour
         load_image(prompt.image)
     return prompts

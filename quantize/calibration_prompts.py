@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from molmo_edge.export import ExportError
 from molmo_edge.frontend.prompts import build_prompt, caption_question
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.system.file_names import FileNameError, find_file, printable
 
 PROMPTS = "prompts.jsonl"
@@ -42,12 +42,12 @@ def photos_in(folder: Path) -> list[Path]:
 def read_prompts(listed: Path) -> list[Prompt]:
     """A prompts.jsonl: a line {"image": path in the folder, "question": ..., "answer": ...} each, the answer optional.
 
-    Raises ExportError, which names the line, and PromptError for an empty question. Pictures are not opened.
+    Raises QuantizeError, which names the line, and PromptError for an empty question. Pictures are not opened.
     """
     try:
         lines = listed.read_text("utf-8").split("\n")
     except UnicodeDecodeError:
-        raise ExportError(f"{listed} is not in UTF-8") from None
+        raise QuantizeError(f"{listed} is not in UTF-8") from None
     prompts = [_parse(listed, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     for prompt in prompts:
         build_prompt(prompt.question)
@@ -62,13 +62,13 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
         if not isinstance(prompt.question, str) or not isinstance(prompt.answer, str):
             raise TypeError("question and answer are texts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(
+        raise QuantizeError(
             f'{file}, line {number}: expected {{"image": ..., "question": ..., "answer": ...}}: {error}'
         ) from None
     try:
         found = find_file(file.parent, name)
     except FileNameError as error:
-        raise ExportError(f"{file}, line {number}: {error}") from None
+        raise QuantizeError(f"{file}, line {number}: {error}") from None
     if found is None:
-        raise ExportError(f"{file}, line {number}: there is no {printable(prompt.image)}")
+        raise QuantizeError(f"{file}, line {number}: there is no {printable(prompt.image)}")
     return Prompt(found, prompt.question, prompt.answer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molmo_edge.export import ExportError
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.rounding import CLIPS, MIDDLE
 
 _TOP = 15
@@ -24,7 +24,7 @@ def gptq(
 
     codes uint8 [..., out, in], scale float32 [..., out, in / block], zero point uint8 like scale, or None. Leading
     dimensions are matrices side by side. float32 throughout. A hessian of zeros alone leaves
-    nothing to make up for. Raises ExportError for one that is not positive, as of inputs that are not numbers.
+    nothing to make up for. Raises QuantizeError for one that is not positive, as of inputs that are not numbers.
     """
     shape = weight.shape
     work = (
@@ -63,7 +63,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         del damped, diagonal
         return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     except torch.linalg.LinAlgError as error:
-        raise ExportError("the calibration's inputs are not numbers: are these weights sound?") from error
+        raise QuantizeError("the calibration's inputs are not numbers: are these weights sound?") from error
 
 
 def _scale(rows: Tensor, spread: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:

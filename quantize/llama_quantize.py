@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.export import ExportError
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.runtimes.llama_library import last_words, load_library
 from molmo_edge.system.cores import physical_cores
 
@@ -37,8 +37,8 @@ def quantize_gguf(source: Path, out: Path, kind: str, importance: Mapping[str, n
     molmo_edge.quantize.importance). llama.cpp keeps vectors and the router, and takes another type where a row does
     not fill that type's blocks of 256.
 
-    In a process of its own: llama.cpp takes minutes, in which nothing else could interrupt it. Raises ExportError where
-    it fails.
+    In a process of its own: llama.cpp takes minutes, in which nothing else could interrupt it. Raises QuantizeError
+    where it fails.
     """
     load_library()  # says what is missing
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -51,7 +51,7 @@ def quantize_gguf(source: Path, out: Path, kind: str, importance: Mapping[str, n
     if run.returncode:
         said = run.stderr.strip().splitlines()
         why = said[-1] if said else f"it ended with status {run.returncode}"
-        raise ExportError(f"llama.cpp cannot make {kind} of this decoder: {why}")
+        raise QuantizeError(f"llama.cpp cannot make {kind} of this decoder: {why}")
 
 
 def _main() -> None:

@@ -27,6 +27,7 @@ from molmo_edge.config import DecoderConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.llama_quantize import GGUF_WORDS, quantize_gguf
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -79,7 +80,7 @@ class TestExport:
 
     def test_what_llama_cpp_will_not_round(self, tmp_path: Path) -> None:
         (tmp_path / "no.gguf").write_bytes(b"GGUF")
-        with pytest.raises(ExportError, match=r"cannot make q8_0 of this decoder: .*failed to"):
+        with pytest.raises(QuantizeError, match=r"cannot make q8_0 of this decoder: .*failed to"):
             quantize_gguf(tmp_path / "no.gguf", tmp_path / "out.gguf", "q8_0")
 
     def test_decoders_without_a_graph(self) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
-from molmo_edge.export import ExportError
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import PromptError, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.calibration import MOST, Prompt, find_prompts, sequences
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.importance import importance
@@ -200,13 +200,13 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "?", "answer": ["x"]}', "line 1: expected .* are texts"),
     ):
         file.write_text(line)
-        with pytest.raises(ExportError, match=message):
+        with pytest.raises(QuantizeError, match=message):
             find_prompts(tmp_path)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ExportError, match="not in UTF-8"):
+    with pytest.raises(QuantizeError, match="not in UTF-8"):
         find_prompts(tmp_path)
     file.write_text("")
-    with pytest.raises(ExportError, match="holds no photos"):
+    with pytest.raises(QuantizeError, match="holds no photos"):
         find_prompts(tmp_path)
     file.write_text('{"image": "a.png", "question": " "}')
     with pytest.raises(PromptError):

@@ -19,11 +19,11 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export import bundle as bundle_module
 from molmo_edge.export import experts_graph as experts_module
+from molmo_edge.export.activation_ranges import too_large
 from molmo_edge.export.bundle_weights import load_bundle_weights
 from molmo_edge.export.options import TARGETS, check_wishes
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.weights import save_checkpoint
-from molmo_edge.quantize.activation_ranges import too_large
 from molmo_edge.runtimes import Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.providers import place

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-import molmo_edge
 from molmo_edge.cli import (
     INTERRUPTED,
     ablate,
@@ -35,6 +34,7 @@ from molmo_edge.cli.streams import complain, flush_streams, open_streams
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.extras import with_extra
 from molmo_edge.system.log import shown
+from molmo_edge.system.version import __version__
 
 app = typer.Typer(
     name="molmo-edge",
@@ -55,7 +55,7 @@ _tracebacks = False
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"molmo-edge {molmo_edge.__version__}")
+        print(f"molmo-edge {__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import typer
 
-import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.errors import MolmoEdgeError
@@ -19,6 +18,7 @@ from molmo_edge.system.cores import available_cores
 from molmo_edge.system.extras import Requirement, extras, pip_command
 from molmo_edge.system.memory import meminfo
 from molmo_edge.system.privacy import reports
+from molmo_edge.system.version import __version__
 
 _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typer", "rich")
 
@@ -30,7 +30,7 @@ def doctor(*, json: options.Json = False) -> None:
     problems: list[str] = []
     found = extras()
     facts: dict[str, object] = {
-        "molmo_edge": molmo_edge.__version__,
+        "molmo_edge": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": available_cores(),
