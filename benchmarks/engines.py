@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes import LlamaOptions, open_runtime
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         "onnxruntime": open_runtime(args.onnx, threads=args.threads),
         "llama.cpp": open_runtime(args.gguf, threads=args.threads),
         "llama.cpp, its defaults": open_runtime(
-            args.gguf, threads=args.threads, llama="repack=yes,flash_attention=yes"
+            args.gguf, threads=args.threads, engine_options=LlamaOptions(repack=True, flash_attention=True)
         ),
     }
     width = engines["onnxruntime"].config.decoder.d_model

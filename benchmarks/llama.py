@@ -24,7 +24,7 @@ import numpy as np
 
 from molmo_edge import Molmo
 from molmo_edge.checkpoints.bundle import open_bundle
-from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes import LlamaOptions, open_runtime
 from molmo_edge.runtimes.llama import LlamaRuntime
 
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    runtime = open_runtime(args.bundle, llama=args.options)
+    runtime = open_runtime(args.bundle, engine_options=LlamaOptions.parse(args.options))
     assert isinstance(runtime, LlamaRuntime)
     model = runtime._model()
     load = time.perf_counter() - began
@@ -129,7 +129,7 @@ class _Alone:
 
 def asking(args: argparse.Namespace) -> dict[str, Any]:
     firsts, laters = [], []
-    with Molmo(args.bundle, llama=args.options) as molmo:
+    with Molmo(args.bundle, engine_options=LlamaOptions.parse(args.options)) as molmo:
         molmo.ask(args.photo, "What is this?", max_new_tokens=1)  # loads what loads in the background
         for _ in range(args.runs):
             began = time.perf_counter()
@@ -148,7 +148,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     program = f"""
 import re
 from molmo_edge import Molmo
-with Molmo({str(args.bundle)!r}, llama={args.options!r}) as molmo:
+from molmo_edge.runtimes import LlamaOptions
+with Molmo({str(args.bundle)!r}, engine_options=LlamaOptions.parse({args.options!r})) as molmo:
     molmo.ask({str(args.photo)!r}, "Describe this image.", max_new_tokens=8)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

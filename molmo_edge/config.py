@@ -20,6 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 OVERVIEW_UNIT = 32  # pixels; sides of an overview are padded to multiples of it
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml", "vulkan")
+
 # Of weights on PyTorch: modeling/precision.py says what they mean.
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
 

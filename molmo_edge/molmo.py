@@ -38,8 +38,7 @@ from molmo_edge.system.log import logger
 if TYPE_CHECKING:
     from molmo_edge.chat import Chat
     from molmo_edge.config import MolmoConfig
-    from molmo_edge.runtimes import Cache, Runtime
-    from molmo_edge.runtimes.llama_options import LlamaOptions
+    from molmo_edge.runtimes import Cache, LlamaOptions, Runtime
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
 
@@ -89,7 +88,7 @@ class Molmo(NotCopied):
     weights, "fp32", "bf16", "int8", "nf4" (both of bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU that has
     the memory. `max_crops`: fewer crops than the model's own limit are faster and see less. `threads`: CPU threads,
     at most the cores that this process may use; None for the physical ones, or a container's quota.
-    `llama`: how llama.cpp runs a bundle's GGUF, "cache=q8_0" or LlamaOptions (molmo_edge.runtimes.llama_options).
+    `engine_options`: LlamaOptions for a bundle with a GGUF decoder (molmo_edge.runtimes.LlamaOptions).
 
     Every method raises MolmoEdgeError, with one sentence that says what to do, for what is wrong with its
     arguments. `image` is a path, bytes, a file object, a PIL image, a uint8 array [h, w], [h, w, 3] or
@@ -107,7 +106,7 @@ class Molmo(NotCopied):
         revision: str | None = None,
         max_crops: int | None = None,
         threads: int | None = None,
-        llama: LlamaOptions | str | None = None,
+        engine_options: LlamaOptions | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -119,7 +118,9 @@ class Molmo(NotCopied):
             raise ConfigError(f'precision "{precision}" is not known; known are {", ".join(PRECISIONS)}')
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
-        runtime = open_runtime(directory, device=device, precision=precision, threads=threads, llama=llama)
+        runtime = open_runtime(
+            directory, device=device, precision=precision, threads=threads, engine_options=engine_options
+        )
         self._assemble(runtime, tokenizer, max_crops, started, model_name(directory))
 
     @classmethod

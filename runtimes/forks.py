@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from molmo_edge.runtimes import EngineError
+from molmo_edge.errors import EngineError
 
 _generation = 0  # forks between the first process and this one
 _loads: set[Future[Any]] = set()

@@ -16,7 +16,7 @@ import numpy as np
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
-    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
+    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
 
 
 class GenerationError(MolmoEdgeError):

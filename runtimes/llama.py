@@ -24,10 +24,12 @@ import numpy as np
 from molmo_edge.checkpoints.bundle import GRAPHS, Bundle, load_tokenizer
 from molmo_edge.checkpoints.gguf_header import check_decoder
 from molmo_edge.config import MolmoConfig
-from molmo_edge.runtimes import Cache, EngineError, check_capacity, check_copy, check_rows, forks
+from molmo_edge.errors import EngineError
+from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, last_words, load_library, on_gpu
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
+from molmo_edge.runtimes.protocol import Cache, check_capacity, check_copy, check_rows
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.runtimes import Unavailable
+from molmo_edge.errors import Unavailable
 
 OLDEST = (0, 3, 36)  # the first that this was tried with; its structs are not those of earlier ones
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR

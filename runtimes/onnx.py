@@ -16,18 +16,10 @@ import numpy as np
 
 from molmo_edge.checkpoints.bundle import GRAPHS, Bundle
 from molmo_edge.config import MolmoConfig
-from molmo_edge.errors import first_line
+from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
-from molmo_edge.runtimes import (
-    Cache,
-    EngineError,
-    Unavailable,
-    check_capacity,
-    check_copy,
-    check_overview,
-    check_rows,
-    forks,
-)
+from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.protocol import Cache, check_capacity, check_copy, check_overview, check_rows
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.system.cores import available_cores, choose_threads
 from molmo_edge.system.memory import check_room

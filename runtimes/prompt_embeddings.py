@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from molmo_edge.frontend.crops import PreparedImage
     from molmo_edge.frontend.prompts import Prompt
-    from molmo_edge.runtimes import Runtime
+    from molmo_edge.runtimes.protocol import Runtime
 
 
 def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from molmo_edge.checkpoints.bundle import GRAPHS, cache_directory
 from molmo_edge.config import MolmoConfig
-from molmo_edge.runtimes import Unavailable
+from molmo_edge.errors import Unavailable
 
 _INSTALL = {
     "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu; on a Jetson, the wheel of your JetPack"),

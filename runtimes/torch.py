@@ -15,11 +15,13 @@ import torch
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.config import MolmoConfig
+from molmo_edge.errors import EngineError, Unavailable
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
-from molmo_edge.runtimes import EngineError, Unavailable, check_copy, check_overview, forks
+from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.protocol import check_copy, check_overview
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
 

@@ -64,7 +64,7 @@ def gguf_bundle(architecture: str, precision: str, **options: Any) -> Path:
 
 @functools.cache
 def gguf_runtime(architecture: str, precision: str, options: LlamaOptions = EXACT) -> LlamaRuntime:
-    opened = open_runtime(gguf_bundle(architecture, precision), threads=2, llama=options)
+    opened = open_runtime(gguf_bundle(architecture, precision), threads=2, engine_options=options)
     assert isinstance(opened, LlamaRuntime)
     return opened
 

@@ -36,7 +36,7 @@ def engine(kind: str, tiny_bundle: Path) -> Molmo:
     pytest.importorskip("llama_cpp")
     from exported import EXACT, gguf_bundle
 
-    return Molmo(gguf_bundle("molmoe", "f32"), threads=1, llama=EXACT, max_crops=1)
+    return Molmo(gguf_bundle("molmoe", "f32"), threads=1, engine_options=EXACT, max_crops=1)
 
 
 ENGINES = ("onnxruntime", "pytorch", "llama.cpp")
@@ -134,7 +134,7 @@ def test_a_larger_copy_of_a_cache_continues_as_the_cache_does(kind: str, tiny_bu
         more = runtime.embed(np.arange(60, 80))
         np.testing.assert_allclose(runtime.forward(more, larger), runtime.forward(more, cache), atol=1e-5)
         assert (larger.length, cache.length) == (60, 60)
-        with pytest.raises(EngineError, match="60 positions are filled"):
+        with pytest.raises(EngineError, match="holds 60 positions"):
             cache.copy(59)
 
 

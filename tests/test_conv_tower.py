@@ -190,7 +190,7 @@ def test_engines_equal_the_module_on_pictures_of_any_shape(checkpoint: Path, tmp
             exact = whole(prepared, model)
             found = engine.encode_image(prepared.crops, prepared.masks, prepared.overview)
             assert np.abs(found - exact).max() < 2e-4 * np.abs(exact).max(), (engine.engine, size)
-        with pytest.raises(EngineError, match="needs the overview"):
+        with pytest.raises(EngineError, match="pass the overview"):
             engine.encode_image(prepared.crops, prepared.masks)
         engine.close()
 

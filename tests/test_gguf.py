@@ -156,7 +156,7 @@ def test_weights_laid_out_anew_are_the_same_weights() -> None:
     """q4_0 is what llama.cpp repacks; its other kernel adds up in another order."""
     if has_amx():
         with pytest.raises(EngineError, match="without them: CMAKE_ARGS"):
-            open_runtime(gguf_bundle("molmoe", "q4_0"), llama=replace(EXACT, repack=True))
+            open_runtime(gguf_bundle("molmoe", "q4_0"), engine_options=replace(EXACT, repack=True))
         assert open_runtime(gguf_bundle("molmoe", "q4_0")).engine == "llama.cpp"
         return
     rows = prompt(gguf_runtime("molmoe", "f32"), case("molmoe", "square"))
@@ -182,14 +182,14 @@ def test_options_are_read_and_refused() -> None:
     ):
         with pytest.raises(EngineError, match=why):
             LlamaOptions.parse(text)
-    for given in ({"cache": "q8_0"}, 3, True):
-        with pytest.raises(EngineError, match="llama must be LlamaOptions"):
-            open_runtime(gguf_bundle("molmoe", "f32"), llama=given)  # type: ignore[arg-type]
-    assert open_runtime(gguf_bundle("molmoe", "f32"), llama="cache=f32").engine == "llama.cpp"
-    with pytest.raises(EngineError, match="not for it"):
-        open_runtime(exported.bundle("molmoe"), llama=LlamaOptions())
-    with pytest.raises(EngineError, match="does not run on llama"):
-        open_runtime(GOLDEN / "molmoe", llama=LlamaOptions())
+    for given in ({"cache": "q8_0"}, "cache=f32", 3, True):
+        with pytest.raises(EngineError, match="engine_options must be LlamaOptions"):
+            open_runtime(gguf_bundle("molmoe", "f32"), engine_options=given)  # type: ignore[arg-type]
+    assert open_runtime(gguf_bundle("molmoe", "f32"), engine_options=LlamaOptions(cache="f32")).engine == "llama.cpp"
+    with pytest.raises(EngineError, match=r"but .* is a bundle for ONNX Runtime: leave engine_options out"):
+        open_runtime(exported.bundle("molmoe"), engine_options=LlamaOptions())
+    with pytest.raises(EngineError, match=r"but .* is a checkpoint, which runs on PyTorch: leave engine_options out"):
+        open_runtime(GOLDEN / "molmoe", engine_options=LlamaOptions())
 
 
 def test_a_gpu_that_is_not_here_is_refused_with_what_builds_it() -> None:

@@ -103,7 +103,7 @@ class TestCaches:
         cache = self.engine.new_cache(len(self.rows) + 6)
         self.engine.forward(self.rows, cache)
         (tmp_path / "state").write_bytes(cache.state())
-        other = open_runtime(gguf_bundle("molmoe", "f32"), llama=EXACT)  # as another process would
+        other = open_runtime(gguf_bundle("molmoe", "f32"), engine_options=EXACT)  # as another process would
         assert isinstance(other, LlamaRuntime)
         restored = other.restore((tmp_path / "state").read_bytes(), cache.length, cache.length + 6)
         assert relative(other.forward(self.text[0], restored), self.alone(self.rows, self.text[0])) < 1e-5
@@ -115,13 +115,13 @@ class TestCaches:
 
     def test_what_does_not_fit_is_refused(self) -> None:
         cache = self.engine.new_cache(4)
-        with pytest.raises(EngineError, match="5 positions do not fit"):
+        with pytest.raises(EngineError, match="5 positions do not fit into the cache"):
             self.engine.forward(self.rows[:5], cache)
-        with pytest.raises(EngineError, match="nothing to run"):
+        with pytest.raises(EngineError, match="at least one embedding"):
             self.engine.forward(self.rows[:0], cache)
         with pytest.raises(EngineError, match="32 wide"):
             self.engine.forward(self.rows[:2, :7], cache)
-        with pytest.raises(EngineError, match="this model has"):
+        with pytest.raises(EngineError, match="positions was requested"):
             self.engine.new_cache(10**6)
         with pytest.raises(EngineError, match="another runtime"):
             self.engine.forward(self.rows[:2], exported.runtime("molmoe").new_cache(8))
@@ -174,7 +174,7 @@ class TestCaches:
 
 
 def test_threads_share_a_molmo() -> None:
-    molmo = Molmo(gguf_bundle("qwen", "f32"), threads=1, llama=EXACT, max_crops=1)
+    molmo = Molmo(gguf_bundle("qwen", "f32"), threads=1, engine_options=EXACT, max_crops=1)
     scene = molmo.encode(GOLDEN / "coffee.png", room=40)
     questions = [f"Point to the {thing}." for thing in ("cup", "spoon", "table", "saucer")]
     alone = [molmo.ask(scene, question, max_new_tokens=8).token_ids for question in questions]

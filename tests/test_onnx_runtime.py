@@ -100,14 +100,14 @@ def test_special_ids_reach_the_table_they_belong_to(name: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     engine = runtime("qwen")
-    with pytest.raises(EngineError, match="4097 positions were asked for"):
+    with pytest.raises(EngineError, match="a cache of 4097 positions was requested"):
         engine.new_cache(4097)
     cache = engine.new_cache(4)
     engine.forward(engine.embed(np.arange(3)), cache)
-    with pytest.raises(EngineError, match="do not fit: 3 of 4"):
+    with pytest.raises(EngineError, match="do not fit into the cache: 3 of 4"):
         engine.forward(engine.embed(np.arange(2)), cache)
     assert cache.length == 3
-    with pytest.raises(EngineError, match="nothing to run"):
+    with pytest.raises(EngineError, match="at least one embedding"):
         engine.forward(np.zeros((0, 32), np.float32), cache)
     with pytest.raises(EngineError, match=r"0\.\.527"):
         engine.embed(np.array([528]))

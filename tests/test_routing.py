@@ -27,7 +27,7 @@ from molmo_edge.export import export_bundle
 from molmo_edge.export.graph_builder import Graph, Linear, fp32_linear
 from molmo_edge.export.int4_graph import Int4
 from molmo_edge.export.int8_graph import int8_linear, q8_linear
-from molmo_edge.runtimes import EngineError, Unavailable
+from molmo_edge.runtimes import EngineError, LlamaOptions, Unavailable
 
 MOLMOE = GOLDEN / "molmoe"
 CONFIG = read_config(MOLMOE).decoder
@@ -203,8 +203,8 @@ def test_a_graph_with_other_routers_is_refused(softmaxes: int, tmp_path: Path) -
 
 @needs_llama
 def test_a_gguf_in_f32_chooses_as_pytorch_does() -> None:
-    for options in (EXACT, "cache=f32", None):
-        assert_equal(choices(gguf_bundle("molmoe", "f32"), llama=options))
+    for options in (EXACT, LlamaOptions(cache="f32"), None):
+        assert_equal(choices(gguf_bundle("molmoe", "f32"), engine_options=options))
 
 
 # Measured: 0.994, 0.978.
@@ -275,7 +275,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
             (np.zeros((3, CONFIG.d_model + 1), np.float32), r"rows \[n, 32\] for this model, it is \[3, 33\]"),
             (np.zeros(CONFIG.d_model, np.float32), r"it is \[32\]"),
             (np.zeros((0, CONFIG.d_model), np.float32), "0 positions"),
-            (np.zeros((CONFIG.max_position_embeddings + 1, CONFIG.d_model), np.float32), "this model has"),
+            (np.zeros((CONFIG.max_position_embeddings + 1, CONFIG.d_model), np.float32), "the model's context has"),
             (np.full((3, CONFIG.d_model), np.nan, np.float32), "no numbers"),
         ):
             with pytest.raises(EngineError, match=why):

@@ -91,7 +91,13 @@ def bench(
         started = time.perf_counter()
         # With --checkpoint it is that one's precision that is meant.
         own = opening.precision if checkpoint is None else "auto"
-        runtime: Runtime = open_runtime(directory, device=device, precision=own, threads=threads, llama=opening.llama)
+        runtime: Runtime = open_runtime(
+            directory,
+            device=device,
+            precision=own,
+            threads=threads,
+            engine_options=options.llama_options(opening.llama),
+        )
         measure(runtime.engine, runtime, time.perf_counter() - started)
     show()
     note(f"{timings[0].engine} is done", quiet=quiet or not json)

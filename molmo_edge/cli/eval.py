@@ -101,7 +101,12 @@ def eval(
         _share_out(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
     elif left:
         with Molmo(
-            directory, device=device, precision=precision, max_crops=max_crops, threads=threads, llama=llama
+            directory,
+            device=device,
+            precision=precision,
+            max_crops=max_crops,
+            threads=threads,
+            engine_options=options.llama_options(llama),
         ) as molmo:
             for name, questions in asked.items():
                 with bars(quiet=quiet) as bar:

@@ -42,10 +42,10 @@ def loss(
 ) -> None:
     """Measure what smaller models lose, on the same prompts."""
     from molmo_edge.checkpoints.bundle import is_bundle
+    from molmo_edge.errors import EngineError
     from molmo_edge.evaluation import need_onnx
     from molmo_edge.evaluation.figures import KINDS
     from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
-    from molmo_edge.runtimes import EngineError
 
     if noise not in NOISES:
         raise typer.BadParameter(f'"{noise}" is not known; known are {", ".join(NOISES)}', param_hint="--noise")
@@ -59,11 +59,11 @@ def loss(
     def model(name: str) -> Model:
         directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
         own = "auto" if is_bundle(directory) else precision  # a bundle has its own, and only some have a GGUF
-        own_llama = llama if any(directory.glob("*.gguf")) else None
+        own_llama = options.llama_options(llama) if any(directory.glob("*.gguf")) else None
         return Model(directory, own, device, threads, own_llama, named(name))
 
     models = [model(name) for name in (reference, *candidates)]
-    if llama is not None and not any(m.llama for m in models):
+    if llama is not None and not any(m.engine_options for m in models):
         raise EngineError("none of these has a GGUF, so llama.cpp's options are not for them")
 
     def keep(so_far: Loss) -> None:

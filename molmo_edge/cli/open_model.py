@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molmo_edge.cli.options import llama_options
 from molmo_edge.cli.output import progress
 
 if TYPE_CHECKING:
@@ -36,5 +37,5 @@ def open_molmo(opening: Opening, *, quiet: bool) -> Molmo:
             precision=opening.precision,
             max_crops=opening.max_crops,
             threads=opening.threads,
-            llama=opening.llama,
+            engine_options=llama_options(opening.llama),
         )

@@ -9,16 +9,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from molmo_edge.cli.pictures import names_image
 
+if TYPE_CHECKING:
+    from molmo_edge.runtimes import LlamaOptions
+
 
 def _known_device(device: str) -> str:
-    from molmo_edge.runtimes import DEVICES  # it brings numpy, which no --help should wait for
+    from molmo_edge.config import DEVICES
 
     if device not in DEVICES:
         raise typer.BadParameter(f'"{device}" is not known; known are {", ".join(DEVICES)}')
@@ -35,7 +38,7 @@ def _known_precision(precision: str) -> str:
 
 def _enough_cores(threads: int | None) -> int | None:
     if threads is not None:
-        from molmo_edge.runtimes import EngineError
+        from molmo_edge.errors import EngineError
         from molmo_edge.system.cores import choose_threads
 
         try:
@@ -46,15 +49,20 @@ def _enough_cores(threads: int | None) -> int | None:
 
 
 def _known_llama(text: str | None) -> str | None:
-    if text is not None:
-        from molmo_edge.runtimes import EngineError
-        from molmo_edge.runtimes.llama_options import LlamaOptions
+    from molmo_edge.errors import EngineError
 
-        try:
-            LlamaOptions.parse(text)
-        except EngineError as error:
-            raise typer.BadParameter(str(error)) from None
+    try:
+        llama_options(text)
+    except EngineError as error:
+        raise typer.BadParameter(str(error)) from None
     return text
+
+
+def llama_options(text: str | None) -> LlamaOptions | None:
+    """The value of --llama as `engine_options`. Raises EngineError for an option that llama.cpp does not have."""
+    from molmo_edge.runtimes import LlamaOptions
+
+    return None if text is None else LlamaOptions.parse(text)
 
 
 def _finite(value: float) -> float:

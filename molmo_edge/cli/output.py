@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from molmo_edge.answer import Answer
-    from molmo_edge.molmo import Stream
+    from molmo_edge.sdk.streaming import Stream
 
 _UNLIMITED = 10_000  # columns
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

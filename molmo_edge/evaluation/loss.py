@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,11 @@ from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.evaluation.stats import Figure
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.frontend.prompts import text_ids
-from molmo_edge.runtimes import PartedRuntime, check_model_room, open_runtime
+from molmo_edge.runtimes import LlamaOptions, PartedRuntime, check_model_room, open_runtime
 from molmo_edge.runtimes.prompt_embeddings import with_features
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.memory import available_memory
 from molmo_edge.system.scratch import temporary_folder
-
-if TYPE_CHECKING:
-    from molmo_edge.runtimes.llama_options import LlamaOptions
 
 ROUTED = 16  # questions whose experts are compared; the image's positions are most of each
 PARTED = 16  # images whose features the decoder is given exactly, to tell its loss from the vision tower's
@@ -49,7 +46,7 @@ class Model:
     precision: str = "auto"  # of a checkpoint
     device: str = "auto"
     threads: int | None = None
-    llama: LlamaOptions | str | None = None  # of a GGUF
+    engine_options: LlamaOptions | None = None
     name: str = ""  # in reports; without it the directory's
 
     @property
@@ -60,7 +57,11 @@ class Model:
     @contextmanager
     def opened(self, max_crops: int | None = None, *, moved: bool = False) -> Iterator[Subject]:
         runtime = open_runtime(
-            self.directory, device=self.device, precision=self.precision, threads=self.threads, llama=self.llama
+            self.directory,
+            device=self.device,
+            precision=self.precision,
+            threads=self.threads,
+            engine_options=self.engine_options,
         )
         try:
             yield Subject(runtime, load_tokenizer(self.directory), max_crops, moved)
@@ -330,7 +331,7 @@ class _Routed:
 
 
 def _how(model: Model) -> dict[str, Any]:
-    return {"threads": model.threads, "precision": model.precision, "llama": model.llama}
+    return {"threads": model.threads, "precision": model.precision, "engine_options": model.engine_options}
 
 
 def _rows(subject: Subject, answered: Answered) -> np.ndarray:

@@ -12,19 +12,17 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle, is_bundle, open_bundle
 from molmo_edge.checkpoints.hub_config import is_checkpoint, read_config
 from molmo_edge.config import DecoderConfig, MolmoConfig
-from molmo_edge.errors import first_line
-from molmo_edge.runtimes import EngineError, Unavailable, check_capacity, open_runtime
+from molmo_edge.errors import EngineError, Unavailable, first_line
+from molmo_edge.runtimes import LlamaOptions, open_runtime
+from molmo_edge.runtimes.protocol import check_capacity
 from molmo_edge.system.extras import pip_command
-
-if TYPE_CHECKING:
-    from molmo_edge.runtimes.llama_options import LlamaOptions
 
 Probabilities = Callable[[np.ndarray], np.ndarray]
 """Rows float32 [n, d_model] -> what the routers make of them, float32 [n_layers, n, n_experts]"""
@@ -40,13 +38,13 @@ def router_choices(
     *,
     precision: str = "fp32",
     threads: int | None = None,
-    llama: LlamaOptions | str | None = None,
+    engine_options: LlamaOptions | None = None,
 ) -> list[np.ndarray] | None:
     """The experts that are chosen at every position of some prompts; None for a decoder without experts.
 
     `model`: the directory of a bundle, with a decoder in ONNX or as a GGUF, or of a checkpoint, on PyTorch in
     `precision`. It is loaded for this alone, and runs on the CPU. `rows`: prompts as the decoder is fed with them,
-    float32 [n, d_model] each. `llama`: how llama.cpp runs a GGUF, as `molmo_edge.runtimes.open_runtime` takes it.
+    float32 [n, d_model] each. `engine_options`: of a GGUF, as of `molmo_edge.runtimes.open_runtime`.
 
     Returns for each prompt int16 [n_layers, n, top_k], ids ascending along the last axis. Where probabilities are
     equal the lower id counts as chosen.
@@ -65,7 +63,7 @@ def router_choices(
     if bundle is None:
         probabilities = _on_pytorch(directory, precision, threads)
     elif bundle.components["decoder"].engine == "gguf":
-        probabilities = _on_llama(bundle, threads, llama)
+        probabilities = _on_llama(bundle, threads, engine_options or LlamaOptions())
     else:
         probabilities = _on_onnx(bundle, threads)
     return [_choose(probabilities(prompt), config.decoder.top_k) for prompt in prompts]
@@ -219,12 +217,10 @@ def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: Deco
 # llama.cpp, which shows the tensors of its graph to a callback as they are computed.
 
 
-def _on_llama(bundle: Bundle, threads: int | None, given: LlamaOptions | str | None) -> Probabilities:
+def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Probabilities:
     from molmo_edge.runtimes.llama import open_watched
     from molmo_edge.runtimes.llama_library import load_library
-    from molmo_edge.runtimes.llama_options import LlamaOptions
 
-    options = LlamaOptions.parse(given) if isinstance(given, str) else given or LlamaOptions()
     d = bundle.config.decoder
     api, read = load_library(), _reader()
     seen: dict[int, list[np.ndarray]] = defaultdict(list)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from molmo_edge.errors import EngineError
 from molmo_edge.system.cgroups import PROC, ROOT, cpu_quota, whole_cpus
-
-if TYPE_CHECKING:
-    from molmo_edge.runtimes import EngineError
 
 
 def available_cores(proc: Path = PROC, root: Path = ROOT) -> int:
@@ -40,18 +37,12 @@ def choose_threads(threads: int | None, proc: Path = PROC, root: Path = ROOT) ->
         limited = available_cores(proc, root) < (os.cpu_count() or 1)
         return physical_cores(proc, root) if limited else None
     if not isinstance(threads, Integral) or isinstance(threads, bool) or threads < 1:
-        raise _error(f"threads must be a whole number, at least 1, it is {threads!r}")
+        raise EngineError(f"threads must be a whole number, at least 1, it is {threads!r}")
     most = available_cores(proc, root)
     if threads > most:
         cores = "1 core" if most == 1 else f"{most} cores"
-        raise _error(f"{threads} threads are more than the {cores} of this machine or container: at most {most}")
+        raise EngineError(f"{threads} threads are more than the {cores} of this machine or container: at most {most}")
     return int(threads)
-
-
-def _error(text: str) -> EngineError:
-    from molmo_edge.runtimes import EngineError  # it imports this module
-
-    return EngineError(text)
 
 
 def _mine() -> set[int]:

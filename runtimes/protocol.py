@@ -1,0 +1,132 @@
+"""The protocol that every engine implements, and the checks that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from molmo_edge.errors import EngineError
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
+    from molmo_edge.frontend.crops import Overview
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence."""
+
+    length: int  # positions filled; lowering it forgets the last ones
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions that fit."""
+        ...
+
+    def copy(self, capacity: int | None = None) -> Cache:
+        """Return an independent copy, with the same capacity unless `capacity` is given.
+
+        Raises EngineError if `capacity` is below `length`.
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """A loaded model. Arrays are float32 unless stated otherwise."""
+
+    @property
+    def config(self) -> MolmoConfig: ...
+
+    @property
+    def engine(self) -> str:
+        """The decoder's engine, to display: "onnxruntime", "llama.cpp", "pytorch bf16"."""
+        ...
+
+    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model].
+
+        `overview`: the same image for a convolutional tower; ignored by models without one.
+        """
+        ...
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """Integer ids [n] -> embeddings [n, d_model]."""
+        ...
+
+    def new_cache(self, capacity: int) -> Cache:
+        """Return an empty cache. Raises EngineError if `capacity` exceeds the model's context."""
+        ...
+
+    def forward(self, embeddings: np.ndarray, cache: Any) -> np.ndarray:
+        """Append embeddings [n, d_model] at `cache.length`; -> logits [embedding_size] of the last position.
+
+        `cache` must come from this runtime.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class PartedRuntime(Runtime, Protocol):
+    """A runtime that also runs vision tower and connector separately, as all runtimes of this package do."""
+
+    def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+        """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim] of all towers."""
+        ...
+
+    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """Patch features, and masks [n, patches^2] -> image features [n, cells^2, d_model], as `encode_image`."""
+        ...
+
+
+class BatchRuntime(Runtime, Protocol):
+    """A runtime that decodes several prompts in one batch (`molmo_edge.runtimes.torch.TorchRuntime`)."""
+
+    def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
+        """Prompts [n_i, d_model], each with room for `room` new tokens -> logits [batch, embedding_size], a cache."""
+        ...
+
+    def forward_batch(self, embeddings: np.ndarray, batch: Any) -> np.ndarray:
+        """One token per prompt, [batch, d_model] -> logits [batch, embedding_size]."""
+        ...
+
+
+def check_capacity(capacity: int, config: MolmoConfig) -> None:
+    """Raise EngineError unless `capacity` is between 1 and the model's context length."""
+    most = config.decoder.max_position_embeddings
+    if not 0 < capacity <= most:
+        raise EngineError(
+            f"a cache of {capacity} positions was requested, but the model's context has {most}: "
+            "use fewer crops, a shorter question or a smaller max_new_tokens"
+        )
+
+
+def check_copy(cache: Cache, capacity: int | None) -> int:
+    """Return the capacity of a copy of `cache`. Raises EngineError if its contents do not fit."""
+    if capacity is not None and capacity < cache.length:
+        raise EngineError(f"the cache holds {cache.length} positions: they do not fit into a copy of {capacity}")
+    return cache.capacity if capacity is None else capacity
+
+
+def check_overview(overview: Overview | None, config: MolmoConfig) -> Overview | None:
+    """Return the overview for the convolutional tower, or None for a model without one.
+
+    Raises EngineError if the model has such a tower and the overview is missing.
+    """
+    if config.conv_tower is None:
+        return None
+    if overview is None:
+        raise EngineError("this model has a convolutional tower: pass the overview of the image with its crops")
+    return overview
+
+
+def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+    """Return `embeddings` as contiguous float32. Raises EngineError if there are none, or they do not fit."""
+    if not len(embeddings):
+        raise EngineError("forward needs at least one embedding")
+    if cache.length + len(embeddings) > cache.capacity:
+        raise EngineError(
+            f"{len(embeddings)} positions do not fit into the cache: {cache.length} of {cache.capacity} are filled"
+        )
+    return np.ascontiguousarray(embeddings, np.float32)
