@@ -20,9 +20,9 @@ from typing import Any
 from calibration import write_prompts
 
 from molmo_edge.checkpoints.bundle import TOKENIZER, default_bundle
-from molmo_edge.evaluation.loss import Model, measure_loss
+from molmo_edge.evaluation.loss import ModelSpec, measure_loss
 from molmo_edge.evaluation.report import write_data, write_report
-from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.export import export_bundle, load_bundle_weights
 from molmo_edge.modeling.weights import save_checkpoint
 
@@ -66,9 +66,9 @@ def main() -> None:
     if not prompts.exists():
         write_prompts(args.photos, prompts)
     models = [_model(name, args.out, checkpoint, prompts) for name in names]
-    questions = suite(f"nano-val:{args.photos}", limit=args.limit)
+    questions = load_suite(f"nano-val:{args.photos}", limit=args.limit)
     loss = measure_loss(
-        Model(reference),
+        ModelSpec(reference),
         models,
         questions,
         suites=["nano-val:PHOTOS"],
@@ -77,27 +77,27 @@ def main() -> None:
     )
     write_report(loss, args.out / "report")
     for measured in loss.candidates:
-        figures = {name: f"{f.value:.3g} [{f.low:.2g}, {f.high:.2g}]" for name, f in measured.figures.items()}
+        figures = {name: f"{f.value:.3g} [{f.low:.2g}, {f.high:.2g}]" for name, f in measured.metrics.items()}
         changes = {
             f"{group} {name}": [round(100 * s.reference.value, 1), round(100 * s.difference.value, 2),
                                 round(100 * s.difference.low, 2), round(100 * s.difference.high, 2)]
             for group, by_name in measured.scores.items() if group in ("point/all", "count/all", "absent/all")
             for name, s in by_name.items() if name in ("f1", "exact", "refused", "format")
         }  # fmt: skip
-        print(measured.facts.name, round(measured.facts.bytes / 1e6, 1), json.dumps(figures), json.dumps(changes))
+        print(measured.info.name, round(measured.info.bytes / 1e6, 1), json.dumps(figures), json.dumps(changes))
 
 
-def _model(name: str, out: Path, checkpoint: Path, prompts: Path) -> Model:
+def _model(name: str, out: Path, checkpoint: Path, prompts: Path) -> ModelSpec:
     if name in CHECKPOINTS:
         linked = out / name  # a name of its own in the report
         if not linked.exists():
             linked.symlink_to(checkpoint.resolve(), target_is_directory=True)
-        return Model(linked, precision=CHECKPOINTS[name])
+        return ModelSpec(linked, precision=CHECKPOINTS[name])
     if not (out / name).exists():
         wishes = dict(BUNDLES[name])
         wishes["calibrate"] = prompts if wishes.get("calibrate") else None
         export_bundle(checkpoint, out / name, measure=False, **wishes)
-    return Model(out / name)
+    return ModelSpec(out / name)
 
 
 def _say(name: str, questions: int) -> Callable[[], None]:

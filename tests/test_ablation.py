@@ -15,11 +15,11 @@ from exported import GOLDEN, bundle, case, prompt, relative, runtime
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
-from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, ablate, size_of, words_of
-from molmo_edge.evaluation.attribution import tensor_part
+from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, ablate, precisions_of, size_of
+from molmo_edge.evaluation.fault_localization import tensor_part
 from molmo_edge.evaluation.precision_search import Choice, search, steps
-from molmo_edge.evaluation.stats import Figure
-from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.stats import Estimate
+from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.export import ExportError, export_bundle
 
 CROPS = 1
@@ -27,13 +27,13 @@ CROPS = 1
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    questions = [replace(question, max_new_tokens=8) for question in suite("nano-val", limit=2)]
+    questions = [replace(question, max_new_tokens=8) for question in load_suite("nano-val", limit=2)]
     with Bench(bundle("molmoe"), questions, max_crops=CROPS) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def parts(bench: Bench) -> list[Ablated]:
+def parts(bench: Bench) -> list[AblationResult]:
     return list(ablate(bench, ["q8", "q4"]))
 
 
@@ -86,9 +86,9 @@ def test_every_tensor_belongs_to_one_part(architecture: str) -> None:
     assert found == set(PARTS) - (set() if config.decoder.n_experts else {"router"})
 
 
-def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, parts: list[Ablated]) -> None:
+def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, parts: list[AblationResult]) -> None:
     assert [(p.part, p.precision) for p in parts] == [
-        (part, word) for part in PARTS for word in ("q8", "q4") if word in words_of(part, bench.config)
+        (part, word) for part in PARTS for word in ("q8", "q4") if word in precisions_of(part, bench.config)
     ]
     by_name = {(p.part, p.precision): p for p in parts}
     for (part, word), found in by_name.items():
@@ -96,11 +96,11 @@ def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, par
         if word == "q4":
             assert found.kl > by_name[part, "q8"].kl
         sees = part in ("vision_encoder", "connector")
-        assert ("image" in found.figures) == sees, "only what sees is shown the image again"
+        assert ("image" in found.metrics) == sees, "only what sees is shown the image again"
     assert by_name["experts", "q4"].saved > by_name["experts", "q8"].saved > 0
 
 
-def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[Ablated]) -> None:
+def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[AblationResult]) -> None:
     whole, all_of_it = sum(map(size_of, bench.files.values())), steps(parts)[-1].saved
     some, less = whole - all_of_it // 3, whole - 9 * all_of_it // 10
     found = search(bench, parts, max_bytes=some)
@@ -111,7 +111,7 @@ def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[
         search(bench, parts, max_bytes=whole // 100)
 
 
-def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[Ablated]) -> None:
+def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[AblationResult]) -> None:
     dearest = max(part.kl for part in parts)
     found = search(bench, parts, max_kl=dearest / 4)
     assert 0 < found.kl <= dearest / 4
@@ -127,8 +127,8 @@ def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[Ablated]) -> None:
         search(bench, parts)
 
 
-def ablated(part: str, word: str, saved: int, kl: float) -> Ablated:
-    return Ablated(part, word, saved, {"kl_mean": Figure(kl, kl, kl, 1)})
+def ablated(part: str, word: str, saved: int, kl: float) -> AblationResult:
+    return AblationResult(part, word, saved, {"kl_mean": Estimate(kl, kl, kl, 1)})
 
 
 def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:

@@ -11,13 +11,13 @@ from PIL import Image
 
 from molmo_edge.data.ai2d import draw_letters
 from molmo_edge.data.rows import RowsError
-from molmo_edge.evaluation.benchmarks import questions
+from molmo_edge.evaluation.benchmarks import benchmark_questions
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.frontend.crops import load_image
 
 
 def asked(folder: Path, split: str | None = None) -> list[Question]:
-    return list(questions("ai2d", local=folder, split=split, skipped=pytest.fail))
+    return list(benchmark_questions("ai2d", local=folder, split=split, skipped=pytest.fail))
 
 
 def official(folder: Path) -> Path:

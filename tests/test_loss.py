@@ -11,13 +11,13 @@ import torch
 from exported import GOLDEN, bundle
 
 from molmo_edge.evaluation.ablation import Bench
-from molmo_edge.evaluation.attribution import blame_parts, matrices
-from molmo_edge.evaluation.figures import KINDS
-from molmo_edge.evaluation.loss import Loss, LossError, Model, check_comparable, measure_loss
+from molmo_edge.evaluation.fault_localization import swap_parts, weight_differences
+from molmo_edge.evaluation.loss import Loss, LossError, ModelSpec, check_comparable, measure_loss
+from molmo_edge.evaluation.metrics import METRICS
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import TraceError
+from molmo_edge.evaluation.reference_outputs import NoQuestionsError
 from molmo_edge.evaluation.report import write_report
-from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.export import export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.points import format_points
@@ -31,7 +31,7 @@ CROPS = 1
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     """Of three scenes. Random weights find no end: answers are cut."""
-    return [replace(question, max_new_tokens=16) for question in suite("nano-val", limit=3)]
+    return [replace(question, max_new_tokens=16) for question in load_suite("nano-val", limit=3)]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,21 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loss(questions: list[Question], damaged: Path) -> Loss:
     candidates = [bundle("molmoe"), bundle("molmoe", "q4"), damaged]
     return measure_loss(
-        Model(bundle("molmoe"), threads=2), [Model(c, threads=2) for c in candidates], questions, max_crops=CROPS
+        ModelSpec(bundle("molmoe"), threads=2),
+        [ModelSpec(c, threads=2) for c in candidates],
+        questions,
+        max_crops=CROPS,
     )
 
 
 def test_a_copy_loses_exactly_nothing(loss: Loss) -> None:
     copy = loss.candidates[0]
-    for name, figure in copy.figures.items():
-        none = KINDS[name].none
+    for name, figure in copy.metrics.items():
+        none = METRICS[name].lossless
         assert figure.value == none and figure.n > 0, name
         if name not in ("same_answer", "same_points"):  # Wilson knows better than to be sure
             assert figure.low == figure.high == none, name
-    assert "first_divergence" not in copy.figures
+    assert "first_divergence" not in copy.metrics
     for group, by_name in copy.scores.items():
         for name, score in by_name.items():
             d = score.difference
@@ -72,48 +75,49 @@ def test_a_copy_loses_exactly_nothing(loss: Loss) -> None:
 
 
 def test_four_bits_lose_something_and_say_how_much(loss: Loss) -> None:
-    q4 = loss.candidates[1].figures
+    q4 = loss.candidates[1].metrics
     assert q4["kl_mean"].low > 0
     assert q4["kl_median"].value < q4["kl_mean"].value < q4["kl_p99"].value
     assert 0 < q4["vision"].value < q4["vision_worst"].value
     assert 0 < q4["image"].value < q4["image_worst"].value
     assert 0.8 < q4["router"].value < 1
     assert abs(q4["perplexity_ratio"].value - 1) > 1e-3
-    assert loss.candidates[1].facts.bytes < loss.reference.bytes
+    assert loss.candidates[1].info.bytes < loss.reference.bytes
     assert q4["kl_mean"].n == loss.tokens
     assert q4["same_answer"].n == loss.questions
 
 
 def test_noise_lies_far_below_the_loss(loss: Loss) -> None:
     assert loss.noise is not None
-    assert 0 < loss.noise.figures["kl_mean"].value < 1e-3 * loss.candidates[1].figures["kl_mean"].value
-    assert 0 < loss.noise.figures["vision"].value < 1e-6
+    assert 0 < loss.noise.metrics["kl_mean"].value < 1e-3 * loss.candidates[1].metrics["kl_mean"].value
+    assert 0 < loss.noise.metrics["vision"].value < 1e-6
 
 
 def test_a_damaged_expert_shows_in_at_least_three_figures(loss: Loss) -> None:
-    damaged, noise = loss.candidates[2].figures, loss.noise
+    damaged, noise = loss.candidates[2].metrics, loss.noise
     assert noise is not None
     assert damaged["vision"].value == damaged["image"].value == 0, "the image's part is sound"
     shown = [
         name
         for name in ("kl_mean", "kl_median", "kl_p99", "same_top", "perplexity_ratio", "same_answer", "router")
         if name in damaged
-        and abs(damaged[name].value - KINDS[name].none) > 10 * abs(noise.figures[name].value - KINDS[name].none)
-        and abs(damaged[name].value - KINDS[name].none) > 1e-3
+        and abs(damaged[name].value - METRICS[name].lossless)
+        > 10 * abs(noise.metrics[name].value - METRICS[name].lossless)
+        and abs(damaged[name].value - METRICS[name].lossless) > 1e-3
     ]
     assert len(shown) >= 3, shown
 
 
 def test_a_damaged_expert_is_named(questions: list[Question], damaged: Path) -> None:
     with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
-        parts = list(blame_parts(bench, damaged))
-        found = matrices(bench, damaged)
-        assert matrices(bench, bundle("molmoe")) == []
+        parts = list(swap_parts(bench, damaged))
+        found = weight_differences(bench, damaged)
+        assert weight_differences(bench, bundle("molmoe")) == []
     by_kl = sorted(parts, key=lambda part: -part.kl)
     assert by_kl[0].part == "experts"
     assert by_kl[0].kl > 0
     assert {part.part: part.kl for part in by_kl[1:]} == dict.fromkeys((part.part for part in by_kl[1:]), 0.0)
-    assert [(m.name, m.part, m.stands_out) for m in found] == [
+    assert [(m.name, m.part, m.is_outlier) for m in found] == [
         ("model.transformer.blocks.1.mlp.experts.5.down_proj.weight", "experts", True)
     ]
 
@@ -122,10 +126,10 @@ def test_a_calibration_that_moved_gains_accuses_nobody(questions: list[Question]
     """The router is float32 in both: that its norm and its matrix share a scale otherwise is no fault of it."""
     export_bundle(GOLDEN / "molmoe", tmp_path / "b", {"decoder": "int8"}, calibrate=GOLDEN, measure=False)
     with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
-        kl = {part.part: part.kl for part in blame_parts(bench, tmp_path / "b")}
-        found = matrices(bench, tmp_path / "b")
+        kl = {part.part: part.kl for part in swap_parts(bench, tmp_path / "b")}
+        found = weight_differences(bench, tmp_path / "b")
     assert max(kl["router"], kl["vision_encoder"], kl["embed_tokens"]) < 1e-9 < 1e-6 < kl["experts"]
-    assert not [m.name for m in found if m.stands_out]
+    assert not [m.name for m in found if m.is_outlier]
     assert not [m for m in found if m.part == "router" and m.error > 1e-5]
 
 
@@ -138,9 +142,9 @@ def test_a_damaged_matrix_without_its_like_is_named(
     with Bench(bundle("molmoe"), questions[:2], max_crops=CROPS) as bench:
         broken = BundleTensors(bundle("molmoe"))
         monkeypatch.setattr(broken, "get", lambda n: plain(broken, n) * (factor if n == name else 1))
-        monkeypatch.setattr("molmo_edge.evaluation.attribution._open", lambda bench, candidate: broken)
-        found = matrices(bench, bundle("molmoe"))
-    assert [(m.name, m.stands_out) for m in found] == [(name, True)]
+        monkeypatch.setattr("molmo_edge.evaluation.fault_localization._open", lambda bench, candidate: broken)
+        found = weight_differences(bench, bundle("molmoe"))
+    assert [(m.name, m.is_outlier) for m in found] == [(name, True)]
 
 
 def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
     )
     write_report(loss, tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert [name for name in loss.candidates[1].figures if KINDS[name].title not in page] == []
+    assert [name for name in loss.candidates[1].metrics if METRICS[name].title not in page] == []
     assert page.count("<svg") == 2
     assert page.count("data:image/jpeg;base64,") == 1
     assert "dog &lt;b&gt;" in page
@@ -170,30 +174,30 @@ def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
 
 def test_a_checkpoint_on_pytorch_is_its_bundle(questions: list[Question]) -> None:
     found = measure_loss(
-        Model(GOLDEN / "molmoe", precision="fp32"),
-        [Model(bundle("molmoe"))],
+        ModelSpec(GOLDEN / "molmoe", precision="fp32"),
+        [ModelSpec(bundle("molmoe"))],
         questions[:4],
         noise="bf16",
         max_crops=CROPS,
     )
-    figures = found.candidates[0].figures
+    figures = found.candidates[0].metrics
     assert figures["kl_mean"].value < 1e-8
     assert figures["same_top"].value == 1
     assert figures["vision_worst"].value < 1e-6
     assert figures["router"].value > 0.999
     assert found.noise is not None
     assert found.noise.engine == "pytorch bf16"
-    assert found.noise.figures["kl_mean"].value > 1e3 * figures["kl_mean"].value
+    assert found.noise.metrics["kl_mean"].value > 1e3 * figures["kl_mean"].value
 
 
 def test_nothing_to_ask_is_said(questions: list[Question]) -> None:
     for asked in ([], [replace(questions[0], words_alone=True)]):
-        with pytest.raises(TraceError, match="nothing to compare"):
-            measure_loss(Model(bundle("molmoe")), [], asked)
+        with pytest.raises(NoQuestionsError, match="nothing to compare"):
+            measure_loss(ModelSpec(bundle("molmoe")), [], asked)
 
 
 def test_models_of_other_prompts_are_refused() -> None:
     with pytest.raises(LossError, match="another tokenizer"):
         check_comparable(bundle("molmoe"), bundle("qwen"))
     with pytest.raises(LossError, match="noise"):
-        measure_loss(Model(bundle("molmoe")), [], [], noise="luck")
+        measure_loss(ModelSpec(bundle("molmoe")), [], [], noise="luck")

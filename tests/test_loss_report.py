@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from exported import GOLDEN, bundle
 
-from molmo_edge.evaluation.figures import figures
-from molmo_edge.evaluation.loss import Loss, Measured, Model, measure_loss
+from molmo_edge.evaluation.loss import Loss, ModelLoss, ModelSpec, measure_loss
+from molmo_edge.evaluation.metrics import compute_metrics
 from molmo_edge.evaluation.report import write_report
-from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.export import export_bundle
 from molmo_edge.frontend.points import format_points
 
@@ -30,19 +30,19 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> Loss:
     for part in ("vision_encoder", "connector", "decoder"):
         candidates[part] = folder / part
         export_bundle(GOLDEN / "molmoe", folder / part, {part: "q4"}, measure=False)
-    models = [Model(path, threads=2, name=name) for name, path in candidates.items()]
-    questions = [replace(question, max_new_tokens=6) for question in suite("nano-val", limit=2)]
-    return measure_loss(Model(bundle("molmoe"), threads=2), models, questions, max_crops=0)
+    models = [ModelSpec(path, threads=2, name=name) for name, path in candidates.items()]
+    questions = [replace(question, max_new_tokens=6) for question in load_suite("nano-val", limit=2)]
+    return measure_loss(ModelSpec(bundle("molmoe"), threads=2), models, questions, max_crops=0)
 
 
-def pointed(measured: Measured) -> Measured:
+def pointed(measured: ModelLoss) -> ModelLoss:
     """Random weights give no points: two of its answers get some, one with a point that moved."""
     answers = list(measured.comparison.answers)
     for i, drift in enumerate(((12.5,), (0.0,))):
         text = format_points([(20.0, 30.0)], "dog")
         answers[i] = replace(answers[i], reference_text=text, text=text, drift=drift)
     comparison = replace(measured.comparison, answers=answers)
-    return replace(measured, comparison=comparison, figures=figures(comparison))
+    return replace(measured, comparison=comparison, metrics=compute_metrics(comparison))
 
 
 def page_of(loss: Loss, folder: Path) -> str:
@@ -78,7 +78,7 @@ def test_it_says_which_part_costs_it(loss: Loss, tmp_path: Path) -> None:
     assert vision.startswith("the vision tower and connector")
     assert connector.startswith("the connector")
     assert decoder.startswith("the decoder")
-    found = {m.facts.name: m.parts for m in loss.candidates}
+    found = {m.info.name: m.parts for m in loss.candidates}
     assert found["decoder"] is not None and found["decoder"].decoder is None, "its image features are the reference's"
     assert found["vision_encoder"] is not None
     assert found["vision_encoder"].decoder is not None

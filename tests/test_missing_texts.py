@@ -18,7 +18,7 @@ from molmo_edge.data.examples import DataSet
 from molmo_edge.data.pixmo import open_pixmo
 from molmo_edge.data.rows import RowsError, rows_of
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.benchmarks import questions
+from molmo_edge.evaluation.benchmarks import benchmark_questions
 
 NAN, INF = math.nan, math.inf
 Write = Callable[..., Path]
@@ -191,7 +191,7 @@ def test_benchmark_rows_without_words_or_places_are_refused(
     copy: Write, task: str, row: dict[str, Any], change: dict[str, Any]
 ) -> None:
     def asked(**changed: Any) -> list[str]:
-        return [q.text for q in questions(task, local=copy({**row, **changed}), skipped=pytest.fail)]
+        return [q.text for q in benchmark_questions(task, local=copy({**row, **changed}), skipped=pytest.fail)]
 
     (text,) = asked()
     assert "None" not in text

@@ -13,7 +13,7 @@ from PIL import Image
 from points_damage import damage_value
 
 from molmo_edge.data.annotated_photos import PhotoError
-from molmo_edge.evaluation.suites import suite
+from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.frontend.points import format_count, format_points
 
 SCENE: dict[str, Any] = {
@@ -41,7 +41,7 @@ def test_damaged_annotations_are_refused_or_can_be_answered(tmp_path: Path) -> N
         changed, how = damage_value(rng, copy.deepcopy(rng.choice([SCENE, RECEIPT])))
         (tmp_path / "annotations.jsonl").write_text(f"{json.dumps(SCENE)}\n{json.dumps(changed)}\n")
         try:
-            asked = suite(f"photos:{tmp_path}")
+            asked = load_suite(f"photos:{tmp_path}")
         except PhotoError as error:
             assert "line 2 of " in str(error) and "\n" not in str(error), (seed, how, error)
             str(error).encode()
@@ -67,4 +67,4 @@ def test_a_time_that_no_clock_shows_is_refused(tmp_path: Path, time: str) -> Non
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "annotations.jsonl").write_text(json.dumps({"image": "a.png", "clocks": [{"time": time}]}))
     with pytest.raises(PhotoError, match="the time of a clock is written as"):
-        suite(f"photos:{tmp_path}")
+        load_suite(f"photos:{tmp_path}")

@@ -120,7 +120,7 @@ def test_loss_refuses_before_the_reference_is_asked(
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the reference was asked")
 
-    monkeypatch.setattr("molmo_edge.evaluation.loss.record", asked)
+    monkeypatch.setattr("molmo_edge.evaluation.loss.record_reference", asked)
     free(500_000_000)
     candidate = golden / "molmoe" if noise == "threads" else tiny_bundle
     status, _, err = cli("loss", tiny_bundle, candidate, "--suite", f"photos:{photos}", "--noise", noise)

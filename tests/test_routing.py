@@ -119,7 +119,7 @@ def test_weights_in_a_sidecar_are_used_where_they_lie(
         assert_equal(found)
 
 
-# Measured: 0.993, 0.993, 0.977, 0.936.
+# ModelLoss: 0.993, 0.993, 0.977, 0.936.
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.985), ("q8", 0.985), ("mixed", 0.965), ("q4", 0.92)])
 def test_a_rounded_onnx_decoder_chooses_nearly_the_same(precision: str, least: float) -> None:
     decoder = open_bundle(bundle("molmoe", precision)).path("decoder")
@@ -207,7 +207,7 @@ def test_a_gguf_in_f32_chooses_as_pytorch_does() -> None:
         assert_equal(choices(gguf_bundle("molmoe", "f32"), engine_options=options))
 
 
-# Measured: 0.994, 0.978.
+# ModelLoss: 0.994, 0.978.
 @needs_llama
 @pytest.mark.parametrize(("precision", "least"), [("q8_0", 0.985), ("q4_k_m", 0.965)])
 def test_a_rounded_gguf_chooses_nearly_the_same(precision: str, least: float) -> None:

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
+from molmo_edge.evaluation.sharded_run import (
+    RunError,
+    Shard,
+    ask_shard,
+    average_scores,
+    claim_folder,
+    count_answered,
+    file_stem,
+    merge_shards,
+)
 from molmo_edge.molmo import Molmo
 
 Saying = Callable[..., Molmo]
@@ -41,9 +50,9 @@ QUESTIONS = [question(i, i // 3) for i in range(14)]
 
 
 def whole(molmo: Molmo, folder: Path) -> bytes:
-    claim(folder, {"model": "m"})
-    ask(molmo, QUESTIONS, folder, "suite")
-    assert finish(QUESTIONS, folder, "suite") is not None
+    claim_folder(folder, {"model": "m"})
+    ask_shard(molmo, QUESTIONS, folder, "suite")
+    assert merge_shards(QUESTIONS, folder, "suite") is not None
     return (folder / "suite.jsonl").read_bytes()
 
 
@@ -62,7 +71,7 @@ def test_a_run_is_a_line_for_each_question_in_order(saying: Saying, tmp_path: Pa
 def test_a_run_that_breaks_off_goes_on_to_the_same_bytes(saying: Saying, tmp_path: Path, stopped_after: int) -> None:
     expected = whole(saying("A cat."), tmp_path / "whole")
     folder = tmp_path / "broken"
-    claim(folder, {"model": "m"})
+    claim_folder(folder, {"model": "m"})
     asked: list[str] = []
 
     def stop() -> None:
@@ -71,29 +80,29 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_bytes(saying: Saying, tmp_pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(saying("A cat."), QUESTIONS, folder, "suite", on_answer=stop)
+        ask_shard(saying("A cat."), QUESTIONS, folder, "suite", on_answer=stop)
     (part,) = folder.glob("suite.part-*")
     with part.open("a") as file:
         file.write('{"id": "q/13", "answ')  # what a kill in the middle of a write leaves
-    assert count_asked(folder, "suite") == stopped_after
-    assert finish(QUESTIONS, folder, "suite") is None
+    assert count_answered(folder, "suite") == stopped_after
+    assert merge_shards(QUESTIONS, folder, "suite") is None
     again = saying("A cat.")
-    ask(again, QUESTIONS, folder, "suite", on_answer=lambda: asked.append("again"))
+    ask_shard(again, QUESTIONS, folder, "suite", on_answer=lambda: asked.append("again"))
     assert len(asked) == len(QUESTIONS), "nothing is asked twice"
-    finish(QUESTIONS, folder, "suite")
+    merge_shards(QUESTIONS, folder, "suite")
     assert (folder / "suite.jsonl").read_bytes() == expected
 
 
 def test_shards_give_the_same_bytes_whatever_their_number(saying: Saying, tmp_path: Path) -> None:
     expected = whole(saying("A cat."), tmp_path / "whole")
     folder = tmp_path / "shards"
-    claim(folder, {"model": "m"})
+    claim_folder(folder, {"model": "m"})
     molmo = saying("A cat.")
-    ask(molmo, QUESTIONS, folder, "suite", Shard(2, 3))
-    ask(molmo, QUESTIONS, folder, "suite", Shard.parse("1/2"))  # others are started instead of the rest
-    assert finish(QUESTIONS, folder, "suite") is None
-    ask(molmo, QUESTIONS, folder, "suite", Shard.parse("2/2"))
-    finish(QUESTIONS, folder, "suite")
+    ask_shard(molmo, QUESTIONS, folder, "suite", Shard(2, 3))
+    ask_shard(molmo, QUESTIONS, folder, "suite", Shard.parse("1/2"))  # others are started instead of the rest
+    assert merge_shards(QUESTIONS, folder, "suite") is None
+    ask_shard(molmo, QUESTIONS, folder, "suite", Shard.parse("2/2"))
+    merge_shards(QUESTIONS, folder, "suite")
     assert (folder / "suite.jsonl").read_bytes() == expected
     assert molmo.fake.images == 5, "each picture is encoded by one shard, once"  # type: ignore[attr-defined]
 
@@ -101,44 +110,44 @@ def test_shards_give_the_same_bytes_whatever_their_number(saying: Saying, tmp_pa
 def test_a_finished_run_asks_nothing(saying: Saying, tmp_path: Path) -> None:
     whole(saying("A cat."), tmp_path)
     molmo = saying("A dog.")
-    ask(molmo, QUESTIONS, tmp_path, "suite")
+    ask_shard(molmo, QUESTIONS, tmp_path, "suite")
     assert not molmo.fake.fed
-    assert finish(QUESTIONS, tmp_path, "suite")
+    assert merge_shards(QUESTIONS, tmp_path, "suite")
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
-    claim(tmp_path, {"model": "typo", "limit": 3})
-    claim(tmp_path, {"model": "a", "limit": 3})  # nothing was asked yet
+    claim_folder(tmp_path, {"model": "typo", "limit": 3})
+    claim_folder(tmp_path, {"model": "a", "limit": 3})  # nothing was asked yet
     (tmp_path / "suite.part-1-of-1.jsonl").write_text("")
-    claim(tmp_path, {"model": "a", "limit": 3})
+    claim_folder(tmp_path, {"model": "a", "limit": 3})
     with pytest.raises(RunError, match=r"another run \(limit: 3 there, 4 here, model: 'a' there, 'b' here\)"):
-        claim(tmp_path, {"model": "b", "limit": 4})
+        claim_folder(tmp_path, {"model": "b", "limit": 4})
     (tmp_path / "run.json").unlink()
     with pytest.raises(RunError, match=r"no run\.json"):
-        claim(tmp_path, {"model": "a", "limit": 3})
+        claim_folder(tmp_path, {"model": "a", "limit": 3})
 
 
 def test_names_with_brackets_are_names(saying: Saying, tmp_path: Path) -> None:
-    claim(tmp_path, {})
-    ask(saying("A cat."), QUESTIONS, tmp_path, "photos:/x/set[1]")
-    assert finish(QUESTIONS, tmp_path, "photos:/x/set[1]")
+    claim_folder(tmp_path, {})
+    ask_shard(saying("A cat."), QUESTIONS, tmp_path, "photos:/x/set[1]")
+    assert merge_shards(QUESTIONS, tmp_path, "photos:/x/set[1]")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos-set[1].jsonl", "run.json"]
 
 
 def test_answers_of_another_suite_are_refused(saying: Saying, tmp_path: Path) -> None:
     whole(saying("A cat."), tmp_path)
     with pytest.raises(RunError, match="q/0"):
-        finish(QUESTIONS[1:], tmp_path, "suite")
+        merge_shards(QUESTIONS[1:], tmp_path, "suite")
     (tmp_path / "suite.jsonl").write_text("[1]\n")
     with pytest.raises(RunError, match="no answer"):
-        finish(QUESTIONS, tmp_path, "suite")
+        merge_shards(QUESTIONS, tmp_path, "suite")
 
 
 def test_a_question_in_words_alone_sees_no_image(saying: Saying, tmp_path: Path) -> None:
     molmo = saying("A cat.")
     alone = [question(0, 0, words_alone=True)]
-    ask(molmo, alone, tmp_path, "suite")
-    lines = finish(alone, tmp_path, "suite")
+    ask_shard(molmo, alone, tmp_path, "suite")
+    lines = merge_shards(alone, tmp_path, "suite")
     assert lines
     assert lines[0]["answer"] == "A cat."
     assert molmo.fake.images == 0
@@ -146,9 +155,9 @@ def test_a_question_in_words_alone_sees_no_image(saying: Saying, tmp_path: Path)
 
 
 def test_scores_are_averaged_by_group(saying: Saying, tmp_path: Path) -> None:
-    claim(tmp_path, {})
-    ask(saying("A cat."), QUESTIONS, tmp_path, "suite")
-    found = summary(finish(QUESTIONS, tmp_path, "suite") or [], QUESTIONS)
+    claim_folder(tmp_path, {})
+    ask_shard(saying("A cat."), QUESTIONS, tmp_path, "suite")
+    found = average_scores(merge_shards(QUESTIONS, tmp_path, "suite") or [], QUESTIONS)
     assert found["q"]["right"].value == 0.5
     assert found["q"]["right"].n == 14
     assert found["q"]["right"].low < 0.5 < found["q"]["right"].high
@@ -161,8 +170,8 @@ def test_shards_that_do_not_exist(text: str) -> None:
 
 
 def test_files_are_named_after_their_suite(tmp_path: Path) -> None:
-    assert stem("ai2d") == "ai2d"
-    assert stem(f"photos:{tmp_path}/mine/") == "photos-mine"
+    assert file_stem("ai2d") == "ai2d"
+    assert file_stem(f"photos:{tmp_path}/mine/") == "photos-mine"
 
 
 @pytest.mark.slow
@@ -176,8 +185,8 @@ def test_the_command_survives_kill_9(tmp_path: Path) -> None:
     killed = 0
     while killed < 3:
         process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = count_asked(tmp_path / "killed", "nano-val") if killed else 0
-        while process.poll() is None and count_asked(tmp_path / "killed", "nano-val") < before + 4:
+        before = count_answered(tmp_path / "killed", "nano-val") if killed else 0
+        while process.poll() is None and count_answered(tmp_path / "killed", "nano-val") < before + 4:
             time.sleep(0.02)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)

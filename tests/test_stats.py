@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from molmo_edge.evaluation.stats import Figure, average, mean, quantile, share, transformed
+from molmo_edge.evaluation.stats import Estimate, average, mean, quantile, share, transformed
 
 
 def test_wilson_is_not_sure_after_ten_of_ten() -> None:
@@ -52,7 +52,7 @@ def test_the_interval_of_a_quantile_holds_it() -> None:
 
 
 def test_a_ratio_keeps_its_ends_in_order() -> None:
-    ratio = transformed(Figure(0.1, 0.0, 0.2, 7), math.exp)
+    ratio = transformed(Estimate(0.1, 0.0, 0.2, 7), math.exp)
     assert (ratio.low, ratio.value, ratio.high, ratio.n) == (1, math.exp(0.1), math.exp(0.2), 7)
 
 

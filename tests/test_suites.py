@@ -14,7 +14,7 @@ from PIL import Image
 from molmo_edge.data.annotated_photos import PhotoError, load_photos
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.annotated_pictures import Picture, own_scenes
-from molmo_edge.evaluation.suites import SuiteError, evenly, expand, picture_questions, suite, unique
+from molmo_edge.evaluation.suites import SuiteError, evenly, expand, load_suite, picture_questions, unique
 from molmo_edge.frontend.points import format_count, format_points
 
 TWO_DOGS = [[10, 10, 20, 20], [60, 60, 80, 80]]
@@ -95,11 +95,11 @@ def test_photos_of_ones_own_need_no_split_and_no_source(tmp_path: Path) -> None:
     write_photos(
         tmp_path, {"objects": [cat, none]}, {"objects": [cat], "split": "train"}, {"objects": [cat], "split": "val"}
     )
-    found = suite(f"photos:{tmp_path}")
+    found = load_suite(f"photos:{tmp_path}")
     pictures = list(dict.fromkeys(q.image_id for q in found))
     assert len(pictures) == 2, "training photos are not asked about"
     assert [q.text for q in found if q.kind == "absent"] == ["Point to the dog."], "said to be absent, not guessed"
-    assert len(suite(f"photos:{tmp_path}", limit=1)) < len(found)
+    assert len(load_suite(f"photos:{tmp_path}", limit=1)) < len(found)
     assert found[0].image().shape == (30, 40, 3)
 
 
@@ -110,10 +110,10 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
         (f"photos:{tmp_path}", PhotoError, "annotations.jsonl is missing"),
     ):
         with pytest.raises(error, match=message):
-            suite(name)
+            load_suite(name)
     write_photos(tmp_path / "empty", {"split": "train"})
     with pytest.raises(SuiteError, match="nothing to ask"):
-        suite(f"photos:{tmp_path / 'empty'}")
+        load_suite(f"photos:{tmp_path / 'empty'}")
 
 
 @pytest.mark.parametrize(
@@ -154,21 +154,21 @@ def test_annotations_that_cannot_be_asked_are_named_first(
 ) -> None:
     write_photos(tmp_path, annotation)
     with pytest.raises(PhotoError, match=message):
-        suite(f"photos:{tmp_path}")
+        load_suite(f"photos:{tmp_path}")
 
 
 def test_the_line_that_is_named_is_the_one_at_fault(tmp_path: Path) -> None:
     fine = {"objects": [{"label": "cup", "boxes": [[0, 0, 100, 100]]}]}
     write_photos(tmp_path, fine, fine, {"objects": [{"label": "cup", "boxes": [[0, 0, 40, 101]]}]})
     with pytest.raises(PhotoError, match=r"line 3 of .*annotations\.jsonl: .*\[0, 0, 40, 101\] of \"cup\""):
-        suite(f"photos:{tmp_path}")
+        load_suite(f"photos:{tmp_path}")
     for text, message in (("[1]", "line 1 of .* is not an annotation"), ("[" * 100_000, "line 1 of")):
         (tmp_path / "annotations.jsonl").write_text(text)
         with pytest.raises(PhotoError, match=message):
-            suite(f"photos:{tmp_path}")
+            load_suite(f"photos:{tmp_path}")
     (tmp_path / "annotations.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(PhotoError, match="cannot be read as UTF-8"):
-        suite(f"photos:{tmp_path}")
+        load_suite(f"photos:{tmp_path}")
 
 
 def test_photos_are_found_by_names_in_either_unicode_form(tmp_path: Path) -> None:
@@ -177,11 +177,11 @@ def test_photos_are_found_by_names_in_either_unicode_form(tmp_path: Path) -> Non
     cup = {"label": "cup", "boxes": [[0, 0, 50, 50]]}
     line = json.dumps({"image": composed, "objects": [cup]}, ensure_ascii=False)
     (tmp_path / "annotations.jsonl").write_text(f"\n{line}\n\n", encoding="utf-8")
-    assert suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
+    assert load_suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
     (tmp_path / "annotations.jsonl").unlink()
     line = json.dumps({"image": composed, "question": "What?"}, ensure_ascii=False)
     (tmp_path / "prompts.jsonl").write_text(line, encoding="utf-8")
-    assert suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
+    assert load_suite(f"photos:{tmp_path}")[0].image().shape == (30, 40, 3)
 
 
 def test_a_turned_photo_is_trained_on_as_it_is_shown(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_turned_photo_is_trained_on_as_it_is_shown(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "annotations.jsonl").write_text(json.dumps({"image": "a.jpg"}))
     (photo,) = load_photos(tmp_path, "train")
-    assert photo.rgb().shape == (40, 30, 3) == next(iter(suite(f"photos:{tmp_path}"))).image().shape
+    assert photo.rgb().shape == (40, 30, 3) == next(iter(load_suite(f"photos:{tmp_path}"))).image().shape
 
 
 def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) -> None:
@@ -200,22 +200,22 @@ def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) 
         Image.new("RGB", (40, 30)).save(tmp_path / name)
     (tmp_path / "._a.png").write_bytes(b"macOS's notes about a.png")
     (tmp_path / "notes.txt").write_text("no photo")
-    found = suite(f"photos:{tmp_path}")
+    found = load_suite(f"photos:{tmp_path}")
     assert len(found) == 15
     assert len({q.id for q in found}) == 15
     assert len({q.image_id for q in found}) == 3
     assert {q.text for q in found} >= {"Describe this image.", "Point to the main object."}
     assert {(q.kind, str(q.score("There are none."))) for q in found} == {("unscored", "{}")}
     assert all(q.image().shape == (30, 40, 3) for q in found)
-    assert [q.id for q in suite(f"photos:{tmp_path}")] == [q.id for q in found], "the same at every run"
-    assert len(suite(f"photos:{tmp_path}", limit=1)) == 5
-    assert len(suite(f"nano-val:{tmp_path}", limit=3)) > 0
+    assert [q.id for q in load_suite(f"photos:{tmp_path}")] == [q.id for q in found], "the same at every run"
+    assert len(load_suite(f"photos:{tmp_path}", limit=1)) == 5
+    assert len(load_suite(f"nano-val:{tmp_path}", limit=3)) > 0
     rows = [{"image": "a.png", "question": "Why?"}, {"image": "a.png", "question": "Who?", "answer": "Me."}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [(q.text, q.kind) for q in suite(f"photos:{tmp_path}")] == [("Why?", "unscored"), ("Who?", "unscored")]
+    assert [(q.text, q.kind) for q in load_suite(f"photos:{tmp_path}")] == [("Why?", "unscored"), ("Who?", "unscored")]
     (tmp_path / "prompts.jsonl").write_text('{"image": "gone.png", "question": "Why?"}')
     with pytest.raises(MolmoEdgeError, match=r"prompts\.jsonl, line 1: there is no .*gone\.png"):
-        suite(f"photos:{tmp_path}")
+        load_suite(f"photos:{tmp_path}")
 
 
 def test_academic_is_all_benchmarks_each_once() -> None:
@@ -231,14 +231,14 @@ def test_a_limit_is_spread_over_all() -> None:
 
 
 def test_questions_that_suites_share_are_asked_once() -> None:
-    questions = suite("nano-val", limit=2)
+    questions = load_suite("nano-val", limit=2)
     assert unique([*questions, *questions]) == questions
 
 
 def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="there is no folder"):
-        suite(f"photos:{tmp_path / 'dog'}")
+        load_suite(f"photos:{tmp_path / 'dog'}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(MolmoEdgeError) as raised:
-        suite(f"photos:{tmp_path / 'empty'}")
+        load_suite(f"photos:{tmp_path / 'empty'}")
     assert "there is no folder" not in str(raised.value)

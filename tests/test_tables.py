@@ -10,8 +10,8 @@ import pytest
 from molmo_edge.cli import output
 from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.eval import _print_table
-from molmo_edge.evaluation.ablation import Ablated
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.ablation import AblationResult
+from molmo_edge.evaluation.stats import Estimate
 
 
 class Terminal(io.StringIO):
@@ -19,14 +19,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def parts() -> list[Ablated]:
-    figure = Figure(0.123456, 0.1111, 0.1333, 12)
+def parts() -> list[AblationResult]:
+    figure = Estimate(0.123456, 0.1111, 0.1333, 12)
     figures = dict.fromkeys(("same_points", "drift", "same_answer", "same_top", "kl_mean"), figure)
-    return [Ablated("vision.blocks", "int8", 1_600_000, figures)]
+    return [AblationResult("vision.blocks", "int8", 1_600_000, figures)]
 
 
 def test_names_are_not_read_as_emoji_or_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_table({"photos": {"photos:ten:1 [red]x[/red]": {"hits": Figure(0.5, 0.4, 0.6, 3)}}})
+    _print_table({"photos": {"photos:ten:1 [red]x[/red]": {"hits": Estimate(0.5, 0.4, 0.6, 3)}}})
     assert "photos:ten:1 [red]x[/red]" in capsys.readouterr().out
 
 

@@ -14,8 +14,8 @@ from molmo_edge.cli.output import note, print_json, print_table
 from molmo_edge.cli.question_options import Asked, bars, interval, named, open_suites, parse_words
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.ablation import Ablated
-    from molmo_edge.evaluation.attribution import Matrix
+    from molmo_edge.evaluation.ablation import AblationResult
+    from molmo_edge.evaluation.fault_localization import WeightDifference
 
 _LIMIT = "Most pictures: each is asked about once for every part and precision."
 _SHOWN = 8  # matrices
@@ -37,16 +37,16 @@ def ablate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what each part of a model costs, or which part of a copy is to blame."""
-    from molmo_edge.evaluation import need_onnx
+    from molmo_edge.evaluation import require_onnx
 
-    need_onnx("an ablation")
+    require_onnx("an ablation")
     from molmo_edge.evaluation.ablation import Bench, ablate
 
     words = parse_words(precisions)
     directory = _find(reference, quiet)
     other = None if candidate is None else _find(candidate, quiet)
     if other is not None:
-        from molmo_edge.evaluation.attribution import blame_parts, check_candidate, matrices
+        from molmo_edge.evaluation.fault_localization import check_candidate, swap_parts, weight_differences
 
         check_candidate(directory, other)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
@@ -57,15 +57,15 @@ def ablate(
 
         advance = bar(f"{named(reference)} in float32", len(questions))
         with Bench(directory, questions, max_crops=max_crops, dither=other is None, on_answer=advance) as bench:
-            asked = bench.said
-            strange = [] if other is None else matrices(bench, other)
+            asked = bench.description
+            strange = [] if other is None else weight_differences(bench, other)
             if strange and not json:  # before anything runs: broken weights may not
                 _print_matrices(strange)
             if bench.mapped:
                 note("the model does not fit into memory in float32: weights stay in their files, which is slower")
             found = [bench.noise(on_part("noise"))]
             parts = (
-                ablate(bench, words, on_part=on_part) if other is None else blame_parts(bench, other, on_part=on_part)
+                ablate(bench, words, on_part=on_part) if other is None else swap_parts(bench, other, on_part=on_part)
             )
             for part in parts:  # each is said before the next runs
                 found.append(part)
@@ -84,14 +84,14 @@ def _find(name: str, quiet: bool) -> Path:
     return find_model(None if name == "nano" else name, revision=None, quiet=quiet, to_run=False)
 
 
-def _to_dict(found: Sequence[Ablated], strange: Sequence[Matrix]) -> dict[str, Any]:
+def _to_dict(found: Sequence[AblationResult], strange: Sequence[WeightDifference]) -> dict[str, Any]:
     return {
         "parts": [part.to_dict() for part in found],
-        "matrices": [{"name": m.name, "part": m.part, "error": m.error, "stands_out": m.stands_out} for m in strange],
+        "matrices": [{"name": m.name, "part": m.part, "error": m.error, "stands_out": m.is_outlier} for m in strange],
     }
 
 
-def print_parts(found: Sequence[Ablated], asked: str) -> None:
+def print_parts(found: Sequence[AblationResult], asked: str) -> None:
     """The cheapest first."""
     rows = []
     for part in sorted(found, key=lambda part: part.kl_per_megabyte):
@@ -101,14 +101,14 @@ def print_parts(found: Sequence[Ablated], asked: str) -> None:
     _table(("part", "MB saved", *_HEADS, "KL a MB"), rows, asked)
 
 
-def _print_blame(found: Sequence[Ablated], candidate: str, asked: str) -> None:
+def _print_blame(found: Sequence[AblationResult], candidate: str, asked: str) -> None:
     ranked = sorted(found, key=lambda part: -part.kl)
     _table((f"part of {candidate}", *_HEADS), [[part.part, *_figures(part)] for part in ranked], asked)
 
 
-def _print_matrices(strange: Sequence[Matrix]) -> None:
+def _print_matrices(strange: Sequence[WeightDifference]) -> None:
     for matrix in strange[:_SHOWN]:
-        says = "  <- by far the most of its kind" if matrix.stands_out else ""
+        says = "  <- by far the most of its kind" if matrix.is_outlier else ""
         print(f"{matrix.error:9.3g}  {matrix.name}{says}", flush=True)
     if len(strange) > _SHOWN:
         print(f"           and {len(strange) - _SHOWN} more that differ", flush=True)
@@ -117,10 +117,10 @@ def _print_matrices(strange: Sequence[Matrix]) -> None:
 _HEADS = ("same points %", "drift %", "same answer %", "same token %", "KL a token")
 
 
-def _figures(part: Ablated) -> list[str]:
+def _figures(part: AblationResult) -> list[str]:
     cells = []
     for name, scale in (("same_points", 100), ("drift", 1), ("same_answer", 100), ("same_top", 100), ("kl_mean", 1)):
-        f = part.figures.get(name)
+        f = part.metrics.get(name)
 
         def write(value: float, scale: int = scale) -> str:
             return f"{value * scale:.2g}" if scale == 1 else f"{value * scale:.1f}"

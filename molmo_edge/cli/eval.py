@@ -24,12 +24,12 @@ from molmo_edge.system.atomic_files import written_aside
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
-    from molmo_edge.evaluation.stats import Figure
+    from molmo_edge.evaluation.stats import Estimate
 
 _TASKS = "What to ask, with commas between: nano-val, photos:DIR, ai2d, chart_qa, ..., or academic for all of those."
 _OUT = "The run's folder: started again, it goes on where it was. Without it: NAME-eval here."
 _PARENT = "MOLMO_EDGE_EVAL_PARENT"  # in the environment of a process that shares a run: who started it
-Results = dict[str, dict[str, dict[str, "Figure"]]]  # by suite, group and score
+Results = dict[str, dict[str, dict[str, "Estimate"]]]  # by suite, group and score
 
 
 class EvalError(MolmoEdgeError):
@@ -58,9 +58,18 @@ def eval(
     quiet: options.Quiet = False,
 ) -> None:
     """Ask a model benchmarks and score its answers."""
-    from molmo_edge.evaluation.model_facts import model_identity
+    from molmo_edge.evaluation.model_info import model_fingerprint
     from molmo_edge.evaluation.questions import UNSCORED
-    from molmo_edge.evaluation.runs import RunError, Shard, ask, claim, count_asked, finish, stem, summary
+    from molmo_edge.evaluation.sharded_run import (
+        RunError,
+        Shard,
+        ask_shard,
+        average_scores,
+        claim_folder,
+        count_answered,
+        file_stem,
+        merge_shards,
+    )
     from molmo_edge.evaluation.suites import expand
     from molmo_edge.molmo import Molmo
     from molmo_edge.system.cores import available_cores
@@ -69,7 +78,7 @@ def eval(
     if shard and processes > 1:
         raise typer.BadParameter("--shard is one process of several already", param_hint="--processes")
     names = expand([name.strip() for name in tasks.split(",") if name.strip()])
-    if len({stem(name) for name in names}) < len(names):
+    if len({file_stem(name) for name in names}) < len(names):
         raise typer.BadParameter("two tasks would share a file: rename one of the folders", param_hint="--tasks")
     if not names:
         raise typer.BadParameter("it names nothing to ask", param_hint="--tasks")
@@ -93,9 +102,11 @@ def eval(
             "(docs/quantization.md); molmo-edge loss compares two models without one"
         )
     _say_published_crops(names, max_crops, quiet=quiet)
-    identity = model_identity(directory)
-    claim(folder, {"model": identity, "tasks": names, "limit": limit, "version": molmo_edge.__version__, **settings})
-    left = sum(len(asked[name]) - count_asked(folder, name) for name in names)
+    identity = model_fingerprint(directory)
+    claim_folder(
+        folder, {"model": identity, "tasks": names, "limit": limit, "version": molmo_edge.__version__, **settings}
+    )
+    left = sum(len(asked[name]) - count_answered(folder, name) for name in names)
     if processes > 1 and left:
         given = {**settings, "tasks": tasks, "limit": limit, "data": data, "out": folder}
         _share_out(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
@@ -110,17 +121,17 @@ def eval(
         ) as molmo:
             for name, questions in asked.items():
                 with bars(quiet=quiet) as bar:
-                    advance = bar(name, len(questions), count_asked(folder, name))
-                    ask(molmo, questions, folder, name, mine, _with_parent(advance))
+                    advance = bar(name, len(questions), count_answered(folder, name))
+                    ask_shard(molmo, questions, folder, name, mine, _with_parent(advance))
     if shard:  # several of them at once would get into each other's way
         note(f"{shard} is done. When all are, the same command without --shard joins them", quiet=quiet)
         return
     results: Results = {}
     for name, questions in asked.items():
-        lines = finish(questions, folder, name)
+        lines = merge_shards(questions, folder, name)
         if lines is None:
             raise RunError(f"{name} is not whole although every question was asked: remove {folder} and start again")
-        results[name] = summary(lines, questions)
+        results[name] = average_scores(lines, questions)
     _report(results, folder, directory, json=json, quiet=quiet)
 
 
@@ -163,19 +174,19 @@ def _share_out(
     quiet: bool,
 ) -> None:
     """This command once for each shard, and a bar over what they have written."""
-    from molmo_edge.evaluation.runs import count_asked
+    from molmo_edge.evaluation.sharded_run import count_answered
 
     command = [sys.executable, "-m", "molmo_edge.cli", "eval", *arguments, "--quiet", "--shard"]
     workers = [
         subprocess.Popen([*command, f"{i + 1}/{processes}"], env=_environment(device, i)) for i in range(processes)
     ]
     try:
-        before = sum(count_asked(folder, name) for name in asked)
+        before = sum(count_answered(folder, name) for name in asked)
         with bars(quiet=quiet) as bar:
             advance = bar(f"{processes} processes", sum(map(len, asked.values())), before)
             while any(worker.poll() is None for worker in workers):
                 time.sleep(0.5)
-                now = sum(count_asked(folder, name) for name in asked)
+                now = sum(count_answered(folder, name) for name in asked)
                 for _ in range(now - before):
                     advance()
                 before = now

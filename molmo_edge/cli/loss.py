@@ -14,7 +14,7 @@ from molmo_edge.cli.question_options import Asked, bars, interval, named, open_s
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.loss import Loss, Measured
+    from molmo_edge.evaluation.loss import Loss, ModelLoss
 
 _REPORT = "A folder for loss.json and report.html; it may exist."
 _NOISE = (
@@ -43,24 +43,24 @@ def loss(
     """Measure what smaller models lose, on the same prompts."""
     from molmo_edge.checkpoints.bundle import is_bundle
     from molmo_edge.errors import EngineError
-    from molmo_edge.evaluation import need_onnx
-    from molmo_edge.evaluation.figures import KINDS
-    from molmo_edge.evaluation.loss import NOISES, Model, measure_loss
+    from molmo_edge.evaluation import require_onnx
+    from molmo_edge.evaluation.loss import NOISES, ModelSpec, measure_loss
+    from molmo_edge.evaluation.metrics import METRICS
 
     if noise not in NOISES:
         raise typer.BadParameter(f'"{noise}" is not known; known are {", ".join(NOISES)}', param_hint="--noise")
-    need_onnx("a loss")
+    require_onnx("a loss")
     from molmo_edge.evaluation.report import check_report, write_data, write_report
 
     if report is not None:
         check_report(report)
     names, questions = open_suites(suite, limit, data, quiet=quiet)
 
-    def model(name: str) -> Model:
+    def model(name: str) -> ModelSpec:
         directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
         own = "auto" if is_bundle(directory) else precision  # a bundle has its own, and only some have a GGUF
         own_llama = options.llama_options(llama) if any(directory.glob("*.gguf")) else None
-        return Model(directory, own, device, threads, own_llama, named(name))
+        return ModelSpec(directory, own, device, threads, own_llama, named(name))
 
     models = [model(name) for name in (reference, *candidates)]
     if llama is not None and not any(m.engine_options for m in models):
@@ -69,8 +69,8 @@ def loss(
     def keep(so_far: Loss) -> None:
         measured = so_far.candidates[-1] if so_far.candidates else so_far.noise
         if measured is not None:  # before the next model opens
-            says = (f"{KINDS[name].title} {KINDS[name].write(f.value)}" for name, f in measured.figures.items())
-            note(f"{measured.facts.name}: {', '.join(says)}", quiet=quiet)
+            says = (f"{METRICS[name].title} {METRICS[name].format(f.value)}" for name, f in measured.metrics.items())
+            note(f"{measured.info.name}: {', '.join(says)}", quiet=quiet)
         if report is not None:
             try:
                 write_data(so_far, report)
@@ -101,7 +101,7 @@ def loss(
 
 
 def _print(found: Loss) -> None:
-    from molmo_edge.evaluation.loss_summary import columns, summary
+    from molmo_edge.evaluation.loss_tables import columns, summary
 
     print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
@@ -120,31 +120,31 @@ def _print(found: Loss) -> None:
     print("Brackets: 95 % intervals. Scores: the candidate's and its change. Noise: the reference against itself.")
 
 
-def _head(measured: Measured, found: Loss) -> str:
+def _head(measured: ModelLoss, found: Loss) -> str:
     if measured is found.noise:
-        return measured.facts.name.replace(" (", "\n(")
-    return f"{measured.facts.name}\n{measured.engine}\n{measured.facts.bytes / 1e6:.1f} MB"
+        return measured.info.name.replace(" (", "\n(")
+    return f"{measured.info.name}\n{measured.engine}\n{measured.info.bytes / 1e6:.1f} MB"
 
 
-def figure_rows(columns: list[Measured]) -> list[list[str]]:
+def figure_rows(columns: list[ModelLoss]) -> list[list[str]]:
     """Title, n, and a cell for each of `columns`, with its own n where they differ."""
-    from molmo_edge.evaluation.figures import KINDS
+    from molmo_edge.evaluation.metrics import METRICS
 
     rows = []
-    for name, kind in KINDS.items():
-        given = [measured.figures.get(name) for measured in columns]
+    for name, kind in METRICS.items():
+        given = [measured.metrics.get(name) for measured in columns]
         counts = {figure.n for figure in given if figure}
         if not counts:
             continue
         cells = []
         for f in given:
             own = f" n={f.n}" if f and len(counts) > 1 else ""
-            cells.append("" if f is None else kind.write(f.value) + interval(f.low, f.high, kind.write) + own)
+            cells.append("" if f is None else kind.format(f.value) + interval(f.low, f.high, kind.format) + own)
         rows.append([kind.title, str(counts.pop()) if len(counts) == 1 else "", *cells])
     return rows
 
 
-def score_rows(columns: list[Measured]) -> list[list[str]]:
+def score_rows(columns: list[ModelLoss]) -> list[list[str]]:
     """Title, n, the reference's score, and a cell for each of `columns`."""
 
     def percent(value: float) -> str:

@@ -16,7 +16,7 @@ from molmo_edge.cli.question_options import Asked, bars, interval, named, open_s
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.precision_search import Found
-    from molmo_edge.evaluation.stats import Figure
+    from molmo_edge.evaluation.stats import Estimate
 
 _LIMIT = "Most pictures: each is asked about once for every part and precision."
 _CALIBRATE = "A folder of photos to round four-bit weights of the bundle with."
@@ -44,9 +44,9 @@ def quantize(
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
     from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
-    from molmo_edge.evaluation import need_onnx
+    from molmo_edge.evaluation import require_onnx
 
-    need_onnx("a search")
+    require_onnx("a search")
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.evaluation.precision_search import search
     from molmo_edge.export import check_bundle_wishes, export_bundle
@@ -66,7 +66,7 @@ def quantize(
             size = None if max_mb is None else int(max_mb * 1e6)
             found = search(bench, parts[1:], max_bytes=size, max_kl=max_kl, on_try=on_part)
             if not json and not quiet:
-                print_parts(parts, bench.said)
+                print_parts(parts, bench.description)
             note(f"writing {out}", quiet=quiet)
             chosen = found.choice.to_precision()
             rounds_by_photos = "q4" in decoder_words(chosen) or "int8" in decoder_words(chosen)
@@ -91,7 +91,7 @@ def decoder_words(chosen: Mapping[str, str]) -> set[str]:
     }
 
 
-def _print(found: Found, figures: Mapping[str, Figure]) -> None:
+def _print(found: Found, figures: Mapping[str, Estimate]) -> None:
     kl, same = figures["kl_mean"], figures["same_top"]
     for part, word in found.choice.words.items():
         print(f"{part:15} {word}")

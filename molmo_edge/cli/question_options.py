@@ -32,9 +32,9 @@ class Asked:
 
 
 def open_suite(name: str, limit: int | None, data: Path | None, *, quiet: bool) -> list[Question]:
-    from molmo_edge.evaluation.suites import suite
+    from molmo_edge.evaluation.suites import load_suite
 
-    return suite(name, data=data, limit=limit, skipped=lambda why: note(f"left out: {why}", quiet=quiet))
+    return load_suite(name, data=data, limit=limit, skipped=lambda why: note(f"left out: {why}", quiet=quiet))
 
 
 def parse_words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ class EvaluationError(MolmoEdgeError):
     """An extra that is not installed."""
 
 
-def need_onnx(what: str) -> None:
+def require_onnx(what: str) -> None:
     """Raises EvaluationError without the package that reads and writes graphs: now, not after an hour of asking."""
     try:
         import onnx  # noqa: F401

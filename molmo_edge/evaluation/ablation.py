@@ -1,7 +1,7 @@
 """Which part of a model costs what: one part rounded, everything else as it was.
 
 A part is a component of a bundle, or attention, experts, router or head of its decoder. Each is measured as
-molmo_edge.evaluation.compare measures a candidate. Parts of the decoder are given the reference's image features, so
+molmo_edge.evaluation.comparison measures a candidate. Parts of the decoder are given the reference's image features, so
 that what they differ by is their own, and no image is encoded twice.
 """
 
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_edge.checkpoints.bundle import GRAPHS, TOKENIZER, is_bundle, open_bundle
 from molmo_edge.checkpoints.tensor_names import hub_shapes
-from molmo_edge.evaluation.compare import compare
-from molmo_edge.evaluation.figures import figures
+from molmo_edge.evaluation.comparison import compare
+from molmo_edge.evaluation.metrics import compute_metrics
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import Subject, Trace, record
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.reference_outputs import ModelUnderTest, ReferenceOutputs, record_reference
+from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.export.decoder_precisions import PARTS as OF_DECODER
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
@@ -38,17 +38,17 @@ PARTS = ("vision_encoder", "connector", "embed_tokens", *OF_DECODER)
 
 
 @dataclass(frozen=True)
-class Ablated:
+class AblationResult:
     """One part, otherwise than the reference."""
 
     part: str
-    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.attribution)
+    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.fault_localization)
     saved: int  # bytes
-    figures: dict[str, Figure]
+    metrics: dict[str, Estimate]
 
     @property
     def kl(self) -> float:
-        return self.figures["kl_mean"].value
+        return self.metrics["kl_mean"].value
 
     @property
     def kl_per_megabyte(self) -> float:
@@ -61,7 +61,7 @@ class Ablated:
             "precision": self.precision,
             "saved": self.saved,
             "kl_per_megabyte": self.kl_per_megabyte if self.saved > 0 else None,
-            "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
+            "figures": {name: figure.to_dict() for name, figure in self.metrics.items()},
         }
 
 
@@ -93,7 +93,7 @@ class Bench:
         self._built = 0
         self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
         with self._opened(self.files) as subject:
-            self.trace: Trace = record(subject, questions, self._folder() / "trace", on_answer)
+            self.trace: ReferenceOutputs = record_reference(subject, questions, self._folder() / "trace", on_answer)
 
     def __enter__(self) -> Bench:
         return self
@@ -113,27 +113,27 @@ class Bench:
         build_component(component, path, self.config, tensors or self.tensors, precision)
         return path
 
-    def measure(self, files: Mapping[str, Path], on_answer: Callable[[], None] = lambda: None) -> dict[str, Figure]:
+    def measure(self, files: Mapping[str, Path], on_answer: Callable[[], None] = lambda: None) -> dict[str, Estimate]:
         """The figures of the reference with some of its files exchanged."""
         changed = {**self.files, **files}
         see = any(changed[name] != self.files[name] for name in ("vision_encoder", "connector"))
         with self._opened(changed) as subject:
-            return figures(compare(self.trace, subject, see=see, on_answer=on_answer))
+            return compute_metrics(compare(self.trace, subject, encode_images=see, on_answer=on_answer))
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """What the figures are taken over, for people to read."""
         answers = self.trace.answers
         tokens, images = sum(len(a.targets) for a in answers), len({a.image for a in answers})
         return f"{tokens} tokens of {len(answers)} answers about {images} images"
 
-    def noise(self, on_answer: Callable[[], None] = lambda: None) -> Ablated:
+    def noise(self, on_answer: Callable[[], None] = lambda: None) -> AblationResult:
         """The reference itself, with pixels moved by a millionth."""
         with self._opened(self.files) as subject:
-            found = figures(compare(self.trace, replace(subject, moved=True), on_answer=on_answer))
-        return Ablated("noise", "", 0, found)
+            found = compute_metrics(compare(self.trace, replace(subject, perturbed=True), on_answer=on_answer))
+        return AblationResult("noise", "", 0, found)
 
-    def forget(self, path: Path) -> None:
+    def delete(self, path: Path) -> None:
         """A variant that is not needed any more: they are as large as the model."""
         shutil.rmtree(path.parent)
 
@@ -144,10 +144,10 @@ class Bench:
         return folder
 
     @contextmanager
-    def _opened(self, files: dict[str, Path]) -> Iterator[Subject]:
+    def _opened(self, files: dict[str, Path]) -> Iterator[ModelUnderTest]:
         runtime = open_files(self.config, files, mapped=self.mapped)
         try:
-            yield Subject(runtime, self.tokenizer, self._max_crops)
+            yield ModelUnderTest(runtime, self.tokenizer, self._max_crops)
         finally:
             runtime.close()
 
@@ -164,16 +164,16 @@ def ablate(
     precisions: Sequence[str],
     parts: Sequence[str] = PARTS,
     on_part: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
-) -> Iterator[Ablated]:
+) -> Iterator[AblationResult]:
     """Each part in each precision, alone; those that a part cannot have are left out (an embedding in four bits)."""
     for part in parts:
         for word in precisions:
-            if word in words_of(part, bench.config):
+            if word in precisions_of(part, bench.config):
                 path = bench.build(component_of(part), variant(part, word))
                 found = bench.measure({component_of(part): path}, on_part(f"{part} {word}"))
                 saved = size_of(bench.files[component_of(part)]) - size_of(path)
-                bench.forget(path)
-                yield Ablated(part, word, saved, found)
+                bench.delete(path)
+                yield AblationResult(part, word, saved, found)
 
 
 def component_of(part: str) -> str:
@@ -185,7 +185,7 @@ def variant(part: str, word: str) -> dict[str, str]:
     return {"decoder": "fp32", part: word} if part in OF_DECODER else {part: word}
 
 
-def words_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
+def precisions_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
     """The smaller precisions that a part may have, the largest first."""
     if part == "router" and not config.decoder.n_experts:
         return ()

@@ -11,13 +11,13 @@ InfoVQA: the validation split is asked instead. A split without answers can be a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from molmo_edge.data import ai2d
 from molmo_edge.data import benchmark_files as official
-from molmo_edge.data.rows import FetchError, Row, Rows, RowsError, load_rows
-from molmo_edge.evaluation import benchmark_questions as ask
+from molmo_edge.data.rows import FetchError, Rows, RowsError, load_rows
+from molmo_edge.evaluation import benchmark_formatters as ask
+from molmo_edge.evaluation.benchmark_formatters import Benchmark
 from molmo_edge.evaluation.questions import Question
 
 # fmt: off
@@ -31,22 +31,7 @@ _MMMU = (
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """Where a benchmark's rows are, and how a row becomes a question."""
-
-    name: str
-    hub_id: str  # a repository of parquet files: no code is run
-    split: str  # asked where none is named
-    question: Callable[[Benchmark, Row], Question | None]  # None: the reference leaves the row out
-    style: str = ""  # the tag before the question; "": by row, or none
-    configs: tuple[str, ...] = ()
-    max_crops: int = 36  # of the published figures; 12 for pointing and counting, which suffer from more (PAPER)
-    max_new_tokens: int = 12
-    official: Callable[[Path, str], Rows | None] | None = None  # reads the authors' own files, if a folder has them
-
-
-def questions(
+def benchmark_questions(
     task: str,
     *,
     local: Path | None = None,

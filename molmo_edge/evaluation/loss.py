@@ -14,13 +14,13 @@ from molmo_edge.checkpoints.bundle import is_bundle, load_tokenizer, open_bundle
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.compare import Comparison, compare
-from molmo_edge.evaluation.figures import ScoreFigure, figures, scores
-from molmo_edge.evaluation.model_facts import ModelFacts, model_facts
+from molmo_edge.evaluation.comparison import Comparison, compare
+from molmo_edge.evaluation.metrics import ScoreComparison, compare_scores, compute_metrics
+from molmo_edge.evaluation.model_info import ModelInfo, model_info
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import Answered, Subject, Trace, record
+from molmo_edge.evaluation.reference_outputs import ModelUnderTest, ReferenceAnswer, ReferenceOutputs, record_reference
 from molmo_edge.evaluation.routing import agreement, router_choices
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import LlamaOptions, PartedRuntime, check_model_room, open_runtime
@@ -39,7 +39,7 @@ class LossError(MolmoEdgeError):
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpec:
     """A bundle or a checkpoint, and how it is run."""
 
     directory: Path
@@ -50,12 +50,12 @@ class Model:
     name: str = ""  # in reports; without it the directory's
 
     @property
-    def facts(self) -> ModelFacts:
-        found = model_facts(self.directory, self.precision)
+    def info(self) -> ModelInfo:
+        found = model_info(self.directory, self.precision)
         return replace(found, name=self.name or found.name)
 
     @contextmanager
-    def opened(self, max_crops: int | None = None, *, moved: bool = False) -> Iterator[Subject]:
+    def opened(self, max_crops: int | None = None, *, perturbed: bool = False) -> Iterator[ModelUnderTest]:
         runtime = open_runtime(
             self.directory,
             device=self.device,
@@ -64,23 +64,23 @@ class Model:
             engine_options=self.engine_options,
         )
         try:
-            yield Subject(runtime, load_tokenizer(self.directory), max_crops, moved)
+            yield ModelUnderTest(runtime, load_tokenizer(self.directory), max_crops, perturbed)
         finally:
             runtime.close()
 
 
 @dataclass(frozen=True)
-class Parts:
+class LossBreakdown:
     """Where a loss comes from, measured on `questions` of all, one an image. Figures are as of `figures`."""
 
     questions: int
-    whole: dict[str, Figure]
+    whole: dict[str, Estimate]
     # Given the reference's image features, so that what differs is the decoder's doing; None where the candidate's own
     # image features are the reference's.
-    decoder: dict[str, Figure] | None
+    decoder: dict[str, Estimate] | None
 
     def to_dict(self) -> dict[str, Any]:
-        def plain(figures: dict[str, Figure]) -> dict[str, Any]:
+        def plain(figures: dict[str, Estimate]) -> dict[str, Any]:
             return {name: figure.to_dict() for name, figure in figures.items()}
 
         decoder = None if self.decoder is None else plain(self.decoder)
@@ -88,22 +88,22 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelLoss:
     """A candidate, or the noise."""
 
-    facts: ModelFacts
+    info: ModelInfo
     engine: str
     comparison: Comparison
-    figures: dict[str, Figure]
-    scores: dict[str, dict[str, ScoreFigure]]
-    parts: Parts | None = None  # of a candidate
+    metrics: dict[str, Estimate]
+    scores: dict[str, dict[str, ScoreComparison]]
+    parts: LossBreakdown | None = None  # of a candidate
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **self.facts.to_dict(),
+            **self.info.to_dict(),
             "engine": self.engine,
             **({} if self.parts is None else {"parts": self.parts.to_dict()}),
-            "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
+            "figures": {name: figure.to_dict() for name, figure in self.metrics.items()},
             "scores": {
                 group: {
                     name: {
@@ -120,15 +120,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Loss:
-    reference: ModelFacts
+    reference: ModelInfo
     engine: str
     suites: tuple[str, ...]
     images: int
     questions: int
     tokens: int  # of the reference's answers, their ends counted
     noise_kind: str  # of NOISES
-    noise: Measured | None
-    candidates: tuple[Measured, ...]
+    noise: ModelLoss | None
+    candidates: tuple[ModelLoss, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -144,8 +144,8 @@ class Loss:
 
 
 def measure_loss(
-    reference: Model,
-    candidates: Sequence[Model],
+    reference: ModelSpec,
+    candidates: Sequence[ModelSpec],
     questions: Sequence[Question],
     *,
     suites: Sequence[str] = (),
@@ -160,7 +160,7 @@ def measure_loss(
     with its weights in bf16 on PyTorch ("bf16"). `on_model(name, questions)` is called for each model, and what it
     returns for each of its answers; `on_measured` with what there is after each of them. The temporary folder takes
     the reference's logits: 4 bytes for each entry of the vocabulary and each token.
-    Raises LossError for models that do not take the same prompts, TraceError where no question is about an image.
+    Raises LossError for models that do not take the same prompts, NoQuestionsError where no question is about an image.
     """
     if noise not in NOISES:
         raise LossError(f'noise "{noise}" is not known; known are {", ".join(NOISES)}')
@@ -173,12 +173,12 @@ def measure_loss(
     with temporary_folder("loss") as scratch:
         with reference.opened(max_crops) as subject:
             engine = subject.runtime.engine
-            on_answer = on_model(reference.facts.name, len(questions))
-            trace = record(subject, questions, scratch / "trace", on_answer)
+            on_answer = on_model(reference.info.name, len(questions))
+            trace = record_reference(subject, questions, scratch / "trace", on_answer)
             routed = _Routed(trace, subject)
         routed.choose(reference)
         loss = Loss(
-            reference=reference.facts,
+            reference=reference.info,
             engine=engine,
             suites=tuple(suites),
             images=len({answered.image for answered in trace.answers}),
@@ -193,7 +193,7 @@ def measure_loss(
             loss = replace(loss, noise=_noise(noise, reference, trace, routed, max_crops, on_answer))
             on_measured(loss)
         for candidate in candidates:
-            on_answer = on_model(candidate.facts.name, len(trace.answers) + len(_parted(trace).answers))
+            on_answer = on_model(candidate.info.name, len(trace.answers) + len(_parted(trace).answers))
             measured = _measure(candidate, trace, routed, max_crops, on_answer)
             loss = replace(loss, candidates=(*loss.candidates, measured))
             on_measured(loss)
@@ -201,37 +201,41 @@ def measure_loss(
 
 
 def _measure(
-    model: Model,
-    trace: Trace,
+    model: ModelSpec,
+    trace: ReferenceOutputs,
     routed: _Routed,
     max_crops: int | None,
     on_answer: Callable[[], None],
     *,
-    moved: bool = False,
-) -> Measured:
-    with model.opened(max_crops, moved=moved) as subject:
+    perturbed: bool = False,
+) -> ModelLoss:
+    with model.opened(max_crops, perturbed=perturbed) as subject:
         comparison, engine = compare(trace, subject, on_answer=on_answer), subject.runtime.engine
-        parts = None if moved else _parts(trace, subject, comparison, on_answer)
+        parts = None if perturbed else _parts(trace, subject, comparison, on_answer)
         rows = routed.rows(subject)
     kept = routed.kept(model, rows)
-    return Measured(model.facts, engine, comparison, figures(comparison, kept), scores(comparison.answers), parts)
+    return ModelLoss(
+        model.info, engine, comparison, compute_metrics(comparison, kept), compare_scores(comparison.answers), parts
+    )
 
 
-def _parted(trace: Trace) -> Trace:
+def _parted(trace: ReferenceOutputs) -> ReferenceOutputs:
     """A question of each of some images, evenly from all: one that asks for points where there is one."""
     groups = evenly(list(trace.by_image()), PARTED)
     chosen = (next((a for a in group if a.question.kind == "point"), group[0]) for group in groups)
     return replace(trace, answers=tuple(chosen))
 
 
-def _parts(trace: Trace, subject: Subject, comparison: Comparison, on_answer: Callable[[], None]) -> Parts:
+def _parts(
+    trace: ReferenceOutputs, subject: ModelUnderTest, comparison: Comparison, on_answer: Callable[[], None]
+) -> LossBreakdown:
     some = _parted(trace)
     asked = {id(answered.question) for answered in some.answers}
     whole = Comparison(answers=[a for a in comparison.answers if id(a.question) in asked])
     alone = None
     if any(image.cells is None or image.cells.worst > 0 for image in comparison.images):
-        alone = figures(compare(some, subject, see=False, on_answer=on_answer))
-    return Parts(len(some.answers), figures(whole), alone)
+        alone = compute_metrics(compare(some, subject, encode_images=False, on_answer=on_answer))
+    return LossBreakdown(len(some.answers), compute_metrics(whole), alone)
 
 
 def check_comparable(reference: Path, candidate: Path) -> None:
@@ -252,23 +256,23 @@ def _config(directory: Path) -> MolmoConfig:
 
 def _noise(
     kind: str,
-    reference: Model,
-    trace: Trace,
+    reference: ModelSpec,
+    trace: ReferenceOutputs,
     routed: _Routed,
     max_crops: int | None,
     on_answer: Callable[[], None],
-) -> Measured:
+) -> ModelLoss:
     name = f"noise ({kind})"
     if kind == "threads":
-        return _measure(replace(reference, threads=1, name=name), trace, routed, max_crops, on_answer, moved=True)
+        return _measure(replace(reference, threads=1, name=name), trace, routed, max_crops, on_answer, perturbed=True)
     runtime = _bf16(reference.directory)
     try:
-        subject = Subject(runtime, load_tokenizer(reference.directory), max_crops)
+        subject = ModelUnderTest(runtime, load_tokenizer(reference.directory), max_crops)
         comparison, engine = compare(trace, subject, on_answer=on_answer), runtime.engine
     finally:
         runtime.close()
-    facts = replace(reference.facts, name=name)
-    return Measured(facts, engine, comparison, figures(comparison), scores(comparison.answers))
+    info = replace(reference.info, name=name)
+    return ModelLoss(info, engine, comparison, compute_metrics(comparison), compare_scores(comparison.answers))
 
 
 def _check_bf16(directory: Path) -> None:
@@ -280,7 +284,7 @@ def _check_bf16(directory: Path) -> None:
         raise LossError(f"noise in bf16 needs {error.name}: {pip_command('torch,export')}") from None
     if is_bundle(directory) and open_bundle(directory).components["decoder"].engine == "gguf":
         raise LossError(f"{directory} has a GGUF, which PyTorch does not read: choose another noise than bf16")
-    _choose_bf16(_config(directory), reading=model_facts(directory).bytes if is_bundle(directory) else 0)
+    _choose_bf16(_config(directory), reading=model_info(directory).bytes if is_bundle(directory) else 0)
 
 
 def _choose_bf16(config: MolmoConfig, reading: int = 0) -> str:
@@ -305,23 +309,23 @@ def _bf16(directory: Path) -> PartedRuntime:
 class _Routed:
     """Which experts the reference chose for some questions, evenly from all of them."""
 
-    def __init__(self, trace: Trace, subject: Subject) -> None:
+    def __init__(self, trace: ReferenceOutputs, subject: ModelUnderTest) -> None:
         groups = list(trace.by_image()) if subject.runtime.config.decoder.n_experts else []
         self._asked = [group[0] for group in evenly(groups, ROUTED)]
         self._rows = self.rows(subject)
         self._choices: list[np.ndarray] | None = None
 
-    def choose(self, reference: Model) -> None:
+    def choose(self, reference: ModelSpec) -> None:
         """With its runtime closed: the decoder is loaded again, with its routers shown."""
         if self._asked:
             self._choices = router_choices(reference.directory, self._rows, **_how(reference))
         self._rows = []
 
-    def rows(self, subject: Subject) -> list[np.ndarray]:
+    def rows(self, subject: ModelUnderTest) -> list[np.ndarray]:
         """What the decoder is fed with for each question and the reference's answer to it."""
         return [_rows(subject, answered) for answered in self._asked]
 
-    def kept(self, model: Model, rows: list[np.ndarray]) -> list[float] | None:
+    def kept(self, model: ModelSpec, rows: list[np.ndarray]) -> list[float] | None:
         """The share of the reference's choices that `model` makes, by question; None for a dense decoder."""
         if self._choices is None:
             return None
@@ -330,12 +334,12 @@ class _Routed:
         return [agreement(a, b) for a, b in zip(self._choices, choices, strict=True)]
 
 
-def _how(model: Model) -> dict[str, Any]:
+def _how(model: ModelSpec) -> dict[str, Any]:
     return {"threads": model.threads, "precision": model.precision, "engine_options": model.engine_options}
 
 
-def _rows(subject: Subject, answered: Answered) -> np.ndarray:
-    runtime, seen = subject.runtime, subject.see(answered.question)
+def _rows(subject: ModelUnderTest, answered: ReferenceAnswer) -> np.ndarray:
+    runtime, seen = subject.runtime, subject.prepare(answered.question)
     image = with_features(runtime, seen.prompt, runtime.encode_image(seen.crops, seen.masks, seen.overview))
     ids = np.concatenate([text_ids(subject.tokenizer, [answered.question.text]), answered.targets[:-1]])
     return np.concatenate([image, runtime.embed(ids)])

@@ -24,13 +24,13 @@ def size_and_loss(loss: Loss) -> str:
     """Megabytes against mean KL, with intervals; the noise is the line below which nothing can be told apart."""
     figure, axes = _axes()
     for i, m in enumerate(loss.candidates):
-        f = m.figures["kl_mean"]
-        megabytes = m.facts.bytes / 1e6
+        f = m.metrics["kl_mean"]
+        megabytes = m.info.bytes / 1e6
         error = [[max(0.0, f.value - f.low)], [max(0.0, f.high - f.value)]]
         axes.errorbar(megabytes, f.value, yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3)
-        axes.annotate(m.facts.name, (megabytes, f.value), xytext=(7, 5), textcoords="offset points", fontsize=9)
-    values = [m.figures["kl_mean"].value for m in loss.candidates]
-    noise = None if loss.noise is None else loss.noise.figures["kl_mean"].value
+        axes.annotate(m.info.name, (megabytes, f.value), xytext=(7, 5), textcoords="offset points", fontsize=9)
+    values = [m.metrics["kl_mean"].value for m in loss.candidates]
+    noise = None if loss.noise is None else loss.noise.metrics["kl_mean"].value
     if noise:
         axes.axhline(noise, color=_GREY, linestyle=":", label=f"noise ({loss.noise_kind}): {noise:.1g}")
         axes.legend(frameon=False, fontsize=9)
@@ -53,7 +53,7 @@ def drifts(loss: Loss) -> str:
     most = max((d for distances in moved for d in distances), default=0.0)
     edges = [most * i / 30 for i in range(31)] if most else [0, 1]
     for (m, colour), distances in zip(shown, moved, strict=True):
-        label = f"{m.facts.name}: {sum(d == 0 for d in distances)} of {len(distances)} points did not move"
+        label = f"{m.info.name}: {sum(d == 0 for d in distances)} of {len(distances)} points did not move"
         axes.hist(distances, bins=edges, histtype="step", linewidth=1.6, color=colour, label=label)
     axes.set_yscale("symlog")
     highest = axes.get_ylim()[1]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, component_of, size_of
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of, size_of
+from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.export import ExportError
 
 
@@ -25,7 +25,7 @@ class Choice:
     predicted: float = 0.0  # mean KL: the sum of the parts'
     saved: int = 0  # bytes, the sum of the parts'
 
-    def with_part(self, other: Ablated, instead: Ablated | None) -> Choice:
+    def with_part(self, other: AblationResult, instead: AblationResult | None) -> Choice:
         predicted = self.predicted + other.kl - (instead.kl if instead else 0.0)
         saved = self.saved + other.saved - (instead.saved if instead else 0)
         return Choice({**self.words, other.part: other.precision}, predicted, saved)
@@ -39,30 +39,30 @@ class Choice:
 class Found:
     choice: Choice
     bytes: int  # of its graphs
-    figures: dict[str, Figure]
+    metrics: dict[str, Estimate]
 
     @property
     def kl(self) -> float:
-        return self.figures["kl_mean"].value
+        return self.metrics["kl_mean"].value
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "precision": self.choice.to_precision(),
             "bytes": self.bytes,
             "predicted_kl": self.choice.predicted,
-            "figures": {name: figure.to_dict() for name, figure in self.figures.items()},
+            "figures": {name: figure.to_dict() for name, figure in self.metrics.items()},
         }
 
 
-def steps(parts: Iterable[Ablated]) -> list[Choice]:
+def steps(parts: Iterable[AblationResult]) -> list[Choice]:
     """From float32 to all that the parts allow, one part a step, the cheapest of all possible steps each time."""
-    options: dict[str, list[Ablated]] = {}
+    options: dict[str, list[AblationResult]] = {}
     for option in parts:
         options.setdefault(option.part, []).append(option)
-    now: dict[str, Ablated | None] = dict.fromkeys(options)
+    now: dict[str, AblationResult | None] = dict.fromkeys(options)
     path = [Choice()]
     while True:
-        best: tuple[float, Ablated] | None = None
+        best: tuple[float, AblationResult] | None = None
         for part, some in options.items():
             current = now[part]
             for option in some:
@@ -80,7 +80,7 @@ def steps(parts: Iterable[Ablated]) -> list[Choice]:
 
 def search(
     bench: Bench,
-    parts: Sequence[Ablated],
+    parts: Sequence[AblationResult],
     *,
     max_bytes: int | None = None,
     max_kl: float | None = None,
@@ -153,7 +153,7 @@ def _measured(
 def _forget(bench: Bench, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         if path != bench.files[name]:
-            bench.forget(path)
+            bench.delete(path)
 
 
 def _said(choice: Choice) -> str:

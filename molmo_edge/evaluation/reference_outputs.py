@@ -23,23 +23,23 @@ from molmo_edge.runtimes.generate import likeliest
 from molmo_edge.runtimes.prompt_embeddings import with_features
 
 
-class TraceError(MolmoEdgeError):
+class NoQuestionsError(MolmoEdgeError):
     """Nothing to keep."""
 
 
-_MOVED = 1e-6  # of a pixel's value: less than two resizing libraries differ by
+_PERTURBATION = 1e-6  # of a pixel's value: less than two resizing libraries differ by
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A model as it is measured."""
 
     runtime: PartedRuntime
     tokenizer: Tokenizer
     max_crops: int | None = None
-    moved: bool = False  # pixels by a millionth: what is then found is no loss, but noise
+    perturbed: bool = False  # pixels by a millionth: what is then found is no loss, but noise
 
-    def see(self, question: Question) -> Seen:
+    def prepare(self, question: Question) -> ImageInputs:
         """The question's image, cropped. Raises ImageError."""
         image = question.image()
         config = self.runtime.config.image
@@ -48,15 +48,15 @@ class Subject:
         rgb = load_image(image)
         prepared = ImageProcessor(config, self.tokenizer.special)(rgb)
         crops = prepared.crops
-        if self.moved:
-            noise = np.random.default_rng(0).uniform(-_MOVED, _MOVED, crops.shape)
+        if self.perturbed:
+            noise = np.random.default_rng(0).uniform(-_PERTURBATION, _PERTURBATION, crops.shape)
             crops = (crops * (1 + noise)).astype(np.float32)
         size = rgb.shape[1], rgb.shape[0]
-        return Seen(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
+        return ImageInputs(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageInputs:
     crops: np.ndarray  # float32 [n, patches^2, 588]
     masks: np.ndarray  # float32 [n, patches^2]
     prompt: Prompt
@@ -65,7 +65,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ReferenceAnswer:
     """One question, as the reference answered it."""
 
     question: Question
@@ -77,51 +77,51 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Trace:
+class ReferenceOutputs:
     folder: Path
-    answers: tuple[Answered, ...]  # those about one image side by side
+    answers: tuple[ReferenceAnswer, ...]  # those about one image side by side
     tokenizer: Tokenizer
 
     def features(self, image: int) -> tuple[np.ndarray, np.ndarray]:
         """Patch features [n, patches^2, feature_dim] and image features [n, cells^2, d_model] of an image."""
         return np.load(self.folder / f"patches-{image}.npy"), np.load(self.folder / f"cells-{image}.npy")
 
-    def by_image(self) -> Iterator[list[Answered]]:
+    def by_image(self) -> Iterator[list[ReferenceAnswer]]:
         for _, some in groupby(self.answers, key=lambda answered: answered.image):
             yield list(some)
 
 
-def record(
-    subject: Subject, questions: Sequence[Question], folder: Path, on_answer: Callable[[], None] = lambda: None
-) -> Trace:
+def record_reference(
+    subject: ModelUnderTest, questions: Sequence[Question], folder: Path, on_answer: Callable[[], None] = lambda: None
+) -> ReferenceOutputs:
     """Ask the reference, greedily, and keep what it did in `folder`, which it makes. Words alone are left out.
 
-    Raises TraceError where nothing is left.
+    Raises NoQuestionsError where nothing is left.
     """
     asked = [question for question in questions if not question.words_alone]
     if not asked:
-        raise TraceError("there is nothing to compare: no question is about an image")
+        raise NoQuestionsError("there is nothing to compare: no question is about an image")
     folder.mkdir(parents=True)
     runtime, tokenizer = subject.runtime, subject.tokenizer
-    found: list[Answered] = []
+    found: list[ReferenceAnswer] = []
     for image, group in enumerate(by_image(asked)):
-        seen = subject.see(group[0])
+        seen = subject.prepare(group[0])
         patches = runtime.encode_crops(seen.crops, seen.overview)
         cells = runtime.connect(patches, seen.masks)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
-        prefilled = Prefilled(runtime, tokenizer, with_features(runtime, seen.prompt, cells), group)
+        prefilled = PrefilledImage(runtime, tokenizer, with_features(runtime, seen.prompt, cells), group)
         for question in group:
             logits, targets = prefilled.answer(question)
             path = folder / f"logits-{len(found)}.npy"
             np.save(path, logits)
             text = answer_text(tokenizer, targets)
-            found.append(Answered(question, image, seen.size, tuple(targets), text, path))
+            found.append(ReferenceAnswer(question, image, seen.size, tuple(targets), text, path))
             on_answer()
-    return Trace(folder, tuple(found), tokenizer)
+    return ReferenceOutputs(folder, tuple(found), tokenizer)
 
 
-class Prefilled:
+class PrefilledImage:
     """An image, prefilled once, with room for each of its questions and their answers."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, rows: np.ndarray, questions: Sequence[Question]) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.compare import Compared
-from molmo_edge.evaluation.figures import KINDS, ScoreFigure
-from molmo_edge.evaluation.loss import Loss, Measured
-from molmo_edge.evaluation.loss_summary import columns, summary
+from molmo_edge.evaluation.comparison import ComparedAnswer
+from molmo_edge.evaluation.loss import Loss, ModelLoss
+from molmo_edge.evaluation.loss_tables import columns, summary
+from molmo_edge.evaluation.metrics import METRICS, ScoreComparison
 from molmo_edge.evaluation.plots import check_plots, drifts, size_and_loss
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.frontend.crops import load_image
 from molmo_edge.frontend.points import Point, parse_points
 from molmo_edge.sdk.readable_text import readable
@@ -66,11 +66,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def page(loss: Loss) -> str:
-    """What a user asks comes first (molmo_edge.evaluation.loss_summary); tokens and features come last."""
+    """What a user asks comes first (molmo_edge.evaluation.loss_tables); tokens and features come last."""
     shown = columns(loss)
     r = loss.reference
     body = [
-        f"<h1>What {_e(', '.join(m.facts.name for m in loss.candidates))} lost</h1>",
+        f"<h1>What {_e(', '.join(m.info.name for m in loss.candidates))} lost</h1>",
         f"<p>Against <b>{_e(r.name)}</b> ({_e(loss.engine)}, {_e(r.precision)}, {r.bytes / 1e6:.1f} MB), on "
         f"{_e(', '.join(loss.suites) or 'questions of your own')}: {loss.images} images, {loss.questions} "
         "questions.</p>",
@@ -78,7 +78,7 @@ def page(loss: Loss) -> str:
         f"<p class=note>{_e(_NOTE)}{_e(_NOISE[loss.noise_kind])}</p>",
     ]
     for measured in loss.candidates:
-        body += [f"<h2>Where {_e(measured.facts.name)} points elsewhere</h2>", *_examples(measured)]
+        body += [f"<h2>Where {_e(measured.info.name)} points elsewhere</h2>", *_examples(measured)]
     if any(distance > 0 for m in shown for a in m.comparison.answers for distance in a.drift):
         body += ["<h2>Points that moved</h2>", drifts(loss)]
     if shown[-1].scores:
@@ -106,50 +106,50 @@ _NOISE = {
 }
 
 
-def _summary(loss: Loss, shown: Sequence[Measured]) -> str:
+def _summary(loss: Loss, shown: Sequence[ModelLoss]) -> str:
     rows = [f"<tr><th>{_e(line.question)}{''.join(f'<td>{_e(cell)}' for cell in line.cells)}" for line in summary(loss)]
-    heads = "".join(f"<th>{_e(m.facts.name)}" for m in shown)
+    heads = "".join(f"<th>{_e(m.info.name)}" for m in shown)
     return f"<table class=summary><thead><tr><th>{heads}<tbody>{''.join(rows)}</table>"
 
 
-def _figures(shown: Sequence[Measured]) -> str:
+def _figures(shown: Sequence[ModelLoss]) -> str:
     rows = []
-    for name, kind in KINDS.items():
-        given = [m.figures.get(name) for m in shown]
+    for name, kind in METRICS.items():
+        given = [m.metrics.get(name) for m in shown]
         counts = {f.n for f in given if f}
         if counts:
-            cells = [_cell(f, kind.write, own_n=len(counts) > 1) for f in given]
+            cells = [_cell(f, kind.format, own_n=len(counts) > 1) for f in given]
             n = str(counts.pop()) if len(counts) == 1 else ""
             rows.append(f"<tr><th>{_e(kind.title)}<td>{n}{''.join(cells)}")
-    heads = "".join(f"<th>{_e(m.facts.name)}<br><small>{_e(m.engine)}</small>" for m in shown)
+    heads = "".join(f"<th>{_e(m.info.name)}<br><small>{_e(m.engine)}</small>" for m in shown)
     return f"<table><thead><tr><th><th>n{heads}<tbody>{''.join(rows)}</table>"
 
 
-def _cell(f: Figure | None, write: Callable[[float], str], *, own_n: bool) -> str:
+def _cell(f: Estimate | None, write: Callable[[float], str], *, own_n: bool) -> str:
     if f is None:
         return "<td>"
     n = f" <small>n={f.n}</small>" if own_n else ""
     return f"<td>{_e(write(f.value))} <small>{_interval(f, write)}</small>{n}"
 
 
-def _interval(f: Figure, write: Callable[[float], str]) -> str:
+def _interval(f: Estimate, write: Callable[[float], str]) -> str:
     if f.low == f.high:
         return ""
     return "[?]" if math.isnan(f.low) else _e(f"[{write(f.low)}, {write(f.high)}]")
 
 
-def _scores(shown: Sequence[Measured]) -> str:
+def _scores(shown: Sequence[ModelLoss]) -> str:
     rows = []
     for group, by_name in shown[0].scores.items():
         for name, first in by_name.items():
             cells = [_change(m.scores[group][name]) for m in shown]
             reference = f"{100 * first.reference.value:.1f}"
             rows.append(f"<tr><th>{_e(group)} {_e(name)}<td>{first.reference.n}<td>{reference}{''.join(cells)}")
-    heads = "".join(f"<th>{_e(m.facts.name)}" for m in shown)
+    heads = "".join(f"<th>{_e(m.info.name)}" for m in shown)
     return f"<table><thead><tr><th>percent<th>n<th>reference{heads}<tbody>{''.join(rows)}</table>"
 
 
-def _change(s: ScoreFigure) -> str:
+def _change(s: ScoreComparison) -> str:
     d = s.difference
     sure = " class=worse" if d.high < 0 else " class=better" if d.low > 0 else ""
     return (
@@ -158,8 +158,8 @@ def _change(s: ScoreFigure) -> str:
     )
 
 
-def _examples(measured: Measured) -> Iterable[str]:
-    def apart(a: Compared) -> float:
+def _examples(measured: ModelLoss) -> Iterable[str]:
+    def apart(a: ComparedAnswer) -> float:
         return max((*a.drift, 100.0 * a.unmatched), default=0.0)
 
     moved = sorted((a for a in measured.comparison.answers if apart(a) > 0), key=apart, reverse=True)
@@ -178,7 +178,7 @@ def _examples(measured: Measured) -> Iterable[str]:
     yield "</div>"
 
 
-def _drawn(a: Compared) -> bytes:
+def _drawn(a: ComparedAnswer) -> bytes:
     picture = Image.fromarray(load_image(a.question.image()))
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)

@@ -19,7 +19,7 @@ _Z = 1.959963984540054  # of the normal distribution, 95 % two-sided
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A value, where it lies with 95 % confidence, and how many things it was taken over."""
 
     value: float
@@ -31,34 +31,34 @@ class Figure:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
-def share(flags: Sequence[bool | float]) -> Figure:
+def share(flags: Sequence[bool | float]) -> Estimate:
     """The share of those that hold, with Wilson's interval, which is honest about 0 of n and n of n too."""
     n = len(flags)
     if not n:
-        return Figure(math.nan, math.nan, math.nan, 0)
+        return Estimate(math.nan, math.nan, math.nan, 0)
     p = float(np.mean(np.asarray(flags, np.float64)))
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
     # Rounding may put an end a hair on the wrong side of a 0 or a 1 that is exact.
-    return Figure(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), n)
+    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), n)
 
 
-def mean(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable]) -> Figure:
+def mean(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable]) -> Estimate:
     """The mean of `values`, which belong to `pictures`, one each."""
     values, index, count = _clustered(values, pictures)
     if not len(values):
-        return Figure(math.nan, math.nan, math.nan, 0)
+        return Estimate(math.nan, math.nan, math.nan, 0)
     sums = np.bincount(index, values, count)
     sizes = np.bincount(index, minlength=count)
     draws = _draws(count)  # [DRAWS, pictures]
     return _figure(float(values.mean()), (draws @ sums) / np.maximum(draws @ sizes, 1), values, count)
 
 
-def quantile(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable], q: float) -> Figure:
+def quantile(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable], q: float) -> Estimate:
     """The value below which the share `q` of `values` lies."""
     values, index, count = _clustered(values, pictures)
     if not len(values):
-        return Figure(math.nan, math.nan, math.nan, 0)
+        return Estimate(math.nan, math.nan, math.nan, 0)
     order = np.argsort(values)
     ordered, index = values[order], index[order]
     found = []
@@ -68,7 +68,7 @@ def quantile(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable],
     return _figure(float(np.quantile(values, q)), np.array(found), values, count)
 
 
-def average(values: Sequence[float], pictures: Sequence[Hashable]) -> Figure:
+def average(values: Sequence[float], pictures: Sequence[Hashable]) -> Estimate:
     """As `mean`, but Wilson's interval where each picture has one answer, right or wrong, and where all are alike.
 
     A bootstrap knows no doubt about n of n. Wilson's n is then that of the pictures.
@@ -79,9 +79,9 @@ def average(values: Sequence[float], pictures: Sequence[Hashable]) -> Figure:
     return mean(values, pictures)
 
 
-def transformed(figure: Figure, how: Callable[[float], float]) -> Figure:
+def transformed(figure: Estimate, how: Callable[[float], float]) -> Estimate:
     """The figure under a growing function: of a mean logarithm, the ratio."""
-    return Figure(how(figure.value), how(figure.low), how(figure.high), figure.n)
+    return Estimate(how(figure.value), how(figure.low), how(figure.high), figure.n)
 
 
 def _clustered(
@@ -97,16 +97,16 @@ def _draws(count: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
 
 
-def _figure(value: float, draws: np.ndarray, values: np.ndarray, pictures: int) -> Figure:
+def _figure(value: float, draws: np.ndarray, values: np.ndarray, pictures: int) -> Estimate:
     n = len(values)
     if (values == values[0]).all():
-        return Figure(value, value, value, n)
+        return Estimate(value, value, value, n)
     if pictures == 1:
-        return Figure(value, math.nan, math.nan, n)
+        return Estimate(value, math.nan, math.nan, n)
     low, high = (value + (float(end) - value) * _wider(pictures) for end in np.quantile(draws, (0.025, 0.975)))
     if values.min() >= 0:  # a divergence, a distance, a share: what is never negative is not so on average
         low, high = max(0.0, low), min(high, 1.0) if values.max() <= 1 else high
-    return Figure(value, min(value, low), max(value, high), n)
+    return Estimate(value, min(value, low), max(value, high), n)
 
 
 def _wider(pictures: int) -> float:

@@ -37,7 +37,7 @@ class SuiteError(MolmoEdgeError):
     """A suite that does not exist, or has nothing to ask."""
 
 
-def suite(
+def load_suite(
     name: str,
     *,
     data: Path | None = None,
@@ -60,12 +60,12 @@ def suite(
         if folder:
             pictures += folder_pictures(Path(folder))
         return _some_questions(name, evenly(pictures, limit))
-    from molmo_edge.evaluation.benchmarks import TASKS, questions
+    from molmo_edge.evaluation.benchmarks import TASKS, benchmark_questions
 
     if name not in TASKS:
         raise SuiteError(f'there is no suite "{name}"; there are nano-val, photos:DIR, {", ".join(TASKS)}')
     local = data / name if data is not None and (data / name).exists() else None
-    found = list(questions(name, local=local, limit=limit, skipped=skipped))
+    found = list(benchmark_questions(name, local=local, limit=limit, skipped=skipped))
     if not found:
         raise SuiteError(f"{name} has no questions that can be asked")
     return found
@@ -177,7 +177,7 @@ def _clock_score(time: str) -> Callable[[str], dict[str, float]]:
 
 
 def _nothing(text: str) -> dict[str, float]:
-    """Of a caption, which is compared with the reference's own (molmo_edge.evaluation.compare), and of plain photos."""
+    """Captions are compared with the reference's (molmo_edge.evaluation.comparison); plain photos have no scores."""
     return {}
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molmo_edge.evaluation.compare import Compared, Comparison
-from molmo_edge.evaluation.stats import Figure, average, mean, quantile, transformed
+from molmo_edge.evaluation.comparison import ComparedAnswer, Comparison
+from molmo_edge.evaluation.stats import Estimate, average, mean, quantile, transformed
 
 
 @dataclass(frozen=True)
-class Kind:
+class Metric:
     """What a figure is and how it is written."""
 
     title: str
-    write: Callable[[float], str]
-    none: float  # its value where nothing is lost
+    format: Callable[[float], str]
+    lossless: float  # its value where nothing is lost
 
 
 def _percent(value: float) -> str:
@@ -30,40 +30,40 @@ def _small(value: float) -> str:
 
 
 # In the order in which a report has them: what a user sees, then tokens, then what causes it.
-KINDS = {
-    "same_points": Kind("answers with same points", _percent, 1.0),
-    "drift": Kind("drift, % of diagonal", lambda value: f"{value:.2f}", 0.0),
-    "drift_p95": Kind("drift, 95th percentile", lambda value: f"{value:.2f}", 0.0),
-    "unmatched": Kind("unmatched points an answer", lambda value: f"{value:.2f}", 0.0),
-    "same_answer": Kind("answers word for word", _percent, 1.0),
-    "first_divergence": Kind("token where others part", lambda value: f"{value:.1f}", math.nan),
-    "same_top": Kind("same likeliest token", _percent, 1.0),
-    "kl_mean": Kind("KL a token, mean", _small, 0.0),
-    "kl_median": Kind("KL, median", _small, 0.0),
-    "kl_p99": Kind("KL, 99th percentile", _small, 0.0),
-    "perplexity_ratio": Kind("perplexity ratio", lambda value: f"{value:.4f}", 1.0),
-    "router": Kind("experts chosen alike", _percent, 1.0),
-    "vision": Kind("vision features, 1-cosine", _small, 0.0),
-    "vision_worst": Kind("worst patch, 1-cosine", _small, 0.0),
-    "image": Kind("image features, 1-cosine", _small, 0.0),
-    "image_worst": Kind("worst cell, 1-cosine", _small, 0.0),
+METRICS = {
+    "same_points": Metric("answers with same points", _percent, 1.0),
+    "drift": Metric("drift, % of diagonal", lambda value: f"{value:.2f}", 0.0),
+    "drift_p95": Metric("drift, 95th percentile", lambda value: f"{value:.2f}", 0.0),
+    "unmatched": Metric("unmatched points an answer", lambda value: f"{value:.2f}", 0.0),
+    "same_answer": Metric("answers word for word", _percent, 1.0),
+    "first_divergence": Metric("token where others part", lambda value: f"{value:.1f}", math.nan),
+    "same_top": Metric("same likeliest token", _percent, 1.0),
+    "kl_mean": Metric("KL a token, mean", _small, 0.0),
+    "kl_median": Metric("KL, median", _small, 0.0),
+    "kl_p99": Metric("KL, 99th percentile", _small, 0.0),
+    "perplexity_ratio": Metric("perplexity ratio", lambda value: f"{value:.4f}", 1.0),
+    "router": Metric("experts chosen alike", _percent, 1.0),
+    "vision": Metric("vision features, 1-cosine", _small, 0.0),
+    "vision_worst": Metric("worst patch, 1-cosine", _small, 0.0),
+    "image": Metric("image features, 1-cosine", _small, 0.0),
+    "image_worst": Metric("worst cell, 1-cosine", _small, 0.0),
 }
 
 
-def figures(comparison: Comparison, router: Sequence[float] | None = None) -> dict[str, Figure]:
-    """By the names of KINDS; one that there is nothing for is left out.
+def compute_metrics(comparison: Comparison, router: Sequence[float] | None = None) -> dict[str, Estimate]:
+    """By the names of METRICS; one that there is nothing for is left out.
 
     `router`: the share of choices kept, of some questions.
     """
     images, answers = comparison.images, comparison.answers
     ids = [image.image_id for image in images]
-    found: dict[str, Figure] = {}
+    found: dict[str, Estimate] = {}
     for name, parts in (("vision", [i.patches for i in images]), ("image", [i.cells for i in images])):
         if given := [part for part in parts if part is not None]:
             found[name] = mean([part.mean for part in given], ids)
             worst = np.array([part.worst for part in given])
             top = float(worst.max())  # over all images: an interval of it would say nothing
-            found[f"{name}_worst"] = Figure(top, top, top, len(given))
+            found[f"{name}_worst"] = Estimate(top, top, top, len(given))
     kl, tokens = _at_tokens(answers, lambda a: a.kl)
     found["kl_mean"] = mean(kl, tokens)
     found["kl_median"] = quantile(kl, tokens, 0.5)
@@ -92,16 +92,16 @@ def figures(comparison: Comparison, router: Sequence[float] | None = None) -> di
 
 
 @dataclass(frozen=True)
-class ScoreFigure:
+class ScoreComparison:
     """A score of both models, on the same questions."""
 
-    reference: Figure
-    candidate: Figure
-    difference: Figure  # of each question's two scores: candidate - reference
+    reference: Estimate
+    candidate: Estimate
+    difference: Estimate  # of each question's two scores: candidate - reference
 
 
-def scores(answers: Sequence[Compared]) -> dict[str, dict[str, ScoreFigure]]:
-    """{group: {score: ScoreFigure}}; "KIND/all" is over the groups of a kind where there are several."""
+def compare_scores(answers: Sequence[ComparedAnswer]) -> dict[str, dict[str, ScoreComparison]]:
+    """{group: {score: ScoreComparison}}; "KIND/all" is over the groups of a kind where there are several."""
     gathered: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     kinds: dict[str, set[str]] = {}
     for a in answers:
@@ -117,17 +117,19 @@ def scores(answers: Sequence[Compared]) -> dict[str, dict[str, ScoreFigure]]:
     return {group: {name: _score_figure(rows) for name, rows in by_name.items()} for group, by_name in gathered.items()}
 
 
-def _score_figure(rows: Sequence[tuple[float, float, str]]) -> ScoreFigure:
+def _score_figure(rows: Sequence[tuple[float, float, str]]) -> ScoreComparison:
     exact, found = [a for a, _, _ in rows], [b for _, b, _ in rows]
     pictures = [picture for _, _, picture in rows]
-    return ScoreFigure(
+    return ScoreComparison(
         average(exact, pictures),
         average(found, pictures),
         mean([b - a for a, b in zip(exact, found, strict=True)], pictures),
     )
 
 
-def _at_tokens(answers: Sequence[Compared], get: Callable[[Compared], np.ndarray]) -> tuple[np.ndarray, list[str]]:
+def _at_tokens(
+    answers: Sequence[ComparedAnswer], get: Callable[[ComparedAnswer], np.ndarray]
+) -> tuple[np.ndarray, list[str]]:
     """All tokens' values, and the picture of each."""
     parts = [np.asarray(get(a), np.float64) for a in answers]
     pictures = [a.question.image_id for a, part in zip(answers, parts, strict=True) for _ in range(len(part))]

@@ -13,7 +13,14 @@ import numpy as np
 
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import Answered, Prefilled, Seen, Subject, Trace, answer_text
+from molmo_edge.evaluation.reference_outputs import (
+    ImageInputs,
+    ModelUnderTest,
+    PrefilledImage,
+    ReferenceAnswer,
+    ReferenceOutputs,
+    answer_text,
+)
 from molmo_edge.evaluation.text_scores import token_f1
 from molmo_edge.frontend.points import Point, parse_points
 from molmo_edge.runtimes.generate import likeliest
@@ -21,7 +28,7 @@ from molmo_edge.runtimes.prompt_embeddings import with_features
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureDistance:
     """How far an image's features lie from the reference's: 1 - cosine, over patches or cells."""
 
     mean: float
@@ -31,12 +38,12 @@ class Features:
 @dataclass(frozen=True)
 class ComparedImage:
     image_id: str
-    patches: Features | None  # of the vision encoder; None where the candidate was given the reference's
-    cells: Features | None  # of the connector
+    patches: FeatureDistance | None  # of the vision encoder; None where the candidate was given the reference's
+    cells: FeatureDistance | None  # of the connector
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedAnswer:
     """One question. Arrays have an entry for each id of the reference's answer, its end among them."""
 
     question: Question
@@ -64,11 +71,15 @@ class Compared:
 @dataclass
 class Comparison:
     images: list[ComparedImage] = field(default_factory=list)
-    answers: list[Compared] = field(default_factory=list)
+    answers: list[ComparedAnswer] = field(default_factory=list)
 
 
 def compare(
-    trace: Trace, subject: Subject, *, see: bool = True, on_answer: Callable[[], None] = lambda: None
+    trace: ReferenceOutputs,
+    subject: ModelUnderTest,
+    *,
+    encode_images: bool = True,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Ask the candidate what the reference was asked. `see` False: it is given the reference's image features.
 
@@ -78,32 +89,32 @@ def compare(
     for group in trace.by_image():
         first = group[0]
         patches, cells = trace.features(first.image)
-        seen = subject.see(first.question)
-        own_patches, own_cells = _encode(subject, seen) if see else (None, cells)
+        seen = subject.prepare(first.question)
+        own_patches, own_cells = _encode(subject, seen) if encode_images else (None, cells)
         kept = seen.prompt.token_index >= 0  # the others' places are another crop's: the decoder never sees them
         found.images.append(
             ComparedImage(
                 first.question.image_id,
                 None if own_patches is None else _features(patches, own_patches),
-                _features(cells[kept], own_cells[kept]) if see else None,
+                _features(cells[kept], own_cells[kept]) if encode_images else None,
             )
         )
         rows = with_features(subject.runtime, seen.prompt, own_cells)
-        prefilled = Prefilled(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
+        prefilled = PrefilledImage(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
         for answered in group:
             found.answers.append(_compare_answer(subject, prefilled, answered))
             on_answer()
     return found
 
 
-def _encode(subject: Subject, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def _encode(subject: ModelUnderTest, seen: ImageInputs) -> tuple[np.ndarray, np.ndarray]:
     patches = subject.runtime.encode_crops(seen.crops, seen.overview)
     return patches, subject.runtime.connect(patches, seen.masks)
 
 
-def _features(exact: np.ndarray, found: np.ndarray) -> Features:
+def _features(exact: np.ndarray, found: np.ndarray) -> FeatureDistance:
     distance = cosine_distance(exact, found)
-    return Features(float(distance.mean()), float(distance.max()))
+    return FeatureDistance(float(distance.mean()), float(distance.max()))
 
 
 def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -115,7 +126,7 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(equal, 0.0, np.maximum(0.0, 1 - cosine))
 
 
-def _compare_answer(subject: Subject, prefilled: Prefilled, answered: Answered) -> Compared:
+def _compare_answer(subject: ModelUnderTest, prefilled: PrefilledImage, answered: ReferenceAnswer) -> ComparedAnswer:
     question, targets = answered.question, list(answered.targets)
     exact = np.load(answered.logits, mmap_mode="r")
     logits, cache = prefilled.begin(question)
@@ -140,7 +151,7 @@ def _compare_answer(subject: Subject, prefilled: Prefilled, answered: Answered) 
     a, b = parse_points(answered.text), parse_points(text)
     moved = drift(a, b, *answered.size)
     reference_scores, scores = (_scores(question, answered.text, one) for one in (answered.text, text))
-    return Compared(
+    return ComparedAnswer(
         question=question,
         kl=np.array(kl),
         same_top=np.array(chosen) == np.array(targets),

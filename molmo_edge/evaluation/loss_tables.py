@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from molmo_edge.evaluation.figures import KINDS
-from molmo_edge.evaluation.stats import Figure
+from molmo_edge.evaluation.metrics import METRICS
+from molmo_edge.evaluation.stats import Estimate
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.loss import Loss, Measured
+    from molmo_edge.evaluation.loss import Loss, ModelLoss
 
 _MOST, _LITTLE = 2 / 3, 1 / 3  # shares of the divergence above and below which one side is named
 _ABOVE_NOISE = 3.0  # times the noise: less is no loss
@@ -22,7 +22,7 @@ class Line:
     cells: tuple[str, ...]  # for each of `columns`
 
 
-def columns(loss: Loss) -> list[Measured]:
+def columns(loss: Loss) -> list[ModelLoss]:
     """The noise, if it was measured, and the candidates."""
     return [*([loss.noise] if loss.noise else []), *loss.candidates]
 
@@ -33,7 +33,7 @@ def summary(loss: Loss) -> list[Line]:
     lines = [
         Line("Same points?", tuple(_same_points(m) for m in shown)),
         Line("How far do points drift?", tuple(_drift(m) for m in shown)),
-        Line("Points that only one has?", tuple(_figure(m.figures.get("unmatched"), "unmatched") for m in shown)),
+        Line("Points that only one has?", tuple(_figure(m.metrics.get("unmatched"), "unmatched") for m in shown)),
         Line("Same answers, word for word?", tuple(_share(m, "same_answer", "answers") for m in shown)),
         Line("Better or worse?", tuple(_scores(m) for m in shown)),
         Line("Which part costs it?", tuple(which_part(m, loss.noise) for m in shown)),
@@ -42,14 +42,14 @@ def summary(loss: Loss) -> list[Line]:
     return [line for line in lines if any(line.cells)]
 
 
-def which_part(measured: Measured, noise: Measured | None = None) -> str:
+def which_part(measured: ModelLoss, noise: ModelLoss | None = None) -> str:
     """The side of the model that the divergence comes from. Empty for the noise."""
-    kl = measured.figures["kl_mean"].value
+    kl = measured.metrics["kl_mean"].value
     if measured is noise:
         return ""
     if kl == 0:
         return "nothing is lost"
-    if noise is not None and kl <= _ABOVE_NOISE * noise.figures["kl_mean"].value:
+    if noise is not None and kl <= _ABOVE_NOISE * noise.metrics["kl_mean"].value:
         return "no more than noise"
     parts = measured.parts
     if parts is None:
@@ -60,26 +60,26 @@ def which_part(measured: Measured, noise: Measured | None = None) -> str:
     if whole == 0:
         return ""
     # Where nothing is lost before the connector, the connector is to blame.
-    tower = measured.figures.get("vision")
+    tower = measured.metrics.get("vision")
     image = "the connector" if tower is not None and tower.value == 0 else "the vision tower and connector"
     share = decoder / whole
     says = "the decoder" if share >= _MOST else image if share <= _LITTLE else f"both the decoder and {image}"
     return f"{says} (decoder alone: KL {decoder:.2g} of {whole:.2g})"
 
 
-def _same_points(measured: Measured) -> str:
+def _same_points(measured: ModelLoss) -> str:
     return _share(measured, "same_points", "answers with points")
 
 
-def _share(measured: Measured, name: str, what: str) -> str:
-    f = measured.figures.get(name)
+def _share(measured: ModelLoss, name: str, what: str) -> str:
+    f = measured.metrics.get(name)
     if f is None:
         return ""
     return f"{round(f.value * f.n)} of {f.n} {what}{_interval(f, name)}"
 
 
-def _drift(measured: Measured) -> str:
-    f, far = measured.figures.get("drift"), measured.figures.get("drift_p95")
+def _drift(measured: ModelLoss) -> str:
+    f, far = measured.metrics.get("drift"), measured.metrics.get("drift_p95")
     if f is None or far is None:
         return ""
     if f.value == 0:
@@ -87,20 +87,20 @@ def _drift(measured: Measured) -> str:
     return f"{f.value:.1f} % of the diagonal{_interval(f, 'drift')}; 95 % of points by less than {far.value:.1f} %"
 
 
-def _figure(f: Figure | None, name: str) -> str:
+def _figure(f: Estimate | None, name: str) -> str:
     if f is None:
         return ""
     unit = " an answer" if name == "unmatched" else ""
-    return KINDS[name].write(f.value) + unit + _interval(f, name)
+    return METRICS[name].format(f.value) + unit + _interval(f, name)
 
 
-def _interval(f: Figure, name: str) -> str:
+def _interval(f: Estimate, name: str) -> str:
     if f.low == f.high:
         return ""
-    return " [?]" if math.isnan(f.low) else f" [{KINDS[name].write(f.low)}, {KINDS[name].write(f.high)}]"
+    return " [?]" if math.isnan(f.low) else f" [{METRICS[name].format(f.low)}, {METRICS[name].format(f.high)}]"
 
 
-def _scores(measured: Measured) -> str:
+def _scores(measured: ModelLoss) -> str:
     changed = [
         f"{group} {name} {100 * s.difference.value:+.1f}"
         for group, by_name in measured.scores.items()
@@ -112,6 +112,6 @@ def _scores(measured: Measured) -> str:
     return "no score changed for certain" if measured.scores else ""
 
 
-def _size(measured: Measured, loss: Loss) -> str:
-    share = measured.facts.bytes / max(1, loss.reference.bytes)
-    return f"{measured.facts.bytes / 1e6:.1f} MB, {100 * share:.0f} % of the reference's"
+def _size(measured: ModelLoss, loss: Loss) -> str:
+    share = measured.info.bytes / max(1, loss.reference.bytes)
+    return f"{measured.info.bytes / 1e6:.1f} MB, {100 * share:.0f} % of the reference's"

@@ -17,7 +17,7 @@ import numpy as np
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.evaluation.ablation import PARTS, Ablated, Bench, component_of
+from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of
 from molmo_edge.evaluation.loss import LossError, check_comparable
 from molmo_edge.export.decoder_precisions import part_of
 from molmo_edge.export.source import open_source
@@ -28,12 +28,12 @@ _ENOUGH = 3  # others, for a median
 _BEHIND_NORM = re.compile(r"\.(?:(att_proj)|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj)\.weight$")
 
 
-def blame_parts(
+def swap_parts(
     bench: Bench,
     candidate: Path,
     parts: Sequence[str] = PARTS,
     on_part: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
-) -> Iterator[Ablated]:
+) -> Iterator[AblationResult]:
     """The reference with one part's weights from `candidate`, each in turn. Raises LossError for other sizes."""
     theirs = _open(bench, candidate)
     # A calibration moves gains of norms into matrices of two parts: those must not be exchanged apart.
@@ -47,8 +47,10 @@ def blame_parts(
             continue
         component = component_of(part)
         path = bench.build(component, {component: "fp32"}, _exchanged(ours, theirs, part))
-        yield Ablated(part, candidate.name, 0, bench.measure({component: path}, on_part(f"{part} of {candidate.name}")))
-        bench.forget(path)
+        yield AblationResult(
+            part, candidate.name, 0, bench.measure({component: path}, on_part(f"{part} of {candidate.name}"))
+        )
+        bench.delete(path)
 
 
 def _exchanged(ours: TensorSource, theirs: TensorSource, part: str) -> Changed:
@@ -57,23 +59,23 @@ def _exchanged(ours: TensorSource, theirs: TensorSource, part: str) -> Changed:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class WeightDifference:
     """How far a candidate's tensor lies from the reference's."""
 
     name: str  # as on the hub
     part: str
     error: float  # norm of the difference over norm of the reference's; infinite for what is no number
-    stands_out: bool  # by far the most of its kind
+    is_outlier: bool  # by far the most of its kind
 
 
-def matrices(bench: Bench, candidate: Path) -> list[Matrix]:
+def weight_differences(bench: Bench, candidate: Path) -> list[WeightDifference]:
     """All tensors that differ, the most different first: names a single damaged expert without running anything."""
     config = bench.config
     ours, theirs = (_folded(config, source) for source in (bench.tensors, _open(bench, candidate)))
     names = [name for name in hub_shapes(config) if _runs(name, config) and not _is_gain(name, config)]
     errors = {name: _error(ours.get(name), theirs.get(name)) for name in names}
     found = [
-        Matrix(name, tensor_part(name), error, error > max(_TINY, OTHERWISE * _usual(name, errors)))
+        WeightDifference(name, tensor_part(name), error, error > max(_TINY, OTHERWISE * _usual(name, errors)))
         for name, error in errors.items()
         if error
     ]

@@ -13,7 +13,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.pt")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     name: str
     precision: str  # of each component, or of a checkpoint's weights
     bytes: int  # of all its files of weights
@@ -22,22 +22,22 @@ class ModelFacts:
         return {"name": self.name, "precision": self.precision, "bytes": self.bytes}
 
 
-def model_facts(directory: Path, precision: str = "auto") -> ModelFacts:
+def model_info(directory: Path, precision: str = "auto") -> ModelInfo:
     """`precision`: what a checkpoint is run in. Raises BundleError for a damaged bundle."""
     if not is_bundle(directory):
         files = [path for pattern in _WEIGHTS for path in directory.glob(pattern)]
-        return ModelFacts(directory.resolve().name, precision, sum(path.stat().st_size for path in files))
+        return ModelInfo(directory.resolve().name, precision, sum(path.stat().st_size for path in files))
     bundle = open_bundle(directory)
     words = [f"{name} {bundle.components[name].precision}" for name in GRAPHS]
     same = {bundle.components[name].precision for name in GRAPHS}
-    return ModelFacts(
+    return ModelInfo(
         directory.resolve().name,
         same.pop() or "" if len(same) == 1 else ", ".join(words),
         sum(part.bytes for name, part in bundle.components.items() if name not in ("tokenizer", "mmproj")),
     )
 
 
-def model_identity(directory: Path) -> str:
+def model_fingerprint(directory: Path) -> str:
     """The same for the same weights: a bundle's manifest knows their hashes, a checkpoint's files sizes and times."""
     if is_bundle(directory):
         text = (directory / MANIFEST).read_text(encoding="utf-8")

@@ -12,13 +12,15 @@ import io
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import cache_directory
 from molmo_edge.data.ai2d import letter_names, prune
-from molmo_edge.data.rows import Row, RowsError, fetch_image, number_in, text_in, text_list
+from molmo_edge.data.rows import Row, Rows, RowsError, fetch_image, number_in, text_in, text_list
 from molmo_edge.evaluation.mmmu import mmmu_score
 from molmo_edge.evaluation.pointing import point_count_score, score_in_masks
 from molmo_edge.evaluation.questions import Question, Score
@@ -35,10 +37,22 @@ from molmo_edge.evaluation.text_scores import (
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import count_question, point_question
 
-if TYPE_CHECKING:
-    from molmo_edge.evaluation.benchmarks import Benchmark
-
 _LETTERS = "ABCDEFG"  # the reference names no more: options from the eighth on are not shown
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's rows are, and how a row becomes a question."""
+
+    name: str
+    hub_id: str  # a repository of parquet files: no code is run
+    split: str  # asked where none is named
+    question: Callable[[Benchmark, Row], Question | None]  # None: the reference leaves the row out
+    style: str = ""  # the tag before the question; "": by row, or none
+    configs: tuple[str, ...] = ()
+    max_crops: int = 36  # of the published figures; 12 for pointing and counting, which suffer from more (PAPER)
+    max_new_tokens: int = 12
+    official: Callable[[Path, str], Rows | None] | None = None  # reads the authors' own files, if a folder has them
 
 
 def _question(

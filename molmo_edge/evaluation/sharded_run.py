@@ -17,7 +17,7 @@ from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.evaluation.stats import Figure, average
+from molmo_edge.evaluation.stats import Estimate, average
 from molmo_edge.molmo import Molmo, Scene
 from molmo_edge.system.atomic_files import naming, written_aside
 
@@ -49,7 +49,7 @@ class Shard:
         return cls(int(number), int(of))
 
 
-def claim(folder: Path, what: Line) -> None:
+def claim_folder(folder: Path, what: Line) -> None:
     """Make the folder this run's, or see that it is. Raises RunError where it is another's that has answers.
 
     `what`: model, suites, settings and threads: anything that changes an answer.
@@ -73,7 +73,7 @@ def claim(folder: Path, what: Line) -> None:
         raise RunError(f"{folder} holds another run ({said}): choose another folder, or remove this one")
 
 
-def ask(
+def ask_shard(
     molmo: Molmo,
     questions: Sequence[Question],
     folder: Path,
@@ -87,7 +87,7 @@ def ask(
     """
     done = set(_lines(folder, suite))
     groups = [group for i, group in enumerate(by_image(questions)) if i % shard.of == shard.number - 1]
-    part = folder / f"{stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
+    part = folder / f"{file_stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
     if part.exists():
         os.truncate(part, len(_whole_lines(part)))
     with naming(part), part.open("a", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ def ask(
                 on_answer()
 
 
-def finish(questions: Sequence[Question], folder: Path, suite: str) -> list[Line] | None:
+def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> list[Line] | None:
     """Write `SUITE.jsonl` when every question has its line, and return the lines; None while some are missing.
 
     Raises RunError for lines of questions that this suite does not have.
@@ -122,7 +122,7 @@ def finish(questions: Sequence[Question], folder: Path, suite: str) -> list[Line
         raise RunError(f"{folder} has answers that are not of {suite} as it is now, {min(foreign)} for one")
     if any(name not in lines for name in wanted):
         return None
-    whole = folder / f"{stem(suite)}.jsonl"
+    whole = folder / f"{file_stem(suite)}.jsonl"
     with written_aside(whole) as aside:
         aside.write_text("".join(lines[name] for name in wanted), encoding="utf-8")
     for part in _parts(folder, suite):
@@ -130,13 +130,13 @@ def finish(questions: Sequence[Question], folder: Path, suite: str) -> list[Line
     return [json.loads(lines[name]) for name in wanted]
 
 
-def count_asked(folder: Path, suite: str) -> int:
+def count_answered(folder: Path, suite: str) -> int:
     """Questions that have their line."""
     return len(_lines(folder, suite))
 
 
-def summary(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, dict[str, Figure]]:
-    """{group: {score: Figure}}: the mean over questions, Wilson's interval where a score is right or wrong."""
+def average_scores(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, dict[str, Estimate]]:
+    """{group: {score: Estimate}}: the mean over questions, Wilson's interval where a score is right or wrong."""
     pictures = {question.id: question.image_id for question in questions}
     values: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for line in lines:
@@ -151,7 +151,7 @@ def summary(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, d
 def _lines(folder: Path, suite: str) -> dict[str, str]:
     """{question's id: its line}. A line that a kill has cut off, or that another process is writing, is not one yet."""
     found: dict[str, str] = {}
-    whole = folder / f"{stem(suite)}.jsonl"
+    whole = folder / f"{file_stem(suite)}.jsonl"
     for path in [*([whole] if whole.exists() else []), *_parts(folder, suite)]:
         for line in _whole_lines(path).decode("utf-8").splitlines(keepends=True):
             try:
@@ -167,10 +167,10 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def _parts(folder: Path, suite: str) -> list[Path]:
-    return sorted(folder.glob(f"{glob.escape(stem(suite))}.part-*-of-*.jsonl"))
+    return sorted(folder.glob(f"{glob.escape(file_stem(suite))}.part-*-of-*.jsonl"))
 
 
-def stem(suite: str) -> str:
+def file_stem(suite: str) -> str:
     """What a suite's files are called: "photos:/data/mine" -> "photos-mine"."""
     kind, colon, where = suite.partition(":")
     return f"{kind}-{Path(where).resolve().name}" if colon else kind
