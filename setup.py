@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: README.md as a package index shows it. The rest is there."""
+"""README.md as a package index shows it. Everything else is in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,25 @@ HERE = Path(__file__).parent
 
 
 def description(readme: str, source: str | None) -> str:
-    """`readme` with relative links made absolute under `source`, or, without one, replaced by their text.
+    """`readme` with relative links and pictures made absolute under `source`.
 
-    An index resolves a relative link against its own address, where nothing of ours lies.
+    A package index resolves a relative link against its own address. Without `source`, a link becomes its text, and a
+    picture is left out.
     """
-    pattern = r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)"
-    return re.sub(pattern, rf"[\1]({source.rstrip('/')}/blob/main/\2)" if source else r"\1", readme)
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, path = link.groups()
+        if source is None:
+            return "" if picture else text
+        return f"{picture}[{text}]({source.rstrip('/')}/{'raw' if picture else 'blob'}/main/{path})"
+
+    return re.sub(r"(!?)\[([^]]+)\]\((?!https?:|#)([^)]+)\)", absolute, readme)
 
 
 def source_url(pyproject: str) -> str | None:
-    """`Source` of [project.urls]. Python 3.10 has no TOML reader."""
-    found = re.search(r'^Source = "(.+)"', pyproject, re.MULTILINE)
-    return found and found[1]
+    """`Source` of [project.urls]. Python 3.10 has no TOML parser."""
+    match = re.search(r'^Source = "(.+)"', pyproject, re.MULTILINE)
+    return match and match[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there, and its links lead somewhere, from a package index too."""
+"""The commands, code and links of README.md and the documentation work as written, from a package index too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
+
+import molmo_edge.cli
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[[^]]+\]\((?!https?:|#)([^)#]+)[^)]*\)")
@@ -20,15 +23,22 @@ LINK = re.compile(r"\[[^]]+\]\((?!https?:|#)([^)#]+)[^)]*\)")
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs the source tree")
 
 
-def blocks(language: str = "") -> list[str]:
-    """The code blocks of the README in this language."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def blocks(language: str = "", page: Path = ROOT / "README.md") -> list[str]:
+    """The code blocks of a page in this language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [block for word, block in found if word == language]
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "molmo_edge/nano/MODEL_CARD.md")
+    return [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", pages(), ids=page_id)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +68,37 @@ def test_the_example_prints_points(tmp_path: Path) -> None:
     assert (tmp_path / "annotated.png").is_file()
 
 
-def test_other_python_is_python() -> None:
-    for block in blocks("python"):
-        compile(block, "README.md", "exec")
+@every_page
+def test_other_python_compiles(page: Path) -> None:
+    for block in blocks("python", page):
+        compile(block, page.name, "exec")
+
+
+@every_page
+def test_commands_have_the_options_that_pages_name(page: Path) -> None:
+    """Each line `molmo-edge ...` of a code block, and each such command in backquotes."""
+    app = typer.main.get_command(molmo_edge.cli.app)
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks(page=page) for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", text)]:
+        for words in re.findall(r"molmo-edge ((?:[a-z]\S*|--).*)", line.partition(" #")[0]):
+            command, names = app, list(words.split())
+            while hasattr(command, "commands") and names and not names[0].startswith("-") and names[0] != "COMMAND":
+                assert names[0].rstrip(",;") in command.commands, line
+                command = command.commands[names.pop(0).rstrip(",;")]
+            options = {
+                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
+            for name in names:
+                if name.startswith("--") and name != "--" and names[:1] != ["COMMAND"]:
+                    assert name.partition("=")[0] in {*options, "--help"}, line
+
+
+@every_page
+def test_files_that_pages_name_exist(page: Path) -> None:
+    folders = "molmo_edge|export|quantize|runtimes|recipes|tests|docs|benchmarks|examples"
+    for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(path.rstrip("/"))), path
 
 
 def test_where_a_command_takes_pytorch_the_smaller_build_is_named_before_it() -> None:
@@ -73,7 +111,7 @@ def test_where_a_command_takes_pytorch_the_smaller_build_is_named_before_it() ->
         assert "pip install" in rest
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+@every_page
 def test_links_lead_to_files(page: Path) -> None:
     missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
     assert missing == []
@@ -98,9 +136,11 @@ def test_a_package_index_shows_no_link_that_leads_nowhere(setup: ModuleType) -> 
     shown = setup.description(readme, None)
     assert LINK.findall(readme)
     assert not LINK.findall(shown)
+    assert "![" not in shown
     assert "docs/export.md" in shown
     assert "[Molmo](https://arxiv.org/abs/2409.17146)" in shown
     assert "[docs/export.md](https://host/me/it/blob/main/docs/export.md)" in setup.description(
         readme, "https://host/me/it"
     )
+    assert "](https://host/me/it/raw/main/examples/answer.jpg)" in setup.description(readme, "https://host/me/it/")
     assert setup.source_url('[project.urls]\nSource = "https://host/me/it"\n') == "https://host/me/it"
