@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molmo_edge.errors import EngineError
+from molmo_edge.system.key_values import parse_key_values
 
 # Of keys and values, by ggml's numbers for them.
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
@@ -40,13 +41,15 @@ class LlamaOptions:
     def parse(cls, text: str) -> LlamaOptions:
         """From "gpu_layers=20,cache=q8_0,flash_attention=yes,repack=no"; "auto" leaves a choice to llama.cpp."""
         given: dict[str, Any] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, _, value = (piece.strip() for piece in part.partition("="))
-            if name not in {field.name for field in dataclasses.fields(cls)} or not value:
-                raise EngineError(
-                    f"{part!r} is no option of llama.cpp's: write {', '.join(f.name for f in dataclasses.fields(cls))}"
-                    " with a = behind it, and commas between them"
-                )
+        known = [field.name for field in dataclasses.fields(cls)]
+        expected = f"the options of llama.cpp are {', '.join(f'{name}=VALUE' for name in known)}, separated by commas"
+        try:
+            pairs = parse_key_values(text)
+        except ValueError as error:
+            raise EngineError(f"{error} is not NAME=VALUE: {expected}") from None
+        for name, value in pairs.items():
+            if name not in known:
+                raise EngineError(f'"{name}" is not a known option: {expected}')
             if name == "cache":
                 given[name] = value
             elif name == "gpu_layers":

@@ -14,6 +14,7 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import console, note, print_json, progress
+from molmo_edge.system.key_values import parse_key_values
 
 _PRECISION = (
     'onnx: "fp32", "fp16" (GPUs), "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 '
@@ -139,9 +140,9 @@ def _bar(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 def _by_component(precision: str) -> str | dict[str, str]:
     if "=" not in precision:
         return precision
-    pairs = [pair.partition("=") for pair in precision.split(",")]
-    if not all(component and kind for component, _, kind in pairs):
+    try:
+        return parse_key_values(precision)
+    except ValueError as error:
         raise typer.BadParameter(
-            f"{precision!r} is not of the form decoder=int8,connector=fp32", param_hint="--precision"
-        )
-    return {component.strip(): kind.strip() for component, _, kind in pairs}
+            f"{error} is not of the form decoder=int8,connector=fp32", param_hint="--precision"
+        ) from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.system.key_values import parse_key_values
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
@@ -120,13 +121,10 @@ def _micro(batch: int, most: int) -> int:
 def _peaks(text: str) -> dict[str, float]:
     from molmo_edge.training.optimizer import PARTS
 
-    peaks = {}
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        part, _, value = item.partition("=")
-        try:
-            peaks[part] = float(value)
-        except ValueError:
-            peaks[part] = -1.0
-        if part not in PARTS or peaks[part] < 0:
-            raise typer.BadParameter(f'--rates takes {", ".join(f"{p}=NUMBER" for p in PARTS)}, not "{item}"')
+    try:
+        peaks = {part: float(value) for part, value in parse_key_values(text).items()}
+    except ValueError:
+        peaks = {"": -1.0}
+    if any(part not in PARTS or not peak >= 0 for part, peak in peaks.items()):
+        raise typer.BadParameter(f'--rates takes {", ".join(f"{p}=NUMBER" for p in PARTS)}, not "{text}"')
     return peaks
