@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from molmo_edge import Molmo
-from molmo_edge.checkpoints.bundle import TOKENIZER, default_bundle, load_tokenizer
+from molmo_edge.checkpoints.bundle import default_bundle, load_tokenizer
+from molmo_edge.checkpoints.manifest import TOKENIZER
 from molmo_edge.data.annotated_photos import load_photos
 from molmo_edge.export import export_bundle, load_bundle_weights
 from molmo_edge.frontend.points import format_points

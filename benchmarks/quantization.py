@@ -19,7 +19,8 @@ from typing import Any
 
 from calibration import write_prompts
 
-from molmo_edge.checkpoints.bundle import TOKENIZER, default_bundle
+from molmo_edge.checkpoints.bundle import default_bundle
+from molmo_edge.checkpoints.manifest import TOKENIZER
 from molmo_edge.evaluation.loss import ModelSpec, measure_loss
 from molmo_edge.evaluation.report import write_data, write_report
 from molmo_edge.evaluation.suites import load_suite

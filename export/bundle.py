@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import (
+from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
+from molmo_edge.checkpoints.manifest import (
     FORMAT,
     FORMAT_VERSION,
     GRAPHS,
     MANIFEST,
     TOKENIZER,
     TOLERANCE,
-    is_bundle,
-    open_bundle,
-    sha256_of,
     write_manifest,
 )
 from molmo_edge.checkpoints.tensor_names import head_name
@@ -45,6 +43,7 @@ from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import EngineError, open_files
 from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.system.files import sha256_of
 from molmo_edge.system.version import __version__
 
 Builder = Callable[[Graph, MolmoConfig, TensorSource, Precision], None]

@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
+from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import MolmoConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molmo_edge.checkpoints.bundle import GRAPHS
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.export.decoder_precisions import PART_WORDS, PARTS, by_part
 from molmo_edge.export.errors import ExportError
 from molmo_edge.export.float16_graph import float16

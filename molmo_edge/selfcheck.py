@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds
-from molmo_edge.checkpoints.bundle import GRAPHS, MANIFEST, Bundle, Check, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.bundle import Bundle, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.manifest import GRAPHS, MANIFEST, Check
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
     # Before an engine opens: settings that are not the graphs' may end it in any way.
     image = bundle.config.image
     sound = (
-        as_recorded("settings", lambda: settings_sum(bundle.manifest))
+        as_recorded("settings", lambda: settings_sum(bundle.manifest.content))
         and as_recorded("layout", lambda: layout_sum(image, tokenizer, check.question))
         and as_recorded("pixels", lambda: pixels_sum(image, tokenizer.special))
     )
@@ -152,7 +153,7 @@ def record_check(directory: str | Path, file: str, question: str, max_new_tokens
         "points": [[float(np.round(p.x, 2)), float(np.round(p.y, 2))] for p in answer.points],
         "sums": {
             "version": VERSION,
-            "settings": settings_sum(bundle.manifest),
+            "settings": settings_sum(bundle.manifest.content),
             "layout": layout_sum(image, tokenizer, question),
             "pixels": pixels_sum(image, tokenizer.special),
             "features": array_sum(scene.embeddings),

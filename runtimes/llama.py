@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import GRAPHS, Bundle, load_tokenizer
+from molmo_edge.checkpoints.bundle import Bundle, load_tokenizer
 from molmo_edge.checkpoints.gguf_header import check_decoder
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
 from molmo_edge.runtimes import forks

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import GRAPHS, Bundle
+from molmo_edge.checkpoints.bundle import Bundle
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview

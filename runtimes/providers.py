@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molmo_edge.checkpoints.bundle import GRAPHS, cache_directory
+from molmo_edge.checkpoints.bundle import cache_directory
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import Unavailable
 

@@ -13,15 +13,9 @@ from typing import Any
 import pytest
 
 from molmo_edge import Molmo
-from molmo_edge.checkpoints.bundle import (
-    BundleError,
-    is_bundle,
-    load_tokenizer,
-    open_bundle,
-    resolve_model,
-    write_manifest,
-)
+from molmo_edge.checkpoints.bundle import is_bundle, load_tokenizer, open_bundle, resolve_model
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.checkpoints.manifest import BundleError, Manifest, read_manifest, write_manifest
 from molmo_edge.selfcheck import check_bundle
 
 
@@ -46,7 +40,7 @@ def flip_a_byte(path: Path) -> None:
 def test_a_sound_bundle_opens(bundle: Path, golden: Path) -> None:
     opened = open_bundle(bundle)
     assert opened.config == read_config(golden / "molmoe")
-    assert opened.special_ids["im_patch"] == 502
+    assert opened.manifest.special_ids.im_patch == 502
     assert opened.path("decoder").is_file()
     assert opened.components["decoder"].engine == "onnx"
     with pytest.raises(BundleError, match="no component 'motor'"):
@@ -116,12 +110,13 @@ def test_no_check_image_outside_the_bundle(bundle: Path) -> None:
     ("change", "says"),
     [
         (lambda m: m.update(format_version=2), "pip install --upgrade molmo-edge"),
-        (lambda m: m.update(format_version="1"), "format version"),
+        (lambda m: m.update(format_version="1"), r"'1' is not a supported format version \(supported: 1\)"),
+        (lambda m: m.update(format_version=True), "True is not a supported format version"),
         (lambda m: m.update(format="gguf"), "not a molmo-edge bundle"),
         (lambda m: m.pop("model"), "no 'model'"),
         (lambda m: m.pop("special_ids"), "no 'special_ids'"),
         (lambda m: m["special_ids"].pop("eos"), "no 'eos'"),
-        (lambda m: m["components"].pop("decoder"), "lists no decoder"),
+        (lambda m: m["components"].pop("decoder"), "no component decoder"),
         (lambda m: m["components"]["decoder"].pop("sha256"), "no 'sha256'"),
         (lambda m: m["components"]["decoder"].update(bytes="many"), "malformed"),
         (lambda m: m.update(components=[]), "malformed"),
@@ -135,8 +130,13 @@ def test_no_check_image_outside_the_bundle(bundle: Path) -> None:
         (lambda m: m["components"]["decoder"].update(bytes=float("inf")), "malformed"),
         (
             lambda m: m["components"]["tokenizer"].update(file="other.json"),
-            r"it has to be tokenizer\.json",
+            r"file must be tokenizer\.json",
         ),
+        (lambda m: m["check"].update(complete="yes"), "complete must be bool"),
+        (lambda m: m["check"].update(token_ids=["1"]), "a token id must be int"),
+        (lambda m: m["components"]["decoder"].update(weight_errors={"w": [1]}), "malformed"),
+        (lambda m: m.update(target=5), "malformed"),
+        (lambda m: m.update(source="x"), "malformed"),
         (lambda m: m.update(model=[]), "not an object"),
         (lambda m: m["model"].update(image=[]), "no section for ImageConfig"),
         (lambda m: m["model"].update(projector_dim=None), "projector_dim must be int"),
@@ -155,11 +155,32 @@ def test_a_manifest_that_does_not_add_up(bundle: Path, change: Callable[[dict[st
     assert "molmo_edge.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"x"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"x"', b"[" * 100_000], ids=range(6))
 def test_a_manifest_that_is_none(bundle: Path, content: bytes) -> None:
     (bundle / "molmo_edge.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"molmo_edge\.json"):
         open_bundle(bundle)
+
+
+def test_a_manifest_is_written_as_it_was_read(bundle: Path) -> None:
+    """Byte for byte, with every optional field and without."""
+    path = bundle / "molmo_edge.json"
+    assert json.dumps(read_manifest(bundle).to_dict(), indent=1) + "\n" == path.read_text()
+    content = json.loads(path.read_text())
+    decoder, check = content["components"]["decoder"], content.pop("check")
+    content["components"]["decoder"] = {name: decoder[name] for name in ("file", "engine", "precision", "onnxruntime")}
+    content["components"]["decoder"] |= {"sha256": decoder["sha256"], "bytes": decoder["bytes"], "operators": "onnx"}
+    content["components"]["decoder"] |= {"weight_errors": {"a": [0.1, 2.0]}, "largest_value": None}
+    content["components"]["decoder"] |= {"kept_in_fp32": ["b", "c"], "importance": "measured"}
+    content["components"]["decoder"] |= {"max_error": 0.0, "relative_error": 0.25}
+    content["target"] = {"name": "cuda", "device": "cuda", "defaults": "measured"}
+    del content["sha256"], check["sums"]
+    write_manifest(bundle, content)
+    assert json.dumps(read_manifest(bundle).to_dict(), indent=1) + "\n" == path.read_text()
+    content["components"]["decoder"]["largest_value"] = 7.5
+    content["check"] = check
+    write_manifest(bundle, content)
+    assert json.dumps(Manifest.from_dict(content).to_dict(), indent=1) + "\n" == path.read_text()
 
 
 def test_resolve_model_names_what_it_was_given(

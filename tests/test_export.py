@@ -212,12 +212,14 @@ def test_manifest_describes_the_bundle() -> None:
     opened = open_bundle(bundle("qwen", "int8"), hashes=True)
     config = read_config(GOLDEN / "qwen")
     assert opened.config == config
-    assert opened.special_ids["im_patch"] > 0
+    assert opened.manifest.special_ids.im_patch > 0
     words = {"vision_encoder": "int8", "connector": "q8", "embed_tokens": "int8", "decoder": "int8"}
     for name, word in words.items():
         component = opened.components[name]
         assert (component.engine, component.precision, component.file) == ("onnx", word, f"{name}_{word}.onnx")
-        assert 0 < opened.manifest["components"][name]["relative_error"] < 0.1
+        error = opened.components[name].relative_error
+        assert error is not None
+        assert 0 < error < 0.1
     assert (opened.directory / "tokenizer.json").read_bytes() == (GOLDEN / "qwen" / "tokenizer.json").read_bytes()
 
 

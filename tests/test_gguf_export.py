@@ -20,9 +20,10 @@ from test_conv_tower import write_checkpoint
 
 from molmo_edge import Molmo
 from molmo_edge.checkpoints import gguf_layout
-from molmo_edge.checkpoints.bundle import MANIFEST, BundleError, default_bundle, sha256_of, write_manifest
+from molmo_edge.checkpoints.bundle import default_bundle
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ from molmo_edge.quantize.llama_quantize import GGUF_WORDS, quantize_gguf
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.selfcheck import check_bundle
+from molmo_edge.system.files import sha256_of
 
 
 class TestExport:

@@ -12,9 +12,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.checkpoints.bundle import BundleError
 from molmo_edge.checkpoints.gguf_header import _TYPES, check_decoder, read_header
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.checkpoints.tensor_sources import open_tensors
 from molmo_edge.export import gguf_vocab
 from molmo_edge.export.gguf import write_decoder

@@ -16,7 +16,8 @@ from hub_client import GOLDEN, Client, refused, with_large_weights
 from hub_server import COMMIT, Hub, serve
 from pickled import copy_pickled_molmoe
 
-from molmo_edge.checkpoints.bundle import BundleError, resolve_model
+from molmo_edge.checkpoints.bundle import resolve_model
+from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.export import export_checkpoint
 
 CHECKPOINT_FILES = {"config.json", "preprocessor_config.json", "tokenizer.json"}

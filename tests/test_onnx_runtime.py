@@ -16,7 +16,7 @@ import pytest
 from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, prompt, relative, runtime
 
 import molmo_edge.runtimes.onnx as onnx_module
-from molmo_edge.checkpoints.bundle import BundleError
+from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.export.graph_builder import FP32, Graph, Precision
 from molmo_edge.export.int8_graph import INT8, Q8
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime

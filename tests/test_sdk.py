@@ -16,7 +16,8 @@ from PIL import Image
 
 from molmo_edge import Answer, Molmo, Point
 from molmo_edge.answer import DrawError, Seconds, draw_points
-from molmo_edge.checkpoints.bundle import Bundle, Check, Component
+from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.checkpoints.manifest import Check, Component
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.molmo import MAX_QUESTION_CHARS, QuestionError
 from molmo_edge.sdk.readable_text import TagStripper, readable
@@ -380,8 +381,8 @@ def test_readable_whole_and_in_pieces(text: str, shown: str) -> None:
 
 
 def test_a_check_passes_where_rounding_alone_chose(tiny_bundle: Path) -> None:
-    bundle = Bundle(tiny_bundle, "x", None, {}, {}, None, {})  # type: ignore[arg-type]
-    photo = Component("check image", "a.png", 1, "0" * 64)
+    bundle = open_bundle(tiny_bundle)
+    photo = Component("a.png", 1, "0" * 64)
     check = Check(photo, "q", (1, 2), True, ((10.0, 10.0),))
     assert CheckReport(bundle, check, (1, 2), 0.0).passed
     assert CheckReport(bundle, check, (1, 3), 3.0, gap=0.09).passed

@@ -58,7 +58,7 @@ def test_plain_graphs_are_valid_onnx(architecture: str, precision: str) -> None:
     for component in ("vision_encoder", "connector", "embed_tokens", "decoder"):
         onnx.checker.check_model(onnx.load(opened.path(component)))
         assert {domain for domain, _ in operators(opened.path(component))} == {""}
-        assert opened.manifest["components"][component]["operators"] == "onnx"
+        assert opened.components[component].operators == "onnx"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from molmo_edge import Molmo
-from molmo_edge.checkpoints.bundle import BundleError, load_tokenizer, open_bundle
+from molmo_edge.checkpoints.bundle import load_tokenizer, open_bundle
+from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.selfcheck import check_bundle
@@ -52,7 +53,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def write(bundle: Path, manifest: dict[str, Any], *, sealed: bool, settings: bool = False) -> None:
     """`sealed`: with the hash of the new content; `settings`: with the sum of the new settings, too."""
     if sealed:
-        from molmo_edge.checkpoints.bundle import content_sha256
+        from molmo_edge.checkpoints.manifest import content_sha256
         from molmo_edge.sdk.stage_checksums import settings_sum
 
         if settings and {"model", "special_ids"} <= set(manifest) and "sums" in (manifest.get("check") or {}):
@@ -179,7 +180,7 @@ def test_an_edited_manifest_does_not_open(bundle: Path) -> None:
     manifest["model"]["image"]["max_crops"] = 3
     write(bundle, manifest, sealed=False)
     for use in (open_bundle, load_tokenizer, Molmo):
-        with pytest.raises(BundleError, match=r"molmo_edge\.json was changed after it was written"):
+        with pytest.raises(BundleError, match=r"molmo_edge\.json: the manifest was changed after"):
             use(bundle)
 
 

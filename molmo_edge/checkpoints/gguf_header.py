@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.bundle import BundleError
 from molmo_edge.checkpoints.gguf_layout import architecture, decoder_tensors, shape_metadata, token_names
+from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.config import DecoderConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 

@@ -16,11 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.bundle import MANIFEST, TOKENIZER, sha256_of
 from molmo_edge.checkpoints.hub_config import CONFIG
 from molmo_edge.checkpoints.hub_links import LARGE, HubFile, has_symlinks, is_inside, reuse, snapshot_path
+from molmo_edge.checkpoints.manifest import MANIFEST, TOKENIZER
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.extras import pip_command
+from molmo_edge.system.files import sha256_of
 
 _CHECKPOINT = (
     *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),

@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from molmo_edge.checkpoints.bundle import sha256_of
+from molmo_edge.system.files import sha256_of
 
 LARGE = 50_000_000  # bytes from which on a file is worth resuming, and looking for
 

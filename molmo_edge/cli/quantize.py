@@ -43,7 +43,8 @@ def quantize(
     """Choose each part's precision by what it costs, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
-    from molmo_edge.checkpoints.bundle import GRAPHS, open_bundle
+    from molmo_edge.checkpoints.bundle import open_bundle
+    from molmo_edge.checkpoints.manifest import GRAPHS
     from molmo_edge.evaluation import require_onnx
 
     require_onnx("a search")

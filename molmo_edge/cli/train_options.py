@@ -70,7 +70,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def starting_checkpoint(start: str, out: Path) -> Path:
     """The directory that --from means, fetched if it is on the hub. Raises TrainError where --out is the same."""
-    from molmo_edge.checkpoints.bundle import MANIFEST
+    from molmo_edge.checkpoints.manifest import MANIFEST
     from molmo_edge.cli.open_model import find_model
 
     directory = find_model(start, revision=None, quiet=False)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_edge.checkpoints.bundle import GRAPHS, TOKENIZER, is_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
+from molmo_edge.checkpoints.manifest import GRAPHS, TOKENIZER
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.evaluation.comparison import compare
 from molmo_edge.evaluation.metrics import compute_metrics

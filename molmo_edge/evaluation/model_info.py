@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.bundle import GRAPHS, MANIFEST, is_bundle, open_bundle
+from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
+from molmo_edge.checkpoints.manifest import GRAPHS, MANIFEST
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.pt")
 

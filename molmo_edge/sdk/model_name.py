@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from molmo_edge.checkpoints.bundle import MANIFEST
+from molmo_edge.checkpoints.manifest import MANIFEST
 
 
 def model_name(directory: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import BundleError, content_sha256
+from molmo_edge.checkpoints.manifest import BundleError, content_sha256
 from molmo_edge.config import ImageConfig
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, select_tiling
 from molmo_edge.frontend.prompts import text_ids

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import TOKENIZER
 from molmo_edge.checkpoints.hub import fetch_model
 from molmo_edge.checkpoints.hub_config import write_hub_config
+from molmo_edge.checkpoints.manifest import TOKENIZER
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import Shape, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import DTYPES, CheckpointError, TensorSource, widen
