@@ -19,11 +19,15 @@ from molmo_edge.data.drawn import generate
 from molmo_edge.data.drawn.charts import Chart, draw_chart
 from molmo_edge.data.drawn.clocks import NOT_SHOWN, WITH_AM, WITHOUT_AM, describe, draw_clock
 from molmo_edge.data.drawn.code import draw_code
+from molmo_edge.data.drawn.colours import COLOURS
 from molmo_edge.data.drawn.diagrams import draw_diagram
 from molmo_edge.data.drawn.documents import draw_document
-from molmo_edge.data.drawn.generate import KINDS, Materials, draw_picture
-from molmo_edge.data.drawn.scenes import SHAPES, Sprites, count_row, draw_scene, point_rows
-from molmo_edge.data.drawn.sheets import COLOURS, DrawError, Drawing, Face, Fonts, find_fonts, money
+from molmo_edge.data.drawn.fonts import Face, FontError, Fonts, find_fonts
+from molmo_edge.data.drawn.generate import KINDS, GenerateError, Materials, draw_picture
+from molmo_edge.data.drawn.invented import money
+from molmo_edge.data.drawn.pointing import SHAPES, count_row, labelled_scene, point_rows
+from molmo_edge.data.drawn.sheets import Drawing
+from molmo_edge.data.drawn.sprites import Assets
 from molmo_edge.data.drawn.tables import draw_table
 from molmo_edge.data.rows import load_rows
 
@@ -104,7 +108,7 @@ def test_pages_ask_and_answer_and_cut_no_word(kind: str, own: bool, fonts: Fonts
 
 def test_a_folder_without_a_usable_font_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
-    with pytest.raises(DrawError, match=r"holds no \.ttf"):
+    with pytest.raises(FontError, match=r"holds no \.ttf"):
         find_fonts(tmp_path)
 
 
@@ -287,7 +291,7 @@ def test_the_time_is_written_as_in_pixmo_clocks() -> None:
 def test_points_lie_on_the_colour_of_their_shape() -> None:
     absent = 0
     for i in range(30):
-        scene = draw_scene(rng(4, i))
+        scene = labelled_scene(rng(4, i))
         pixels = np.asarray(scene.image, np.int16)
         for label, points in scene.points.items():
             absent += not points
@@ -304,7 +308,7 @@ def test_points_lie_on_the_colour_of_their_shape() -> None:
 
 def test_count_rows_are_pixels_and_point_rows_percent() -> None:
     for i in range(10):
-        scene = draw_scene(rng(5, i))
+        scene = labelled_scene(rng(5, i))
         row = count_row(rng(i), scene)
         percent = next(r for r in point_rows(scene) if r["label"] == row["label"])
         assert row["count"] == percent["count"] == len(row["points"]["x"]) == len(row["points"]["y"])
@@ -315,9 +319,9 @@ def test_count_rows_are_pixels_and_point_rows_percent() -> None:
 
 def test_sprites_are_drawn_where_they_are_given() -> None:
     square = Image.new("RGBA", (40, 40), (250, 250, 0, 255))
-    sprites: Sprites = {"owl": (square,), "bird": (square,), "cup": (square,), "key": (square,)}
+    sprites = {"owl": (square,), "bird": (square,), "cup": (square,), "key": (square,)}
     for i in range(12):
-        scene = draw_scene(rng(6, i), sprites)
+        scene = labelled_scene(rng(6, i), Assets(sprites))
         assert set(scene.points) <= set(sprites) | {f"{name}s" for name in sprites}
         asked = {label.rstrip("s") for label in scene.points}
         if {"owl", "bird"} <= asked:  # an owl is a bird: of neither can be said that it is there, or the other not
@@ -369,14 +373,14 @@ def test_going_on_adds_and_never_takes_away(tmp_path: Path) -> None:
 
 def test_another_seed_or_folder_is_refused(tmp_path: Path) -> None:
     generate.generate("clocks", 1, tmp_path / "drawn")
-    with pytest.raises(DrawError, match="other seed"):
+    with pytest.raises(GenerateError, match="other seed"):
         generate.generate("clocks", 2, tmp_path / "drawn", seed=1)
-    with pytest.raises(DrawError, match="other kind"):
+    with pytest.raises(GenerateError, match="other kind"):
         generate.generate("charts", 2, tmp_path / "drawn")
-    with pytest.raises(DrawError, match="no kind"):
+    with pytest.raises(GenerateError, match="no kind"):
         generate.generate("poems", 2, tmp_path / "drawn")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(DrawError, match="not drawn here"):
+    with pytest.raises(GenerateError, match="not drawn here"):
         generate.generate("clocks", 2, tmp_path / "mine")
     assert (tmp_path / "mine" / "rows.jsonl").read_text() == "{}\n"

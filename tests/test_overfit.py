@@ -10,7 +10,7 @@ import pytest
 
 from molmo_edge import Molmo as Sdk
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.data.drawn.scenes import draw_scene
+from molmo_edge.data.drawn.pointing import labelled_scene
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.frontend.points import format_points
 from molmo_edge.training.encoding import Encoding
@@ -40,7 +40,7 @@ class Eight:
 def eight() -> Eight:
     rows = []
     for number in range(8):
-        scene = draw_scene(np.random.default_rng(number))
+        scene = labelled_scene(np.random.default_rng(number))
         label, points = min(((lb, p) for lb, p in scene.points.items() if p), key=lambda item: len(item[1]))
         picture = np.asarray(scene.image.convert("RGB"))
         rows.append((picture, format_points(points, label), f"There are {len(points)} of {label}."))

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 from molmo_edge.data.annotated_photos import PhotoError, augment, crop_annotation, load_photos
-from molmo_edge.data.drawn import sprite_scenes as scenes
+from molmo_edge.data.drawn import scenes
 from molmo_edge.data.drawn.backdrops import draw_backdrop
-from molmo_edge.data.drawn.clock_faces import draw_clock
+from molmo_edge.data.drawn.clocks import draw_dial
+from molmo_edge.data.drawn.fonts import FontError, find_scene_fonts
 from molmo_edge.data.drawn.rendered_words import draw_text
+from molmo_edge.data.drawn.scenes import APART, KINDS, SceneError, draw_scene
 from molmo_edge.data.drawn.sprite_names import BROADER, overlapping, sprite_sources
-from molmo_edge.data.drawn.sprite_scenes import KINDS, SceneError, draw_scene
-from molmo_edge.data.drawn.sprites import AssetError, Assets, Background, build_assets, find_fonts, load_sprites
+from molmo_edge.data.drawn.sprites import AssetError, Assets, Background, build_assets, load_sprites
 
 NAMES = ("bird", "owl", "cat", "cup", "ring", "clock", "shoe", "pizza")
 
@@ -42,7 +43,7 @@ def assets() -> Assets:
 
 def on_black(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        scenes, "draw_backdrop", lambda rng, assets, size: (Image.new("RGB", size), "plain", frozenset())
+        scenes, "draw_backdrop", lambda _rng, _backgrounds, size: (Image.new("RGB", size), "plain", frozenset())
     )
 
 
@@ -121,6 +122,25 @@ def test_little_of_an_object_is_hidden(assets: Assets) -> None:
     assert 0.05 < worst <= scenes.HIDDEN + 0.01
 
 
+@pytest.mark.parametrize("kind", APART)
+def test_objects_to_count_are_whole_and_unchanged(assets: Assets, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_black(monkeypatch)
+    rng = np.random.default_rng(10)
+    most = []
+    for _ in range(20):
+        rgb, annotation = draw_scene(rng, assets, kind)
+        assert min(rgb.shape[:2]) >= 256
+        assert max(rgb.shape[:2]) <= 800
+        items = [pair for o in annotation["objects"] for pair in zip(o["boxes"], o["points"], strict=True)]
+        most.append(max(len(o["boxes"]) for o in annotation["objects"]))
+        for i, (a, point) in enumerate(items):
+            x, y = (int(v * side / 100) for v, side in zip(point, rgb.shape[1::-1], strict=True))
+            assert tuple(rgb[y, x]) == (255, 255, 255)
+            for b, _ in items[:i]:
+                assert a[0] > b[2] or b[0] > a[2] or a[1] > b[3] or b[1] > a[3], "two objects overlap or touch"
+    assert max(most) > 4 if kind == "many" else max(most) <= 4
+
+
 def test_neither_what_the_backdrop_shows_nor_a_broader_name_is_drawn(assets: Assets) -> None:
     photo = Background(
         np.full((60, 80, 3), 120, np.uint8), ((0, 0, 100, 100),), ("cat",), frozenset({"shoe", "clock", "ring"})
@@ -143,26 +163,25 @@ def test_neither_what_the_backdrop_shows_nor_a_broader_name_is_drawn(assets: Ass
 def test_a_crop_of_a_photo_avoids_what_is_labelled() -> None:
     """A label in a corner: nearly every crop can leave it out, and then it is no longer in maybe_present."""
     photo = Background(np.zeros((100, 100, 3), np.uint8), ((0, 0, 10, 10),), ("cat",))
-    assets = Assets({"cup": (disc(),)}, (photo,))
     rng = np.random.default_rng(5)
-    drawn = [draw_backdrop(rng, assets, (300, 300)) for _ in range(200)]
+    drawn = [draw_backdrop(rng, (photo,), (300, 300)) for _ in range(200)]
     free = [not maybe for _, kind, maybe in drawn if kind == "photo"]
     assert len(free) > 50
     assert np.mean(free) > 0.9
 
 
 def test_unknown_kinds_and_empty_assets_are_refused(assets: Assets) -> None:
-    with pytest.raises(SceneError, match="known are sprites, words, clocks, mixed"):
+    with pytest.raises(SceneError, match="known: sprites, words, clocks, mixed, few, many"):
         draw_scene(np.random.default_rng(0), assets, "maps")
     with pytest.raises(AssetError, match="no sprites"):
         Assets({})
 
 
-def test_clock_hands_show_the_time(assets: Assets) -> None:
+def test_clock_hands_show_the_time() -> None:
     rng = np.random.default_rng(6)
     times = set()
     for _ in range(80):
-        picture, time = draw_clock(rng, assets, 240)
+        picture, time = draw_dial(rng, (), 240)
         hour, minute = (int(part) for part in time.split(":"))
         assert 1 <= hour <= 12
         assert minute % 5 == 0
@@ -184,11 +203,11 @@ def test_clock_hands_show_the_time(assets: Assets) -> None:
     assert len(times) > 50
 
 
-def test_text_fits_and_is_drawn(assets: Assets) -> None:
+def test_text_fits_and_is_drawn() -> None:
     rng = np.random.default_rng(7)
     for text in ("wide words that must shrink", "7", "EXIT"):
         for _ in range(10):
-            picture = draw_text(rng, assets, text, 60, 200)
+            picture = draw_text(rng, (), text, 60, 200)
             assert picture.width <= 200
             colours = np.unique(np.asarray(picture)[np.asarray(picture.getchannel("A")) == 255].reshape(-1, 4), axis=0)
             light = colours[:, :3] @ [0.299, 0.587, 0.114]
@@ -242,8 +261,8 @@ def test_assets_are_built_and_loaded(tmp_path: Path) -> None:
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"no index\.json"):
         load_sprites(tmp_path)
-    with pytest.raises(AssetError, match="none of the fonts"):
-        find_fonts(tmp_path)
+    with pytest.raises(FontError, match="none of the fonts"):
+        find_scene_fonts(tmp_path)
     with pytest.raises(PhotoError, match=r"annotations\.jsonl is missing"):
         load_photos(tmp_path, "train")
     (tmp_path / "annotations.jsonl").write_text('{"image": "a.jpg", "split": "train"}\n{"image"\n')

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from molmo_edge.data.annotated_photos import ANNOTATIONS, Photo, PhotoError, load_photos
+from molmo_edge.data.drawn.scenes import draw_scene
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS
-from molmo_edge.data.drawn.sprite_scenes import draw_scene
 from molmo_edge.data.drawn.sprites import Assets, load_assets
 from molmo_edge.data.grounded_questions import absent_labels
 from molmo_edge.frontend.crops import load_image

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from molmo_edge.data.annotated_photos import Photo, augment, load_photos
-from molmo_edge.data.drawn.sprite_scenes import draw_scene
+from molmo_edge.data.drawn.scenes import draw_scene
 from molmo_edge.data.drawn.sprites import Assets, load_assets
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, load_image
 from molmo_edge.modeling import Molmo, load_checkpoint

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
-from molmo_edge.data.drawn.sprites import Assets, Background
+from molmo_edge.data.drawn.colours import random_colour
+from molmo_edge.data.drawn.sprites import Background
 
 Size = tuple[int, int]  # width, height, pixels
 
 
-def draw_backdrop(rng: np.random.Generator, assets: Assets, size: Size) -> tuple[Image.Image, str, frozenset[str]]:
-    """(RGB image of `size`, its kind, labels that may be on it): "photo", "plain", "gradient" or "noise"."""
+def draw_backdrop(
+    rng: np.random.Generator, backgrounds: Sequence[Background], size: Size
+) -> tuple[Image.Image, str, frozenset[str]]:
+    """(RGB image of `size`, its kind, labels of objects that it may show).
+
+    The kind is "photo" (if there are `backgrounds`), "plain", "gradient" or "noise".
+    """
     kind = str(rng.choice(["photo", "plain", "gradient", "noise"], p=[0.55, 0.15, 0.2, 0.1]))
-    if kind == "photo" and assets.backgrounds:
-        background = assets.backgrounds[int(rng.integers(len(assets.backgrounds)))]
+    if kind == "photo" and len(backgrounds):
+        background = backgrounds[int(rng.integers(len(backgrounds)))]
         image, maybe_present = _photo_crop(rng, background, size)
         return image, "photo", maybe_present
     if kind == "gradient":
@@ -24,18 +32,8 @@ def draw_backdrop(rng: np.random.Generator, assets: Assets, size: Size) -> tuple
     return Image.new("RGB", size, random_colour(rng)), "plain", frozenset()
 
 
-def random_colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Half of them pale or dark greys, as walls, paper and tables are; the others anything."""
-    if rng.random() < 0.5:
-        grey = rng.choice([rng.uniform(200, 255), rng.uniform(20, 90), rng.uniform(90, 200)], p=[0.6, 0.2, 0.2])
-        rgb = np.clip(grey + rng.uniform(-18, 18, 3), 0, 255)
-    else:
-        rgb = rng.uniform(0, 255, 3)
-    return int(rgb[0]), int(rgb[1]), int(rgb[2])
-
-
 def _photo_crop(rng: np.random.Generator, background: Background, size: Size) -> tuple[Image.Image, frozenset[str]]:
-    """A crop in the scene's aspect, the one of six that shows least of the labelled objects."""
+    """The crop, out of six of the scene's aspect, that shows least of the labelled objects."""
     height, width = background.rgb.shape[:2]
     aspect = size[0] / size[1]
     best: tuple[float, tuple[int, int, int, int]] | None = None

@@ -11,28 +11,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from molmo_edge.data.drawn.sheets import (
-    COLOURS,
-    MONTHS,
-    Box,
-    Colour,
-    Drawing,
-    Face,
-    Fonts,
-    Pair,
-    Sheet,
-    Type,
-    first_names,
-    goods,
-    ink_on,
-    number,
-    pairs,
-    pick,
-    some,
-    town,
-    towns,
-    whole,
-)
+from molmo_edge.data.choices import pick, some, whole
+from molmo_edge.data.drawn.colours import COLOURS, Colour, ink_on
+from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.invented import MONTHS, first_names, goods, town, towns
+from molmo_edge.data.drawn.sheets import Box, Drawing, Pair, Sheet, number, pairs
 
 MOST_QUESTIONS = 12
 _SHAPES = {"columns": 0.34, "bars": 0.18, "lines": 0.22, "pie": 0.14, "points": 0.12}

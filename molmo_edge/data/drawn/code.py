@@ -7,20 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molmo_edge.data.drawn.sheets import (
-    Colour,
-    Drawing,
-    Fonts,
-    Pair,
-    Sheet,
-    Type,
-    pairs,
-    pick,
-    some,
-    text_width,
-    town,
-    whole,
-)
+from molmo_edge.data.choices import pick, some, whole
+from molmo_edge.data.drawn.colours import Colour
+from molmo_edge.data.drawn.fonts import Fonts, Type, text_width
+from molmo_edge.data.drawn.invented import town
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
 
 MOST_QUESTIONS = 10
 _VERBS = (

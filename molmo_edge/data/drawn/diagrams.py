@@ -8,24 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.data.drawn.sheets import (
-    COLOURS,
-    Colour,
-    Drawing,
-    Face,
-    Fonts,
-    Pair,
-    Sheet,
-    Type,
-    company,
-    goods,
-    ink_on,
-    pairs,
-    person,
-    pick,
-    some,
-    whole,
-)
+from molmo_edge.data.choices import pick, some, whole
+from molmo_edge.data.drawn.colours import COLOURS, Colour, ink_on
+from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.invented import company, goods, person
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
 
 MOST_QUESTIONS = 10
 _STEPS = (

@@ -7,27 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.data.drawn.sheets import (
-    Colour,
-    Drawing,
-    Face,
-    Fonts,
-    Pair,
-    Sheet,
-    Type,
-    company,
-    date,
-    goods,
-    money,
-    pairs,
-    person,
-    phone,
-    pick,
-    some,
-    street,
-    town,
-    whole,
-)
+from molmo_edge.data.choices import pick, some, whole
+from molmo_edge.data.drawn.colours import Colour
+from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.invented import company, date, goods, money, person, phone, street, town
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
 
 MOST_QUESTIONS = 12
 _PAPERS: tuple[Colour, ...] = ((255, 255, 255), (253, 251, 245), (248, 248, 248), (255, 252, 235))

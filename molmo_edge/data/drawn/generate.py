@@ -30,11 +30,13 @@ from molmo_edge.data.drawn.clocks import draw_clock
 from molmo_edge.data.drawn.code import draw_code
 from molmo_edge.data.drawn.diagrams import draw_diagram
 from molmo_edge.data.drawn.documents import draw_document
-from molmo_edge.data.drawn.scenes import Sprites, count_row, draw_scene, point_rows
-from molmo_edge.data.drawn.sheets import DrawError, Fonts, encode, find_fonts, photographed, softened
-from molmo_edge.data.drawn.sprites import load_sprites
+from molmo_edge.data.drawn.fonts import Fonts, find_fonts
+from molmo_edge.data.drawn.pointing import count_row, labelled_scene, point_rows
+from molmo_edge.data.drawn.sheets import encode, photographed, softened
+from molmo_edge.data.drawn.sprites import Assets, load_sprites
 from molmo_edge.data.drawn.tables import draw_table
 from molmo_edge.data.rows import ROWS
+from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.atomic_files import written_aside
 from molmo_edge.system.log import logger
 
@@ -51,12 +53,16 @@ _SETTINGS = "generated.json"
 _SPOKEN = 1000  # pictures from one word of progress to the next
 
 
+class GenerateError(MolmoEdgeError):
+    """A data set that cannot be drawn as asked."""
+
+
 @dataclass(frozen=True)
 class Materials:
     """What pictures are drawn with."""
 
     fonts: Fonts
-    sprites: Sprites | None = None  # None: coloured shapes
+    sprites: Assets | None = None  # None: coloured shapes
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def draw_picture(kind: str, seed: int, index: int, materials: Materials) -> Pict
         clock = draw_clock(rng, materials.fonts)
         row = {"example_id": name, "watchface_id": f"drawn_{clock.row['watchface_name']}", **clock.row}
         return Picture(*encode(rng, softened(rng, clock.image)), [row])
-    scene = draw_scene(rng, materials.sprites)
+    scene = labelled_scene(rng, materials.sprites)
     rows = point_rows(scene) if kind == "points" else [count_row(rng, scene)]
     file, ending = encode(rng, scene.image)
     sha256 = hashlib.sha256(file).hexdigest()
@@ -103,13 +109,13 @@ def generate(
     """Fill the folder `out` up to `count` pictures; returns how many were drawn now.
 
     `fonts`: a folder with more of them; `sprites`: a folder of `molmo_edge.data.drawn.sprites`, for points and count.
-    `jobs`: processes. Raises DrawError where `out` was begun with other settings, AssetError for no sprites.
+    `jobs`: processes. Raises GenerateError where `out` was begun with other settings, AssetError for no sprites.
     """
     if kind not in KINDS:
-        raise DrawError(f'there is no kind "{kind}" to draw; known are {", ".join(KINDS)}')
+        raise GenerateError(f'there is no kind "{kind}" to draw; known are {", ".join(KINDS)}')
     if sprites is not None and kind not in ("points", "count"):
-        raise DrawError(f"{kind} are drawn without sprites: leave --sprites out")
-    materials = Materials(find_fonts(fonts), None if sprites is None else load_sprites(sprites))
+        raise GenerateError(f"{kind} are drawn without sprites: leave --sprites out")
+    materials = Materials(find_fonts(fonts), None if sprites is None else Assets(load_sprites(sprites)))
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     _check_settings(out, _settings(kind, seed, materials))
     done, begun = _resume(out)
@@ -126,23 +132,23 @@ def generate(
 
 def _settings(kind: str, seed: int, materials: Materials) -> dict[str, Any]:
     """What decides how a picture looks, besides its number."""
-    fonts = [path.name for face in materials.fonts.faces for path in (face.regular, face.bold) if path is not None]
-    fonts += [path.name for path in materials.fonts.mono]
-    sprites = {name: len(pictures) for name, pictures in (materials.sprites or {}).items()}
-    return {"kind": kind, "seed": seed, "fonts": sorted(set(fonts)), "sprites": sprites}
+    fonts = {path.name for path in (*materials.fonts.files, *materials.fonts.mono)}
+    pictures = materials.sprites.sprites if materials.sprites else {}
+    sprites = {name: len(each) for name, each in pictures.items()}
+    return {"kind": kind, "seed": seed, "fonts": sorted(fonts), "sprites": sprites}
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / _SETTINGS
     if not path.exists():
         if (out / ROWS).exists():
-            raise DrawError(f"{out} holds a data set that was not drawn here: name another folder")
+            raise GenerateError(f"{out} holds a data set that was not drawn here: name another folder")
         _write(path, json.dumps(settings, indent=1).encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if before.get(name) != value:
-            raise DrawError(f"{out} was begun with other {name}: go on with the same, or name another folder")
+            raise GenerateError(f"{out} was begun with other {name}: go on with the same, or name another folder")
 
 
 def _resume(out: Path) -> tuple[int, bool]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from molmo_edge.data.drawn.backdrops import random_colour
+from molmo_edge.data.drawn.colours import contrasting, random_colour
+from molmo_edge.data.drawn.fonts import load_font, random_font
 from molmo_edge.data.drawn.sprite_names import sprite_sources
-from molmo_edge.data.drawn.sprites import AssetError, Assets
-
-Colour = tuple[int, int, int]
 
 _COMMON = """
 about above across action after again age air all almost alone along always amount animal another answer any apart
@@ -79,13 +77,13 @@ def random_text(rng: np.random.Generator) -> str:
     return _SIGNS[int(rng.integers(len(_SIGNS)))]
 
 
-def draw_text(rng: np.random.Generator, assets: Assets, text: str, height: int, max_width: int) -> Image.Image:
-    """RGBA, cropped to the text or to its panel: `height` pixels for capitals, less where `max_width` demands it,
-    but never under a font of 8 pixels.
+def draw_text(rng: np.random.Generator, fonts: Sequence[Path], text: str, height: int, max_width: int) -> Image.Image:
+    """RGBA, cropped to the text or its panel.
 
-    Two of three lie on a panel of contrasting colour; the others carry an outline, readable on any photograph.
+    Capitals are `height` pixels tall, smaller if `max_width` requires it; the font has 8 pixels or more. Two of three
+    texts are on a panel of contrasting colour, the others have an outline.
     """
-    path = random_font(rng, assets)
+    path = random_font(rng, fonts)
     padding, points = rng.uniform(0.2, 0.6), height * 1.4  # a capital is about 0.7 of its font's size
     while True:
         font = load_font(path, max(8, round(points)))
@@ -109,33 +107,3 @@ def draw_text(rng: np.random.Generator, assets: Assets, text: str, height: int, 
         stroke = max(1, round((bottom - top) / 12))
     draw.text((pad - left, pad - top), text, fill=ink, font=font, stroke_width=stroke, stroke_fill=paper)
     return image
-
-
-def contrasting(colour: Colour, rng: np.random.Generator) -> Colour:
-    """A colour whose luminance lies at least 110 of 255 from that of `colour`; often black or white."""
-    luminance = _luminance(colour)
-    if rng.random() < 0.6:
-        return (0, 0, 0) if luminance > 127 else (255, 255, 255)
-    for _ in range(20):
-        other = tuple(int(c) for c in rng.integers(0, 256, 3))
-        if abs(_luminance(other) - luminance) >= 110:
-            return other[0], other[1], other[2]
-    return (0, 0, 0) if luminance > 127 else (255, 255, 255)
-
-
-def _luminance(colour: tuple[int, ...]) -> float:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-
-
-def random_font(rng: np.random.Generator, assets: Assets) -> Path | None:
-    """One of the fonts; None, Pillow's own, where the assets have none."""
-    return assets.fonts[int(rng.integers(len(assets.fonts)))] if assets.fonts else None
-
-
-@lru_cache(maxsize=512)
-def load_font(path: Path | None, size: int) -> ImageFont.FreeTypeFont:
-    """Sizes are kept in memory: opening a font costs more than drawing a word."""
-    font = ImageFont.truetype(str(path), size) if path else ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise AssetError("this Pillow was built without FreeType and cannot draw words: install the wheel from PyPI")
-    return font

@@ -1,255 +1,331 @@
-"""Scenes of things to point at and to count: sprites that the user has built, or coloured shapes drawn here.
+"""Drawn scenes with exact annotations: named sprites, words and clocks on backdrops.
 
-Shapes need no assets: fifteen of them in ten colours are 150 kinds of things, told apart by colour, by form or both.
+Annotations have the format of the annotated photographs (see `draw_scene`). Unlike those, they name every object.
+The suite nano-val draws its scenes here. A change to the order of the random draws changes its pictures and scores.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageEnhance, ImageFilter
 
 from molmo_edge.data.drawn.backdrops import draw_backdrop
-from molmo_edge.data.drawn.sheets import COLOURS, Colour, pick, some, whole
+from molmo_edge.data.drawn.clocks import draw_dial
+from molmo_edge.data.drawn.rendered_words import draw_text, random_text
 from molmo_edge.data.drawn.sprite_names import overlapping
 from molmo_edge.data.drawn.sprites import Assets
-from molmo_edge.data.english import plural
+from molmo_edge.errors import MolmoEdgeError
 
-Sprites = dict[str, tuple[Image.Image, ...]]  # as load_sprites gives them
-Points = list[tuple[float, float]]  # percent of width and height, one decimal
+Annotation = dict[str, Any]
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1, pixels
+Wanted = list[tuple[str, Image.Image]]  # a name and one of its sprites, for each object to place
 
-MOST = 40  # things in a scene
-_SIDE = 192  # of a drawn shape before it is reduced, pixels
-_TRIES = 40  # places tried for a thing before it is left out
-_NOTHING = Assets({"": (Image.new("RGBA", (1, 1)),)})  # backdrops then are plain, shaded or noisy: no photographs
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture, and where everything is."""
-
-    image: Image.Image  # RGB
-    points: dict[str, Points]  # label -> one point on each; none: certainly not there
-    many: bool  # drawn to be counted
+KINDS = {"sprites": 0.68, "words": 0.12, "clocks": 0.06, "mixed": 0.14}  # how often draw_scene picks each
+APART = ("few", "many")  # kinds without occlusion, shadows or changes of colour, for pointing and counting
+MAX_OBJECTS = 10
+MAX_APART = 40
+HIDDEN = 0.25  # largest share of an object's box that other objects may cover
+TRIES = 24  # places tried before an object is drawn smaller or left out
+_GAP = 3  # pixels between the objects of a scene in APART
 
 
-def draw_scene(rng: np.random.Generator, sprites: Sprites | None = None) -> Scene:
-    """1 to 40 things on 320 to 800 pixels, none hiding another; a third of the scenes are for counting."""
-    size = (whole(rng, 320, 800), whole(rng, 320, 800))
-    image = draw_backdrop(rng, _NOTHING, size)[0].convert("RGB")
-    many = rng.random() < 0.34
-    names = _choose(rng, image, sprites)
-    amounts = [whole(rng, 4, 20) if many and i == 0 else whole(rng, 1, 4) for i in range(len(names))]
-    wanted = [name for name, amount in zip(names, amounts, strict=True) for _ in range(amount)][:MOST]
-    largest = min(0.4, 0.8 / math.sqrt(len(wanted)))
-    found: dict[str, Points] = {}
-    taken: list[tuple[int, int, int, int]] = []
-    for i in rng.permutation(len(wanted)):
-        side = max(24, int(min(size) * rng.uniform(0.5, 1.0) * largest))
-        thing = _turned(rng, _picture(rng, wanted[i], sprites), side)
-        box = _place(rng, size, thing.size, taken)
-        if box is not None:
-            taken.append(box)
-            image.paste(thing, box[:2], thing)
-            x, y = _point_on(thing)
-            found.setdefault(wanted[i], []).append((_percent(box[0] + x, size[0]), _percent(box[1] + y, size[1])))
-    labels = _labels_of_sprites(rng, found, sprites) if sprites else _labels_of_shapes(rng, found)
-    spoken = {plural(n) if len(ps) != 1 and rng.random() < 0.7 else n: ps for n, ps in labels.items()}
-    return Scene(image, spoken, many)
+class SceneError(MolmoEdgeError):
+    """An unknown kind of scene."""
 
 
-def _percent(pixel: float, side: int) -> float:
-    """Of a pixel's middle."""
-    return round((pixel + 0.5) / side * 100, 1)
+@dataclass
+class _Canvas:
+    """The picture so far, and the boxes in it."""
+
+    image: Image.Image
+    taken: list[Box] = field(default_factory=list)
+    covered: list[float] = field(default_factory=list)  # pixels of each taken box under later ones; inf: keep clear
+    objects: dict[str, list[tuple[Box, tuple[float, float]]]] = field(default_factory=dict)
+    texts: list[tuple[str, Box]] = field(default_factory=list)
+    clocks: list[tuple[str, Box]] = field(default_factory=list)
+
+    @property
+    def side(self) -> int:
+        return min(self.image.size)
 
 
-def _choose(rng: np.random.Generator, image: Image.Image, sprites: Sprites | None) -> list[str]:
-    """1 to 6 names, of which none could be called another; shapes stand out from the backdrop."""
-    amount = whole(rng, 1, 6)
-    if sprites:
-        names: list[str] = []
-        for name in some(rng, sorted(sprites), len(sprites)):
-            if len(names) < amount and not overlapping(name) & set(names):
-                names.append(name)
-        return names
+def draw_scene(rng: np.random.Generator, assets: Assets, kind: str | None = None) -> tuple[np.ndarray, Annotation]:
+    """Draw a random scene.
+
+    Args:
+        kind: one of KINDS or APART; None draws one of KINDS. "few": 1 to 6 names, up to 4 objects of each. "many": 4
+            to 20 objects of the first name.
+
+    Returns:
+        rgb: uint8 [h, w, 3]. Sides are 256 to 640 pixels, of APART up to 800.
+        annotation: all coordinates in percent with one decimal.
+            objects: [{"label", "boxes": [[x0, y0, x1, y1]], "points": [[x, y]]}]. Points are on the objects.
+            texts: [{"text", "box"}] from top to bottom. clocks: [{"time": "3:25", "box"}], each also an object.
+            maybe_present: labels that the backdrop may show, so that neither counts nor absence are known.
+            backdrop: "photo", "plain", "gradient" or "noise". source: "scene". width, height: pixels.
+
+    Raises SceneError for an unknown kind.
+    """
+    if kind is None:
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    elif kind not in KINDS and kind not in APART:
+        raise SceneError(f'"{kind}" is not a kind of scene (known: {", ".join((*KINDS, *APART))})')
+    apart = kind in APART
+    size = _random_size(rng, 1.25 if apart else 1.0)
+    backdrop, backdrop_kind, maybe_present = draw_backdrop(rng, assets.backgrounds, size)
+    canvas = _Canvas(backdrop)
+    # A dial is labelled "clock": the backdrop must not show another clock.
+    if (kind == "clocks" or (kind == "mixed" and rng.random() < 0.35)) and "clock" not in maybe_present:
+        _place_clock(rng, assets, canvas, (0.4, 0.9) if kind == "clocks" else (0.3, 0.45))
+    if kind in ("words", "mixed"):
+        for _ in range(int(rng.integers(1, 5 if kind == "words" else 3))):
+            _place_text(rng, assets, canvas, large=kind == "words")
+    if apart:
+        _place_sprites(rng, canvas, _choose_apart(rng, assets, canvas, maybe_present, kind == "many"), apart=True)
+    elif kind in ("sprites", "mixed") or not (canvas.texts or canvas.clocks):
+        wanted = _choose(rng, assets, canvas, maybe_present, MAX_OBJECTS if kind == "sprites" else 4)
+        _place_sprites(rng, canvas, wanted, apart=False)
+    return np.asarray(canvas.image), _annotate(canvas, backdrop_kind, maybe_present)
+
+
+def _random_size(rng: np.random.Generator, scale: float) -> tuple[int, int]:
+    aspect = float(np.exp(rng.uniform(-1, 1) * np.log(16 / 9 if rng.random() < 0.2 else 4 / 3)))
+    longest = float(rng.uniform(320, 640)) * scale
+    width, height = (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
+    return max(256, round(width)), max(256, round(height))
+
+
+# --- sprites ----------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    rng: np.random.Generator, assets: Assets, canvas: _Canvas, maybe_present: frozenset[str], most: int
+) -> Wanted:
+    """1 to 5 names, mostly one or two objects of each."""
+    banned = set(maybe_present) | set(canvas.objects)
+    wanted: Wanted = []
+    names_left = int(rng.choice([1, 2, 3, 4, 5], p=[0.28, 0.3, 0.22, 0.12, 0.08]))
+    for index in rng.permutation(len(assets.names)):
+        name = assets.names[index]
+        if name in banned:
+            continue
+        if not names_left or len(wanted) >= most:
+            break
+        names_left -= 1
+        banned |= {name} | overlapping(name)
+        pictures = assets.sprites[name]
+        first = pictures[int(rng.integers(len(pictures)))]
+        same = rng.random() < 0.5
+        for _ in range(int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.48, 0.19, 0.13, 0.09, 0.06, 0.05]))):
+            wanted.append((name, first if same else pictures[int(rng.integers(len(pictures)))]))
+    return wanted[:most]
+
+
+def _choose_apart(
+    rng: np.random.Generator, assets: Assets, canvas: _Canvas, maybe_present: frozenset[str], many: bool
+) -> Wanted:
+    """1 to 6 names; some share their noun with the last ("red star", "blue star"), so that both words matter."""
+    banned = set(maybe_present)
+    free = [name for name in assets.names if name not in banned]
+    free = [name for name in free if _stands_out(canvas.image, assets.flat.get(name))] or free
+    wanted: Wanted = []
+    for i in range(int(rng.integers(1, 7))):
+        free = [name for name in free if name not in banned]
+        if not free:
+            break
+        akin = [name for name in free if wanted and name.rpartition(" ")[2] == wanted[-1][0].rpartition(" ")[2]]
+        choice = akin if akin and rng.random() < 0.3 else free
+        name = choice[int(rng.integers(len(choice)))]
+        banned |= {name} | overlapping(name)
+        amount = int(rng.integers(4, 21) if many and i == 0 else rng.integers(1, 5))
+        pictures = assets.sprites[name]
+        wanted += [(name, pictures[int(rng.integers(len(pictures)))]) for _ in range(amount)]
+    return wanted[:MAX_APART]
+
+
+def _stands_out(image: Image.Image, colour: tuple[int, int, int] | None) -> bool:
+    """Whether `colour` differs from all parts of the picture; None: a sprite of several colours."""
     ground = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)  # [64, 3]
-    clear = [n for n, rgb in COLOURS.items() if np.linalg.norm(ground - np.array(rgb), axis=1).min() > 90]
-    kinds: dict[str, None] = {}
-    shape = pick(rng, list(SHAPES))
-    while len(kinds) < amount:
-        # The same form in another colour now and then, so that a label needs both of its words.
-        shape = shape if rng.random() < 0.3 else pick(rng, list(SHAPES))
-        kinds[f"{pick(rng, clear or list(COLOURS))} {shape}"] = None
-    return list(kinds)
+    return colour is None or bool(np.linalg.norm(ground - np.array(colour), axis=1).min() > 90)
 
 
-def _picture(rng: np.random.Generator, name: str, sprites: Sprites | None) -> Image.Image:
-    return pick(rng, sprites[name]) if sprites else draw_shape(*name.split(" ", 1))
+def _place_sprites(rng: np.random.Generator, canvas: _Canvas, wanted: Wanted, apart: bool) -> None:
+    # Many objects must be smaller to fit: the side that n equal squares could have, with room between them.
+    largest = min(0.45, 0.85 / np.sqrt(max(len(wanted), 1)))
+    for i in rng.permutation(len(wanted)):
+        if apart:
+            size = rng.uniform(0.5 * largest, largest)
+        else:
+            small = rng.random() < 0.25
+            size = rng.uniform(0.10, 0.2) if small else rng.uniform(min(0.2, 0.7 * largest), largest)
+        name, picture = wanted[i]
+        _place_sprite(rng, canvas, name, picture, int(size * canvas.side), apart)
 
 
-def _turned(rng: np.random.Generator, picture: Image.Image, side: int) -> Image.Image:
-    """RGBA, longest side about `side` pixels. Turned by 12 degrees at most, or a square would be a diamond."""
-    if rng.random() < 0.5:
-        picture = picture.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR, expand=True)
-        picture = picture.crop(picture.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
+def _place_sprite(
+    rng: np.random.Generator, canvas: _Canvas, name: str, picture: Image.Image, side: int, apart: bool
+) -> None:
+    """Paste a varied sprite at a free place. Where there is none, try three quarters of the size, then give up."""
+    for shrink in (1.0, 0.75):
+        sprite = _vary(rng, picture, max(24 if apart else 20, int(side * shrink)), lit=not apart)
+        box = _find_place(rng, canvas, sprite.size, *((0.0, _GAP) if apart else (HIDDEN, 0)))
+        if box is not None:
+            if not apart and rng.random() < 0.3:
+                _cast_shadow(canvas.image, sprite, box)
+            canvas.image.paste(sprite, box[:2], sprite)
+            _take(canvas, box)
+            point = _point_inside(sprite) if apart else _nearest_to_centre(np.asarray(sprite.getchannel("A")) > 128)
+            canvas.objects.setdefault(name, []).append((box, (box[0] + point[0], box[1] + point[1])))
+            return
+
+
+def _vary(rng: np.random.Generator, picture: Image.Image, side: int, lit: bool) -> Image.Image:
+    """RGBA, longest side about `side`: often mirrored, turned by up to 15 degrees; if `lit`, brighter or darker."""
     scale = side / max(picture.size)
-    size = (max(8, round(picture.width * scale)), max(8, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    size = (max(4, round(picture.width * scale)), max(4, round(picture.height * scale)))
+    sprite = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.6:
+        sprite = sprite.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR, expand=True)
+        sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
+    if lit and rng.random() < 0.7:
+        alpha = sprite.getchannel("A")
+        sprite = ImageEnhance.Brightness(sprite.convert("RGB")).enhance(float(rng.uniform(0.7, 1.25)))
+        sprite.putalpha(alpha)
+    return sprite
 
 
-def _place(
-    rng: np.random.Generator, size: tuple[int, int], thing: tuple[int, int], taken: list[tuple[int, int, int, int]]
-) -> tuple[int, int, int, int] | None:
-    """A free box with a little room around, or None after _TRIES."""
-    for _ in range(_TRIES):
-        x, y = whole(rng, 0, size[0] - thing[0]), whole(rng, 0, size[1] - thing[1])
-        box = (x, y, x + thing[0], y + thing[1])
-        if all(box[0] > o[2] + 3 or o[0] > box[2] + 3 or box[1] > o[3] + 3 or o[1] > box[3] + 3 for o in taken):
+def _cast_shadow(image: Image.Image, sprite: Image.Image, box: Box) -> None:
+    alpha = sprite.getchannel("A").filter(ImageFilter.BoxBlur(2)).point(lambda a: a * 2 // 5)
+    drop = max(2, sprite.height // 24)
+    image.paste((0, 0, 0), (box[0] + drop // 2, box[1] + drop), alpha)
+
+
+def _point_inside(sprite: Image.Image) -> tuple[float, float]:
+    """A point up to two pixels inside the edge, so that rounding to 0.1 % leaves it on the object."""
+    opaque = np.asarray(sprite.getchannel("A")) > 250  # [h, w]
+    inside = opaque
+    for shift in (1, 2):
+        smaller = inside.copy()
+        for step in (-shift, shift):
+            smaller &= np.roll(opaque, step, 0) & np.roll(opaque, step, 1)
+        inside = smaller if smaller.any() else inside
+    x, y = _nearest_to_centre(inside)
+    return x + 0.5, y + 0.5
+
+
+def _nearest_to_centre(mask: np.ndarray) -> tuple[int, int]:
+    """The true pixel nearest to the centre: the centre of a ring is a hole."""
+    centre_y, centre_x = mask.shape[0] // 2, mask.shape[1] // 2
+    if mask[centre_y, centre_x] or not mask.any():
+        return centre_x, centre_y
+    ys, xs = np.nonzero(mask)
+    nearest = int(np.argmin((ys - centre_y) ** 2 + (xs - centre_x) ** 2))
+    return int(xs[nearest]), int(ys[nearest])
+
+
+# --- words and clocks -------------------------------------------------------------------------------------------
+
+
+def _place_text(rng: np.random.Generator, assets: Assets, canvas: _Canvas, large: bool) -> None:
+    height = int(canvas.side * rng.uniform(0.06, 0.2 if large else 0.12))
+    for shrink in (1.0, 0.6):
+        picture = draw_text(
+            rng, assets.fonts, text := random_text(rng), max(12, int(height * shrink)), int(canvas.image.width * 0.9)
+        )
+        if rng.random() < 0.2:
+            picture = picture.rotate(float(rng.uniform(-6, 6)), Image.Resampling.BICUBIC, expand=True)
+        box = _find_place(rng, canvas, picture.size, 0.0)
+        if box is not None:
+            canvas.image.paste(picture, box[:2], picture)
+            _take(canvas, box, keep_clear=True)
+            canvas.texts.append((text, box))
+            return
+
+
+def _place_clock(rng: np.random.Generator, assets: Assets, canvas: _Canvas, sizes: tuple[float, float]) -> None:
+    picture, time = draw_dial(rng, assets.fonts, int(canvas.side * rng.uniform(*sizes)))
+    box = _find_place(rng, canvas, picture.size, 0.0)
+    if box is not None:
+        canvas.image.paste(picture, box[:2], picture)
+        _take(canvas, box, keep_clear=True)
+        canvas.clocks.append((time, box))
+        canvas.objects["clock"] = [(box, ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2))]
+
+
+# --- placing ----------------------------------------------------------------------------------------------------
+
+
+def _find_place(
+    rng: np.random.Generator, canvas: _Canvas, size: tuple[int, int], hidden: float, gap: int = 0
+) -> Box | None:
+    """A random box of `size`, or None after TRIES.
+
+    It covers at most the share `hidden` of every box below it, and stays `gap` pixels away from those it does not.
+    """
+    room_x, room_y = canvas.image.width - size[0], canvas.image.height - size[1]
+    if room_x < 0 or room_y < 0:
+        return None
+    for _ in range(TRIES):
+        x, y = int(rng.integers(room_x + 1)), int(rng.integers(room_y + 1))
+        box = (x, y, x + size[0], y + size[1])
+        grown = (x - gap, y - gap, x + size[0] + gap, y + size[1] + gap)
+        if all(_fits(grown, old, used, hidden) for old, used in zip(canvas.taken, canvas.covered, strict=True)):
             return box
     return None
 
 
-def _point_on(thing: Image.Image) -> tuple[int, int]:
-    """A pixel well inside, near the middle: of a ring or a crescent, the middle is not on it."""
-    alpha = np.asarray(thing.getchannel("A")) > 200  # [h, w]
-    inside = alpha.copy()  # two pixels from the edge, so that rounding to tenths of a percent stays on the thing
-    for shift in (-2, 2):
-        for axis in (0, 1):
-            inside &= np.roll(alpha, shift, axis)
-    ys, xs = np.nonzero(inside if inside.any() else np.asarray(thing.getchannel("A")) > 0)
-    nearest = int(np.argmin((ys - thing.height / 2) ** 2 + (xs - thing.width / 2) ** 2))
-    return int(xs[nearest]), int(ys[nearest])
+def _fits(box: Box, old: Box, used: float, hidden: float) -> bool:
+    overlap = _intersection(box, old)
+    # A small object on a large one hides little of it, but looks like a part of it.
+    smaller = min(_area(box), _area(old))
+    return overlap == 0 or (used + overlap <= hidden * _area(old) and overlap <= hidden * smaller)
 
 
-# --- labels -------------------------------------------------------------------------------------------------------
+def _take(canvas: _Canvas, box: Box, keep_clear: bool = False) -> None:
+    for i, old in enumerate(canvas.taken):
+        canvas.covered[i] += _intersection(box, old)
+    canvas.taken.append(box)
+    canvas.covered.append(float("inf") if keep_clear else 0.0)
 
 
-def _labels_of_sprites(rng: np.random.Generator, found: dict[str, Points], sprites: Sprites) -> dict[str, Points]:
-    """What is there, and one or two names that nothing there could be called."""
-    near = set(found).union(*(overlapping(name) for name in found))
-    absent = some(rng, [name for name in sorted(sprites) if name not in near], whole(rng, 1, 2))
-    return {**found, **{name: [] for name in absent}}
+def _intersection(a: Box, b: Box) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _labels_of_shapes(rng: np.random.Generator, found: dict[str, Points]) -> dict[str, Points]:
-    """By colour and form, by form, by colour; and absent ones, of which the first is nearly there."""
-    labels: dict[str, Points] = dict(found)
-    for word, end in ((1, "{}"), (0, "{} shape")):
-        for key in sorted({name.split(" ", 1)[word] for name in found}):
-            points = [p for name, ps in found.items() if name.split(" ", 1)[word] == key for p in ps]
-            if rng.random() < 0.5:
-                labels[end.format(key)] = points
-    colours, shapes = ({name.split(" ", 1)[word] for name in found} for word in (0, 1))
-    nearly = [f"{c} {s}" for c in sorted(colours) for s in sorted(shapes) if f"{c} {s}" not in found]
-    others = [s for s in SHAPES if s not in shapes]
-    nowhere = [f"{c} shape" for c in COLOURS if c not in colours]
-    absent = [*some(rng, nearly, 1), pick(rng, others), *some(rng, nowhere, 1)]
-    return {**labels, **{name: [] for name in some(rng, absent, 2)}}
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------
+# --- annotation -------------------------------------------------------------------------------------------------
 
 
-def _ring(corners: int, inner: float = 1.0, turn: float = 0.0) -> list[tuple[float, float]]:
-    """Corners around the middle, from straight up; every other one at `inner` of the radius."""
-    steps = corners * (1 if inner == 1.0 else 2)
-    radii = [1.0 if i % 2 == 0 or inner == 1.0 else inner for i in range(steps)]
-    angles = [2 * math.pi * i / steps + turn for i in range(steps)]
-    return [(0.5 + r * math.sin(a) / 2, 0.5 - r * math.cos(a) / 2) for r, a in zip(radii, angles, strict=True)]
+def _annotate(canvas: _Canvas, backdrop: str, maybe_present: frozenset[str]) -> Annotation:
+    width, height = canvas.image.size
+    scale = (100 / width, 100 / height)
 
+    def percent(*pixels: float) -> list[float]:
+        return [round(p * scale[i % 2], 1) for i, p in enumerate(pixels)]
 
-def _heart() -> list[tuple[float, float]]:
-    angles = [2 * math.pi * i / 60 for i in range(60)]
-    tall = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
-    return [(0.5 + 16 * math.sin(a) ** 3 / 34, 0.44 - y / 34) for a, y in zip(angles, tall, strict=True)]
-
-
-Paint = Callable[[ImageDraw.ImageDraw, float], None]
-
-
-def _polygon(points: list[tuple[float, float]]) -> Paint:
-    return lambda draw, side: draw.polygon([(x * side, y * side) for x, y in points], fill=255)
-
-
-def _ellipses(*boxes: tuple[float, float, float, float, int]) -> Paint:
-    """Each with the value that it is filled with: 0 cuts out."""
-
-    def paint(draw: ImageDraw.ImageDraw, side: float) -> None:
-        for x0, y0, x1, y1, value in boxes:
-            draw.ellipse((x0 * side, y0 * side, x1 * side, y1 * side), fill=value)
-
-    return paint
-
-
-_CROSS_X = (0.33, 0.67, 0.67, 1.0, 1.0, 0.67, 0.67, 0.33, 0.33, 0.0, 0.0, 0.33)
-_CROSS = list(zip(_CROSS_X, (*_CROSS_X[9:], *_CROSS_X[:9]), strict=True))
-SHAPES: dict[str, Paint] = {
-    "circle": _ellipses((0.02, 0.02, 0.98, 0.98, 255)),
-    "oval": _ellipses((0.0, 0.24, 1.0, 0.76, 255)),
-    "ring": _ellipses((0.02, 0.02, 0.98, 0.98, 255), (0.26, 0.26, 0.74, 0.74, 0)),
-    "crescent": _ellipses((0.02, 0.02, 0.98, 0.98, 255), (0.3, -0.1, 1.3, 0.9, 0)),
-    "cloud": _ellipses((0.0, 0.45, 0.5, 0.85, 255), (0.2, 0.2, 0.7, 0.8, 255), (0.5, 0.4, 1.0, 0.85, 255)),
-    "square": _polygon([(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]),
-    "rectangle": _polygon([(0.0, 0.27), (1.0, 0.27), (1.0, 0.73), (0.0, 0.73)]),
-    "triangle": _polygon([(0.5, 0.05), (1.0, 0.92), (0.0, 0.92)]),
-    "diamond": _polygon([(0.5, 0.0), (0.82, 0.5), (0.5, 1.0), (0.18, 0.5)]),
-    "pentagon": _polygon(_ring(5)),
-    "hexagon": _polygon(_ring(6)),
-    "star": _polygon(_ring(5, 0.4)),
-    "cross": _polygon(_CROSS),
-    "arrow": _polygon([(0, 0.35), (0.55, 0.35), (0.55, 0.12), (1, 0.5), (0.55, 0.88), (0.55, 0.65), (0, 0.65)]),
-    "heart": _polygon(_heart()),
-}
-
-
-@lru_cache(maxsize=256)
-def draw_shape(colour: str, shape: str) -> Image.Image:
-    """RGBA, cropped, with smooth edges, in one colour of COLOURS."""
-    mask = Image.new("L", (_SIDE * 3, _SIDE * 3))
-    SHAPES[shape](ImageDraw.Draw(mask), _SIDE * 3 - 1)
-    mask = mask.reduce(3)
-    rgb: Colour = COLOURS[colour]
-    picture = Image.new("RGBA", mask.size, rgb)
-    picture.putalpha(mask)
-    return picture.crop(mask.getbbox())
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
-def point_rows(scene: Scene) -> list[dict[str, Any]]:
-    """A row a label, as in allenai/pixmo-points: points in percent."""
-    method = "counting" if scene.many else "pointing"
-    return [
+    objects = [
         {
-            "points": [{"x": x, "y": y} for x, y in points],
-            "count": len(points),
             "label": label,
-            "collection_method": method,
+            "boxes": [percent(*box) for box, _ in found],
+            "points": [percent(*point) for _, point in found],
         }
-        for label, points in scene.points.items()
+        for label, found in canvas.objects.items()
     ]
-
-
-def count_row(rng: np.random.Generator, scene: Scene) -> dict[str, Any]:
-    """One label, mostly the most frequent, as in allenai/pixmo-count: points in pixels, x and y apart."""
-    there = sorted((label for label, points in scene.points.items() if points), key=lambda n: -len(scene.points[n]))
-    absent = [label for label, points in scene.points.items() if not points]
-    label = there[0] if rng.random() < 0.6 else pick(rng, there)
-    if absent and rng.random() < 0.08:
-        label = pick(rng, absent)
-    points = scene.points[label]
-    width, height = scene.image.size
     return {
-        "count": len(points),
-        "points": {
-            "x": [round(x * width / 100, 2) for x, _ in points],
-            "y": [round(y * height / 100, 2) for _, y in points],
-        },
-        "label": label,
+        "source": "scene",
+        "width": width,
+        "height": height,
+        "backdrop": backdrop,
+        "objects": objects,
+        "texts": [{"text": t, "box": percent(*box)} for t, box in sorted(canvas.texts, key=lambda t: t[1][1])],
+        "clocks": [{"time": t, "box": percent(*box)} for t, box in canvas.clocks],
+        "maybe_present": sorted(maybe_present),
     }

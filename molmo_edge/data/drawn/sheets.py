@@ -5,36 +5,20 @@ Every picture is a pure function of its random generator and of the fonts: the s
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
-from molmo_edge.data.drawn.rendered_words import load_font
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.data.choices import some, whole
+from molmo_edge.data.drawn.colours import Colour
+from molmo_edge.data.drawn.fonts import Type, load_font, text_width
 
-Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, pixels
 Pair = tuple[str, str]  # question, answer
-T = TypeVar("T")
-
-# Ten colours that a person tells apart and names at once.
-COLOURS: dict[str, Colour] = {
-    "red": (211, 47, 47), "orange": (245, 133, 24), "yellow": (250, 208, 44), "green": (56, 142, 60),
-    "teal": (0, 150, 145), "blue": (33, 102, 200), "purple": (123, 50, 165), "pink": (240, 110, 170),
-    "brown": (121, 78, 46), "gray": (128, 128, 128),
-}  # fmt: skip
-_LETTERS = "ABCXYZabcxyz0189$%#&()[]{}<>=+-*/_.,:;'\"!?@|"  # a font without one of these is of no use here
-
-
-class DrawError(MolmoEdgeError):
-    """A font folder without a usable font, or a generator that is asked for the impossible."""
 
 
 @dataclass(frozen=True)
@@ -47,112 +31,14 @@ class Drawing:
     texts: list[Box] = field(default_factory=list)  # where words stand
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
-def some(rng: np.random.Generator, options: Sequence[T], number: int) -> list[T]:
-    """`number` different ones, or all where there are fewer, in a random order."""
-    return [options[int(i)] for i in rng.permutation(len(options))[:number]]
-
-
-def whole(rng: np.random.Generator, low: int, high: int) -> int:
-    """low to high, both included."""
-    return int(rng.integers(low, high + 1))
-
-
 def pairs(rng: np.random.Generator, found: Sequence[Pair], most: int) -> list[Pair]:
     """At most `most` of them, in a random order; a question that stands there twice is asked once."""
     return some(rng, list(dict(found).items()), most)
 
 
-def ink_on(colour: Colour) -> Colour:
-    """Black or white, whichever is read better on `colour`."""
-    return (0, 0, 0) if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140 else (255, 255, 255)
-
-
 def number(value: float) -> str:
     """12 rather than 12.0, and 2.5 rather than 2.500001."""
     return f"{value:.10g}"
-
-
-# --- fonts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Face:
-    """Files of one family; None: Pillow's own font, which it carries (a subset of Aileron)."""
-
-    regular: Path | None = None
-    bold: Path | None = None
-
-
-@dataclass(frozen=True)
-class Type:
-    """A font at a size in pixels of the finished picture."""
-
-    path: Path | None
-    size: float
-
-    @property
-    def line(self) -> float:
-        """From one line of text to the next, pixels."""
-        return self.size * 1.35
-
-
-@dataclass(frozen=True)
-class Fonts:
-    """The fonts that pictures are lettered with. Without `mono`, code is set letter by letter on a grid."""
-
-    faces: tuple[Face, ...] = (Face(),)
-    mono: tuple[Path, ...] = ()
-
-
-def find_fonts(folder: Path | None = None) -> Fonts:
-    """matplotlib's DejaVu where that is installed, Pillow's own font, and all readable fonts below `folder`.
-
-    Raises DrawError where `folder` has none that could be used.
-    """
-    files = _matplotlib_fonts()
-    if folder is not None:
-        own = sorted(path for path in folder.rglob("*.[ot]tf") if _is_usable(path))
-        if not own:
-            raise DrawError(f"{folder} holds no .ttf or .otf font with Latin letters, digits and signs: check --fonts")
-        files += own
-    slanted = ("Oblique", "Italic")
-    upright = [path for path in files if not any(word in path.stem for word in slanted)]
-    mono = [path for path in upright if "Mono" in path.stem or "Code" in path.stem]
-    plain = [path for path in upright if path not in mono and "Bold" not in path.stem]
-    faces = [Face(path, _bold_of(path, upright)) for path in plain]
-    return Fonts((*faces, Face()), tuple(path for path in mono if "Bold" not in path.stem))
-
-
-def _matplotlib_fonts() -> list[Path]:
-    spec = importlib.util.find_spec("matplotlib")  # found, not imported
-    if spec is None or spec.origin is None:
-        return []
-    folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
-    return [p for p in sorted(folder.glob("DejaVuS*.ttf")) if "Display" not in p.stem]
-
-
-def _bold_of(path: Path, files: Sequence[Path]) -> Path:
-    stem = path.stem.removesuffix("-Regular")
-    return next((other for other in files if other.stem == f"{stem}-Bold"), path)
-
-
-def _is_usable(path: Path) -> bool:
-    """False for fonts of signs or other scripts, which would show boxes instead of letters."""
-    try:
-        font = ImageFont.truetype(str(path), 24)
-    except OSError:
-        return False
-    missing = bytes(font.getmask("\ue000"))
-    return all(bytes(font.getmask(letter)) != missing for letter in _LETTERS)
-
-
-@lru_cache(maxsize=65536)
-def text_width(text: str, path: Path | None, size: int) -> float:
-    return load_font(path, size).getlength(text)
 
 
 # --- sheets -------------------------------------------------------------------------------------------------------
@@ -260,96 +146,3 @@ def encode(rng: np.random.Generator, image: Image.Image, photo: bool = False) ->
         return buffer.getvalue(), "jpg"
     image.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue(), "png"
-
-
-# --- names --------------------------------------------------------------------------------------------------------
-
-
-def _words(text: str, by: str | None = None) -> tuple[str, ...]:
-    return tuple(text.split(by))
-
-
-_FIRST = _words(
-    "Ada Amir Anneke Bela Boris Carla Chidi Clara Dana Derek Elif Emil Esra Farid Freya Gita Goran Hana Hugo Ines Ivan "
-    "Jonas Joyce Kofi Lara Leon Lucia Malik Marta Mei Milan Nadia Noah Olga Omar Paula Petra Quinn Rafael Rosa Samir "
-    "Sofia Tariq Theo Uma Vera Viktor Wanda Yara Zeno"
-)
-_BEGIN = _words("Al Bar Bran Cal Dor El Far Gar Hal Kel Lan Mar Nor Or Pel Ran Sel Tor Ul Var Wel Yar")
-_MIDDLE = _words("a e i o an en is or un ar")
-_END = _words("berg dale den by ford mann ney ridge sen son stone ton tov well wick yama")
-_TOWN = _words("bridge burgh bury field ford ham haven mouth port stead ton ville wick worth")
-_TRADES = _words(
-    "Supplies,Logistics,Foods,Tools,Print Works,Textiles,Energy,Garden Centre,Systems,Motors,Bakery,Books,Interiors,"
-    "Sports,Optics,Travel,Pharmacy,Instruments,Paper,Hardware",
-    ",",
-)
-_QUALITIES = _words("Basic Blue Classic Compact Deluxe Double Green Heavy Large Light Mini Plain Pro Red Small Soft")
-_GOODS = _words(
-    "Anchor,Apron,Basket,Bench,Blanket,Bottle,Bracket,Brush,Bucket,Cable,Candle,Chair,Clamp,Cushion,Desk,Drill,Filter,"
-    "Folder,Frame,Gloves,Hammer,Handle,Helmet,Hinge,Hose,Kettle,Ladder,Lamp,Mirror,Mug,Notebook,Paint,Pan,Pen,Plate,"
-    "Pump,Rope,Scarf,Shelf,Stapler,Stool,Tape,Teapot,Tent,Towel,Tray,Valve,Vase,Wheel,Wrench",
-    ",",
-)
-MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
-)  # fmt: skip
-
-
-def surname(rng: np.random.Generator) -> str:
-    return pick(rng, _BEGIN) + (pick(rng, _MIDDLE) if rng.random() < 0.4 else "") + pick(rng, _END)
-
-
-def person(rng: np.random.Generator) -> str:
-    return f"{pick(rng, _FIRST)} {surname(rng)}"
-
-
-def first_names(rng: np.random.Generator, amount: int) -> list[str]:
-    return some(rng, _FIRST, amount)
-
-
-def town(rng: np.random.Generator) -> str:
-    return pick(rng, _BEGIN) + pick(rng, _MIDDLE) + pick(rng, _TOWN)
-
-
-def towns(rng: np.random.Generator, amount: int) -> list[str]:
-    """Different ones."""
-    found: dict[str, None] = {}
-    while len(found) < amount:
-        found[town(rng)] = None
-    return list(found)
-
-
-def company(rng: np.random.Generator) -> str:
-    return f"{surname(rng)} {pick(rng, _TRADES)}"
-
-
-def goods(rng: np.random.Generator, amount: int, short: bool = False) -> list[str]:
-    """Different articles: "Tray", or where not `short`, "Soft Tray"."""
-    names = some(rng, _GOODS, amount)
-    return names if short else [f"{pick(rng, _QUALITIES)} {name}" for name in names]
-
-
-def street(rng: np.random.Generator) -> str:
-    return f"{whole(rng, 1, 199)} {surname(rng)} {pick(rng, ('Street', 'Road', 'Lane', 'Avenue', 'Square'))}"
-
-
-def phone(rng: np.random.Generator) -> str:
-    return f"({whole(rng, 201, 989)}) 555-01{whole(rng, 0, 99):02d}"  # kept free for stories
-
-
-def date(rng: np.random.Generator, style: int, year: int | None = None, months: tuple[int, int] = (1, 12)) -> str:
-    """In one of four ways of writing, within `months` of `year`; from 2010 to 2029 where that is None."""
-    day, month = whole(rng, 1, 28), whole(rng, *months)
-    year, name = year or whole(rng, 2010, 2029), MONTHS[month - 1]
-    ways = (
-        f"{day} {name} {year}",
-        f"{name} {day}, {year}",
-        f"{year}-{month:02d}-{day:02d}",
-        f"{name[:3]} {day} {year}",
-    )
-    return ways[style % 4]
-
-
-def money(cents: int) -> str:
-    return f"${cents // 100:,}.{cents % 100:02d}"

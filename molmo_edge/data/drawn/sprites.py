@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +24,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from molmo_edge.data.annotated_photos import Photo
+from molmo_edge.data.drawn.colours import Colour
+from molmo_edge.data.drawn.fonts import find_scene_fonts
 from molmo_edge.data.drawn.sprite_names import CLOTHES, UNLABELLED_IN_PHOTOS, sprite_sources
 from molmo_edge.errors import MolmoEdgeError
 
 SPRITE_SIDE = 256  # longest side of a stored sprite, pixels
 ALPHA_EDGE = 24  # alpha below this is anti-aliasing or shadow, not the object
 TEXTURES = ("brick", "grass", "gravel", "skin", "ihc")  # of scikit-image: nothing on them has one of our names
-FONT_FAMILIES = (
-    "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "LiberationSans", "LiberationSerif", "OpenSans", "Lato", "Inter-",
-    "Carlito", "ComicNeue", "FiraCode",
-)  # fmt: skip
-HARD_TO_READ = ("Thin", "Hairline", "Light", "MathTeX", "ExtLt", "Black")
 
 
 class AssetError(MolmoEdgeError):
@@ -56,9 +52,10 @@ class Background:
 class Assets:
     """All that `draw_scene` needs, decoded."""
 
-    sprites: dict[str, tuple[Image.Image, ...]]  # RGBA, cropped to what is visible
+    sprites: Mapping[str, tuple[Image.Image, ...]]  # RGBA, cropped to what is visible
     backgrounds: tuple[Background, ...] = ()
     fonts: tuple[Path, ...] = ()
+    flat: Mapping[str, Colour] = field(default_factory=dict)  # of sprites in one colour: drawn where that stands out
     names: tuple[str, ...] = field(init=False)  # of sprites, sorted
 
     def __post_init__(self) -> None:
@@ -224,18 +221,6 @@ def _small_rgb(path: Path, max_side: int) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def find_fonts(folder: str | Path = "/usr/share/fonts") -> tuple[Path, ...]:
-    """Readable Latin fonts of FONT_FAMILIES below `folder`, sorted; AssetError where there is none."""
-    fonts = sorted(
-        path
-        for path in Path(folder).rglob("*.[ot]tf")
-        if path.name.startswith(FONT_FAMILIES) and not re.search("|".join(HARD_TO_READ), path.stem)
-    )
-    if not fonts:
-        raise AssetError(f"{folder} holds none of the fonts {', '.join(FONT_FAMILIES)}: install fonts-dejavu-core")
-    return tuple(fonts)
-
-
 def load_assets(
     sprites: str | Path,
     *,
@@ -249,7 +234,7 @@ def load_assets(
     backgrounds = load_photo_backgrounds(photos)
     if skimage_data is not None:
         backgrounds += load_textures(skimage_data)
-    return Assets(load_sprites(sprites, split, max_side), tuple(backgrounds), find_fonts(fonts))
+    return Assets(load_sprites(sprites, split, max_side), tuple(backgrounds), find_scene_fonts(fonts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

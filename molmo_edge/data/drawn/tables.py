@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.documents import INK, MARGIN, new_page
-from molmo_edge.data.drawn.sheets import MONTHS, Drawing, Fonts, Pair, first_names, goods, pick, some, towns, whole
+from molmo_edge.data.drawn.fonts import Fonts
+from molmo_edge.data.drawn.invented import MONTHS, first_names, goods, towns
+from molmo_edge.data.drawn.sheets import Drawing, Pair
 
 
 def draw_table(rng: np.random.Generator, fonts: Fonts) -> Drawing:
