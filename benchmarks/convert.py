@@ -21,7 +21,8 @@ from pathlib import Path
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
-from molmo_edge.checkpoints.tensor_sources import open_tensors, stored_bytes
+from molmo_edge.checkpoints.tensor_sources import stored_bytes
+from molmo_edge.checkpoints.weight_files import open_tensors
 
 _COPY = "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
 _EXPORT = "from molmo_edge.cli import main; main()"

@@ -28,7 +28,7 @@ from molmo_edge.checkpoints.hub_config import write_hub_config
 from molmo_edge.checkpoints.pickles import read_pickle
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
-from molmo_edge.checkpoints.tensor_sources import PICKLE
+from molmo_edge.checkpoints.weight_files import PICKLE
 from molmo_edge.config import PRESETS, MolmoConfig
 from molmo_edge.frontend.tokenizer import END_OF_TEXT
 

@@ -18,7 +18,7 @@ import torch
 
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export.component_errors import sample_crops
 from molmo_edge.modeling.weights import load_part
 from molmo_edge.runtimes.onnx import OnnxRuntime

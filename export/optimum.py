@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.checkpoints.hub_config import CONFIG, read_config
-from molmo_edge.checkpoints.tensor_sources import check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.export.errors import ExportError
 from molmo_edge.export.staging import publish, staged

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from molmo_edge.checkpoints.bundle import is_bundle
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 
 

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from molmo_edge.checkpoints.bundle import cache_directory
 from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import Unavailable
+from molmo_edge.system.cache import cache_directory
 
 _INSTALL = {
     "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu; on a Jetson, the wheel of your JetPack"),

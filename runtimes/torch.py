@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable
 from molmo_edge.frontend.crops import Overview

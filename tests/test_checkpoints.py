@@ -22,7 +22,8 @@ from molmo_edge import Molmo
 from molmo_edge.checkpoints.hub_config import from_hub_config, read_config, to_hub_config
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
-from molmo_edge.checkpoints.tensor_sources import CheckpointError, open_tensors
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle, export_checkpoint

@@ -18,7 +18,8 @@ from torch import nn
 import molmo_edge.export.bundle as bundle_module
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config, to_hub_config
-from molmo_edge.checkpoints.tensor_sources import CheckpointError, open_tensors
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.graph_builder import FP32, Graph

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import PRESETS, MolmoConfig
 
 ROOT = Path(__file__).parent.parent

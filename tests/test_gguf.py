@@ -109,7 +109,7 @@ def test_special_rows_survive() -> None:
 
 def test_the_file_holds_the_checkpoint() -> None:
     """Every tensor of an f32 file, read by another reader, is what the layout says it is made of."""
-    from molmo_edge.checkpoints.tensor_sources import open_tensors
+    from molmo_edge.checkpoints.weight_files import open_tensors
 
     for architecture in ARCHITECTURES:
         config, tensors = read_config(GOLDEN / architecture), open_tensors(GOLDEN / architecture)

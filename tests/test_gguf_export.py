@@ -242,7 +242,7 @@ class TestForeign:
                 open_runtime(swapped(bad))
 
     def test_another_tokenizer(self, swapped: Any, tmp_path: Path) -> None:
-        from molmo_edge.checkpoints.tensor_sources import open_tensors
+        from molmo_edge.checkpoints.weight_files import open_tensors
         from molmo_edge.export.gguf import write_decoder
 
         checkpoint = GOLDEN / "molmoe"

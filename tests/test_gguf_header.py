@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from molmo_edge.checkpoints.gguf_header import _TYPES, check_decoder, read_header
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import BundleError
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export import gguf_vocab
 from molmo_edge.export.gguf import write_decoder
 from molmo_edge.frontend.tokenizer import Tokenizer

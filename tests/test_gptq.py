@@ -15,7 +15,7 @@ from test_quantize import norm_error
 from torch import Tensor
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import PromptError, text_ids

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_quantize import norm_error, normal, run
 
 from molmo_edge.checkpoints.manifest import MANIFEST, write_manifest
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
 from molmo_edge.export.int4_graph import int4_precision

@@ -13,7 +13,8 @@ from test_lora import EVERYWHERE, filled, saved
 from molmo_edge.checkpoints.hub_config import read_config, write_hub_config
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout
-from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource, open_tensors
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.training.adapters import ADAPTERS, merge

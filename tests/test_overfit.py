@@ -50,7 +50,7 @@ def eight() -> Eight:
 @pytest.mark.slow
 def test_eight_pictures_are_learnt_to_the_letter(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from molmo_edge.checkpoints.tensor_sources import open_tensors
+    from molmo_edge.checkpoints.weight_files import open_tensors
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.modeling import Molmo, save_checkpoint
     from molmo_edge.training.parallel import world

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 from test_conv_tower import CONFIG, GOLDEN
 
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import ImageConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.data.regions import Regions

@@ -19,6 +19,7 @@ import pytest
 from molmo_edge.checkpoints import bundle as bundle_module
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.export import ExportError, export_checkpoint
+from molmo_edge.system.cache import cache_directory
 
 Cli = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parent / "golden"
@@ -303,3 +304,27 @@ def test_a_stamp_in_use_stays(cache: Path, tiny_bundle: Path) -> None:
         os.utime(stamp, (1e9, 1e9))
     open_bundle(tiny_bundle)  # compares no hash, and notes the use
     assert all(stamp.stat().st_mtime > 1.6e9 for stamp in stamps)
+
+
+def test_caches_of_earlier_versions_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directories that versions without platformdirs used."""
+    import platformdirs
+    from platformdirs import macos, unix, windows
+
+    monkeypatch.setenv("MOLMO_EDGE_CACHE", str(tmp_path / "named"))
+    assert cache_directory() == tmp_path / "named"
+    monkeypatch.delenv("MOLMO_EDGE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(windows, "get_win_folder", lambda _: str(tmp_path / "AppData" / "Local"))
+    systems = (
+        (unix.Unix, tmp_path / ".cache" / "molmo-edge"),
+        (macos.MacOS, tmp_path / "Library" / "Caches" / "molmo-edge"),
+        (windows.Windows, tmp_path / "AppData" / "Local" / "molmo-edge"),
+    )
+    for system, directory in systems:
+        monkeypatch.setattr(platformdirs, "PlatformDirs", system)
+        assert cache_directory() == directory
+    monkeypatch.setattr(platformdirs, "PlatformDirs", unix.Unix)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "molmo-edge"

@@ -114,7 +114,7 @@ def write_points(folder: Path, side: int = 64, count: int = 12) -> Path:
 
 
 def stored_in(checkpoint: Path) -> set[str]:
-    from molmo_edge.checkpoints.tensor_sources import open_tensors
+    from molmo_edge.checkpoints.weight_files import open_tensors
 
     tensors = open_tensors(checkpoint)
     return {tensors.dtype(name) for name in tensors.names()}

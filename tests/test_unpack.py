@@ -11,7 +11,7 @@ import torch
 from exported import bundle
 
 from molmo_edge.checkpoints.bundle import default_bundle
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export import export_bundle, export_checkpoint
 from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
 from molmo_edge.frontend.crops import load_image

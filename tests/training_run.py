@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.system.log import shown

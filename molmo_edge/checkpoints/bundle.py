@@ -13,7 +13,6 @@ import glob
 import hashlib
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from molmo_edge.checkpoints.manifest import (
 )
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.system.cache import cache_directory
 from molmo_edge.system.files import sha256_of
 
 MOST_STAMPS = 1000  # verified files that are remembered
@@ -189,19 +189,6 @@ def _refuse_unlisted_weights(bundle: Bundle) -> None:
         for beside in path.parent.glob(f"{glob.escape(path.name)}[._]data*"):
             if beside.relative_to(bundle.directory).as_posix() not in listed:
                 raise BundleError(f"{beside} is not in the manifest, but an engine would read it: remove it")
-
-
-def cache_directory() -> Path:
-    """Where small facts about this machine are kept. `MOLMO_EDGE_CACHE` names another place."""
-    if named := os.environ.get("MOLMO_EDGE_CACHE"):
-        return Path(named)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
-    elif sys.platform == "darwin":
-        base = os.path.expanduser("~/Library/Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "molmo-edge"
 
 
 def _stamp(path: Path, stat: os.stat_result, sha256: str) -> Path:

@@ -17,8 +17,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from molmo_edge.checkpoints.tensor_sources import DTYPES, INDEX, SAFETENSORS, CheckpointError, Entry
+from molmo_edge.checkpoints.tensor_sources import DTYPES, CheckpointError, Entry
 
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 

@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
-
-SAFETENSORS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-REFERENCE_PICKLE = "model.pt"  # beside config.yaml, in the folders of the reference
 
 # Of float tensors, by the names that safetensors gives them. numpy has no bfloat16: its bits travel as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -142,44 +138,6 @@ class FileSource:
 
 def _row_by_row(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def open_tensors(directory: str | Path) -> TensorSource:
-    """Open the weights of a checkpoint directory; nothing but headers is read until `raw` or `get`.
-
-    Takes `model.safetensors`, else `model.safetensors.index.json` and its shards, else `pytorch_model.bin`, else the
-    reference's `model.pt` (code in a pickle is never run). Raises CheckpointError.
-    """
-    from molmo_edge.checkpoints.safetensors_files import read_header, read_index  # it builds on this module
-
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; a checkpoint is a directory in hub layout")
-    if (directory / SAFETENSORS).is_file():
-        return FileSource(read_header(directory / SAFETENSORS))
-    if (directory / INDEX).is_file():
-        return FileSource(read_index(directory / INDEX))
-    for path in (directory / PICKLE, directory / REFERENCE_PICKLE):
-        if path.is_file():
-            return FileSource(_read_pickle(path))
-    raise CheckpointError(
-        f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX}, {PICKLE}, or the reference's "
-        f"{REFERENCE_PICKLE}"
-    )
-
-
-def _read_pickle(path: Path) -> dict[str, Entry]:
-    try:
-        from molmo_edge.checkpoints.pickles import read_pickle
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise CheckpointError(f"{path} is a pickle, which only PyTorch reads: {pip_command('torch')}") from None
-    if path.name == PICKLE:
-        return read_pickle(path)
-    from molmo_edge.checkpoints.reference_folders import hub_entries
-
-    return hub_entries(read_pickle(path), path)
 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -6,31 +6,28 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import (
-    INTERRUPTED,
-    ablate,
-    ask,
-    bench,
-    caption,
-    chat,
-    count,
-    doctor,
-    eval,
-    export,
-    loss,
-    options,
-    point,
-    quantize,
-    train,
-    verify,
-)
+from molmo_edge.cli import options
+from molmo_edge.cli.ablate import ablate
+from molmo_edge.cli.ask import ask
+from molmo_edge.cli.bench import bench
+from molmo_edge.cli.caption import caption
+from molmo_edge.cli.chat import chat
+from molmo_edge.cli.count import count
+from molmo_edge.cli.doctor import doctor
+from molmo_edge.cli.eval import eval as evaluate
+from molmo_edge.cli.export import export
 from molmo_edge.cli.interrupts import Interrupts
+from molmo_edge.cli.loss import loss
+from molmo_edge.cli.point import point
+from molmo_edge.cli.quantize import quantize
 from molmo_edge.cli.streams import complain, flush_streams, open_streams
+from molmo_edge.cli.train import app as train
+from molmo_edge.cli.verify import verify
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.extras import with_extra
 from molmo_edge.system.log import shown
@@ -43,12 +40,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it opens in half the time
 )
-_EXTRAS = {ablate: "eval", eval: "eval", export: "export", loss: "eval", quantize: "eval"}  # made for the command
-_COMMANDS = dict.fromkeys((ask, point, count), options.ImagesAndText)
-for _command in (ask, point, count, caption, chat, verify, doctor, bench, export, eval, loss, ablate, quantize):
-    _name = _command.__name__.rpartition(".")[2]
-    app.command(cls=_COMMANDS.get(_command))(with_extra(getattr(_command, _name), _name, _EXTRAS.get(_command)))
-app.add_typer(train.app, name="train")
+# Commands in the order of --help, each with the extra that was made for it.
+_COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
+    ("ask", ask, None),
+    ("point", point, None),
+    ("count", count, None),
+    ("caption", caption, None),
+    ("chat", chat, None),
+    ("verify", verify, None),
+    ("doctor", doctor, None),
+    ("bench", bench, None),
+    ("export", export, "export"),
+    ("eval", evaluate, "eval"),
+    ("loss", loss, "eval"),
+    ("ablate", ablate, "eval"),
+    ("quantize", quantize, "eval"),
+)
+for _name, _command, _extra in _COMMANDS:
+    _class = options.ImagesAndText if _command in (ask, point, count) else None
+    app.command(_name, cls=_class)(with_extra(_command, _name, _extra))
+app.add_typer(train, name="train")
 
 _tracebacks = False
 
@@ -101,7 +112,7 @@ def _run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if interrupts.pending:
-            return INTERRUPTED
+            return 1  # `main` exits with the status of an interrupt
         if isinstance(error, _WrongUse):
             if type(error).__name__ == "NoSuchOption":
                 complain('what follows "--" may begin with a dash: a file\'s name, a question, a label')

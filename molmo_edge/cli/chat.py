@@ -123,7 +123,7 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
 def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
     """Yields what reads the next line, None at the end: with editing and history where somebody types.
 
-    `keep`: the history outlives the chat, in the folder of molmo_edge.checkpoints.bundle.cache_directory, readable
+    `keep`: the history outlives the chat, in the folder of molmo_edge.system.cache.cache_directory, readable
     by its owner
     alone. Without it the history is that of this chat.
     """
@@ -139,7 +139,7 @@ def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
         readline.clear_history()
         yield _read_edited
         return
-    from molmo_edge.checkpoints.bundle import cache_directory
+    from molmo_edge.system.cache import cache_directory
 
     file = cache_directory() / "chat_history"
     with contextlib.suppress(OSError):  # there is none yet

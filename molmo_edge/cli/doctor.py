@@ -156,7 +156,7 @@ def _stale() -> list[str] | None:
 
 
 def _cache(problems: list[str]) -> str:
-    from molmo_edge.checkpoints.bundle import cache_directory
+    from molmo_edge.system.cache import cache_directory
 
     directory = cache_directory()
     try:

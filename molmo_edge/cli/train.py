@@ -178,7 +178,7 @@ def _sets_of(recipe: Recipe, data: Path, *, chosen: bool, hub: bool) -> list[str
 
 
 def _run(start: str, recipe: Recipe, open_data: Callable[[], Any], out: Path, device: str) -> None:
-    from molmo_edge.checkpoints.tensor_sources import open_tensors
+    from molmo_edge.checkpoints.weight_files import open_tensors
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.trainer import Trainer, build

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.checkpoints.bundle import cache_directory
 from molmo_edge.data.ai2d import letter_names, prune
 from molmo_edge.data.rows import Row, Rows, RowsError, fetch_image, number_in, text_in, text_list
 from molmo_edge.evaluation.mmmu import mmmu_score
@@ -36,6 +35,7 @@ from molmo_edge.evaluation.text_scores import (
 )
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import count_question, point_question
+from molmo_edge.system.cache import cache_directory
 
 _LETTERS = "ABCDEFG"  # the reference names no more: options from the eighth on are not shown
 

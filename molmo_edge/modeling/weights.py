@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from molmo_edge.checkpoints.hub_config import read_config, write_hub_config
-from molmo_edge.checkpoints.safetensors_files import ShardWriter
+from molmo_edge.checkpoints.safetensors_files import INDEX, ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
-from molmo_edge.checkpoints.tensor_sources import INDEX, CheckpointError, TensorSource, check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource, check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling.model import Molmo

@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from molmo_edge.checkpoints.bundle import cache_directory
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.atomic_files import naming
+from molmo_edge.system.cache import cache_directory
 
 _PARTIAL, _LOCK = ".molmo-edge-partial", ".molmo-edge-lock"
 _log = logging.getLogger("molmo_edge")

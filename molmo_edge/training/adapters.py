@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.safetensors_files import read_header
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
-from molmo_edge.checkpoints.tensor_sources import DTYPES, FileSource, TensorSource, check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import DTYPES, FileSource, TensorSource, check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
-from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors, open_tensors
+from molmo_edge.checkpoints.tensor_sources import TensorSource, check_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.modeling import Molmo

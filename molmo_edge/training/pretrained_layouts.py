@@ -17,9 +17,10 @@ import numpy as np
 
 from molmo_edge.checkpoints.hub_config import CONFIG
 from molmo_edge.checkpoints.pickles import read_pickle
-from molmo_edge.checkpoints.safetensors_files import read_header, shards_of
+from molmo_edge.checkpoints.safetensors_files import SAFETENSORS, read_header, shards_of
 from molmo_edge.checkpoints.tensor_names import Shape, head_name
-from molmo_edge.checkpoints.tensor_sources import PICKLE, SAFETENSORS, CheckpointError, FileSource, TensorSource
+from molmo_edge.checkpoints.tensor_sources import CheckpointError, FileSource, TensorSource
+from molmo_edge.checkpoints.weight_files import PICKLE
 from molmo_edge.config import DecoderConfig, MolmoConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
 

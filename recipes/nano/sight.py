@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.tensor_sources import open_tensors
+from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.tokenizer import Tokenizer
