@@ -12,7 +12,7 @@ from pathlib import Path
 
 from molmo_edge.frontend.prompts import build_prompt, caption_question
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.system.file_names import FileNameError, find_file, printable
+from molmo_edge.system.files import FileNameError, find_file, printable
 
 PROMPTS = "prompts.jsonl"
 # For photos about which nothing is known; the last names the kinds of answer that Molmo was trained to give.

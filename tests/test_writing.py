@@ -9,19 +9,19 @@ import pytest
 from PIL import Image
 
 from molmo_edge.cli.output import OutputError, save_image
-from molmo_edge.system.atomic_files import naming, written_aside
+from molmo_edge.system.files import atomic_write, name_os_errors
 from molmo_edge.system.scratch import work_folder
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with written_aside(path) as part:
+    with atomic_write(path) as part:
         part.write_text("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert os.listdir(tmp_path) == ["a.txt"]
-    with pytest.raises(KeyError), written_aside(path) as part:
+    with pytest.raises(KeyError), atomic_write(path) as part:
         part.write_text("half")
         raise KeyError
     assert path.read_text() == "after"
@@ -30,7 +30,7 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
 
 def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "no-folder" / "a.txt"
-    with pytest.raises(FileNotFoundError) as error, written_aside(path) as part:
+    with pytest.raises(FileNotFoundError) as error, atomic_write(path) as part:
         part.write_text("x")
     assert error.value.filename == str(path)
     with pytest.raises(OutputError) as refused:
@@ -44,12 +44,16 @@ def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as error, naming(tmp_path / "a"), open("/dev/full", "w") as file:
+    with (
+        pytest.raises(OSError, match="No space left") as error,
+        name_os_errors(tmp_path / "a"),
+        open("/dev/full", "w") as file,
+    ):
         file.write("x")
     assert error.value.filename == str(tmp_path / "a")
 
 
 def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as error, naming(tmp_path / "a"):
+    with pytest.raises(FileNotFoundError) as error, name_os_errors(tmp_path / "a"):
         (tmp_path / "b").read_text()
     assert error.value.filename == str(tmp_path / "b")

@@ -20,7 +20,7 @@ from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.question_options import Asked, bars, open_suite
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.system.files import atomic_write
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -223,7 +223,7 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
         print_json({"model": str(directory), "results": plain})
     else:
         _print_table(results)
-    with written_aside(folder / "results.json") as part:  # after the table, which a full disk must not cost
+    with atomic_write(folder / "results.json") as part:  # after the table, which a full disk must not cost
         part.write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
     note(f"answers and results are in {folder}", quiet=quiet)
 

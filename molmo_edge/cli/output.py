@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.sdk.readable_text import counted
-from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.system.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -177,7 +177,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write `image` whole or not at all. Raises OutputError."""
     options = {"quality": 92} if path.suffix.lower() != ".png" else {}
     try:
-        with written_aside(path) as part, part.open("xb") as file:
+        with atomic_write(path) as part, part.open("xb") as file:
             image.save(file, _FORMATS[path.suffix.lower()], **options)
     except (OSError, ValueError) as error:  # ValueError: sides past what the format can hold
         raise OutputError(f"--save {path} could not be written: {getattr(error, 'strerror', None) or error}") from error

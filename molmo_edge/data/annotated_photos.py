@@ -12,7 +12,7 @@ import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.image_files import load_image
-from molmo_edge.system.file_names import FileNameError, find_file, printable
+from molmo_edge.system.files import FileNameError, find_file, printable
 
 Annotation = dict[str, Any]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from molmo_edge.errors import MolmoEdgeError, first_line
-from molmo_edge.frontend.not_images import HEAD, kind_of_contents
-from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.frontend.unsupported_inputs import HEAD, kind_of_contents
+from molmo_edge.system.files import atomic_write
 
 _MOST_BYTES = 100_000_000  # of a picture
 _NOT_YET = 202  # accepted: the host goes on making the picture
@@ -72,7 +72,7 @@ def fetch_image(url: str, sha256: str | None, folder: Path, *, pause: float = 1.
     data, came_from = _get(url, pause, timeout)
     _check_contents(url, data, came_from, sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(data)
     return path
 

@@ -20,7 +20,7 @@ from typing import Any
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.image_files import ImageError, load_image
 from molmo_edge.system.cores import available_cores
-from molmo_edge.system.file_names import FileNameError, find_file, printable
+from molmo_edge.system.files import FileNameError, find_file, printable
 
 NAMED = 10  # pictures, rows or shapes that a message lists
 _DISTORTED = 0.02  # a size in the annotations may be that much off in shape

@@ -19,7 +19,7 @@ from typing import Any
 from molmo_edge.data.fetching import FetchError, NoAnswerError, OtherFileError, fetch_image
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.extras import pip_command
-from molmo_edge.system.file_names import find_file
+from molmo_edge.system.files import find_file
 
 __all__ = [
     "ROWS",

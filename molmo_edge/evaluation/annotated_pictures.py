@@ -21,7 +21,7 @@ from molmo_edge.data.drawn.sprite_names import COCO_LABELS
 from molmo_edge.data.drawn.sprites import Assets, load_assets
 from molmo_edge.data.grounded_questions import absent_labels
 from molmo_edge.frontend.crops import load_image
-from molmo_edge.system.file_names import printable
+from molmo_edge.system.files import printable
 
 MOST_INSTANCES = 12  # labels with more are not asked about, in training as here
 RECEIPTS = "receipts"

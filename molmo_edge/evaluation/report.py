@@ -23,7 +23,7 @@ from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.frontend.crops import load_image
 from molmo_edge.frontend.points import Point, parse_points
 from molmo_edge.sdk.readable_text import readable
-from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.system.files import atomic_write
 
 PAGE, DATA = "report.html", "loss.json"
 EXAMPLES = 6  # of each candidate: where its points lie furthest from the reference's
@@ -61,7 +61,7 @@ def write_data(loss: Loss, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with written_aside(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.evaluation.stats import Estimate, average
 from molmo_edge.molmo import Molmo, Scene
-from molmo_edge.system.atomic_files import naming, written_aside
+from molmo_edge.system.files import atomic_write, name_os_errors
 
 RUN = "run.json"
 Line = dict[str, Any]
@@ -90,7 +90,7 @@ def ask_shard(
     part = folder / f"{file_stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
     if part.exists():
         os.truncate(part, len(_whole_lines(part)))
-    with naming(part), part.open("a", encoding="utf-8") as file:
+    with name_os_errors(part), part.open("a", encoding="utf-8") as file:
         for group in groups:
             left = [question for question in group if question.id not in done]
             scene = _scene(molmo, left[0]) if left else None
@@ -123,7 +123,7 @@ def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> lis
     if any(name not in lines for name in wanted):
         return None
     whole = folder / f"{file_stem(suite)}.jsonl"
-    with written_aside(whole) as aside:
+    with atomic_write(whole) as aside:
         aside.write_text("".join(lines[name] for name in wanted), encoding="utf-8")
     for part in _parts(folder, suite):
         part.unlink(missing_ok=True)

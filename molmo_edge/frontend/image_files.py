@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from molmo_edge.errors import MolmoEdgeError, first_line
-from molmo_edge.frontend.not_images import HEAD, describe_contents, describe_name
+from molmo_edge.frontend.unsupported_inputs import HEAD, describe_contents, describe_name
 
 ImageLike = Any  # path, bytes, file object, PIL.Image.Image or numpy array; written out in `load_image`
 

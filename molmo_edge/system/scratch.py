@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.system.atomic_files import naming
 from molmo_edge.system.cache import cache_directory
+from molmo_edge.system.files import name_os_errors
 
 _PARTIAL, _LOCK = ".molmo-edge-partial", ".molmo-edge-lock"
 _log = logging.getLogger("molmo_edge")
@@ -52,7 +52,7 @@ def work_folder(target: Path) -> Iterator[Path]:
     parent = target.resolve().parent
     name = target.name[:200]  # a name may have 255 bytes
     folder, lock = parent / f".{name}{_PARTIAL}", parent / f".{name}{_LOCK}"
-    with naming(target, lock):
+    with name_os_errors(target, lock):
         handle = _take(lock)
     if handle is None:
         raise BusyError(

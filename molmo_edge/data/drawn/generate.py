@@ -37,7 +37,7 @@ from molmo_edge.data.drawn.sprites import Assets, load_sprites
 from molmo_edge.data.drawn.tables import draw_table
 from molmo_edge.data.rows import ROWS
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.system.atomic_files import written_aside
+from molmo_edge.system.files import atomic_write
 from molmo_edge.system.log import logger
 
 _DRAWINGS = {
@@ -194,7 +194,7 @@ def _store(kind: str, seed: int, out: Path, materials: Materials, index: int) ->
 
 
 def _write(path: Path, data: bytes) -> None:
-    with written_aside(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(data)
 
 
