@@ -117,6 +117,7 @@ def _asked(
     from molmo_edge.checkpoints.bundle import default_bundle, load_tokenizer
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
+    from molmo_edge.selfcheck import logit_gaps
 
     directory = default_bundle() if name == "nano" else work / "bundles" / name
     runtime = Recorder(open_runtime(directory, threads=threads), nudge)
@@ -139,7 +140,9 @@ def _asked(
             if told is not None and _said(told[len(answers)]) != _said(entry):
                 other = told[len(answers)]
                 runtime.logits.clear()
-                entry["gaps"] = molmo.gaps(scene, question, other["token_ids"], complete=other["complete"])
+                entry["gaps"] = logit_gaps(
+                    molmo.engine, scene, question, other["token_ids"], complete=other["complete"]
+                )
             kept.append(np.stack(runtime.logits)[:, : molmo.config.decoder.vocab_size])  # [n, vocab_size]
             answers.append(entry)
     runtime.close()

@@ -17,43 +17,63 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-    from molmo_edge.answer import Answer as Answer
-    from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
-    from molmo_edge.frontend.points import Point as Point
-    from molmo_edge.molmo import Molmo as Molmo
+    from molmo_edge.answer import Answer
+    from molmo_edge.chat import Chat, ConversationFull
+    from molmo_edge.errors import MolmoEdgeError
+    from molmo_edge.frontend.points import Point
+    from molmo_edge.molmo import Molmo
+    from molmo_edge.runtimes.llama_options import LlamaOptions
+    from molmo_edge.sdk.engine import Scene
+    from molmo_edge.sdk.streaming import Stream
 
-__all__ = ["Answer", "Molmo", "MolmoEdgeError", "Point", "__version__"]
+__all__ = [
+    "Answer",
+    "Chat",
+    "ConversationFull",
+    "LlamaOptions",
+    "Molmo",
+    "MolmoEdgeError",
+    "Point",
+    "Scene",
+    "Stream",
+    "__version__",
+]
 
-# Here, because every import of another library by this package comes after it.
+# Here, because this package imports other libraries only after this line.
 switch_off_reports()
 
-# Loaded on first use: a program that only imports molmo_edge pays for neither numpy nor an engine.
-_HOMES = {
+# Loaded on first use: `import molmo_edge` imports neither numpy nor an engine.
+_MODULES = {
     "Answer": "molmo_edge.answer",
+    "Chat": "molmo_edge.chat",
+    "ConversationFull": "molmo_edge.chat",
+    "LlamaOptions": "molmo_edge.runtimes.llama_options",
     "Molmo": "molmo_edge.molmo",
     "MolmoEdgeError": "molmo_edge.errors",
     "Point": "molmo_edge.frontend.points",
+    "Scene": "molmo_edge.sdk.engine",
+    "Stream": "molmo_edge.sdk.streaming",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})
 
 
 class _CheckoutFinder:
     """Finds `molmo_edge.export`, `.quantize` and `.runtimes` in the top-level folders of a checkout.
 
-    An installed molmo_edge holds the three as subpackages. Python started in the root of a checkout finds
-    the checkout's `molmo_edge/` first, whatever is installed, and there they are its siblings. Extending
-    `__path__` by the root would do too, but would also make `molmo_edge.tests` out of every other folder.
+    An installed molmo_edge contains the three as subpackages. Python started in the root of a checkout finds the
+    checkout's `molmo_edge/` first, where they are sibling folders. Extending `__path__` by the root would work too,
+    but would also turn every other folder into a subpackage (`molmo_edge.tests`).
     """
 
     folders = ("export", "quantize", "runtimes")
@@ -62,7 +82,7 @@ class _CheckoutFinder:
         self.root = root
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         parent, _, child = name.rpartition(".")
         if parent != __name__ or child not in self.folders:

@@ -1,8 +1,7 @@
-"""A conversation about one image: keys and values of the image and of earlier turns stay in one cache.
+"""A conversation about one image. Keys and values of the image and of earlier turns stay in one cache.
 
-A turn runs its own tokens only. What the model sees is the reference's format of a conversation
-(molmo_edge.frontend.prompts),
-with the answers as the ids that were generated.
+Each turn runs only its own tokens. The model sees the reference's conversation format
+(molmo_edge.frontend.prompts), with earlier answers as the ids that were generated.
 """
 
 from __future__ import annotations
@@ -14,49 +13,47 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from molmo_edge.answer import Answer, Seconds
+from molmo_edge.answer import Answer
 from molmo_edge.frontend.prompts import text_ids
-from molmo_edge.molmo import MAX_NEW_TOKENS, _checked
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
+from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.streaming import Stream, finished, generate_pieces
 
 if TYPE_CHECKING:
     from molmo_edge.frontend.points import Point
-    from molmo_edge.molmo import Molmo, Scene
-    from molmo_edge.runtimes import Cache
-
-_ROOM = 1024  # positions that a new cache has beyond what is needed now: a few turns fit before it is copied
+    from molmo_edge.runtimes.protocol import Cache
 
 
 class ConversationFull(GenerationError):  # noqa: N818 (a state, not a mistake)
-    """The next question does not fit into the model's context behind image and earlier turns."""
+    """The next question does not fit into the model's context after image and earlier turns."""
 
 
 class Chat(NotCopied):
-    """What `Molmo.chat` returns. Several threads may hold one, but only the newest question is answered.
+    """A conversation, as `Molmo.chat` returns it. Threads may share it, but only the newest question is answered.
 
-    A turn counts once its answer is complete, or cut off by `max_new_tokens`: one whose stream failed, was interrupted
-    or was left before its end is forgotten.
+    A turn counts when its answer is complete, or cut off by `max_new_tokens`. A turn whose stream failed, was
+    interrupted or was abandoned is forgotten.
     """
 
     _instead = "pass its image and its `history` on, and ask there"
 
-    def __init__(self, molmo: Molmo, scene: Scene) -> None:
-        """`scene`: of this Molmo; prefilled here if it is not yet."""
+    def __init__(self, engine: Engine, scene: Scene, *, room: int = 1024) -> None:
+        """`scene`: of `engine`; prefilled here if it is not yet. `room`: free positions of a new or larger cache."""
         self.scene = scene
-        self._molmo = molmo
+        self._engine = engine
+        self._room = room
         self._lock = threading.Lock()
-        self._turn = 0  # the newest; a stream of an older one stops
+        self._turn = 0  # the newest; a stream of an older turn stops
         self._answers: list[tuple[str, Answer]] = []
-        self._ids: np.ndarray = np.zeros(0, np.int32)  # of all turns so far, behind the image
+        self._ids: np.ndarray = np.zeros(0, np.int32)  # of all turns so far, without the image
         self._cache: Cache | None = None
-        self._kept = 0  # positions at the cache's start that hold the image and, of `_ids`, the first
+        self._kept = 0  # leading positions of the cache that hold the image and the first of `_ids`
         forks.on_fork(self)
         if scene.prefilled is None:
             cache = self._make_room(len(scene.embeddings))
-            molmo._runtime.forward(scene.embeddings, cache)
+            engine.runtime.forward(scene.embeddings, cache)
             self._kept = cache.length
 
     def forked(self) -> None:
@@ -79,9 +76,14 @@ class Chat(NotCopied):
         return len(self.scene.embeddings) + len(self._ids)
 
     @property
+    def capacity(self) -> int:
+        """Positions that fit into the present cache; it grows as the conversation needs it."""
+        return 0 if self._cache is None else self._cache.capacity
+
+    @property
     def full(self) -> bool:
-        """Whether no question fits any more."""
-        return self.positions >= self._context
+        """Whether the context is full, so that no further question fits."""
+        return self.positions >= self._engine.context
 
     def reset(self) -> None:
         """Forget all turns. The image stays prefilled."""
@@ -101,13 +103,11 @@ class Chat(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Answer:
-        """Ask the next question. `usage.tokens.prefilled` says how many positions were run for it.
+        """Ask the next question. `usage.tokens.prefilled` is the number of positions that were run for it.
 
-        Raises ConversationFull where it does not fit behind the earlier turns, and what `Molmo.ask` raises.
+        Raises ConversationFull if it does not fit after the earlier turns, and what `Molmo.ask` raises.
         """
-        return self.stream(
-            question, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        ).answer
+        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed)).answer
 
     def stream(
         self,
@@ -119,19 +119,22 @@ class Chat(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Stream:
-        """As `ask`, piece by piece. The arguments are checked before this returns."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        _checked(question, "question")
-        own = text_ids(self._molmo._tokenizer, [question])
+        """Like `ask`, piece by piece. The arguments are checked before this returns."""
+        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed))
+
+    def _stream(self, question: str, sampling: Sampling) -> Stream:
+        check_text(question)
+        context = self._engine.context
+        own = text_ids(self._engine.tokenizer, [question])
         with self._lock:
             ids = np.concatenate([self._ids, own])
             filled = len(self.scene.embeddings) + len(ids)
-            if self._answers and filled > self._context:
+            if self._answers and filled > context:
                 raise ConversationFull(
                     f"the conversation is full: with this question it has {filled} tokens, and the model's context "
-                    f"holds {self._context}; reset() starts a new one about the same image"
+                    f"holds {context}; reset() starts a new one about the same image"
                 )
-            most = most_new_tokens(sampling, filled, self._context)
+            most = most_new_tokens(sampling, filled, context)
             self._turn += 1
             turn = self._turn
         result: list[Answer] = []
@@ -141,15 +144,14 @@ class Chat(NotCopied):
         self, turn: int, question: str, ids: np.ndarray, sampling: Sampling, most: int, result: list[Answer]
     ) -> Iterator[str | Point]:
         began = time.perf_counter()
-        runtime, tokenizer = self._molmo._runtime, self._molmo._tokenizer
         capacity = len(self.scene.embeddings) + len(ids) + most - 1
         with self._lock:
             self._check(turn)
             cache = self._make_room(capacity)
             rows = self._rows(ids)
-        pieces = generate_pieces(runtime, tokenizer, rows, cache, sampling, capacity=capacity, began=began)
+        pieces = generate_pieces(self._engine, rows, cache, sampling, capacity=capacity, began=began)
         while True:
-            with self._lock:  # a newer question must not run on this cache meanwhile
+            with self._lock:  # a newer question must not run on this cache at the same time
                 self._check(turn)
                 try:
                     piece = next(pieces)
@@ -157,48 +159,34 @@ class Chat(NotCopied):
                     generated = end.value
                     break
             yield piece
-        spent = Seconds(load=self._molmo._load_seconds, prefill=generated.prefill, decode=generated.decode)
-        answer = finished(
-            self.scene,
-            generated.text,
-            generated.points,
-            generated.token_ids,
-            len(ids),
-            spent,
-            complete=len(generated.token_ids) < most,
-            prefilled=len(rows),
-        )
+        answer = finished(self.scene, generated, len(ids), most, prefilled=len(rows))
         with self._lock:
             self._check(turn)
-            # An answer ends with EOS in every conversation, the one that was cut off, too. It is not in the cache yet.
-            ended = np.array([*generated.token_ids, tokenizer.special.eos], np.int32)
+            # In a conversation every answer ends with EOS, also one that was cut off. EOS is not in the cache yet.
+            ended = np.array([*generated.token_ids, self._engine.tokenizer.special.eos], np.int32)
             self._ids, self._kept = np.concatenate([ids, ended]), cache.length
             self._answers.append((question, answer))
         result.append(answer)
 
     def _check(self, turn: int) -> None:
         if turn != self._turn:
-            raise GenerationError("this stream is over: another question was asked in this chat before its end")
+            raise GenerationError("this stream has ended: another question was asked in this chat")
 
     def _make_room(self, capacity: int) -> Cache:
-        """The cache, wound back to what the conversation keeps, with room for `capacity` positions."""
+        """Return the cache, cut back to what the conversation keeps, with room for `capacity` positions."""
         source = self.scene.prefilled if self._cache is None else self._cache
-        grown = min(capacity + _ROOM, self._context)
+        grown = min(capacity + self._room, self._engine.context)
         if source is None:
-            self._kept, self._cache = 0, self._molmo._runtime.new_cache(grown)
-        elif self._cache is None:  # the scene's own is never written to
+            self._kept, self._cache = 0, self._engine.runtime.new_cache(grown)
+        elif self._cache is None:  # the scene's own cache is never written to
             self._kept, self._cache = source.length, source.copy(grown)
-        self._cache.length = self._kept  # an answer that broke off may have left more
+        self._cache.length = self._kept  # an interrupted answer may have left more
         if self._cache.capacity < capacity:
             self._cache = self._cache.copy(grown)
         return self._cache
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
-        """Embeddings of the image and `ids` that the cache does not hold, float32 [n, d_model]."""
+        """Return the embeddings of the image and `ids` that the cache lacks, float32 [n, d_model]."""
         image = self.scene.embeddings
-        text = self._molmo._runtime.embed(ids[max(0, self._kept - len(image)) :])
+        text = self._engine.runtime.embed(ids[max(0, self._kept - len(image)) :])
         return np.concatenate([image[self._kept :], text])
-
-    @property
-    def _context(self) -> int:
-        return self._molmo.config.decoder.max_position_embeddings

@@ -1,30 +1,29 @@
-"""Is this copy of a bundle sound? Its files and its manifest are as written, and it computes what it computed then.
+"""Verify a copy of a bundle: its files and manifest are as written, and it computes what it computed at its export.
 
-The sums of the check (molmo_edge/sdk/stage_checksums.py) are compared part by part, then the answer. Another
-processor rounds
-otherwise, and where a model hesitates, between two digits of a coordinate for one, a rounding decides, and all that
-follows is another answer. So an answer that is not the same is not wrong yet: the recorded one is followed id by id,
-and each has to be the likeliest here, or as good as that.
+Checksums of the stages (molmo_edge/sdk/stage_checksums.py) are compared one by one, then the answer. Processors round
+differently, and where two ids are nearly tied (two digits of a coordinate, for example) rounding decides, and all
+following ids differ. A different answer is therefore not an error by itself: each id of the recorded answer must be
+the likeliest on this machine, or nearly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from molmo_edge.answer import Answer, Seconds
+from molmo_edge.answer import Answer
 from molmo_edge.checkpoints.bundle import Bundle, load_tokenizer, open_bundle
 from molmo_edge.checkpoints.manifest import GRAPHS, MANIFEST, Check
-from molmo_edge.frontend.crops import ImageProcessor, load_image
-from molmo_edge.frontend.prompts import image_ids
-from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.molmo import Molmo, Scene
-from molmo_edge.runtimes import Cache, Runtime, open_runtime
-from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+from molmo_edge.frontend.prompts import text_ids
+from molmo_edge.molmo import Molmo
+from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes.generate import GenerationError, likeliest
+from molmo_edge.runtimes.protocol import Cache, Runtime
+from molmo_edge.sdk.engine import Engine, check_text
 from molmo_edge.sdk.stage_checksums import (
     VERSION,
     Part,
@@ -37,9 +36,9 @@ from molmo_edge.sdk.stage_checksums import (
     settings_sum,
 )
 
-_MORE = 16  # tokens beyond the recorded ones, so that an answer that does not stop, or says it longer, is seen
-# Logits behind the likeliest id that rounding accounts for; between two processors 0.09 was seen. Other points than
-# recorded need the smaller one: a near tie at the digit where they part.
+_MORE = 16  # tokens beyond the recorded ones, to detect an answer that does not stop there
+# Gaps in logits that rounding explains; 0.09 was measured between two processors. An answer with other points needs
+# the smaller gap: a near tie at the digit where it diverges.
 _NEAR = 0.5
 _TIE = 0.25
 
@@ -47,21 +46,21 @@ _TIE = 0.25
 @dataclass(frozen=True)
 class CheckReport:
     bundle: Bundle
-    check: Check | None  # None: the bundle brings no check, only its files were compared
-    token_ids: tuple[int, ...] = ()  # as answered here
-    drift: float | None = None  # percent of a side, the largest of all points; None where their number differs
-    stopped: bool = True  # where the recorded answer did, this one did too
-    gap: float | None = None  # logits, the farthest that a recorded id lies behind the likeliest; None where not needed
-    parts: tuple[Part, ...] = ()  # in the order of the data, up to the first that differs; () without recorded sums
+    check: Check | None  # None: the bundle has no check, only its files were compared
+    token_ids: tuple[int, ...] = ()  # of the answer on this machine
+    drift: float | None = None  # percent of a side, the largest over the points; None if their number differs
+    stopped: bool = True  # this answer stopped where the recorded one did
+    gap: float | None = None  # logits: the largest gap of a recorded id to the likeliest; None if not needed
+    parts: tuple[Part, ...] = ()  # stages in order, up to the first that differs; () without recorded checksums
 
     @property
     def different(self) -> Part | None:
-        """The part that is not as recorded. What comes after it was not looked at, the answer included."""
+        """The first stage that differs from the recording. Later stages and the answer were not compared."""
         return next((part for part in self.parts if not part.same), None)
 
     @property
     def exact(self) -> bool:
-        """The very same ids, and the stop behind them."""
+        """Whether the ids and the stop after them are as recorded."""
         return (
             self.check is not None
             and self.different is None
@@ -71,15 +70,15 @@ class CheckReport:
 
     @property
     def same_points(self) -> bool:
-        """As many points as recorded, each within the check's tolerance."""
+        """Whether there are as many points as recorded, each within the check's tolerance."""
         return self.check is None or (self.drift is not None and self.drift <= self.check.tolerance)
 
     @property
     def passed(self) -> bool:
-        """Every part as recorded, and the same ids, or ids that rounding alone chose.
+        """Whether all stages are as recorded, and rounding explains any difference between the ids.
 
-        The same ids have to give the recorded points, and other points need a near tie where the ids part. Without a
-        check in the bundle: its files are sound, which `check_bundle` would have raised on.
+        Equal ids must give the recorded points; other points need a near tie where the ids diverge. True for a bundle
+        without a check: its files are intact, or `check_bundle` would have raised.
         """
         if self.check is None:
             return True
@@ -91,9 +90,9 @@ class CheckReport:
 
 
 def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckReport:
-    """Compare every hash and every recorded sum, then ask the bundle the question it brings.
+    """Compare all hashes and recorded checksums, then ask the bundle the question of its check.
 
-    Raises BundleError for a damaged file or a manifest that was changed, and what `Molmo.ask` raises.
+    Raises BundleError for a damaged file or a changed manifest, and what `Molmo.ask` raises.
     """
     bundle = open_bundle(directory, hashes=True)
     check = bundle.check
@@ -109,7 +108,7 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
             parts.append(compare(name, recorded[name], find(), words))
         return all(part.same for part in parts)
 
-    # Before an engine opens: settings that are not the graphs' may end it in any way.
+    # Before an engine opens: settings that do not belong to the graphs can crash it.
     image = bundle.config.image
     sound = (
         as_recorded("settings", lambda: settings_sum(bundle.manifest.content))
@@ -118,9 +117,9 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
     )
     if not sound:
         return CheckReport(bundle, check, parts=tuple(parts))
-    runtime = _Listener(open_runtime(bundle.directory, threads=threads))
+    runtime = _FirstLogits(open_runtime(bundle.directory, threads=threads))
     with Molmo.from_parts(runtime, tokenizer) as molmo:
-        scene = _see(molmo, runtime, tokenizer, bundle.directory / check.image.file)
+        scene = molmo.engine.scene(bundle.directory / check.image.file)  # image and question run in one go, as in `ask`
         if not as_recorded("features", lambda: array_sum(scene.embeddings)):
             return CheckReport(bundle, check, parts=tuple(parts))
         most = len(check.token_ids) + (_MORE if check.complete else 0)
@@ -129,21 +128,22 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
             return CheckReport(bundle, check, parts=tuple(parts))
         stopped, gap = answer.complete or not check.complete, None
         if answer.token_ids != check.token_ids or not stopped:
-            gap = max(molmo.gaps(scene, check.question, check.token_ids, complete=check.complete), default=0.0)
+            gaps = logit_gaps(molmo.engine, scene, check.question, check.token_ids, complete=check.complete)
+            gap = max(gaps, default=0.0)
     return CheckReport(bundle, check, answer.token_ids, _drift(answer, check), stopped, gap, tuple(parts))
 
 
 def record_check(directory: str | Path, file: str, question: str, max_new_tokens: int) -> dict[str, Any]:
-    """Ask a bundle and note the answer, and the sums of every part, for `check_bundle` to compare.
+    """Ask a bundle, and record the answer and the checksums of all stages for `check_bundle`.
 
-    `file`: the photo, relative to the bundle. Returns `question`, `token_ids`, `complete`, `points` and `sums` of the
-    manifest's "check". Raises what `Molmo.ask` raises.
+    `file`: the photo, relative to the bundle. Returns `question`, `token_ids`, `complete`, `points` and `sums` for
+    the manifest's "check". Raises what `Molmo.ask` raises.
     """
     bundle = open_bundle(directory, hashes=False)
     tokenizer = load_tokenizer(bundle.directory)
-    runtime = _Listener(open_runtime(bundle.directory))
+    runtime = _FirstLogits(open_runtime(bundle.directory))
     with Molmo.from_parts(runtime, tokenizer) as molmo:
-        scene = _see(molmo, runtime, tokenizer, bundle.directory / file)
+        scene = molmo.engine.scene(bundle.directory / file)
         answer = molmo.ask(scene, question, max_new_tokens=max_new_tokens)
     image = bundle.config.image
     return {
@@ -162,23 +162,39 @@ def record_check(directory: str | Path, file: str, question: str, max_new_tokens
     }
 
 
-def _see(molmo: Molmo, runtime: Runtime, tokenizer: Tokenizer, photo: Path) -> Scene:
-    """The photo as `Molmo.ask` would see it, not prefilled: image and question then run in one go, as they do there."""
-    rgb = load_image(photo)
-    prepared = ImageProcessor(molmo.config.image, tokenizer.special)(rgb)
-    embeddings = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
-    return Scene(rgb, len(prepared.crops), embeddings, Seconds(), None, molmo)
+def logit_gaps(
+    engine: Engine, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True
+) -> list[float]:
+    """Return how far each id of a given answer is below the likeliest id at its place, in logits; 0.0 if it is that.
+
+    `complete`: include the stop token after the ids. Raises GenerationError for ids outside the vocabulary and for
+    logits that are not finite.
+    """
+    scene = engine.scene(image)
+    runtime, tokenizer, size = engine.runtime, engine.tokenizer, engine.config.decoder.vocab_size
+    given = [*token_ids, tokenizer.special.eos] if complete else list(token_ids)
+    if wrong := [token for token in given if not 0 <= token < size]:
+        raise GenerationError(f"{wrong[0]} is not an id of this model (0 to {size - 1})")
+    prompt = text_ids(tokenizer, [check_text(question)])
+    rows = np.concatenate([scene.embeddings, runtime.embed(prompt)])
+    cache = runtime.new_cache(len(rows) + max(0, len(given) - 1))
+    gaps: list[float] = []
+    for token in given:  # the last id is compared with the logits and never fed back
+        logits = runtime.forward(rows, cache)[:size]
+        gaps.append(float(logits[likeliest(logits)] - logits[token]))
+        rows = runtime.embed(np.array([token]))
+    return gaps
 
 
 def _drift(answer: Answer, check: Check) -> float | None:
     if len(answer.points) != len(check.points):
         return None
-    pairs: Iterator[Any] = zip(answer.points, check.points, strict=True)
+    pairs = zip(answer.points, check.points, strict=True)
     return max((max(abs(p.x - x), abs(p.y - y)) for p, (x, y) in pairs), default=0.0)
 
 
-class _Listener:
-    """A runtime that keeps the logits of its first run, so that they need no run of their own."""
+class _FirstLogits:
+    """A runtime that keeps the logits of its first run: comparing them then needs no extra run."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._inner = runtime

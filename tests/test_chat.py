@@ -44,7 +44,7 @@ ENGINES = ("onnxruntime", "pytorch", "llama.cpp")
 
 def ask_from_scratch(molmo: Molmo, scene: Scene, ids: list[int], sampling: Sampling) -> tuple[int, ...]:
     """What the model says after the image and `ids` when all of it goes through the decoder at once."""
-    runtime, eos = molmo._runtime, molmo._tokenizer.special.eos
+    runtime, eos = molmo.engine.runtime, molmo.engine.tokenizer.special.eos
     prompt = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
     capacity = len(prompt) + sampling.max_new_tokens
     cache, size = runtime.new_cache(capacity), molmo.config.decoder.vocab_size
@@ -53,7 +53,7 @@ def ask_from_scratch(molmo: Molmo, scene: Scene, ids: list[int], sampling: Sampl
 
 def compare_with_scratch(molmo: Molmo, chat: Chat, scene: Scene, *, temperature: float, new_tokens: int) -> None:
     """Ask all questions; each answer has the ids that prefilling everything gives, and runs its own tokens only."""
-    tokenizer = molmo._tokenizer
+    tokenizer = molmo.engine.tokenizer
     ids: list[int] = []
     for turn, question in enumerate(QUESTIONS):
         own = text_ids(tokenizer, [question]).tolist()
@@ -81,7 +81,7 @@ def test_the_ids_are_those_of_a_chat_that_prefills_everything(kind: str, tempera
 
 def behind_the_likeliest(molmo: Molmo, scene: Scene, ids: list[int], said: tuple[int, ...]) -> float:
     """How far an id of `said` is behind the likeliest at most, in logits, when all of `ids` is prefilled at once."""
-    runtime, size = molmo._runtime, molmo.config.decoder.vocab_size
+    runtime, size = molmo.engine.runtime, molmo.config.decoder.vocab_size
     rows = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
     cache, gaps = runtime.new_cache(len(rows) + len(said)), [0.0]
     for token in said:
@@ -95,10 +95,10 @@ def test_the_embedded_model_differs_by_rounding_alone() -> None:
     """Its eight-bit activations round otherwise in another order, so ids may differ where two are nearly as likely."""
     with Molmo(threads=1, max_crops=1) as molmo:
         scene = molmo.encode(GOLDEN / "coffee.png")
-        chat, eos = molmo.chat(scene), molmo._tokenizer.special.eos
+        chat, eos = molmo.chat(scene), molmo.engine.tokenizer.special.eos
         ids: list[int] = []
         for question in QUESTIONS:
-            ids += text_ids(molmo._tokenizer, [question]).tolist()
+            ids += text_ids(molmo.engine.tokenizer, [question]).tolist()
             answer = chat.ask(question, max_new_tokens=24)
             assert behind_the_likeliest(molmo, scene, ids, answer.token_ids) < 0.5
             ids += [*answer.token_ids, eos]
@@ -106,18 +106,16 @@ def test_the_embedded_model_differs_by_rounding_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_a_conversation_outgrows_its_cache(kind: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molmo_edge.chat._ROOM", 1)
+def test_a_conversation_outgrows_its_cache(kind: str, tiny_bundle: Path) -> None:
     with engine(kind, tiny_bundle) as molmo:
-        roomy, tight = molmo.chat(GOLDEN / "coffee.png"), molmo.chat(GOLDEN / "coffee.png")
-        monkeypatch.setattr("molmo_edge.chat._ROOM", 1024)
+        scene = molmo.engine.scene(GOLDEN / "coffee.png")
+        roomy, tight = molmo.chat(scene), Chat(molmo.engine, scene, room=1)
         expected = [roomy.ask(question, max_new_tokens=6).token_ids for question in QUESTIONS]
-        monkeypatch.setattr("molmo_edge.chat._ROOM", 1)
         found, capacities = [], set()
         for question in QUESTIONS:
             answer = tight.ask(question, max_new_tokens=6)
             found.append(answer.token_ids)
-            capacities.add(tight._cache.capacity)  # type: ignore[union-attr]
+            capacities.add(tight.capacity)
             assert answer.usage.tokens.prefilled < 30
         assert found == expected
         assert len(capacities) > 1
@@ -126,7 +124,7 @@ def test_a_conversation_outgrows_its_cache(kind: str, tiny_bundle: Path, monkeyp
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_larger_copy_of_a_cache_continues_as_the_cache_does(kind: str, tiny_bundle: Path) -> None:
     with engine(kind, tiny_bundle) as molmo:
-        runtime = molmo._runtime
+        runtime = molmo.engine.runtime
         cache = runtime.new_cache(300)
         runtime.forward(runtime.embed(np.arange(40)), cache)
         larger = cache.copy(600)
@@ -156,7 +154,7 @@ def test_an_answer_left_half_way_is_forgotten(kind: str, tiny_bundle: Path) -> N
 def words(molmo: Molmo, chat: Chat) -> str:
     """All rows that the chat's cache was given, as text, the image left out. Column 0 of the fake's is the id."""
     fed = np.concatenate(molmo.fake.fed)[:, 0]  # type: ignore[attr-defined]
-    return molmo._tokenizer.decode(int(i) for i in fed[len(chat.scene.embeddings) :])
+    return molmo.engine.tokenizer.decode(int(i) for i in fed[len(chat.scene.embeddings) :])
 
 
 def test_the_decoder_sees_each_token_once_and_in_the_references_format(saying: Saying) -> None:
@@ -173,7 +171,7 @@ def test_the_decoder_sees_each_token_once_and_in_the_references_format(saying: S
 
 def test_a_question_without_an_image(saying: Saying) -> None:
     molmo = saying("Yes.")
-    chat = molmo.chat(molmo.no_image())
+    chat = molmo.chat(molmo.engine.no_image())
     first, second = chat.ask("First?"), chat.ask("And now?")
     assert words(molmo, chat) == " User: First? Assistant: Yes.<|endoftext|> User: And now? Assistant: Yes."
     assert first.usage.tokens.image == second.usage.tokens.image == 1
@@ -310,7 +308,7 @@ def test_a_scene_may_have_several_chats(tiny_bundle: Path) -> None:
         assert scene.cache.length == len(scene.embeddings)
 
 
-def test_closing_the_molmo_ends_its_chats(saying: Saying, tiny_bundle: Path) -> None:
+def test_closing_the_molmo_ends_its_chats(tiny_bundle: Path) -> None:
     with Molmo(tiny_bundle, threads=1, max_crops=1) as molmo:
         chat = molmo.chat(GOLDEN / "coffee.png")
     with pytest.raises(MolmoEdgeError, match="closed"):

@@ -12,6 +12,7 @@ import pytest
 
 from molmo_edge import Molmo
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, generate_batch, next_token
+from molmo_edge.selfcheck import logit_gaps
 
 VOCAB, ROWS, EOS = 10, 12, 9
 
@@ -161,13 +162,13 @@ def test_a_molmo_whose_logits_are_not_finite_says_so(saying: Callable[..., Molmo
         lambda: molmo.ask(photo, "What?"),
         lambda: molmo.ask(photo, "What?", temperature=0.7, seed=1),
         lambda: molmo.ask_batch([(photo, "What?")]),
-        lambda: molmo.gaps(photo, "What?", [1, 2]),
+        lambda: logit_gaps(molmo.engine, photo, "What?", [1, 2]),
     ):
         with pytest.raises(GenerationError, match="the model's logits are"):
             ask()
     for wrong in (-1, 500, 10**9):
-        with pytest.raises(GenerationError, match=f"cannot answer {wrong}: its ids are 0 to"):
-            saying("two dogs").gaps(photo, "What?", [1, wrong])
+        with pytest.raises(GenerationError, match=f"{wrong} is not an id of this model"):
+            logit_gaps(saying("two dogs").engine, photo, "What?", [1, wrong])
 
 
 @pytest.mark.filterwarnings("error")

@@ -22,7 +22,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.molmo import MAX_QUESTION_CHARS, QuestionError
 from molmo_edge.sdk.readable_text import TagStripper, readable
 from molmo_edge.sdk.stage_checksums import Part
-from molmo_edge.selfcheck import CheckReport
+from molmo_edge.selfcheck import CheckReport, logit_gaps
 
 CASES = ("square", "landscape", "wide_text")
 TWO_DOGS = 'Look: <points x1="10.0" y1="20.0" x2="90.0" y2="50.0" alt="dogs">the dogs</points> here.'
@@ -184,7 +184,7 @@ def test_history_goes_in_front_of_the_question(saying: Saying, tokenizer: Any) -
 )
 def test_a_history_that_is_none(saying: Saying, history: Any) -> None:
     molmo = saying("ok")
-    with pytest.raises(QuestionError, match="history is a list"):
+    with pytest.raises(QuestionError, match="history must be a list"):
         molmo.ask(PHOTO, "And now?", history=history)
     assert molmo.fake.images == 0  # type: ignore[attr-defined]
 
@@ -270,7 +270,7 @@ def test_the_end_of_the_context_cuts_off(saying: Saying) -> None:
     [
         ("", "empty"),
         (" \n\t", "empty"),
-        ("x" * 100_000, f"100000 characters, at most {MAX_QUESTION_CHARS}"),
+        ("x" * 100_000, f"100000 characters, the limit is {MAX_QUESTION_CHARS}"),
         ("\ud800", "Unicode"),
         (None, "must be a str"),
         (b"What?", "must be a str"),
@@ -312,10 +312,10 @@ def test_sampling_is_checked_before_the_image_is_read(saying: Saying) -> None:
 def test_gaps_of_an_answer(saying: Saying, tokenizer: Any) -> None:
     """The fake's next id has a logit of 1, every other one 0, and rows that stand for no text do not count."""
     molmo, ids = saying("two dogs"), tokenizer.encode(" two dogs")
-    assert molmo.gaps(PHOTO, "What?", ids) == [0.0] * (len(ids) + 1)
-    assert molmo.gaps(PHOTO, "What?", ids[:-1]) == [0.0] * (len(ids) - 1) + [1.0]
-    assert molmo.gaps(PHOTO, "What?", ids[:-1], complete=False) == [0.0] * (len(ids) - 1)
-    assert molmo.gaps(PHOTO, "What?", [7, *ids[1:]], complete=False)[0] == 1.0
+    assert logit_gaps(molmo.engine, PHOTO, "What?", ids) == [0.0] * (len(ids) + 1)
+    assert logit_gaps(molmo.engine, PHOTO, "What?", ids[:-1]) == [0.0] * (len(ids) - 1) + [1.0]
+    assert logit_gaps(molmo.engine, PHOTO, "What?", ids[:-1], complete=False) == [0.0] * (len(ids) - 1)
+    assert logit_gaps(molmo.engine, PHOTO, "What?", [7, *ids[1:]], complete=False)[0] == 1.0
 
 
 def test_closing(saying: Saying) -> None:
@@ -353,7 +353,7 @@ def test_drawing_grey_and_palette_images() -> None:
 
 
 def test_an_answer_without_image_cannot_be_drawn() -> None:
-    with pytest.raises(DrawError, match="without its image"):
+    with pytest.raises(DrawError, match="does not hold its image"):
         Answer("x").draw()
     assert Answer("x", (Point(1, 2),)).to_dict()["points"] == [{"x": 1, "y": 2, "label": ""}]
 

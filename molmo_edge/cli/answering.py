@@ -71,12 +71,12 @@ def answer_command(
         for picture, problem in zip(pictures, opened, strict=True):
             _report(picture, problem, json=json)
         raise typer.Exit(1)
-    from molmo_edge.molmo import QuestionError, _checked
     from molmo_edge.runtimes.generate import GenerationError
+    from molmo_edge.sdk.engine import QuestionError, check_text
 
     failed = False
     with open_molmo(opening, quiet=quiet) as molmo:
-        _checked(question, "question")  # once: it is not the pictures' fault
+        check_text(question)  # once: it is not the pictures' fault
         for number, (picture, photo, path) in enumerate(zip(pictures, opened, saves, strict=True)):
             try:
                 if isinstance(photo, MolmoEdgeError):

@@ -177,7 +177,7 @@ def file_stem(suite: str) -> str:
 
 
 def _scene(molmo: Molmo, question: Question) -> Scene:
-    return molmo.no_image() if question.words_alone else molmo.encode(question.image())
+    return molmo.engine.no_image() if question.words_alone else molmo.encode(question.image())
 
 
 def _rounded(scores: dict[str, float]) -> dict[str, float]:

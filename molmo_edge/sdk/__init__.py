@@ -1,1 +1,1 @@
-"""The parts of `Molmo` that an app does not import by itself: streaming, batches, notebooks, drawing."""
+"""Internals of `Molmo`: the shared engine, streaming, batches, drawing, notebooks."""

@@ -1,4 +1,4 @@
-"""What a model is called in answers: the name that a person gave it."""
+"""The name of a model in answers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from molmo_edge.checkpoints.manifest import MANIFEST
 
 
 def model_name(directory: Path) -> str:
-    """A bundle's name, owner/name of a checkpoint in the hub's cache, else the directory's own name."""
+    """Return a bundle's name, owner/name for a checkpoint in the hub's cache, else the name of the directory."""
     try:
         name = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["name"]
         if isinstance(name, str) and name:
             return name
-    except (OSError, ValueError, KeyError, TypeError):  # a checkpoint; a damaged manifest is refused elsewhere
+    except (OSError, ValueError, KeyError, TypeError):  # a checkpoint; damaged manifests are refused elsewhere
         pass
     path = directory.resolve()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):

@@ -5,52 +5,46 @@ from __future__ import annotations
 import base64
 import html
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
-from molmo_edge.answer import draw_points
+from molmo_edge.frontend.points import Point
+from molmo_edge.sdk.drawing import draw_points
 
-if TYPE_CHECKING:
-    from molmo_edge.answer import Answer
-
-_SIDE = 1024  # pixels; a larger image is scaled down, because a notebook keeps what it shows
+_SIDE = 1024  # pixels; larger images are scaled down, because a notebook stores what it shows
 
 
-def to_png(answer: Answer) -> bytes | None:
-    """The image with the points; None without image or points, and the notebook shows the text."""
-    if answer.image is None or not answer.points:
-        return None
-    return _encoded(_drawn(answer), "PNG")
+def to_png(image: np.ndarray | None, points: Sequence[Point]) -> bytes | None:
+    """Return the image with its points; None without image or points: the notebook then shows the text."""
+    return None if image is None or not points else _drawn(image, points, "PNG")
 
 
-def to_html(answer: Answer) -> str:
-    """The text, a table of the points, and the image with them, if there are any."""
-    parts = [f"<p>{html.escape(answer.readable)}</p>"]
-    if not answer.complete:
+def to_html(text: str, points: Sequence[Point], image: np.ndarray | None, *, complete: bool) -> str:
+    """Return the text, and, for an answer with points, a table of them and the image."""
+    parts = [f"<p>{html.escape(text)}</p>"]
+    if not complete:
         parts.append("<p><em>cut off</em></p>")
-    if answer.points:
-        pixels = answer.pixels() if answer.image is not None else [None] * len(answer.points)
+    if points:
         rows = []
-        for number, (point, pixel) in enumerate(zip(answer.points, pixels, strict=True), 1):
-            place = f"{point.x:.1f} %, {point.y:.1f} %" if pixel is None else f"{pixel[0]:.0f}, {pixel[1]:.0f}"
+        for number, point in enumerate(points, 1):
+            place = f"{point.x:.1f} %, {point.y:.1f} %"
+            if image is not None:
+                x, y = point.pixel(image.shape[1], image.shape[0])
+                place = f"{x:.0f}, {y:.0f}"
             rows.append(f"<tr><td>{number}</td><td>{html.escape(point.label)}</td><td>{place}</td></tr>")
-        unit = "x, y" if answer.image is None else "x, y in pixels"
+        unit = "x, y" if image is None else "x, y in pixels"
         parts.append(f"<table><tr><th></th><th>label</th><th>{unit}</th></tr>{''.join(rows)}</table>")
-        if answer.image is not None:
-            data = base64.b64encode(_encoded(_drawn(answer), "JPEG")).decode()
-            parts.append(f'<img src="data:image/jpeg;base64,{data}" alt="the image with its points">')
+    if points and image is not None:
+        data = base64.b64encode(_drawn(image, points, "JPEG")).decode()
+        parts.append(f'<img src="data:image/jpeg;base64,{data}" alt="the image with its points">')
     return f"<div>{''.join(parts)}</div>"
 
 
-def _drawn(answer: Answer) -> Image.Image:
-    assert answer.image is not None  # both callers look first
-    image = Image.fromarray(answer.image)
-    image.thumbnail((_SIDE, _SIDE))  # before drawing: markers keep a readable size
-    return draw_points(image, answer.points)
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
+def _drawn(rgb: np.ndarray, points: Sequence[Point], file_format: str) -> bytes:
+    image = Image.fromarray(rgb)
+    image.thumbnail((_SIDE, _SIDE))  # before drawing, so that markers keep a readable size
     file = io.BytesIO()
-    image.save(file, kind)
+    draw_points(image, points).save(file, file_format)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Objects that belong to their process: pickling or copying one says so, and what to do."""
+"""Objects that belong to the process that made them and refuse to be pickled or copied."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from molmo_edge.errors import MolmoEdgeError
 
 
 class CopyError(MolmoEdgeError, TypeError):
-    """An object that cannot be pickled or copied. A TypeError, as Python itself raises for such objects."""
+    """An object that cannot be pickled or copied. Also a TypeError, which Python raises for such objects."""
 
 
 class NotCopied:
-    """A base that refuses pickle, copy.copy and copy.deepcopy. They are used by multiprocessing and by data loaders."""
+    """A base class that refuses pickle, copy.copy and copy.deepcopy; multiprocessing and data loaders use them."""
 
-    _instead: ClassVar[str]  # what to do
+    _instead: ClassVar[str]  # what to do instead, for the error
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, _protocol: Any) -> Any:
         name = type(self).__name__
         raise CopyError(f"a {name} cannot be pickled or copied, it belongs to this process: {self._instead}")

@@ -1,17 +1,17 @@
-"""Sums of what lies between a photo and the first token, recorded in a bundle and compared by `molmo-edge verify`.
+"""Checksums of the stages between a photo and the first token, recorded in a bundle for `molmo-edge verify`.
 
-Hashes of files say that a bundle is as it was written. They do not say that manifest, graphs and this installation
-still compute what they computed: a changed mean, a tiling with one more crop, graphs of another export. Each part is
-compared by itself, in the order of the data, so that the first difference names its cause:
+File hashes show that a bundle is as it was written, but not that manifest, graphs and this installation still compute
+the same: a changed mean, a tiling with one more crop, graphs of another export. Each stage is compared by itself, in
+the order of the data, so that the first difference names its cause:
 
 - settings: a hash of the manifest's `model` and `special_ids`.
 - layout: a hash of tilings, image tokens and the prompt's ids; integers, equal on every machine.
-- pixels: normalised crops of two drawn images, so that no JPEG decoder matters; equal up to float32's last bits.
-- features: what the decoder gets for the check's photo; as close as the graphs' precision allows.
-- logits: what the first token is chosen from; likewise.
+- pixels: normalised crops of two generated images, independent of JPEG decoders; equal up to float32's last bits.
+- features: the decoder's input for the check's photo; as close as the graphs' precision allows.
+- logits: those of the first token; likewise.
 
-Arrays are stored as `_N_SUMS` sums of all their values, each with random signs. Their relative distance estimates that
-of the whole arrays (Johnson and Lindenstrauss), to about an eighth, so a change anywhere counts by its size.
+An array is stored as `_N_SUMS` sums of all its values with random signs. The relative distance of two sets of sums
+estimates that of the arrays to about an eighth (Johnson and Lindenstrauss), so any change counts by its size.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, select_tili
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import SpecialIds, Tokenizer
 
-VERSION = 1  # of what is summed
+VERSION = 1  # of these checksums
 PARTS = ("settings", "layout", "pixels", "features", "logits")
 _ARRAYS = ("pixels", "features", "logits")
 
 _N_SUMS = 32
 _BLOCK = 1 << 16  # values whose signs are in memory at once
-_DRAWN = ((97, 161), (230, 75))  # height, width
-_PIXELS = 5e-6  # relative; a resize rounds to 3e-7, a mean that is off by 1e-5 makes 2e-5
-# Relative. Integer products round their inputs to 255 levels, so one last bit of a pixel moves nano's features by 0.06
-# and its first logits by 0.07, as an engine in float32 does (0.08 and 0.07); another photo moves them by 1.2 and 0.8.
+_IMAGE_SIZES = ((97, 161), (230, 75))  # height, width of the generated images
+_PIXELS = 5e-6  # relative; rounding of a resize gives 3e-7, a mean that is off by 1e-5 gives 2e-5
+# Relative. Integer products round their inputs to 255 levels: the last bit of one pixel changes nano's features by
+# 0.06 and its first logits by 0.07, a float32 engine by 0.08 and 0.07; another photo changes them by 1.2 and 0.8.
 _FEATURES = {"float": 0.05, "integer": 0.2}
 _LOGITS = {"float": 0.1, "integer": 0.4}
 _FLOATS = ("fp32", "fp16", "f32", "f16", "bf16")
@@ -48,11 +48,11 @@ _FLOATS = ("fp32", "fp16", "f32", "f16", "bf16")
 
 @dataclass(frozen=True)
 class Part:
-    """How one part of the way compares with what was recorded."""
+    """The comparison of one stage with its recording."""
 
     name: str  # one of PARTS
     same: bool
-    distance: float | None = None  # relative; None of hashes, and of arrays of other shapes
+    distance: float | None = None  # relative; None for hashes, and for arrays of another shape
     limit: float | None = None  # the largest `distance` that counts as the same
 
 
@@ -61,7 +61,7 @@ def settings_sum(manifest: Mapping[str, Any]) -> str:
 
 
 def layout_sum(config: ImageConfig, tokenizer: Tokenizer, question: str) -> str:
-    """Of many sizes of images the tiling, of each tiling the tokens and where features go; then the question's ids."""
+    """Hash the tilings of many image sizes, the tokens and feature positions of each tiling, and the question's ids."""
     tilings = [select_tiling(height, width, config) for height, width in _sizes()]
     found = hashlib.sha256(repr(tilings).encode())
     blank = ImageProcessor(config, tokenizer.special)
@@ -74,9 +74,9 @@ def layout_sum(config: ImageConfig, tokenizer: Tokenizer, question: str) -> str:
 
 
 def pixels_sum(config: ImageConfig, special: SpecialIds) -> dict[str, Any]:
-    """Crops and masks of the drawn images."""
+    """Sum the crops and masks of the generated images."""
     process = ImageProcessor(config, special)
-    parts = [part for size in _DRAWN for image in (process(_drawn(*size)),) for part in _arrays(image)]
+    parts = [part for size in _IMAGE_SIZES for image in (process(_generated_image(*size)),) for part in _arrays(image)]
     return array_sum(np.concatenate([part.reshape(-1) for part in parts]))
 
 
@@ -86,10 +86,10 @@ def _arrays(image: PreparedImage) -> list[np.ndarray]:
 
 
 def array_sum(array: np.ndarray) -> dict[str, Any]:
-    """The shape of a float array and its signed sums."""
+    """Return the shape of a float array and its signed sums."""
     flat = np.ascontiguousarray(array, np.float64).reshape(-1)
     sums = np.zeros(_N_SUMS)
-    # Raw numbers of a bit generator: numpy promises that these stay the same, and does not for its distributions.
+    # numpy guarantees the stream of a bit generator across versions, but not that of its distributions.
     random = np.random.PCG64(1)
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
@@ -100,13 +100,13 @@ def array_sum(array: np.ndarray) -> dict[str, Any]:
 
 
 def logits_sum(logits: np.ndarray) -> dict[str, Any]:
-    """As `array_sum`, of logits [vocab_size]; a constant added to all of them changes no choice."""
+    """Like `array_sum`, for logits [vocab_size] without their mean, which does not affect the choice."""
     values = logits.astype(np.float64)
     return array_sum(values - values.mean())
 
 
 def compare(name: str, recorded: Any, found: Any, precisions: Sequence[str] = ()) -> Part:
-    """One of PARTS as recorded and as found here. `precisions`: of the components that took part."""
+    """Compare the stage `name` (one of PARTS). `precisions`: of the components involved."""
     if name not in _ARRAYS:
         return Part(name, recorded == found)
     kind = "float" if all(word in _FLOATS for word in precisions) else "integer"
@@ -116,22 +116,22 @@ def compare(name: str, recorded: Any, found: Any, precisions: Sequence[str] = ()
         return Part(name, False, None, limit)
     length = float(np.linalg.norm(exact))
     distance = float(np.linalg.norm(here - exact)) / max(length, 1e-30)
-    return Part(name, distance <= limit, distance, limit)  # not the same either where it is NaN
+    return Part(name, distance <= limit, distance, limit)  # False for NaN
 
 
 def read_sums(where: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The check's sums as `compare` takes them, by part. Raises BundleError for others than this program writes."""
+    """Return the recorded checksums by stage, for `compare`. Raises BundleError for another version or missing ones."""
     version = entry.get("version")
     if isinstance(version, int) and version > VERSION:
         raise BundleError(
-            f"{where}: the check's sums have version {version}, this molmo-edge knows {VERSION}: "
+            f"{where}: version {version} of the check's checksums is not supported (supported: {VERSION}): "
             "pip install --upgrade molmo-edge"
         )
     whole = all(
         _is_array_sum(entry.get(name)) if name in _ARRAYS else isinstance(entry.get(name), str) for name in PARTS
     )
     if version != VERSION or not whole:
-        raise BundleError(f"{where}: the check's sums are incomplete: fetch or export the bundle again")
+        raise BundleError(f"{where}: the check's checksums are incomplete: download or export the bundle again")
     return {name: entry[name] for name in PARTS}
 
 
@@ -144,14 +144,14 @@ def _is_array_sum(entry: Any) -> bool:
 
 @lru_cache(maxsize=1)
 def _sizes() -> tuple[tuple[int, int], ...]:
-    """Sizes of images that tell tilings apart: for each number of crops up to 64 a strip that would take them all."""
+    """Image sizes that distinguish tilings: for each number of crops up to 64 a strip that needs them all."""
     strips = [(2000, 2000 * n) for n in range(1, 65)]
     usual = [(h, w) for h in (40, 224, 336, 500, 768, 1100, 2400) for w in (40, 224, 336, 500, 768, 1100, 2400)]
     return tuple(strips + [(w, h) for h, w in strips] + usual)
 
 
-def _drawn(height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3], the same on every machine: slopes with fine noise on them."""
+def _generated_image(height: int, width: int) -> np.ndarray:
+    """Return gradients with fine noise, uint8 [height, width, 3], the same on every machine."""
     y, x, channel = np.ogrid[:height, :width, :3]
     slope = (200 * y) // height + (40 * x) // width
     return ((slope + (y * 37 + x * 91 + channel * 53 + (x * y) % 97) % 83) % 256).astype(np.uint8)

@@ -1,31 +1,35 @@
-"""From token ids to an answer: text piece by piece, points as their tags close, and the times."""
+"""From a question to its answer: text piece by piece, points as their tags close, timings."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
 from molmo_edge.frontend.points import Point, StreamParser, parse_count
-from molmo_edge.frontend.tokenizer import StreamDecoder, Tokenizer
-from molmo_edge.runtimes.generate import GenerationError, Sampling, generate
+from molmo_edge.frontend.prompts import text_ids
+from molmo_edge.frontend.tokenizer import StreamDecoder
+from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
+from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
-    from molmo_edge.molmo import Scene
-    from molmo_edge.runtimes import Cache, Runtime
+    from molmo_edge.runtimes.protocol import Cache
+
+History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
 
 
 class Stream(Iterator["str | Point"], NotCopied):
-    """What `Molmo.stream` returns: iterate it for the pieces, then read `answer`.
+    """The pieces of an answer, as `Molmo.stream` returns them. Iterate over them, then read `answer`.
 
-    A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text`, point
-    tags included; `molmo_edge.sdk.readable_text.TagStripper` takes those out as they come. The points are
+    A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text` with its
+    point tags (`molmo_edge.sdk.readable_text.TagStripper` removes them from a stream); the points are
     `answer.points`.
     """
 
@@ -40,7 +44,7 @@ class Stream(Iterator["str | Point"], NotCopied):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer. Generates what has not been iterated yet."""
+        """The complete answer. Generates the pieces that have not been iterated over yet."""
         for _ in self._pieces:
             pass
         if not self._result:
@@ -50,93 +54,130 @@ class Stream(Iterator["str | Point"], NotCopied):
 
 @dataclass
 class Generated:
-    """One answer's ids and text. `generate_pieces` fills it in as they come."""
+    """The ids and text of an answer, which `generate_pieces` fills in."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     points: list[Point] = field(default_factory=list)
     prefill: float = 0.0  # seconds to the first id
-    decode: float = 0.0  # seconds from there to the end, without those that the caller spends on a piece
+    decode: float = 0.0  # seconds from there to the end, without the time between pieces
+
+
+def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling, history: History = ()) -> Stream:
+    """See `Molmo.stream`."""
+    check_text(question)
+    turns = [*_flattened(history), question]
+    scene = engine.scene(image)
+    ids = text_ids(engine.tokenizer, turns)
+    most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
+    result: list[Answer] = []
+    return Stream(_answer(scene, ids, sampling, most, encoded_before=scene is image, result=result), result)
+
+
+def _answer(
+    scene: Scene, ids: np.ndarray, sampling: Sampling, most: int, *, encoded_before: bool, result: list[Answer]
+) -> Iterator[str | Point]:
+    began = time.perf_counter()
+    engine = scene.engine
+    embeddings = engine.runtime.embed(ids)  # [n, d_model]
+    capacity = len(scene.embeddings) + len(ids) + most - 1
+    if (kept := scene.prefilled) is not None and capacity <= kept.capacity:
+        cache = kept.copy()
+    else:
+        cache = engine.runtime.new_cache(capacity)
+        embeddings = np.concatenate([scene.embeddings, embeddings])
+    generated = yield from generate_pieces(engine, embeddings, cache, sampling, capacity=capacity, began=began)
+    result.append(finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings)))
 
 
 def generate_pieces(
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    embeddings: np.ndarray,
-    cache: Cache,
-    sampling: Sampling,
-    *,
-    capacity: int,
-    began: float,
+    engine: Engine, embeddings: np.ndarray, cache: Cache, sampling: Sampling, *, capacity: int, began: float
 ) -> Generator[str | Point, None, Generated]:
-    """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the answer's pieces; see `Stream`.
+    """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream`.
 
-    `capacity`: positions of `cache` that may be filled. `began`: time.perf_counter() when the prefill's time begins.
+    `capacity`: positions of `cache` that may be filled. `began`: time.perf_counter() when the prefill began.
     """
-    decoder, parser = StreamDecoder(tokenizer), StreamParser()
-    found = Generated()
+    decoder, parser = StreamDecoder(engine.tokenizer), StreamParser()
+    generated = Generated()
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
-        runtime,
+        engine.runtime,
         embeddings,
         cache,
         sampling,
-        eos_id=tokenizer.special.eos,
-        vocab_size=runtime.config.decoder.vocab_size,
+        eos_id=engine.tokenizer.special.eos,
+        vocab_size=engine.config.decoder.vocab_size,
         capacity=capacity,
     )
     while True:
         token = next(tokens, None)
         steps.append(time.perf_counter() - began)
         if token is not None:
-            found.token_ids.append(token)
+            generated.token_ids.append(token)
         piece = decoder.flush() if token is None else decoder.feed(token)
-        if not found.text:
-            piece = piece.lstrip()  # the prompt ends in "Assistant:", every answer begins with a space
-        found.text += piece
+        if not generated.text:
+            piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
+        generated.text += piece
         closed = parser.feed(piece) + (parser.close() if token is None else [])
-        found.points += closed
+        generated.points += closed
         if piece:
             yield piece
         yield from closed
         if token is None:
             break
         began = time.perf_counter()
-    found.prefill, found.decode = steps[0], sum(steps[1:])
-    return found
+    generated.prefill, generated.decode = steps[0], sum(steps[1:])
+    return generated
 
 
 def finished(
     scene: Scene,
-    text: str,
-    points: Sequence[Point],
-    token_ids: Sequence[int],
+    generated: Generated,
     prompt: int,
-    spent: Seconds,
+    most: int,
     *,
-    complete: bool,
+    encoded_before: bool = True,
     prefilled: int | None = None,
 ) -> Answer:
-    """The answer. `prompt`: positions after the image; `prefilled`: positions that were run, None for all of them."""
-    stated = parse_count(text)
-    image = len(scene.embeddings)
-    tokens = Tokens(image, prompt, len(token_ids), image + prompt if prefilled is None else prefilled)
+    """Return the answer about `scene`.
+
+    `prompt`: positions after the image. `most`: the limit on new tokens. `encoded_before`: leave encoding out of the
+    times. `prefilled`: positions that the decoder ran, if not all of image and prompt.
+    """
+    engine = scene.engine
+    seconds = Seconds(load=engine.load_seconds, prefill=generated.prefill, decode=generated.decode)
+    if not encoded_before:
+        seconds = dataclasses.replace(seconds, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
+    stated = parse_count(generated.text)
+    image, new = len(scene.embeddings), len(generated.token_ids)
+    tokens = Tokens(image, prompt, new, image + prompt if prefilled is None else prefilled)
     logger.debug(
-        "%s: %d crops, %d tokens in, %d of them run, %d out, %.3f s",
-        scene.owner.name,
+        "%s: %d crops, %d tokens in, %d of them prefilled, %d out, %.3f s",
+        engine.name,
         scene.crops,
-        tokens.image + tokens.prompt,
+        image + prompt,
         tokens.prefilled,
-        tokens.generated,
-        spent.total,
+        new,
+        seconds.total,
     )
     return Answer(
-        text=text,
-        points=tuple(points),
-        count=len(points) or None if stated is None else stated,
-        token_ids=tuple(token_ids),
-        complete=complete,
-        usage=Usage(tokens, scene.crops, spent),
+        text=generated.text,
+        points=tuple(generated.points),
+        count=len(generated.points) or None if stated is None else stated,
+        token_ids=tuple(generated.token_ids),
+        complete=new < most,
+        usage=Usage(tokens, scene.crops, seconds),
         image=scene.image,
-        model=scene.owner.name,
+        model=engine.name,
     )
+
+
+def _flattened(history: History) -> Iterator[str]:
+    expected = "history must be a list of (question, answer) pairs of str"
+    if not isinstance(history, (list, tuple)):
+        raise QuestionError(f"{expected}, not {type(history).__name__}")
+    for turn in history:
+        # A str of two characters would pass for a pair.
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise QuestionError(expected)
+        yield from turn

@@ -1,4 +1,4 @@
-"""One engine, used by several threads."""
+"""A runtime that several threads share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from molmo_edge.runtimes import forks
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.crops import Overview
-    from molmo_edge.runtimes import BatchRuntime, Cache, Runtime
+    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
 
 
-class Serial:
-    """A runtime that threads take turns on: engines share their threads and scratch memory, some are not re-entrant.
+class SerialRuntime:
+    """A runtime that runs one call at a time: engines share threads and scratch memory, and some are not re-entrant.
 
-    One call at a time, not one answer: two streams make progress side by side.
+    The lock covers a call, not an answer: two streams advance side by side.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -28,7 +28,7 @@ class Serial:
         forks.on_fork(self)
 
     def forked(self) -> None:
-        self._lock = threading.Lock()  # another thread may have held it, and is not there to release it
+        self._lock = threading.Lock()  # a thread that does not exist in the child may have held the old one
 
     @property
     def config(self) -> MolmoConfig:
@@ -56,7 +56,7 @@ class Serial:
 
     @property
     def batches(self) -> bool:
-        """Whether the runtime takes several prompts at once."""
+        """Whether the runtime is a BatchRuntime."""
         return hasattr(self._inner, "prefill_batch")
 
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, Any]:
