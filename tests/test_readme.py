@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from import_graph import module_files
 
 import molmo_edge.cli
 
@@ -109,6 +110,19 @@ def test_where_a_command_takes_pytorch_the_smaller_build_is_named_before_it() ->
         hint, _, rest = block.partition("\n")
         assert hint.startswith("pip install torch --index-url https://download.pytorch.org/whl/cpu"), block
         assert "pip install" in rest
+
+
+@every_page
+def test_python_names_that_pages_name_exist(page: Path) -> None:
+    files = module_files()
+    for name in re.findall(r"`(molmo_edge(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        if name not in files and not name.endswith((".json", ".py")):
+            module, _, member = name.rpartition(".")
+            assert module in files, name
+            source = files[module].read_text(encoding="utf-8")
+            assert re.search(
+                rf"^(?:class |def )?{member}\b|\bimport\b.*\b{member}\b|\"{member}\"", source, re.MULTILINE
+            ), name
 
 
 @every_page
