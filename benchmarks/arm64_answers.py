@@ -57,11 +57,13 @@ class Recorder:
         self.embed, self.new_cache, self.close = runtime.embed, runtime.new_cache, runtime.close
         self.logits: list[np.ndarray] = []  # each [embedding_size]
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Any = None) -> np.ndarray:
+    def encode_image(
+        self, crops: np.ndarray, masks: np.ndarray, overview: Any = None, pooling: np.ndarray | None = None
+    ) -> np.ndarray:
         if self._nudge is not None:
             noise = np.random.default_rng(self._nudge).uniform(-NUDGE, NUDGE, crops.shape)
             crops = (crops * (1 + noise)).astype(np.float32)
-        return self._runtime.encode_image(crops, masks, overview)
+        return self._runtime.encode_image(crops, masks, overview, pooling)
 
     def forward(self, embeddings: np.ndarray, cache: Any) -> np.ndarray:
         self.logits.append(self._runtime.forward(embeddings, cache))

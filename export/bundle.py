@@ -43,6 +43,7 @@ from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import EngineError, open_files
 from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.system.files import sha256_of
 from molmo_edge.system.version import __version__
 
@@ -149,8 +150,12 @@ def export_bundle(
         mmproj=mmproj,
     )
     config, tensors = open_source(checkpoint)
-    if mmproj and config.conv_tower is not None:
+    if mmproj and (config.conv_tower is not None or config.extra_vision):
         raise ExportError("an mmproj holds one vision tower, and this model has two: leave mmproj out")
+    if mmproj and (
+        config.vision.image_model_type == "siglip" or config.image.pools_across_crops or not config.pad_embed
+    ):
+        raise ExportError("an mmproj holds the vision tower and the connector of Molmo v1: leave mmproj out")
     check = check or _own_check(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, wishes, measure=measure)) as scratch:
@@ -393,9 +398,10 @@ def _try(config: MolmoConfig, files: dict[str, Path]) -> None:
     try:
         i = config.image
         blank = ImageProcessor(dataclasses.replace(i, max_crops=0))(np.zeros((i.crop_size, i.crop_size, 3), np.uint8))
-        features = runtime.encode_image(blank.crops, np.ones_like(blank.masks), blank.overview)
-        rows = features[0] + runtime.embed(np.zeros(1, np.int64))
-        logits = runtime.forward(rows, runtime.new_cache(i.cells**2))
+        features = runtime.encode_image(blank.crops, np.ones_like(blank.masks), blank.overview, blank.pooling)
+        rows = features.reshape(i.cells**2, -1) + runtime.embed(np.zeros(1, np.int64))
+        cache = runtime.new_cache(len(rows))
+        logits = prefill(runtime, rows, np.ones(len(rows), bool), cache)
     except EngineError as error:
         raise _not_running(str(error)) from error
     finally:

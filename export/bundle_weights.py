@@ -17,13 +17,11 @@ from onnx import numpy_helper
 
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.manifest import GRAPHS
-from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_names import BACKBONE, TRANSFORMER, hub_shapes, vit_names
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import MolmoConfig
-from molmo_edge.export.decoder_graph import HUB as TRANSFORMER
 from molmo_edge.export.errors import ExportError
 from molmo_edge.export.int8_graph import ZERO_POINT
-from molmo_edge.export.vision_graph import HUB as VIT
 from molmo_edge.quantize.rounding import Blocks, unpack_nibbles
 from molmo_edge.system.memory import available_memory, check_room
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
     from molmo_edge.modeling import Molmo
 
-BACKBONE = "model.vision_backbone"
 TABLE = f"{TRANSFORMER}.wte"
 
 
@@ -68,11 +65,12 @@ class BundleTensors:
         self._last = lru_cache(maxsize=1)(self._widen)
         self._read = {name: partial(self._last, name) for name in self._arrays} | self._derived()
         # Blocks behind the last one that is looked at are in a checkpoint, but not in a bundle: they never run.
-        first = f"{VIT}.transformer.resblocks.0."
-        for name in [name for name in self._read if name.startswith(first)]:
-            for n in range(self.config.vision.last_layer + 1, self.config.vision.n_layers):
-                unused = name.replace(first, f"{VIT}.transformer.resblocks.{n}.")
-                self._read[unused] = partial(self._zeros, name)
+        for vit, _, hub in vit_names(self.config):
+            first = f"{hub}.transformer.resblocks.0."
+            for name in [name for name in self._read if name.startswith(first)]:
+                for n in range(vit.last_layer + 1, vit.n_layers):
+                    unused = name.replace(first, f"{hub}.transformer.resblocks.{n}.")
+                    self._read[unused] = partial(self._zeros, name)
 
     def names(self) -> list[str]:
         return [name for name in hub_shapes(self.config) if name in self._read]
@@ -128,23 +126,29 @@ class BundleTensors:
         random = np.random.default_rng([self._dither, zlib.crc32(name.encode())])
         return codes + random.uniform(-0.5, 0.5, codes.shape).astype(np.float32)
 
+    def _flat(self, name: str) -> np.ndarray:
+        return self._arrays[name].reshape(-1)
+
     def _zeros(self, like: str) -> np.ndarray:
         return np.zeros_like(self.get(like))
 
     def _derived(self) -> dict[str, Callable[[], np.ndarray]]:
         """Hub tensors that the export has folded, stacked or split."""
-        v, d = self.config.vision, self.config.decoder
+        d = self.config.decoder
         read: dict[str, Callable[[], np.ndarray]] = {
             f"{TABLE}.embedding": lambda: self._last(TABLE)[: d.embedding_size],
-            f"{BACKBONE}.pad_embed": lambda: np.stack([self._arrays[f"{BACKBONE}.pad_embed.{k}"] for k in (0, 1)]),
-            f"{VIT}.class_embedding": lambda: self._arrays[f"{VIT}.class_embedding"].reshape(-1),
         }
+        if self.config.pad_embed:
+            pad_embed = [f"{BACKBONE}.pad_embed.{k}" for k in (0, 1)]
+            read[f"{BACKBONE}.pad_embed"] = lambda: np.stack([self._arrays[name] for name in pad_embed])
         if d.additional_vocab_size:
             read[f"{TABLE}.new_embedding"] = lambda: self._last(TABLE)[d.embedding_size :]
-        if v.image_model_type == "dino":
-            for n in range(v.last_layer + 1):
+        for vit, _, hub in vit_names(self.config):
+            if vit.parts.class_token:
+                read[f"{hub}.class_embedding"] = partial(self._flat, f"{hub}.class_embedding")
+            for n in range(vit.last_layer + 1) if vit.parts.layer_scale else ():
                 for scale in ("lambda1", "lambda2"):
-                    read[f"{VIT}.transformer.resblocks.{n}.{scale}"] = lambda: np.ones(v.d_model, np.float32)
+                    read[f"{hub}.transformer.resblocks.{n}.{scale}"] = partial(np.ones, vit.d_model, np.float32)
         for n in range(d.n_layers if d.n_experts else 0):
             experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
             if f"{experts}.0.gate_proj.weight" in self._arrays:

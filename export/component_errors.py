@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.frontend.crops import Overview
+from molmo_edge.frontend.crops import Overview, cell_patches
 from molmo_edge.runtimes import Runtime, open_files
+from molmo_edge.runtimes.prompt_embeddings import prefill
 
 _TEXT = 32  # tokens after the image
 _SCORED = 8  # of them, the last ones, are compared
@@ -35,13 +36,14 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
     rng = np.random.default_rng(0)
     crops, masks, overview = sample_image(config)
     ids = rng.integers(0, config.decoder.vocab_size, _TEXT)
+    pooling = cell_patches(config.image, (1, 1)) if config.image.pools_across_crops else None
     features = a.encode_crops(crops, overview)
-    image = a.connect(features, masks)
+    image = a.connect(features, masks, pooling)
     text = a.embed(ids)
-    sequence = np.concatenate([*image, text])
+    sequence = np.concatenate([image.reshape(-1, image.shape[-1]), text])
     errors = {
         "vision_encoder": _error(features, b.encode_crops(crops, overview)),
-        "connector": _error(image, b.connect(features, masks)),
+        "connector": _error(image, b.connect(features, masks, pooling)),
         "embed_tokens": _error(text, b.embed(ids)),
     }
     if "decoder" in exact:
@@ -80,7 +82,8 @@ def sample_crops(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _logits(runtime: Runtime, sequence: np.ndarray) -> np.ndarray:
     cache = runtime.new_cache(len(sequence))
-    runtime.forward(sequence[:-_SCORED], cache)
+    prompt = sequence[:-_SCORED]
+    prefill(runtime, prompt, np.arange(len(prompt)) < len(sequence) - _TEXT, cache)
     return np.stack([runtime.forward(row[None], cache) for row in sequence[-_SCORED:]])
 
 

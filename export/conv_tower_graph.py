@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from molmo_edge.checkpoints.tensor_names import BACKBONE
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.graph_builder import Graph
 
-HUB = "model.vision_backbone.conv_tower"
+HUB = f"{BACKBONE}.conv_tower"
 _SLOPE = 0.1  # of the leaky ReLUs
 
 
 def conv_features(graph: Graph, config: MolmoConfig, tensors: TensorSource) -> str:
-    """Adds the inputs pixels float32 [1, 3, h, w] and positions float32 [n, patches^2, 4, 2], see `images.Overview`.
+    """Add the inputs pixels float32 [1, 3, h, w] and positions float32 [n, patches^2, 4, 2], see `crops.Overview`.
 
-    Returns [n, patches^2, conv_tower.feature_dim]. Convolutions are float32; weights that float16 holds exactly, as a
-    detector's that was published so, are stored in it.
+    Returns [n, patches^2, conv_tower.feature_dim]. Convolutions are float32; weights that float16 holds exactly, such
+    as those of a detector published in float16, are stored in float16.
     """
     tower = config.conv_tower
     assert tower is not None
@@ -60,7 +61,7 @@ def conv_features(graph: Graph, config: MolmoConfig, tensors: TensorSource) -> s
     patches = config.image.patches**2
 
     def sample(level: str, where: str, width: int) -> str:
-        """[n, patches^2, width], of one place a patch or of four."""
+        """[n, patches^2, width], sampled at one place per patch or at four."""
         grid = graph.node("Reshape", where, graph.ints(1, -1, 1, 2))
         y = graph.node("GridSample", level, grid, mode="linear", padding_mode="zeros", align_corners=0)
         y = graph.node("Transpose", y, perm=[0, 2, 3, 1])  # [1, places, 1, pyramid_dim]

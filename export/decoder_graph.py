@@ -1,52 +1,53 @@
-"""The decoder and its embedding as ONNX graphs: dense (Qwen2 and OLMo style) and OLMoE.
+"""The decoder and its embedding as ONNX graphs, by DecoderConfig alone.
 
-Keys and values live in buffers of a fixed capacity that the caller binds as input and as output at once, so a
-token costs no copy: GroupQueryAttention writes at `total_length - n` and reads up to `total_length`.
+Keys and values live in buffers of a fixed capacity that the caller binds both as input and as output, so that a token
+costs no copy: GroupQueryAttention writes at `total_length - n` and reads up to `total_length`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from molmo_edge.checkpoints.tensor_names import head_name
+from molmo_edge.checkpoints.tensor_names import TRANSFORMER, block_names, head_name
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.export.experts_graph import experts_ffn
 from molmo_edge.export.graph_builder import Graph, Precision
 from molmo_edge.export.graph_operators import Positions, cached_attention, positions, rms_norm, silu
 
-HUB = "model.transformer"
-
 
 def embed_tokens(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision) -> None:
     """ids int64 [n] -> embeddings float32 [n, d_model], looked up in concat(embedding, new_embedding).
 
-    Special ids below `embedding_size` hit rows of the first table that no token uses; that is how the released
-    weights were trained (reference: Embedding.forward).
+    Special ids below `embedding_size` select padding rows of the first table; the released weights were trained so
+    (reference: Embedding.forward).
     """
     d = config.decoder
     ids = graph.input("ids", np.int64, ["n"])
     parts = ["embedding", "new_embedding"] if d.additional_vocab_size else ["embedding"]
-    table = np.concatenate([tensors.get(f"{HUB}.wte.{part}") for part in parts])
-    rows = precision.table(graph, ids, f"{HUB}.wte", table)
+    table = np.concatenate([tensors.get(f"{TRANSFORMER}.wte.{part}") for part in parts])
+    rows = precision.table(graph, ids, f"{TRANSFORMER}.wte", table)
     graph.output(graph.node("Identity", rows, name="embeddings"), np.float32, ["n", d.d_model])
 
 
 def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision) -> None:
     """embeddings float32 [1, n, d_model], total_length int32 [1], keys, values -> logits [1, embedding_size].
 
-    `total_length` counts the positions after these n; the logits are those of the last one. For each layer i,
-    past_key.i and past_value.i are [1, n_kv_heads, capacity, head_dim], and so are present_key.i and present_value.i,
-    to be bound to the same memory: float32, or float16 in "fp16" and "q4f16" (molmo_edge.export.graph_operators).
+    `total_length` is the number of positions in the cache after these n; the logits are those of the last position.
+    For each layer i, past_key.i, past_value.i, present_key.i and present_value.i are [1, n_kv_heads, capacity,
+    head_dim], present and past to be bound to the same memory: float32, or float16 in "fp16" and "q4f16"
+    (molmo_edge.export.graph_operators). A decoder with `bidirectional_images` has the further input image bool [n],
+    True for image tokens: they attend to each other in both directions.
     """
     d = config.decoder
     x = graph.input("embeddings", np.float32, [1, "n", d.d_model])
     total = graph.input("total_length", np.int32, [1])
-    where = positions(graph, d, x, total)
+    image = graph.input("image", np.bool_, ["n"]) if d.bidirectional_images else ""
+    where = positions(graph, d, x, total, image)
     for layer in range(d.n_layers):
         x = _block(graph, d, tensors, precision, x, layer, where)
     x = graph.node("Gather", x, graph.constant(-1, np.int64), axis=1)  # [1, d_model]
-    x = rms_norm(graph, x, f"{HUB}.ln_f", tensors.get(f"{HUB}.ln_f.weight"), d.norm_eps)
+    x = rms_norm(graph, x, f"{TRANSFORMER}.ln_f", tensors.get(f"{TRANSFORMER}.ln_f.weight"), d.norm_eps)
     name = head_name(d)
     logits = precision.linear(graph, x, name.removesuffix(".weight"), tensors.get(name), None)
     graph.output(graph.node("Identity", logits, name="logits"), np.float32, [1, d.embedding_size])
@@ -61,9 +62,7 @@ def _block(
     layer: int,
     where: Positions,
 ) -> str:
-    block = f"{HUB}.blocks.{layer}"
-    # The remote code of MolmoE nests what the dense checkpoints keep flat.
-    attention, ffn = (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
+    attention, ffn = block_names(d, layer)
 
     def norm(y: str, name: str) -> str:
         return rms_norm(graph, y, name, tensors.get(f"{name}.weight"), d.norm_eps)
@@ -77,7 +76,7 @@ def _block(
     feed_forward = experts_ffn if d.n_experts else dense_ffn
     h = feed_forward(graph, d, tensors, precision, h, ffn)
     h = norm(h, f"{ffn}.ff_norm") if d.norm_after else h
-    return graph.node("Add", x, h, name=block)
+    return graph.node("Add", x, h, name=f"{TRANSFORMER}.blocks.{layer}")
 
 
 def _attention(
@@ -92,14 +91,17 @@ def _attention(
 ) -> str:
     bias = tensors.get(f"{name}.att_proj.bias") if d.qkv_bias else None
     qkv = precision.linear(graph, x, f"{name}.att_proj", tensors.get(f"{name}.att_proj.weight"), bias)
-    kv_dim = d.n_kv_heads * d.head_dim
     parts = [f"{name}.{part}" for part in ("q", "k", "v")]
-    q, k, v = graph.nodes("Split", qkv, graph.ints(d.d_model, kv_dim, kv_dim), outputs=parts, axis=-1)
-    if d.qk_norm:  # over the full width, before the heads are split
-        q, k = (
-            rms_norm(graph, part, f"{name}.{norm}", tensors.get(f"{name}.{norm}.weight"), d.norm_eps)
-            for part, norm in ((q, "q_norm"), (k, "k_norm"))
-        )
+    q, k, v = graph.nodes("Split", qkv, graph.ints(d.q_dim, d.kv_dim, d.kv_dim), outputs=parts, axis=-1)
+
+    def norm(part: str, which: str) -> str:
+        if d.qk_norm_per_head:
+            part = graph.node("Reshape", part, graph.ints(0, 0, -1, d.head_dim))
+        part = rms_norm(graph, part, f"{name}.{which}", tensors.get(f"{name}.{which}.weight"), d.norm_eps)
+        return graph.node("Reshape", part, graph.ints(0, 0, -1)) if d.qk_norm_per_head else part
+
+    if d.qk_norm:
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
     half = precision.half_after(f"{name}.att_proj")
     h = cached_attention(graph, d, (q, k, v), name, layer, where, half=half)
     return precision.linear(graph, h, f"{name}.attn_out", tensors.get(f"{name}.attn_out.weight"), None)

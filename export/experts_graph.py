@@ -1,6 +1,6 @@
 """OLMoE's experts in a graph, in one of three forms.
 
-The router is float32 unless a precision by part says otherwise, and the chosen probabilities are not renormalised
+The router is float32 unless the precision has another for it, and the chosen probabilities are not renormalised
 (OLMoE: norm_topk_prob false).
 """
 
@@ -13,15 +13,15 @@ from molmo_edge.config import DecoderConfig
 from molmo_edge.export.graph_builder import ExpertPart, Graph, Precision
 from molmo_edge.export.graph_operators import silu
 
-# Weights of a layer's experts. Below, computing all of them is faster than picking some: nano has 2.7 million.
+# Weights of a layer's experts. With fewer, computing all is faster than selecting some; nano has 2.7 million.
 _WIDE_BELOW = 8_000_000
 
 
 def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision: Precision, x: str, name: str) -> str:
     """x [1, n, d_model] -> the sum of its top_k experts, each weighted by its probability.
 
-    By the precision's own operator; else, where they are few and small, all of them as one wide SwiGLU that the router
-    scales; else one after the other, each on the positions that chose it.
+    The precision's own operator is used if it has one; otherwise small experts become one wide SwiGLU that the router
+    scales, and large ones run one after the other on the positions that chose them.
     """
 
     def part(which: str, e: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def _chosen(graph: Graph, d: DecoderConfig, probabilities: str, name: str) -> st
 def _wide(
     graph: Graph, d: DecoderConfig, precision: Precision, x: str, chosen: str, name: str, part: ExpertPart
 ) -> str:
-    """Exact: an expert that was not chosen is scaled by 0."""
+    """All experts as one SwiGLU; those that were not chosen are scaled by 0, so the result is exact."""
 
     def stacked(which: str, axis: int = 0) -> np.ndarray:
         return np.concatenate([part(which, e) for e in range(d.n_experts)], axis=axis)
@@ -67,7 +67,7 @@ def _wide(
 def _one_by_one(
     graph: Graph, d: DecoderConfig, precision: Precision, x: str, chosen: str, name: str, part: ExpertPart
 ) -> str:
-    """For each expert the positions that chose it are gathered, run, and added to the sum."""
+    """For each expert: gather the positions that chose it, run it, and add the result to the sum."""
     rows = graph.node("Reshape", x, graph.ints(-1, d.d_model))  # [n, d_model]
     columns = graph.nodes(
         "Split",

@@ -1,8 +1,11 @@
-"""What both towers are made of, each in two forms: ONNX Runtime's fused operators, or ONNX's own alone.
+"""The operators of the towers and the decoder, each in two forms: fused for ONNX Runtime, or standard ONNX alone.
 
-The fused ones ("com.microsoft", and SimplifiedLayerNormalization, which is in no standard either) are what is fast on
-ONNX Runtime. The plain ones (`Graph.plain`) run on whatever reads ONNX: TensorRT, CoreML, onnx's own reference
-evaluator. Inputs, outputs and the caches of a graph are the same in both, but for the padding of narrow heads.
+The fused operators ("com.microsoft", and SimplifiedLayerNormalization, which is not standard either) are fast on ONNX
+Runtime. The plain form (`Graph.plain`) runs on every reader of ONNX: TensorRT, CoreML, onnx's reference evaluator.
+Inputs, outputs and caches of a graph are the same in both forms, except for the padding of narrow heads.
+
+GroupQueryAttention is causal, and its attention_bias can hide keys, but not show later ones. So the attention of a
+decoder with `bidirectional_images` always has the plain form.
 
 With `half` the products of attention, and so the caches, are float16; softmax, norms and sums stay float32.
 """
@@ -16,7 +19,7 @@ import numpy as np
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export.graph_builder import FLOAT, FLOAT16, INT64, MICROSOFT, Graph
 
-_HEAD_UNIT = 16  # GroupQueryAttention takes heads of a multiple of this
+_HEAD_UNIT = 16  # GroupQueryAttention needs heads of a multiple of this width
 
 
 def rms_norm(graph: Graph, x: str, name: str, weight: np.ndarray, eps: float) -> str:
@@ -38,15 +41,22 @@ def quick_gelu(graph: Graph, x: str) -> str:
     return graph.node("Mul", x, graph.node("Sigmoid", graph.node("Mul", x, graph.constant(1.702))))
 
 
+def gelu(graph: Graph, x: str, activation: str) -> str:
+    """`activation`: of VisionConfig."""
+    if activation == "quick_gelu":
+        return quick_gelu(graph, x)
+    return graph.node("Gelu", x, approximate="tanh" if activation == "gelu_pytorch_tanh" else None)
+
+
 def attention(graph: Graph, q: str, k: str, v: str, n_heads: int, head_dim: int, *, half: bool) -> str:
-    """Every position looks at every other: q, k, v [batch, n, n_heads * head_dim] -> the same shape."""
+    """Attention without a mask: q, k, v [batch, n, n_heads * head_dim] -> the same shape."""
     q, k, v = (to_half(graph, part) if half else part for part in (q, k, v))
     if not graph.plain:
         return from_half(graph, graph.node("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=n_heads), half)
     heads = graph.ints(0, 0, n_heads, head_dim)
     q, k, v = (graph.node("Reshape", part, heads) for part in (q, k, v))
     q, v = (graph.node("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, v))  # [batch, n_heads, n, head_dim]
-    # Scaled before the product, which so stays small enough for float16.
+    # Scaled before the product, so that the product is small enough for float16.
     q = graph.node("Mul", q, graph.constant(head_dim**-0.5, np.float16 if half else np.float32))
     scores = from_half(graph, graph.node("MatMul", q, graph.node("Transpose", k, perm=[0, 2, 3, 1])), half)
     h = graph.node("MatMul", _softmax(graph, scores, half), v)
@@ -55,7 +65,7 @@ def attention(graph: Graph, q: str, k: str, v: str, n_heads: int, head_dim: int,
 
 
 def to_half(graph: Graph, x: str) -> str:
-    """x as float16, once for all that want it."""
+    """x as float16; one Cast for all consumers."""
     if ("float16", x) not in graph.memo:
         graph.memo["float16", x] = graph.node("Cast", x, to=FLOAT16)
     return graph.memo["float16", x]
@@ -72,22 +82,22 @@ def _softmax(graph: Graph, scores: str, half: bool) -> str:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the n positions of a run lie: what every layer's attention needs, made once."""
+    """The positions of a run's n tokens: values that the attention of every layer shares."""
 
-    total: str  # int32 [1]: positions after these n
+    total: str  # int32 [1]: positions in the cache after these n
     cos: str  # [max_position_embeddings, head_dim / 2]
     sin: str
     fused: str = ""  # total - 1, as GroupQueryAttention counts
     rows: str = ""  # plain: their positions, int64 [n]
-    mask: str = ""  # plain: 0 where a position may look, -inf elsewhere [n, total]
+    mask: str = ""  # plain: 0 for the keys that a position attends to, -inf for the others [n, total]
 
 
-def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str) -> Positions:
-    """Rotary tables are made in float32 throughout, as the reference makes them."""
+def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image: str = "") -> Positions:
+    """`image`: bool [n], for a decoder with `bidirectional_images`. Rotary tables are float32, as in the reference."""
     exponent = np.arange(0, d.head_dim, 2, dtype=np.float32) / np.float32(d.head_dim)
     frequency = np.float32(1.0) / np.float32(d.rope_theta) ** exponent
     angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequency
-    if not graph.plain:
+    if _fused(graph, d):
         angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))
         cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
         return Positions(total, cos, sin, fused=graph.node("Sub", total, graph.constant([1], np.int32)))
@@ -97,9 +107,20 @@ def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str) -> Po
     one, zero = graph.constant(1, np.int64), graph.constant(0, np.int64)
     rows = graph.node("Range", graph.node("Sub", end, n), end, one)
     keys = graph.node("Range", zero, end, one)
-    seen = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", rows, graph.ints(1)))  # [n, total]
-    mask = graph.node("Where", seen, graph.constant(0.0), graph.constant(float("-inf")))
+    visible = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", rows, graph.ints(1)))  # [n, total]
+    if image:  # image tokens of this run also see later ones; what is in the cache already is visible anyway
+        start = graph.node("Unsqueeze", graph.node("Sub", end, n), graph.ints(0))
+        cached = graph.node("Expand", graph.constant(False, np.bool_), start)
+        images = graph.node("Concat", cached, image, axis=0)  # [total]
+        pairs = graph.node("And", graph.node("Unsqueeze", image, graph.ints(1)), images)
+        visible = graph.node("Or", visible, pairs)
+    mask = graph.node("Where", visible, graph.constant(0.0), graph.constant(float("-inf")))
     return Positions(total, cos, sin, rows=rows, mask=mask)
+
+
+def _fused(graph: Graph, d: DecoderConfig) -> bool:
+    """Whether the decoder's attention is GroupQueryAttention."""
+    return not graph.plain and not d.bidirectional_images
 
 
 def kernel_head_dim(d: DecoderConfig) -> int:
@@ -110,16 +131,17 @@ def kernel_head_dim(d: DecoderConfig) -> int:
 def cached_attention(
     graph: Graph, d: DecoderConfig, qkv: tuple[str, str, str], name: str, layer: int, where: Positions, *, half: bool
 ) -> str:
-    """Rotate q and k, append k and v to the layer's cache, attend: -> [1, n, d_model].
+    """Rotate q and k, append k and v to the layer's cache, attend: -> [1, n, q_dim].
 
-    The cache is `past_key.<layer>` and `past_value.<layer>` [1, n_kv_heads, capacity, head_dim] (rounded up to a
-    multiple of 16 where the operator is fused), and leaves as `present_*`, to be bound to the same memory.
+    The cache is `past_key.<layer>` and `past_value.<layer>` [1, n_kv_heads, capacity, head_dim] (head_dim rounded up
+    to a multiple of 16 if the operator is fused). The outputs are `present_*`, to be bound to the same memory.
     """
     number, width = (np.float16, FLOAT16) if half else (np.float32, FLOAT)
-    buffer: list[int | str] = [1, d.n_kv_heads, "capacity", d.head_dim if graph.plain else kernel_head_dim(d)]
+    fused = _fused(graph, d)
+    buffer: list[int | str] = [1, d.n_kv_heads, "capacity", kernel_head_dim(d) if fused else d.head_dim]
     past = [graph.input(f"past_{part}.{layer}", number, buffer) for part in ("key", "value")]
     present = [f"present_{part}.{layer}" for part in ("key", "value")]
-    if graph.plain:
+    if not fused:
         h = _plain_cached(graph, d, qkv, past, present, where, width)
     else:
         q, k, v = (_widen(graph, d, part) for part in qkv)
@@ -166,18 +188,18 @@ def _plain_cached(
         part = graph.node("Cast", part, to=width) if half else part
         whole = graph.node("ScatterND", old, _slots(graph, d, where), part, name=new)
         end = graph.node("Cast", where.total, to=INT64)
-        valid = graph.node("Slice", whole, graph.ints(0), end, graph.ints(2))  # what lies behind is not written yet
+        valid = graph.node("Slice", whole, graph.ints(0), end, graph.ints(2))  # later positions are not written yet
         seen.append(graph.node("Unsqueeze", valid, graph.ints(2)))  # [1, n_kv_heads, 1, total, head_dim]
     keys = graph.node("Transpose", seen[0], perm=[0, 1, 2, 4, 3])
     q = graph.node("Cast", q, to=width) if half else q
     scores = graph.node("Add", from_half(graph, graph.node("MatMul", q, keys), half), where.mask)
     h = graph.node("MatMul", _softmax(graph, scores, half), seen[1])
     h = graph.node("Transpose", from_half(graph, h, half), perm=[0, 3, 1, 2, 4])
-    return graph.node("Reshape", h, graph.ints(0, 0, d.d_model))
+    return graph.node("Reshape", h, graph.ints(0, 0, d.q_dim))
 
 
 def _slots(graph: Graph, d: DecoderConfig, where: Positions) -> str:
-    """Where k and v go in a cache: [1, n_kv_heads, n, 3] of (0, head, position)."""
+    """The indices of k and v in a cache: [1, n_kv_heads, n, 3] of (0, head, position)."""
     if ("slots", where.rows) not in graph.memo:
         heads = graph.weight("kv_heads", np.arange(d.n_kv_heads, dtype=np.int64)[None, :, None, None])
         rows = graph.node("Unsqueeze", where.rows, graph.ints(0, 1, 3))  # [1, 1, n, 1]
@@ -190,7 +212,7 @@ def _slots(graph: Graph, d: DecoderConfig, where: Positions) -> str:
 
 
 def _rotate(graph: Graph, x: str, where: Positions) -> str:
-    """x [1, n, heads, head_dim] turned by its positions; the halves of a head pair up."""
+    """x [1, n, heads, head_dim] rotated by its positions, in the rotate-half layout."""
     if ("angles", where.rows) not in graph.memo:
         for table, kind in ((where.cos, "angles"), (where.sin, "sines")):
             picked = graph.node("Gather", table, where.rows)  # [n, head_dim / 2]
@@ -203,13 +225,13 @@ def _rotate(graph: Graph, x: str, where: Positions) -> str:
 
 
 def _widen(graph: Graph, d: DecoderConfig, x: str) -> str:
-    """Heads of x [1, n, heads * head_dim] padded with zeros, each half of a head for itself, as rotation pairs them."""
+    """Pad the heads of x [1, n, heads * head_dim] with zeros, each half by itself, because rotation pairs halves."""
     pad = (kernel_head_dim(d) - d.head_dim) // 2
     if not pad:
         return x
     halves = graph.node("Reshape", x, graph.ints(1, -1, 2, d.head_dim // 2))  # [1, n * heads, 2, head_dim / 2]
     halves = graph.node("Pad", halves, graph.ints(0, 0, 0, 0, 0, 0, 0, pad))
-    # Shape of x but for the last axis, which the heads have outgrown.
+    # The shape of x except for the last axis.
     length = graph.node("Shape", x, start=0, end=2)
     return graph.node("Reshape", halves, graph.node("Concat", length, graph.ints(-1), axis=0))
 
@@ -221,4 +243,4 @@ def _narrow(graph: Graph, d: DecoderConfig, x: str) -> str:
         return x
     halves = graph.node("Reshape", x, graph.ints(0, -1, 2 * d.n_heads, kernel_head_dim(d) // 2))
     halves = graph.node("Slice", halves, graph.ints(0), graph.ints(half), graph.ints(3))
-    return graph.node("Reshape", halves, graph.ints(0, -1, d.d_model))
+    return graph.node("Reshape", halves, graph.ints(0, -1, d.q_dim))

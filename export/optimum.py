@@ -87,6 +87,11 @@ def export_with_optimum(
         )
     if config.conv_tower is not None:
         raise ExportError(f"{checkpoint} has a convolutional tower, which export_bundle writes and optimum does not")
+    if config.extra_vision or config.image.pools_across_crops or config.decoder.bidirectional_images:
+        raise ExportError(
+            f"{checkpoint} has several ViTs, pooling across crops or bidirectional images, which export_bundle writes "
+            "and optimum does not"
+        )
     tensors = open_tensors(checkpoint)
     check_tensors(config, tensors, where=checkpoint)
     hub = MolmoHubConfig()

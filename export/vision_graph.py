@@ -1,38 +1,29 @@
-"""The vision tower as an ONNX graph: CLIP ("openai") or DINOv2 ("dino"), up to the last block that is used."""
+"""The vision towers as one ONNX graph; a ViT (CLIP, DINOv2, SigLIP) up to the last block whose output is used."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from molmo_edge.checkpoints.tensor_names import vit_names
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig, VisionConfig
 from molmo_edge.export.conv_tower_graph import conv_features
 from molmo_edge.export.graph_builder import Graph, Precision
-from molmo_edge.export.graph_operators import attention, quick_gelu
-
-HUB = "model.vision_backbone.image_vit"
+from molmo_edge.export.graph_operators import attention, gelu
 
 
 def vision_encoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision) -> None:
     """crops float32 [n, patches^2, patch_size^2 * 3] -> features float32 [n, patches^2, feature_dim].
 
-    The class token runs along and is dropped; the outputs of `config.vision.layers` are concatenated in that
-    order. With a convolutional tower its features are concatenated to them, and there are the inputs of
-    `conv_features` as well. A crop whose pixels are ALL -1 (batch padding) gives zeros; the remote code of MolmoE
-    zeroes a crop where ANY pixel is -1, which is a bug of it (reference: MolmoVisionBackbone.encode_image).
+    The outputs of the `layers` of each ViT are concatenated in that order, without the class token, then the features
+    of a convolutional tower, which adds the inputs of `conv_features`. A crop whose pixels are ALL -1 (batch padding)
+    gives zeros; the remote code of MolmoE does so where ANY pixel is -1, which is a bug (reference:
+    MolmoVisionBackbone.encode_image).
     """
     v = config.vision
-    crops = graph.input("crops", np.float32, ["n", v.n_pos - 1, v.patch_size**2 * 3])
-    x = _embed(graph, v, tensors, precision, crops)
-    outputs = {}
-    for layer in range(v.last_layer + 1):
-        x = _block(graph, v, tensors, precision, x, layer)
-        outputs[layer] = x
-    chosen = [outputs[layer % v.n_layers] for layer in v.layers]
-    features = chosen[0] if len(chosen) == 1 else graph.node("Concat", *chosen, axis=-1)
-    features = graph.node(
-        "Slice", features, graph.ints(1), graph.ints(v.n_pos), graph.ints(1)
-    )  # without the class token
+    crops = graph.input("crops", np.float32, ["n", v.n_patches, v.patch_size**2 * 3])
+    vits = [_vit(graph, vit, tensors, precision, crops, hub) for vit, _, hub in vit_names(config)]
+    features = vits[0] if len(vits) == 1 else graph.node("Concat", *vits, axis=-1)
 
     padding = graph.node("Cast", graph.node("Equal", crops, graph.constant(-1.0)), to=1)  # float
     all_padding = graph.node("ReduceMin", padding, graph.ints(1, 2), keepdims=1)  # [n, 1, 1]
@@ -41,7 +32,21 @@ def vision_encoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, pre
     features = graph.node("Mul", features, keep, name=None if tower else "features")
     if tower:
         features = graph.node("Concat", features, conv_features(graph, config, tensors), axis=-1, name="features")
-    graph.output(features, np.float32, ["n", v.n_pos - 1, config.feature_dim])
+    graph.output(features, np.float32, ["n", v.n_patches, config.feature_dim])
+
+
+def _vit(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precision, crops: str, hub: str) -> str:
+    """[n, patches^2, v.feature_dim]"""
+    x = _embed(graph, v, tensors, precision, crops, hub)
+    outputs = {}
+    for layer in range(v.last_layer + 1):
+        x = _block(graph, v, tensors, precision, x, f"{hub}.transformer.resblocks.{layer}")
+        outputs[layer] = x
+    chosen = [outputs[layer % v.n_layers] for layer in v.layers]
+    features = chosen[0] if len(chosen) == 1 else graph.node("Concat", *chosen, axis=-1)
+    if not v.parts.class_token:
+        return features
+    return graph.node("Slice", features, graph.ints(1), graph.ints(v.n_pos), graph.ints(1))
 
 
 def layer_norm(graph: Graph, x: str, name: str, tensors: TensorSource, eps: float) -> str:
@@ -49,27 +54,26 @@ def layer_norm(graph: Graph, x: str, name: str, tensors: TensorSource, eps: floa
     return graph.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)
 
 
-def _embed(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precision, crops: str) -> str:
-    dino = v.image_model_type == "dino"
-    name = f"{HUB}.patch_embedding"
-    bias = tensors.get(f"{name}.bias") if dino else None
-    patches = precision.linear(graph, crops, name, tensors.get(f"{name}.weight"), bias)  # [n, patches^2, d]
-    token = graph.weight(f"{HUB}.class_embedding", tensors.get(f"{HUB}.class_embedding").reshape(1, 1, -1))
-    batch = graph.node("Shape", crops, start=0, end=1)
-    token = graph.node("Expand", token, graph.node("Concat", batch, graph.ints(1, 1), axis=0))  # [n, 1, d]
-    x = graph.node("Concat", token, patches, axis=1)  # [n, n_pos, d]
-    positions = graph.weight(f"{HUB}.positional_embedding", tensors.get(f"{HUB}.positional_embedding"))
+def _embed(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precision, crops: str, hub: str) -> str:
+    name = f"{hub}.patch_embedding"
+    bias = tensors.get(f"{name}.bias") if v.parts.patch_bias else None
+    x = precision.linear(graph, crops, name, tensors.get(f"{name}.weight"), bias)  # [n, patches^2, d]
+    if v.parts.class_token:
+        token = graph.weight(f"{hub}.class_embedding", tensors.get(f"{hub}.class_embedding").reshape(1, 1, -1))
+        batch = graph.node("Shape", crops, start=0, end=1)
+        token = graph.node("Expand", token, graph.node("Concat", batch, graph.ints(1, 1), axis=0))  # [n, 1, d]
+        x = graph.node("Concat", token, x, axis=1)  # [n, n_pos, d]
+    positions = graph.weight(f"{hub}.positional_embedding", tensors.get(f"{hub}.positional_embedding"))
     x = graph.node("Add", x, positions)
-    return x if dino else layer_norm(graph, x, f"{HUB}.pre_ln", tensors, v.norm_eps)
+    return layer_norm(graph, x, f"{hub}.pre_ln", tensors, v.norm_eps) if v.parts.pre_ln else x
 
 
-def _block(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precision, x: str, layer: int) -> str:
-    """Pre-norm block; LayerScale (DINOv2) is folded into the last matrix of each branch."""
-    block = f"{HUB}.transformer.resblocks.{layer}"
+def _block(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precision, x: str, block: str) -> str:
+    """Pre-norm block; LayerScale is folded into the last matrix of each branch."""
 
     def linear(y: str, part: str, scale: str = "") -> str:
         weight, bias = tensors.get(f"{block}.{part}.weight"), tensors.get(f"{block}.{part}.bias")
-        if scale and v.image_model_type == "dino":
+        if scale and v.parts.layer_scale:
             factor = tensors.get(f"{block}.{scale}")
             weight, bias = weight * factor[:, None], bias * factor
         return precision.linear(graph, y, f"{block}.{part}", weight, bias)
@@ -81,6 +85,5 @@ def _block(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Prec
     x = graph.node("Add", x, linear(h, "attention.wo", "lambda1"))
 
     h = layer_norm(graph, x, f"{block}.ffn_norm", tensors, v.norm_eps)
-    h = linear(h, "feed_forward.w1")
-    h = quick_gelu(graph, h) if v.activation == "quick_gelu" else graph.node("Gelu", h)
+    h = gelu(graph, linear(h, "feed_forward.w1"), v.activation)
     return graph.node("Add", x, linear(h, "feed_forward.w2", "lambda2"), name=block)

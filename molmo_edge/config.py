@@ -1,14 +1,17 @@
-"""What a Molmo is made of: image geometry, vision tower, connector, decoder.
+"""The configuration of a Molmo: image geometry, vision towers, connector and decoder, and presets by name.
 
-Plain frozen dataclasses that check themselves, and presets by name.
+The sections are frozen dataclasses that validate themselves. A model family is a preset here, a reader of its
+config.json (checkpoints/hub_config.py) and its tensor names (checkpoints/tensor_names.py); what the families differ
+in are fields of these sections.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from molmo_edge.errors import MolmoEdgeError
 
@@ -17,12 +20,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+OVERVIEW_UNIT = 32  # pixels; the sides of an overview are padded to multiples of it
 
-OVERVIEW_UNIT = 32  # pixels; sides of an overview are padded to multiples of it
-
+# Devices that a model can run on; "auto" picks one of them.
 DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml", "vulkan")
 
-# Of weights on PyTorch: modeling/precision.py says what they mean.
+# Precisions of the weights on PyTorch, see modeling/precision.py.
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
 
 
@@ -30,25 +33,30 @@ class ConfigError(MolmoEdgeError):
     """A configuration that cannot be read, or that contradicts itself."""
 
 
-_MAY_BE_ZERO = ("max_crops", "overview", "n_experts", "top_k", "additional_vocab_size")
-_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_MAY_BE_ZERO = ("max_crops", "overview", "n_experts", "top_k", "additional_vocab_size", "head_dim_override")
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+def _added(default: Any) -> Any:
+    """A field that earlier versions did not have: JSON has its key only where it differs from the default."""
+    return field(default=default, metadata={"omit_default": True})
 
 
 def _check(config: Any) -> None:
-    """Raise ConfigError for a field of another type than it says, or for a size that is none.
+    """Raise ConfigError for a field of the wrong type, and for a size that is not positive.
 
-    Manifests and config.json come from anybody; what is wrong in them is named here, not by a division further on.
+    Manifests and config.json are untrusted input: an error here names the field, a division by zero later would not.
     """
     for f in dataclasses.fields(config):
         name, value = f"{type(config).__name__}.{f.name}", getattr(config, f.name)
         kind, *more = str(f.type).removeprefix("tuple[").removesuffix("]").split(", ")  # ["int", "int"], ["int", "..."]
-        if kind not in _KINDS:
-            continue  # a section, which has checked itself
+        if kind not in _TYPES:
+            continue  # a section, which validates itself
         if more:
             fits = isinstance(value, tuple) and (more == ["..."] or len(value) == 1 + len(more))
-            fits = fits and all(_is(kind, v) for v in value)
+            fits = fits and all(_has_type(v, kind) for v in value)
         else:
-            fits = _is(kind, value)
+            fits = _has_type(value, kind)
         if not fits:
             raise ConfigError(f"{name} must be {f.type}, it is {value!r}")
         if kind in ("int", "float") and not more and not (value > 0 or (value == 0 and f.name in _MAY_BE_ZERO)):
@@ -56,35 +64,45 @@ def _check(config: Any) -> None:
             raise ConfigError(f"{name} must be {allowed}, it is {value}")
 
 
-def _is(kind: str, value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, _KINDS[kind]):
+def _has_type(value: Any, kind: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
         return kind == "bool" and isinstance(value, bool)
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _check_word(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ConfigError(f'{name} "{value}" is not supported (supported: {", ".join(known)})')
+
+
 @dataclass(frozen=True)
 class ImageConfig:
-    """Geometry of the overlapping crops (reference: MultiModalPreprocessor, "overlap-and-resize-c2")."""
+    """Geometry of the overlapping crops (reference: MultiModalPreprocessor, "overlap-and-resize-c2").
+
+    The patches of the crops, without those that a neighbour repeats, form one grid. Its cells of pool x pool patches
+    are what the decoder sees. In Molmo v1 each cell lies in one crop; with other sizes a cell may take patches of
+    neighbouring crops, and the last row or column may be incomplete (Molmo2: 27 x 27 patches): `pools_across_crops`.
+    """
 
     crop_size: int = 336  # side of a crop and of the global view, pixels
     patch_size: int = 14  # side of a ViT patch, pixels
     pool: int = 2  # patches per pooled cell, along each side
     overlap_margins: tuple[int, int] = (4, 4)  # patches dropped at the left/top and right/bottom inner sides
-    max_crops: int = 12  # most crops of a tiling, the global view not counted; 0: the global view alone
+    max_crops: int = 12  # maximum number of crops besides the global view; 0: the global view only
     resize: str = "default"  # "default": bilinear, aspect kept, padded; "dino": bicubic, stretched to the canvas
-    overview: int = 0  # longest side, pixels, of the whole picture as a convolutional tower sees it; 0: no such tower
+    overview: int = 0  # longest side, pixels, of the whole image as a convolutional tower sees it; 0: no such tower
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
         _check(self)
         left, right = self.overlap_margins
-        if self.crop_size % (self.patch_size * self.pool):
-            raise ConfigError(
-                f"crop_size {self.crop_size} is not a multiple of patch_size * pool = {self.patch_size * self.pool}"
-            )
-        if left % self.pool or right % self.pool or min(left, right) < 0:
-            raise ConfigError(f"overlap_margins {self.overlap_margins} must be non-negative multiples of {self.pool}")
+        if self.crop_size % self.patch_size:
+            raise ConfigError(f"crop_size {self.crop_size} is not a multiple of patch_size {self.patch_size}")
+        if min(left, right) < 0:
+            raise ConfigError(f"overlap_margins {self.overlap_margins} must not be negative")
+        if self.pool > self.patches:
+            raise ConfigError(f"pool {self.pool} is larger than a crop of {self.patches} x {self.patches} patches")
         if left + right >= self.patches:
             raise ConfigError(
                 f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches"
@@ -95,8 +113,7 @@ class ImageConfig:
             )
         if not min(self.std) > 0:
             raise ConfigError(f"std must be positive, it is {self.std}")
-        if self.resize not in ("default", "dino"):
-            raise ConfigError(f'resize is "{self.resize}"; known are "default" and "dino"')
+        _check_word("resize", self.resize, ("default", "dino"))
 
     @property
     def patches(self) -> int:
@@ -105,28 +122,58 @@ class ImageConfig:
 
     @property
     def cells(self) -> int:
-        """Pooled cells along a side of a crop (12)."""
-        return self.patches // self.pool
+        """Pooled cells along a side of the global view (12)."""
+        return -(-self.patches // self.pool)
 
     @property
     def window(self) -> int:
         """Patches along a side of a crop that no neighbour repeats (16): the stride of the tiling."""
         return self.patches - sum(self.overlap_margins)
 
+    @property
+    def pools_across_crops(self) -> bool:
+        """Whether cells are gathered from the stitched grid by index, rather than pooled within each crop."""
+        return any(side % self.pool for side in (self.patches, *self.overlap_margins))
+
+    def grids(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of patches of the global view and, where there are crops, of the stitched grid."""
+        rows, cols = (n * self.window + sum(self.overlap_margins) for n in tiling)
+        return [(self.patches, self.patches), *([(rows, cols)] if tiling[0] else [])]
+
+    def cell_grids(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
+        """As `grids`, in pooled cells."""
+        return [(-(-rows // self.pool), -(-cols // self.pool)) for rows, cols in self.grids(tiling)]
+
+
+class _VitParts(NamedTuple):
+    """What the pretrained ViTs have besides the blocks that all of them share."""
+
+    class_token: bool  # it occupies position 0 and is dropped from the features
+    pre_ln: bool  # a LayerNorm before the first block
+    patch_bias: bool  # of the patch embedding
+    layer_scale: bool  # each branch of a block is multiplied by a vector
+
+
+_VITS = {
+    "openai": _VitParts(class_token=True, pre_ln=True, patch_bias=False, layer_scale=False),  # CLIP
+    "dino": _VitParts(class_token=True, pre_ln=False, patch_bias=True, layer_scale=True),  # DINOv2
+    "siglip": _VitParts(class_token=False, pre_ln=False, patch_bias=True, layer_scale=False),  # SigLIP, SigLIP2
+}
+
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT: CLIP ("openai": pre_ln, quick_gelu) or DINOv2 ("dino": LayerScale, gelu, biased patch embedding)."""
+    """A ViT over one crop. `image_model_type` is the reference's name of the pretrained ViT whose parts it has."""
 
     image_model_type: str = "openai"
     d_model: int = 1024
     n_layers: int = 23  # CLIP's last layer was dropped when Molmo was trained
     n_heads: int = 16
     mlp_dim: int = 4096
-    n_pos: int = 577  # class token + patches
+    n_pos: int = 577  # class token, where there is one, and patches
     patch_size: int = 14  # pixels
     norm_eps: float = 1e-5
-    activation: str = "quick_gelu"
+    activation: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"
     layers: tuple[int, ...] = (-2, -9)  # block outputs that are concatenated, in this order
 
     def __post_init__(self) -> None:
@@ -135,10 +182,16 @@ class VisionConfig:
             raise ConfigError(f"vision layers {self.layers} are not all among the ViT's {self.n_layers}")
         if self.d_model % self.n_heads:
             raise ConfigError(f"vision d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
-        if self.image_model_type not in ("openai", "dino"):
-            raise ConfigError(f'vision type "{self.image_model_type}" is not known; known are "openai" and "dino"')
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ConfigError(f'vision activation "{self.activation}" is not known; known are "quick_gelu" and "gelu"')
+        _check_word("vision type", self.image_model_type, _VITS)
+        _check_word("vision activation", self.activation, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
+
+    @property
+    def parts(self) -> _VitParts:
+        return _VITS[self.image_model_type]
+
+    @property
+    def n_patches(self) -> int:
+        return self.n_pos - self.parts.class_token
 
     @property
     def head_dim(self) -> int:
@@ -151,18 +204,18 @@ class VisionConfig:
 
     @property
     def last_layer(self) -> int:
-        """Index of the last block whose output is used; later blocks never run."""
+        """Index of the last block whose output is used; later blocks are not run."""
         return max(layer % self.n_layers for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class ConvTowerConfig:
-    """A convolutional tower over the whole picture: a CSP backbone and a feature pyramid at strides 8, 16 and 32.
+    """A convolutional tower over the whole image: a CSP backbone and a feature pyramid at strides 8, 16 and 32.
 
     The shape is that of NanoDet-g (github.com/RangiLyu/nanodet, CustomCspNet and PAN).
     """
 
-    stem_dim: int = 32  # channels behind the first convolution
+    stem_dim: int = 32  # channels after the first convolution
     steps: tuple[int, ...] = (1, 2, 2, 3)  # residual steps of each stage; a stage doubles the channels
     pyramid_dim: int = 128  # channels of every level of the pyramid
 
@@ -181,30 +234,40 @@ class ConvTowerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder of the OLMo family: dense (Qwen2 style, OLMo post-norm style) or OLMoE."""
+    """A decoder: dense (Qwen2, Qwen3, OLMo2) or with sparse experts (OLMoE)."""
 
     d_model: int = 2048
     n_layers: int = 16
     n_heads: int = 16
     n_kv_heads: int = 16
-    ffn_dim: int = 1024  # inner width of the SwiGLU, of one expert where there are experts
+    ffn_dim: int = 1024  # inner width of the SwiGLU (of one expert)
     n_experts: int = 0  # 0: dense
-    top_k: int = 0  # experts a token uses
-    vocab_size: int = 50280  # ids the tokenizer can produce; Molmo's special ids start here
+    top_k: int = 0  # experts per token
+    vocab_size: int = 50280  # ids that the tokenizer can produce; Molmo's special ids start here
     embedding_size: int = 50304  # rows of the embedding and of the head
-    additional_vocab_size: int = 128  # rows of new_embedding, looked up behind the embedding's
+    additional_vocab_size: int = 128  # rows of new_embedding; their ids follow those of the embedding
     qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over the full width of q and of k, before the split into heads
+    qk_norm: bool = False  # RMSNorm of q and of k
     norm_after: bool = False  # True: x + norm(f(x)), False: x + f(norm(x))
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     weight_tying: bool = False
     max_position_embeddings: int = 4096
+    head_dim_override: int = _added(0)  # 0: a head is d_model / n_heads wide; read `head_dim`
+    qk_norm_per_head: bool = _added(False)  # False: over all heads together (OLMo), True: over each head (Qwen3)
+    image_attention: str = _added("causal")  # or "bidirectional": in prefill, image tokens attend to each other
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.d_model % self.n_heads:
+        if not self.head_dim_override and self.d_model % self.n_heads:
             raise ConfigError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.head_dim_override * self.n_heads == self.d_model:
+            object.__setattr__(self, "head_dim_override", 0)
+        if self.head_dim_override % 2:
+            raise ConfigError(f"head_dim {self.head_dim_override} must be even")
+        if self.qk_norm_per_head and not self.qk_norm:
+            raise ConfigError("qk_norm_per_head needs qk_norm")
+        _check_word("image_attention", self.image_attention, ("causal", "bidirectional"))
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if bool(self.n_experts) != bool(self.top_k) or self.top_k > self.n_experts:
@@ -212,71 +275,107 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_dim_override or self.d_model // self.n_heads
+
+    @property
+    def q_dim(self) -> int:
+        """Width of all query heads together; d_model unless `head_dim_override` says otherwise."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def bidirectional_images(self) -> bool:
+        return self.image_attention == "bidirectional"
 
 
 @dataclass(frozen=True)
 class MolmoConfig:
-    """A whole model. `projector_dim` is the inner width of the connector's SwiGLU.
+    """A whole model.
 
-    With a `conv_tower` each patch has the ViT's features and, concatenated to them, the tower's.
+    The features of a patch are those of `vision`, of each ViT of `extra_vision` and of `conv_tower`, concatenated in
+    this order. The ViTs see the same crops; the connector's pooling has the width and the heads of `vision`.
     """
 
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    projector_dim: int = 1024
+    projector_dim: int = 1024  # inner width of the connector's SwiGLU
     conv_tower: ConvTowerConfig | None = None
+    pad_embed: bool = _added(True)  # learned vectors are added to patches that are padding (Molmo v1)
+    extra_vision: tuple[VisionConfig, ...] = _added(())
 
     def __post_init__(self) -> None:
         _check(self)
         if bool(self.conv_tower) != bool(self.image.overview):
             raise ConfigError("conv_tower and image.overview go together: the tower sees the overview")
-        if self.vision.n_pos != self.image.patches**2 + 1:
-            raise ConfigError(
-                f"the ViT has {self.vision.n_pos} positions, but a crop has {self.image.patches**2} patches "
-                "and a class token"
-            )
-        if self.vision.patch_size != self.image.patch_size:
-            raise ConfigError(
-                f"the ViT's patches are {self.vision.patch_size} px, those of the crops {self.image.patch_size} px"
-            )
+        for vit in self.vits:
+            patches, class_token = self.image.patches**2, " and a class token" if vit.parts.class_token else ""
+            if vit.n_patches != patches:
+                raise ConfigError(f"the ViT has {vit.n_pos} positions, but a crop has {patches} patches{class_token}")
+            if vit.patch_size != self.image.patch_size:
+                raise ConfigError(
+                    f"the ViT's patches are {vit.patch_size} px wide, those of the crops {self.image.patch_size} px"
+                )
+
+    @property
+    def vits(self) -> tuple[VisionConfig, ...]:
+        return (self.vision, *self.extra_vision)
 
     @property
     def feature_dim(self) -> int:
         """Width of a patch feature as the connector sees it: of all towers together."""
-        return self.vision.feature_dim + (self.conv_tower.feature_dim if self.conv_tower else 0)
+        vits = sum(vit.feature_dim for vit in self.vits)
+        return vits + (self.conv_tower.feature_dim if self.conv_tower else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As written into a bundle's manifest; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """The configuration as a bundle's manifest stores it; `from_dict` reads it back."""
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> MolmoConfig:
         """The inverse of `to_dict`. Raises ConfigError for anything else."""
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration is {type(data).__name__}, not an object with sections")
+        extra = data.get("extra_vision", ())
+        if not isinstance(extra, list | tuple):
+            raise ConfigError(f"extra_vision must be a list of sections, it is {extra!r}")
         return cls(
             image=from_json(ImageConfig, data.get("image")),
             vision=from_json(VisionConfig, data.get("vision")),
             decoder=from_json(DecoderConfig, data.get("decoder")),
             projector_dim=data.get("projector_dim", 1024),
             conv_tower=from_json(ConvTowerConfig, data["conv_tower"]) if data.get("conv_tower") else None,
+            pad_embed=data.get("pad_embed", True),
+            extra_vision=tuple(from_json(VisionConfig, vit) for vit in extra),
         )
 
 
+def to_json(config: Any) -> Any:
+    """A section, with its sections, as a dict; fields of `_added` with their default are left out."""
+    if isinstance(config, tuple):
+        return tuple(to_json(item) for item in config)
+    if not dataclasses.is_dataclass(config):
+        return config
+    values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {f.name: to_json(v) for f, v in values if not (f.metadata.get("omit_default") and v == f.default)}
+
+
 def from_json(kind: type, data: Any) -> Any:
-    """A section of a configuration from parsed JSON. Raises ConfigError."""
+    """The inverse of `to_json` for a section without sections. Raises ConfigError."""
     if not isinstance(data, dict):
         raise ConfigError(f"the configuration has no section for {kind.__name__}")
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
     if unknown:
-        raise ConfigError(f"{kind.__name__} does not know {', '.join(unknown)}: was this made by a newer molmo-edge?")
+        raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}: was this made by a newer molmo-edge?")
     return kind(**{k: as_tuple(v) for k, v in data.items()})
 
 
 def as_tuple(value: Any) -> Any:
-    """JSON knows lists only; what is no list is for the section to judge."""
+    """A list of parsed JSON as a tuple; anything else is left for the section's own check."""
     return tuple(value) if isinstance(value, list) else value
 
 

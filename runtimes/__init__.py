@@ -15,13 +15,14 @@ from molmo_edge.errors import EngineError, Unavailable
 if TYPE_CHECKING:
     from molmo_edge.runtimes.choose_engine import check_model_room, open_files, open_runtime
     from molmo_edge.runtimes.llama_options import LlamaOptions
-    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, PartedRuntime, Runtime
+    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, ImageBlockRuntime, PartedRuntime, Runtime
 
 __all__ = [
     "DEVICES",
     "BatchRuntime",
     "Cache",
     "EngineError",
+    "ImageBlockRuntime",
     "LlamaOptions",
     "PartedRuntime",
     "Runtime",
@@ -34,7 +35,7 @@ __all__ = [
 _MODULES = {
     "choose_engine": ("check_model_room", "open_files", "open_runtime"),
     "llama_options": ("LlamaOptions",),
-    "protocol": ("BatchRuntime", "Cache", "PartedRuntime", "Runtime"),
+    "protocol": ("BatchRuntime", "Cache", "ImageBlockRuntime", "PartedRuntime", "Runtime"),
 }
 
 

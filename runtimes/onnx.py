@@ -20,7 +20,15 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.protocol import Cache, check_capacity, check_copy, check_overview, check_rows
+from molmo_edge.runtimes.protocol import (
+    Cache,
+    check_capacity,
+    check_causal,
+    check_copy,
+    check_overview,
+    check_pooling,
+    check_rows,
+)
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.system.cores import available_cores, choose_threads
 from molmo_edge.system.memory import check_room
@@ -124,6 +132,7 @@ class OnnxCache:
         self.length = length
         self.capacity = next(iter(buffers.values())).value.shape()[2]
         self._session, self._buffers = session, buffers
+        self._bidirectional = any(value.name == "image" for value in session.get_inputs())
         self._logits = np.empty((1, logits), np.float32)
         self._binding = session.io_binding()
         for name, buffer in buffers.items():
@@ -148,12 +157,14 @@ class OnnxCache:
         buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
         return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
 
-    def append(self, embeddings: np.ndarray) -> np.ndarray:
+    def append(self, embeddings: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
         """Run [n, d_model] at the end; -> logits [embedding_size]. `length` moves only when the run succeeded."""
         forks.check(self._born, "this cache")
         total = self.length + len(embeddings)
         self._binding.bind_cpu_input("embeddings", embeddings[None])
         self._binding.bind_cpu_input("total_length", np.array([total], np.int32))
+        if self._bidirectional:
+            self._binding.bind_cpu_input("image", np.zeros(len(embeddings), bool) if image is None else image)
         self._session.run_with_iobinding(self._binding)
         self.length = total
         return self._logits[0].copy()
@@ -218,8 +229,14 @@ class OnnxRuntime:
         if self._sessions:
             self._sessions = None
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
-        return self.connect(self.encode_crops(crops, overview), masks)
+    def encode_image(
+        self,
+        crops: np.ndarray,
+        masks: np.ndarray,
+        overview: Overview | None = None,
+        pooling: np.ndarray | None = None,
+    ) -> np.ndarray:
+        return self.connect(self.encode_crops(crops, overview), masks, pooling)
 
     def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
@@ -230,10 +247,14 @@ class OnnxRuntime:
         parts = (crops[i : i + some] for i in range(0, len(crops), some))
         return np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
 
-    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
         """features [n, patches^2, feature_dim], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
-        features, masks = (np.ascontiguousarray(a, np.float32) for a in (features, masks))
-        return self._run("connector", {"features": features, "masks": masks})
+        inputs = {"features": np.ascontiguousarray(features, np.float32)}
+        if self.config.pad_embed:
+            inputs["masks"] = np.ascontiguousarray(masks, np.float32)
+        if (cells := check_pooling(pooling, self.config)) is not None:
+            inputs["pooling"] = np.ascontiguousarray(cells, np.int64)
+        return self._run("connector", inputs)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         ids = np.ascontiguousarray(token_ids, np.int64)
@@ -249,10 +270,22 @@ class OnnxRuntime:
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be full
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        check_causal(self.config, cache)
+        return self._append(embeddings, None, cache)
+
+    def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`."""
+        return self._append(embeddings, np.asarray(image, bool), cache)
+
+    def _append(self, embeddings: np.ndarray, image: np.ndarray | None, cache: Cache) -> np.ndarray:
         if not isinstance(cache, OnnxCache):
             raise EngineError("this cache was made by another runtime")
         embeddings = check_rows(embeddings, cache)
-        for start in range(0, len(embeddings), _CHUNK):
+        first = 0
+        if image is not None and self.config.decoder.bidirectional_images and image.any():
+            first = int(np.flatnonzero(image)[-1]) + 1  # image tokens attend to each other: they run in one chunk
+            logits = _guard("decoder", functools.partial(cache.append, embeddings[:first], image[:first]))
+        for start in range(first, len(embeddings), _CHUNK):
             logits = _guard("decoder", functools.partial(cache.append, embeddings[start : start + _CHUNK]))
         return logits
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from molmo_edge.frontend.crops import PreparedImage
     from molmo_edge.frontend.prompts import Prompt
-    from molmo_edge.runtimes.protocol import Runtime
+    from molmo_edge.runtimes.protocol import Cache, ImageBlockRuntime, Runtime
 
 
 def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> np.ndarray:
     """BOS and the image tokens, float32 [n, d_model]; `prompt` is that of `image`
     (molmo_edge.frontend.prompts.image_ids)."""
-    return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks, image.overview))
+    return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks, image.overview, image.pooling))
 
 
 def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.ndarray:
@@ -25,3 +25,13 @@ def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.
     # Added to the embedding of <im_patch>, not put in its place: released weights were trained so.
     embeddings[prompt.token_index[kept]] += features[kept]
     return embeddings
+
+
+def prefill(runtime: Runtime, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
+    """Append a prompt to `cache`, embeddings [n, d_model] -> logits [embedding_size] of its last position.
+
+    image: bool [n], True for image tokens. They attend to each other where the decoder says so, see ImageBlockRuntime.
+    """
+    if runtime.config.decoder.bidirectional_images:
+        return cast("ImageBlockRuntime", runtime).prefill_image(embeddings, image, cache)
+    return runtime.forward(embeddings, cache)

@@ -43,10 +43,17 @@ class Runtime(Protocol):
         """The decoder's engine, to display: "onnxruntime", "llama.cpp", "pytorch bf16"."""
         ...
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+    def encode_image(
+        self,
+        crops: np.ndarray,
+        masks: np.ndarray,
+        overview: Overview | None = None,
+        pooling: np.ndarray | None = None,
+    ) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3], masks [n, patches^2] -> image features [n, cells^2, d_model].
 
-        `overview`: the same image for a convolutional tower; ignored by models without one.
+        `overview`: the same image for a convolutional tower; ignored by models without one. `pooling`: int
+        [n_cells, pool^2], for a model that pools across crops (see PreparedImage), which gives [n_cells, d_model].
         """
         ...
 
@@ -75,8 +82,20 @@ class PartedRuntime(Runtime, Protocol):
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim] of all towers."""
         ...
 
-    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
         """Patch features, and masks [n, patches^2] -> image features [n, cells^2, d_model], as `encode_image`."""
+        ...
+
+
+class ImageBlockRuntime(Runtime, Protocol):
+    """A runtime for decoders whose image tokens attend to each other in both directions (`bidirectional_images`)."""
+
+    def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Any) -> np.ndarray:
+        """As `forward`; `image`, bool [n], is True for image tokens: they attend to each other, the rest is causal.
+
+        All images of a prompt belong in one call, because an image token does not attend to those of a later call;
+        text follows by `forward`. For a causal decoder this is `forward`.
+        """
         ...
 
 
@@ -119,6 +138,23 @@ def check_overview(overview: Overview | None, config: MolmoConfig) -> Overview |
     if overview is None:
         raise EngineError("this model has a convolutional tower: pass the overview of the image with its crops")
     return overview
+
+
+def check_pooling(pooling: np.ndarray | None, config: MolmoConfig) -> np.ndarray | None:
+    """Return the patches of each cell, or None for a model that pools within crops. Raises EngineError if missing."""
+    if not config.image.pools_across_crops:
+        return None
+    if pooling is None:
+        raise EngineError("this model pools patches across crops: pass the pooling of the image with its crops")
+    return pooling
+
+
+def check_causal(config: MolmoConfig, cache: Cache) -> None:
+    """Raise EngineError if `forward` would start the cache of a decoder that needs `prefill_image`."""
+    if config.decoder.bidirectional_images and cache.length == 0:
+        raise EngineError(
+            "the image tokens of this model attend to each other in both directions: start its cache with prefill_image"
+        )
 
 
 def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:

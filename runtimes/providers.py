@@ -80,10 +80,10 @@ def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
     """By component and input: the shape without the crops."""
     patches = config.image.patches**2
     features = f"{patches}x{config.feature_dim}"
-    return {
-        "vision_encoder": {"crops": f"{patches}x{3 * config.image.patch_size**2}"},
-        "connector": {"features": features, "masks": str(patches)},
-    }
+    shapes = {"vision_encoder": {"crops": f"{patches}x{3 * config.image.patch_size**2}"}}
+    if not config.image.pools_across_crops:  # else the number of cells depends on the image
+        shapes["connector"] = {"features": features, **({"masks": str(patches)} if config.pad_embed else {})}
+    return shapes
 
 
 def _tensorrt(shapes: dict[str, str], identity: str) -> dict[str, Any]:

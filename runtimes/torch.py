@@ -18,10 +18,11 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.modeling import KVCache, Molmo
+from molmo_edge.modeling.decoder import image_attention_mask
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.protocol import check_copy, check_overview
+from molmo_edge.runtimes.protocol import check_causal, check_copy, check_overview, check_pooling, check_rows
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
 
@@ -141,11 +142,17 @@ class TorchRuntime:
         return self.model.precision
 
     @_inference
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+    def encode_image(
+        self,
+        crops: np.ndarray,
+        masks: np.ndarray,
+        overview: Overview | None = None,
+        pooling: np.ndarray | None = None,
+    ) -> np.ndarray:
         """crops float32 [n, patches^2, 588], masks float32 [n, patches^2] -> float32 [n, cells^2, d_model]."""
-        if check_overview(overview, self.config) is None:
+        if check_overview(overview, self.config) is None and check_pooling(pooling, self.config) is None:
             return self._in_parts(self.model.encode_image, crops, masks)
-        return self._in_parts(self.model.connector, self._all_towers(crops, overview), masks)
+        return self._connect(self._all_towers(crops, overview), masks, pooling)
 
     @_inference
     def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
@@ -153,16 +160,23 @@ class TorchRuntime:
         return self._all_towers(crops, overview)
 
     def _all_towers(self, crops: np.ndarray, overview: Overview | None) -> np.ndarray:
-        features = self._in_parts(self.model.vision, crops)
+        features = self._in_parts(self.model.vit_features, crops)
         if (seen := check_overview(overview, self.config)) is None or self.model.conv_tower is None:
             return features
         sampled = self.model.conv_tower(self._tensor(seen.pixels[None]), [self._tensor(seen.positions)])
         return np.concatenate([features, sampled.float().cpu().numpy()], axis=-1)
 
     @_inference
-    def connect(self, features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    def connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
         """float32 [n, patches^2, feature_dim] and [n, patches^2] -> image features [n, cells^2, d_model]."""
-        return self._in_parts(self.model.connector, features, masks)
+        return self._connect(features, masks, pooling)
+
+    def _connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None) -> np.ndarray:
+        if (cells := check_pooling(pooling, self.config)) is None:
+            return self._in_parts(self.model.connector, features, masks)
+        # A cell may have patches of several crops, so all of them go through the connector at once.
+        index = self._tensor(cells).long()
+        return self.model.connector(self._tensor(features), self._tensor(masks), index).float().cpu().numpy()
 
     def _in_parts(self, module: Callable[..., torch.Tensor], *arrays: np.ndarray) -> np.ndarray:
         """Some crops at a time."""
@@ -190,19 +204,29 @@ class TorchRuntime:
     @_inference
     def forward(self, embeddings: np.ndarray, cache: TorchCache) -> np.ndarray:
         """Append float32 [n, d_model]; -> float32 [embedding_size], the logits of the last position."""
-        if cache.length + len(embeddings) > cache.capacity:
-            raise EngineError(
-                f"the cache holds {cache.capacity} positions, {cache.length + len(embeddings)} are needed"
-            )
-        hidden = self.model.decoder(self._tensor(embeddings)[None], cache=cache.inner)
+        check_causal(self.config, cache)
+        return self._append(embeddings, cache)
+
+    @_inference
+    def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: TorchCache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`."""
+        if not self.config.decoder.bidirectional_images:
+            return self._append(embeddings, cache)
+        return self._append(embeddings, cache, image_attention_mask(self._tensor(image)[None], cache.length))
+
+    def _append(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> np.ndarray:
+        rows = self._tensor(check_rows(embeddings, cache))
+        hidden = self.model.decoder(rows[None], mask=mask, cache=cache.inner)
         return self._logits(hidden[0, -1])
 
     @_inference
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:
         """Run prompts, float32 [n_i, d_model]; -> logits [batch, embedding_size] of their ends, and a cache.
 
-        `room`: tokens that will follow each. Short prompts are padded behind, where causal attention never looks.
+        `room`: tokens that will follow each. Short prompts are padded at the end, which causal attention never reaches.
         """
+        if self.config.decoder.bidirectional_images:
+            raise EngineError("prompts of this model cannot be prefilled in a batch: its image tokens are not causal")
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         longest = int(lengths.max())
         x = torch.zeros(len(prompts), longest, prompts[0].shape[1], device=self.device)

@@ -90,7 +90,13 @@ class FakeRuntime:
     closed: bool = False
     engine: str = "a script"
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+    def encode_image(
+        self,
+        crops: np.ndarray,
+        _masks: np.ndarray,
+        _overview: Overview | None = None,
+        _pooling: np.ndarray | None = None,
+    ) -> np.ndarray:
         self.images += 1
         features = np.zeros((len(crops), self.config.image.cells**2, self.config.decoder.d_model), np.float32)
         features[:, :, 1] = 1 + np.arange(features[:, :, 1].size).reshape(len(crops), -1)

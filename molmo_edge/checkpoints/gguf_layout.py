@@ -1,6 +1,6 @@
-"""The decoder in llama.cpp's words: which of its graphs, which metadata, which tensor is made of which of the hub's.
+"""The decoder in llama.cpp's terms: its graph, its metadata, and how its tensors are made of those of the hub.
 
-Said once, for the exporter that writes a GGUF and for the runtime that refuses one which is another model's.
+The exporter writes a GGUF by this, and the runtime rejects a GGUF of another model by it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from molmo_edge.checkpoints.tensor_names import head_name
+from molmo_edge.checkpoints.tensor_names import TRANSFORMER, block_names, head_name
 from molmo_edge.config import DecoderConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.tokenizer import Tokenizer
-
-HUB = "model.transformer"
 
 
 class NoGraphError(MolmoEdgeError):
@@ -23,7 +21,7 @@ class NoGraphError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a hub tensor; all of them where `rows` is None."""
+    """`rows` rows of a hub tensor from `start`; all of them if `rows` is None."""
 
     hub: str
     start: int = 0
@@ -32,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file, in the order of numpy; of several parts each is an expert."""
+    """One tensor of the file; `shape` in numpy's order. Several parts are experts, stacked."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,26 +43,34 @@ class GgufTensor:
 
 
 def architecture(d: DecoderConfig) -> str:
-    """llama.cpp's name of the graph that computes this decoder. Raises NoGraphError where it has none."""
-    if d.n_experts and d.qk_norm and not (d.norm_after or d.qkv_bias) and d.n_kv_heads == d.n_heads:
-        return "olmoe"
-    if not d.n_experts and d.norm_after and d.qk_norm and not d.qkv_bias:
-        return "olmo2"
-    if not d.n_experts and not d.norm_after and not d.qk_norm:
-        return "qwen2"
-    kind = (
+    """llama.cpp's name of the graph that computes this decoder. Raises NoGraphError if there is none."""
+    qk_norm = d.qk_norm and ("per head" if d.qk_norm_per_head else "full width")
+    own_head_dim = d.q_dim != d.d_model
+    if not d.bidirectional_images:
+        match bool(d.n_experts), d.norm_after, qk_norm, d.qkv_bias, own_head_dim:
+            case True, False, "full width", False, False if d.n_kv_heads == d.n_heads:
+                return "olmoe"
+            case False, True, "full width", False, False:
+                return "olmo2"
+            case False, False, "per head", False, _:
+                return "qwen3"
+            case False, False, False, _, False:
+                return "qwen2"
+    traits = (
         f"{d.n_experts or 'no'} experts",
-        f"norms {'behind' if d.norm_after else 'in front of'} its branches",
-        f"{'with' if d.qk_norm else 'without'} norms of queries and keys",
-        f"{'with' if d.qkv_bias else 'without'} biases",
-        f"{d.n_kv_heads} of {d.n_heads} heads for keys",
+        f"norms {'after' if d.norm_after else 'before'} the branches",
+        f"{qk_norm or 'no'} norms of queries and keys",
+        f"{'' if d.qkv_bias else 'no '}biases",
+        f"{d.n_heads} heads of {d.head_dim} for a width of {d.d_model}",
+        f"{d.n_kv_heads} heads for keys",
+        f"{d.image_attention} attention between image tokens",
     )
-    raise NoGraphError(f"llama.cpp has no graph for a decoder with {', '.join(kind)}: export to ONNX instead")
+    raise NoGraphError(f"llama.cpp has no graph for a decoder with {', '.join(traits)}: export to ONNX instead")
 
 
 def shape_metadata(d: DecoderConfig) -> dict[str, int | float]:
-    """What the GGUF's metadata says of the decoder's shape, by key."""
-    said: dict[str, int | float] = {
+    """The GGUF's metadata on the decoder's shape, by key."""
+    values: dict[str, int | float] = {
         "vocab_size": d.embedding_size,
         "context_length": d.max_position_embeddings,
         "embedding_length": d.d_model,
@@ -76,21 +82,23 @@ def shape_metadata(d: DecoderConfig) -> dict[str, int | float]:
         "rope.freq_base": float(d.rope_theta),
     }
     if d.n_experts:
-        said |= {"expert_count": d.n_experts, "expert_used_count": d.top_k}
-    return {f"{architecture(d)}.{key}": value for key, value in said.items()}
+        values |= {"expert_count": d.n_experts, "expert_used_count": d.top_k}
+    if d.head_dim_override:
+        values |= {"attention.key_length": d.head_dim, "attention.value_length": d.head_dim}
+    return {f"{architecture(d)}.{key}": value for key, value in values.items()}
 
 
 def token_names(tokenizer: Tokenizer, d: DecoderConfig) -> list[str]:
     """A name for each row of the embedding.
 
-    Rows that no text stands for get names that nobody types. The rows of Molmo's image tokens that lie behind the
-    embedding (Molmo-7B-D) have no place in a GGUF, whose head would have to have them too.
+    Rows without a token get names that no text contains. The rows of new_embedding, which hold the image tokens of
+    Molmo-7B-D, are not in the GGUF: its head would need them too.
     """
     return [tokenizer.token(i) or f"[PAD{i}]" for i in range(d.embedding_size)]
 
 
 def decoder_tensors(d: DecoderConfig) -> Iterator[GgufTensor]:
-    """Every tensor of the GGUF, in the order of the file. Raises NoGraphError as `architecture` does."""
+    """Every tensor of the GGUF, in file order. Raises NoGraphError as `architecture` does."""
 
     def matrix(name: str, rows: int, columns: int, *parts: Part) -> GgufTensor:
         shape = (rows, columns) if len(parts) == 1 else (len(parts), rows, columns)
@@ -100,22 +108,21 @@ def decoder_tensors(d: DecoderConfig) -> Iterator[GgufTensor]:
         return GgufTensor(name, (size,), (part,), exact=True)
 
     architecture(d)
-    w, kv = d.d_model, d.n_kv_heads * d.head_dim
-    yield matrix("token_embd", d.embedding_size, w, Part(f"{HUB}.wte.embedding"))
+    w, q, kv = d.d_model, d.q_dim, d.kv_dim
+    yield matrix("token_embd", d.embedding_size, w, Part(f"{TRANSFORMER}.wte.embedding"))
     yield matrix("output", d.embedding_size, w, Part(head_name(d)))
-    yield vector("output_norm.weight", w, Part(f"{HUB}.ln_f.weight"))
+    yield vector("output_norm.weight", w, Part(f"{TRANSFORMER}.ln_f.weight"))
     for n in range(d.n_layers):
-        block, ours = f"{HUB}.blocks.{n}", f"blk.{n}"
-        # The remote code of MolmoE nests what the dense checkpoints keep flat.
-        attention, ffn = (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
-        for which, start, rows in (("q", 0, w), ("k", w, kv), ("v", w + kv, kv)):
+        ours, (attention, ffn) = f"blk.{n}", block_names(d, n)
+        for which, start, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
             yield matrix(f"{ours}.attn_{which}", rows, w, Part(f"{attention}.att_proj.weight", start, rows))
             if d.qkv_bias:
                 yield vector(f"{ours}.attn_{which}.bias", rows, Part(f"{attention}.att_proj.bias", start, rows))
-        yield matrix(f"{ours}.attn_output", w, w, Part(f"{attention}.attn_out.weight"))
+        yield matrix(f"{ours}.attn_output", w, q, Part(f"{attention}.attn_out.weight"))
         if d.qk_norm:
-            yield vector(f"{ours}.attn_q_norm.weight", w, Part(f"{attention}.q_norm.weight"))
-            yield vector(f"{ours}.attn_k_norm.weight", kv, Part(f"{attention}.k_norm.weight"))
+            for which, width in (("q", q), ("k", kv)):
+                width = d.head_dim if d.qk_norm_per_head else width
+                yield vector(f"{ours}.attn_{which}_norm.weight", width, Part(f"{attention}.{which}_norm.weight"))
         norms = ("post_attention_norm", "post_ffw_norm") if d.norm_after else ("attn_norm", "ffn_norm")
         yield vector(f"{ours}.{norms[0]}.weight", w, Part(f"{attention}.attn_norm.weight"))
         yield vector(f"{ours}.{norms[1]}.weight", w, Part(f"{ffn}.ff_norm.weight"))

@@ -1,13 +1,13 @@
-"""The two dialects of `config.json` that the public checkpoints use, to a MolmoConfig and back.
+"""The `config.json` of a checkpoint as a MolmoConfig, and back.
 
-Dense models say `hidden_size`, ..., MolmoE says `d_model`, .... The reference's own folders hold a `config.yaml`
-instead, whose `model` section speaks MolmoE's dialect.
+Molmo v1 has two sets of keys: dense models use `hidden_size`, ..., MolmoE uses `d_model`, .... The reference's own
+folders hold a `config.yaml` instead, whose `model` section has the keys of MolmoE. Keys that no public checkpoint has
+are written only for models that need them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from molmo_edge.config import (
     VisionConfig,
     as_tuple,
     from_json,
+    to_json,
 )
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
 
-# What the public Molmos have in common. A checkpoint that says otherwise would run, and answer nonsense.
-_ONLY: dict[str, tuple[Any, ...]] = {
+# The values that this package implements. With other ones a checkpoint would load, and give wrong answers.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("swiglu",),
     "clip_qkv": (None,),
+    "image_padding_embed": ("pad_and_partial_pad", None),
     "image_pooling_2d": ("attention-meanq",),
     "image_projector": ("mlp",),
     "layer_norm_type": ("rms",),
@@ -40,7 +42,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether `directory` has the configuration of a checkpoint, the hub's or the reference's."""
+    """Whether `directory` holds the configuration file of a checkpoint, in hub layout or the reference's own."""
     return any((directory / name).is_file() for name in (CONFIG, REFERENCE_CONFIG))
 
 
@@ -65,13 +67,13 @@ def read_reference_config(path: Path) -> MolmoConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     model = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model, dict):
-        raise ConfigError(f"{path} has no section `model`: it is not the configuration of a Molmo")
+        raise ConfigError(f"{path} has no section `model`: this is not the configuration of a Molmo")
     vision = model.get("vision_backbone")
     if not isinstance(vision, dict):
-        raise ConfigError(f"{path} has no model.vision_backbone: it is the configuration of a text model")
-    # OmegaConf writes an enum's name, the hub its value.
+        raise ConfigError(f"{path} has no model.vision_backbone: this is the configuration of a text model")
+    # OmegaConf writes the name of an enum, the hub its value.
     model = model | {"model_type": "molmo", "image_pooling_2d": str(model.get("image_pooling_2d")).replace("_", "-")}
-    # As build_mm_preprocessor chooses them.
+    # The choice of the reference's build_mm_preprocessor.
     dino = vision.get("resize_mode") == "dino"
     return from_hub_config(model, {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD} if dino else {})
 
@@ -91,25 +93,31 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfig:
-    """Build a MolmoConfig from the parsed JSON of a hub checkpoint, either dialect.
+    """Build a MolmoConfig from the parsed config.json and preprocessor_config.json of a hub checkpoint.
 
-    Raises ConfigError where a key is missing, has a value of another type, or names an architecture that is not
-    Molmo v1.
+    Raises ConfigError for a missing key, a value of the wrong type, and an architecture that is not supported.
     """
-    if raw.get("model_type") != "molmo":
-        raise ConfigError(f'model_type is {raw.get("model_type")!r}, but only "molmo" (version 1) is known')
-    for key, known in _ONLY.items():
-        if raw.get(key, known[0]) not in known:
-            raise ConfigError(f"config.json has {key} {raw[key]!r}, but only {known[-1]!r} is known")
+    read = _READERS.get(str(raw.get("model_type")))
+    if read is None:
+        raise ConfigError(f"model_type is {raw.get('model_type')!r}, which is not supported ({', '.join(_READERS)} is)")
+    try:
+        return read(raw, preprocessor)
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]!r}") from None
+
+
+def _read_molmo(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfig:
+    """Molmo v1, with both sets of keys."""
+    for key, supported in _SUPPORTED.items():
+        if raw.get(key, supported[0]) not in supported:
+            raise ConfigError(f"config.json has {key} {raw[key]!r}, but only {supported[0]!r} is supported")
     pool = raw.get("image_pooling_h", 2)
     if raw.get("image_pooling_w", pool) != pool:
         raise ConfigError(f"config.json has image_pooling_w {raw['image_pooling_w']!r}, but image_pooling_h {pool!r}")
-    try:
-        decoder = _moe_dialect(raw) if "d_model" in raw else _dense_dialect(raw)
-        vision, crop, resize = _vision(raw)
-    except KeyError as error:
-        raise ConfigError(f"config.json has no {error.args[0]!r}") from None
-    tower = dict((raw.get("vision_backbone") or {}).get("conv_tower") or {})  # this project's own addition
+    decoder = _decoder(raw)
+    vision, crop, resize = _vision(raw)
+    backbone = raw.get("vision_backbone") or {}
+    tower = dict(backbone.get("conv_tower") or {})
     image = ImageConfig(
         crop_size=crop,
         patch_size=vision.patch_size,
@@ -121,16 +129,31 @@ def from_hub_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoC
         std=as_tuple(preprocessor.get("image_std", CLIP_STD)),
         overview=tower.pop("overview", 0),
     )
-    # The reference gives the projector the decoder's FFN width; nano says its own.
-    projector = raw.get("image_projector_dim") or decoder.ffn_dim
-    conv_tower = from_json(ConvTowerConfig, tower) if tower else None
-    return MolmoConfig(image, vision, decoder, projector_dim=projector, conv_tower=conv_tower)
+    if image.pools_across_crops and not raw.get("pooling_attention_mask"):
+        # The reference fills incomplete cells of such crops with zeros, which it does not mask.
+        raise ConfigError(
+            f"config.json has crops of {image.patches} x {image.patches} patches with margins of "
+            f"{image.overlap_margins}, which cells of {pool} x {pool} do not tile, and no pooling_attention_mask"
+        )
+    return MolmoConfig(
+        image,
+        vision,
+        decoder,
+        # In the reference the projector has the width of the decoder's FFN.
+        projector_dim=raw.get("image_projector_dim") or decoder.ffn_dim,
+        conv_tower=from_json(ConvTowerConfig, tower) if tower else None,
+        pad_embed=raw.get("image_padding_embed", "pad_and_partial_pad") is not None,
+        extra_vision=tuple(from_json(VisionConfig, vit) for vit in backbone.get("extra_vision", ())),
+    )
+
+
+_READERS = {"molmo": _read_molmo}
 
 
 def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:
-    """The ViT, the side of a crop in pixels, and how images are resized."""
+    """The ViT, the side of a crop in pixels, and the resize mode."""
     layers = as_tuple(raw.get("vit_layers", (-2, -9)))
-    if "vision_backbone" not in raw and "d_model" not in raw:  # Molmo-7B's own code knows CLIP's sizes by heart
+    if "vision_backbone" not in raw and "d_model" not in raw:  # the remote code of Molmo-7B hard-codes CLIP's sizes
         return VisionConfig(layers=layers), 336, "default"
     v = raw["vision_backbone"]
     if not isinstance(v, dict):
@@ -154,61 +177,66 @@ def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:
 
 
 def _half(value: Any, key: str) -> int:
-    # Gate and up are counted together, as OLMo's swiglu does: half of it is the inner width.
+    # OLMo's configuration counts gate and up together.
     if not isinstance(value, int):
         raise ConfigError(f"{key} in config.json must be a whole number, it is {value!r}")
     return value // 2
 
 
-def _moe_dialect(raw: dict[str, Any]) -> DecoderConfig:
+def _decoder(raw: dict[str, Any]) -> DecoderConfig:
+    sizes = _moe_sizes(raw) if "d_model" in raw else _dense_sizes(raw)
+    qk_norm, norm_type = raw.get("attention_layer_norm") or False, raw.get("qk_norm_type")
+    if norm_type not in (None, "olmo", "qwen3"):
+        raise ConfigError(f"config.json has qk_norm_type {norm_type!r}, but only 'olmo' and 'qwen3' are supported")
+    return DecoderConfig(
+        **sizes,
+        vocab_size=raw["vocab_size"],
+        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
+        qkv_bias=raw.get("qkv_bias") or False,
+        qk_norm=qk_norm,
+        norm_after=raw.get("norm_after") or False,
+        norm_eps=raw["layer_norm_eps"],
+        rope_theta=raw["rope_theta"],
+        weight_tying=raw.get("weight_tying") or raw.get("tie_word_embeddings") or False,
+        head_dim_override=raw.get("head_dim") or 0,
+        qk_norm_per_head=norm_type == "qwen3" and qk_norm,
+        image_attention=raw.get("image_attention", "causal"),
+    )
+
+
+def _moe_sizes(raw: dict[str, Any]) -> dict[str, Any]:
     d_model, ratio = raw["d_model"], raw.get("mlp_ratio")
     fused = raw.get("mlp_hidden_size")
     if not fused and isinstance(d_model, int) and isinstance(ratio, int | float):
         fused = int(ratio * d_model)
     moe = raw.get("block_type") == "moe"
-    return DecoderConfig(
-        d_model=d_model,
-        n_layers=raw["n_layers"],
-        n_heads=raw["n_heads"],
-        n_kv_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        ffn_dim=_half(fused, "mlp_hidden_size, or mlp_ratio * d_model,"),
-        n_experts=raw["moe_num_experts"] if moe else 0,
-        top_k=raw["moe_top_k"] if moe else 0,
-        vocab_size=raw["vocab_size"],
-        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
-        additional_vocab_size=raw.get("additional_vocab_size") or 0,
-        qkv_bias=raw.get("qkv_bias") or False,
-        qk_norm=raw.get("attention_layer_norm") or False,
-        norm_after=raw.get("norm_after") or False,
-        norm_eps=raw["layer_norm_eps"],
-        rope_theta=raw["rope_theta"],
-        weight_tying=raw.get("weight_tying") or False,
-        max_position_embeddings=raw.get("max_position_embeddings") or raw["max_sequence_length"],
-    )
+    return {
+        "d_model": d_model,
+        "n_layers": raw["n_layers"],
+        "n_heads": raw["n_heads"],
+        "n_kv_heads": raw.get("n_kv_heads") or raw["n_heads"],
+        "ffn_dim": _half(fused, "mlp_hidden_size, or mlp_ratio * d_model,"),
+        "n_experts": raw["moe_num_experts"] if moe else 0,
+        "top_k": raw["moe_top_k"] if moe else 0,
+        "additional_vocab_size": raw.get("additional_vocab_size") or 0,
+        "max_position_embeddings": raw.get("max_position_embeddings") or raw["max_sequence_length"],
+    }
 
 
-def _dense_dialect(raw: dict[str, Any]) -> DecoderConfig:
-    return DecoderConfig(
-        d_model=raw["hidden_size"],
-        n_layers=raw["num_hidden_layers"],
-        n_heads=raw["num_attention_heads"],
-        n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        ffn_dim=_half(raw["intermediate_size"], "intermediate_size"),
-        vocab_size=raw["vocab_size"],
-        embedding_size=raw.get("embedding_size") or raw["vocab_size"],
-        additional_vocab_size=raw.get("additional_vocab_size", 128),
-        qkv_bias=raw.get("qkv_bias") or False,
-        qk_norm=raw.get("attention_layer_norm") or False,
-        norm_after=raw.get("norm_after") or False,
-        norm_eps=raw["layer_norm_eps"],
-        rope_theta=raw["rope_theta"],
-        weight_tying=raw.get("weight_tying") or raw.get("tie_word_embeddings") or False,
-        max_position_embeddings=raw["max_position_embeddings"],
-    )
+def _dense_sizes(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "d_model": raw["hidden_size"],
+        "n_layers": raw["num_hidden_layers"],
+        "n_heads": raw["num_attention_heads"],
+        "n_kv_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        "ffn_dim": _half(raw["intermediate_size"], "intermediate_size"),
+        "additional_vocab_size": raw.get("additional_vocab_size", 128),
+        "max_position_embeddings": raw["max_position_embeddings"],
+    }
 
 
 def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inverse of `from_hub_config`: (config.json, preprocessor_config.json), in the dialect of such a decoder."""
+    """The inverse of `from_hub_config`: config.json and preprocessor_config.json with the keys of such a decoder."""
     d, v, i = config.decoder, config.vision, config.image
     raw = _moe_keys(config) if d.n_experts else _dense_keys(d)
     raw |= {
@@ -246,7 +274,14 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         },
     }
     if config.conv_tower is not None:
-        raw["vision_backbone"]["conv_tower"] = {**asdict(config.conv_tower), "overview": i.overview}
+        raw["vision_backbone"]["conv_tower"] = {**to_json(config.conv_tower), "overview": i.overview}
+    if config.extra_vision:
+        raw["vision_backbone"]["extra_vision"] = to_json(config.extra_vision)
+    raw |= {"head_dim": d.head_dim} if d.head_dim_override else {}
+    raw |= {"qk_norm_type": "qwen3"} if d.qk_norm_per_head else {}
+    raw |= {"image_attention": d.image_attention} if d.bidirectional_images else {}
+    raw |= {"image_padding_embed": None} if not config.pad_embed else {}
+    raw |= {"pooling_attention_mask": True} if i.pools_across_crops else {}
     preprocessor = {
         "base_image_input_size": [i.crop_size, i.crop_size],
         "image_mean": list(i.mean),

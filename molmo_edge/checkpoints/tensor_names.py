@@ -1,56 +1,68 @@
-"""Which hub tensor is which parameter: the public checkpoint layout, both ways, with every shape.
+"""The tensor names and shapes of the public checkpoints, and the parameters of `modeling.Molmo` that they fill.
 
-Names as in the public checkpoints (prefix "model."). MolmoE's remote code renames the blocks and
-splits the experts; its expert matrices are stacked here, one leading dimension for the expert.
+MolmoE's remote code names the blocks differently and stores each expert by itself; a parameter of `modeling.Molmo`
+stacks the experts along a new first dimension. Names that no public checkpoint has, of a second ViT and of a
+convolutional tower, are this project's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molmo_edge.config import ConvTowerConfig, DecoderConfig, MolmoConfig
+from molmo_edge.config import ConvTowerConfig, DecoderConfig, MolmoConfig, VisionConfig
 
-# A parameter of ours is one hub tensor, or several of them stacked along a new first dimension.
-Slot = tuple[str, ...]
+TRANSFORMER, BACKBONE = "model.transformer", "model.vision_backbone"
+
+Slot = tuple[str, ...]  # the hub tensor of a parameter, or the several that it stacks along a new first dimension
 Shape = tuple[int, ...]
 _Line = tuple[str, Slot, Shape]  # parameter, hub names, shape of each
 
 
 def hub_layout(config: MolmoConfig) -> dict[str, Slot]:
-    """Parameter name of `modeling.Molmo` -> hub tensor names (one, or one an expert)."""
+    """Parameter name of `modeling.Molmo` -> its hub tensor names: one, or one per expert."""
     return {name: slot for name, slot, _ in _lines(config)}
 
 
 def hub_shapes(config: MolmoConfig) -> dict[str, Shape]:
-    """Hub tensor name -> shape: a checkpoint's whole list of contents."""
+    """Hub tensor name -> shape, for every tensor of a checkpoint."""
     return {hub: shape for _, slot, shape in _lines(config) for hub in slot}
 
 
+def vit_names(config: MolmoConfig) -> list[tuple[VisionConfig, str, str]]:
+    """For each ViT its configuration, its module in `modeling.Molmo` and the prefix of its hub tensors."""
+    extra = [(vit, f"extra_vision.{n}", f"{BACKBONE}.image_vit.extra.{n}") for n, vit in enumerate(config.extra_vision)]
+    return [(config.vision, "vision", f"{BACKBONE}.image_vit"), *extra]
+
+
+def block_names(d: DecoderConfig, layer: int) -> tuple[str, str]:
+    """The hub prefixes of a block's attention and of its FFN; MolmoE's remote code nests what the others keep flat."""
+    block = f"{TRANSFORMER}.blocks.{layer}"
+    return (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
+
+
 def head_name(d: DecoderConfig) -> str:
-    """The hub's name of the matrix that makes logits; the remote code of MolmoE moved it to the top level."""
+    """The hub name of the output head; the remote code of MolmoE moved it to the top level."""
     if d.weight_tying:
         return "model.transformer.wte.embedding"
     return "lm_head.weight" if d.n_experts else "model.transformer.ff_out.weight"
 
 
 def _lines(config: MolmoConfig) -> Iterator[_Line]:
-    yield from _vision(config)
+    for vit, module, hub in vit_names(config):
+        yield from _vision(vit, module, hub)
     yield from _conv_tower(config)
     yield from _connector(config)
     yield from _decoder(config)
 
 
-def _vision(config: MolmoConfig) -> Iterator[_Line]:
-    hub, v = "model.vision_backbone.image_vit", config.vision
-    d, dino = v.d_model, v.image_model_type == "dino"
-    top: dict[str, Shape] = {
-        "class_embedding": (d,),
-        "positional_embedding": (v.n_pos, d),
-        "patch_embedding.weight": (d, 3 * v.patch_size**2),
-    }
-    top |= {"patch_embedding.bias": (d,)} if dino else {"pre_ln.weight": (d,), "pre_ln.bias": (d,)}
+def _vision(v: VisionConfig, module: str, hub: str) -> Iterator[_Line]:
+    d, parts = v.d_model, v.parts
+    top: dict[str, Shape] = {"class_embedding": (d,)} if parts.class_token else {}
+    top |= {"positional_embedding": (v.n_pos, d), "patch_embedding.weight": (d, 3 * v.patch_size**2)}
+    top |= {"patch_embedding.bias": (d,)} if parts.patch_bias else {}
+    top |= {"pre_ln.weight": (d,), "pre_ln.bias": (d,)} if parts.pre_ln else {}
     for name, shape in top.items():
-        yield f"vision.{name}", (f"{hub}.{name}",), shape
+        yield f"{module}.{name}", (f"{hub}.{name}",), shape
     leaves: dict[str, Shape] = {}
     for part, rows, columns in (
         *((f"attention.{w}", d, d) for w in ("wq", "wk", "wv", "wo")),
@@ -60,16 +72,16 @@ def _vision(config: MolmoConfig) -> Iterator[_Line]:
         leaves |= {f"{part}.weight": (rows, columns), f"{part}.bias": (rows,)}
     for norm in ("attention_norm", "ffn_norm"):
         leaves |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
-    leaves |= {"lambda1": (d,), "lambda2": (d,)} if dino else {}
+    leaves |= {"lambda1": (d,), "lambda2": (d,)} if parts.layer_scale else {}
     for n in range(v.n_layers):
         for leaf, shape in leaves.items():
-            yield f"vision.blocks.{n}.{leaf}", (f"{hub}.transformer.resblocks.{n}.{leaf}",), shape
+            yield f"{module}.blocks.{n}.{leaf}", (f"{hub}.transformer.resblocks.{n}.{leaf}",), shape
 
 
 def _conv_tower(config: MolmoConfig) -> Iterator[_Line]:
-    if config.conv_tower is not None:  # an extension of this project: no public checkpoint has one
+    if config.conv_tower is not None:
         for name, shape in tower_shapes(config.conv_tower).items():
-            yield f"conv_tower.{name}", (f"model.vision_backbone.conv_tower.{name}",), shape
+            yield f"conv_tower.{name}", (f"{BACKBONE}.conv_tower.{name}",), shape
 
 
 def tower_shapes(config: ConvTowerConfig) -> dict[str, Shape]:
@@ -94,8 +106,9 @@ def tower_shapes(config: ConvTowerConfig) -> dict[str, Shape]:
 
 
 def _connector(config: MolmoConfig) -> Iterator[_Line]:
-    hub, d, width = "model.vision_backbone", config.vision.d_model, config.feature_dim
-    yield "connector.pad_embed", (f"{hub}.pad_embed",), (2, width)
+    hub, d, width = BACKBONE, config.vision.d_model, config.feature_dim
+    if config.pad_embed:
+        yield "connector.pad_embed", (f"{hub}.pad_embed",), (2, width)
     for w, columns in (("wq", width), ("wk", width), ("wv", width), ("wo", d)):
         for leaf, shape in (("weight", (d, columns)), ("bias", (d,))):
             yield f"connector.pooling.{w}.{leaf}", (f"{hub}.image_pooling_2d.{w}.{leaf}",), shape
@@ -105,20 +118,21 @@ def _connector(config: MolmoConfig) -> Iterator[_Line]:
 
 
 def _decoder(config: MolmoConfig) -> Iterator[_Line]:
-    d, hub = config.decoder, "model.transformer"
-    width, kv = d.d_model, d.n_kv_heads * d.head_dim
+    d, hub, width = config.decoder, TRANSFORMER, config.decoder.d_model
+    qkv = d.q_dim + 2 * d.kv_dim
     yield "decoder.embedding", (f"{hub}.wte.embedding",), (d.embedding_size, width)
     if d.additional_vocab_size:
         yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",), (d.additional_vocab_size, width)
     yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",), (width,)
     if not d.weight_tying:
         yield "decoder.head.weight", (head_name(d),), (d.embedding_size, width)
-    attention: dict[str, Shape] = {"att_proj.weight": (width + 2 * kv, width), "attn_out.weight": (width, width)}
-    attention |= {"att_proj.bias": (width + 2 * kv,)} if d.qkv_bias else {}
-    attention |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)} if d.qk_norm else {}
+    attention: dict[str, Shape] = {"att_proj.weight": (qkv, width), "attn_out.weight": (width, d.q_dim)}
+    attention |= {"att_proj.bias": (qkv,)} if d.qkv_bias else {}
+    if d.qk_norm:
+        q_norm, k_norm = (d.head_dim, d.head_dim) if d.qk_norm_per_head else (d.q_dim, d.kv_dim)
+        attention |= {"q_norm.weight": (q_norm,), "k_norm.weight": (k_norm,)}
     for n in range(d.n_layers):
-        ours, block = f"decoder.blocks.{n}", f"{hub}.blocks.{n}"
-        inner, mlp = (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
+        ours, (inner, mlp) = f"decoder.blocks.{n}", block_names(d, n)
         for leaf, shape in attention.items():
             yield f"{ours}.attn.{leaf}", (f"{inner}.{leaf}",), shape
         yield f"{ours}.attn_norm.weight", (f"{inner}.attn_norm.weight",), (width,)
@@ -129,5 +143,5 @@ def _decoder(config: MolmoConfig) -> Iterator[_Line]:
                 experts = tuple(f"{mlp}.experts.{e}.{part}_proj.weight" for e in range(d.n_experts))
                 yield f"{ours}.ffn.{part}", experts, shape
         else:
-            yield f"{ours}.ffn.ff_proj.weight", (f"{block}.ff_proj.weight",), (2 * d.ffn_dim, width)
-            yield f"{ours}.ffn.ff_out.weight", (f"{block}.ff_out.weight",), (width, d.ffn_dim)
+            yield f"{ours}.ffn.ff_proj.weight", (f"{mlp}.ff_proj.weight",), (2 * d.ffn_dim, width)
+            yield f"{ours}.ffn.ff_out.weight", (f"{mlp}.ff_out.weight",), (width, d.ffn_dim)

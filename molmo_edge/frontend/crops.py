@@ -51,7 +51,10 @@ class PreparedImage:
         np.ndarray
     )  # int32 [n_crops, cells^2]: position in `tokens`, DROPPED (-100) where another crop keeps it
     tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) where there is only the global view
-    overview: Overview | None = None  # where the configuration has one
+    overview: Overview | None = None  # if the configuration has one
+    # If `config.pools_across_crops`: int32 [n_cells, pool^2], the patches of each cell in row-major order, as indices
+    # into the patches of all crops, -1 for none. token_index is int32 [n_cells] then: no cell is dropped.
+    pooling: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class ImageProcessor:
                 _cut(canvas, y, x, config, out=crops[1 + k])
                 masks[k] = filled[y : y + side, x : x + side].reshape(-1)
         overview = _overview(rgb, tiling, config) if config.overview else None
-        return PreparedImage(crops, masks, *self.layout(tiling), tiling, overview)
+        pooling = cell_patches(config, tiling) if config.pools_across_crops else None
+        return PreparedImage(crops, masks, *self.layout(tiling), tiling, overview, pooling)
 
     def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """`tokens` and `token_index` of a PreparedImage with this tiling, see there."""
@@ -101,7 +105,7 @@ class ImageProcessor:
     def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
         s = self.special
         blocks = []
-        for rows, cols in _blocks(self.config, tiling):
+        for rows, cols in self.config.cell_grids(tiling):
             row = [s.im_patch] * cols + [s.im_col]
             blocks.append(np.array([s.im_start, *row * rows, s.im_end], np.int32))
         return np.concatenate(blocks)
@@ -130,7 +134,7 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
 
 def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
     """Tokens of an image with this tiling, BOS not counted."""
-    return sum(rows * (cols + 1) + 2 for rows, cols in _blocks(config, tiling))
+    return sum(rows * (cols + 1) + 2 for rows, cols in config.cell_grids(tiling))
 
 
 def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,17 +177,14 @@ def _margin(config: ImageConfig) -> int:
     return sum(config.overlap_margins) * config.patch_size
 
 
-def _blocks(config: ImageConfig, tiling: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and columns of pooled cells in each block of tokens: the global view, then the stitched crops."""
-    blocks = [(config.cells, config.cells)]
-    if tiling[0]:
-        rows, cols = ((n * config.window + sum(config.overlap_margins)) // config.pool for n in tiling)
-        blocks.append((rows, cols))
-    return blocks
-
-
 def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
     """int32 [n_crops, cells^2]: where each pooled cell of each crop goes in the tokens, DROPPED where nowhere."""
+    if config.pools_across_crops:  # a block is im_start, then rows of cells that end in im_col, then im_end
+        index, start = [], 1
+        for rows, cols in config.cell_grids(tiling):
+            index.append(start + np.arange(rows)[:, None] * (cols + 1) + np.arange(cols))
+            start += rows * (cols + 1) + 2
+        return np.concatenate([block.reshape(-1) for block in index]).astype(np.int32)
     n = config.cells
     left, right = (m // config.pool for m in config.overlap_margins)
     cell = np.arange(n)
@@ -191,7 +192,7 @@ def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
     index = [1 + cell[:, None] * (n + 1) + cell]
     rows, cols = tiling
     if rows:
-        _, (_, width) = _blocks(config, tiling)
+        _, (_, width) = config.cell_grids(tiling)
         start = n * (n + 1) + 3  # behind the global block and the next im_start
         for i, j in np.ndindex(rows, cols):
             y, x = (k * (config.window // config.pool) + cell for k in (i, j))  # [n]: row, column in the stitched grid
@@ -202,6 +203,31 @@ def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
             place = start + y[:, None] * (width + 1) + x
             index.append(np.where(keep_y[:, None] & keep_x, place, DROPPED))
     return np.stack(index).reshape(-1, n * n).astype(np.int32)
+
+
+def cell_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+    """`pooling` of a PreparedImage with this tiling. Incomplete cells are at the bottom and the right of a grid."""
+    n, stride = config.patches, config.window
+    patch = np.arange(n * n).reshape(n, n)
+    grids = [patch]
+    if tiling[0]:
+        (_, (height, width)), (left, right) = config.grids(tiling), config.overlap_margins
+        stitched = np.empty((height, width), np.int64)
+        for k, (i, j) in enumerate(np.ndindex(*tiling)):
+            # Inner sides lose their margin to the neighbour, outer sides keep it.
+            (y0, y1), (x0, x1) = (
+                (left if at else 0, n - (right if at < last - 1 else 0))
+                for at, last in zip((i, j), tiling, strict=True)
+            )
+            y, x = i * stride, j * stride
+            stitched[y + y0 : y + y1, x + x0 : x + x1] = (k + 1) * n * n + patch[y0:y1, x0:x1]
+        grids.append(stitched)
+    p, cells = config.pool, []
+    for grid, (rows, cols) in zip(grids, config.cell_grids(tiling), strict=True):
+        padded = np.full((rows * p, cols * p), -1)
+        padded[: grid.shape[0], : grid.shape[1]] = grid
+        cells.append(padded.reshape(rows, p, cols, p).transpose(0, 2, 1, 3).reshape(-1, p * p))
+    return np.concatenate(cells).astype(np.int32)
 
 
 def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:

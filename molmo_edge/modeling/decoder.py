@@ -1,4 +1,4 @@
-"""The decoders: Qwen2 style, OLMo post-norm style and OLMoE, told apart by DecoderConfig alone.
+"""The decoders: Qwen2, Qwen3, OLMo2 (post-norm) and OLMoE, by DecoderConfig alone.
 
 Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
 """
@@ -18,19 +18,21 @@ from molmo_edge.modeling.linear import Linear, match, working_dtype
 
 grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
+_EXACT = 64  # logits that are computed in float32 whatever the dtype of the head
+BLOCK = 8  # rows: the grouped product's backward pass needs every expert's block aligned to 16 bytes
 
-_EXACT = 64  # logits that are computed in float32 whatever the head is
-BLOCK = 8  # rows: the grouped product's backward pass wants every expert's block to begin at 16 bytes
-
-# Which keys a query may look at: bool [batch, 1, n, keys], True where it may; None: itself and what came before; or a
-# function from q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, keys, head_dim] to what attention gives.
+# Which keys a query attends to: bool [batch, 1, n, keys], True where it does; None: causal; or a function from
+# q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, keys, head_dim] to the output of attention, shaped as q.
 Mask = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor] | None
-# What becomes of a branch before it is added to the residual stream: (branch [batch, n, d], its number) -> the same.
+# Applied to a branch before it is added to the residual stream: (branch [batch, n, d], its number) -> [batch, n, d].
 Dropout = Callable[[Tensor, int], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """In float32, cast back, then the weight (reference: RMSLayerNorm; the order matters in bf16)."""
+    """Normalised in float32, cast back, then multiplied by the weight: in bf16 the order matters.
+
+    Reference: RMSLayerNorm.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -58,6 +60,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
+def image_attention_mask(image: Tensor, start: int = 0) -> Tensor:
+    """The mask of a prefill in which image tokens attend to each other, and everything else is causal.
+
+    image: bool [batch, n], True for image tokens. start: positions in the cache, which all of the n attend to; their
+    own attention is not changed, so all images of a prompt have to be in one prefill.
+    Returns bool [batch, 1, n, start + n].
+    """
+    n = image.shape[1]
+    causal = torch.ones(n, start + n, dtype=torch.bool, device=image.device).tril(start)
+    return (causal | F.pad(image[:, :, None] & image[:, None], (start, 0)))[:, None]
+
+
 @dataclass
 class KVCache:
     """Keys and values of every layer, preallocated: two tensors [layers, batch, n_kv_heads, capacity, head_dim]."""
@@ -68,19 +82,19 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> KVCache:
-        """`like`: any tensor of the cache's dtype and device."""
+        """`like`: a tensor of the cache's dtype and device."""
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [batch, n_kv_heads, n, head_dim] behind `length`; return all so far."""
+        """Store k and v [batch, n_kv_heads, n, head_dim] from position `length`; return all up to their end."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def copy(self, capacity: int | None = None) -> KVCache:
-        """`capacity`: positions that fit into the copy, at least `length`; None: as many as here."""
+        """`capacity`: positions of the copy, at least `length`; None: the same number."""
         if capacity is None or capacity == self.keys.shape[3]:
             return KVCache(self.keys.clone(), self.values.clone(), self.length)
         shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
@@ -94,21 +108,23 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        d, kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.att_proj = Linear(d, d + 2 * kv, bias=config.qkv_bias)  # rows: q, k, v
-        self.attn_out = Linear(d, d, bias=False)
+        d, q, kv = config.d_model, config.q_dim, config.kv_dim
+        self.att_proj = Linear(d, q + 2 * kv, bias=config.qkv_bias)  # rows: q, k, v
+        self.attn_out = Linear(q, d, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(d, config.norm_eps)
-            self.k_norm = RMSNorm(kv, config.norm_eps)
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim if config.qk_norm_per_head else width, config.norm_eps) for width in (q, kv)
+            )
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, n, head_dim]."""
         c = self.config
-        kv = c.n_kv_heads * c.head_dim
-        q, k, v = self.att_proj(x).split([c.d_model, kv, kv], dim=-1)
-        if c.qk_norm:  # over the full width, before the split into heads
+        q, k, v = self.att_proj(x).split([c.q_dim, c.kv_dim, c.kv_dim], dim=-1)
+        if c.qk_norm and not c.qk_norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
+        if c.qk_norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -139,17 +155,17 @@ class DenseFFN(nn.Module):
 
 @dataclass
 class Routing:
-    """What routers chose while it is `open`, layer by layer: for the losses and the figures of a training step."""
+    """The choices of the routers while it is `open`, one entry per layer: for a training step's losses and metrics."""
 
     open: bool = False
-    logits: list[Tensor] = field(default_factory=list)  # [tokens, experts] a layer
-    experts: list[Tensor] = field(default_factory=list)  # int [tokens, top_k] a layer
+    logits: list[Tensor] = field(default_factory=list)  # per layer [tokens, experts]
+    experts: list[Tensor] = field(default_factory=list)  # per layer int [tokens, top_k]
 
 
 class SparseFFN(nn.Module):
     """OLMoE's experts: softmax over all of them in float32, the top_k largest, NOT renormalised."""
 
-    kernel = "auto"  # or "wide", "grouped", "loop": how the experts' products are made, see `forward`
+    kernel = "auto"  # or "wide", "grouped", "loop", see `mix_experts`
     routing: Routing | None = None
 
     def __init__(self, config: DecoderConfig):
@@ -165,7 +181,7 @@ class SparseFFN(nn.Module):
         """x [tokens, d] -> weights float32 [tokens, top_k] and expert ids [tokens, top_k]."""
         logits = self.router(x)
         weights, experts = choose_experts(logits, self.top_k)
-        if self.routing is not None and self.routing.open:  # it is not while activations are computed again
+        if self.routing is not None and self.routing.open:  # closed while activations are recomputed
             self.routing.logits.append(logits)
             self.routing.experts.append(experts)
         return weights, experts
@@ -176,7 +192,7 @@ class SparseFFN(nn.Module):
         return self.mix(flat, *self.route(flat)).view_as(x)
 
     def mix(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x [tokens, d], its weights and experts [tokens, top_k] -> float32 [tokens, d]."""
+        """x [tokens, d], weights and experts [tokens, top_k] -> float32 [tokens, d]."""
         return mix_experts(x, weights, experts, (self.gate, self.up, self.down), self.kernel)
 
     def expert(self, x: Tensor, e: int) -> Tensor:
@@ -190,18 +206,19 @@ Matrices = tuple[Tensor, Tensor, Tensor]  # gate and up [experts, ffn, d], down 
 def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices, kernel: str = "auto") -> Tensor:
     """Sum over k of weights[k] * expert[k](x): x [tokens, d], the other two [tokens, top_k] -> float32 [tokens, d].
 
-    kernel: how the products are made, "wide", "grouped", "loop", or "auto" for the fastest here.
+    kernel: "wide" (all experts as one SwiGLU), "grouped" (one grouped product), "loop" (expert by expert), or "auto"
+    for the fastest on this device.
     """
     gate, up, down = matrices
     if kernel == "auto":
-        # With half of the experts at work, one wide product wastes less than gathering tokens costs.
+        # If half of the experts are used, one wide product wastes less than gathering tokens costs.
         many = 2 * experts.shape[1] >= len(gate)
         kernel = "wide" if many else "grouped" if has_grouped_mm(gate) else "loop"
     if kernel == "wide":
         return _wide(x, weights, experts, matrices)
     if kernel == "grouped":
         return _grouped(x, weights, experts, matrices)
-    # Taken apart once: the gradient of gate[e] would be as large as all of gate, for each expert.
+    # Unbound once: indexing gate[e] would give each expert a gradient as large as all of gate.
     each = list(zip(gate.unbind(), up.unbind(), down.unbind(), strict=True))
     return by_expert(match(x, gate), weights, experts, len(gate), lambda rows, e: _swiglu(rows, *each[e]))
 
@@ -222,7 +239,7 @@ def _wide(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Te
 
 
 def _grouped(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) -> Tensor:
-    """As `by_expert`, all experts in one kernel a matrix, and nothing that the CPU waits for."""
+    """As `by_expert`, with one kernel per matrix for all experts and no synchronisation with the CPU."""
     dtype = working_dtype(matrices[0])
     gate, up, down = (w.to(dtype).transpose(1, 2) for w in matrices)
 
@@ -238,19 +255,19 @@ def in_blocks(
 ) -> Tensor:
     """As `by_expert`, with `products` of all experts at once.
 
-    products: from rows [m, d], each expert's in a block, and int32 [n_experts], where each block ends, to rows [m, d].
-    Rows between an expert's last token and the end of its block are zeros; what is behind the last block plays no part.
+    products: from rows [m, d], a block for each expert, and int32 [n_experts], the end of each block, to rows [m, d].
+    Rows between an expert's last token and the end of its block are zeros; rows after the last block are ignored.
     """
     order, token = _sorted(experts)
     owner = experts.flatten()[order]  # [tokens * top_k], rising
     counts = torch.zeros(n_experts, dtype=torch.long, device=x.device).scatter_add_(0, owner, torch.ones_like(owner))
-    # At least one: for an expert without rows some devices compute no zeros, but nothing (pytorch#172439).
+    # At least one block: for an expert without rows some devices leave memory uninitialised (pytorch#172439).
     blocks = ((counts + BLOCK - 1) // BLOCK * BLOCK).clamp(min=BLOCK)
     ends = blocks.cumsum(0)
-    # Where a row goes: behind the blocks of the experts before, in its own expert's order.
+    # The row of each choice: after the blocks of earlier experts, in the order of its own expert.
     place = torch.arange(len(owner), device=x.device) + (ends - blocks - counts.cumsum(0) + counts)[owner]
     rows = x.new_zeros(len(owner) + n_experts * BLOCK, x.shape[1]).index_copy(0, place, x.index_select(0, token))
-    # What the products leave behind the last block is never read: nor may it be multiplied by zero, it could be NaN.
+    # Rows after the last block may be NaN, so they are dropped rather than multiplied by zero.
     return _scatter(products(rows, ends.int()).index_select(0, place), weights, order, token, len(x))
 
 
@@ -261,7 +278,7 @@ def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def has_grouped_mm(weight: Tensor) -> bool:
-    """Its kernels are for bfloat16 on Ampere and later."""
+    """Whether grouped_mm can be used: its kernels need bfloat16 on Ampere or later."""
     if grouped_mm is None or not weight.is_cuda or working_dtype(weight) != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(weight.device) >= (8, 0)
@@ -270,14 +287,14 @@ def has_grouped_mm(weight: Tensor) -> bool:
 def by_expert(
     x: Tensor, weights: Tensor, experts: Tensor, n_experts: int, expert: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """Tokens sorted by expert, one block of tokens an expert: sum over k of weights[k] * expert[k](x).
+    """Sum over k of weights[k] * expert[k](x), with the tokens sorted by expert and one call per expert.
 
     x [tokens, d]; weights float32 and experts int, both [tokens, top_k]. Returns float32 [tokens, d].
     """
     order, token = _sorted(experts)
     counts = experts.flatten().bincount(minlength=n_experts).tolist()
     rows = x.index_select(0, token).split(counts)
-    # The first is always asked: of no tokens at all, too, there is an answer, and its gradient.
+    # Expert 0 always runs, so that an empty batch has an output with a gradient, too.
     blocks = [expert(mine, e) for e, mine in enumerate(rows) if len(mine) or e == 0]
     return _scatter(torch.cat(blocks), weights, order, token, len(x))
 
@@ -330,7 +347,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.zeros(config.embedding_size, config.d_model))
         self.new_embedding = nn.Parameter(torch.zeros(config.additional_vocab_size, config.d_model))
-        # nn.ModuleList says of its items only that they are modules.
+        # The items of a ModuleList are typed as plain modules.
         self.blocks = cast("list[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         if not config.weight_tying:
@@ -339,8 +356,7 @@ class Decoder(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """ids [...] -> float32 [..., d_model], looked up in embedding followed by new_embedding.
 
-        MolmoE's special ids fall into the padding rows of the embedding, Qwen2's into new_embedding;
-        one table serves both.
+        The special ids of MolmoE are padding rows of the embedding, those of Qwen2 are rows of new_embedding.
         """
         size = len(self.embedding)
         rows = F.embedding(ids.clamp(max=size - 1), self.embedding)
@@ -358,8 +374,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape.
 
-        positions: int [batch, n]; counted on from the cache when None. mask: bool [batch, 1, n, keys],
-        True where a query may look; causal when None.
+        positions: int [batch, n]; if None, they continue those of the cache. mask: see `Mask`; a model with
+        `bidirectional_images` needs `image_attention_mask` for the prefill of its images.
         """
         n, start = x.shape[1], cache.length if cache is not None else 0
         if positions is None:
@@ -377,15 +393,15 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., embedding_size].
 
-        A head in bfloat16 would answer in bfloat16, where the likeliest tokens often tie: the best _EXACT logits are
-        computed again, in float32.
+        A head in bfloat16 gives bfloat16 logits, of which the largest often tie: the _EXACT largest are computed again
+        in float32.
         """
         weight = self.embedding if self.config.weight_tying else self.head.weight
         logits = F.linear(match(hidden, weight), weight)
         if weight.dtype == torch.float32:
             return logits
         best = logits.topk(min(_EXACT, len(weight)), dim=-1).indices
-        # A position at a time: for each, rows of the head are gathered.
+        # One position at a time, because each gathers rows of the head.
         pairs = zip(best.view(-1, best.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), strict=True)
         exact = torch.stack([weight[rows].float() @ one.float() for rows, one in pairs])
         return logits.float().scatter(-1, best, exact.view(best.shape))

@@ -23,7 +23,7 @@ from molmo_edge.errors import MolmoEdgeError
 _QUANTIZED = re.compile(
     r"decoder\.blocks\.\d+\.(attn\.(att_proj|attn_out)\.weight|ffn\.(ff_proj|ff_out)\.weight|ffn\.(gate|up|down))"
 )
-_FLOAT32 = re.compile(r"connector\.|vision\.(patch_embedding|class_embedding|positional_embedding)|.*\.router")
+_FLOAT32 = re.compile(r"connector\.|.*\.(patch_embedding|class_embedding|positional_embedding|router)\b")
 # With their scales: one float32 for 64 weights, one for a row.
 _QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.01}
 _POSITIONS = 2048  # of a long image and what is said about it
@@ -48,7 +48,8 @@ def is_quantized(parameter: str, precision: str) -> bool:
 
 def storage_dtype(parameter: str, ndim: int, precision: str, device: str) -> torch.dtype:
     """How a parameter that is not quantised is stored; `device` is "cpu", "cuda" or "mps"."""
-    exact = ndim == 1 or _FLOAT32.match(parameter) or (device == "cpu" and parameter.startswith("vision."))
+    on_cpu = device == "cpu" and parameter.startswith(("vision.", "extra_vision."))
+    exact = ndim == 1 or _FLOAT32.match(parameter) or on_cpu
     return torch.float32 if exact else compute_dtype(precision)
 
 

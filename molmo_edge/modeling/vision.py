@@ -1,10 +1,11 @@
-"""The ViT over one crop: CLIP ("openai") and DINOv2 ("dino").
+"""The ViT over one crop: CLIP, DINOv2 or SigLIP, by VisionConfig alone.
 
-Reference: olmo/image_vit.py, VisionTransformer and DinoVisionTransformer.
+Reference: olmo/image_vit.py, VisionTransformer, DinoVisionTransformer and SiglipVisionTransformer.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,12 +17,15 @@ from molmo_edge.modeling.linear import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of gelu."""
+    """CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
 class VisionAttention(nn.Module):
-    """Multi-head attention with separate queries: also the connector's pooling uses it."""
+    """Multi-head attention of the blocks and, with separate queries, of the connector's pooling."""
 
     def __init__(self, input_dim: int, d_model: int, n_heads: int):
         super().__init__()
@@ -31,11 +35,15 @@ class VisionAttention(nn.Module):
         self.wv = Linear(input_dim, d_model)
         self.wo = Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        """x [n, q, input_dim] attends to memory [n, k, input_dim] (itself when None) -> [n, q, d_model]."""
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [n, q, input_dim] attends to memory [n, k, input_dim] (x if None) -> [n, q, d_model].
+
+        mask: bool [n, k], False for slots of memory that hold nothing.
+        """
         memory = x if memory is None else memory
         q, k, v = self._split(self.wq(x)), self._split(self.wk(memory)), self._split(self.wv(memory))
-        out = F.scaled_dot_product_attention(q, k, v)  # [n, heads, q, head_dim]
+        mask = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [n, heads, q, head_dim]
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -47,7 +55,7 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.w1 = Linear(config.d_model, config.mlp_dim)
         self.w2 = Linear(config.mlp_dim, config.d_model)
-        self.act = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.act(self.w1(x)))
@@ -62,7 +70,7 @@ class VisionBlock(nn.Module):
         self.feed_forward = VisionMLP(config)
         self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.layer_scale = config.image_model_type == "dino"
+        self.layer_scale = config.parts.layer_scale
         if self.layer_scale:
             self.lambda1 = nn.Parameter(torch.ones(config.d_model))
             self.lambda2 = nn.Parameter(torch.ones(config.d_model))
@@ -78,19 +86,19 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        clip = config.image_model_type == "openai"
-        self.class_embedding = nn.Parameter(torch.zeros(config.d_model))
+        parts = config.parts
+        self.class_embedding = nn.Parameter(torch.zeros(config.d_model)) if parts.class_token else None
         self.positional_embedding = nn.Parameter(torch.zeros(config.n_pos, config.d_model))
-        self.patch_embedding = Linear(3 * config.patch_size**2, config.d_model, bias=not clip)
-        self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if clip else nn.Identity()
+        self.patch_embedding = Linear(3 * config.patch_size**2, config.d_model, bias=parts.patch_bias)
+        self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if parts.pre_ln else nn.Identity()
         self.blocks = cast("list[VisionBlock]", nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers)))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Patch features of each crop: the outputs of `config.layers`, concatenated in that order.
 
-        crops: float32 [n, patches, 588], in every precision: in bfloat16 some pixel of nearly every crop rounds to
-        exactly -1. A crop whose pixels are ALL -1 is padding and gives zeros (reference:
-        MolmoVisionBackbone.encode_image; the public MolmoE code says "any", which blanks crops).
+        crops: float32 [n, patches, 588] in every precision, because in bfloat16 some pixel of nearly every crop rounds
+        to exactly -1. A crop whose pixels are ALL -1 is padding and gives zeros (reference:
+        MolmoVisionBackbone.encode_image; the public MolmoE code tests for ANY, which blanks real crops).
         Returns float32 [n, patches, d_model * len(layers)].
         """
         x = self.begin(crops)
@@ -102,20 +110,21 @@ class VisionTransformer(nn.Module):
 
     @property
     def running(self) -> list[VisionBlock]:
-        """The blocks whose output is used, or another's that is."""
+        """The blocks up to the last one whose output is used."""
         return self.blocks[: self.config.last_layer + 1]
 
     def begin(self, crops: Tensor) -> Tensor:
-        """crops [n, patches, 588] -> what goes into the first block, [n, 1 + patches, d_model]."""
+        """crops [n, patches, 588] -> the input of the first block, [n, n_pos, d_model]."""
         x = self.patch_embedding(crops)
-        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
-        return self.pre_ln(x)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.pre_ln(x + self.positional_embedding.to(x.dtype))
 
     def end(self, crops: Tensor, outputs: list[Tensor]) -> Tensor:
         """Outputs of the running blocks -> [n, patches, d_model * len(layers)], zeros for crops that are padding."""
         real = ~torch.all(crops.flatten(1) == -1, dim=1)  # [n]
-        # Indices count from the last of all n_layers blocks, also when the tail never runs.
-        chosen = [outputs[layer % self.config.n_layers][:, 1:] for layer in self.config.layers]
+        # Negative indices count from the last of all n_layers blocks, whether or not it runs.
+        first = self.config.n_pos - self.config.n_patches  # without the class token
+        chosen = [outputs[layer % self.config.n_layers][:, first:] for layer in self.config.layers]
         x = torch.cat(chosen, dim=-1)
         return x * real[:, None, None].to(x.dtype)

@@ -38,9 +38,15 @@ class SerialRuntime:
     def engine(self) -> str:
         return self._inner.engine
 
-    def encode_image(self, crops: np.ndarray, masks: np.ndarray, overview: Overview | None = None) -> np.ndarray:
+    def encode_image(
+        self,
+        crops: np.ndarray,
+        masks: np.ndarray,
+        overview: Overview | None = None,
+        pooling: np.ndarray | None = None,
+    ) -> np.ndarray:
         with self._lock:
-            return self._inner.encode_image(crops, masks, overview)
+            return self._inner.encode_image(crops, masks, overview, pooling)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         with self._lock:

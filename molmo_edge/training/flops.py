@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molmo_edge.config import MolmoConfig
+from molmo_edge.config import MolmoConfig, VisionConfig
 from molmo_edge.training.encoding import Batch
 
 
@@ -40,21 +40,25 @@ class Cost:
 def cost(config: MolmoConfig) -> Cost:
     """Of a model with this configuration."""
     d, v, image = config.decoder, config.vision, config.image
-    kv = d.n_kv_heads * d.head_dim
-    attention = d.d_model * (d.d_model + 2 * kv) + d.d_model**2
+    attention = d.d_model * (d.q_dim + 2 * d.kv_dim) + d.q_dim * d.d_model
     ffn = 3 * d.d_model * d.ffn_dim * max(1, d.top_k) + d.d_model * d.n_experts
     patches, cells = image.patches**2, image.cells**2
-    layers, positions = v.last_layer + 1, patches + 1
-    block = 4 * v.d_model**2 + 2 * v.d_model * v.mlp_dim
-    vit = patches * 3 * v.patch_size**2 * v.d_model + layers * positions * (block + 2 * positions * v.d_model)
-    pooling = cells * (v.feature_dim * v.d_model + v.d_model**2) + 2 * patches * v.feature_dim * v.d_model
+    vits = sum(_vit(vit) for vit in config.vits)
+    pooling = cells * (config.feature_dim * v.d_model + v.d_model**2) + 2 * patches * config.feature_dim * v.d_model
     projector = cells * (2 * v.d_model * config.projector_dim + config.projector_dim * d.d_model)
     return Cost(
         token=2 * d.n_layers * (attention + ffn),
         answer=2 * d.d_model * d.embedding_size,
-        pair=4 * d.n_layers * d.d_model,
-        crop=2 * (vit + pooling + projector),
+        pair=4 * d.n_layers * d.q_dim,
+        crop=2 * (vits + pooling + projector),
     )
+
+
+def _vit(v: VisionConfig) -> int:
+    """Multiplications for one crop."""
+    block = 4 * v.d_model**2 + 2 * v.d_model * v.mlp_dim
+    patches = v.n_patches * 3 * v.patch_size**2 * v.d_model
+    return patches + (v.last_layer + 1) * v.n_pos * (block + 2 * v.n_pos * v.d_model)
 
 
 def passes(model: nn.Module) -> float:

@@ -65,8 +65,14 @@ class Trainable(nn.Module):
     def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
         """names: the vocabulary that regions are numbered by, where there is a loss on them.
 
-        Raises ForwardError for grouped experts with a PyTorch before 2.10.
+        Raises ForwardError for grouped experts with a PyTorch before 2.10, and for a model that training does not
+        support: several ViTs, pooling across crops, image tokens that attend in both directions.
         """
+        c = molmo.config
+        if c.extra_vision or c.image.pools_across_crops or c.decoder.bidirectional_images:
+            raise ForwardError(
+                "training does not support models with several ViTs, pooling across crops or bidirectional images"
+            )
         if config.experts == "grouped" and decoder.grouped_mm is None:
             raise ForwardError(f"grouped experts need PyTorch 2.10, this is {torch.__version__}: choose loop or wide")
         super().__init__()
