@@ -15,45 +15,15 @@ from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
 
 MOST_QUESTIONS = 10
 _VERBS = (
-    "add",
-    "build",
-    "check",
-    "clean",
-    "count",
-    "draw",
-    "find",
-    "load",
-    "merge",
-    "move",
-    "parse",
-    "read",
-    "send",
-    "sort",
-)
+    "add", "build", "check", "clean", "count", "draw", "find", "load", "merge", "move", "parse", "read", "send", "sort",
+)  # fmt: skip
 _NOUNS = ("box", "cell", "file", "grid", "item", "key", "line", "list", "node", "page", "point", "row", "score", "word")
 _VALUES = (
-    "alpha",
-    "base",
-    "depth",
-    "index",
-    "left",
-    "limit",
-    "offset",
-    "rate",
-    "right",
-    "size",
-    "start",
-    "step",
-    "width",
-)
+    "alpha", "base", "depth", "index", "left", "limit", "offset", "rate", "right", "size", "start", "step", "width",
+)  # fmt: skip
 _NOTES = (
-    "keep the old order",
-    "nothing to do",
-    "slow but safe",
-    "one more than needed",
-    "see the manual",
-    "works on copies",
-)
+    "keep the old order", "nothing to do", "slow but safe", "one more than needed", "see the manual", "works on copies",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,9 @@ _STEPS = (
     "Cut", "Test", "Repair", "Label", "Collect", "Order", "Return", "Measure", "Stack", "Dry", "Mix",
 )  # fmt: skip
 _ASKED = (
-    "Is it complete?",
-    "Is it heavy?",
-    "In stock?",
-    "Is it paid?",
-    "Too large?",
-    "Approved?",
-    "Any damage?",
+    "Is it complete?", "Is it heavy?", "In stock?", "Is it paid?", "Too large?", "Approved?", "Any damage?",
     "Is it new?",
-)
+)  # fmt: skip
 _ROLES = (
     "Director", "Sales", "Finance", "Design", "Support", "Research", "Transport", "Kitchen", "Security", "Training",
     "Legal", "Repairs", "Archive", "Planning", "Purchasing", "Quality",

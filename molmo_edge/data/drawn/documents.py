@@ -137,12 +137,8 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
             f"Thank you for your order {code} of {amount} pieces of the {item}. The goods leave our store on {when}. "
             f"The price is {price} including delivery to {place}. {host} looks after your order.",
             (
-                "Who looks after the order?",
-                "How many pieces were ordered?",
-                "When do the goods leave the store?",
-                "What is the price?",
-                "What is the number of the order?",
-                "Where are the goods delivered to?",
+                "Who looks after the order?", "How many pieces were ordered?", "When do the goods leave the store?",
+                "What is the price?", "What is the number of the order?", "Where are the goods delivered to?",
             ),
         ),
         (
@@ -150,12 +146,8 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
             f"We are glad to invite you to our yearly meeting in {place} on {when}. Your host will be {host}. A fee of "
             f"{price} covers lunch for up to {amount} guests. Please give the number {code} at the door.",
             (
-                "Who is the host?",
-                "For how many guests is lunch?",
-                "When is the meeting?",
-                "What is the fee?",
-                "Which number must be given at the door?",
-                "Where does the meeting take place?",
+                "Who is the host?", "For how many guests is lunch?", "When is the meeting?", "What is the fee?",
+                "Which number must be given at the door?", "Where does the meeting take place?",
             ),
         ),
         (
@@ -163,12 +155,8 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
             f"Our books show that bill {code} over {price} is still open. It was due {amount} days ago. Please pay by "
             f"{when}, or speak to {host} at our office in {place}.",
             (
-                "Who can be spoken to?",
-                "How many days ago was the bill due?",
-                "By when shall the bill be paid?",
-                "What is the amount of the open bill?",
-                "Which bill is still open?",
-                "Where is the office?",
+                "Who can be spoken to?", "How many days ago was the bill due?", "By when shall the bill be paid?",
+                "What is the amount of the open bill?", "Which bill is still open?", "Where is the office?",
             ),
         ),
         (
@@ -176,11 +164,8 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
             f"From {when} on we offer the new {item} for {price}. Those who order {amount} or more pay nothing for "
             f"delivery; just name the code {code}. See it at our shop in {place}, where {host} answers all questions.",
             (
-                "Who answers questions at the shop?",
-                "How many must be ordered for free delivery?",
-                "From when on is the article offered?",
-                "What does the article cost?",
-                "Which code shall be named?",
+                "Who answers questions at the shop?", "How many must be ordered for free delivery?",
+                "From when on is the article offered?", "What does the article cost?", "Which code shall be named?",
                 "Where is the shop?",
             ),
         ),
@@ -189,15 +174,12 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
             f"On {when} our team under {host} will come to {place} to repair the lift. The work takes {amount} hours. "
             f"Your share of the cost is {price}; please write {code} on your payment.",
             (
-                "Who leads the team?",
-                "How many hours does the work take?",
-                "When does the team come?",
-                "What is the reader's share of the cost?",
-                "What shall be written on the payment?",
+                "Who leads the team?", "How many hours does the work take?", "When does the team come?",
+                "What is the reader's share of the cost?", "What shall be written on the payment?",
                 "Where will the team come to?",
             ),
         ),
-    )
+    )  # fmt: skip
     subject, text, questions = pick(rng, matters)
     more = some(rng, _MORE, whole(rng, 2, 6))
     half = len(more) // 2
