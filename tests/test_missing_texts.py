@@ -215,6 +215,6 @@ def test_rows_in_memory_are_named_too(tmp_path: Path) -> None:
     from molmo_edge.data.rows import number_in, text_in
 
     row = rows_of(tmp_path, [{"a": 1}, {"a": None}])[1]
-    with pytest.raises(RowsError, match=r"row 1 of .* has no label, where a text is needed"):
+    with pytest.raises(RowsError, match=r"row 1 of .* has no label: a text is required"):
         text_in(row, row["a"], "label")
     assert number_in(row, "5", "x") == 5

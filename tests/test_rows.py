@@ -83,7 +83,7 @@ def test_every_kind_of_copy_gives_the_same_rows(write: Callable[[Path], None], t
     assert rows[1]["text"] == "two"
     assert "nothing" not in rows[1]
     assert rows[1].get("nothing") is None
-    with pytest.raises(RowsError, match=r'has no column "nothing", only '):
+    with pytest.raises(RowsError, match=r'has no column "nothing" \(columns: '):
         rows[0]["nothing"]
     with pytest.raises(IndexError):
         rows[3]
@@ -114,7 +114,7 @@ def test_what_is_wrong_with_a_copy_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(RowsError, match=r"there is no folder .*nowhere"):
         load("test", tmp_path / "nowhere")
-    with pytest.raises(RowsError, match="it has no parquet files at all"):
+    with pytest.raises(RowsError, match="it has no parquet files"):
         load("test", tmp_path)
     write_parquet(tmp_path / "clone")
     with pytest.raises(RowsError, match='no files of the split "val" of owner/name; it has test, testdev'):
@@ -123,7 +123,7 @@ def test_what_is_wrong_with_a_copy_is_said(tmp_path: Path) -> None:
     with pytest.raises(RowsError, match=r"data cannot be read: .*[Pp]arquet"):
         load("test", tmp_path / "clone")
     write_saved_splits(tmp_path / "saved")
-    with pytest.raises(RowsError, match='has no split "val", only train, test'):
+    with pytest.raises(RowsError, match=r'has no split "val" \(splits: train, test\)'):
         load("val", tmp_path / "saved")
     for text, wrong in (('{"a": 1}\n\n{"a"', "line 3 of .* is not JSON"), ("[1]", "line 1 of .* is not a JSON object")):
         (tmp_path / "rows.jsonl").write_text(text)
@@ -162,7 +162,7 @@ def test_one_split_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(load_rows("owner/name", (), "test", None)) == 3
     assert asked[0] == {"id": "owner/name", "repo_type": "dataset", "allow_patterns": ["data/test-*.parquet"]}
     with pytest.raises(
-        RowsError, match=r"owner/gone cannot be had from the hub: no route\. .*hf download owner/gone.*--data"
+        RowsError, match=r"owner/gone cannot be downloaded from the hub: no route\. .*hf download owner/gone.*--data"
     ):
         load_rows("owner/gone", ("A", "B"), "test", None)
     assert asked[1]["allow_patterns"] == ["A/test-*.parquet", "B/test-*.parquet"]

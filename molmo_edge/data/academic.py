@@ -1,9 +1,8 @@
-"""The academic training sets of Molmo's second stage, about 20 of them, as data sets.
+"""The academic training sets of Molmo's second stage (about 20).
 
-What is asked and answered, and what is one example, is the reference's (olmo/data/academic_datasets.py, names by
-olmo/data/__init__.py::get_dataset_by_name; the list is AUX of launch_scripts/train_multitask_model.py). Rows are read
-from parquet files on the hub, whose code is never run, from the authors' own files, or from a rows.jsonl in the columns
-of either. How often a set is drawn is a matter of the mixture.
+Questions, answers and grouping into examples follow the reference (olmo/data/academic_datasets.py, names of
+olmo/data/__init__.py::get_dataset_by_name; the list is AUX of launch_scripts/train_multitask_model.py). Rows come from
+parquet files on the hub, from the authors' files, or from a rows.jsonl in the columns of either.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Source:
 
     hub_id: str
     configs: tuple[str, ...] = ()
-    train: str = "train"  # what it calls the split; "": it has none
+    train: str = "train"  # its name of the split; "": it has none
     validation: str = "validation"
 
     def split(self, name: str) -> str:
@@ -40,19 +39,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Academic:
-    """Where a set's rows are, and how they become examples."""
+    """Where the rows of a set are, and how they become examples."""
 
     name: str
-    style: str  # the tag of its questions, where they have none of their own
-    ask_row: Callable[[Row], list[ask.Asked]]  # of a row of one question
-    authors: str  # where the authors' files are, for people
-    sources: tuple[Source, ...] = ()  # the first that has the split is taken
-    files: Callable[[Path, str], Rows | None] | None = None  # reads the authors' files, if a folder has them
-    ask_picture: Callable[[Row], list[ask.Asked]] = ask.listed  # of a row of all questions about a picture
-    by_picture: bool = False  # one example is a picture and all its questions; else each question is one
-    plain: Callable[[str], str] = str  # makes one of The Cauldron's answers the authors' again
-    steps: Callable[[Rows, Path | None, str], Rows] | None = None  # rows of questions out of larger ones
-    kept: Callable[[Rows, str], list[int]] | None = None  # the rows that are asked
+    style: str  # the tag of questions without a tag of their own
+    ask_row: Callable[[Row], list[ask.Asked]]  # for a row with one question
+    authors: str  # where to get the authors' files, for messages
+    sources: tuple[Source, ...] = ()  # the first one with the split is used
+    files: Callable[[Path, str], Rows | None] | None = None  # reads the authors' files; None if the folder has none
+    ask_picture: Callable[[Row], list[ask.Asked]] = ask.listed  # for a row with all questions about a picture
+    by_picture: bool = False  # an example has all questions about a picture; otherwise one question
+    plain: Callable[[str], str] = str  # restores the authors' wording of The Cauldron's answers
+    steps: Callable[[Rows, Path | None, str], Rows] | None = None  # splits rows into rows with one question
+    kept: Callable[[Rows, str], list[int]] | None = None  # the rows to use
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class AcademicSet:
 
     spec: Academic
     rows: Rows
-    places: Sequence[Sequence[int]] | None  # of each example, its rows; None: each row is an example
+    places: Sequence[Sequence[int]] | None  # rows of each example; None: each row is an example
 
     @property
     def name(self) -> str:
@@ -71,20 +70,20 @@ class AcademicSet:
         return len(self.rows if self.places is None else self.places)
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Raises RowsError for a row without a picture, an answer, or the column that it is in."""
+        """See DataSet. Raises RowsError if a picture, an answer, or a column is missing."""
         rows = [self.rows[row] for row in ([index] if self.places is None else self.places[index])]
-        where = f"row {rows[0].index} of {self.rows.where}"
+        where = rows[0].where
         try:
             image = rows[0].image("image")
             if image is None:
-                raise RowsError(f"{where} has no picture: leave it out, or copy it again")
+                raise RowsError(f"{where} has no picture: remove the row, or copy it again")
             asked = [each for row in rows for each in self._asked(row)]
             made = [ask.annotate(each, self.spec.style, rng) for each in asked]
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise RowsError(f"{where} is not as {self.name} has it: {error!r}") from error
+            raise RowsError(f"{where} does not have the layout of {self.name}: {error!r}") from error
         said = tuple(annotation for annotation in made if all(message.strip() for message in annotation.messages))
         if not said:
-            raise RowsError(f"{where} asks nothing about its picture")
+            raise RowsError(f"{where} has no question about its picture")
         return Example(image, said)
 
     def _asked(self, row: Row) -> list[ask.Asked]:
@@ -92,15 +91,15 @@ class AcademicSet:
 
 
 def open_academic(name: str, *, split: str = "train", local: Path | None = None) -> DataSet:
-    """One of `ACADEMIC`.
+    """Open one of `ACADEMIC`.
 
-    `split`: "train" or "validation". `local`: a folder with the authors' files (see academic_files.py), a copy of the
-    hub's, or a rows.jsonl (see `load_rows`); None: the hub's files are downloaded. Raises RowsError.
+    `split`: "train" or "validation". `local`: a folder with the authors' files (see academic_files.py), with a copy of
+    the hub's files, or with a rows.jsonl (see `load_rows`); None: download from the hub. Raises RowsError.
     """
     if name not in ACADEMIC:
-        raise RowsError(f'there is no academic training set "{name}", only {", ".join(ACADEMIC)}')
+        raise RowsError(f'"{name}" is not an academic training set (known: {", ".join(ACADEMIC)})')
     if split not in _SPLITS:
-        raise RowsError(f'academic training sets have the splits {" and ".join(_SPLITS)}, not "{split}"')
+        raise RowsError(f'"{split}" is not a split of the academic training sets (splits: {", ".join(_SPLITS)})')
     spec = ACADEMIC[name]
     rows = _rows(spec, split, local)
     if "texts" in rows.columns:
@@ -120,8 +119,8 @@ def _rows(spec: Academic, split: str, local: Path | None) -> Rows:
     if local is not None:
         return load_rows(spec.name, (), split, local)
     raise RowsError(
-        f'{spec.name} has no parquet files of its split "{split}" on the hub: fetch the files of {spec.authors}, and '
-        "name their folder"
+        f'the hub has no parquet files of the split "{split}" of {spec.name}: download the files from {spec.authors} '
+        "and pass their folder"
     )
 
 
@@ -130,7 +129,7 @@ def _places(spec: Academic, rows: Rows, split: str) -> Sequence[Sequence[int]] |
         return [(row,) for row in spec.kept(rows, split)]
     if not spec.by_picture or "questions" in rows.columns:
         return None
-    column = "id_image" if "id_image" in rows.columns else "image_id"  # the names in two copies of VQAv2
+    column = "id_image" if "id_image" in rows.columns else "image_id"  # column names of two copies of VQAv2
     grouped: dict[object, list[int]] = {}
     for row, picture in enumerate(rows.column(column)):
         grouped.setdefault(picture, []).append(row)
@@ -138,22 +137,22 @@ def _places(spec: Academic, rows: Rows, split: str) -> Sequence[Sequence[int]] |
 
 
 def _with_picture(rows: Rows, _split: str) -> list[int]:
-    # Read one by one: only the null mask is wanted, but the pictures come with it, and not all of them at once.
+    # Row by row: reading the whole column would load all pictures at once.
     return [row.index for row in rows if row.image("image") is not None]
 
 
 def _not_difficult(rows: Rows, split: str) -> list[int]:
-    """A-OKVQA's authors score no direct answers to some questions; they are used for training alone."""
+    """Some of A-OKVQA's questions have no scored direct answers: they are used for training only."""
     if split == "train":
         return list(range(len(rows)))
     return [row for row, difficult in enumerate(rows.column("difficult_direct_answer")) if not difficult]
 
 
 def _cauldron(config: str) -> Source:
-    """Many training sets in one, as Idefics2's authors have put them together, all about a picture in one row.
+    """A collection of training sets by the authors of Idefics2, with all questions about a picture in one row.
 
-    Columns: images, texts (user, assistant, source). It has one answer for each question, with a capital at its
-    beginning, and pictures of some test sets are left out.
+    Columns: images, texts (user, assistant, source). Each question has one, capitalised answer. Pictures of some test
+    sets are left out.
     """
     return Source("HuggingFaceM4/the_cauldron", (config,), validation="")
 
@@ -161,8 +160,8 @@ def _cauldron(config: str) -> Source:
 _CHART_QA = (Source("HuggingFaceM4/ChartQA", validation="val"),)  # image, query, label (a list), human_or_machine
 _A_OKVQA = (Source("HuggingFaceM4/A-OKVQA"),)  # image, question, choices, correct_choice_idx, direct_answers
 _ALL = (
-    # lmms-lab/VQAv2, as Multimodal-Fatima/VQAv2_train, has the ten answers that an answer is chosen from, but the
-    # picture again for each question. The authors' answers are lower case throughout.
+    # lmms-lab/VQAv2, like Multimodal-Fatima/VQAv2_train, has all ten answers but repeats the picture for each question.
+    # The authors' answers are in lower case.
     Academic(
         "coco_2014_vqa_multi",
         "vqa2",
@@ -173,9 +172,9 @@ _ALL = (
         by_picture=True,
         plain=str.lower,
     ),
-    # facebook/textvqa, which the reference has, is a script. image, question, answers.
+    # The reference's facebook/textvqa is a script. image, question, answers.
     Academic("text_vqa", "text_vqa", ask.short, "textvqa.org", (Source("lmms-lab/textvqa"),)),
-    # HuggingFaceM4/OK-VQA, which the reference has, is a script. image, question, answers, answers_original.
+    # The reference's HuggingFaceM4/OK-VQA is a script. image, question, answers, answers_original.
     Academic(
         "okvqa",
         "okvqa",
@@ -191,7 +190,7 @@ _ALL = (
     Academic("chart_qa", "chart_qa", ask.chart_qa, "github.com/vis-nlp/ChartQA", _CHART_QA),
     # image, question, answers
     Academic("doc_qa", "doc_qa", ask.short, "docvqa.org", (Source("HuggingFaceM4/DocumentVQA"),)),
-    # lmms-lab/DocVQA has no training split. The authors' files need an account, and keep all answers as they were.
+    # lmms-lab/DocVQA has no training split. The authors' files require an account and have all original answers.
     Academic(
         "info_qa",
         "info_qa",
@@ -200,7 +199,7 @@ _ALL = (
         (_cauldron("infographic_vqa"), Source("lmms-lab/DocVQA", ("InfographicVQA",), train="")),
         official.info_qa_rows,
     ),
-    # "Transparent" is but its name: with the authors' files both kinds of boxes are there, as in the reference.
+    # Despite its name, it has both kinds of boxes with the authors' files, as in the reference.
     Academic(
         "ai2_diagram_v2_mix_transparent",
         "ai2_diagram",
@@ -220,7 +219,7 @@ _ALL = (
         (Source("smolagents/android-control", validation=""),),
         steps=android.step_rows,
     ),
-    # image (none for half of the rows), question, hint, choices, answer (an index)
+    # image (missing in half of the rows), question, hint, choices, answer (an index)
     Academic(
         "science_qa_img",
         "science_qa",
@@ -229,7 +228,7 @@ _ALL = (
         (Source("derek-thomas/ScienceQA"),),
         kept=_with_picture,
     ),
-    # The Cauldron's copy answers with whole solutions.
+    # The Cauldron's copy has whole solutions as answers.
     Academic(
         "tabwmp_da",
         "tabwmp_da",
@@ -254,7 +253,7 @@ _ALL = (
         files.tally_qa_rows,
         by_picture=True,
     ),
-    # Words of a fixed list, all lower case.
+    # Answers are from a fixed list in lower case.
     Academic(
         "dv_qa",
         "dv_qa",

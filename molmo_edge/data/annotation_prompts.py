@@ -1,7 +1,7 @@
-"""From annotations in words to the texts that are tokenised: templates, style tags, lengths and roles.
+"""Converts annotations to the texts that are tokenised: templates, style tags, lengths and roles.
 
-The structure is the reference's (olmo/data/data_formatter.py::DataFormatter); the templates are our own, in the same
-registers: polite and curt, with and without punctuation, typed on a phone or written out.
+The structure is the reference's (olmo/data/data_formatter.py::DataFormatter). The templates are original, in the same
+registers: polite and curt, with and without punctuation.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from string import ascii_uppercase
 
 import numpy as np
 
+from molmo_edge.data.choices import pick
 from molmo_edge.data.examples import Annotation
 from molmo_edge.frontend.points import Point, format_count, format_points
 from molmo_edge.frontend.prompts import build_caption_prompt, build_prompt
 
 Points = Sequence[Point | tuple[float, float]]  # percent
 
-# A model that is asked about these without a tag shall answer as in a conversation, so most prompts go without.
+# Styles that a model should also answer without a tag: most of their prompts have none.
 CONVERSATIONAL = frozenset({"pointing", "point_count", "user_qa", "long_caption"})
 UNTAGGED = frozenset({"android_control", "demo"})
-TAGGED_SHARE = 0.1  # of the conversational prompts
-LENGTH_UNIT, LENGTH_NOISE, UNCONDITIONED = 15, 25.0, 0.1  # characters, their standard deviation, share without a length
+TAGGED_SHARE = 0.1  # of conversational prompts
+LENGTH_UNIT, LENGTH_NOISE, UNCONDITIONED = (
+    15,
+    25.0,
+    0.1,
+)  # characters, their standard deviation, share of prompts without a length
 
-# {x} is the label as it is. The first of each list is the SDK's own question (molmo_edge/frontend/prompts.py).
+# {x} is the label. The first template of each list is the SDK's question (molmo_edge/frontend/prompts.py).
 POINTING = (
     "Point to the {x}.", "Point to {x}.", "Point to {x}", "point to the {x}", "Point at {x}.", "Point at all {x}",
     "Point out the {x}.", "Point out every {x} in the picture.", "Please point to the {x}.", "Please point at {x}",
@@ -67,7 +72,7 @@ CAPTIONING = (
     "caption", "Explain what this picture shows to someone who cannot see it.", "Look at the image and describe it.",
     "I cannot see the picture. What is in it?", "Provide a thorough caption of this photo.",
 )  # fmt: skip
-# Before questions whose answer is a number in words alone, lest "how many" always brings points.
+# Prefixes of "how many" questions whose answer has no points.
 _NO_POINTS = (
     "No points: ", "no points: ", "No points:\n", "No points please. ", "No pointing: ", "no pointing\n",
     "Without points: ", "Without pointing, ", "Do not point. ", "Don't point. ", "Please don't point.\n",
@@ -76,38 +81,34 @@ _NO_POINTS = (
 )  # fmt: skip
 
 
-def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
 # --- annotations of each kind ---------------------------------------------------------------------------------------
 
 
 def pointing(label: str, points: Points, rng: np.random.Generator) -> Annotation:
-    """Where things are; of none, that there are none. `points`: percent. Reference: `format_points`."""
+    """Points at every instance, or that there are none. `points`: percent. Reference: `format_points`."""
     words = label.lower()
     return Annotation("pointing", (pick(rng, POINTING).format(x=words), format_points(points, words)))
 
 
 def counting(label: str, points: Points, rng: np.random.Generator) -> Annotation:
-    """How many there are, by pointing at each. `points`: percent."""
+    """The number of instances, with a point at each. `points`: percent."""
     words = label.lower()
     return Annotation("point_count", (pick(rng, COUNTING).format(x=words), format_count(points, words)))
 
 
 def caption(text: str, rng: np.random.Generator, style: str = "long_caption") -> Annotation:
-    """A caption, or with `style` "transcript" what an annotator said aloud. Stage 1 asks with a length instead."""
+    """A caption, or with `style` "transcript" an annotator's speech. Stage 1 replaces the question: `captioning`."""
     return Annotation(style, (pick(rng, CAPTIONING), text))
 
 
 def multiple_choice(question: str, options: Sequence[str], answer: int, style: str) -> Annotation:
-    """A question, a line "A: ..." for each option, and the letter as the answer. Reference: `format_options`."""
+    """A question with a line "A: ..." for each option; the answer is a letter. Reference: `format_options`."""
     lines = [f"{letter}: {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return Annotation(style, ("\n".join([question, *lines, ""]), ascii_uppercase[answer]))
 
 
 def without_points(question: str, rng: np.random.Generator) -> str:
-    """A "how many ..." question, asked so that an answer in words is due; any other as it is."""
+    """Add a request for an answer without points to a "how many" question. Other questions are unchanged."""
     asks = question.lower().startswith("how many")
     return pick(rng, _NO_POINTS) + question if asks else question
 
@@ -118,7 +119,7 @@ def without_points(question: str, rng: np.random.Generator) -> str:
 def conversation(annotation: Annotation, rng: np.random.Generator) -> list[str]:
     """Stage 2 and later: " User: vqa2: {question} Assistant:", " {answer}", ...
 
-    The tag stands before the first question. Reference: "demo_or_style" and message format "role".
+    The tag precedes the first question. Reference: "demo_or_style" and message format "role".
     """
     style = annotation.style
     tagged = style not in UNTAGGED and (style not in CONVERSATIONAL or rng.random() < TAGGED_SHARE)
@@ -132,9 +133,9 @@ def conversation(annotation: Annotation, rng: np.random.Generator) -> list[str]:
 
 
 def captioning(annotation: Annotation, rng: np.random.Generator) -> list[str]:
-    """Stage 1: " long_caption 83:", " {caption}". No roles, and the wanted length instead of a question.
+    """Stage 1: " long_caption 83:", " {caption}", without roles.
 
-    The length is the answer's in units of 15 characters, told with noise, and in one of ten cases not at all.
+    The number is the length of the answer in units of 15 characters, with noise; one prompt in ten has none.
     Reference: "style_and_length".
     """
     text = annotation.messages[-1]

@@ -1,4 +1,4 @@
-"""The little English that questions and captions need: plurals, articles, numbers, lists."""
+"""English plurals, articles, numbers and lists for questions and captions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNCHANGED = frozenset(
         "spaghetti", "sushi", "popcorn", "milk", "paper", "lightning",
     )
 )  # fmt: skip
-# Words that are plural as they stand: no article, no further s.
+# Words that are always plural: no article, no added s.
 _PLURAL_ONLY = frozenset(
     (
         "scissors", "skis", "glasses", "sunglasses", "pants", "shorts", "grapes", "binoculars", "headphones", "fries",
@@ -43,7 +43,7 @@ def plural(noun: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """As in "a dog", "an apple", "some bread", "scissors"; of one."""
+    """As in "a dog", "an apple", "some bread", "scissors"."""
     last = noun.rpartition(" ")[2]
     if last in _PLURAL_ONLY:
         return noun
@@ -53,7 +53,7 @@ def with_article(noun: str) -> str:
 
 
 def counted(noun: str, count: int) -> str:
-    """As in "a dog", "three dogs", "many dogs" past twelve."""
+    """As in "a dog", "three dogs", "many dogs" from 13 on."""
     if count == 1:
         return with_article(noun)
     return f"{_NUMBERS[count] if count < len(_NUMBERS) else 'many'} {plural(noun)}"
@@ -65,5 +65,5 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def be(noun: str) -> str:
-    """Either "is" or "are", of one `noun`: "the dog is", "the scissors are"."""
+    """The verb of one `noun`: "is" as in "the dog is", "are" as in "the scissors are"."""
     return "are" if noun.rpartition(" ")[2] in _PLURAL_ONLY else "is"

@@ -1,7 +1,7 @@
-"""What a data set gives a trainer: an image with all its annotations, in words.
+"""Training examples: an image with all its annotations as text.
 
-How the words become a prompt (roles, style tags, lengths) is a matter of the stage: see prompts.py. What becomes of the
-image and the tokens: see encoding.py.
+annotation_prompts.py converts annotations to prompts (roles, style tags, lengths), molmo_edge/training/encoding.py
+converts examples to tokens and crops.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from molmo_edge.data.regions import Regions
 
 @dataclass(frozen=True)
 class Annotation:
-    """One conversation about an image; packed, it sees the image and itself alone."""
+    """One conversation about an image. Packed annotations of an image do not attend to each other."""
 
-    style: str  # of the reference's tags: "vqa2", "pointing", "long_caption", ...; prompts.py says what becomes of it
-    messages: tuple[str, ...]  # user, assistant, user, ...: plain words, no roles, tags or leading spaces
-    weight: float = 1.0  # of every answer's tokens in the loss
+    style: str  # one of the reference's tags: "vqa2", "pointing", "long_caption", ...
+    messages: tuple[str, ...]  # user, assistant, user, ...: plain text without roles, tags or leading spaces
+    weight: float = 1.0  # of the answers' tokens in the loss
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image, in anything that `load_image` takes (None: a text alone), with annotations, regions, or both."""
+    """An image (anything that `load_image` accepts; None: text only) with annotations, regions, or both."""
 
     image: Any
     annotations: tuple[Annotation, ...] = ()
@@ -33,19 +33,18 @@ class Example:
 
 
 class DataSet(Protocol):
-    """Examples by number. Safe to copy to another process: a worker of the data loader."""
+    """Examples by index. Instances are pickled for the worker processes of the data loader."""
 
     @property
     def name(self) -> str:
-        """As in a mixture: "pixmo_points"."""
+        """The name used in mixtures, such as "pixmo_points"."""
         ...
 
     def __len__(self) -> int: ...
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Example `index`; whatever is left to chance, a template or a transcript, is drawn from `rng`.
+        """Example `index`. Random choices, such as of a template, use only `rng`.
 
-        The same index and the same state of `rng` give the same example. Raises MolmoEdgeError where the row is
-        damaged or its picture gone.
+        Raises MolmoEdgeError if the row is damaged or its picture is missing.
         """
         ...

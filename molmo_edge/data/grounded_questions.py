@@ -1,7 +1,7 @@
 """Questions and answers about an annotated image, drawn scene or photograph, in Molmo's grammar.
 
-Only what the annotation settles is asked: no counts of crowds, no absence of what a backdrop may show, no places on
-the border between two regions. The answer names things in the question's own words, as Molmo's answers do.
+Questions have certain answers only: no counts of crowds, no absence of what a backdrop may show, no places on the
+border of two regions. As in Molmo, the answer uses the question's name for an object.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import (
     COCO_LABELS,
     OUT_OF_PLACE,
@@ -26,10 +27,10 @@ Annotation = dict[str, Any]
 Box = Sequence[float]  # x0, y0, x1, y1, percent
 
 MOST_INSTANCES = 12  # labels with more are neither pointed at nor counted
-SMALLEST = 3.0  # percent: a label with an instance whose longer side is below cannot be seen at 224 pixels
-BORDER = 4.0  # percent: nearer to the border of two regions, an object is in neither
+SMALLEST = 3.0  # percent: a label is skipped if the longer side of an instance is smaller
+BORDER = 4.0  # percent: objects nearer to the border of two regions are in neither
 
-# How often a kind is asked, relative to the others that the image allows.
+# Relative frequency of each kind, among the kinds that the image allows.
 KINDS = {
     "point": 3.0,
     "count": 2.5,
@@ -41,7 +42,7 @@ KINDS = {
     "caption": 1.2,
 }
 
-# {a}: one, as labelled; {b}: plural. The first of each is the SDK's own and makes half of the questions.
+# {a}: label; {b}: plural. The first template of each list is the SDK's question, used half of the time.
 _POINT = (
     "Point to the {a}.", "Point to the {b}.", "Point at the {a}.", "Point to all {b}.", "Point to every {a}.",
     "Show me the {a}.", "Find the {a}.", "Locate the {b}.", "Can you point to the {a}?", "Please point out the {b}.",
@@ -61,7 +62,7 @@ _RECEIPT = {"total": "What is the total?", "date": "What is the date?", "company
 _GARMENT = ("What kind of clothing is this?", "Which garment is this?", "What is in this image?")
 _GARMENTS = {"longsleeve": "long-sleeved shirt", "outwear": "jacket"}
 
-# Sources that annotate every instance of these labels: on their images, one of these without a box is absent.
+# Labels of which a source annotates every instance, so that labels without a box are absent.
 _CLOSED = {
     "cards": frozenset({"king", "ace", "nine", "ten", "jack", "queen"}),
     "road_signs": frozenset({"green traffic light", "yellow traffic light", "red traffic light", "parking sign"}),
@@ -75,16 +76,15 @@ class QA:
     question: str
     answer: str
     kind: str  # of KINDS
-    target_boxes: np.ndarray | None = None  # float32 [k, 4], percent: what the answer is about, in its points' order
+    target_boxes: np.ndarray | None = None  # float32 [k, 4], percent; in the order of the answer's points
 
 
 def write_questions(
     annotation: Annotation, rng: np.random.Generator, *, max_questions: int, vocabulary: Collection[str]
 ) -> list[QA]:
-    """Up to `max_questions` different questions with their answers, in random order.
+    """Up to `max_questions` different questions with answers, in random order; fewer if the annotation allows no more.
 
-    `vocabulary`: the names of the sprites and labels that training uses; absent things are chosen from it. Fewer, even
-    no questions come back where the annotation allows no more.
+    `vocabulary`: the labels used in training, from which absent ones are chosen.
     """
     makers: dict[str, Callable[[], list[QA]]] = {
         "point": lambda: [_point(rng, o) for o in _countable(annotation)],
@@ -109,12 +109,12 @@ def write_questions(
 
 
 def grounded_names(annotation: Annotation) -> list[tuple[str, list[float]]]:
-    """Every labelled instance as (label, percent box), crowds' listed instances too."""
+    """Every labelled instance as (label, percent box), including those of crowds."""
     return [(o["label"], list(box)) for o in annotation.get("objects", ()) for box in o["boxes"]]
 
 
 def region_of(box: Box) -> str | None:
-    """Which ninth holds the box's centre: "top left", "top", ..., "center"; None near a border between two."""
+    """The ninth with the centre of the box: "top left", "top", ..., "center". None near a border of two."""
     ninth = []
     for low, high in ((box[0], box[2]), (box[1], box[3])):
         middle = (low + high) / 2
@@ -141,16 +141,16 @@ def _countable(annotation: Annotation) -> list[Annotation]:
 
 
 def _asked(rng: np.random.Generator, label: str, phrasings: Sequence[str]) -> tuple[str, str]:
-    """(question, the words it uses for the label). Now and then a synonym, sometimes other phrasings."""
+    """(question, its name for the label, sometimes a synonym)."""
     if label in SYNONYMS and rng.random() < 0.15:
-        label = SYNONYMS[label][int(rng.integers(len(SYNONYMS[label])))]
-    phrasing = _pick(rng, phrasings)
+        label = pick(rng, SYNONYMS[label])
+    phrasing = _phrase(rng, phrasings)
     words = label if "{a}" in phrasing else plural(label)
     return phrasing.format(a=words, b=words), words.lower()
 
 
 def _ordered(item: Annotation) -> tuple[list[tuple[float, float]], np.ndarray]:
-    """(points by x then y, their boxes float32 [k, 4]): the order in which an answer names them."""
+    """(points sorted by x, then y; their boxes, float32 [k, 4]): the order of an answer."""
     order = sorted(range(len(item["points"])), key=lambda i: tuple(round(v, 1) for v in item["points"][i]))
     points = [(float(item["points"][i][0]), float(item["points"][i][1])) for i in order]
     return points, np.array([item["boxes"][i] for i in order], np.float32)
@@ -169,7 +169,7 @@ def _count(rng: np.random.Generator, item: Annotation) -> QA:
 
 
 def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
-    """Two questions about what is certainly absent; one where nothing present can be asked for, lest "none" wins."""
+    """Two questions about absent labels, one if no present label can be asked for."""
     absent = sorted(absent_labels(annotation, vocabulary))
     if not absent:
         return []
@@ -182,7 +182,7 @@ def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Col
 
 
 def absent_labels(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
-    """Names of `vocabulary` that are certainly not in the picture, as far as its source annotates."""
+    """Names of `vocabulary` that are certainly not in the picture, given what its source annotates."""
     names = set(vocabulary)
     source = annotation["source"]
     if source == "coco":
@@ -194,7 +194,7 @@ def absent_labels(annotation: Annotation, vocabulary: Collection[str]) -> set[st
     for label in annotation.get("maybe_present", ()):
         names -= {label} | overlapping(label)
     for item in annotation.get("objects", ()):
-        # A label that a crop has emptied is absent, unless something of it may be left.
+        # A label without boxes (after a crop) is absent, unless a part of an instance may be left.
         if item["boxes"] or item.get("crowd"):
             names -= {item["label"]} | overlapping(item["label"])
     return names
@@ -220,7 +220,7 @@ def _where(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
 
 
 def _what(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
-    """What is in a ninth that one object has to itself; of scenes alone, where everything is labelled."""
+    """The only object in a ninth. Scenes only, where everything is labelled."""
     if annotation["source"] != "scene" or annotation.get("backdrop") == "photo":
         return []
     found = grounded_names(annotation) + [("", t["box"]) for t in annotation["texts"]]
@@ -228,7 +228,7 @@ def _what(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
     for label, box in found:
         region = region_of(box)
         if label and region and not any(_reaches(other, region) for _, other in found if other is not box):
-            question = _pick(rng, _WHAT).format(r=region)
+            question = _phrase(rng, _WHAT).format(r=region)
             if region == "center":
                 question = question.replace("at the", "in the")
             answer = with_article(label)
@@ -237,7 +237,7 @@ def _what(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
 
 
 def _reaches(box: Box, region: str) -> bool:
-    """Whether the box touches the ninth."""
+    """Whether the box reaches into the ninth."""
     x = 100 / 3 * (0 if "left" in region else 2 if "right" in region else 1)
     y = 100 / 3 * (0 if "top" in region else 2 if "bottom" in region else 1)
     return box[0] < x + 100 / 3 and box[2] > x and box[1] < y + 100 / 3 and box[3] > y
@@ -254,11 +254,11 @@ def _read(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
     if not texts or annotation.get("texts_cut"):
         return []
     boxes = np.array([t["box"] for t in texts], np.float32)
-    questions = [QA(_pick(rng, _READ), "\n".join(t["text"] for t in texts), "read", boxes)]
+    questions = [QA(_phrase(rng, _READ), "\n".join(t["text"] for t in texts), "read", boxes)]
     for i, text in enumerate(texts if len(texts) > 1 else ()):
         region = region_of(text["box"])
         if region and not any(_reaches(t["box"], region) for j, t in enumerate(texts) if j != i):
-            question = _pick(rng, _READ_AT).format(r=region)
+            question = _phrase(rng, _READ_AT).format(r=region)
             question = question.replace("at the center", "in the center")
             questions.append(QA(question, text["text"], "read", boxes[i : i + 1]))
     return questions
@@ -268,37 +268,33 @@ def _clock(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
     clocks = annotation.get("clocks", ())
     if len(clocks) != 1 or annotation.get("clocks_cut"):
         return []
-    return [QA(_pick(rng, _CLOCK), clocks[0]["time"], "clock", np.array([clocks[0]["box"]], np.float32))]
+    return [QA(_phrase(rng, _CLOCK), clocks[0]["time"], "clock", np.array([clocks[0]["box"]], np.float32))]
 
 
 def _caption(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
     if annotation.get("captions"):
-        return [QA(_pick(rng, _CAPTION), _any(rng, annotation["captions"]).strip(), "caption")]
+        return [QA(_phrase(rng, _CAPTION), pick(rng, annotation["captions"]).strip(), "caption")]
     garment = annotation.get("fields", {}).get("class")
     if garment and garment not in ("not sure", "other"):
         answer = with_article(_GARMENTS.get(garment, garment))
-        return [QA(_pick(rng, _GARMENT), f"{answer[0].upper()}{answer[1:]}.", "caption")]
+        return [QA(_phrase(rng, _GARMENT), f"{answer[0].upper()}{answer[1:]}.", "caption")]
     if annotation["source"] == "receipts":
-        return [QA(_pick(rng, _CAPTION), "A scanned receipt.", "caption")]
+        return [QA(_phrase(rng, _CAPTION), "A scanned receipt.", "caption")]
     answer = describe(annotation)
-    return [QA(_pick(rng, _CAPTION), answer, "caption")] if answer else []
+    return [QA(_phrase(rng, _CAPTION), answer, "caption")] if answer else []
 
 
 def describe(annotation: Annotation) -> str:
-    """A caption such as "A photo with two dogs, a cup and a clock.", the largest first; "" of nothing labelled."""
+    """A caption such as "A photo with two dogs, a cup and a clock.", largest first; "" if nothing is labelled."""
     named = [o for o in annotation.get("objects", ()) if o["boxes"]]
     named.sort(key=lambda o: -sum((b[2] - b[0]) * (b[3] - b[1]) for b in o["boxes"]))
-    # Of a crowd it is only known that there are several.
+    # A crowd has an unknown number of instances: "many".
     parts = [counted(o["label"], 99 if o.get("crowd") else len(o["boxes"])) for o in named[:6]]
     if not annotation.get("texts_cut") and annotation["source"] != "receipts":
         parts += [f'the text "{t["text"]}"' for t in annotation.get("texts", ())]
     return f"A photo with {listed(parts)}." if parts else ""
 
 
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """The first of the options half of the time."""
-    return options[0] if rng.random() < 0.5 else _any(rng, options)
-
-
-def _any(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(rng.integers(len(options)))]
+def _phrase(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """The first phrase half of the time, else any."""
+    return options[0] if rng.random() < 0.5 else pick(rng, options)

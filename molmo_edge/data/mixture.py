@@ -1,7 +1,7 @@
-"""Which example comes when: several data sets at given rates, the same order for any number of ranks and workers.
+"""The order of examples from several data sets at given rates, the same for any number of ranks and workers.
 
-Sample number i of a run is drawn from the seed alone, so a run is taken up at any step by drawing the choices before it
-again, without reading an example. Reference: olmo/data/iterable_dataset_mixture.py and build_train_dataloader.
+Sample i of a run depends only on the seed. To resume at a step, the choices before it are drawn again, without reading
+examples. Reference: olmo/data/iterable_dataset_mixture.py and build_train_dataloader.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from molmo_edge.errors import MolmoEdgeError
 
 
 class MixtureError(MolmoEdgeError):
-    """Rates or sizes that make no mixture."""
+    """A mixture without available examples."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Data sets that share a rate, inside of it by the square roots of their sizes."""
+    """Data sets that share a rate, in proportion to the square roots of their sizes."""
 
     rate: float
-    sizes: Mapping[str, int | None]  # data set -> the size it counts as; None: its own
+    sizes: Mapping[str, int | None]  # data set -> size to use; None: its actual size
 
 
 class Draw(NamedTuple):
     """One sample of a run."""
 
-    number: int  # from the start of the run
+    number: int  # in the run
     source: int  # which data set
     example: int  # which of its examples
-    epoch: int  # how often the data set has gone by
+    epoch: int  # number of complete passes over the data set
 
 
 def mixture_rates(groups: Sequence[Group], lengths: Mapping[str, int]) -> dict[str, float]:
-    """Share of each data set, in all 1: a group's rate times sqrt(size) over the group's sum of these.
+    """Share of each data set (sum 1): the rate of its group times sqrt(size), divided by the group's sum of sqrt(size).
 
-    lengths: rows of the data sets at hand, a row being an image with all its annotations. What a group names and
-    `lengths` lacks is left out, and the rest of the group takes its share.
+    `lengths`: examples of the available data sets. Unavailable sets are left out, and the rest of their group takes
+    their share. Raises MixtureError if none is available.
     """
     rates: dict[str, float] = {}
     for group in groups:
@@ -49,21 +49,21 @@ def mixture_rates(groups: Sequence[Group], lengths: Mapping[str, int]) -> dict[s
             rates[name] = rates.get(name, 0.0) + group.rate * root / sum(roots.values())
     total = sum(rates.values())
     if not total > 0:
-        raise MixtureError("none of the mixture's data sets is at hand, or all of them are empty")
+        raise MixtureError("none of the mixture's data sets is available, or all of them are empty")
     return {name: rate / total for name, rate in rates.items()}
 
 
 @dataclass
 class Order:
-    """The endless order of a run's samples. Iterating starts at sample `first`, every time anew."""
+    """The infinite order of a run's samples. Each iteration starts at sample `first`."""
 
-    lengths: Sequence[int]  # of the data sets, in the order of their numbers
+    lengths: Sequence[int]  # of the data sets, by number
     rates: Sequence[float]
     seed: int
     first: int = 0
     _permutations: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
 
-    _BLOCK = 4096  # choices that are drawn at once
+    _BLOCK = 4096  # choices drawn at once
 
     def __iter__(self) -> Iterator[Draw]:
         block, skip = divmod(self.first, self._BLOCK)
@@ -83,13 +83,13 @@ class Order:
             block += 1
 
     def _choices(self, block: int) -> np.ndarray:
-        """int [_BLOCK]: the data sets of the samples of a block."""
+        """int [_BLOCK]: the data set of each sample of a block."""
         rng = np.random.default_rng([self.seed, block])
         rates = np.asarray(self.rates, np.float64)
         return rng.choice(len(self.rates), size=self._BLOCK, p=rates / rates.sum())
 
     def _shuffled(self, source: int, epoch: int, place: int) -> int:
-        """Every example once an epoch, in an order of its own."""
+        """An epoch has every example once, in its own random order."""
         known = self._permutations.get(source)
         if known is None or known[0] != epoch:
             order = np.random.default_rng([self.seed, source, epoch]).permutation(self.lengths[source])

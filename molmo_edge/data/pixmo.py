@@ -1,24 +1,27 @@
-"""The PixMo data sets as a trainer wants them: a picture with all that is said about it.
+"""The PixMo data sets: pictures with their annotations.
 
-Columns are those of the hub's data set cards. Most sets name their pictures by URL: fetch them first
-(`wanted_images`, downloads.py); rows whose picture is not there are left out and counted. What becomes of a row
-follows olmo/data/pixmo_datasets.py, except where a comment says otherwise.
+Columns are those of the hub's data set cards. Most sets refer to pictures by URL: download them first (`wanted_images`,
+downloads.py). Rows whose picture is missing are left out and counted. Annotations follow olmo/data/pixmo_datasets.py,
+except where a comment says otherwise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from molmo_edge.data.annotation_prompts import Points, caption, counting, pointing, without_points
+from molmo_edge.data.choices import pick
 from molmo_edge.data.downloads import Manifest
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.data.rows import Row, Rows, RowsError, load_rows, number_in, text_in
@@ -27,56 +30,56 @@ from molmo_edge.frontend.points import format_points
 
 IMAGE, URL, SHA = "image", "image_url", "image_sha256"
 POINTING_EVAL = "allenai/pixmo-points-eval"
-_MOST_HELD_BACK = 20  # of a small copy no more than one picture in so many is for validation
+_MOST_HELD_BACK = 20  # validation takes at most one picture in this many
 
 
 @dataclass(frozen=True)
 class PixmoSet:
-    """One of PIXMO: where its rows are, and how a row becomes annotations."""
+    """Where the rows of a set are, and how a row becomes annotations."""
 
     name: str
     hub_id: str
     style: str
-    annotate: Callable[[PixmoSet, Row, Any, np.random.Generator], Iterable[Annotation]]  # set, row, picture, rng
+    annotate: Callable[[Reading], Iterable[Annotation]]
     configs: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train",)  # on the hub
-    held_back: int = 0  # pictures of "train" that make a split "validation", where the hub has none
-    grouped: bool = False  # all rows of a picture are one example
-    halved: bool = False  # or two of them
-    kept: tuple[str, Callable[[Any], bool]] | None = None  # rows, by what they have in a column
-    pixels: bool = False  # its points are pixels, not percent: the picture is decoded to turn them into percent
-    checked: bool = False  # pictures that are others than once are left out, as the reference does for these sets
+    held_back: int = 0  # pictures of "train" that form the split "validation", which the hub lacks
+    grouped: bool = False  # an example has all rows of a picture
+    halved: bool = False  # or half of them
+    kept: tuple[str, Callable[[Any], bool]] | None = None  # (column, condition): the rows to use
+    pixels: bool = False  # points are in pixels: pictures are decoded to convert them to percent
+    checked: bool = False  # pictures whose hash differs are left out, as in the reference
 
 
 @dataclass(frozen=True, eq=False)
 class PixmoData:
-    """A DataSet: examples of one split of one set."""
+    """A `DataSet`: examples of one split of one set."""
 
     name: str
     rows: Rows
-    order: np.ndarray  # int64 [n rows that are used]: their numbers, example by example
-    starts: np.ndarray  # int64 [n examples + 1]: where in `order` each example begins
+    order: np.ndarray  # int64 [n used rows]: row indices, example by example
+    starts: np.ndarray  # int64 [n examples + 1]: where each example begins in `order`
     images: Path
-    files: Sequence[str]  # the picture of each example, in `images`; empty: pictures are in the rows
-    left_out: int  # rows of this split whose picture is not there
+    files: Sequence[str]  # file of each example in `images`; empty: pictures are in the rows
+    left_out: int  # rows of this split without a picture
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """See DataSet. Raises RowsError, and ImageError where a picture must be decoded for its points."""
+        """See DataSet. Raises RowsError, and ImageError if a picture must be decoded for its points."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         info = PIXMO[self.name]
         rows = [self.rows[int(row)] for row in self.order[self.starts[index] : self.starts[index + 1]]]
         image = self.images / self.files[index] if self.files else rows[0].image(IMAGE)
         if image is None or (isinstance(image, Path) and not os.path.isfile(image)):
-            raise RowsError(f"{_called(rows[0])} has no picture{'' if image is None else f' {image}'}: was it deleted?")
+            raise RowsError(f"{rows[0].where} has no picture{'' if image is None else f' {image}'}: was it deleted?")
         if info.pixels:
             image = load_image(image)
         made = [annotation for row in rows for annotation in _annotations(info, row, image, rng)]
         if not made:
-            raise RowsError(f"{_called(rows[0])} has neither question nor answer")
+            raise RowsError(f"{rows[0].where} has neither question nor answer")
         return Example(image, tuple(made))
 
 
@@ -88,20 +91,18 @@ def open_pixmo(
     images: Path | Manifest,
     held_out: Container[str] = frozenset(),
 ) -> PixmoData:
-    """One of PIXMO. `split`: "train" or "validation".
+    """Open one of PIXMO.
 
-    `local`: a copy of the set, see `load_rows`, or None for the hub. Pictures come from its own column "image" (files,
-    or paths relative to the folder), else from `images`, a folder that `fetch_images` has filled, or its manifest
-    (to read it once for several sets). Pictures in `held_out`, by URL, are no part of it: see `pointing_eval_urls`.
-    Raises RowsError, also where no example is left.
+    `split`: "train" or "validation". `local`: a copy of the set (see `load_rows`); None: the hub. Pictures come from
+    the column "image" (files, or paths relative to the folder) or from `images`, a folder filled by `fetch_images`, or
+    its manifest (to read it once for several sets). `held_out`: URLs of pictures to leave out, see
+    `pointing_eval_urls`. Raises RowsError, also if there are no examples.
     """
     info = _known(name, split)
     rows = _load(info, split, local)
     own = IMAGE in rows.columns
     if not own and URL not in rows.columns:
-        raise RowsError(
-            f'{rows.where} has no pictures: a copy of {info.hub_id} with a column "image" is needed, a path in each row'
-        )
+        raise RowsError(f'{rows.where} has no pictures: provide a copy of {info.hub_id} with a column "image" of paths')
     codes, keys = _pictures(info, rows, own)
     chosen = _side(info, split, keys) if info.held_back else np.ones(len(keys), bool)
     chosen &= np.fromiter((key not in held_out for key in keys), bool, len(keys))
@@ -115,8 +116,8 @@ def open_pixmo(
     order, starts = _groups(info, codes, chosen)
     if len(starts) == 1:
         raise RowsError(
-            f'{name} has no examples for "{split}": of {len(rows)} rows in {rows.where}, {wanted} belong to it, and '
-            f"{wanted} have no picture in {folder}. Fetch the pictures first"
+            f'{name} has no examples for "{split}": {wanted} of the {len(rows)} rows in {rows.where} belong to it, and '
+            f"none of their pictures is in {folder}. Download the pictures first"
             if wanted
             else f'{name} has no examples for "{split}": none of the {len(rows)} rows in {rows.where} belongs to it'
         )
@@ -125,10 +126,10 @@ def open_pixmo(
 
 
 def wanted_images(name: str, *, split: str = "train", local: Path | None) -> Iterator[tuple[str, str | None]]:
-    """(URL, sha256) of each row's picture, for `fetch_images`: of "validation" too, which is a part of "train".
+    """(URL, sha256) of each row's picture, for `fetch_images`; "train" includes "validation".
 
-    The hash is None where the set has none, or where the reference takes what the URL gives today. Nothing for a set
-    or a copy that holds its own pictures. Raises RowsError.
+    The hash is None if the set has none, or if the reference accepts any file. Empty for a set or copy that includes
+    its pictures. Raises RowsError.
     """
     info = _known(name, split)
     rows = _load(info, split, local)
@@ -142,34 +143,34 @@ def wanted_images(name: str, *, split: str = "train", local: Path | None) -> Ite
 
 
 def pointing_eval_urls(local: Path | None) -> frozenset[str]:
-    """The pictures of pixmo-points-eval, which the reference keeps out of pixmo_points. `local`: as in open_pixmo."""
+    """URLs of pixmo-points-eval's pictures, which the reference leaves out of pixmo_points. `local`: see open_pixmo."""
     return frozenset(load_rows(POINTING_EVAL, (), "test", local).column(URL))
 
 
 def _known(name: str, split: str) -> PixmoSet:
     if name not in PIXMO:
-        raise RowsError(f'there is no PixMo set "{name}", only {", ".join(PIXMO)}')
+        raise RowsError(f'"{name}" is not a PixMo set (known: {", ".join(PIXMO)})')
     info = PIXMO[name]
     splits = (*info.splits, *(("validation",) if info.held_back else ()))
     if split in splits:
         return info
     because = ""
-    if info.pixels:  # counts alone, and answers are made of points
-        because = ": the others have no points. `molmo-edge eval --tasks pixmo_count` asks about them"
-    raise RowsError(f'{name} has no split "{split}" to train on, only {", ".join(splits)}{because}')
+    if info.pixels:  # the other splits have counts but no points
+        because = ": the others have no points. To evaluate on them: `molmo-edge eval --tasks pixmo_count`"
+    raise RowsError(f'{name} has no split "{split}" to train on (splits: {", ".join(splits)}){because}')
 
 
 def _load(info: PixmoSet, split: str, local: Path | None) -> Rows:
     return load_rows(info.hub_id, info.configs, "train" if info.held_back else split, local)
 
 
-# --- which rows are an example --------------------------------------------------------------------------------------
+# --- grouping rows into examples ------------------------------------------------------------------------------------
 
 
 def _pictures(info: PixmoSet, rows: Rows, own: bool) -> tuple[np.ndarray, Sequence[str]]:
-    """(for each row the number of its picture, -1 for a row that is not used; what the pictures are called).
+    """(the picture index of each row, -1 for unused rows; the keys of the pictures).
 
-    Whole columns are read, and no more of them than must be: pixmo-points has 2.4 million rows.
+    Reads whole columns, and as few as possible: pixmo-points has 2.4 million rows.
     """
     if own and not info.grouped and not info.held_back:
         return np.arange(len(rows)), tuple(map(str, range(len(rows))))
@@ -181,16 +182,16 @@ def _pictures(info: PixmoSet, rows: Rows, own: bool) -> tuple[np.ndarray, Sequen
         if not key or not is_used:
             continue
         if not isinstance(key, str):
-            raise RowsError(f'{rows.where} needs a column "{URL}" or "{SHA}" that says which rows share a picture')
+            raise RowsError(f'{rows.where} needs a column "{URL}" or "{SHA}" to tell which rows share a picture')
         codes[row] = numbers.setdefault(key, len(numbers))
     return codes, tuple(numbers)
 
 
 def _side(info: PixmoSet, split: str, keys: Sequence[str]) -> np.ndarray:
-    """Which pictures belong to the split: those with the smallest hashes to validation. bool [n keys].
+    """Which pictures belong to the split, bool [n keys]. The smallest hashes are the validation split.
 
-    The reference draws them at random for each set. By hash they do not depend on the rows' order, nor on what could
-    be downloaded, and what a large set holds back, a smaller one does too.
+    The reference draws it at random for each set. Hashes depend neither on the order of the rows nor on the success
+    of downloads, and hold back the same pictures in a smaller set.
     """
     hashes = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys], np.uint64)
     count = min(info.held_back, len(keys) // _MOST_HELD_BACK)
@@ -203,7 +204,7 @@ def _side(info: PixmoSet, split: str, keys: Sequence[str]) -> np.ndarray:
 def _files(
     info: PixmoSet, rows: Rows, codes: np.ndarray, keys: Sequence[str], chosen: np.ndarray, manifest: Manifest
 ) -> dict[int, str]:
-    """The files, by number, of those pictures that are chosen and there."""
+    """The files of chosen pictures that exist, by picture index."""
     hashes: dict[int, str] = {}
     if info.checked and SHA in rows.columns:
         for code, sha256 in zip(codes, rows.column(SHA), strict=True):
@@ -213,127 +214,131 @@ def _files(
 
 
 def _groups(info: PixmoSet, codes: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, example by example; where each example begins, and the end)."""
+    """(row indices, example by example; where each example begins, and the end)."""
     rows = np.flatnonzero(codes >= 0)
     rows = rows[chosen[codes[rows]]]
     if not info.grouped:
         return rows, np.arange(len(rows) + 1)
-    rows = rows[np.argsort(codes[rows], kind="stable")]  # numbers are in the order of the rows, and so are examples
+    rows = rows[np.argsort(codes[rows], kind="stable")]  # keeps the order in which pictures first appear
     starts = np.flatnonzero(np.diff(codes[rows], prepend=-1, append=len(chosen)))
-    if info.halved:  # explanations are long: the reference makes two examples of a picture that has several
+    if info.halved:  # explanations are long: as in the reference, several are split into two examples
         sizes = np.diff(starts)
         starts = np.union1d(starts, (starts[:-1] + (sizes + 1) // 2)[sizes > 1])
     return rows, starts
 
 
-def _is_there(value: Any) -> bool:
-    return value is not None
+# --- annotations of a row ---------------------------------------------------------------------------------------------
 
 
-# --- what a row says --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Reading:
+    """A row to annotate."""
 
+    row: Row
+    style: str
+    rng: np.random.Generator
+    unit: tuple[float, float]  # one percent of the picture's width and height, in the unit of the row's points
 
-def _called(row: Row) -> str:
-    return f"row {row.index} of {row.rows.where}"
+    def text(self, column: str) -> str:
+        """A cell that must be a text. If it is blank, its annotation is left out."""
+        return self.row.text(column, blank=True)
 
 
 def _annotations(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> list[Annotation]:
-    """Without those that ask or answer nothing. Raises RowsError for a row of another shape."""
+    """Annotations without blank messages. Raises RowsError for a row of another layout."""
+    unit = (image.shape[1] / 100, image.shape[0] / 100) if info.pixels else (1.0, 1.0)
     try:
-        made = list(info.annotate(info, row, image, rng))
+        made = list(info.annotate(Reading(row, info.style, rng, unit)))
         return [annotation for annotation in made if all(message.strip() for message in annotation.messages)]
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise RowsError(f"{_called(row)} is not as {info.hub_id} has it: {error!r}") from error
+        raise RowsError(f"{row.where} does not have the layout of {info.hub_id}: {error!r}") from error
 
 
-def _caption(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield caption(_text(row, "caption"), rng)
+def _caption(read: Reading) -> Iterator[Annotation]:
+    yield caption(read.text("caption"), read.rng)
 
 
-def _caption_and_transcript(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield caption(_text(row, "caption"), rng)
-    transcripts = row["transcripts"] or ()
+def _caption_and_transcript(read: Reading) -> Iterator[Annotation]:
+    yield from _caption(read)
+    transcripts = read.row["transcripts"] or ()
     if len(transcripts):
-        said = text_in(row, transcripts[int(rng.integers(len(transcripts)))], "transcript", blank=True)
-        yield caption(said, rng, "transcript")
+        transcript = text_in(read.row, pick(read.rng, transcripts), "transcript", blank=True)
+        yield caption(transcript, read.rng, "transcript")
 
 
-def _question(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    yield Annotation(info.style, (without_points(_text(row, "question"), rng), _text(row, "answer")))
+def _question(read: Reading) -> Iterator[Annotation]:
+    yield Annotation(read.style, (without_points(read.text("question"), read.rng), read.text("answer")))
 
 
-def _conversation(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    """Questions and answers in turn. The reference puts the request for no points before the first question, whichever
-    asks how many, and the later question is lost: here it stands where it belongs."""
-    messages = row.get("messages")
-    if not messages:  # the set's first version: "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]" and the answer
-        parts = re.split(r"\[(?:USER|ASSISTANT)\]", _text(row, "question"))
-        messages = [part.strip() for part in (parts[1:-1] if len(parts) > 1 else parts)] + [_text(row, "answer")]
+def _conversation(read: Reading) -> Iterator[Annotation]:
+    """Questions and answers in turn.
+
+    For any question that asks "how many", the reference puts the request for no points before the first question, and
+    the later question is lost. Here the request precedes the question that it belongs to.
+    """
+    messages = read.row.get("messages")
+    if not messages:  # the first version of the set: "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]" and the answer
+        parts = re.split(r"\[(?:USER|ASSISTANT)\]", read.text("question"))
+        messages = [part.strip() for part in (parts[1:-1] if len(parts) > 1 else parts)] + [read.text("answer")]
     if len(messages) % 2:
-        raise RowsError(f"{_called(row)} has {len(messages)} messages: one is a question without an answer")
-    texts = [text_in(row, message, "message", blank=True) for message in messages]
-    asked = (without_points(text, rng) if turn % 2 == 0 else text for turn, text in enumerate(texts))
-    yield Annotation(info.style, tuple(asked))
+        raise RowsError(f"{read.row.where} has {len(messages)} messages: a question has no answer")
+    texts = [text_in(read.row, message, "message", blank=True) for message in messages]
+    turns = (without_points(text, read.rng) if turn % 2 == 0 else text for turn, text in enumerate(texts))
+    yield Annotation(read.style, tuple(turns))
 
 
-def _pointing(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    ask = counting if info.style == "point_count" else pointing
-    unit = (image.shape[1] / 100, image.shape[0] / 100) if info.pixels else (1.0, 1.0)
-    if row["points"] is None and row.get("count") is None:  # an empty list says that there are none
-        raise RowsError(f"{_called(row)} has neither points nor a count")
-    points = _points(row, row["points"], unit)
-    if not points and row.get("count"):  # "There are none." would be a lie
-        raise RowsError(f"{_called(row)} counts {row['count']} without a point: is it of a split to evaluate with?")
-    yield ask(text_in(row, row["label"], "label"), points, rng)
+def _pointing(read: Reading) -> Iterator[Annotation]:
+    row = read.row
+    if row["points"] is None and row.get("count") is None:  # an empty list means that there are none
+        raise RowsError(f"{row.where} has neither points nor a count")
+    points = _points(row, row["points"], read.unit)
+    if not points and row.get("count"):  # "There are none." would be wrong
+        raise RowsError(f"{row.where} has the count {row['count']} without points: is it of an evaluation split?")
+    annotate = counting if read.style == "point_count" else pointing
+    yield annotate(row.text("label"), points, read.rng)
 
 
-def _explanation(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    """The answer has a mark wherever points belong: "The <|POINT|> is open." """
-    parts = _text(row, "parsed_response").split("<|POINT|>")
-    tags = [
-        _tag(row, points, shown, alt)
-        for points, shown, alt in zip(row["points"], row["inline_text"], row["alt_text"], strict=True)
-    ]
+def _explanation(read: Reading) -> Iterator[Annotation]:
+    """The answer has a mark in the place of points: "The <|POINT|> is open." """
+    row, parts = read.row, read.text("parsed_response").split("<|POINT|>")
+    tags = [_tag(row, *mark) for mark in zip(row["points"], row["inline_text"], row["alt_text"], strict=True)]
     answer = parts[0] + "".join(tag + part for tag, part in zip(tags, parts[1:], strict=True))
-    yield Annotation(info.style, (_text(row, "question"), answer))
+    yield Annotation(read.style, (read.text("question"), answer))
 
 
-def _tag(row: Row, points: Any, shown: Any, alt: Any) -> str:
-    """The points of a mark; of one without points only what it shows."""
+def _tag(row: Row, points: Any, inline: Any, alt: Any) -> str:
+    """The points of a mark, or its inline text if it has none."""
     if not points:
-        return text_in(row, shown, "inline text", blank=True)
-    label = text_in(row, shown, "inline text of points")
+        return text_in(row, inline, "inline text", blank=True)
+    label = text_in(row, inline, "inline text of points")
     return format_points(_points(row, points), label, alt=text_in(row, alt, "alt text of points"))
 
 
-def _document(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    asked = row["questions"]
+def _document(read: Reading) -> Iterator[Annotation]:
+    asked = read.row["questions"]
     if isinstance(asked, dict):  # how `datasets` stores a sequence of structs
         pairs = list(zip(asked["question"], asked["answer"], strict=True))
     else:
         pairs = [(each["question"], each["answer"]) for each in asked]
-    for question, answer in pairs:
-        texts = (text_in(row, question, "question", blank=True), text_in(row, answer, "answer", blank=True))
-        yield Annotation(info.style, texts)
+    for pair in pairs:
+        question, answer = (
+            text_in(read.row, *each, blank=True) for each in zip(pair, ("question", "answer"), strict=True)
+        )
+        yield Annotation(read.style, (question, answer))
 
 
-def _clock(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> Iterator[Annotation]:
-    # `text` is the time alone, "8:15:30", or a sentence that there is none to be seen.
-    shown = _text(row, "text")
-    answer = f"The time shown is {shown}" if shown[:1].isdigit() else shown
-    yield Annotation(info.style, ("What time is being shown?", answer))
-
-
-def _text(row: Row, column: str) -> str:
-    """A cell that has to be a text; where it is blank, the annotation is left out."""
-    return text_in(row, row[column], column, blank=True)
+def _clock(read: Reading) -> Iterator[Annotation]:
+    # `text` is the time alone, "8:15:30", or a sentence that no time is shown.
+    time = read.text("text")
+    answer = f"The time shown is {time}" if time[:1].isdigit() else time
+    yield Annotation(read.style, ("What time is being shown?", answer))
 
 
 def _points(row: Row, value: Any, unit: tuple[float, float] = (1.0, 1.0)) -> Points:
-    """Percent, of dicts with x and y, of a dict with a list of each, or of pairs; `unit`: one percent, as they count.
+    """Points in percent, from dicts with x and y, from a dict of two lists, or from pairs.
 
-    Annotators click beside a picture too: such points are put on its edge, as Molmo 2 does. Raises RowsError for
-    coordinates that are no finite numbers.
+    Points beside the picture are moved to its edge, as in Molmo 2. Raises RowsError for coordinates that are not
+    finite numbers.
     """
     if isinstance(value, dict):
         pairs = list(zip(value["x"], value["y"], strict=True))
@@ -350,27 +355,23 @@ def _clip(percent: float) -> float:
 # --- the sets ---------------------------------------------------------------------------------------------------------
 
 
-def _many(method: Any) -> bool:
-    return bool(method == "counting")
+def _is_present(value: Any) -> bool:
+    return value is not None
 
 
-def _few(method: Any) -> bool:
-    return bool(method == "pointing")
-
-
-# The reference has point_count and pointing the wrong way round for these, which changes nothing as it trains on both.
-def _point_set(name: str, style: str, kept: Callable[[Any], bool]) -> PixmoSet:
+def _point_set(name: str, style: str, method: str) -> PixmoSet:
+    # The reference swaps point_count and pointing for these sets. It trains on both, so this makes no difference.
     return PixmoSet(
         *(name, "allenai/pixmo-points", style, _pointing),
         held_back=2048,
         grouped=True,
-        kept=("collection_method", kept),
+        kept=("collection_method", partial(operator.eq, method)),
         checked=True,
     )
 
 
 def _document_set(kind: str) -> PixmoSet:
-    # Molmo 1's own runs called the styles scifi_charts, scifi_table, scifi_diagram and scifi_document.
+    # Molmo 1's own runs named the styles scifi_charts, scifi_table, scifi_diagram and scifi_document.
     name = f"pixmo_docs_{kind}"
     return PixmoSet(name, "allenai/pixmo-docs", name, _document, configs=(kind,), splits=("train", "validation"))
 
@@ -381,8 +382,7 @@ _ALL = (
     PixmoSet(
         *("pixmo_cap_with_transcripts", "allenai/pixmo-cap", "long_caption", _caption_and_transcript), held_back=2048
     ),
-    # Columns: image_url, question, answer, and since December 2024 messages (texts). Of these the reference's code
-    # alone tells: the card that was read is older.
+    # Columns: image_url, question, answer; since December 2024 messages (texts), according to the reference's code.
     PixmoSet(*("pixmo_cap_qa", "allenai/pixmo-cap-qa", "synthetic_qa", _conversation), held_back=2048, grouped=True),
     # Columns: image_url, image_sha256, question, answer.
     PixmoSet(
@@ -393,27 +393,27 @@ _ALL = (
     ),
     # Columns: image_url, image_sha256, points (dicts x and y, percent, although the card says pixels), count, label,
     # collection_method ("pointing", or "counting" for pictures with many of something).
-    _point_set("pixmo_points", "pointing", _few),
-    _point_set("pixmo_points_counting", "point_count", _few),
-    _point_set("pixmo_points_high_freq", "pointing", _many),
-    _point_set("pixmo_points_high_freq_counting", "point_count", _many),
-    # Columns: image_url, image_sha256, question, response, parsed_response (none where it could not be parsed),
+    _point_set("pixmo_points", "pointing", "pointing"),
+    _point_set("pixmo_points_counting", "point_count", "pointing"),
+    _point_set("pixmo_points_high_freq", "pointing", "counting"),
+    _point_set("pixmo_points_high_freq_counting", "point_count", "counting"),
+    # Columns: image_url, image_sha256, question, response, parsed_response (none if it could not be parsed),
     # alt_text, inline_text, points (each a list, one entry for each mark in parsed_response; points as pairs, percent).
-    # They are read off code that uses them; the card was not to be had.
+    # Columns according to code that uses them; the card was not available.
     PixmoSet(
         *("pixmo_point_explanations", "allenai/pixmo-point-explanations", "point_qa", _explanation),
         held_back=1024,
         grouped=True,
         halved=True,
-        kept=("parsed_response", _is_there),
+        kept=("parsed_response", _is_present),
         checked=True,
     ),
-    # Columns: image_url, image_sha256, count, points (lists x and y, pixels; none outside of "train"), label.
+    # Columns: image_url, image_sha256, count, points (lists x and y, pixels; only in "train"), label.
     PixmoSet("pixmo_count", "allenai/pixmo-count", "pointing", _pointing, pixels=True),
     PixmoSet("pixmo_count_counting", "allenai/pixmo-count", "point_count", _pointing, pixels=True),
     # Columns: example_id, watchface_id, watchface_name, watch_time, time_format, shows_seconds, hour_visible,
-    # minute_visible, second_visible, text; no pictures, which were made with facer.io: a copy needs a column "image".
-    # The answer is that of Molmo 2's code, which also turns, scales and recolours the watches: here they stay as is.
+    # minute_visible, second_visible, text; no pictures (made with facer.io): a copy needs a column "image".
+    # The answer is that of Molmo 2's code, which also rotates, scales and recolours the watches.
     PixmoSet("pixmo_clocks", "allenai/pixmo-clocks", "clocks", _clock, splits=("train", "validation")),
     # Columns: image, image_id, questions (question and answer of each).
     *map(_document_set, ("charts", "tables", "diagrams", "other")),

@@ -1,8 +1,8 @@
-"""Rows of a data set, from the hub or from a local copy, and pictures that a row names by URL.
+"""Rows of a data set, from the hub or a local copy.
 
-A row's cells are read one by one, when they are asked for: a split's pictures may be many gigabytes. huggingface_hub
-does the download, into its own cache, of one split alone (`datasets` would fetch the training split too); the
-package `datasets` then reads the parquet files. No code of a hub repository is run.
+Cells are read one at a time, on access: the pictures of a split may be many gigabytes. huggingface_hub downloads a
+single split into its cache (`datasets` would download all splits), and `datasets` reads the parquet files. No code of
+a hub repository is run.
 """
 
 from __future__ import annotations
@@ -39,40 +39,37 @@ __all__ = [
 ]
 
 ROWS = "rows.jsonl"
-_BATCH = 10_000  # rows of a column that is read whole
+_BATCH = 10_000  # rows read at once from a whole column
 
 
 class RowsError(MolmoEdgeError):
-    """A data set that cannot be read, or rows that are not as expected."""
+    """A data set cannot be read, or a row has unexpected contents."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of one split, in their order."""
+    """The rows of one split, in order."""
 
-    where: str  # for people
-    folder: Path  # what paths in cells are relative to
+    where: str  # for messages
+    folder: Path  # paths in cells are relative to it
     columns: tuple[str, ...]
     length: int
-    cell: Callable[[int, str], Any]  # (row, column) -> its value, pictures not decoded
-    whole: Callable[[str], Iterable[Any]] | None = None  # column -> all its values; None: cell by cell
+    cell: Callable[[int, str], Any]  # (row, column) -> value; pictures are not decoded
+    whole: Callable[[str], Iterable[Any]] | None = None  # column -> all values; None: use `cell`
 
     def column(self, column: str) -> Iterator[Any]:
-        """All values of one column, the others left unread: quick where there are millions of rows.
-
-        Raises RowsError for a column that does not exist.
-        """
+        """All values of one column; other columns are not read. Raises RowsError if the column does not exist."""
         self.check(column)
         if self.whole is not None:
             return iter(self.whole(column))
         return (self.cell(index, column) for index in range(self.length))
 
     def check(self, column: str) -> None:
-        """Raises RowsError for a column that does not exist."""
+        """Raise RowsError if the column does not exist."""
         if column not in self.columns:
             raise RowsError(
-                f'{self.where} has no column "{column}", only {", ".join(self.columns)}: is it a copy of another data '
-                "set?"
+                f'{self.where} has no column "{column}" (columns: {", ".join(self.columns)}): is it a copy of another '
+                "data set?"
             )
 
     def __len__(self) -> int:
@@ -89,26 +86,30 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row. It holds nothing: every access reads a cell."""
+    """One row. Every access reads a cell."""
 
     rows: Rows
     index: int
+
+    @property
+    def where(self) -> str:
+        """For messages: "row 3 of /data/set"."""
+        return f"row {self.index} of {self.rows.where}"
 
     def __contains__(self, column: str) -> bool:
         return column in self.rows.columns
 
     def __getitem__(self, column: str) -> Any:
-        """Raises RowsError for a column that does not exist."""
+        """Raises RowsError if the column does not exist."""
         self.rows.check(column)
         return self.rows.cell(self.index, column)
 
     def get(self, column: str) -> Any:
-        """None for a column that does not exist."""
+        """The cell, or None if the column does not exist."""
         return self.rows.cell(self.index, column) if column in self.rows.columns else None
 
     def image(self, column: str) -> Any:
-        """What `molmo_edge.frontend.image_files.load_image` takes, bytes of a file or a path for the most part;
-        None: no picture."""
+        """The picture in a form that `load_image` accepts, mostly a file's bytes or path; None if there is none."""
         value = self[column]
         if isinstance(value, dict):  # the struct of datasets.Image
             value = value.get("bytes") or value.get("path")
@@ -116,27 +117,30 @@ class Row:
             return (find_file(self.rows.folder, value) or self.rows.folder / value) if value else None
         return value
 
+    def text(self, column: str, *, blank: bool = False) -> str:
+        """The cell as a text. Raises RowsError as `text_in` does."""
+        return text_in(self, self[column], column, blank=blank)
+
 
 def text_in(row: Row, value: Any, what: str, *, blank: bool = False) -> str:
-    """`value`, which `row` has as `what`, if it is a text.
+    """Check that `value`, the `what` of `row`, is a text; unless `blank`, with more than white space.
 
-    Raises RowsError for anything else: None and NaN would become words of a question or an answer. Also for a text
-    without a letter, unless `blank`.
+    Raises RowsError otherwise: None and NaN would become words of a question or an answer.
     """
     if not isinstance(value, str) or not (blank or value.strip()):
         has = "no" if value is None or value == "" else f"{value!r} as its"
-        raise RowsError(f"row {row.index} of {row.rows.where} has {has} {what}, where a text is needed")
+        raise RowsError(f"{row.where} has {has} {what}: a text is required")
     return value
 
 
 def number_in(row: Row, value: Any, what: str) -> float:
-    """`value`, which `row` has as `what`, as a finite number. Raises RowsError for anything else, NaN among it."""
+    """`value`, the `what` of `row`, as a finite number. Raises RowsError for anything else, NaN included."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowsError(f"row {row.index} of {row.rows.where} has {value!r} as {what}, where a number is needed")
+        raise RowsError(f"{row.where} has {value!r} as {what}: a number is required")
     return number
 
 
@@ -147,7 +151,7 @@ def text_list(row: Row, column: str) -> list[str]:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise RowsError(f"row {row.index} of {row.rows.where}: {column} is not a list: {value!r}") from None
+            raise RowsError(f"{row.where}: {column} is not a list: {value!r}") from None
     return [written_out(row, text, f"one of {column}") for text in value or ()]
 
 
@@ -160,13 +164,13 @@ def written_out(row: Row, value: Any, what: str) -> str:
 
 
 def rows_of(where: Path, listed: Sequence[dict[str, Any]]) -> Rows:
-    """Rows that are in memory already. Paths in them are relative to the folder `where`."""
+    """Rows from memory. Paths in them are relative to the folder `where`."""
     columns = tuple(dict.fromkeys(column for row in listed for column in row))
     cells = _Listed(listed)
     return Rows(str(where), where, columns, len(listed), cells.cell, cells.column)
 
 
-# Classes and not closures, because rows are copied to the processes that read ahead for a trainer.
+# Classes instead of closures, because rows are pickled for the worker processes of a trainer.
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +186,7 @@ class _Listed:
 
 @dataclass(frozen=True, eq=False)
 class _Arrow:
-    """Of a `datasets.Dataset` in the format "arrow": a row is a slice of memory, nothing is decoded or copied."""
+    """A `datasets.Dataset` in "arrow" format: a row is a slice of memory, nothing is decoded or copied."""
 
     dataset: Any
 
@@ -195,15 +199,14 @@ class _Arrow:
 
 
 def load_rows(hub_id: str, configs: Sequence[str], split: str, local: Path | None) -> Rows:
-    """The rows of `split`: from the folder `local`, or from the hub where that is None.
+    """Rows of `split`, from the folder `local` or, if that is None, from the hub.
 
-    `configs`: names of configurations, whose rows come one after the other; empty where the data set has but one.
-    `local` is one of:
-    - a clone or a download of the hub repository, with parquet files named after the split;
-    - a directory that Dataset.save_to_disk or DatasetDict.save_to_disk has written (or one of them for each config);
-    - a folder with rows.jsonl, one JSON object a row, pictures as paths relative to the folder. `split` plays no part.
+    `configs`: configurations whose rows are concatenated; empty if the data set has only one. `local` is one of:
+    - a clone or download of the hub repository, with parquet files named after the split;
+    - a directory written by Dataset.save_to_disk or DatasetDict.save_to_disk, or one for each config;
+    - a folder with rows.jsonl, a JSON object per line with pictures as relative paths. `split` is ignored.
 
-    Raises RowsError, also where the package `datasets` is missing and needed.
+    Raises RowsError, also if the package `datasets` is needed but missing.
     """
     folder = _download(hub_id, configs, split) if local is None else local
     if not folder.is_dir():
@@ -236,7 +239,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise RowsError(f"reading this data set needs the package `datasets`: {pip_command('eval')}") from None
+        raise RowsError(f"reading this data set requires the package `datasets`: {pip_command('eval')}") from None
     return datasets
 
 
@@ -247,7 +250,7 @@ def _from_datasets(folder: Path, parts: Sequence[Any]) -> Rows:
 
 
 def _saved_in(folder: Path, configs: Sequence[str]) -> list[Path]:
-    """Directories of save_to_disk: the folder itself, or one for each config; none if that is not what it holds."""
+    """Directories written by save_to_disk: the folder itself, or one for each config. Empty if there are none."""
     parts = [folder / config for config in configs]
     for found in ([folder], parts):
         if found and all((path / mark).is_file() for path in found for mark in _marks(path)):
@@ -265,22 +268,22 @@ def _load_saved(path: Path, split: str) -> Any:
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
-        raise RowsError(f'{path} has no split "{split}", only {", ".join(saved)}')
+        raise RowsError(f'{path} has no split "{split}" (splits: {", ".join(saved)})')
     return saved[split]
 
 
 def _parquet_in(folder: Path, hub_id: str, configs: Sequence[str], split: str) -> list[Path]:
-    """The split's files, config by config. A copy that has all configs in one is taken as well."""
+    """The split's files, config by config, or those of a copy without config folders."""
     split_by_config = {config: sorted((folder / config).glob(f"{split}-*.parquet")) for config in configs}
     missing = [config for config, files in split_by_config.items() if not files]
     if missing and len(missing) < len(configs):
-        raise RowsError(f'{folder} lacks the split "{split}" of {", ".join(missing)}: copy {hub_id} whole')
+        raise RowsError(f'{folder} lacks the split "{split}" of {", ".join(missing)}: copy all of {hub_id}')
     whole = [file for files in split_by_config.values() for file in files]
     for place in (folder / "data", folder):
         whole = whole or sorted(place.glob(f"{split}-*.parquet"))
     if not whole:
         there = sorted({re.sub(r"-\d+-of-.*", "", path.stem) for path in folder.rglob("*.parquet")})
-        has = f"it has {', '.join(there)}" if there else "it has no parquet files at all"
+        has = f"it has {', '.join(there)}" if there else "it has no parquet files"
         raise RowsError(f'{folder} has no files of the split "{split}" of {hub_id}; {has}')
     return whole
 
@@ -289,7 +292,7 @@ def _load_parquet(files: Sequence[Path], split: str) -> Any:
     datasets = _datasets()
     try:
         return datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
-    except Exception as error:  # of datasets, of pyarrow, and OSError from a disk that is full
+    except Exception as error:  # datasets' or pyarrow's, or OSError if the disk is full
         because = first_line(error.__cause__ or error)
         raise RowsError(f"{files[0].parent} cannot be read: {because}. Is a file damaged, or the disk full?") from error
 
@@ -297,13 +300,13 @@ def _load_parquet(files: Sequence[Path], split: str) -> Any:
 def _download(hub_id: str, configs: Sequence[str], split: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    _datasets()  # or its absence would be found out after some gigabytes
+    _datasets()  # check before gigabytes are downloaded
     patterns = [f"{folder}/{split}-*.parquet" for folder in configs or ("data",)]
     try:
         return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
+    except Exception as error:  # the client's, httpx's or requests' errors, or OSError
         raise RowsError(
-            f"{hub_id} cannot be had from the hub: {first_line(error)}. Ask again, or fetch it elsewhere "
-            f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DATA/NAME, NAME "
-            "as the data set is called here) and pass --data DATA"
+            f"{hub_id} cannot be downloaded from the hub: {first_line(error)}. Try again, or download it elsewhere "
+            f"(hf download {hub_id} --repo-type dataset --include '{patterns[0]}' --local-dir DATA/NAME, with the "
+            "name of the data set as NAME) and pass --data DATA"
         ) from error

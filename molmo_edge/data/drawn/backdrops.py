@@ -1,4 +1,4 @@
-"""What a scene is drawn on: crops of photographs, gradients, plain colours, noise."""
+"""Backdrops of scenes: crops of photographs, gradients, plain colours, noise."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def _gradient(rng: np.random.Generator, size: Size) -> Image.Image:
     """Four corner colours, blended."""
     corners = np.array([[random_colour(rng) for _ in range(2)] for _ in range(2)], np.uint8)
     if rng.random() < 0.5:
-        corners[:, 1] = corners[:, 0]  # from top to bottom only: sky, floor
-    # Resizing a 2 x 2 image blends only its middle half, so enlarge and keep that.
+        corners[:, 1] = corners[:, 0]  # only from top to bottom, as sky and floor
+    # Resizing a 2 x 2 image blends only its middle half: enlarge it and keep that half.
     wide = Image.fromarray(corners).resize((size[0] * 2, size[1] * 2), Image.Resampling.BILINEAR)
     return wide.crop((size[0] // 2, size[1] // 2, size[0] // 2 + size[0], size[1] // 2 + size[1]))
 
 
 def _noise(rng: np.random.Generator, size: Size) -> Image.Image:
-    """Coarse cloud of one of several grains around one colour."""
+    """Coarse noise of random grain around one colour."""
     grain = int(rng.choice([4, 12, 40]))
     shape = (max(2, size[1] // grain), max(2, size[0] // grain), int(rng.choice([1, 3])))
     values = np.array(random_colour(rng)) + rng.normal(0, rng.uniform(8, 45), shape)

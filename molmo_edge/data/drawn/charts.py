@@ -1,6 +1,6 @@
-"""Charts: columns, bars, lines, pies and scattered points, with questions whose answers are computed, not guessed.
+"""Charts: columns, bars, lines, pies and scatter plots, with questions whose answers are computed.
 
-A value can be read exactly: it is written next to its mark, or it lies on a grid line or midway between two.
+Every value can be read exactly: it is written next to its mark, or lies on a grid line or midway between two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from molmo_edge.data.drawn.sheets import Box, Drawing, Pair, Sheet, number, pair
 
 MOST_QUESTIONS = 12
 _SHAPES = {"columns": 0.34, "bars": 0.18, "lines": 0.22, "pie": 0.14, "points": 0.12}
-_STEPS = (2, 4, 10, 20, 40, 50, 100, 200, 500, 1000)  # between grid lines; half of one is whole
+_STEPS = (2, 4, 10, 20, 40, 50, 100, 200, 500, 1000)  # between grid lines; half of each is an integer
 _TOPICS = (
     ("Visitors", "people"), ("Rainfall", "mm"), ("Sales", "units"), ("Revenue", "thousand $"), ("Books lent", "books"),
     ("Energy used", "kWh"), ("New members", "members"), ("Harvest", "tonnes"), ("Passengers", "people"),
@@ -38,11 +38,11 @@ class Chart:
     what: str
     unit: str
     categories: list[str]
-    series: dict[str, list[float]]  # name -> a value for each category; of points: y
+    series: dict[str, list[float]]  # name -> a value for each category; scatter plots: y
     step: float  # between two grid lines
-    colours: dict[str, str]  # series, or categories where there is one series -> name in COLOURS
+    colours: dict[str, str]  # series (or categories, if there is one series) -> name in COLOURS
     labelled: bool  # values are written next to the marks
-    across: dict[str, list[float]]  # of points: group -> x
+    across: dict[str, list[float]]  # scatter plots: group -> x
 
     def colour(self, series: str, category: str) -> Colour:
         return COLOURS[self.colours[series] if series in self.colours else self.colours[category]]
@@ -71,9 +71,9 @@ class _Style:
         return Type(self.face.bold, self.size * 1.35)
 
 
-def draw_chart(rng: np.random.Generator, fonts: Fonts) -> Drawing:
-    """A chart of 560 to 960 pixels' width."""
-    chart = _invent(rng)
+def draw_chart(rng: np.random.Generator, fonts: Fonts, chart: Chart | None = None) -> Drawing:
+    """A chart, 560 to 960 pixels wide. `chart`: what it shows; None: random."""
+    chart = chart or _invent(rng)
     dark = rng.random() < 0.15
     paper: Colour = (28, 32, 40) if dark else pick(rng, ((255, 255, 255), (250, 248, 242), (242, 245, 250)))
     ink: Colour = (232, 232, 232) if dark else pick(rng, ((0, 0, 0), (40, 44, 52), (60, 30, 30)))
@@ -111,7 +111,7 @@ def _invent(rng: np.random.Generator) -> Chart:
 
 
 def _categories(rng: np.random.Generator, shape: str) -> tuple[str, list[str]]:
-    """What they are, and 3 to 8 of them. A line joins times alone."""
+    """(kind, 3 to 8 names). Line charts have times as categories."""
     amount = whole(rng, 3, 6 if shape == "pie" else 8)
     kind = pick(rng, ("month", "year", "day") if shape == "lines" else ("month", "year", "town", "article", "name"))
     if kind == "month":
@@ -128,14 +128,14 @@ def _categories(rng: np.random.Generator, shape: str) -> tuple[str, list[str]]:
 
 
 def _values(rng: np.random.Generator, amount: int, step: int) -> list[float]:
-    """Multiples of half a step, without a repetition where that can be."""
+    """Multiples of half a step, as different as possible."""
     levels = 2 * whole(rng, 4, 6)
     chosen = rng.permutation(np.arange(1, levels + 1))[:amount]
     return [int(level) * step // 2 for level in chosen]
 
 
 def _shares(rng: np.random.Generator, amount: int) -> list[float]:
-    """Whole percentages that make 100, none below 5."""
+    """Integer percentages of at least 5 that sum to 100."""
     cuts = rng.multinomial(100 - 5 * amount, rng.dirichlet(np.full(amount, 1.5)))
     return [5 + int(cut) for cut in cuts]
 
@@ -143,7 +143,7 @@ def _shares(rng: np.random.Generator, amount: int) -> list[float]:
 def _invent_points(rng: np.random.Generator) -> Chart:
     groups = some(rng, ("Group A", "Group B", "Group C"), whole(rng, 1, 3))
     step = pick(rng, (2, 4, 10, 20))
-    taken: set[tuple[int, int]] = set()  # no point hides another
+    taken: set[tuple[int, int]] = set()  # so that no point hides another
     across: dict[str, list[float]] = {}
     up: dict[str, list[float]] = {}
     for group in groups:
@@ -164,7 +164,7 @@ def _invent_points(rng: np.random.Generator) -> Chart:
 
 
 def _frame(rng: np.random.Generator, sheet: Sheet, style: _Style, chart: Chart) -> Box:
-    """Title and legend; returns the box that is left."""
+    """Draw title and legend. Returns the remaining box."""
     pad, y = style.size, style.size * 0.8
     for line in sheet.wrap(chart.title, style.large, sheet.width - 2 * pad):
         sheet.text(sheet.width / 2, y, line, style.large, style.ink, "ma")
@@ -187,7 +187,7 @@ def _ticks(limit: float, step: float) -> list[float]:
 
 
 def _plot(sheet: Sheet, style: _Style, chart: Chart, box: Box, below: float) -> Box:
-    """Grid lines and numbers of an upward axis, its name on the side; returns the box between the axes."""
+    """Draw the grid, numbers and name of the vertical axis. Returns the box between the axes."""
     numbers = max(sheet.measure(number(t), style.small) for t in _ticks(chart.top, chart.step))
     name = chart.what if chart.shape == "points" else f"{chart.what} ({chart.unit})"
     left = box[0] + style.small.line + numbers + 6
@@ -204,7 +204,7 @@ def _plot(sheet: Sheet, style: _Style, chart: Chart, box: Box, below: float) -> 
 
 
 def _lower_axis(sheet: Sheet, style: _Style, plot: Box, most: float, step: float, name: str) -> float:
-    """Upright grid lines, their numbers and a name below the box; returns the pixels of one unit."""
+    """Draw the grid, numbers and name of the horizontal axis. Returns the pixels of one unit."""
     scale = (plot[2] - plot[0]) / most
     for tick in _ticks(most, step):
         x = plot[0] + tick * scale
@@ -219,7 +219,7 @@ def _level(chart: Chart, plot: Box, value: float) -> float:
 
 
 def _categories_below(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> tuple[Box, list[float]]:
-    """Axes with the categories written below, upwards where they are too long; the middle of each."""
+    """Draw axes with the categories below, vertically if they are long. Returns the plot and the middle of each."""
     longest = max(sheet.measure(name, style.small) for name in chart.categories)
     upward = longest > (box[2] - box[0] - 4 * style.size) / len(chart.categories) - 8
     plot = _plot(sheet, style, chart, box, (longest if upward else style.size) + style.size * 0.7)
@@ -245,7 +245,7 @@ def _columns(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
 
 
 def _bars(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
-    """Columns that lie: the categories stand on the left, the numbers below."""
+    """Horizontal bars: categories on the left, numbers below."""
     names = max(sheet.measure(name, style.small) for name in chart.categories)
     plot = (box[0] + names + 8, box[1], box[2] - style.size * 2, box[3] - style.size * 3)
     scale = _lower_axis(sheet, style, plot, chart.top, chart.step, f"{chart.what} ({chart.unit})")
@@ -269,7 +269,7 @@ def _lines(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
         sheet.line(points, COLOURS[chart.colours[name]], 2.5)
         for i, (x, y) in enumerate(points):
             sheet.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[chart.colours[name]])
-            if chart.labelled:  # outside the bend, where no line runs
+            if chart.labelled:  # on the outer side of a bend, clear of the line
                 valley = values[i] <= min(values[max(0, i - 1) : i + 2])
                 side = (y + 7, "ma") if valley and y + 7 + style.size < plot[3] else (y - 7, "mb")
                 sheet.text(x, side[0], number(values[i]), style.small, style.ink, side[1])
@@ -323,7 +323,7 @@ def _ask(rng: np.random.Generator, chart: Chart) -> list[Pair]:
 
 
 def _about_values(rng: np.random.Generator, chart: Chart, values: Sequence[float], of: str) -> list[Pair]:
-    """Look-ups, extremes, order, sums and differences. `of`: " for NAME" where there are several series."""
+    """Look-ups, extremes, order, sums and differences. `of`: " for NAME" if there are several series."""
     sign = "%" if chart.shape == "pie" else ""
     found = dict(zip(chart.categories, values, strict=True))
     asked: list[Pair] = [("How many categories are there?", str(len(found)))]

@@ -28,15 +28,15 @@ _NOTES = (
 
 @dataclass(frozen=True)
 class _Language:
-    """How pieces of code look. {f} a function, {a} {b} its arguments, {v} a variable, {n} {m} numbers, {s} a word."""
+    """Templates of code: {f} a function, {a} {b} its arguments, {v} a variable, {n} {m} numbers, {s} a text."""
 
     name: str
-    ending: str  # of the file's name
+    ending: str  # file name extension
     comment: str
-    camel: bool  # addItem rather than add_item
-    constant: str  # {c}: a name in capitals
-    pieces: tuple[str, ...]  # functions; each begins with the line that names it
-    words: str  # keywords, parted by spaces
+    camel: bool  # addItem instead of add_item
+    constant: str  # {c}: a name in upper case
+    pieces: tuple[str, ...]  # functions; the first line has the name
+    words: str  # keywords, separated by spaces
 
 
 _LANGUAGES = (
@@ -144,7 +144,7 @@ _TOKEN = re.compile(r"\"[^\"]*\"|\d+|\w+|\s+|.")
 
 
 def draw_code(rng: np.random.Generator, fonts: Fonts) -> Drawing:
-    """An editor's window with 8 to 30 lines of code."""
+    """An editor window with 8 to 30 lines of code."""
     language, theme = pick(rng, _LANGUAGES), pick(rng, _THEMES)
     lines, facts = _write(rng, language)
     numbered, framed = rng.random() < 0.7, rng.random() < 0.6
@@ -169,7 +169,7 @@ def draw_code(rng: np.random.Generator, fonts: Fonts) -> Drawing:
 
 
 def _write(rng: np.random.Generator, language: _Language) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """Lines, and what is in them: "functions" with their arguments, "constants" and "strings" with their functions."""
+    """(lines, facts): arguments of "functions", values of "constants", "strings" and "comments" of functions."""
     lines: list[str] = []
     facts: dict[str, dict[str, str]] = {"functions": {}, "constants": {}, "strings": {}, "comments": {}}
     for name in some(rng, _VALUES, whole(rng, 0, 2)):
@@ -195,7 +195,7 @@ def _write(rng: np.random.Generator, language: _Language) -> tuple[list[str], di
 
 
 def _fill(template: str, names: dict[str, str]) -> str:
-    """str.format would stumble over the braces of the languages."""
+    """str.format cannot be used: the languages use braces."""
     return re.sub(r"\{(\w)\}", lambda found: names[found[1]], template)
 
 
@@ -212,12 +212,12 @@ def _title_bar(sheet: Sheet, theme: _Theme, file: str, font: Type, height: float
 
 
 def _advance(font: Type) -> float:
-    """From one letter to the next, pixels."""
+    """Width of a letter cell, pixels."""
     return text_width("M", font.path, round(font.size)) if font.path else font.size * 0.62
 
 
 def _letters(sheet: Sheet, x: float, y: float, text: str, font: Type, ink: Colour, advance: float) -> None:
-    """Without a font of even letters, each is set in the middle of its cell: columns stand below each other."""
+    """Draw text on a grid of letter cells. A proportional font is set letter by letter."""
     if font.path:
         if text.strip():
             sheet.text(x, y + font.size, text, font, ink, "ls")

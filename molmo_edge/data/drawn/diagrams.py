@@ -1,4 +1,4 @@
-"""Diagrams of boxes and arrows: flow charts with decisions, trees of who reports to whom, and circles of steps."""
+"""Diagrams of boxes and arrows: flow charts with decisions, organisation charts, and cycles of steps."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class _Graph:
     kind: str
     title: str
     nodes: list[_Node]
-    arrows: list[tuple[int, int, str]]  # from, to, what is written next to it
-    layers: list[list[int]]  # from the top or from the left; of a circle: one
+    arrows: list[tuple[int, int, str]]  # from, to, text next to it
+    layers: list[list[int]]  # from the top or left; one for a circle
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class _Style:
     size: float
     ink: Colour
     paper: Colour
-    round: float  # radius of corners, pixels
-    sideways: bool  # from left to right rather than from top to bottom
+    round: float  # corner radius, pixels
+    sideways: bool  # from left to right instead of top to bottom
     width: float  # of a box
     height: float
 
@@ -88,11 +88,11 @@ def draw_diagram(rng: np.random.Generator, fonts: Fonts) -> Drawing:
 
 
 def _flow(rng: np.random.Generator) -> _Graph:
-    """Steps one below the other; a decision parts them into two branches, which may meet again."""
+    """A sequence of steps; a decision splits it into two branches, which may join again."""
     things = goods(rng, 16, short=True)
     names = [f"{verb} the {thing.lower()}" for verb, thing in zip(some(rng, _STEPS, 16), things, strict=True)]
     layers, nodes, arrows = [[0]], [_Node("Start")], []
-    ends = [(0, "")]  # boxes that lead on, and what their next arrow says
+    ends = [(0, "")]  # open ends, and the text of their next arrow
     asked = some(rng, _ASKED, 3)
     steps = whole(rng, 2, 5)
     for step in range(steps):
@@ -103,7 +103,7 @@ def _flow(rng: np.random.Generator) -> _Graph:
             answers = ["Yes", "No"] if rng.random() < 0.5 else ["No", "Yes"]
             ends = [(first, answer) for answer in answers]
         else:
-            # Not straight after a decision: its two answers would stand on one arrow.
+            # Not directly after a decision: its two answers would label the same arrow.
             join = len(ends) > 1 and not ends[0][1] and rng.random() < 0.4
             for i, (end, text) in enumerate(ends):
                 if not join or i == 0:
@@ -119,7 +119,7 @@ def _flow(rng: np.random.Generator) -> _Graph:
 
 
 def _tree(rng: np.random.Generator) -> _Graph:
-    """One head, two to four below, and up to three below each of those."""
+    """A root, two to four children, and up to three children of each."""
     nodes, arrows = [_Node(person(rng) if rng.random() < 0.4 else _ROLES[0])], []
     names = some(rng, _ROLES[1:], 15)
     middle = list(range(1, 1 + whole(rng, 2, 4)))
@@ -145,7 +145,7 @@ def _circle(rng: np.random.Generator) -> _Graph:
 
 
 def _arrange(rng: np.random.Generator, fonts: Fonts, graph: _Graph) -> tuple[Sheet, _Style]:
-    """A sheet as large as the boxes need, and a place for each."""
+    """Place the boxes. Returns a sheet that fits them, and the style."""
     face, size = pick(rng, fonts.faces), float(rng.uniform(14, 18))
     ruler = Sheet(1, 1, (255, 255, 255), scale=2)
     width = max(
@@ -179,13 +179,13 @@ def _arrange(rng: np.random.Generator, fonts: Fonts, graph: _Graph) -> tuple[She
 
 
 def _leaves(graph: _Graph) -> dict[int, int]:
-    """Of a tree: how many boxes wide each branch of the middle layer is."""
+    """The width of each branch of a tree's middle layer, in boxes."""
     below = [start for start, _, _ in graph.arrows]
     return {at: max(1, below.count(at)) for at in graph.layers[1]} if graph.kind == "tree" else {}
 
 
 def _slots(graph: _Graph) -> dict[int, float]:
-    """Where each box stands across the sheet, from 0 to 1. In a tree below its own parent, lest lines run together."""
+    """Position of each box across the sheet, 0 to 1. In a tree, children are below their parent."""
     slots = {at: (i + 0.5) / len(layer) for layer in graph.layers for i, at in enumerate(layer)}
     leaves, left = _leaves(graph), 0
     for at, wide in leaves.items():
@@ -210,7 +210,7 @@ def _box(sheet: Sheet, style: _Style, node: _Node) -> None:
 
 
 def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, straight: bool) -> None:
-    """From edge to edge: with two corners in a flow or a tree, straight in a circle."""
+    """Draw an arrow from edge to edge: with two corners in a flow or tree, straight in a circle."""
     w, h = style.width / 2, style.height / 2
     if straight:
         points = [_edge(start, end, w, h * 0.75), _edge(end, start, w, h * 0.75)]
@@ -224,7 +224,7 @@ def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, str
         points = [(start.x, a), (start.x, middle), (end.x, middle), (end.x, b)]
     sheet.line(points, style.ink, 1.6)
     _head(sheet, points[-2] if points[-2] != points[-1] else points[0], points[-1], style)
-    if text:  # where the arrow alone runs, next to its end
+    if text:  # next to the arrow's end, where no other arrow runs
         x, y = points[-1]
         place = (x + 8, y - style.size * 0.2, "ld")
         if style.sideways:
@@ -233,12 +233,12 @@ def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, str
 
 
 def _reach(node: _Node, half: float, plain: float) -> float:
-    """From the middle of a box to its edge, along the flow."""
+    """Distance from the middle of a box to its edge, along the flow."""
     return half if node.decision else half * (0.7 if node.text in ("Start", "End") else plain)
 
 
 def _edge(node: _Node, other: _Node, w: float, h: float) -> tuple[float, float]:
-    """Where the line between two middles leaves the box of the first."""
+    """Where the line between the middles of two boxes leaves the first."""
     dx, dy = other.x - node.x, other.y - node.y
     share = min(w / abs(dx) if dx else math.inf, h / abs(dy) if dy else math.inf)
     return node.x + dx * share, node.y + dy * share

@@ -1,4 +1,4 @@
-"""Documents on paper, all of invented content: letters, invoices, forms and receipts."""
+"""Paper documents with invented content: letters, invoices, forms and receipts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_QUESTIONS = 12
 _PAPERS: tuple[Colour, ...] = ((255, 255, 255), (253, 251, 245), (248, 248, 248), (255, 252, 235))
 INK: Colour = (20, 20, 24)
 MARGIN = 48
-_MORE = (  # what fills a letter and answers nothing
+_MORE = (  # filler sentences that answer no question
     "If anything is unclear, please call us on any working day.", "We look forward to hearing from you soon.",
     "A copy of this letter went to our head office.", "Please keep this letter for your records.",
     "We thank you for your trust over the past years.", "Our doors are open from nine to five.",
@@ -33,7 +33,7 @@ def draw_document(rng: np.random.Generator, fonts: Fonts) -> Drawing:
 
 
 class Page:
-    """A sheet that is written from top to bottom, and cut where the text ends."""
+    """A sheet that is filled from top to bottom, and cropped after the text."""
 
     def __init__(self, rng: np.random.Generator, face: Face, width: int, size: float) -> None:
         self.sheet = Sheet(width, 2 * width + 400, pick(rng, _PAPERS))
@@ -43,7 +43,7 @@ class Page:
         return Type(self.face.bold if bold else self.face.regular, self.size * scale)
 
     def say(self, text: str, scale: float = 1.0, bold: bool = False, align: str = "l", ink: Colour = INK) -> None:
-        """A paragraph across the page; `align`: left, middle or right."""
+        """Write a paragraph. `align`: "l", "m" or "r"."""
         font, width = self.font(scale, bold), self.sheet.width
         x = {"l": MARGIN, "m": width / 2, "r": width - MARGIN}[align]
         for line in self.sheet.wrap(text, font, width - 2 * MARGIN):
@@ -57,7 +57,7 @@ class Page:
         self.sheet.line([(MARGIN, self.y), (self.sheet.width - MARGIN, self.y)], ink, width)
 
     def cells(self, edges: list[float], texts: list[str], bold: bool = False, left: int = 1) -> None:
-        """One line of a table: the first `left` cells from their left edge, the others to their right one."""
+        """Write a table row: the first `left` cells left-aligned, the others right-aligned."""
         for i, text in enumerate(texts):
             x = edges[i] + 6 if i < left else edges[i + 1] - 6
             self.sheet.text(x, self.y, text, self.font(bold=bold), INK, "la" if i < left else "ra")
@@ -130,7 +130,7 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
     )
     host, amount, when, price, code, place = facts
     item = goods(rng, 1)[0]
-    # A subject, a text, and questions in the order of the facts.
+    # Subject, text, and a question for each of the facts, in their order.
     matters: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             f"Your order of the {item}",
@@ -187,7 +187,7 @@ def _matter(rng: np.random.Generator, style: int) -> tuple[list[str], list[Pair]
 
 
 def _code(rng: np.random.Generator) -> str:
-    letters = "".join(pick(rng, "ABCDEFGHKLMNPRSTUVWXYZ") for _ in range(2))  # none that looks like a digit
+    letters = "".join(pick(rng, "ABCDEFGHKLMNPRSTUVWXYZ") for _ in range(2))  # letters that do not look like digits
     return f"{letters}-{whole(rng, 1000, 99999)}"
 
 
@@ -265,7 +265,7 @@ def _receipt(rng: np.random.Generator, fonts: Fonts) -> Drawing:
     shop, address, day = company(rng), street(rng), date(rng, 2)
     time, clerk = f"{whole(rng, 8, 20):02d}:{whole(rng, 0, 59):02d}", person(rng).split()[0]
     total = sum(pieces * price for _, pieces, price in bill)
-    paid = -(-total // 1000) * 1000  # up to the next ten dollars
+    paid = -(-total // 1000) * 1000  # rounded up to ten dollars
     page.say(shop, 1.3, bold=True, align="m")
     page.say(address, align="m")
     page.say(f"{day}  {time}", align="m")
@@ -311,7 +311,7 @@ def _form(rng: np.random.Generator, fonts: Fonts) -> Drawing:
     ticked = [choice for choice in choices if rng.random() < 0.45] or choices[:1]
     page.say(title, 1.5, bold=True, align=pick(rng, ("l", "m")))
     page.skip(0.8)
-    writer = pick(rng, fonts.faces).regular  # another hand fills it in
+    writer = pick(rng, fonts.faces).regular  # the handwriting
     ink = pick(rng, ((20, 40, 150), (30, 30, 30), (15, 15, 90)))
     label_width = max(page.sheet.measure(name, page.font()) for name in fields) + 24
     boxed = rng.random() < 0.5

@@ -1,13 +1,13 @@
-"""Drawn data sets to train on, with exact answers, in unlimited number: folders of rows.jsonl and pictures.
+"""Drawn training sets with exact answers, of any size: folders of rows.jsonl and pictures.
 
     molmo-edge train draw charts --count 1000 --out DATA/pixmo_docs_charts
 
-The columns are those of the PixMo set that a kind stands in for, so that one loader reads both:
-  clocks                                          allenai/pixmo-clocks, and the picture in "image"
-  charts, tables, documents, diagrams, code       allenai/pixmo-docs, and what was drawn in "data", a JSON text
-  points                                          allenai/pixmo-points, with "image" instead of a URL: percent
-  count                                           allenai/pixmo-count, with "image" instead of a URL: pixels
-Picture i depends on kind, seed, i, the fonts and the sprites alone. A run that was cut off goes on where it ended.
+Each kind has the columns of a PixMo set, so that the same loader reads both:
+  clocks                                          allenai/pixmo-clocks, with the picture in "image"
+  charts, tables, documents, diagrams, code       allenai/pixmo-docs, with what was drawn in "data" (JSON text)
+  points                                          allenai/pixmo-points, with "image" instead of a URL; percent
+  count                                           allenai/pixmo-count, with "image" instead of a URL; pixels
+Picture i depends only on kind, seed, i, fonts and sprites. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DRAWINGS = {
 KINDS = ("clocks", *_DRAWINGS, "points", "count")
 _PAPER = ("tables", "documents")  # half of these are photographed
 _SETTINGS = "generated.json"
-_SPOKEN = 1000  # pictures from one word of progress to the next
+_LOG_EVERY = 1000  # pictures between two progress messages
 
 
 class GenerateError(MolmoEdgeError):
@@ -59,7 +59,7 @@ class GenerateError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class Materials:
-    """What pictures are drawn with."""
+    """Fonts and sprites."""
 
     fonts: Fonts
     sprites: Assets | None = None  # None: coloured shapes
@@ -67,7 +67,7 @@ class Materials:
 
 @dataclass(frozen=True)
 class Picture:
-    """One file and the rows that speak of it, without their "image"."""
+    """A file and its rows, without their column "image"."""
 
     file: bytes
     ending: str  # "jpg" or "png"
@@ -75,7 +75,7 @@ class Picture:
 
 
 def draw_picture(kind: str, seed: int, index: int, materials: Materials) -> Picture:
-    """Picture `index` of the data set `kind`, one of KINDS."""
+    """Picture `index` of the data set `kind` (one of KINDS)."""
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
     name = f"{kind}_{seed}_{index}"
     if kind in _DRAWINGS:
@@ -106,32 +106,32 @@ def generate(
     sprites: Path | None = None,
     jobs: int = 1,
 ) -> int:
-    """Fill the folder `out` up to `count` pictures; returns how many were drawn now.
+    """Extend the folder `out` to `count` pictures. Returns how many were drawn by this call.
 
-    `fonts`: a folder with more of them; `sprites`: a folder of `molmo_edge.data.drawn.sprites`, for points and count.
-    `jobs`: processes. Raises GenerateError where `out` was begun with other settings, AssetError for no sprites.
+    `fonts`: a folder of additional fonts. `sprites`: a folder built by `molmo_edge.data.drawn.sprites`, for points and
+    count. `jobs`: processes. Raises GenerateError if `out` was started with other settings, FontError, AssetError.
     """
     if kind not in KINDS:
-        raise GenerateError(f'there is no kind "{kind}" to draw; known are {", ".join(KINDS)}')
+        raise GenerateError(f'"{kind}" is not a kind of drawing (known: {", ".join(KINDS)})')
     if sprites is not None and kind not in ("points", "count"):
-        raise GenerateError(f"{kind} are drawn without sprites: leave --sprites out")
+        raise GenerateError(f"{kind}: sprites are used for points and count only: omit --sprites")
     materials = Materials(find_fonts(fonts), None if sprites is None else Assets(load_sprites(sprites)))
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     _check_settings(out, _settings(kind, seed, materials))
     done, begun = _resume(out)
-    numbers = range(done, max(count, done + begun))  # what was begun is finished, even where fewer are wanted now
+    numbers = range(done, max(count, done + begun))  # a picture in progress is finished even if `count` is lower now
     store = partial(_store, kind, seed, out)
     with (out / ROWS).open("ab") as file:
         for index, rows in zip(numbers, _drawn(store, materials, numbers, jobs), strict=True):
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            if (index + 1) % _SPOKEN == 0:
+            if (index + 1) % _LOG_EVERY == 0:
                 file.flush()
                 logger.info("%d of %d %s", index + 1, count, kind)
     return len(numbers)
 
 
 def _settings(kind: str, seed: int, materials: Materials) -> dict[str, Any]:
-    """What decides how a picture looks, besides its number."""
+    """What a picture depends on, besides its number."""
     fonts = {path.name for path in (*materials.fonts.files, *materials.fonts.mono)}
     pictures = materials.sprites.sprites if materials.sprites else {}
     sprites = {name: len(each) for name, each in pictures.items()}
@@ -142,24 +142,24 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / _SETTINGS
     if not path.exists():
         if (out / ROWS).exists():
-            raise GenerateError(f"{out} holds a data set that was not drawn here: name another folder")
+            raise GenerateError(f"{out} holds a data set that was not drawn by this command: choose another folder")
         _write(path, json.dumps(settings, indent=1).encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if before.get(name) != value:
-            raise GenerateError(f"{out} was begun with other {name}: go on with the same, or name another folder")
+            raise GenerateError(f"{out} was started with other {name}: use the same ones, or choose another folder")
 
 
 def _resume(out: Path) -> tuple[int, bool]:
-    """(the number of pictures that are finished, whether another was begun); rows behind the finished are cut off.
+    """(number of finished pictures, whether another was started). Rows after the finished ones are cut off.
 
-    The last picture is drawn again, as its rows may have been written in part. So is all behind a picture that is gone.
+    The last picture is drawn again, because its rows may be incomplete, and so is everything after a missing picture.
     """
     path = out / ROWS
     if not path.exists():
         return 0, False
-    last, begins, end = -1, 0, 0  # the last picture, where its rows begin, and where they end: bytes
+    last, begins, end = -1, 0, 0  # the last picture; where its rows begin and end, bytes
     with path.open("rb") as file:
         for line in file:
             name = _picture_of(line)
@@ -176,7 +176,7 @@ def _resume(out: Path) -> tuple[int, bool]:
 
 
 def _picture_of(line: bytes) -> str | None:
-    """None for a row that was not written to its end."""
+    """The picture of a row; None for an incomplete row."""
     try:
         name = json.loads(line)["image"] if line.endswith(b"\n") else None
     except (ValueError, KeyError):
@@ -185,7 +185,7 @@ def _picture_of(line: bytes) -> str | None:
 
 
 def _store(kind: str, seed: int, out: Path, materials: Materials, index: int) -> list[dict[str, Any]]:
-    """Draw a picture into its place; returns its rows."""
+    """Draw a picture to its file. Returns its rows."""
     picture = draw_picture(kind, seed, index, materials)
     name = f"pictures/{index // 1000:04d}/{index:07d}.{picture.ending}"
     (out / name).parent.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def _write(path: Path, data: bytes) -> None:
 
 # --- processes ----------------------------------------------------------------------------------------------------
 
-_task: Any = None  # of a worker: a function of the number alone; sprites would be sent with every picture otherwise
+_task: Any = None  # of a worker process: a function of the number, so that sprites are sent once
 
 
 def _begin(store: Any, materials: Materials) -> None:

@@ -55,7 +55,7 @@ def town(rng: np.random.Generator) -> str:
 
 
 def towns(rng: np.random.Generator, amount: int) -> list[str]:
-    """Different ones."""
+    """`amount` different towns."""
     found: dict[str, None] = {}
     while len(found) < amount:
         found[town(rng)] = None
@@ -67,7 +67,7 @@ def company(rng: np.random.Generator) -> str:
 
 
 def goods(rng: np.random.Generator, amount: int, short: bool = False) -> list[str]:
-    """Different articles: "Tray", or where not `short`, "Soft Tray"."""
+    """Different articles: "Soft Tray", or if `short`, "Tray"."""
     names = some(rng, _GOODS, amount)
     return names if short else [f"{pick(rng, _QUALITIES)} {name}" for name in names]
 
@@ -77,11 +77,11 @@ def street(rng: np.random.Generator) -> str:
 
 
 def phone(rng: np.random.Generator) -> str:
-    return f"({whole(rng, 201, 989)}) 555-01{whole(rng, 0, 99):02d}"  # kept free for stories
+    return f"({whole(rng, 201, 989)}) 555-01{whole(rng, 0, 99):02d}"  # reserved for fiction
 
 
 def date(rng: np.random.Generator, style: int, year: int | None = None, months: tuple[int, int] = (1, 12)) -> str:
-    """In one of four ways of writing, within `months` of `year`; from 2010 to 2029 where that is None."""
+    """A date within `months` of `year` (None: 2010 to 2029), in one of four formats."""
     day, month = whole(rng, 1, 28), whole(rng, *months)
     year, name = year or whole(rng, 2010, 2029), MONTHS[month - 1]
     ways = (

@@ -1,6 +1,6 @@
-"""What all drawn pictures share: sheets, fonts, colours, invented names, questions, and the wear of a photograph.
+"""What drawn pages share: sheets to draw on, questions, and the look of photographs and screenshots.
 
-Every picture is a pure function of its random generator and of the fonts: the same numbers, the same bytes.
+A picture depends only on its random generator and the fonts.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Pair = tuple[str, str]  # question, answer
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture and what is known of it."""
+    """A picture and what is known about it."""
 
     image: Image.Image  # RGB
     questions: list[Pair]
-    data: dict[str, Any]  # what is drawn, plain JSON: the answers can be worked out from it
-    texts: list[Box] = field(default_factory=list)  # where words stand
+    data: dict[str, Any]  # what is drawn, as JSON: the answers follow from it
+    texts: list[Box] = field(default_factory=list)  # boxes of the texts
 
 
 def pairs(rng: np.random.Generator, found: Sequence[Pair], most: int) -> list[Pair]:
-    """At most `most` of them, in a random order; a question that stands there twice is asked once."""
+    """At most `most` of them in random order, without repeated questions."""
     return some(rng, list(dict(found).items()), most)
 
 
 def number(value: float) -> str:
-    """12 rather than 12.0, and 2.5 rather than 2.500001."""
+    """As in 12 for 12.0, and 2.5 for 2.500001."""
     return f"{value:.10g}"
 
 
@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 class Sheet:
-    """A picture in the making. ImageDraw has no anti-aliasing, so it is drawn `scale` times larger and reduced.
+    """A picture to draw on. ImageDraw has no anti-aliasing, so it is drawn `scale` times larger and reduced.
 
     All coordinates and sizes are pixels of the finished picture.
     """
@@ -64,7 +64,7 @@ class Sheet:
         return text_width(text, font.path, max(1, round(font.size * self.scale))) / self.scale
 
     def text(self, x: float, y: float, text: str, font: Type, ink: Colour, anchor: str = "la", turn: int = 0) -> None:
-        """`turn`: degrees counter-clockwise, 90 for upwards; then x, y is the middle of the text."""
+        """`turn`: degrees counter-clockwise; if not 0, x and y are the middle of the text."""
         s = self.scale
         face = load_font(font.path, max(1, round(font.size * s)))
         if turn:
@@ -81,7 +81,7 @@ class Sheet:
         self.texts.append((box[0] / s, box[1] / s, box[2] / s, box[3] / s))
 
     def wrap(self, text: str, font: Type, width: float) -> list[str]:
-        """Lines no wider than `width` pixels; a single word may be."""
+        """Lines of at most `width` pixels, or of a single word."""
         lines: list[str] = []
         for word in text.split():
             if lines and self.measure(f"{lines[-1]} {word}", font) <= width:
@@ -110,11 +110,11 @@ class Sheet:
         self.draw.polygon([(x * s, y * s) for x, y in points], fill, outline, width=s * 2)
 
 
-# --- wear ---------------------------------------------------------------------------------------------------------
+# --- photographs and screenshots ----------------------------------------------------------------------------------
 
 
 def photographed(rng: np.random.Generator, page: Image.Image) -> Image.Image:
-    """A sheet of paper as a camera sees it: a little turned, on a table, lit from one side, soft and noisy."""
+    """A photograph of a sheet of paper on a table: slightly turned, unevenly lit, soft and noisy."""
     edge = whole(rng, 8, 40)
     table = tuple(whole(rng, 30, 190) for _ in range(3))
     image = Image.new("RGB", (page.width + 2 * edge, page.height + 2 * edge), table)
@@ -130,7 +130,7 @@ def photographed(rng: np.random.Generator, page: Image.Image) -> Image.Image:
 
 
 def softened(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """One in four screen pictures as it was passed on: made a little smaller, or a little soft."""
+    """One in four pictures slightly smaller or softer, as screenshots become when shared."""
     chance = rng.random()
     if chance < 0.15:
         share = float(rng.uniform(0.8, 0.95))
@@ -139,7 +139,7 @@ def softened(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def encode(rng: np.random.Generator, image: Image.Image, photo: bool = False) -> tuple[bytes, str]:
-    """(the file, "jpg" or "png"). A photograph is always a JPEG; half of the others are, with its artefacts."""
+    """(file contents, "jpg" or "png"). Photographs and half of the other pictures are JPEG."""
     buffer = io.BytesIO()
     if photo or rng.random() < 0.5:
         image.save(buffer, "JPEG", quality=whole(rng, 70, 95))

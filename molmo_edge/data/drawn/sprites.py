@@ -1,9 +1,9 @@
-"""Sprites, backgrounds and fonts that scenes are drawn from: built once from packages, then loaded into memory.
+"""Sprites, backgrounds and fonts of drawn scenes: built once from packages, then loaded into memory.
 
-Sources (pictures are rendered into training images only, never shipped):
+Sources (rendered into training images, not distributed):
   npm @lobehub/fluent-emoji-3d 1.1.0 (MIT), npm @iconify-json/fluent-emoji-flat (MIT), @iconify-json/noto
   (Apache-2.0), @iconify-json/twemoji (CC BY 4.0), Debian tuxpaint-stamps-default (GPL-2); backgrounds from the
-  scikit-image wheel's data folder (BSD, CC0) and from annotated photographs, each under its own licence.
+  scikit-image wheel's data folder (BSD, CC0) and from annotated photographs, which have licences of their own.
 
     python -m molmo_edge.data.drawn.sprites --fluent-3d A.tgz --iconify noto.tgz --iconify twemoji.tgz \
         --stamps usr/share/tuxpaint/stamps --out sprites
@@ -31,21 +31,21 @@ from molmo_edge.errors import MolmoEdgeError
 
 SPRITE_SIDE = 256  # longest side of a stored sprite, pixels
 ALPHA_EDGE = 24  # alpha below this is anti-aliasing or shadow, not the object
-TEXTURES = ("brick", "grass", "gravel", "skin", "ihc")  # of scikit-image: nothing on them has one of our names
+TEXTURES = ("brick", "grass", "gravel", "skin", "ihc")  # of scikit-image: they show none of the named objects
 
 
 class AssetError(MolmoEdgeError):
-    """An asset folder or package that is missing something."""
+    """An asset folder or package is incomplete."""
 
 
 @dataclass(frozen=True)
 class Background:
-    """A photograph to draw on. Boxes are percent; labels of `maybe_present` must not be drawn or asked about."""
+    """A photograph to draw on. Labels in `maybe_present` are neither drawn on it nor asked about."""
 
     rgb: np.ndarray  # uint8 [h, w, 3]
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()  # x0, y0, x1, y1, percent
     labels: tuple[str, ...] = ()  # parallel to boxes
-    maybe_present: frozenset[str] = frozenset()  # whatever the crop
+    maybe_present: frozenset[str] = frozenset()  # in any crop
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Assets:
     sprites: Mapping[str, tuple[Image.Image, ...]]  # RGBA, cropped to what is visible
     backgrounds: tuple[Background, ...] = ()
     fonts: tuple[Path, ...] = ()
-    flat: Mapping[str, Colour] = field(default_factory=dict)  # of sprites in one colour: drawn where that stands out
+    flat: Mapping[str, Colour] = field(default_factory=dict)  # colours of plain sprites: used where they stand out
     names: tuple[str, ...] = field(init=False)  # of sprites, sorted
 
     def __post_init__(self) -> None:
@@ -75,9 +75,9 @@ def build_assets(
 ) -> dict[str, dict[str, list[str]]]:
     """Write `out_dir`/NAME/STYLE-KEY.png and `out_dir`/index.json; returns the index.
 
-    The index is {name: {"train": [files], "val": [files]}}, files relative to `out_dir`. A name with four pictures or
-    more gives its last one to "val"; the others have no "val". Pictures that a package lacks are skipped and reported
-    on stderr; a name left without any is an AssetError. `iconify_tgzs` (SVG sets) need resvg-py.
+    The index is {name: {"train": [files], "val": [files]}} with paths relative to `out_dir`. Names with four pictures
+    or more have their last one in "val". Pictures that the packages lack are skipped. `iconify_tgzs` (SVG sets) need
+    resvg-py. Raises AssetError for a name without any picture.
     """
     out = Path(out_dir)
     emoji_sets = [_read_webp_set(Path(fluent_tgz))] + [_read_iconify(Path(p)) for p in iconify_tgzs]
@@ -93,7 +93,7 @@ def build_assets(
             _tight(_decode(data)).save(out / file)
             files.append(file)
         if not files:
-            raise AssetError(f'"{name}" has no picture in the given packages: pass the stamps or another emoji set')
+            raise AssetError(f'"{name}" has no picture in the given packages: pass --stamps or another emoji set')
         held = 1 if len(files) >= 4 else 0
         index[name] = {"train": files[: len(files) - held], "val": files[len(files) - held :]}
     (out / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -129,20 +129,20 @@ def _read_iconify(path: Path) -> tuple[str, dict[str, bytes]]:
 def _find_stamp(root: Path, path: str) -> Path:
     found = [p for p in root.rglob(f"{Path(path).name}.png") if p.parent.as_posix().endswith(str(Path(path).parent))]
     if len(found) != 1:
-        raise AssetError(f"{root} has {len(found)} stamps called {path}.png, not one: is it the stamps folder?")
+        raise AssetError(f"{root} has {len(found)} stamps called {path}.png, expected one: is it the stamps folder?")
     return found[0]
 
 
 def _decode(data: bytes) -> Image.Image:
     if data.startswith(b"<svg"):
-        import resvg_py  # only the SVG sets need it
+        import resvg_py  # needed for SVG sets only
 
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SPRITE_SIDE))
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
 def _tight(image: Image.Image) -> Image.Image:
-    """Cropped to where something is visible, the longest side at most SPRITE_SIDE."""
+    """Crop to the visible part, and reduce the longest side to SPRITE_SIDE at most."""
     box = image.getchannel("A").point(lambda a: 255 if a >= ALPHA_EDGE else 0).getbbox()
     if box is None:
         raise AssetError("a picture is fully transparent: the package may be damaged")
@@ -155,9 +155,9 @@ def _tight(image: Image.Image) -> Image.Image:
 
 
 def load_sprites(folder: str | Path, split: str = "train", max_side: int = 160) -> dict[str, tuple[Image.Image, ...]]:
-    """{name: RGBA pictures} of the built folder; names without a picture in this split are left out.
+    """{name: RGBA pictures} of a built folder; names without a picture in the split are omitted.
 
-    "val" holds pictures that "train" does not show. Raises AssetError where the folder has no index.
+    The pictures of "val" are not in "train". Raises AssetError if the folder has no index.
     """
     folder = Path(folder)
     try:
@@ -181,16 +181,15 @@ def _load_sprite(path: Path, max_side: int) -> Image.Image:
 
 
 def load_textures(skimage_data: str | Path, max_side: int = 384) -> list[Background]:
-    """Surfaces of scikit-image's data folder that show none of our names."""
+    """Textures of scikit-image's data folder that show none of the named objects."""
     paths = sorted(p for p in Path(skimage_data).iterdir() if p.stem in TEXTURES)
     return [Background(_small_rgb(path, max_side)) for path in paths]
 
 
 def load_photo_backgrounds(photos: Iterable[Photo], max_side: int = 384) -> list[Background]:
-    """Backgrounds of annotated photographs (COCO) and of clothing photos; other sources are left out.
+    """Backgrounds from COCO and clothing photographs; other sources are skipped.
 
-    What a COCO photo may show without a label is in `maybe_present`, as is every crowd; a clothing photo may show
-    any garment.
+    `maybe_present` holds crowds, what COCO photos may show without a label, and for clothing photos all garments.
     """
     backgrounds = []
     for photo in photos:
@@ -216,7 +215,7 @@ def load_photo_backgrounds(photos: Iterable[Photo], max_side: int = 384) -> list
 def _small_rgb(path: Path, max_side: int) -> np.ndarray:
     with Image.open(path) as image:
         image.draft("RGB", (max_side, max_side))
-        rgb = ImageOps.exif_transpose(image).convert("RGB")  # boxes count in the picture as it is shown
+        rgb = ImageOps.exif_transpose(image).convert("RGB")  # boxes refer to the picture as it is shown
     rgb.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
     return np.asarray(rgb)
 
@@ -230,7 +229,7 @@ def load_assets(
     fonts: str | Path = "/usr/share/fonts",
     max_side: int = 160,
 ) -> Assets:
-    """Everything for `draw_scene`, in memory: about 0.2 GB with all sprites and the photo pack."""
+    """All assets of `draw_scene`, in memory: about 0.2 GB with all sprites and the photo pack."""
     backgrounds = load_photo_backgrounds(photos)
     if skimage_data is not None:
         backgrounds += load_textures(skimage_data)

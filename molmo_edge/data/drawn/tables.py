@@ -1,4 +1,4 @@
-"""Tables: rows by name and columns of numbers, with questions whose answers are computed."""
+"""Tables of named rows and columns of numbers, with questions whose answers are computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from molmo_edge.data.drawn.sheets import Drawing, Pair
 
 
 def draw_table(rng: np.random.Generator, fonts: Fonts) -> Drawing:
-    """Ruled, striped or plain, 640 to 860 pixels wide."""
+    """A ruled, striped or plain table, 640 to 860 pixels wide."""
     rows = whole(rng, 3, 10)
     by, names = pick(rng, (("Town", towns), ("Article", goods), ("Name", first_names)))
     labels = names(rng, rows)
