@@ -72,7 +72,7 @@ def test_official_ai2d_asks_with_both_kinds_of_boxes(tmp_path: Path) -> None:
     ]
     assert [question.id for question in asked(folder / "ai2d", split="validation")] == ["ai2d/2.png-0"]
     assert asked(folder, split="train") == []  # 384 images at most are held out
-    with pytest.raises(RowsError, match='the splits "train", "validation" and "test" here, not "dev"'):
+    with pytest.raises(RowsError, match=r'"dev" is not a split of AI2D \(splits: train, validation, test\)'):
         asked(folder, split="dev")
     (folder / "ai2d_test_ids.csv").unlink()
     with pytest.raises(RowsError, match=r"no ai2d_test_ids\.csv"):

@@ -58,9 +58,9 @@ def test_a_mixture_is_taken_as_far_as_it_is_at_hand(data: Path) -> None:
 def test_what_is_missing_is_said(data: Path) -> None:
     with pytest.raises(CatalogError, match="no copies of pixmo_cap, doc_qa"):
         open_sets(["pixmo_cap", "pixmo_points", "doc_qa"], data)
-    with pytest.raises(CatalogError, match="nonsense are not known"):
+    with pytest.raises(CatalogError, match="unknown data sets: nonsense"):
         open_sets(["nonsense"], data)
-    with pytest.raises(CatalogError, match="tally_qa have no pictures to fetch"):
+    with pytest.raises(CatalogError, match="tally_qa have no pictures to download"):
         fetch_pictures(["tally_qa"], data, jobs=1, retry_failed=False, progress=None)
 
 

@@ -157,7 +157,7 @@ def test_a_click_at_no_place_is_refused() -> None:
     for x in (NAN, INF):
         with pytest.raises(RowsError, match="action 'click' is at "):
             action_words({"action_type": "click", "x": x, "y": 1}, b"")
-    with pytest.raises(RowsError, match="is no picture"):
+    with pytest.raises(RowsError, match="is not an image"):
         action_words({"action_type": "click", "x": 1, "y": 1}, b"\x89PNG\r\n\x1a\n and no more")
 
 
@@ -200,12 +200,16 @@ def test_benchmark_rows_without_words_or_places_are_refused(
         asked(**change)
 
 
-def test_lines_that_are_no_text_or_too_deep_are_named(copy: Write) -> None:
+def test_lines_that_are_not_text_or_too_deep_are_named(copy: Write) -> None:
     folder = copy(POINTED)
     line = (folder / "rows.jsonl").read_bytes()
-    for damage in (b"caf\xe9", b"[" * 100_000, b"{"):
+    for damage, message in (
+        (b"caf\xe9", "cannot be read as UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "is not JSON"),
+    ):
         (folder / "rows.jsonl").write_bytes(line + b"\n\n" + damage)
-        with pytest.raises(RowsError, match=r"line 3 of .*rows\.jsonl is not JSON"):
+        with pytest.raises(RowsError, match=rf"line 3 of .*rows\.jsonl .*{message}"):
             open_pixmo("pixmo_points", local=folder, images=Path())
     (folder / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + line)
     assert len(open_pixmo("pixmo_points", local=folder, images=Path())) == 1

@@ -350,7 +350,7 @@ def test_a_name_that_two_files_could_have_is_refused(folder: Path) -> None:
     if len(list(folder.glob("*.png"))) < 4:
         pytest.skip("this file system takes both for one name")
     (folder / "points.csv").write_text("image,label,x,y\ne\u0301\u00e9.png,cup,1,1\n", encoding="utf-8")
-    with pytest.raises(PointsError, match=r"line 2 of .*points\.csv: .* has 2 entries called .*rename all but one"):
+    with pytest.raises(PointsError, match=r"line 2 of .*points\.csv: .* has 2 entries named .*rename all but one"):
         open_points(folder)
     rows = [f"{unicodedata.normalize(form, 'éé.png')},cup,1,1" for form in ("NFC", "NFD")]
     (folder / "points.csv").write_text("\n".join(["image,label,x,y", *rows]), encoding="utf-8")

@@ -141,8 +141,8 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
         ({"objects": [5]}, "line 1 of .* in percent"),
         ({"texts": [{"text": "stop", "box": [0, 0, 300, 100]}]}, "line 1 of .* of one of texts is no box"),
         ({"texts": [5]}, "line 1 of "),
-        ({"fields": 5}, "line 1 of .* is not an annotation"),
-        ({"image": 5}, "line 1 of .* is not an annotation"),
+        ({"fields": 5}, "line 1 of .* is not a JSON object"),
+        ({"image": 5}, "line 1 of .* is not a JSON object"),
         ({"objects": [{"label": "cup", "boxes": []}, {"label": "cup", "boxes": []}]}, '"cup" stands there twice'),
         ({"fields": {"total": 9.5}}, "numbers in quotes too"),
         ({"clocks": [{"time": "9"}]}, "written as"),
@@ -162,7 +162,7 @@ def test_the_line_that_is_named_is_the_one_at_fault(tmp_path: Path) -> None:
     write_photos(tmp_path, fine, fine, {"objects": [{"label": "cup", "boxes": [[0, 0, 40, 101]]}]})
     with pytest.raises(PhotoError, match=r"line 3 of .*annotations\.jsonl: .*\[0, 0, 40, 101\] of \"cup\""):
         load_suite(f"photos:{tmp_path}")
-    for text, message in (("[1]", "line 1 of .* is not an annotation"), ("[" * 100_000, "line 1 of")):
+    for text, message in (("[1]", "line 1 of .* is not a JSON object"), ("[" * 100_000, "line 1 of")):
         (tmp_path / "annotations.jsonl").write_text(text)
         with pytest.raises(PhotoError, match=message):
             load_suite(f"photos:{tmp_path}")

@@ -380,14 +380,14 @@ def test_android_control_asks_four_times_at_each_step(tmp_path: Path) -> None:
     actions = ["Open App Maps", "Long Press(100.0, 0.0)", "Scroll down", "Type {x} you"]
     actions += ["Navigate Home", "Navigate Back", "Wait"]
     assert [said(data, index)[0].messages[1] for index in range(1, 8)] == actions
-    with pytest.raises(RowsError, match="no AndroidControl action 'dance', only open_app"):
+    with pytest.raises(RowsError, match="'dance' is not an AndroidControl action \\(known: open_app"):
         example(data, 8)
     with pytest.raises(RowsError, match="action 'click' has no x and no y"):
         example(data, 9)
     written(local / "splits.json", {"train": [4], "validation": [3], "test": [99]})  # the authors'
     assert len(open_academic("android_control", local=local)) == 8
     written(local / "splits.json", [4])
-    with pytest.raises(RowsError, match=r'splits\.json does not say which episodes are of the split "train"'):
+    with pytest.raises(RowsError, match=r'splits\.json does not list the episodes of the split "train"'):
         open_academic("android_control", local=local)
 
 

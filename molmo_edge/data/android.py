@@ -1,9 +1,9 @@
-"""AndroidControl: what to tap next, on the screenshots of people who do something on a phone.
+"""AndroidControl: screenshots of a phone, and the next action of its user.
 
-A step gives four conversations, told what the whole is about, or what the step is, or both. Reference:
-olmo/data/academic_datasets.py::AndroidControl (mode "all"), and olmo/hf_datasets/android_control.py for the words of an
-action. The authors' files are gzipped TFRecords, which cannot be read step by step: the hub's copy has the same
-episodes in parquet files.
+Each step gives four conversations that state the goal, the step, or both. Reference:
+olmo/data/academic_datasets.py::AndroidControl (mode "all"), and olmo/hf_datasets/android_control.py for the wording of
+actions. The authors' files are gzipped TFRecords, which allow no random access; the hub's copy has the same episodes in
+parquet files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.data.academic_rows import Asked
-from molmo_edge.data.rows import Row, Rows, RowsError, text_in
+from molmo_edge.data.rows import Row, Rows, RowsError
 from molmo_edge.frontend.image_files import ImageError, load_image
 
 SPLITS = "splits.json"
 _COLUMNS = ("image", "ll_instruction", "hl_instruction", "target_action")
-_WORDS = {  # action_type -> what is said of it; {x} and {y} in percent
+_WORDS = {  # action_type -> wording; {x} and {y} in percent
     "open_app": "Open App {app_name}",
     "click": "Click({x}, {y})",
     "long_press": "Long Press({x}, {y})",
@@ -37,8 +37,8 @@ _WORDS = {  # action_type -> what is said of it; {x} and {y} in percent
 
 
 def android_control(row: Row) -> list[Asked]:
-    """A row is a step: ll_instruction is about the step, hl_instruction about the whole, target_action the answer."""
-    step, goal, action = (text_in(row, row[column], column) for column in _COLUMNS[1:])
+    """A row is a step: ll_instruction describes it, hl_instruction is the goal, target_action the answer."""
+    step, goal, action = map(row.text, _COLUMNS[1:])
     return [
         Asked(f"low_level: {step}", (action,)),
         Asked(f"high_level: {goal} low_level: {step}", (action,)),
@@ -48,12 +48,11 @@ def android_control(row: Row) -> list[Asked]:
 
 
 def step_rows(rows: Rows, folder: Path | None, split: str) -> Rows:
-    """Rows of steps out of smolagents/android-control's, which are episodes; rows that are steps already stay.
+    """Split smolagents/android-control's rows, which are episodes, into steps. Rows of steps are returned as they are.
 
-    Columns: episode_id, goal, screenshots_b64 (one more than there are steps), actions, step_instructions. It has 12232
-    episodes for training and 3051 for tests, which is not how the authors divide them: what they test with may be in
-    "train". If `folder` has their splits.json (storage.googleapis.com/gresearch/android_control/splits.json), only
-    episodes of their `split` are taken.
+    Columns: episode_id, goal, screenshots_b64 (one more than steps), actions, step_instructions. Its 12232 training and
+    3051 test episodes are not the authors' splits: "train" may contain test episodes. If `folder` has the authors'
+    splits.json (storage.googleapis.com/gresearch/android_control/splits.json), only episodes of their `split` are used.
     """
     if "screenshots_b64" not in rows.columns:
         return rows
@@ -73,7 +72,7 @@ def _episodes(path: Path, split: str) -> frozenset[int]:
     try:
         return frozenset(json.loads(path.read_text(encoding="utf-8"))[split])
     except (ValueError, KeyError, TypeError):
-        raise RowsError(f'{path} does not say which episodes are of the split "{split}": download it again') from None
+        raise RowsError(f'{path} does not list the episodes of the split "{split}": download it again') from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +101,13 @@ class _Steps:
 
 
 def action_words(action: Mapping[str, Any], screenshot: bytes) -> str:
-    """An action as the model says it: "Click(50.0, 12.5)", in percent of the screenshot, with one decimal.
+    """An action in words: "Click(50.0, 12.5)", in percent of the screenshot with one decimal.
 
-    Raises RowsError for an action that is not known.
+    Raises RowsError for an unknown or incomplete action.
     """
     words = _WORDS.get(action["action_type"])
     if words is None:
-        raise RowsError(f"there is no AndroidControl action {action['action_type']!r}, only {', '.join(_WORDS)}")
+        raise RowsError(f"{action['action_type']!r} is not an AndroidControl action (known: {', '.join(_WORDS)})")
     missing = [name for name in re.findall(r"{(\w+)}", words) if action.get(name) is None]
     if missing:
         raise RowsError(f"an AndroidControl action {action['action_type']!r} has no {' and no '.join(missing)}")
@@ -121,9 +120,9 @@ def action_words(action: Mapping[str, Any], screenshot: bytes) -> str:
 
 
 def _size(screenshot: bytes) -> tuple[int, int]:
-    """Width and height as the model sees it."""
+    """Width and height after EXIF rotation."""
     try:
         height, width = load_image(screenshot).shape[:2]
     except ImageError:
-        raise RowsError("a screenshot of AndroidControl is no picture; fetch its file again") from None
+        raise RowsError("a screenshot of AndroidControl is not an image: download its file again") from None
     return width, height

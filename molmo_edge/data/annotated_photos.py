@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.data.json_files import json_lines
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.system.files import FileNameError, find_file, printable
@@ -46,23 +46,15 @@ def load_photos(root: str | Path, split: str) -> list[Photo]:
     """
     root = Path(root)
     path = root / ANNOTATIONS
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise PhotoError(f"{path} is missing: is {root} the folder of annotated photographs?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PhotoError(f"{path} cannot be read as UTF-8: {error}") from None
+    if not path.is_file():
+        raise PhotoError(f"{path} is missing: is {root} the folder of annotated photographs?")
     photos = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path}"
+    for where, annotation in json_lines(path, PhotoError):
         try:
-            annotation = json.loads(line)
             if annotation.get("split", split) == split:
                 name = annotation["image"]
                 photos.append(Photo(find_file(root, name) or root / name, annotation, where))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise PhotoError(f"{where} is not an annotation: {error!r}") from None
         except FileNameError as error:
             raise PhotoError(f"{where}: {error}") from None

@@ -1,7 +1,7 @@
-"""Every data set of Molmo's two stages by its name, from one folder of copies or from the hub.
+"""The data sets of Molmo's two training stages by name, from a folder of copies or from the hub.
 
-A folder DATA holds DATA/NAME for each set that is there as a copy or was drawn, in any form that `load_rows` takes, and
-DATA/images with what PixMo's addresses gave. Sets of one hub repository can share a copy: DATA/pixmo-points.
+The folder DATA has DATA/NAME for each copied or drawn set, in any layout that `load_rows` accepts, and DATA/images with
+the downloaded pictures of PixMo. Sets of one hub repository can share a copy, such as DATA/pixmo-points.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ _EVAL = "pixmo-points-eval"
 
 
 class CatalogError(MolmoEdgeError):
-    """Data sets that are not there, or not known."""
+    """A data set is unknown or missing."""
 
 
 def known() -> list[str]:
+    """Names of all data sets."""
     return sorted([*PIXMO, *ACADEMIC])
 
 
 def copy_of(name: str, data: Path) -> Path | None:
-    """The folder with the copy of a set, or None."""
+    """The folder with a copy of the set, or None."""
     hub = PIXMO[name].hub_id if name in PIXMO else ""
     places = [data / name, *([data / hub.rpartition("/")[2]] if hub else [])]
     return next((place for place in places if place.is_dir()), None)
 
 
 def open_sets(names: Iterable[str], data: Path, *, split: str = "train", hub: bool = False) -> list[DataSet]:
-    """The sets in the order of `names`. hub: those without a copy in `data` come from there.
+    """Open the sets `names`, in that order. `hub`: download sets without a copy in `data`.
 
-    Raises CatalogError that names all that are not known, or missing, and what to do.
+    Raises CatalogError with all unknown or missing names.
     """
     names = list(names)
     if unknown := [name for name in names if name not in PIXMO and name not in ACADEMIC]:
-        raise CatalogError(f"{', '.join(unknown)} are not known as data sets; known are {', '.join(known())}")
+        raise CatalogError(f"unknown data sets: {', '.join(unknown)} (known: {', '.join(known())})")
     missing = [name for name in names if copy_of(name, data) is None]
     if missing and not hub:
         raise CatalogError(
-            f"{data} has no copies of {', '.join(missing)}: name fewer with --sets, draw or copy them there, or let "
-            "--hub fetch them"
+            f"{data} has no copies of {', '.join(missing)}: exclude them with --sets, draw or copy them there, or "
+            "download them with --hub"
         )
     manifest = Manifest.load(data / IMAGES)
     held_out = _of_the_evaluation(names, data, hub)
@@ -62,7 +63,7 @@ def open_sets(names: Iterable[str], data: Path, *, split: str = "train", hub: bo
 
 
 def _of_the_evaluation(names: Sequence[str], data: Path, hub: bool) -> frozenset[str]:
-    """Pictures that pointing is judged by, where any of `names` could hold them."""
+    """URLs of the pictures of the pointing benchmark, if any of `names` may contain them."""
     copy = data / _EVAL
     if copy.is_dir():
         return pointing_eval_urls(copy)
@@ -71,21 +72,21 @@ def _of_the_evaluation(names: Sequence[str], data: Path, hub: bool) -> frozenset
 
 
 def in_mixture(mixture: Sequence[Group]) -> list[str]:
-    """Names of a mixture's sets, each once."""
+    """Names of a mixture's sets, without repetition."""
     return list(dict.fromkeys(name for group in mixture for name in group.sizes))
 
 
 def at_hand(mixture: Sequence[Group], data: Path) -> list[str]:
-    """Those of a mixture's sets that `data` has copies of."""
+    """Names of a mixture's sets that have a copy in `data`."""
     return [name for name in in_mixture(mixture) if copy_of(name, data) is not None]
 
 
 def fetch_pictures(
     names: Iterable[str], data: Path, *, jobs: int, retry_failed: bool, progress: Callable[[Counts], None] | None
 ) -> Manifest:
-    """Fetch what PixMo's rows name by address into DATA/images; goes on where it was stopped. Raises CatalogError."""
+    """Download the pictures of PixMo sets into DATA/images. A repeated call continues. Raises CatalogError."""
     names = list(names)
     if unknown := [name for name in names if name not in PIXMO]:
-        raise CatalogError(f"{', '.join(unknown)} have no pictures to fetch; of PixMo there are {', '.join(PIXMO)}")
+        raise CatalogError(f"{', '.join(unknown)} have no pictures to download (PixMo sets: {', '.join(PIXMO)})")
     wanted = (each for name in names for each in wanted_images(name, local=copy_of(name, data)))
     return fetch_images(wanted, data / IMAGES, jobs=jobs, retry_failed=retry_failed, progress=progress)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.data.points_records import Book, Frame, Page, PointsError, number, read_json, read_text, shown
+from molmo_edge.data.json_files import read_json
+from molmo_edge.data.points_records import Book, Frame, Page, PointsError, number, shown
 
 Corners = Sequence[tuple[float, float]]
 
@@ -22,7 +23,7 @@ _BY_FIRST_POINT = ("point", "circle")
 
 
 def read_coco(path: Path, book: Book) -> None:
-    content, where = read_json(read_text(path), path), str(path)
+    content, where = read_json(path, PointsError), str(path)
     try:
         categories, images, annotations = (
             _list(content[name], name) for name in ("categories", "images", "annotations")
@@ -90,12 +91,12 @@ def _coco_corners(each: dict[str, Any], where: str) -> Corners:
 
 def is_labelme(path: Path, *, whole: bool) -> bool:
     """Whether a .json is one of LabelMe's. Unless `whole`, one of its two keys is enough: the other may be damaged."""
-    content = read_json(read_text(path), path)
+    content = read_json(path, PointsError)
     return isinstance(content, dict) and (all if whole else any)(key in content for key in _LABELME)
 
 
 def read_labelme(path: Path, book: Book) -> None:
-    content = read_json(read_text(path), path)
+    content = read_json(path, PointsError)
     page = book.page(content.get("imagePath"), str(path), beside=path.parent)
     frame = book.frame(page, content.get("imageWidth"), content.get("imageHeight"), str(path))
     shapes = content.get("shapes")

@@ -6,12 +6,11 @@ tells reliably how large it is shown: Pillow's header sizes of turned TIFF files
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,36 +295,6 @@ def shown(value: Any) -> str:
     text = repr(value)
     text = text if text.isprintable() else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets begin it with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise PointsError(f"{path} cannot be read as UTF-8: {error}") from None
-
-
-def read_json(text: str, where: str | Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PointsError(f"{where} is not JSON: {error}") from None
-    except RecursionError:
-        raise PointsError(f"{where} is not JSON that can be read: it is nested too deeply") from None
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line that is not empty."""
-    for count, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"line {count} of {path}"
-            row = read_json(line, where)
-            if not isinstance(row, dict):
-                raise PointsError(f"{where} is not a JSON object")
-            yield where, row
 
 
 Reader = Callable[[Path, Book], None]

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.data.json_files import json_lines, read_text
 from molmo_edge.data.points_records import (
     PERCENT,
     SHOWN,
     Book,
     PointsError,
-    json_lines,
     label_of,
     number,
-    read_text,
     shown,
     text_of,
 )
@@ -26,7 +25,7 @@ _PIXELS, _PERCENTS = ("x", "y"), ("x_percent", "y_percent")
 
 def read_csv(path: Path, book: Book) -> None:
     """image,label,x,y in pixels, or image,label,x_percent,y_percent. Other columns are ignored."""
-    text = read_text(path)
+    text = read_text(path, PointsError)
     head = text.partition("\n")[0]
     rows = _csv_rows(text, ";" if head.count(";") > head.count(",") else ",", path)
     _, columns = next(rows, ("", []))
@@ -87,7 +86,7 @@ def _csv_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[str, list
 
 def read_rows(path: Path, book: Book) -> None:
     """PixMo-Points' columns: image, label, points (x and y of each, in percent), and count where there is one."""
-    for where, row in json_lines(path):
+    for where, row in json_lines(path, PointsError):
         page, points, label = book.page(row.get("image"), where), row.get("points"), row.get("label")
         if not isinstance(points, list):
             raise PointsError(f'{where} has no list "points": give [] to say that there are none')
@@ -110,7 +109,7 @@ def _check_count(count: Any, points: Sequence[Any], where: str) -> None:
 
 
 def read_questions(path: Path, book: Book) -> None:
-    for where, row in json_lines(path):
+    for where, row in json_lines(path, PointsError):
         page = book.page(row.get("image"), where)
         needs = 'a "question" and an "answer", both texts'
         question, answer = (text_of(row.get(name), where, needs) for name in ("question", "answer"))

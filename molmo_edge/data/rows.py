@@ -8,7 +8,6 @@ a hub repository is run.
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.data.fetching import FetchError, NoAnswerError, OtherFileError, fetch_image
+from molmo_edge.data.json_files import json_lines
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.files import find_file
@@ -212,27 +212,11 @@ def load_rows(hub_id: str, configs: Sequence[str], split: str, local: Path | Non
     if not folder.is_dir():
         raise RowsError(f"there is no folder {folder} with a copy of {hub_id}: check the path")
     if (folder / ROWS).is_file():
-        return _from_jsonl(folder)
+        return rows_of(folder, [row for _, row in json_lines(folder / ROWS, RowsError)])
     saved = _saved_in(folder, configs)
     if saved:
         return _from_datasets(folder, [_load_saved(path, split) for path in saved])
     return _from_datasets(folder, [_load_parquet(_parquet_in(folder, hub_id, configs, split), split)])
-
-
-def _from_jsonl(folder: Path) -> Rows:
-    listed = []
-    with (folder / ROWS).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                raise RowsError(f"line {number} of {folder / ROWS} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise RowsError(f"line {number} of {folder / ROWS} is not a JSON object")
-            listed.append(row)
-    return rows_of(folder, listed)
 
 
 def _datasets() -> Any:
