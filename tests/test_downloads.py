@@ -54,7 +54,7 @@ class Host:
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetching.time, "sleep", lambda _seconds: None)
     wait = threading.Event().wait  # time.sleep is one function for all modules
     sites = [Host(), Host()]
     lock = threading.Lock()
@@ -173,7 +173,7 @@ def test_what_has_failed_is_not_asked_for_again(hosts: list[Host], tmp_path: Pat
     manifest = fetch_images(wanted, tmp_path)
     assert manifest.counts() == {OK: 1, FAILED: 3, OTHER_FILE: 0}
     assert "HTTP status 404" in str(manifest.entries[site.url + "/gone"].reason)
-    assert "gives no picture" in str(manifest.entries[site.url + "/page"].reason)
+    assert "instead of a picture" in str(manifest.entries[site.url + "/page"].reason)
     assert len(list(tmp_path.iterdir())) == 2, "the page was kept"
     heard: list[Counts] = []
     fetch_images(wanted, tmp_path, progress=heard.append)
@@ -213,7 +213,7 @@ def test_a_file_that_was_deleted_is_fetched_again(hosts: list[Host], tmp_path: P
 
 
 def test_few_addresses_are_read_ahead(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_WINDOW", 4)
+    monkeypatch.setattr(downloads, "WINDOW", 4)
     read = 0
 
     def wanted() -> Iterator[tuple[str, str | None]]:
@@ -231,9 +231,9 @@ def test_few_addresses_are_read_ahead(hosts: list[Host], tmp_path: Path, monkeyp
 def test_a_machine_that_is_offline_condemns_no_address(
     hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "_SILENT", 12)
+    monkeypatch.setattr(downloads, "SILENT", 12)
     nowhere = [(f"http://127.0.0.{1 + i % 12}:1/{i}", None) for i in range(40)]
-    with pytest.raises(DownloadError, match=r"12 addresses of 1\d hosts in a row gave no answer.* offline"):
+    with pytest.raises(DownloadError, match=r"12 URLs of 1\d hosts in a row gave no answer.* offline"):
         fetch_images(nowhere, tmp_path, jobs=1)
     assert Manifest.load(tmp_path).entries == {}
     # A few are dead links, and so are many of one host.

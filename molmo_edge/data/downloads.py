@@ -1,9 +1,9 @@
-"""Pictures of a data set by URL: fetched politely, many at a time, and never asked for twice.
+"""Download the pictures of a data set by URL: in parallel, politely, and each only once.
 
-A download of a million pictures takes days and is killed on the way. So what became of each URL is written down at
-once, one line of JSON each, in the folder's manifest: the next run goes on from there, and a data set reads from it
-which of its pictures there are. Reference: olmo/data/download_urls.py::download_pixmo_urls, which writes the reason of
-a failure into a file in the picture's place.
+A download of a million pictures takes days and will be interrupted. The outcome of each URL is therefore appended to
+the folder's manifest at once, as a line of JSON. The next run continues from it, and data sets read which pictures they
+have. Reference: olmo/data/download_urls.py::download_pixmo_urls, which writes the reason of a failure to a file in the
+picture's place.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from molmo_edge.frontend.image_files import MAX_PIXELS, quiet_pillow
 
 MANIFEST = "manifest.jsonl"
 OK, FAILED, OTHER_FILE = "ok", "failed", "other_file"
-_BUSY = "busy"  # its host asks to be asked later: not written down, so that the next run does
+_BUSY = "busy"  # the host asks to retry later: not recorded, so that the next run retries
 
-_WINDOW = 10_000  # URLs read ahead, so that there are other hosts to ask where one has many in a row
-# So many URLs of so many hosts without any answer in between: this machine is offline, the links are not dead.
-_SILENT, _SILENT_HOSTS = 100, 10
+WINDOW = 10_000  # URLs read ahead, so that other hosts are available when one has many in a row
+# After this many URLs of this many hosts in a row without an answer, this machine is assumed to be offline.
+SILENT, SILENT_HOSTS = 100, 10
 
 
 class DownloadError(MolmoEdgeError):
-    """A download that cannot go on, or a folder without one."""
+    """A download cannot continue."""
 
 
 class Entry(NamedTuple):
-    """What became of one URL."""
+    """The outcome of one URL."""
 
-    outcome: str  # OK, FAILED for good, or OTHER_FILE: another hash than the data set has
-    file: str | None = None  # its name in the folder
-    sha256: str | None = None  # of the file's bytes, whether or not one was wanted
-    reason: str | None = None  # for people
+    outcome: str  # OK, FAILED (permanently) or OTHER_FILE (not the hash in the data set)
+    file: str | None = None  # name in the folder
+    sha256: str | None = None  # of the file, expected or not
+    reason: str | None = None  # for messages
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one run, in URLs."""
+    """Numbers of URLs in one run."""
 
     fetched: int = 0
     failed: int = 0
     other_file: int = 0
-    known: int = 0  # settled by an earlier run
-    busy: int = 0  # to be asked for by the next one
+    known: int = 0  # done by an earlier run
+    busy: int = 0  # left to the next run
 
     @property
     def done(self) -> int:
@@ -70,10 +70,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """As far as it was written; empty where there is none.
-
-        A line that a killed run has cut short is passed over: its URL counts as not asked for.
-        """
+        """Read a folder's manifest; empty if there is none. Incomplete lines of an interrupted run are skipped."""
         manifest = cls(folder)
         if not (folder / MANIFEST).is_file():
             return manifest
@@ -88,25 +85,25 @@ class Manifest:
         return manifest
 
     def path(self, url: str, sha256: str | None = None) -> Path | None:
-        """The picture's file; None where it is not there, or has another hash than the one wanted."""
+        """The file of a picture; None if it is missing or its hash is not `sha256`."""
         entry = self.entries.get(url)
         if entry is None or entry.outcome != OK or sha256 not in (None, entry.sha256):
             return None
         return self.folder / str(entry.file)
 
     def counts(self) -> dict[str, int]:
-        """Of all runs: how many URLs are OK, FAILED, OTHER_FILE."""
+        """Numbers of URLs that are OK, FAILED and OTHER_FILE, over all runs."""
         counted = Counter(entry.outcome for entry in self.entries.values())
         return {outcome: counted[outcome] for outcome in (OK, FAILED, OTHER_FILE)}
 
     def settles(self, url: str, sha256: str | None, *, retry_failed: bool) -> bool:
-        """Whether there is nothing to ask for."""
+        """Whether the URL need not be requested."""
         entry = self.entries.get(url)
         if entry is None:
             return False
         if entry.outcome == OK:
             return (self.folder / str(entry.file)).exists()
-        if entry.outcome == OTHER_FILE and sha256 is None:  # any file would do now
+        if entry.outcome == OTHER_FILE and sha256 is None:  # now any file is accepted
             return False
         return not retry_failed
 
@@ -126,13 +123,18 @@ def fetch_images(
     retry_failed: bool = False,
     progress: Callable[[Counts], None] | None = None,
 ) -> Manifest:
-    """Fetch every (URL, sha256 of its bytes or None) into `folder`; the manifest says where each one is.
+    """Download every (URL, sha256 or None) of `wanted` into `folder`. Returns the manifest of the files.
 
-    `jobs` are asked for at once, of one host at most `per_host`. A URL is asked for once, however often it is wanted;
-    one that failed for good (gone, a web page or a placeholder in its place, no answer to four tries) only with
-    `retry_failed`; one whose host was busy to the end by the next run. `wanted` may be
-    a generator of millions. `progress` hears after every URL that was asked for. May be stopped at any time, with
-    KeyboardInterrupt too, and started again. Raises DownloadError where nothing can be fetched or written any more.
+    Can be interrupted at any time (KeyboardInterrupt included) and called again to continue.
+
+    Args:
+        wanted: may be a generator of millions. Each URL is requested once, even if it occurs several times.
+        jobs: simultaneous requests. per_host: at most this many to the same host.
+        retry_failed: also request URLs that failed permanently: missing, a web page or placeholder instead of the
+            picture, or no answer to four tries. URLs of busy hosts are retried by every run.
+        progress: called after each requested URL.
+
+    Raises DownloadError if this machine is offline or the folder cannot be written.
     """
     manifest = Manifest.load(folder)
     run = _Run(manifest, retry_failed)
@@ -140,7 +142,7 @@ def fetch_images(
     jobs_left = run.jobs(wanted)
     with _open_log(folder) as log, _Crew(jobs, folder) as crew:
         while True:
-            while len(waiting) < _WINDOW and (job := next(jobs_left, None)):
+            while len(waiting) < WINDOW and (job := next(jobs_left, None)):
                 waiting.add(job)
             while running < jobs and (job := waiting.take()):
                 crew.tasks.put(job)
@@ -162,12 +164,12 @@ def fetch_images(
 
 @dataclass
 class _Run:
-    """What is asked for, and what has come of it."""
+    """The state of one call of `fetch_images`."""
 
     manifest: Manifest
     retry_failed: bool
     counts: Counts = Counts()
-    silent: list[tuple[_Job, Entry]] = field(default_factory=list)  # without an answer, since there last was one
+    silent: list[tuple[_Job, Entry]] = field(default_factory=list)  # without an answer, since the last answer
 
     def jobs(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[_Job]:
         seen: set[str] = set()
@@ -185,21 +187,20 @@ class _Run:
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + 1})
         if silent:
             self.silent.append((job, entry))
-            if len(self.silent) >= _SILENT:
-                self._ask_whether_offline(entry)
+            if len(self.silent) >= SILENT:
+                self._check_online(entry)
                 self.write_silent(log)
         else:
-            self.write_silent(log)  # someone answers, so these did not
+            self.write_silent(log)  # this machine is online, so these hosts did not answer
             if entry.outcome != _BUSY:
                 self._write(job, entry, log)
 
-    def _ask_whether_offline(self, entry: Entry) -> None:
+    def _check_online(self, entry: Entry) -> None:
         hosts = len({job.host for job, _ in self.silent})
-        if hosts >= _SILENT_HOSTS:
+        if hosts >= SILENT_HOSTS:
             raise DownloadError(
-                f"{len(self.silent)} addresses of {hosts} hosts in a row gave no answer, the last one so: "
-                f"{entry.reason}. Is this machine offline? They are asked again by the next run, which goes on from "
-                "here"
+                f"{len(self.silent)} URLs of {hosts} hosts in a row gave no answer, the last one: {entry.reason}. Is "
+                "this machine offline? The next run continues with these URLs"
             )
 
     def write_silent(self, log: IO[str]) -> None:
@@ -221,24 +222,24 @@ def _open_log(folder: Path) -> IO[str]:
         with path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # or the next line would be lost with the one that was cut short
+                if file.read(1) != b"\n":  # complete a cut line, or the next one is lost too
                     file.write(b"\n")
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {first_line(error)}") from error
 
 
-# --- who may be asked now -------------------------------------------------------------------------------------------
+# --- waiting URLs -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Waiting:
-    """URLs by host, so that no host is asked for more than `per_host` at once, and all have their turn."""
+    """URLs by host. Hosts take turns, each with at most `per_host` simultaneous requests."""
 
     per_host: int
     by_host: dict[str, deque[_Job]] = field(default_factory=dict)
     busy: Counter[str] = field(default_factory=Counter)
-    ready: dict[str, None] = field(default_factory=dict)  # hosts that may be asked, in turn
+    ready: dict[str, None] = field(default_factory=dict)  # hosts that may be contacted, in turn
     length: int = 0
 
     def __len__(self) -> int:
@@ -250,7 +251,7 @@ class _Waiting:
         self._get_ready(job.host)
 
     def take(self) -> _Job | None:
-        """The next one, None where all hosts are busy."""
+        """The next one; None if all hosts are in use."""
         host = next(iter(self.ready), None)
         if host is None:
             return None
@@ -277,16 +278,15 @@ class _Waiting:
 def _host(url: str) -> str:
     try:
         return urllib.parse.urlsplit(ascii_url(url)).netloc.rpartition("@")[2].lower()
-    except FetchError:  # fetch_image says what is wrong with it
+    except FetchError:  # fetch_image reports the error
         return ""
 
 
-# --- who asks ---------------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------
 
 
 class _Crew:
-    """Threads that fetch. Daemons, so that Ctrl-C ends the program and does not wait for a host's timeout: a picture
-    gets its name only when it is whole."""
+    """Download threads. They are daemons, so that Ctrl-C does not wait for timeouts: files are written atomically."""
 
     def __init__(self, jobs: int, folder: Path) -> None:
         self.jobs, self.folder = jobs, folder
@@ -303,7 +303,7 @@ class _Crew:
             self.tasks.put(None)
 
     def result(self) -> tuple[_Job, Entry, bool]:
-        """(job, what became of it, whether its host gave no answer). Raises DownloadError for a full disk."""
+        """(job, outcome, whether its host gave no answer). Raises DownloadError if the folder cannot be written."""
         result = self.results.get()
         if isinstance(result, OSError):
             raise DownloadError(f"{self.folder} cannot be written: {first_line(result)}") from result
@@ -315,7 +315,7 @@ class _Crew:
         while (job := self.tasks.get()) is not None:
             try:
                 self.results.put((job, *_fetch(job, self.folder)))
-            except Exception as error:  # the caller's to raise: in a thread, nobody would hear
+            except Exception as error:  # raised by `result` in the caller's thread
                 self.results.put(error)
 
 
@@ -332,18 +332,18 @@ def _fetch(job: _Job, folder: Path) -> tuple[Entry, bool]:
 
 
 def _check_picture(url: str, path: Path) -> None:
-    """A host that has lost a picture may send a page that says so, as if all were well."""
+    """Delete the file and raise FetchError, unless it is a picture: hosts send other files with status 200."""
     from PIL import Image
 
     try:
         with quiet_pillow(), Image.open(path) as image:
             pixels = image.width * image.height
-    except Exception as error:  # hostile headers make Pillow's parsers raise nearly anything
+    except Exception as error:  # Pillow's parsers raise many types on hostile headers
         path.unlink(missing_ok=True)
-        raise FetchError(f"{url} gives no picture that Pillow can read: {type(error).__name__}") from error
-    if pixels == 1:  # what counters and removed pictures leave
+        raise FetchError(f"{url} gives a file that Pillow cannot read: {type(error).__name__}") from error
+    if pixels == 1:  # as for page counters and deleted pictures
         path.unlink(missing_ok=True)
         raise FetchError(f"{url} gives a placeholder of one pixel")
     if not 0 < pixels <= MAX_PIXELS:
         path.unlink(missing_ok=True)
-        raise FetchError(f"{url} gives a picture of {pixels} pixels, the most are {MAX_PIXELS}")
+        raise FetchError(f"{url} gives a picture of {pixels} pixels (limit: {MAX_PIXELS})")
