@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ from gguf.quants import dequantize
 from molmo_edge.checkpoints.bundle import load_tokenizer
 from molmo_edge.checkpoints.gguf_layout import decoder_tensors
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.export import export_bundle
 from molmo_edge.frontend.prompts import text_ids
-from molmo_edge.modeling import load_checkpoint
+from molmo_edge.modeling import load_checkpoint, save_checkpoint
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.llama_library import has_amx
 from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -200,3 +202,20 @@ def test_a_gpu_that_is_not_here_is_refused_with_what_builds_it() -> None:
     for device, flag in (("cuda", "GGML_CUDA"), ("vulkan", "GGML_VULKAN"), ("mps", "GGML_METAL")):
         with pytest.raises(Unavailable, match=f"CPU alone: .*{flag}=on.* pip install"):
             open_runtime(gguf_bundle("molmoe", "f32"), device=device)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_per_head_norms_run_on_llama_cpp_s_qwen3(head_dim: int, tmp_path: Path) -> None:
+    """Heads of d_model / n_heads, and wider ones, which the file's metadata has to name."""
+    from test_model_variants import TOKENIZER, VARIANTS, random_model
+
+    config = VARIANTS["qk_norm_per_head"]
+    model = random_model(replace(config, decoder=replace(config.decoder, head_dim_override=head_dim)))
+    save_checkpoint(model, TOKENIZER, tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "f32", engine="gguf")
+    engine = open_runtime(tmp_path / "bundle", threads=2, engine_options=EXACT)
+    assert engine.config == model.config
+    rows = engine.embed(np.random.default_rng(0).integers(0, 500, 80))
+    with torch.inference_mode():
+        exact = model.decoder.logits(model.decoder(torch.from_numpy(rows)[None])[0]).numpy()[-64:]
+    assert relative(logits_of(engine, rows, 64), exact) < 1e-5

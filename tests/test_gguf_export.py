@@ -93,6 +93,9 @@ class TestExport:
             replace(plain, norm_after=True),
             DecoderConfig(n_experts=8, top_k=2),
             DecoderConfig(n_experts=8, top_k=2, qk_norm=True, n_kv_heads=4),
+            DecoderConfig(n_experts=8, top_k=2, qk_norm=True, qk_norm_per_head=True),
+            replace(plain, head_dim_override=64),
+            replace(plain, image_attention="bidirectional"),
         ):
             with pytest.raises(NoGraphError, match="export to ONNX"):
                 gguf_layout.architecture(odd)
