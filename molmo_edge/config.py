@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from molmo_edge.errors import MolmoEdgeError
 
@@ -333,7 +333,7 @@ class MolmoConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a bundle's manifest stores it; `from_dict` reads it back."""
-        return to_json(self)
+        return cast("dict[str, Any]", to_json(self))
 
     @classmethod
     def from_dict(cls, data: Any) -> MolmoConfig:

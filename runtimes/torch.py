@@ -112,7 +112,7 @@ class TorchRuntime:
     def from_model(cls, model: Molmo, *, threads: int | None = None) -> TorchRuntime:
         """Over a model that is loaded already; it is shared, not copied."""
         runtime = cls.__new__(cls)
-        runtime._take(model.eval(), threads)
+        cls._take(runtime, model.eval(), threads)
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:

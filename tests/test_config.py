@@ -117,7 +117,7 @@ def test_a_dict_that_is_no_configuration(section: Any) -> None:
         MolmoConfig.from_dict(whole | section if isinstance(section, dict) else section)
 
 
-def test_files_that_cannot_be_read(golden: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is missing"):
         read_config(tmp_path)
     (tmp_path / "config.json").mkdir()

@@ -1,8 +1,8 @@
-"""NF4 and int8 weights of bitsandbytes for the PyTorch runtime, made as a checkpoint is read.
+"""NF4 and int8 weights for the PyTorch runtime, quantised by bitsandbytes while a checkpoint is read.
 
-NF4 (QLoRA, arXiv 2305.14314): four bits with a scale for each 64 weights; activations stay bfloat16. int8 (LLM.int8,
-arXiv 2208.07339): a scale a row for weights and for inputs, inputs above 6 multiplied in float16. Both through
-bitsandbytes' own layers, on CUDA and on the CPU, whose packed kernels those layers choose themselves.
+NF4 (QLoRA, arXiv 2305.14314): four bits with a scale per 64 weights; activations stay bfloat16. int8 (LLM.int8, arXiv
+2208.07339): a scale per row of weights and of inputs; inputs above 6 are multiplied in float16. Both are bitsandbytes'
+own layers, on CUDA and on the CPU; they choose between their kernels themselves.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ import torch
 from torch import Tensor, nn
 
 from molmo_edge.modeling.decoder import SparseFFN, by_expert, choose_experts
+from molmo_edge.modeling.linear import Module
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.precision import PrecisionError
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.memory import give_back
 
 _OUTLIER = 6.0  # the threshold of LLM.int8
-_FLOAT16_INPUT = 1000.0  # largest input: sums of products then stay below 65504, unless weights are large, too
-_BLOCK = 64  # weights that share a scale (NF4)
+_FLOAT16_INPUT = 1000.0  # largest input: sums of products then stay below 65504 unless weights are large, too
+_BLOCK = 64  # weights per scale (NF4)
 _ABSENT = object()
 
 
-class QuantizedLinear(nn.Module):
-    """A bitsandbytes layer that takes any float dtype, of any range, and answers in bfloat16."""
+class QuantizedLinear(Module):
+    """A bitsandbytes layer that takes inputs of any float dtype and range and returns bfloat16."""
 
     def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.inner, self.dtype = inner, dtype
-        self.bias: nn.Parameter | None = None  # float32; it arrives behind its matrix
+        self.bias: nn.Parameter | None = None  # float32; set after the weight is loaded
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dtype == torch.float16:  # int8: a row that float16 cannot hold, nor its products, is scaled down
+        if self.dtype == torch.float16:  # int8: rows that would overflow float16, or whose products would, are scaled
             scale = (x.abs().amax(-1, keepdim=True).float() / _FLOAT16_INPUT).clamp(min=1.0)
-            y = self.inner((x / scale).to(self.dtype)) * scale
+            y = cast(Tensor, self.inner((x / scale).to(self.dtype))) * scale
         else:
-            y = self.inner(x.to(self.dtype))
+            y = cast(Tensor, self.inner(x.to(self.dtype)))
         return (y if self.bias is None else y + self.bias).to(torch.bfloat16)
 
 
-class QuantizedExperts(nn.Module):
-    """`SparseFFN` with a quantised layer for each expert's matrix; the router stays as it is."""
+class QuantizedExperts(Module):
+    """`SparseFFN` with a quantised layer for each matrix of each expert; the router is not quantised."""
 
     def __init__(self, plain: SparseFFN) -> None:
         super().__init__()
@@ -61,11 +62,11 @@ class QuantizedExperts(nn.Module):
 
     def expert(self, x: Tensor, e: int) -> Tensor:
         x = x.to(torch.bfloat16)
-        return self.down[e](nn.functional.silu(self.gate[e](x)) * self.up[e](x))
+        return cast(Tensor, self.down[e](nn.functional.silu(self.gate[e](x)) * self.up[e](x)))
 
 
 class Quantizer:
-    """Turns weights into layers of a kind, "nf4" or "int8", on a device. Raises PrecisionError without bitsandbytes."""
+    """Makes layers of `kind`, "nf4" or "int8", from weights. Raises PrecisionError without bitsandbytes."""
 
     def __init__(self, kind: str, device: str | torch.device) -> None:
         self._kind, self._device = kind, torch.device(device)
@@ -74,7 +75,7 @@ class Quantizer:
             raise PrecisionError(f'precision "{kind}" runs on CPU and CUDA, not on {self._device.type}: use "bf16"')
 
     def put(self, model: Molmo, name: str, weights: Iterator[Tensor]) -> None:
-        """Place the layers for the parameter `name` (modeling/layout.py), from one weight, or one an expert."""
+        """Replace the parameter `name` of `model` by layers made from one weight, or from one per expert."""
         path, _, leaf = name.rpartition(".")
         parent, _, child = path.rpartition(".")
         module = model.get_submodule(path)
@@ -92,7 +93,7 @@ class Quantizer:
         """A layer without bias from [out, in] of any float dtype."""
         make = self._nf4 if self._kind == "nf4" else self._int8
         layer = make(weight).eval()
-        with torch.inference_mode():  # some layouts are made at the first use: they belong to loading
+        with torch.inference_mode():  # some layouts are made at first use, which here is part of loading
             layer(torch.zeros(1, weight.shape[1], device=self._device))
         return layer
 
@@ -101,7 +102,7 @@ class Quantizer:
         options = {"compress_statistics": False, "quant_type": "nf4"}
         layer = self._bnb.nn.Linear4bit(n_in, n_out, bias=False, compute_dtype=torch.bfloat16, device="meta", **options)
         layer.weight = self._bnb.nn.Params4bit(weight, requires_grad=False, **options).to(self._device)
-        if n_out % 32 or n_in % _BLOCK:  # the processor's packed layout is for whole tiles, which it does not look at
+        if n_out % 32 or n_in % _BLOCK:  # the packed CPU layout needs whole tiles, and does not check
             layer.support_avx512bf16_for_cpu = False
         return QuantizedLinear(layer, torch.bfloat16)
 
@@ -116,12 +117,12 @@ class Quantizer:
 
 
 def import_bitsandbytes(wanted: str, instead: str = 'precision="bf16"') -> Any:
-    """The package, without its log and its download.
+    """Import bitsandbytes without its log messages and its download.
 
-    Raises PrecisionError that says what is `wanted`, and what to use `instead`.
+    Raises PrecisionError, which says that `wanted` need the package, and what to use `instead`.
     """
     # On CPUs with AVX512-BF16 its import downloads native code from the hub through the package `kernels`, or logs
-    # that it would like to. Nobody asked for either.
+    # that it cannot. Neither may happen unasked.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)

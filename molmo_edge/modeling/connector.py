@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.modeling.linear import Linear
+from molmo_edge.modeling.linear import Linear, Module
 from molmo_edge.modeling.vision import VisionAttention
 
 
-class Projector(nn.Module):
+class Projector(Module):
     """SwiGLU without biases: w2(silu(w1 x) * w3 x). The halves of the decoder's fused FFN are the other way round."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int):
@@ -27,7 +27,7 @@ class Projector(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Connector(nn.Module):
+class Connector(Module):
     def __init__(self, config: MolmoConfig):
         super().__init__()
         self.image, vision = config.image, config.vision

@@ -1,8 +1,8 @@
-"""A convolutional tower beside the ViT: it sees the whole picture once, and every patch of every crop samples it.
+"""A convolutional tower besides the ViT: it sees the whole image once, and every patch of every crop samples it.
 
-Two towers whose patch features are concatenated are what Prismatic (arXiv 2402.07865) and Eagle (arXiv 2408.15998) use.
-Here the second one is a detector's backbone and feature pyramid, in the shape of NanoDet-g
-(github.com/RangiLyu/nanodet, CustomCspNet and PAN; batch norms folded into the convolutions).
+Prismatic (arXiv 2402.07865) and Eagle (arXiv 2408.15998) concatenate the patch features of two towers in this way.
+This one is the backbone and feature pyramid of a detector, shaped like NanoDet-g (github.com/RangiLyu/nanodet,
+CustomCspNet and PAN; batch norms folded into the convolutions).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import ConvTowerConfig
+from molmo_edge.modeling.linear import Module
 
 SLOPE = 0.1  # of the leaky ReLUs
 
 
-class Stage(nn.Module):
+class Stage(Module):
     """A cross-stage partial block: [n, width, h, w] -> [n, 2 * width, h / stride, w / stride]."""
 
     def __init__(self, width: int, steps: int, stride: int):
@@ -39,7 +40,7 @@ class Stage(nn.Module):
         return torch.cat([_act(self.last(y)), x], dim=1)
 
 
-class ConvTower(nn.Module):
+class ConvTower(Module):
     def __init__(self, config: ConvTowerConfig):
         super().__init__()
         self.config = config
@@ -69,12 +70,12 @@ class ConvTower(nn.Module):
         return [_act(conv(x)) for conv, x in zip(self.output, (fine, middle, coarse), strict=True)]
 
     def forward(self, pixels: Tensor, positions: Sequence[Tensor]) -> Tensor:
-        """Features of every patch of every crop of n pictures, those of all pictures one after the other.
+        """Features of every patch of every crop of n images, one image after the other.
 
-        pixels: float32 [n, 3, h, w], overviews (see `images.Overview`), padded with 0 to a common size.
-        positions: per picture, float32 [n_crops, patches^2, 4, 2], pixels. The level at stride 8 is sampled at the
-        four quarters of a patch, the other two at its centre, bilinearly.
-        Returns [crops of all pictures, patches^2, 6 * pyramid_dim].
+        pixels: float32 [n, 3, h, w], overviews (see `crops.Overview`), padded with 0 to a common size.
+        positions: per image, float32 [n_crops, patches^2, 4, 2], pixels. The level at stride 8 is sampled at the
+        centres of the four quarters of a patch, the other two at its centre, bilinearly.
+        Returns [crops of all images, patches^2, 6 * pyramid_dim].
         """
         levels = self.pyramid(pixels)
         size = torch.tensor(pixels.shape[:1:-1], device=pixels.device)  # width, height
@@ -96,6 +97,6 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _sample(level: Tensor, at: Tensor) -> Tensor:
-    """level [1, dim, h, w], at [..., 2] in -1..1 -> [..., dim]; zeros outside."""
+    """level [1, dim, h, w], at [..., 2] in -1..1 -> [..., dim]; zeros outside of the image."""
     grid = at.reshape(1, -1, 1, 2).to(level.dtype)
     return F.grid_sample(level, grid, align_corners=False)[0, :, :, 0].T.reshape(*at.shape[:-1], -1)

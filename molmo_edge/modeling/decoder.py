@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.modeling.linear import Linear, match, working_dtype
+from molmo_edge.modeling.linear import Linear, Module, match, working_dtype
 
 grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
@@ -28,7 +28,7 @@ Mask = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor] | None
 Dropout = Callable[[Tensor, int], Tensor]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """Normalised in float32, cast back, then multiplied by the weight: in bf16 the order matters.
 
     Reference: RMSLayerNorm.
@@ -104,7 +104,7 @@ class KVCache:
         return twin
 
 
-class Attention(nn.Module):
+class Attention(Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
@@ -119,10 +119,10 @@ class Attention(nn.Module):
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [batch, n_heads, n, head_dim] and k, v [batch, n_kv_heads, n, head_dim]."""
         c = self.config
-        q, k, v = self.att_proj(x).split([c.q_dim, c.kv_dim, c.kv_dim], dim=-1)
+        q, k, v = torch.split(self.att_proj(x), [c.q_dim, c.kv_dim, c.kv_dim], dim=-1)
         if c.qk_norm and not c.qk_norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:-1], -1, c.head_dim) for t in (q, k, v))
         if c.qk_norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return self.attn_out(out.transpose(1, 2).flatten(2))
 
 
-class DenseFFN(nn.Module):
+class DenseFFN(Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.ff_proj = Linear(config.d_model, 2 * config.ffn_dim, bias=False)  # rows: up, gate
@@ -162,7 +162,7 @@ class Routing:
     experts: list[Tensor] = field(default_factory=list)  # per layer int [tokens, top_k]
 
 
-class SparseFFN(nn.Module):
+class SparseFFN(Module):
     """OLMoE's experts: softmax over all of them in float32, the top_k largest, NOT renormalised."""
 
     kernel = "auto"  # or "wide", "grouped", "loop", see `mix_experts`
@@ -245,7 +245,7 @@ def _grouped(x: Tensor, weights: Tensor, experts: Tensor, matrices: Matrices) ->
 
     def swiglu(rows: Tensor, ends: Tensor) -> Tensor:
         hidden = F.silu(grouped_mm(rows, gate, offs=ends)) * grouped_mm(rows, up, offs=ends)
-        return grouped_mm(hidden, down, offs=ends)
+        return cast(Tensor, grouped_mm(hidden, down, offs=ends))
 
     return in_blocks(x.to(dtype), weights, experts, len(gate), swiglu)
 
@@ -293,7 +293,7 @@ def by_expert(
     """
     order, token = _sorted(experts)
     counts = experts.flatten().bincount(minlength=n_experts).tolist()
-    rows = x.index_select(0, token).split(counts)
+    rows = torch.split(x.index_select(0, token), counts)
     # Expert 0 always runs, so that an empty batch has an output with a gradient, too.
     blocks = [expert(mine, e) for e, mine in enumerate(rows) if len(mine) or e == 0]
     return _scatter(torch.cat(blocks), weights, order, token, len(x))
@@ -310,7 +310,7 @@ def _scatter(out: Tensor, weights: Tensor, order: Tensor, token: Tensor, tokens:
     return weighted.new_zeros(tokens, out.shape[1]).index_add(0, token, weighted)
 
 
-class Block(nn.Module):
+class Block(Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.norm_after = config.norm_after
@@ -337,11 +337,11 @@ class Block(nn.Module):
         return x + drop(self.ffn(self.ff_norm(x)), number + 1)
 
 
-def _keep(branch: Tensor, number: int) -> Tensor:
+def _keep(branch: Tensor, _number: int) -> Tensor:
     return branch
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config

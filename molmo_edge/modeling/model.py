@@ -11,10 +11,11 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.connector import Connector
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.modeling.decoder import Decoder
+from molmo_edge.modeling.linear import Module
 from molmo_edge.modeling.vision import VisionTransformer
 
 
-class Molmo(nn.Module):
+class Molmo(Module):
     """Reference: olmo/model.py, Molmo. `SparseFFN` leaves weights uninitialised: load or `init_weights`."""
 
     def __init__(self, config: MolmoConfig):
@@ -94,5 +95,6 @@ class Molmo(nn.Module):
         """
         cells = None
         if crops is not None and masks is not None:
-            cells = self.encode_image(crops.flatten(0, 1), masks.flatten(0, 1)).unflatten(0, crops.shape[:2])
+            cells = self.encode_image(crops.flatten(0, 1), masks.flatten(0, 1))
+            cells = cells.view(*crops.shape[:2], *cells.shape[1:])
         return self.decoder(self.embed(ids, cells, token_index), positions, mask)

@@ -5,6 +5,7 @@ Reference: olmo/image_vit.py, VisionTransformer, DinoVisionTransformer and Sigli
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molmo_edge.config import VisionConfig
-from molmo_edge.modeling.linear import Linear
+from molmo_edge.modeling.linear import Linear, Module
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,10 +22,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Module):
     """Multi-head attention of the blocks and, with separate queries, of the connector's pooling."""
 
     def __init__(self, input_dim: int, d_model: int, n_heads: int):
@@ -47,10 +52,10 @@ class VisionAttention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.n_heads, -1).transpose(1, 2)
 
 
-class VisionMLP(nn.Module):
+class VisionMLP(Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.w1 = Linear(config.d_model, config.mlp_dim)
@@ -61,7 +66,7 @@ class VisionMLP(nn.Module):
         return self.w2(self.act(self.w1(x)))
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Module):
     """Pre-norm block; DINOv2's LayerScale multiplies each branch."""
 
     def __init__(self, config: VisionConfig):
@@ -82,7 +87,7 @@ class VisionBlock(nn.Module):
         return x + (fed * self.lambda2 if self.layer_scale else fed)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
@@ -90,7 +95,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(config.d_model)) if parts.class_token else None
         self.positional_embedding = nn.Parameter(torch.zeros(config.n_pos, config.d_model))
         self.patch_embedding = Linear(3 * config.patch_size**2, config.d_model, bias=parts.patch_bias)
-        self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if parts.pre_ln else nn.Identity()
+        self.pre_ln = nn.LayerNorm(config.d_model, eps=config.norm_eps) if parts.pre_ln else None
         self.blocks = cast("list[VisionBlock]", nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers)))
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -118,7 +123,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(crops)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return self.pre_ln(x + self.positional_embedding.to(x.dtype))
+        x = x + self.positional_embedding.to(x.dtype)
+        return x if self.pre_ln is None else cast(Tensor, self.pre_ln(x))
 
     def end(self, crops: Tensor, outputs: list[Tensor]) -> Tensor:
         """Outputs of the running blocks -> [n, patches, d_model * len(layers)], zeros for crops that are padding."""

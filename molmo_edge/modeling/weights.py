@@ -1,4 +1,4 @@
-"""Checkpoint directory <-> `modeling.Molmo`, tensor by tensor."""
+"""Read a checkpoint directory into a `modeling.Molmo`, and write one, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from molmo_edge.modeling.precision import compute_dtype, is_quantized, storage_d
 def load_checkpoint(
     directory: str | Path, *, precision: str = "fp32", device: str | torch.device = "cpu"
 ) -> tuple[Molmo, Tokenizer, MolmoConfig]:
-    """Read a checkpoint directory: in hub layout (config.json, tokenizer.json, weights) or the reference's own.
+    """Read a checkpoint directory, in hub layout (config.json, tokenizer.json, weights) or the reference's own.
 
-    `precision`: "fp32", "bf16", "int8" or "nf4" (modeling/precision.py says what they mean). Memory holds the model in
-    that precision and one tensor of the checkpoint.
+    `precision`: "fp32", "bf16", "int8" or "nf4" (modeling/precision.py). Memory holds the model in that precision and
+    one tensor of the checkpoint.
 
-    Returns the model in eval mode, its tokenizer and its configuration. Raises CheckpointError naming the file and
-    the tensor where one is missing or has another shape than the configuration says, before any is read.
+    Returns the model in eval mode, its tokenizer and its configuration. Raises CheckpointError before reading any
+    weights if a tensor is missing or its shape does not fit the configuration; the message names file and tensor.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -46,16 +46,16 @@ def build_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> Molmo:
-    """A `Molmo` in eval mode with its parameters filled from `source`, one hub tensor in memory at a time."""
+    """A `Molmo` in eval mode with the parameters of `source`, of which one hub tensor is in memory at a time."""
     shapes = check_tensors(config, source, where=where)
     with torch.device("meta"):
         model = Molmo(config)
-    compute_dtype(precision)  # it is one of those known
+    compute_dtype(precision)  # raises for an unsupported one
     model.precision = precision
     layout = hub_layout(config)
     expected = {name for name, parameter in model.named_parameters() if parameter.numel()}
     if unknown := sorted(expected - set(layout)):
-        raise CheckpointError(f"no hub tensor is known for {', '.join(unknown)}")
+        raise CheckpointError(f"no hub tensor fills {', '.join(unknown)}")
     if precision in ("int8", "nf4"):
         from molmo_edge.modeling.bitsandbytes import Quantizer
 
@@ -71,15 +71,15 @@ def build_model(
                 dtype = storage_dtype(name, len(one), precision, torch.device(device).type)
                 _put(model, name, _filled(tensors, torch.empty(shape, dtype=dtype, device=device), one))
         for name, parameter in list(model.named_parameters()):
-            if parameter.is_meta:  # without rows, so without a tensor in the checkpoint
+            if parameter.is_meta:  # it has no rows, and so no tensor in the checkpoint
                 _put(model, name, torch.empty(parameter.shape, device=device))
     return model.eval()
 
 
 def load_part(config: MolmoConfig, source: TensorSource, part: str) -> nn.Module:
-    """A submodule of `Molmo` alone, "vision" or "decoder.blocks.3", float32, in eval mode; nothing else is read.
+    """One submodule of `Molmo`, such as "vision" or "decoder.blocks.3", in float32 and eval mode; reads nothing else.
 
-    So a model that does not fit into memory can be run block by block.
+    With it a model that does not fit into memory can run block by block.
     """
     with torch.device("meta"):
         module = Molmo(config).get_submodule(part)
@@ -96,7 +96,7 @@ def load_part(config: MolmoConfig, source: TensorSource, part: str) -> nn.Module
 
 def _read(source: TensorSource, name: str) -> torch.Tensor:
     raw = source.raw(name)
-    tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())  # torch takes no array that is read-only
+    tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())  # torch does not take read-only arrays
     return tensor.view(torch.bfloat16) if source.dtype(name) == "BF16" else tensor
 
 
@@ -122,8 +122,9 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors in hub layout.
 
-    dtype: "F32" or "BF16". parameter: gives the whole parameter of a name where `model` itself holds only shards of it;
-    asked in the order of `hub_layout`. shard_bytes: of a file; more make model-00001-of-0000n.safetensors.
+    dtype: "F32" or "BF16". parameter: returns the whole parameter of a name if `model` holds only shards of it; called
+    in the order of `hub_layout`. shard_bytes: maximum size of a file; larger checkpoints become
+    model-00001-of-0000n.safetensors.
     """
     read = parameter or model.get_parameter
 
@@ -145,7 +146,7 @@ def write_tensors(
     tensors: Iterator[np.ndarray],
     shard_bytes: int,
 ) -> None:
-    """Write a checkpoint in hub layout, its `tensors` as `ShardWriter` wants them, in the order of `shapes`."""
+    """Write a checkpoint in hub layout. `tensors`: as `ShardWriter` takes them, in the order of `shapes`."""
     directory.mkdir(parents=True, exist_ok=True)
     write_hub_config(config, directory)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
@@ -157,19 +158,19 @@ def write_tensors(
 
 
 def stored(values: torch.Tensor, dtype: str) -> np.ndarray:
-    """`values` as a file keeps them in one of DTYPES. Raises CheckpointError where float16 cannot hold them."""
+    """`values` as stored in a file of one of DTYPES. Raises CheckpointError if float16 cannot represent them."""
     if dtype == "BF16":  # numpy has no bfloat16
         return values.to(torch.bfloat16).view(torch.uint16).numpy()
     if dtype == "F16":
         narrow = values.to(torch.float16)
         if narrow.isinf().any() and values.isfinite().all():
-            raise CheckpointError("float16 cannot hold these weights, some are above 65504: choose bfloat16 or float32")
+            raise CheckpointError("these weights overflow float16 (65504): choose bfloat16 or float32")
         return narrow.numpy()
     return (values.double() if dtype == "F64" else values.float()).numpy()
 
 
 def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.Parameter], *, where: str) -> None:
-    """Fill parameters of a `Molmo`, whole ones or shards of a rank, from `source`; one hub tensor is held at a time."""
+    """Fill parameters of a `Molmo`, or a rank's shards of them, from `source`, one hub tensor in memory at a time."""
     from torch.distributed.tensor import DTensor
 
     shapes = check_tensors(config, source, where=where)
@@ -187,9 +188,9 @@ def fill(config: MolmoConfig, source: TensorSource, parameters: Mapping[str, nn.
 
 @torch.no_grad()
 def put(target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy `whole`, which every rank has, into a parameter or into this rank's shard of it."""
+    """Copy `whole`, which every rank holds, into a parameter or into this rank's shard of it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(target, DTensor):  # nothing travels
+    if isinstance(target, DTensor):  # no communication
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
