@@ -30,7 +30,7 @@ sys.path.insert(0, {tests!r})
 import dataclasses
 from conftest import GOLDEN, FakeRuntime
 from molmo_edge import molmo
-from molmo_edge.config import MolmoConfig
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.frontend.tokenizer import Tokenizer
 
 tokenizer = Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
@@ -123,6 +123,10 @@ class Terminal:
                 return
         raise AssertionError(f"{text!r} did not come; there is {self.shown!r}")
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def end(self) -> int:
         try:
             return self._process.wait(timeout=60)
@@ -150,8 +154,7 @@ def terminal(tmp_path: Path) -> Iterator[Open]:
 
     yield make
     for each in opened:
-        each._process.kill()
-        each._process.wait()
+        each.kill()
 
 
 def test_ctrl_c_cancels_the_answer_and_keeps_the_chat(terminal: Open) -> None:
@@ -179,7 +182,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line(terminal: Open) -> None:
     chat = terminal()
     chat.send("half a quest")
     chat.wait_for("half a quest")
-    chat.interrupt("/quit or Ctrl-D ends the chat")
+    chat.interrupt("type /quit or press Ctrl-D to exit")
     chat.wait_for("> ")
     chat.send("Whole?\r")
     chat.wait_for("So: Whole?")
@@ -249,7 +252,7 @@ def test_a_full_conversation_says_new(terminal: Open) -> None:
     else:
         pytest.fail("it never got full")
     chat.send("Why?\r")
-    assert "the conversation is full: /new" in chat.wait_for("> ")
+    assert "the conversation is full: type /new" in chat.wait_for("> ")
     chat.send("/new\r")
     chat.wait_for("> ")
     chat.send("Why?\r")

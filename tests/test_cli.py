@@ -60,7 +60,7 @@ def test_the_verbs_answer(cli: Cli, tiny_bundle: Path, photo: Path, command: tup
 
 def test_saying_the_points(cli: Cli, tmp_path: Path, photo: Path, saying: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'Here: <points x1="25.0" y1="50.0" x2="75.0" y2="50.0" alt="dogs">dogs</points>.'
-    monkeypatch.setattr("molmo_edge.molmo.Molmo", lambda *a, **k: saying(text))
+    monkeypatch.setattr("molmo_edge.molmo.Molmo", lambda *_, **__: saying(text))
     save = tmp_path / "out.png"
     status, out, err = cli("point", photo, "dogs", "--save", save)
     assert status == 0

@@ -169,7 +169,7 @@ def test_doctor_lists_every_extra(folder: Path) -> None:
 
 
 def test_too_old_is_missing_and_the_extra_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from molmo_edge.cli.doctor import _extra_line, _packages
+    from molmo_edge.cli.doctor import extra_line, extra_packages
     from molmo_edge.system.extras import extras
 
     installed = {"torch": "2.6.1+cpu", "onnx": "1.16.0", "optimum-onnx": "0.2.0"}
@@ -189,7 +189,11 @@ def test_too_old_is_missing_and_the_extra_says_so(monkeypatch: pytest.MonkeyPatc
             'optimum-onnx[onnxruntime]<0.2,>=0.1; python_version >= "3.10" and extra == "more"',
         ]
     )
-    assert _packages("export", found["export"]) == {"installed": {"onnx": "1.16.0"}, "missing": [], "install": None}
-    assert _packages("more", found["more"])["missing"] == ["torch>=2.7", "optimum-onnx>=0.1,<0.2"]
-    assert "torch>=2.7 (2.6.1+cpu is installed)" in _extra_line("more", found["more"])
-    assert _extra_line("export", found["export"]) == "onnx 1.16.0"
+    assert extra_packages("export", found["export"]) == {
+        "installed": {"onnx": "1.16.0"},
+        "missing": [],
+        "install": None,
+    }
+    assert extra_packages("more", found["more"])["missing"] == ["torch>=2.7", "optimum-onnx>=0.1,<0.2"]
+    assert "torch>=2.7 (2.6.1+cpu is installed)" in extra_line("more", found["more"])
+    assert extra_line("export", found["export"]) == "onnx 1.16.0"

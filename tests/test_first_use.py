@@ -20,7 +20,7 @@ Cli = Callable[..., tuple[int, str, str]]
     [
         (["ask", "examples/cat.jpg", "Q", "--revision", "main"], 1, "but none is named"),
         (["ask", "https://example.org/cup.jpg", "Q"], 1, "https://example.org/cup.jpg"),
-        (["ask", "a.jpg", "-5 or 5 degrees?"], 2, 'what follows "--" may begin with a dash'),
+        (["ask", "a.jpg", "-5 or 5 degrees?"], 2, 'put "--" before a file name, a question or a label'),
         (["ask", "a.jpg", "Q", "--temperature", "inf"], 2, "must be a finite number"),
         (["ask", "a.jpg", "Q", "--temperature", "nan"], 2, "--temperature"),
     ],

@@ -68,7 +68,7 @@ def test_bench_leaves_pytorch_out_where_nothing_fits(
     assert status == 0
     assert "onnxruntime" in out
     assert "pytorch" not in out
-    assert "PyTorch is left out: the weights need" in err
+    assert "PyTorch was skipped: the weights need" in err
     assert "0.5 GB of memory are free" in err
 
 

@@ -125,8 +125,8 @@ def test_the_first_part_that_differs_names_the_cause(bundle: Path, name: str, pa
     assert not report.passed
     status, out, err = cli("verify", bundle, "--threads", 1)
     assert status == 1
-    assert f"OTHER  {part}" in out
-    assert f"the sum of {part} is not the recorded one" in err
+    assert f"DIFFERS  {part}" in out
+    assert f"the checksum of {part} differs from the recorded one" in err
     found = json.loads(cli("verify", bundle, "--json", "--threads", 1)[1])
     assert [p["name"] for p in found["parts"] if not p["same"]] == [part]
     assert not found["passed"]
@@ -205,7 +205,7 @@ def test_an_older_bundle_without_sums_opens_and_verify_says_that_it_checks_less(
     status, out, err = cli("verify", bundle, "--threads", 1)
     assert status == 0
     assert "answered with the same tokens" in out
-    assert "without sums" in err
+    assert "without checksums" in err
     assert "only its files and its answer are checked" in err
     assert cli("verify", bundle, "--threads", 1, "--quiet")[2] == ""
 

@@ -1,24 +1,24 @@
 """The command line: `molmo-edge ask photo.jpg "Where is the dog?"`.
 
-An answer goes to stdout, as JSON with --json; everything else goes to stderr. Exit status: 0, 1 (it failed, one
-line says why), 2 (wrong use), 130 (interrupted).
+Answers are printed to stdout, as JSON with --json; everything else to stderr. Exit status: 0 (success), 1 (failure,
+with a one-line message), 2 (wrong usage), 130 (interrupted).
 """
 
 from __future__ import annotations
 
 import sys
 
-# Nothing else is imported here: an interrupt that arrives during an import outside `main` shows a traceback.
+# Other imports are inside `main`: an interrupt during an import outside of it would print a traceback.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-INTERRUPTED = 130  # the exit status of a shell's command that Ctrl-C ended
+INTERRUPTED = 130  # exit status of a shell command that was ended by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit; `arguments` are those of the process unless given."""
+    """Run the command line and exit. `arguments` default to those of the process."""
     try:
         from molmo_edge.cli.interrupts import Interrupts
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from molmo_edge.cli.application import run
 
             status = run(arguments, interrupts)
-        if status and interrupts.pending:  # whatever the command made of it
+        if status and interrupts.pending:  # whichever error the interrupt became
             status = INTERRUPTED
     except BaseException as error:
         if not _is_interrupt(error):
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether an interrupt is among an error's causes: Python wraps one in a RuntimeError in `__set_name__`."""
+    """Whether an interrupt caused `error`: Python wraps one in a RuntimeError in `__set_name__`."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, KeyboardInterrupt):

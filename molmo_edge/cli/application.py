@@ -1,4 +1,4 @@
-"""The commands, and what a failed one ends with."""
+"""The commands, and the exit status and message of a command that fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from molmo_edge.cli.interrupts import Interrupts
 from molmo_edge.cli.loss import loss
 from molmo_edge.cli.point import point
 from molmo_edge.cli.quantize import quantize
-from molmo_edge.cli.streams import complain, flush_streams, open_streams
+from molmo_edge.cli.streams import flush_streams, open_streams, print_error
 from molmo_edge.cli.train import app as train
 from molmo_edge.cli.verify import verify
 from molmo_edge.errors import MolmoEdgeError
@@ -35,10 +35,10 @@ from molmo_edge.system.version import __version__
 
 app = typer.Typer(
     name="molmo-edge",
-    help="Ask a photo on your own machine: Molmo without account, cloud or PyTorch.",
+    help="Run Molmo on your own machine: ask photos and get answers with points. No account, no cloud, no PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: it opens in half the time
+    rich_markup_mode=None,  # plain help starts in half the time
 )
 # Commands in the order of --help, each with the extra that was made for it.
 _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
@@ -72,11 +72,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error, and what the library logs.")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's debug log.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     global _tracebacks
@@ -86,7 +84,7 @@ def _options(
 
 
 def run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
-    """Run one command; returns the exit status. Nothing is printed about what follows an interrupt."""
+    """Run one command and return its exit status. Errors that follow an interrupt are not printed."""
     open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
@@ -95,13 +93,13 @@ def run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
     return flush_streams(status)
 
 
-def _end(number: int, frame: object) -> None:
-    """As Ctrl-C does: what a command has begun is cleaned up, temporary folders and its own processes among it."""
+def _end(number: int, _frame: object) -> None:
+    """Exit like Ctrl-C does, so that the command removes its temporary folders and ends its own processes."""
     sys.exit(128 + number)
 
 
-# typer gives click's errors no public name of their own, and either holds a copy of click or depends on it.
-_WrongUse = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+# typer exports no public name for click's errors, and may contain a copy of click instead of depending on it.
+_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
@@ -113,24 +111,24 @@ def _run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
     except Exception as error:
         if interrupts.pending:
             return 1  # `main` exits with the status of an interrupt
-        if isinstance(error, _WrongUse):
+        if isinstance(error, _UsageError):
             if type(error).__name__ == "NoSuchOption":
-                complain('what follows "--" may begin with a dash: a file\'s name, a question, a label')
+                print_error('put "--" before a file name, a question or a label that begins with a dash')
             error.show()  # type: ignore[attr-defined]
             return error.exit_code  # type: ignore[attr-defined]
         if isinstance(error, typer.Abort):
-            complain("the input ended")
+            print_error("unexpected end of input")
             return 1
         if _tracebacks or not isinstance(error, (MolmoEdgeError, MemoryError, OSError)):
             raise
-        complain(" ".join(_sentence(error).split()))
+        print_error(" ".join(_sentence(error).split()))
         return 1
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return "out of memory: try --max-crops 4, or a smaller image or model"
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a directory that may not be written to
+        return "out of memory: try --max-crops 4, a smaller image or a smaller model"
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a directory without write permission
         name = str(error.filename or "")
         name = name if len(name) <= 200 else f"{name[:120]}... ({len(name)} characters)"
         return f"{error.strerror}: {name}" if name else error.strerror

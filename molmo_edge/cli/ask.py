@@ -6,16 +6,14 @@ from molmo_edge.cli import options
 from molmo_edge.cli.answering import answer_command
 
 
-@options.flat
+@options.expand_options
 def ask(
     images: options.Images,
     question: options.Question,
     *,
-    opening: options.Opening,
-    sampling: options.Sampling,
-    json: options.JsonLines = False,
-    save: options.Save = None,
-    quiet: options.Quiet = False,
+    model: options.ModelOptions,
+    sampling: options.SamplingOptions,
+    output: options.OutputOptions,
 ) -> None:
-    """Ask photos anything."""
-    answer_command(images, question, opening, sampling, json=json, save=save, quiet=quiet)
+    """Ask a question about photos."""
+    answer_command(images, question, model, sampling, output)

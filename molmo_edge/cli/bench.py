@@ -27,59 +27,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of the measured answers, in milliseconds."""
+    """Median times of the measured answers, in milliseconds."""
 
     engine: str
-    cold: float  # once: from opening the model to the first token of its first answer
+    cold: float  # measured once: from opening the model to the first token of the first answer
     preprocess: float
     vision: float
-    prefill: float  # image and question to the first token
-    first_token: float  # the three before it
-    decode: float  # for each token behind the first
+    prefill: float  # processing of image and question tokens, to the first token
+    first_token: float  # preprocess + vision + prefill
+    decode: float  # per token after the first
     prompt_tokens: int  # image and question
     generated: int
 
 
-@options.flat
+@options.expand_options
 def bench(
     image: Annotated[
-        Path | None, typer.Argument(help="Without it: a synthetic one of 640x480.", show_default=False)
+        Path | None, typer.Argument(help="The photo. Default: a synthetic image of 640 x 480.", show_default=False)
     ] = None,
     *,
-    opening: options.Opening,
-    question: Annotated[str, typer.Option(help="What is asked.")] = "Describe this image.",
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer, at most.")] = 32,
-    repeat: Annotated[int, typer.Option(min=1, help="Answers to take the median of; one before them warms up.")] = 3,
+    model: options.ModelOptions,
+    question: Annotated[str, typer.Option(help="The question to ask.")] = "Describe this image.",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of each answer in tokens.")] = 32,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Number of measured answers, after one for warm-up. Times are medians.")
+    ] = 3,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights for PyTorch, hub layout. Without it: the bundle's own."),
+        typer.Option(help="Checkpoint for the PyTorch run. Default: the bundle's own weights."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Time each stage, and the same on PyTorch if installed."""
+    """Measure the time of each stage, also on PyTorch if it is installed."""
     from molmo_edge.checkpoints.bundle import load_tokenizer
     from molmo_edge.frontend.crops import load_image
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
     from molmo_edge.system.memory import give_back
 
-    if checkpoint is not None and importlib.util.find_spec("torch") is None:  # before anything is measured
+    if checkpoint is not None and importlib.util.find_spec("torch") is None:  # before measuring anything
         raise MissingExtra(f"bench --checkpoint needs torch: {pip_command('torch')}")
-    device, threads = opening.device, opening.threads
+    device, threads = model.device, model.threads
     rgb = _synthetic(640, 480) if image is None else load_image(image)
-    directory = find_model(opening.model, revision=opening.revision, quiet=quiet)
+    directory = find_model(model.model, revision=model.revision, quiet=quiet)
     tokenizer = load_tokenizer(directory)
     height, width = rgb.shape[:2]
     timings: list[Timing] = []
 
     def measure(engine: str, runtime: Runtime, load: float) -> None:
-        with Molmo.from_parts(runtime, tokenizer, max_crops=opening.max_crops) as molmo:
+        with Molmo.from_parts(runtime, tokenizer, max_crops=model.max_crops) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
         give_back()
 
     def show() -> None:
-        """The newest, before the next engine opens; outside of the spinner, which redirects stdout."""
+        """Print the newest timing before the next engine opens; outside the spinner, which redirects stdout."""
         if not json:
             if len(timings) == 1:
                 tokens = timings[0].prompt_tokens
@@ -89,33 +91,33 @@ def bench(
 
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
-        # With --checkpoint it is that one's precision that is meant.
-        own = opening.precision if checkpoint is None else "auto"
+        # With --checkpoint, --precision applies to that checkpoint.
+        precision = model.precision if checkpoint is None else "auto"
         runtime: Runtime = open_runtime(
             directory,
             device=device,
-            precision=own,
+            precision=precision,
             threads=threads,
-            engine_options=options.llama_options(opening.llama),
+            engine_options=options.llama_options(model.llama),
         )
         measure(runtime.engine, runtime, time.perf_counter() - started)
     show()
-    note(f"{timings[0].engine} is done", quiet=quiet or not json)
+    note(f"measured {timings[0].engine}", quiet=quiet or not json)
     if not timings[0].engine.startswith("pytorch"):
         try:
-            import torch  # noqa: F401  (in front of the clock: ours was imported before its own, too)
+            import torch  # noqa: F401  (not measured: the first engine was imported before its measurement, too)
 
             with progress("measuring PyTorch", quiet=quiet):
                 started = time.perf_counter()
-                runtime = _torch_runtime(directory, checkpoint, device, opening.precision, threads)
+                runtime = _torch_runtime(directory, checkpoint, device, model.precision, threads)
                 measure(runtime.engine, runtime, time.perf_counter() - started)
             show()
         except ImportError:
-            note(f"PyTorch is not installed, so there is nothing to compare with: {pip_command('torch')}")
-        except MolmoEdgeError as error:  # the weights cannot be had back: no onnx here, or graphs of another engine
+            note(f"PyTorch is not installed; install it to compare: {pip_command('torch')}")
+        except MolmoEdgeError as error:  # the weights cannot be read from the bundle: no onnx package, or a GGUF
             if checkpoint is not None:
                 raise
-            note(f"PyTorch is left out: {error}")
+            note(f"PyTorch was skipped: {error}")
     if json:
         print_json({"model": str(directory), "image": [width, height], "timings": [asdict(t) for t in timings]})
 
@@ -142,7 +144,7 @@ def _measure(
     tokens = answers[0].usage.tokens
     return Timing(
         engine=engine,
-        # Not the opening alone: an engine may return before its graphs are loaded, the first answer waits for them.
+        # Includes the first answer: an engine may return from opening before its graphs are loaded.
         cold=round(1e3 * (load + first.usage.seconds.total - first.usage.seconds.decode), 2),
         preprocess=median([s.preprocess for s in spent]),
         vision=median([s.vision for s in spent]),
@@ -155,7 +157,7 @@ def _measure(
 
 
 def _synthetic(width: int, height: int) -> np.ndarray:
-    """Smooth colours with some detail: uint8 [height, width, 3], the same on every machine."""
+    """A deterministic test image, uint8 [height, width, 3]: smooth colours with some detail."""
     import numpy as np
 
     y, x = np.mgrid[:height, :width]
@@ -163,14 +165,14 @@ def _synthetic(width: int, height: int) -> np.ndarray:
     return bands.astype(np.uint8)
 
 
-# Title and width of each column, by the field of Timing.
+# Title and width of each column, by field of Timing.
 _COLUMNS = {
     "cold": ("cold start", 11),
     "preprocess": ("preprocessing", 14),
     "vision": ("vision", 9),
     "prefill": ("prefill", 9),
     "first_token": ("first token", 12),
-    "decode": ("a token", 8),
+    "decode": ("per token", 10),
     "generated": ("tokens", 7),
 }
 

@@ -6,17 +6,15 @@ from molmo_edge.cli import options
 from molmo_edge.cli.answering import answer_command
 
 
-@options.flat
+@options.expand_options
 def caption(
     images: options.Images,
     *,
-    opening: options.Opening,
-    sampling: options.Sampling,
-    json: options.JsonLines = False,
-    save: options.Save = None,
-    quiet: options.Quiet = False,
+    model: options.ModelOptions,
+    sampling: options.SamplingOptions,
+    output: options.OutputOptions,
 ) -> None:
     """Describe photos."""
     from molmo_edge.frontend.prompts import caption_question
 
-    answer_command(images, caption_question(), opening, sampling, json=json, save=save, quiet=quiet)
+    answer_command(images, caption_question(), model, sampling, output)

@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from molmo_edge.chat import Chat
 
 _HELP = (
-    "a question, or: /new forgets the conversation, /save FILE draws the last answer's points, /quit or Ctrl-D ends; "
-    "Ctrl-C cancels an answer"
+    "Type a question, or a command: /new starts a new conversation, /save FILE saves the photo with the points of the "
+    "last answer, /quit or Ctrl-D exits. Ctrl-C cancels an answer."
 )
-_FULL = "the conversation is full: /new starts a new one about the same photo"
+_FULL = "the conversation is full: type /new to start a new one about the same photo"
 _PROMPT = "> "
 _KEPT_LINES = 1000  # of the history file
 
 
-@options.flat
+@options.expand_options
 def chat(
     image: options.Image,
     *,
-    opening: options.Opening,
-    sampling: options.Sampling,
+    model: options.ModelOptions,
+    sampling: options.SamplingOptions,
     history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep the questions for arrow-up in later chats.")
+        bool, typer.Option("--history/--no-history", help="Keep the questions, for arrow-up in later chats.")
     ] = True,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask a photo one question after the other. The photo and each turn are read once."""
+    """Have a conversation about a photo. The photo is encoded once."""
     if image == STDIN:
         raise typer.BadParameter("chat reads questions from stdin, so the photo must be a file", param_hint="IMAGE")
-    if (advice := sampling.without_effect) is not None:
-        note(advice, quiet=quiet)
+    if (warning := sampling.warning) is not None:
+        note(warning, quiet=quiet)
     with progress("opening the photo", quiet=quiet):
         if is_folder(image):
-            raise PictureError(f"{image} is a folder: a chat is about one photo")
+            raise PictureError(f"{image} is a folder: chat takes a single photo")
         photo = open_picture(image)
-    with open_molmo(opening, quiet=quiet) as molmo:
-        with progress("looking at the photo", quiet=quiet):
+    with open_molmo(model, quiet=quiet) as molmo:
+        with progress("encoding the photo", quiet=quiet):
             conversation = molmo.chat(photo)
         note(_HELP, quiet=quiet)
         with _line_reader(history) as read_line:
@@ -71,11 +71,11 @@ def _converse(
         try:
             if (line := read_line()) is None or line == "/quit":
                 break
-        except KeyboardInterrupt:  # the line that was being typed is dropped, as in a shell
-            if not typed:  # a script: Ctrl-C ends it
+        except KeyboardInterrupt:  # drops the line that was being typed, as a shell does
+            if not typed:  # ends a script
                 raise
             settle_interrupt()
-            note("\n/quit or Ctrl-D ends the chat")
+            note("\ntype /quit or press Ctrl-D to exit")
             continue
         try:
             if line == "/new":
@@ -90,7 +90,7 @@ def _converse(
         except ConversationFull:
             failed = True
             note(f"molmo-edge: {_FULL}")
-        except MolmoEdgeError as error:  # a bad question ends the question, not the conversation
+        except MolmoEdgeError as error:  # the conversation continues
             failed = True
             note(f"molmo-edge: {error}")
         except KeyboardInterrupt:
@@ -98,8 +98,8 @@ def _converse(
                 raise
             settle_interrupt()
             print(flush=True)  # ends the answer's line
-            note("cancelled: this question and its answer are not part of the conversation")
-    if failed and not typed:  # a script cannot see what a person has seen
+            note("cancelled: the question and its answer are not part of the conversation")
+    if failed and not typed:  # a script does not read the messages
         raise typer.Exit(1)
 
 
@@ -108,7 +108,7 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
         note(_FULL, quiet=quiet)
     elif not answer.complete:
         note(
-            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: --max-new-tokens allows more",
+            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: raise --max-new-tokens",
             quiet=quiet,
         )
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
@@ -121,18 +121,16 @@ def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
-    """Yields what reads the next line, None at the end: with editing and history where somebody types.
+    """Yield a function that reads the next line, None at the end; on a terminal with line editing and history.
 
-    `keep`: the history outlives the chat, in the folder of molmo_edge.system.cache.cache_directory, readable
-    by its owner
-    alone. Without it the history is that of this chat.
+    `keep`: store the history in `molmo_edge.system.cache.cache_directory`, readable only by its owner.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield _read_plain
         return
     try:
-        import readline  # from here on input() edits lines
-    except ImportError:  # Windows, whose consoles edit lines themselves
+        import readline  # makes input() edit lines
+    except ImportError:  # on Windows the console edits lines
         yield _read_edited
         return
     if not keep:
@@ -142,13 +140,13 @@ def _line_reader(keep: bool) -> Iterator[Callable[[], str | None]]:
     from molmo_edge.system.cache import cache_directory
 
     file = cache_directory() / "chat_history"
-    with contextlib.suppress(OSError):  # there is none yet
+    with contextlib.suppress(OSError):  # it may not exist yet
         readline.read_history_file(file)
     readline.set_history_length(_KEPT_LINES)
     try:
         yield _read_edited
     finally:
-        with contextlib.suppress(OSError):  # a home that cannot be written to: the history ends with the chat
+        with contextlib.suppress(OSError):  # a read-only home: the history ends with the chat
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch(mode=0o600)
             readline.write_history_file(file)
@@ -163,7 +161,7 @@ def _read_edited() -> str | None:
 
 
 def _read_plain() -> str | None:
-    """The prompt goes to stderr, where somebody is looking."""
+    """Read a line. The prompt is printed to stderr, if stdin is a terminal."""
     if sys.stdin.isatty():
         print(_PROMPT, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
@@ -172,7 +170,7 @@ def _read_plain() -> str | None:
 
 def _save(answer: Answer | None, path: Path, image: Path) -> None:
     if answer is None:
-        note("nothing was asked yet")
+        note("there is no answer yet: ask a question first")
         return
     check_save(path, image)
     save_image(answer.draw(), path)

@@ -6,18 +6,16 @@ from molmo_edge.cli import options
 from molmo_edge.cli.answering import answer_command
 
 
-@options.flat
+@options.expand_options
 def count(
     images: options.Images,
     label: options.Label,
     *,
-    opening: options.Opening,
-    sampling: options.Sampling,
-    json: options.JsonLines = False,
-    save: options.Save = None,
-    quiet: options.Quiet = False,
+    model: options.ModelOptions,
+    sampling: options.SamplingOptions,
+    output: options.OutputOptions,
 ) -> None:
-    """Count everything of a kind, with a point for each."""
+    """Count the objects of a kind, with a point for each."""
     from molmo_edge.frontend.prompts import count_question
 
-    answer_command(images, count_question(label), opening, sampling, json=json, save=save, quiet=quiet)
+    answer_command(images, count_question(label), model, sampling, output)

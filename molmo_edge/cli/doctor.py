@@ -24,7 +24,7 @@ _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typ
 
 
 def doctor(*, json: options.Json = False) -> None:
-    """Say what this machine has, and what is missing."""
+    """Show what is installed on this machine, and what is missing."""
     from molmo_edge.runtimes.llama_library import jetson
 
     problems: list[str] = []
@@ -40,7 +40,7 @@ def doctor(*, json: options.Json = False) -> None:
         "onnxruntime_providers": _providers(problems),
         "llama_cpp_devices": _llama(problems),
         "extras": {extra: all(r.satisfied for r in parts) for extra, parts in found.items()},
-        "extra_packages": {extra: _packages(extra, parts) for extra, parts in found.items()},
+        "extra_packages": {extra: extra_packages(extra, parts) for extra, parts in found.items()},
         "model": _model(problems),
         "cache": _cache(problems),
         "removed": _stale(),
@@ -53,7 +53,7 @@ def doctor(*, json: options.Json = False) -> None:
         for name, value in facts.items():
             if name == "extra_packages":
                 for extra, parts in found.items():
-                    print(f"{f'extra {extra}':22} {_extra_line(extra, parts)}")
+                    print(f"{f'extra {extra}':22} {extra_line(extra, parts)}")
             elif name not in ("extras", "problems") and value is not None:
                 print(f"{name.replace('_', ' '):22} {_line(value)}")
     for problem in problems:
@@ -62,8 +62,8 @@ def doctor(*, json: options.Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _packages(extra: str, parts: Sequence[Requirement]) -> dict[str, Any]:
-    """What an extra brings: installed versions, what is missing or too old, and the command that installs it."""
+def extra_packages(extra: str, parts: Sequence[Requirement]) -> dict[str, Any]:
+    """The packages of an extra: installed versions, missing or outdated ones, and the command that installs them."""
     missing = [str(r) for r in parts if not r.satisfied]
     return {
         "installed": {r.name: version for r in parts if (version := r.installed) is not None},
@@ -75,10 +75,10 @@ def _packages(extra: str, parts: Sequence[Requirement]) -> dict[str, Any]:
 def _install(extra: str) -> str:
     from molmo_edge.runtimes.llama_library import install_command
 
-    return install_command() if extra == "gguf" else pip_command(extra)  # llama.cpp is compiled for the machine
+    return install_command() if extra == "gguf" else pip_command(extra)  # llama.cpp must be compiled for the machine
 
 
-def _extra_line(extra: str, parts: Sequence[Requirement]) -> str:
+def extra_line(extra: str, parts: Sequence[Requirement]) -> str:
     """ "gguf 0.17.1; missing llama-cpp-python>=0.3.36: pip install ..." """
     here = ", ".join(f"{r.name} {r.installed}" for r in parts if r.satisfied)
     missing = []
@@ -102,7 +102,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _memory() -> dict[str, str | None]:
-    """Total and free memory where /proc tells, as on every Linux board; swap counts on an 8 GB Jetson."""
+    """Total and free memory and swap, on systems with /proc."""
     known = meminfo()
     if not known:
         return {"memory": None}
@@ -116,12 +116,12 @@ def _providers(problems: list[str]) -> list[str]:
 
         return list(onnxruntime.get_available_providers())
     except ImportError as error:  # a wheel for another Python, or a missing system library
-        problems.append(f"onnxruntime does not load ({error}): pip install --force-reinstall onnxruntime")
+        problems.append(f"onnxruntime cannot be imported ({error}): pip install --force-reinstall onnxruntime")
         return []
 
 
 def _llama(problems: list[str]) -> list[str] | None:
-    """What llama.cpp was built for and finds here; None without it, which only bundles with a GGUF need."""
+    """The devices that llama.cpp supports and finds; None if it is not installed. Only GGUF bundles need it."""
     if _version("llama-cpp-python") is None:
         return None
     from molmo_edge.runtimes.llama_library import gpus
@@ -146,13 +146,13 @@ def _model(problems: list[str]) -> str | None:
 
 
 def _stale() -> list[str] | None:
-    """What exports and comparisons that were killed left here, or anywhere on this machine; it is removed now."""
+    """Remove the temporary folders of killed exports and comparisons, here and wherever they are recorded."""
     import tempfile
 
     from molmo_edge.system.scratch import remove_stale
 
     removed = remove_stale([Path.cwd(), Path(tempfile.gettempdir())])
-    return [f"{stale.folder} ({stale.bytes / 1e6:.1f} MB, of a process that was killed)" for stale in removed] or None
+    return [f"{stale.folder} ({stale.bytes / 1e6:.1f} MB, from a killed process)" for stale in removed] or None
 
 
 def _cache(problems: list[str]) -> str:
@@ -162,8 +162,10 @@ def _cache(problems: list[str]) -> str:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problems.append(f"{directory} cannot be made ({error.strerror}), so hashes are compared at every start")
+        problems.append(
+            f"the cache {directory} cannot be created ({error.strerror}), so every start computes all hashes again"
+        )
     else:
         if not os.access(directory, os.W_OK):
-            problems.append(f"{directory} cannot be written to, so hashes are compared at every start")
+            problems.append(f"the cache {directory} is not writable, so every start computes all hashes again")
     return str(directory)

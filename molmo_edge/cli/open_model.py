@@ -1,4 +1,4 @@
-"""Open the model that a command names."""
+"""Find and open the model of a command."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from molmo_edge.cli.options import llama_options
 from molmo_edge.cli.output import progress
 
 if TYPE_CHECKING:
-    from molmo_edge.cli.options import Opening
+    from molmo_edge.cli.options import ModelOptions
     from molmo_edge.molmo import Molmo
 
 
 def find_model(model: str | None, *, revision: str | None, quiet: bool, to_run: bool = True) -> Path:
-    """The directory that --model means; one of the hub is fetched, which shows its progress unless `quiet`."""
+    """The directory of the model that --model names.
+
+    Downloads a hub id and shows the progress unless `quiet`. `to_run`: see `resolve_model`.
+    """
     from molmo_edge.checkpoints.bundle import is_hub_id, resolve_model
 
     if quiet and is_hub_id(model):
@@ -24,18 +27,18 @@ def find_model(model: str | None, *, revision: str | None, quiet: bool, to_run: 
     return resolve_model(model, revision=revision, to_run=to_run)
 
 
-def open_molmo(opening: Opening, *, quiet: bool) -> Molmo:
-    """Modules that bring numpy are imported here, not to show a --help."""
-    from molmo_edge.molmo import Molmo
+def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
+    """Open the model that `options` describe."""
+    from molmo_edge.molmo import Molmo  # imports numpy, which --help does not need
 
-    # In front of the spinner: the download has progress bars of its own.
-    directory = find_model(opening.model, revision=opening.revision, quiet=quiet)
+    # Before the spinner: a download shows its own progress bars.
+    directory = find_model(options.model, revision=options.revision, quiet=quiet)
     with progress("opening the model", quiet=quiet):
         return Molmo(
             directory,
-            device=opening.device,
-            precision=opening.precision,
-            max_crops=opening.max_crops,
-            threads=opening.threads,
-            engine_options=llama_options(opening.llama),
+            device=options.device,
+            precision=options.precision,
+            max_crops=options.max_crops,
+            threads=options.threads,
+            engine_options=llama_options(options.llama),
         )

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, each written once."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _known_device(device: str) -> str:
     from molmo_edge.config import DEVICES
 
     if device not in DEVICES:
-        raise typer.BadParameter(f'"{device}" is not known; known are {", ".join(DEVICES)}')
+        raise typer.BadParameter(f'"{device}" is not a known device (known: {", ".join(DEVICES)})')
     return device
 
 
@@ -32,7 +32,7 @@ def _known_precision(precision: str) -> str:
     from molmo_edge.config import PRECISIONS
 
     if precision not in PRECISIONS:
-        raise typer.BadParameter(f'"{precision}" is not known; known are {", ".join(PRECISIONS)}')
+        raise typer.BadParameter(f'"{precision}" is not a known precision (known: {", ".join(PRECISIONS)})')
     return precision
 
 
@@ -59,7 +59,7 @@ def _known_llama(text: str | None) -> str | None:
 
 
 def llama_options(text: str | None) -> LlamaOptions | None:
-    """The value of --llama as `engine_options`. Raises EngineError for an option that llama.cpp does not have."""
+    """Parse the value of --llama. Raises EngineError for an unknown option or value."""
     from molmo_edge.runtimes import LlamaOptions
 
     return None if text is None else LlamaOptions.parse(text)
@@ -67,58 +67,71 @@ def llama_options(text: str | None) -> LlamaOptions | None:
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise typer.BadParameter(f"it must be a finite number, it is {value:g}")
+        raise typer.BadParameter(f"must be a finite number, got {value:g}")
     return value
 
 
 def _share(value: float) -> float:
     if not 0.0 < value <= 1.0:
-        raise typer.BadParameter(f"it must be above 0 and at most 1, it is {value:g}")
+        raise typer.BadParameter(f"must be greater than 0 and at most 1, got {value:g}")
     return value
 
 
-_IMAGE = 'The photo: any file that Pillow reads. After "--" its name may begin with a dash.'
-_QUESTION = '"Where is the dog?" After "--" it may begin with a dash: photo.jpg -- "-5 or 5 degrees?"'
-_LABEL = 'What to look for: "the dog", "cups". After "--" it may begin with a dash: photo.jpg -- "-5 sign"'
-_IMAGES = 'A photo, several, or a folder of them; "-" reads one from stdin. After "--" its name may begin with a dash.'
+# Each shared argument and option is declared once, as a type. Only help texts of options whose default is None name the
+# default: typer shows the others.
+_IMAGE = 'The photo, in any format that Pillow reads. Put "--" before a name that begins with a dash.'
+_IMAGES = (
+    'One or more photos, or a folder of photos; "-" reads one photo from stdin. Put "--" before a name that begins '
+    "with a dash."
+)
+_QUESTION = '"Where is the dog?" Put "--" before a question that begins with a dash: photo.jpg -- "-5 or 5 degrees?"'
+_LABEL = 'What to look for: "the dog", "cups". Put "--" before a label that begins with a dash: photo.jpg -- "-5 sign"'
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help=_IMAGE, show_default=False)]
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help=_IMAGES, show_default=False)]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help=_QUESTION, show_default=False)]
 Label = Annotated[str, typer.Argument(metavar="LABEL", help=_LABEL, show_default=False)]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="Bundle or checkpoint directory, or hub id. Without it: the embedded nano."),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Without it: the main branch.")]
-_DEVICE = '"auto", "cpu", "cuda"; a checkpoint "mps"; a bundle "tensorrt", "coreml"; a GGUF also "mps", "vulkan".'
+
+_MODEL = "Bundle directory, checkpoint directory or hub id. Default: the embedded nano model."
+_DEVICE = (
+    '"auto", "cpu" or "cuda". Checkpoints also run on "mps", ONNX bundles on "tensorrt" and "coreml", GGUF bundles on '
+    '"mps" and "vulkan".'
+)
+_PRECISION = 'Precision of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4". A bundle has its own.'
+_MAX_CROPS = "Maximum number of crops. Fewer crops are faster but lose detail. Default: the model's own."
+_THREADS = "Number of CPU threads. Default: the physical cores, or the quota of the container."
+_LLAMA = (
+    "Options of llama.cpp for a GGUF bundle, separated by commas: gpu_layers=N, cache=f16|q8_0|..., "
+    "flash_attention=yes|no, repack=yes|no. Default: chosen for the machine."
+)
+Model = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")]
 Device = Annotated[str, typer.Option(help=_DEVICE, callback=_known_device)]
-Precision = Annotated[
-    str, typer.Option(help='Of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4".', callback=_known_precision)
-]
-MaxCrops = Annotated[int | None, typer.Option(min=0, help="Most crops; fewer are faster and see less.")]
-_THREADS = "CPU threads. Without it: the physical cores, or a container's quota."
+Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_known_precision)]
+MaxCrops = Annotated[int | None, typer.Option(min=0, help=_MAX_CROPS)]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
-_LLAMA = "Of a GGUF: gpu_layers=N, cache=f16|q8_0|..., flash_attention=yes|no, repack=yes|no, with commas between."
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
-JsonLines = Annotated[
-    bool, typer.Option("--json", help="JSON on stdout, one object a line for each image, and nothing else there.")
-]
-_SAVE = "Write the photo with the points drawn in: .png, .jpg or .webp. For several images: a folder."
-Save = Annotated[Path | None, typer.Option(help=_SAVE)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Cut the answer off after this many tokens.")]
-_TEMPERATURE = "0: the likeliest answer, the same each time."
+
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer in tokens. Default: 384.")]
+_TEMPERATURE = "Sampling temperature. 0 always takes the most likely token."
+_TOP_K = "Sample only from the K most likely tokens; 0 for no limit."
+_TOP_P = "Sample only from the most likely tokens whose probabilities add up to this value."
+_SEED = "Random seed, which makes a sampled answer repeatable. Default: another answer each time."
 Temperature = Annotated[float, typer.Option(min=0.0, help=_TEMPERATURE, callback=_finite)]
-Seed = Annotated[int | None, typer.Option(min=0, help="With a temperature: repeats the same draw.")]
-TopK = Annotated[int, typer.Option(min=0, help="With a temperature: only the likeliest K tokens; 0: all.")]
-_TOP_P = "With a temperature: only the likeliest tokens that together have this probability."
+TopK = Annotated[int, typer.Option(min=0, help=_TOP_K)]
 TopP = Annotated[float, typer.Option(help=_TOP_P, callback=_share)]
+Seed = Annotated[int | None, typer.Option(min=0, help=_SEED)]
+
+_JSON_LINES = "Print one JSON object per image to stdout, each on its own line, and nothing else."
+_SAVE = "Save the photo with the points drawn on it, as .png, .jpg or .webp. With several photos: a folder."
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+JsonLines = Annotated[bool, typer.Option("--json", help=_JSON_LINES)]
+Save = Annotated[Path | None, typer.Option(help=_SAVE)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors to stderr.")]
 
 
 @dataclass(frozen=True)
-class Opening:
-    """How a model is opened."""
+class ModelOptions:
+    """Which model a command opens, and how."""
 
     model: Model = None
     revision: Revision = None
@@ -130,8 +143,8 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an answer is chosen."""
+class SamplingOptions:
+    """How the tokens of an answer are chosen."""
 
     max_new_tokens: MaxNewTokens = None
     temperature: Temperature = 0.0
@@ -140,40 +153,52 @@ class Sampling:
     seed: Seed = None
 
     def keywords(self) -> dict[str, Any]:
-        """As `Molmo.ask` takes them; what the user left open is left out."""
+        """The keyword arguments of `Molmo.ask`, without those that the user left to their defaults there."""
         given = dataclasses.asdict(self)
         if self.max_new_tokens is None:
             del given["max_new_tokens"]
         return given
 
     @property
-    def without_effect(self) -> str | None:
-        """What a user who restricts a greedy answer should know."""
+    def warning(self) -> str | None:
+        """A warning about options that have no effect."""
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
-            return "--top-k and --top-p change nothing at --temperature 0, which takes the likeliest token"
+            return "--top-k and --top-p have no effect at --temperature 0, which always takes the most likely token"
         return None
 
 
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where answers about images go."""
+
+    json: JsonLines = False
+    save: Save = None
+    quiet: Quiet = False
+
+
 class ImagesAndText(TyperCommand):
-    """A command of images and one text: of a single argument that names an image the text is missing, not the image."""
+    """A command that takes images and one text.
+
+    Given a single argument that names an image, it reports that the text is missing; typer would report the image.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)  # the parser takes them out
+        given = list(args)  # the parser empties `args`
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             missing = getattr(error, "param", None)
             images, text = (p for p in self.params if p.param_type_name == "argument")
             if missing is images and error.param_hint is None:
-                # The parser gives the last argument to the text, and images what is before it.
+                # The parser assigns the last argument to the text and those before it to the images.
                 only = self.make_parser(ctx).parse_args(given)[0].get(text.name)
                 if isinstance(only, str) and names_image(Path(only)):
                     error.param = cast(Any, text)
             raise
 
 
-def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` for typer: each field of a dataclass among its parameters becomes an option of its own."""
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Make `command` usable by typer: each field of a parameter that is a dataclass becomes an option."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -197,7 +222,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
         command(**given)
 
-    # Both are what typer reads.
+    # typer reads both.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

@@ -1,4 +1,4 @@
-"""What the commands print, and the one file that some of them write."""
+"""Print notes, tables, JSON and answers, and save drawn images."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class OutputError(MolmoEdgeError):
 
 
 def note(text: str, *, quiet: bool = False) -> None:
-    """One line on stderr."""
+    """Print a line to stderr."""
     if not quiet:
-        with contextlib.suppress(OSError):  # a pipe that nobody reads is no reason to lose the answer
+        with contextlib.suppress(OSError):  # a closed pipe must not cost the answer
             print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(text: str, *, quiet: bool = False) -> Iterator[None]:
-    """A spinner on stderr while the block runs, where somebody is looking."""
+    """Show a spinner on stderr while the block runs, if stderr is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -49,25 +49,25 @@ def progress(text: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that shows text as it is: names that users chose may look like emoji codes or markup.
+    """A console that prints text unchanged, since names may look like markup or emoji codes.
 
-    Where nobody looks at a terminal, lines are as long as they have to be.
+    Lines are wrapped only on a terminal.
     """
     from rich.console import Console
 
-    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not made.file.isatty():
-        made.width = _UNLIMITED
-    return made
+    output = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not output.file.isatty():
+        output.width = _UNLIMITED
+    return output
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, lines: bool = False) -> None:
-    """Print a table on stdout. Long cells wrap between words; no word is ever cut or left out.
+    """Print a table to stdout. Long cells wrap between words; no word is cut.
 
     Args:
         heads: Title of each column. Line breaks are kept.
-        rows: As many cells as titles each.
-        left: Columns that are aligned left from the first; the others are aligned right.
+        rows: Cells of each row, one for each column.
+        left: Number of left-aligned columns; the others are right-aligned.
         lines: Whether to draw lines between rows.
     """
     from rich.cells import cell_len
@@ -80,16 +80,16 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: in
         table.add_column(Text(cells[0]), justify="left" if i < left else "right", min_width=longest)
     for row in rows:
         table.add_row(*map(Text, row))
-    console().print(table, crop=False)  # a line that the terminal breaks can still be read
+    console().print(table, crop=False)  # a line that the terminal breaks remains readable
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One line on stdout, in ASCII, so that no terminal or pipe can spoil it."""
+    """Print one line of JSON to stdout, in ASCII, which no terminal or pipe can garble."""
     print(json.dumps(data), flush=True)
 
 
 def print_stream(stream: Stream) -> Answer:
-    """Show the text as it comes, point tags taken out, then the points; returns the whole answer."""
+    """Print the text without point tags as it is generated, then the points. Returns the answer."""
     from molmo_edge.sdk.readable_text import TagStripper
 
     stripper = TagStripper()
@@ -103,16 +103,16 @@ def print_stream(stream: Stream) -> Answer:
 
 
 def print_points(answer: Answer) -> None:
-    """A line for each point: its number in the drawn image, pixels, label."""
+    """Print a line for each point: its number in the drawn image, its pixel coordinates and its label."""
     for number, (point, (x, y)) in enumerate(zip(answer.points, answer.pixels(), strict=True), 1):
         print(f"{number:4}  x {x:6.0f}  y {y:6.0f}  {' '.join(point.label.split())}")
 
 
 def note_usage(answer: Answer, *, quiet: bool) -> None:
-    """What it took, and whether the answer was cut off."""
+    """Print the crops, tokens and seconds that an answer took, and whether it was cut off."""
     if not answer.complete:
         note(
-            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: --max-new-tokens allows more",
+            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: raise --max-new-tokens",
             quiet=quiet,
         )
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
@@ -126,7 +126,7 @@ def note_usage(answer: Answer, *, quiet: bool) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """As `Path.is_file`, for anything that came from a command line: a name too long for a file is none."""
+    """Like `Path.is_file`, but False for a name that is too long."""
     try:
         return path.is_file()
     except OSError:
@@ -134,34 +134,34 @@ def is_file(path: Path) -> bool:
 
 
 def check_save(path: Path | None, image: Path) -> None:
-    """Raise OutputError, before any work, for a file that could not be written at the end."""
+    """Raise OutputError for a file that could not be written, before any work is done. An existing file is allowed."""
     if path is None:
         return
     if path.suffix.lower() not in _FORMATS:
-        raise OutputError(f"--save {path}: the name must end in {', '.join(_FORMATS)}")
+        raise OutputError(f"--save {path}: the name must end in one of {', '.join(_FORMATS)}")
     if path.is_dir():
         raise OutputError(f"--save {path} is a directory: name a file in it")
     if not path.parent.is_dir():
         raise OutputError(f"--save {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--save {path}: the directory {path.parent} cannot be written to")
+        raise OutputError(f"--save {path}: the directory {path.parent} is not writable")
     if is_file(path) and is_file(image) and path.samefile(image):
         raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
 
 
 def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]:
-    """Where the drawn picture of each of several images goes: FOLDER/NAME.annotated.png.
+    """The files for the drawn pictures of several images, FOLDER/NAME.annotated.png; None without a folder.
 
-    Makes the folder. Raises OutputError, before any work, where it cannot be written to.
+    Creates the folder. Raises OutputError if it is not writable, before any work is done.
     """
     if folder is None:
         return [None] * len(images)
     if is_file(folder) or (folder.suffix.lower() in _FORMATS and not folder.is_dir()):
-        raise OutputError(f"--save {folder}: there are several images, so it must name a folder")
+        raise OutputError(f"--save {folder}: with several images it must name a folder")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--save {folder}: the folder cannot be made: {error.strerror}") from None
+        raise OutputError(f"--save {folder}: the folder cannot be created: {error.strerror}") from None
     taken: dict[str, int] = {}
     paths: list[Path | None] = []
     for image in images:
@@ -174,10 +174,10 @@ def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write `image` whole or not at all. Raises OutputError."""
+    """Save `image` atomically, in the format of the suffix. Raises OutputError."""
     options = {"quality": 92} if path.suffix.lower() != ".png" else {}
     try:
         with atomic_write(path) as part, part.open("xb") as file:
             image.save(file, _FORMATS[path.suffix.lower()], **options)
-    except (OSError, ValueError) as error:  # ValueError: sides past what the format can hold
+    except (OSError, ValueError) as error:  # ValueError: the image is larger than the format allows
         raise OutputError(f"--save {path} could not be written: {getattr(error, 'strerror', None) or error}") from error

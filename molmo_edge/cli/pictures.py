@@ -1,4 +1,4 @@
-"""The images that a command names: files, folders of them, or stdin."""
+"""Find and open the images on a command line: files, folders of files, or stdin."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from molmo_edge.cli.output import is_file
 from molmo_edge.errors import MolmoEdgeError
 
 STDIN = Path("-")
-# Of the files in a folder, those that are pictures; a file that is named itself may have any name.
+# Images in a folder are found by their suffix; a file on the command line may have any name.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class PictureError(MolmoEdgeError):
-    """A folder without pictures, or nothing on stdin."""
+    """A folder without pictures, or an empty stdin."""
 
 
 def open_picture(path: Path) -> Any:
-    """What `Molmo.ask` takes as the image: a file is read there, what is no file is read, or refused, here.
+    """The `image` argument of `Molmo.ask` for a path on the command line: the path of a file, the bytes from stdin.
 
-    Raises ImageError and PictureError.
+    Raises PictureError for an empty stdin or folder, and ImageError for a path that is not a file.
     """
     if path == STDIN:
         if sys.stdin.isatty():
-            raise PictureError('"-" reads an image from stdin, which is a terminal: pipe a file into it')
+            raise PictureError('"-" reads an image from stdin, but stdin is a terminal: pipe a file into it')
         data = sys.stdin.buffer.read()
         if not data:
-            raise PictureError('"-" reads an image from stdin, but nothing came')
+            raise PictureError('"-" reads an image from stdin, but stdin is empty')
         return data
     if is_folder(path):
-        raise PictureError(f"{path} is a folder without pictures ({', '.join(SUFFIXES)})")
+        raise PictureError(f"{path} contains no pictures ({', '.join(SUFFIXES)})")
     if is_file(path):
         return path
     from molmo_edge.frontend.image_files import load_image
@@ -43,16 +43,16 @@ def open_picture(path: Path) -> Any:
 
 
 def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
-    """The pictures, those of a folder in the order of their names, and whether there can be several.
+    """The images at `paths`, those of a folder sorted by name, and whether there may be more than one.
 
-    Raises BadParameter for what is a question without its quotes, and for stdin named twice.
+    Raises BadParameter for a question without quotes, and if stdin is named twice.
     """
     if sum(path == STDIN for path in paths) > 1:
-        raise typer.BadParameter("stdin can be read once", param_hint="IMAGE")
+        raise typer.BadParameter("stdin can be read only once", param_hint="IMAGE")
     words = [str(path) for path in paths[1:] if not path.suffix and not path.exists() and path != STDIN]
     if words:
         raise typer.BadParameter(
-            f'there is no file "{words[0]}": a question or a label of several words needs quotes', param_hint="IMAGE"
+            f'there is no file "{words[0]}": put a question or a label of several words in quotes', param_hint="IMAGE"
         )
     found: list[Path] = []
     for path in paths:
@@ -62,12 +62,12 @@ def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
 
 
 def names_image(path: Path) -> bool:
-    """Whether an argument is meant as an image rather than as a question or a label."""
+    """Whether an argument looks like an image rather than like a question or a label."""
     return path == STDIN or path.suffix.lower() in SUFFIXES or is_file(path) or is_folder(path)
 
 
 def is_folder(path: Path) -> bool:
-    """As `Path.is_dir`, for anything that came from a command line."""
+    """Like `Path.is_dir`, but False for a name that is too long."""
     try:
         return path.is_dir()
     except OSError:

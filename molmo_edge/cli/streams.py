@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr where a caller has closed them (`>&-`), or where they break while a command runs."""
+"""Handle standard streams that the caller closed (`>&-`) or that break while a command runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from molmo_edge.cli.output import OutputError
 
 
 class ClosedOutput(io.TextIOBase):
-    """Stands in for a stdout that is closed: what a command prints would be lost without a word."""
+    """Replaces a closed stdout, and fails on output that would be lost silently."""
 
     def write(self, text: str) -> int:
         if text:
             raise OutputError(
-                "stdout is closed, so the answer cannot be printed: redirect it to a file, or leave it open"
+                "stdout is closed, so the answer cannot be printed: redirect it to a file, or do not close it"
             )
         return 0
 
@@ -26,35 +26,36 @@ class ClosedOutput(io.TextIOBase):
 
 
 def open_streams() -> None:
-    """Replace standard streams that are closed, and their descriptors.
+    """Replace closed standard streams and their file descriptors.
 
-    Without the latter the next file that is opened, a model say, becomes descriptor 1, and what a library prints
-    lands in it. Python gives None for a stream that was closed before it started; print(file=None) means stdout.
+    Otherwise the next file that is opened, for example a model, gets descriptor 1, and the output of a library is
+    written into it. Python sets a stream to None if it was closed before Python started; print(file=None) prints to
+    stdout.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # the lowest one that is free is the one that open() takes
+        except OSError:  # open() takes the lowest free descriptor
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if _is_closed(sys.stdin):
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (as long as the process)
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     if _is_closed(sys.stdout):
         sys.stdout = ClosedOutput()
     if _is_closed(sys.stderr):
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that cannot be shown, or read, is no reason to fail
+            stream.reconfigure(errors="replace")  # do not fail on a character that cannot be encoded or decoded
 
 
 def flush_streams(status: int) -> int:
-    """Write what is left, and return the exit status: 1 instead of 0 where it could not be written."""
+    """Flush stdout and stderr. Returns `status`, or 1 instead of 0 if the output could not be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
         _drop(sys.stdout)
-        if status == 0 and not isinstance(error, BrokenPipeError):  # `molmo-edge ask ... | head` is nobody's mistake
-            complain(f"stdout cannot be written: {error.strerror or error}")
+        if status == 0 and not isinstance(error, BrokenPipeError):  # `molmo-edge ask ... | head` is not an error
+            print_error(f"stdout cannot be written: {error.strerror or error}")
         status = status or 1
     try:
         sys.stderr.flush()
@@ -63,9 +64,9 @@ def flush_streams(status: int) -> int:
     return status
 
 
-def complain(text: str) -> None:
-    """The one line on stderr that a failed command ends with."""
-    with contextlib.suppress(OSError):  # a pipe that nobody reads; the exit status still tells
+def print_error(text: str) -> None:
+    """Print the one line on stderr with which a failed command ends."""
+    with contextlib.suppress(OSError):  # a closed pipe; the exit status still reports the error
         print(f"molmo-edge: {text}", file=sys.stderr, flush=True)
 
 
@@ -74,7 +75,7 @@ def _is_closed(stream: Any) -> bool:
 
 
 def _drop(stream: Any) -> None:
-    """Let Python's own flush at exit succeed; it would complain, and exit with 120."""
+    """Let Python's own flush at exit succeed: otherwise it prints an error and exits with 120."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from molmo_edge.sdk.stage_checksums import Part
     from molmo_edge.selfcheck import CheckReport
 
-# What is not as recorded means, and what to do.
-_MEANS = {
-    "settings": "its `model` or `special_ids` in molmo_edge.json are not those that it was made with",
-    "layout": "an image is cut into other crops, or a question into other tokens, than when it was made",
-    "pixels": "an image is resized or normalised otherwise than when it was made",
-    "features": "its vision tower, connector or embeddings give other features than when it was made",
-    "logits": "its decoder answers with other probabilities than when it was made",
+# The meaning of a part that differs from the recorded one.
+_MEANINGS = {
+    "settings": "`model` or `special_ids` in molmo_edge.json were changed",
+    "layout": "images are cut into different crops, or questions into different tokens",
+    "pixels": "images are resized or normalised differently",
+    "features": "the vision tower, the connector or the embeddings compute different features",
+    "logits": "the decoder computes different probabilities",
 }
 
 
 def verify(
     bundle: Annotated[
         str | None,
-        typer.Argument(help="Bundle directory, hub id or nano. Without it: nano.", show_default=False),
+        typer.Argument(help="Bundle directory, hub id or nano. Default: nano.", show_default=False),
     ] = None,
     *,
     revision: options.Revision = None,
@@ -35,9 +35,9 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check that a bundle is sound and answers as it should."""
+    """Check that a bundle is intact and answers as it should."""
     directory = find_model(bundle, revision=revision, quiet=quiet)
-    with progress("comparing hashes and asking the bundle's own question", quiet=quiet):
+    with progress("checking hashes and asking the bundle's question", quiet=quiet):
         from molmo_edge.selfcheck import check_bundle
 
         report = check_bundle(directory, threads=threads)
@@ -60,14 +60,14 @@ def verify(
         )
     else:
         for component in report.bundle.components.values():
-            print(f"sound  {component.bytes / 1e6:9.2f} MB  {component.file}")
+            print(f"ok       {component.bytes / 1e6:9.2f} MB  {component.file}")
         for part in report.parts:
-            print(_compared(part))
+            print(_part_line(part))
         print(_verdict(report))
     if report.check and not report.parts:
         note(
-            "molmo-edge: an older molmo-edge made this bundle, without sums of settings, layout, pixels, features and "
-            "logits: only its files and its answer are checked. Export it again to have all of them checked",
+            "molmo-edge: an older molmo-edge exported this bundle without checksums of settings, layout, pixels, "
+            "features and logits: only its files and its answer are checked. Export it again to check all of them",
             quiet=quiet,
         )
     if not report.passed:
@@ -75,38 +75,38 @@ def verify(
         raise typer.Exit(1)
 
 
-def _compared(part: Part) -> str:
-    word = "same " if part.same else "OTHER"
+def _part_line(part: Part) -> str:
+    word = "ok     " if part.same else "DIFFERS"
     if part.limit is None:
         return f"{word}  {part.name}"
     if part.distance is None:
-        return f"{word}  {part.name}: of another shape"
+        return f"{word}  {part.name}: another shape"
     return f"{word}  {part.name}: relative distance {part.distance:.2g}, at most {part.limit:.2g}"
 
 
 def _verdict(report: CheckReport) -> str:
     check = report.check
     if check is None:
-        return "the bundle brings no question to check"
+        return "the bundle has no check question"
     if report.different is not None:
-        return "its own question: not asked, since what comes before the answer differs"
+        return "check question: not asked, because an earlier part differs"
     if report.drift is None:
-        points = "another number of points"
+        points = "a different number of points"
     else:
-        points = f"points at most {report.drift:.1f} percent away, {check.tolerance:.1f} are allowed"
+        points = f"points differ by at most {report.drift:.1f} percent (tolerance {check.tolerance:.1f})"
     if report.exact:
-        same = "its own question: answered with the same tokens"
-        return same if report.same_points else f"{same}, but the manifest records other points for them: {points}"
+        same = "check question: answered with the same tokens"
+        return same if report.same_points else f"{same}, but the manifest records different points for them: {points}"
     if report.passed:
-        return f"its own question: as recorded but for rounding (at most {report.gap:.2f} logits; {points})"
-    end = "" if report.stopped else ", and it does not stop where it should"
-    return f"its own question: other tokens than recorded, {report.gap:.2f} logits apart; {points}{end}"
+        return f"check question: same answer up to rounding (at most {report.gap:.2f} logits; {points})"
+    end = "" if report.stopped else ", and the answer does not stop where it should"
+    return f"check question: tokens differ from the recorded ones by {report.gap:.2f} logits; {points}{end}"
 
 
 def _failure(report: CheckReport) -> str:
     if (part := report.different) is not None:
         return (
-            f"every file is as the manifest says, but the sum of {part.name} is not the recorded one: "
-            f"{_MEANS[part.name]}. Fetch or export the bundle again"
+            f"all files match the manifest, but the checksum of {part.name} differs from the recorded one: "
+            f"{_MEANINGS[part.name]}. Fetch or export the bundle again"
         )
-    return "every file is as the manifest says, but this machine answers otherwise than the bundle says"
+    return "all files match the manifest, but the answer on this machine differs from the recorded one"
