@@ -89,7 +89,7 @@ def _cell(text: str, mark: str) -> str:
     return '"' + text.replace('"', '""') + '"' if mark in text or '"' in text else text
 
 
-def _rows(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], form: str) -> None:
+def _rows(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], _form: str) -> None:
     grouped: dict[tuple[str, str], list[dict[str, float]]] = {}
     for name, label, box in things:
         x, y = _middle(box, PICTURES[name][2])
@@ -103,7 +103,7 @@ def _rows(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, 
     (path / "rows.jsonl").write_text(text, encoding="utf-8")
 
 
-def _coco(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], form: str) -> None:
+def _coco(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], _form: str) -> None:
     scale = {name: rng.choice([1, 1, 2]) for name in PICTURES}
     names, labels = list(PICTURES), list(LABELS)
     images = [
@@ -128,7 +128,7 @@ def _coco(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, 
     (path / "annotations.json").write_text(json.dumps(content))
 
 
-def _labelme(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], form: str) -> None:
+def _labelme(rng: random.Random, path: Path, things: list[Any], spelled: dict[str, str], _form: str) -> None:
     for name in sorted({name for name, _, _ in things}):
         shapes = []
         for _, label, (x0, y0, x1, y1) in (thing for thing in things if thing[0] == name):

@@ -13,7 +13,6 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 from points_damage import PICTURES, Folder
@@ -61,7 +60,7 @@ def meaning(folder: Folder) -> Meaning:
             said.faults.append("")
             continue
         read = {"coco": _mean_coco, "labelme": _mean_labelme, "rows": _mean_rows}.get(folder.form, _mean_csv)
-        said.entry("", lambda read=read, path=path, text=text: read(said, folder, path, text))  # type: ignore[misc]
+        said.entry("", lambda read=read, text=text: read(said, text))  # type: ignore[misc]
     contradicted = [(n, label) for n, label in said.none if any(k[0] == label for k in said.marks.get(n, ()))]
     if said.named & folder.useless or contradicted or not said.points():
         said.faults.append("")
@@ -101,7 +100,7 @@ def _label(value: Any) -> str:
     return str(label.lower())
 
 
-def _name(said: Meaning, folder: Folder, value: Any) -> str:
+def _name(said: Meaning, value: Any) -> str:
     """The name on disk."""
     _refuse(not isinstance(value, str) or not value.strip())
     _refuse(any(character == "\0" or 0xD800 <= ord(character) <= 0xDFFF for character in value))
@@ -121,7 +120,7 @@ def _put(said: Meaning, name: str, label: str, shape: tuple[Any, ...], xy: tuple
     said.marks.setdefault(name, {})[(label, *shape)] = (100 * xy[0] / size[0], 100 * xy[1] / size[1])
 
 
-def _mean_csv(said: Meaning, folder: Folder, path: Path, text: str) -> None:
+def _mean_csv(said: Meaning, text: str) -> None:
     head = text.split("\n")[0]
     rows = _records(text, ";" if head.count(";") > head.count(",") else ",")
     (line, first), *rest = rows or [(1, [])]
@@ -136,7 +135,7 @@ def _mean_csv(said: Meaning, folder: Folder, path: Path, text: str) -> None:
         _refuse(cells is None or len(cells) > len(columns))
         _refuse(any(cell.strip() for column, cell in zip(columns, cells, strict=False) if not column))
         given = dict(zip(columns, (cell.strip() for cell in cells), strict=False))
-        name, label = _name(said, folder, given["image"]), _label(given["label"])
+        name, label = _name(said, given["image"]), _label(given["label"])
         x, y = (given[column] for column in units[0])
         if x == y == "":
             said.none.add((name, label))
@@ -183,10 +182,10 @@ def _records(text: str, mark: str) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _mean_rows(said: Meaning, folder: Folder, path: Path, text: str) -> None:
+def _mean_rows(said: Meaning, text: str) -> None:
     def row(line: str) -> None:
         content = json.loads(line)
-        name, points = _name(said, folder, content.get("image")), content.get("points")
+        name, points = _name(said, content.get("image")), content.get("points")
         _refuse(not isinstance(points, list))
         if content.get("count") is not None:
             _refuse(_number(content["count"]) != len(points))
@@ -214,7 +213,7 @@ def _frame(name: str, width: Any, height: Any) -> tuple[float, float]:
     return shown
 
 
-def _mean_coco(said: Meaning, folder: Folder, path: Path, text: str) -> None:
+def _mean_coco(said: Meaning, text: str) -> None:
     content = json.loads(text)
     labels: dict[Any, Any] = {}
     images: dict[Any, tuple[str, tuple[float, float]]] = {}
@@ -225,7 +224,7 @@ def _mean_coco(said: Meaning, folder: Folder, path: Path, text: str) -> None:
         labels[each["id"]] = each["name"]
     for each in content["images"]:
         _refuse(each["id"] in images)
-        name = _name(said, folder, each["file_name"])
+        name = _name(said, each["file_name"])
         images[each["id"]] = name, _frame(name, each.get("width"), each.get("height"))
     for each in content["annotations"]:
         (name, size), label = images[each["image_id"]], _label(labels[each["category_id"]])
@@ -256,11 +255,11 @@ def _coco_corners(each: dict[str, Any]) -> list[tuple[float, float]]:
     return [(flat[i], flat[i + 1]) for i in range(0, len(flat), 3) if flat[i + 2]]
 
 
-def _mean_labelme(said: Meaning, folder: Folder, path: Path, text: str) -> None:
+def _mean_labelme(said: Meaning, text: str) -> None:
     content = json.loads(text)
     if not isinstance(content, dict) or not {"shapes", "imagePath"} & set(content):
         return  # of somebody else
-    name = _name(said, folder, content.get("imagePath"))
+    name = _name(said, content.get("imagePath"))
     size = _frame(name, content.get("imageWidth"), content.get("imageHeight"))
     _refuse(not isinstance(content.get("shapes"), list))
     least = {"point": 1, "circle": 2, "rectangle": 2, "mask": 2, "polygon": 3, "oriented_rectangle": 3}

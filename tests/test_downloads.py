@@ -228,9 +228,8 @@ def test_few_addresses_are_read_ahead(hosts: list[Host], tmp_path: Path, monkeyp
     assert max(ahead) <= 4 + 2
 
 
-def test_a_machine_that_is_offline_condemns_no_address(
-    hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("hosts")
+def test_a_machine_that_is_offline_condemns_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "SILENT", 12)
     nowhere = [(f"http://127.0.0.{1 + i % 12}:1/{i}", None) for i in range(40)]
     with pytest.raises(DownloadError, match=r"12 URLs of 1\d hosts in a row gave no answer.* offline"):
@@ -244,7 +243,7 @@ def test_a_machine_that_is_offline_condemns_no_address(
 
 def test_lines_are_written_as_answers_come(hosts: list[Host], tmp_path: Path) -> None:
     lines: list[int] = []
-    read = lambda counts: lines.append(len((tmp_path / MANIFEST).read_text().splitlines()))  # noqa: E731
+    read = lambda _counts: lines.append(len((tmp_path / MANIFEST).read_text().splitlines()))  # noqa: E731
     fetch_images(hosts[0].fill(3), tmp_path, progress=read)
     assert lines == [1, 2, 3]
     row = json.loads((tmp_path / MANIFEST).read_text().splitlines()[0])

@@ -71,8 +71,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> Iterator[Site]:
-    """It is every host whose name ends in .example, too."""
+def site(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Site]:
+    """A server that answers for 127.0.0.1 and for every host whose name ends in .example. Nobody waits."""
+    request.getfixturevalue("waits")
     monkeypatch.setenv("no_proxy", "*")
     here = Site()
 

@@ -105,7 +105,7 @@ def test_the_trainer_draws_another_row_and_says_why(copy: Write) -> None:
 
     bad = {**POINTED, "points": [{"x": NAN, "y": 1.0}], "image_url": "https://example.org/0.jpg"}
     data = open_pixmo("pixmo_points", local=copy(bad, POINTED), images=Path())
-    samples = Samples([data], lambda example, rng: example, 0)  # type: ignore[arg-type]
+    samples = Samples([data], lambda example, _rng: example, 0)  # type: ignore[arg-type]
     example, replaced = samples[Draw(0, 0, 0, 0)]
     assert "cup" in example.annotations[0].messages[1]  # type: ignore[attr-defined]
     assert len(replaced) == 1

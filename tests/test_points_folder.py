@@ -219,7 +219,7 @@ def test_none_here(folder: Path) -> None:
     assert pictures(train) == {"a.png": {"cup": []}, "b.png": {"cup": [(50, 50), (10, 20)]}}
     assert {a.messages[1] for e in every(train, 0) for a in e.annotations} == {"There are none."}
     (folder / "points.csv").write_text("image,label,x,y\nb.png,cup,50,25\nb.png,cup,,\n")
-    with pytest.raises(PointsError, match=r'line 3 of .*points\.csv says that b\.png has no "cup", and other rows'):
+    with pytest.raises(PointsError, match=r'line 3 of .*points\.csv states that b\.png has no "cup", but other rows'):
         open_points(folder)
 
 
@@ -278,10 +278,10 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
     with pytest.raises(PointsError) as error:
         open_points(folder)
     said = str(error.value)
-    assert "15 of the 16 pictures that" in said
-    assert "broken.png is no picture that can be read: " in said
+    assert "15 of the 16 pictures named in" in said
+    assert "broken.png cannot be read: " in said
     assert "damaged or cut short" in said or "not an image" in said
-    assert "gone8.png is not there" in said
+    assert "gone8.png does not exist" in said
     assert "gone9.png" not in said
     assert said.endswith("and 5 more")
 
@@ -294,12 +294,12 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
         ("points.csv", "image,label,x_percent,y_percent\na.png,cup,5,-1\n", "line 2 of .* at 5 and -1 percent"),
         ("points.csv", "image,label,x,y\na.png,cup,1,1\na.png,cup,one,1\n", "line 3 of .*: x is 'one', not a number"),
         ("points.csv", "image,label,x,y\na.png,cup,nan,1\n", "x is 'nan', not a number"),
-        ("points.csv", "image,label,x,y\na.png,cup,1,\n", "line 2 of .* has one of x and y"),
+        ("points.csv", "image,label,x,y\na.png,cup,1,\n", "line 2 of .* has only one of x and y"),
         ("points.csv", "image,label,x,y\na.png,,1,1\n", "line 2 of .* has no label"),
         ("points.csv", "image,label,x,y\na.png,<b>,1,1\n", "has the label .*: leave out < and >"),
-        ("points.csv", "image,label,x,y\n,cup,1,1\n", "line 2 of .* names no picture"),
+        ("points.csv", "image,label,x,y\n,cup,1,1\n", "line 2 of .* does not name a picture"),
         ("points.csv", "image,label,x,y\na.png\n", "line 2 of .* has no label"),
-        ("points.csv", "picture,label,x,y\n", "begins with 'picture,label,x,y': its first line has to be image,label"),
+        ("points.csv", "picture,label,x,y\n", "begins with 'picture,label,x,y': its first line must be image,label"),
         ("points.csv", "", "is empty: its first line .* image,label,x,y .* or image,label,x_percent"),
         ("points.csv", "image,label,x,y\n", "has no picture with a point or a question"),
         ("points.csv", "image,label,x,y\na.png,caf\xe9,1,1\n", r"points\.csv cannot be read as UTF-8"),
@@ -309,12 +309,12 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
         ("rows.jsonl", '{"image": "a.png", "label": "cup", "points": [[1, 2]]}', "a point is .* not \\[1, 2\\]"),
         ("rows.jsonl", '{"image": "a.png", "label": "cup", "points": [{"x": 1}]}', "y is None, not a number"),
         ("rows.jsonl", '{"image": "a.png", "label": "c", "points": [{"x": 1, "y": 101}]}', "line 1 of .* at 1 and 101"),
-        ("rows.jsonl", '{"image": "a.png", "label": "c", "points": [], "count": 3}', "counts 3 and has no points"),
+        ("rows.jsonl", '{"image": "a.png", "label": "c", "points": [], "count": 3}', "has the count 3 and no points"),
         ("rows.jsonl", '{"image": "a.png", "points": []}', "has no label"),
         ("questions.jsonl", '{"image": "a.png", "question": "Why?"}', 'line 1 of .* needs a "question" and an'),
         ("annotations.json", "{", r"annotations\.json is not JSON"),
-        ("annotations.json", '{"images": []}', r"annotations\.json is not as COCO has it, KeyError\('categories'\)"),
-        ("annotations.json", "[]", "is not as COCO has it"),
+        ("annotations.json", '{"images": []}', r"the COCO format, KeyError\('categories'\)"),
+        ("annotations.json", "[]", "does not follow the COCO format"),
     ],
 )  # fmt: skip
 def test_errors_name_file_and_line(folder: Path, name: str, text: str, match: str) -> None:
@@ -327,7 +327,7 @@ def test_errors_name_file_and_line(folder: Path, name: str, text: str, match: st
     ("changes", "match"),
     [
         ({"bbox": [99, 0, 10, 10]}, r"annotation 0 of .* outside of a\.png"),
-        ({"bbox": [1, 2]}, "annotation 0 of .* is not as COCO has it"),
+        ({"bbox": [1, 2]}, "annotation 0 of .* does not follow the COCO format"),
         ({"bbox": None}, "annotation 0 of .* has neither a box nor an outline nor points"),
         ({"image_id": 77}, "annotation 0 of .* KeyError.77.: .* an id unknown"),
         ({"category_id": 77}, "annotation 0 of .* KeyError.77."),
@@ -345,16 +345,19 @@ def test_a_picture_that_was_turned_after_it_was_annotated(folder: Path) -> None:
     content = coco()
     content["images"][2] |= {"width": 80, "height": 40}
     write_coco(folder, content)
-    with pytest.raises(PointsError, match=r"image 12 of .* 80 x 40 pixels, but turned\.jpg is shown with 40 x 80"):
+    with pytest.raises(PointsError, match=r"image 12 of .* 80 x 40 pixels, but turned\.jpg is displayed with 40 x 80"):
         open_points(folder)
 
 
 def test_errors_in_labelme(folder: Path) -> None:
     for shape, match in (
         ({"label": "cup", "shape_type": "mask", "points": [[1, 1]]}, r'shape 1 of .*a\.json is a "mask" with 1 points'),
-        ({"label": "cup", "shape_type": "point", "points": [[1]]}, r"shape 1 of .*a\.json is not as LabelMe has it"),
+        (
+            {"label": "cup", "shape_type": "point", "points": [[1]]},
+            r"shape 1 of .*a\.json does not follow the LabelMe format",
+        ),
         ({"label": "cup", "shape_type": "point", "points": [[1, 51]]}, r"shape 1 of .*a\.json has a point outside"),
-        ({"shape_type": "point", "points": [[1, 1]]}, r"shape 1 of .*a\.json is not as LabelMe has it"),
+        ({"shape_type": "point", "points": [[1, 1]]}, r"shape 1 of .*a\.json does not follow the LabelMe format"),
     ):
         (folder / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": [shape]}))
         with pytest.raises(PointsError, match=match):
@@ -362,7 +365,7 @@ def test_errors_in_labelme(folder: Path) -> None:
 
 
 def test_a_folder_says_it_in_one_way(folder: Path) -> None:
-    with pytest.raises(PointsError, match=r"holds nothing that says what is where: it needs points\.csv, rows\.jsonl"):
+    with pytest.raises(PointsError, match=r"holds no annotations: it needs points\.csv, rows\.jsonl"):
         open_points(folder)
     with pytest.raises(PointsError, match="there is no folder"):
         open_points(folder / "nowhere")
@@ -372,5 +375,5 @@ def test_a_folder_says_it_in_one_way(folder: Path) -> None:
     with pytest.raises(PointsError, match="a share below 1"):
         open_points(folder, validation=1)
     write_labelme(folder)
-    with pytest.raises(PointsError, match=r"in several ways, points\.csv, LabelMe's a\.json: keep one of them"):
+    with pytest.raises(PointsError, match=r"in several formats, points\.csv, LabelMe's a\.json: keep one of them"):
         open_points(folder)

@@ -59,7 +59,7 @@ def labelme(*shapes: Any, **changes: Any) -> str:
     [
         # A decimal comma makes one cell two, and all behind it another column.
         (CSV + "a.png,cup,1,1\na.png,cup,12,5,7\n", "line 3 of .* 5 cells and the first line 4: .* with a point"),
-        (CSV + "a.png,cup,12,\n", "line 2 of .* has one of x and y"),
+        (CSV + "a.png,cup,12,\n", "line 2 of .* has only one of x and y"),
         (CSV + "a.png,cup,12,5,\n", "line 2 of .* has 5 cells"),
         (CSV.replace(",", ";") + "a.png;cup;12,5;7\n", "line 2 .*: x is '12,5', not a number: write decimals with a"),
         (CSV + 'a.png,cup,"12,5",7\n', "line 2 of .*: x is '12,5', not a number: write decimals with a point"),
@@ -84,7 +84,7 @@ def labelme(*shapes: Any, **changes: Any) -> str:
         (CSV.strip() + ",\na.png,cup,12,5,7\n", "line 2 of .* has '7' in a column without a name"),
         (CSV + "a.png,cu\0p,1,2\n", "line 2 of .*(damaged|NUL)"),
         (CSV + "a.png," + "c" * 200_000 + ",1,2\n", "line 2 of .* is not CSV: field larger"),
-        (CSV + "a" * 5000 + ".png,cup,1,2\n", "is not there"),
+        (CSV + "a" * 5000 + ".png,cup,1,2\n", "does not exist"),
         (CSV + "a.png,cup,-1e999,2\n", "line 2 of .*: x is '-1e999', not a number"),
     ],
 )  # fmt: skip
@@ -104,7 +104,7 @@ def test_columns_without_a_name_may_be_empty(folder: Path) -> None:
 
 def test_a_name_with_a_line_break_does_not_break_the_message(folder: Path) -> None:
     (folder / "rows.jsonl").write_text(json.dumps({"image": "a\nb.png", "label": "cup", "points": []}))
-    with pytest.raises(PointsError, match=r"'a\\nb\.png' is not there"):
+    with pytest.raises(PointsError, match=r"'a\\nb\.png' does not exist"):
         open_points(folder)
 
 
@@ -122,7 +122,7 @@ def test_csv_with_spaces_quotes_and_more_columns(folder: Path) -> None:
         ('{"image": "a.png", "label": "cup", "points": [{"x": true, "y": 2}]}', "line 1 of .*: x is True, not a num"),
         ('{"image": "a.png", "label": "cup", "points": [{"x": NaN, "y": 2}]}', "line 1 of .*: x is nan, not a number"),
         ('{"image": "a.png", "label": "c", "points": [{"x": 1' + "0" * 400 + ', "y": 2}]}', "line 1 .* x is 10+"),
-        ('{"image": "a.png", "label": "cup", "points": [{"x": 1, "y": 2}], "count": 2}', "counts 2 and has 1 points"),
+        ('{"image": "a.png", "label": "cup", "points": [{"x": 1, "y": 2}], "count": 2}', "the count 2 and 1 points"),
         ('{"image": "a.png", "label": 5, "points": []}', "line 1 of .* has the label 5, which is not a text"),
         ('{"image": "a.png", "label": "\\ud800", "points": []}', "line 1 of .*: the label is damaged"),
         ('{"image": "\\udcff.png", "label": "cup", "points": []}', "line 1 of .*: the picture's name is damaged"),
@@ -139,21 +139,21 @@ def test_json_rows_that_cannot_be_meant(folder: Path, text: str, match: str) -> 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (coco({"bbox": "1234"}), "annotation 1 in the list of .* is not as COCO has it"),
+        (coco({"bbox": "1234"}), "annotation 1 in the list of .* does not follow the COCO format"),
         (coco({"bbox": [1, 1, 5, 5]}, {"id": 7, "bbox": [20, 20, -5, 5]}), "annotation 7 of .* box of -5 x 5 pixels"),
         (coco({"bbox": [1, 1, 5, 5]}, {"bbox": [1, 1, None, 5]}), "annotation 2 in the list of .*: bbox is None"),
-        (coco({"segmentation": ["1234"]}), "annotation 1 in the list of .* is not as COCO has it"),
-        (coco({"segmentation": [[1, 1, 5]]}), "annotation 1 in the list of .* is not as COCO has it"),
+        (coco({"segmentation": ["1234"]}), "annotation 1 in the list of .* does not follow the COCO format"),
+        (coco({"segmentation": [[1, 1, 5]]}), "annotation 1 in the list of .* does not follow the COCO format"),
         (coco({"iscrowd": "0", "bbox": [1, 1, 5, 5]}), "annotation 1 .*: iscrowd is '0', neither 0 nor 1"),
-        (coco({"bbox": [1, 1, 5, 5], "category_id": [1]}), "annotation 1 .* is not as COCO has it, TypeError"),
-        (coco({}, categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "category 1 of .* the id of another"),
-        (coco({}, images=[{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]), "image 1 .* the id of"),
+        (coco({"bbox": [1, 1, 5, 5], "category_id": [1]}), "annotation 1 .* the COCO format, TypeError"),
+        (coco({}, categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "category 1 of .* has the same id"),
+        (coco({}, images=[{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]), "image 1 .* the same id"),
         (coco({}, images=[{"id": 1, "file_name": "a.png", "width": -100, "height": -50}]), "image 1 .* -100 x -50 pix"),
         (coco(images=[{"id": 1, "file_name": "a.png", "width": 200}]), r"image 1 of .* 200 x \? pixels, but a\.png"),
-        (coco({}, annotations={}), "annotations is no list"),
-        (labelme(imagePath=None), r"a\.json names no picture"),
-        (labelme(shapes=5), r'a\.json is not as LabelMe has it: it needs a list "shapes"'),
-        (labelme({"label": "cup", "points": "1234"}), r"shape 1 of .*a\.json is not as LabelMe has it"),
+        (coco({}, annotations={}), "annotations is not a list"),
+        (labelme(imagePath=None), r"a\.json does not name a picture"),
+        (labelme(shapes=5), r'a\.json does not follow the LabelMe format: it needs a list "shapes"'),
+        (labelme({"label": "cup", "points": "1234"}), r"shape 1 of .*a\.json does not follow the LabelMe format"),
         (labelme({"label": "cup", "points": []}), r'shape 1 of .*a\.json is a "polygon" with 0 points'),
         (labelme({"label": "cup", "points": [[1, 1]], "shape_type": "rectangle"}), 'shape 1 .* "rectangle" with 1 po'),
         (labelme({"label": "cup", "points": [["1,5", 1]], "shape_type": "point"}), "shape 1 .*: x is '1,5', not a num"),
@@ -169,7 +169,7 @@ def test_a_file_that_lost_its_pictures_name_is_not_taken_for_somebody_elses(fold
     shape = {"label": "cup", "shape_type": "point", "points": [[1, 1]]}
     (folder / "a.json").write_text(labelme(shape))
     (folder / "b.json").write_text(json.dumps({"shapes": [shape]}))
-    with pytest.raises(PointsError, match=r"b\.json names no picture"):
+    with pytest.raises(PointsError, match=r"b\.json does not name a picture"):
         open_points(folder)
 
 
@@ -243,7 +243,7 @@ def test_what_is_said_twice_counts_once_with_a_note(folder: Path, name: str, tex
     found, (note,) = read(folder)
     assert sorted(found["a.png"]["cup"]) == [(10, 10), (10, 12)]
     assert found.get("b.png", {"cup": [(10, 10)]}) == {"cup": [(10, 10)]}
-    assert note.startswith("read before, so it counts once: ")
+    assert note.startswith("repeated annotations, counted once: ")
     assert all(place in note for place in places)
 
 
@@ -297,7 +297,7 @@ def test_every_shape_of_labelme_is_read_or_skipped_by_itself(folder: Path) -> No
     assert found == {"a.png": {kind: [(20, 30)] for kind in read_}}
     assert len(notes) == len(skipped)
     for number, (kind, note) in enumerate(zip(skipped, notes, strict=True), len(read_) + 1):
-        assert note.startswith(f'shape {number} of {folder / "a.json"} is a "{kind}", which is at no one place')
+        assert note.startswith(f'shape {number} of {folder / "a.json"} is a "{kind}", which has no single position')
         assert f'nothing is asked about "{kind}" in a.png' in note
 
 
@@ -306,7 +306,7 @@ def test_a_label_with_a_skipped_shape_is_neither_counted_nor_denied(folder: Path
     line = {"label": "cup", "shape_type": "line", "points": [[40, 10], [50, 20]]}
     (folder / "a.json").write_text(labelme(box, line, {**box, "label": "spoon"}))
     (folder / "b.json").write_text(labelme(box, imagePath="b.png"))
-    train, _ = open_points(folder, validation=0, complete=True, note=lambda why: None)
+    train, _ = open_points(folder, validation=0, complete=True, note=lambda _why: None)
     assert points_of(train) == {"a.png": {"spoon": [(20, 30)]}, "b.png": {"cup": [(20, 30)]}}
     assert train.pictures[0].unsure == {"cup"}
 
@@ -361,5 +361,5 @@ def test_two_spellings_of_one_file_are_one_picture(folder: Path) -> None:
     if not (folder / "A.png").exists():  # as where upper and lower case are one
         os.link(folder / "a.png", folder / "A.png")
     (folder / "points.csv").write_text(CSV + "a.png,cup,10,5\nA.png,cup,10,5\nA.png,cup,20,5\n")
-    train, _ = open_points(folder, validation=0, note=lambda why: None)
+    train, _ = open_points(folder, validation=0, note=lambda _why: None)
     assert [p.points for p in train.pictures] == [{"cup": ((10, 10), (20, 10))}]

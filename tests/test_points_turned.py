@@ -105,7 +105,7 @@ def test_pixels_of_the_stored_picture_are_refused_where_they_differ(tmp_path: Pa
         save_turned(path, orientation)
         for kind in ("coco", "rectangle"):
             annotate(tmp_path, path.name, kind, (1, 1, 3, 3), (HEIGHT, WIDTH))
-            with pytest.raises(PointsError, match=r"40 x 80 pixels, but spot\.\w+ is shown with 80 x 40"):
+            with pytest.raises(PointsError, match=r"40 x 80 pixels, but spot\.\w+ is displayed with 80 x 40"):
                 open_points(tmp_path)
             for file in tmp_path.glob("*.json"):
                 file.unlink()
@@ -121,5 +121,5 @@ def test_percent_and_questions_need_no_size_but_a_whole_picture(tmp_path: Path) 
     assert found(tmp_path) == (47.5, 45.0)
     data = (tmp_path / "spot.tif").read_bytes()
     (tmp_path / "spot.tif").write_bytes(data[: len(data) // 2])
-    with pytest.raises(PointsError, match=r"1 of the 1 pictures .*: spot\.tif is no picture that can be read"):
+    with pytest.raises(PointsError, match=r"1 of the 1 pictures .*: spot\.tif cannot be read"):
         open_points(tmp_path)

@@ -101,7 +101,7 @@ def test_configs_come_one_after_the_other(tmp_path: Path) -> None:
 def test_pictures_are_not_decoded_before_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path)
     opened: list[Any] = []
-    monkeypatch.setattr(Image, "open", lambda *arguments, **more: opened.append(arguments))
+    monkeypatch.setattr(Image, "open", lambda *arguments, **_more: opened.append(arguments))
     rows = load_rows("owner/name", (), "test", tmp_path)
     assert [row["text"] for row in rows] == ["one", "two", "three"]
     assert isinstance(rows[0].image("image"), bytes)
@@ -255,7 +255,8 @@ def test_a_busy_host_is_asked_again_three_times(web: Web, tmp_path: Path, monkey
     assert web.asked.count("/2") == 4
 
 
-def test_a_host_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, web: Web) -> None:
+@pytest.mark.usefixtures("web")
+def test_a_host_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:1/x cannot be fetched"):

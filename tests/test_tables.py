@@ -9,7 +9,7 @@ import pytest
 
 from molmo_edge.cli import output
 from molmo_edge.cli.ablate import print_parts
-from molmo_edge.cli.eval import _print_table
+from molmo_edge.cli.eval import print_scores
 from molmo_edge.evaluation.ablation import AblationResult
 from molmo_edge.evaluation.stats import Estimate
 
@@ -26,7 +26,7 @@ def parts() -> list[AblationResult]:
 
 
 def test_names_are_not_read_as_emoji_or_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_table({"photos": {"photos:ten:1 [red]x[/red]": {"hits": Estimate(0.5, 0.4, 0.6, 3)}}})
+    print_scores({"photos": {"photos:ten:1 [red]x[/red]": {"hits": Estimate(0.5, 0.4, 0.6, 3)}}})
     assert "photos:ten:1 [red]x[/red]" in capsys.readouterr().out
 
 

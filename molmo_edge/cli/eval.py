@@ -222,13 +222,13 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
     if json:
         print_json({"model": str(directory), "results": plain})
     else:
-        _print_table(results)
+        print_scores(results)
     with atomic_write(folder / "results.json") as part:  # after the table, which a full disk must not cost
         part.write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
     note(f"answers and results are in {folder}", quiet=quiet)
 
 
-def _print_table(results: Results) -> None:
+def print_scores(results: Results) -> None:
     rows = []
     for groups in results.values():
         for group, scores in groups.items():

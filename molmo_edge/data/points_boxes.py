@@ -1,4 +1,4 @@
-"""Boxes and outlines of a points folder: COCO's instances, and LabelMe's shapes. A point is the middle of each."""
+"""Points folders in COCO and LabelMe format: the point of an annotation is the middle of its box or outline."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.data.json_files import read_json
-from molmo_edge.data.points_records import Book, Frame, Page, PointsError, number, shown
+from molmo_edge.data.points_records import Frame, PictureRecord, PointsError, Records, number, shown
 
 Corners = Sequence[tuple[float, float]]
 
 _COCO_LISTS = ("categories", "images", "annotations")
 _LABELME = ("shapes", "imagePath")
-# LabelMe's shapes that are at one place, and how many points each needs. A circle's second point is on its rim; a mask
-# has two corners of its box, and its pixels apart from them.
+# LabelMe's shapes with a single position, and the points that each requires. A circle's second point is on its rim. A
+# mask has two corners of its box, and stores its pixels separately.
 _PLACED = {"point": 1, "rectangle": 2, "oriented_rectangle": 3, "polygon": 3, "circle": 2, "mask": 2}
 _BY_FIRST_POINT = ("point", "circle")
 
@@ -22,7 +22,7 @@ _BY_FIRST_POINT = ("point", "circle")
 # --- COCO -------------------------------------------------------------------------------------------------------------
 
 
-def read_coco(path: Path, book: Book) -> None:
+def read_coco(path: Path, records: Records) -> None:
     content, where = read_json(path, PointsError), str(path)
     try:
         categories, images, annotations = (
@@ -33,46 +33,48 @@ def read_coco(path: Path, book: Book) -> None:
             where = _called("category", each, place, path)
             _once(labels, each["id"], where)
             labels[each["id"]] = each["name"]
-        pages: dict[Any, tuple[Page, Frame | str]] = {}
+        pictures: dict[Any, tuple[PictureRecord, Frame | str]] = {}
         for place, each in enumerate(images):
             where = _called("image", each, place, path)
-            _once(pages, each["id"], where)
-            page = book.page(each["file_name"], where)
-            pages[each["id"]] = page, book.frame(page, each.get("width"), each.get("height"), where)
+            _once(pictures, each["id"], where)
+            picture = records.picture(each["file_name"], where)
+            pictures[each["id"]] = picture, records.frame(picture, each.get("width"), each.get("height"), where)
         for place, each in enumerate(annotations):
             where = _called("annotation", each, place, path)
-            (page, frame), label = pages[each["image_id"]], labels[each["category_id"]]
+            (picture, frame), label = pictures[each["image_id"]], labels[each["category_id"]]
             crowd = each.get("iscrowd")
             if crowd not in (None, 0, 1):
                 raise PointsError(f"{where}: iscrowd is {shown(crowd)}, neither 0 nor 1")
-            if crowd:  # too many to tell apart: neither "there are none" nor a count would be true
-                book.crowd(page, label, where)
+            if crowd:  # too many to tell apart: the label can be neither counted nor denied
+                records.crowd(picture, label, where)
                 continue
             corners = _coco_corners(each, where)
-            book.add(page, label, _middle(corners, where), frame, where, tuple(corners))
+            records.add(picture, label, _middle(corners, where), frame, where, tuple(corners))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PointsError(f"{where} is not as COCO has it, {error!r}: is a list cut short, or an id unknown?") from None
+        raise PointsError(
+            f"{where} does not follow the COCO format, {error!r}: is a list too short, or an id unknown?"
+        ) from None
 
 
 def _called(kind: str, each: Any, place: int, path: Path) -> str:
-    """Where an item is: by its id, else by its place in the list."""
+    """The place of an item for messages: its id, or its index in the list."""
     id = each.get("id") if isinstance(each, dict) else None
     return f"{kind} {place + 1} in the list of {path}" if id is None else f"{kind} {shown(id)} of {path}"
 
 
 def _once(known: dict[Any, Any], id: Any, where: str) -> None:
     if id in known:
-        raise PointsError(f"{where} has the id of another one: give each its own")
+        raise PointsError(f"{where} has the same id as another one: make ids unique")
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{name} is no list")
+        raise TypeError(f"{name} is not a list")
     return value
 
 
 def _coco_corners(each: dict[str, Any], where: str) -> Corners:
-    """Of an annotation's box, else its outline's points, else the key points that are there."""
+    """The corners of an annotation's box, or its outline, or its visible key points."""
     if box := each.get("bbox"):
         x, y, width, height = (number(value, where, "bbox") for value in _list(box, "bbox"))
         if width < 0 or height < 0:
@@ -90,18 +92,18 @@ def _coco_corners(each: dict[str, Any], where: str) -> Corners:
 
 
 def is_labelme(path: Path, *, whole: bool) -> bool:
-    """Whether a .json is one of LabelMe's. Unless `whole`, one of its two keys is enough: the other may be damaged."""
+    """Whether a .json file is LabelMe's: whether it has both of its keys, or unless `whole`, at least one."""
     content = read_json(path, PointsError)
     return isinstance(content, dict) and (all if whole else any)(key in content for key in _LABELME)
 
 
-def read_labelme(path: Path, book: Book) -> None:
+def read_labelme(path: Path, records: Records) -> None:
     content = read_json(path, PointsError)
-    page = book.page(content.get("imagePath"), str(path), beside=path.parent)
-    frame = book.frame(page, content.get("imageWidth"), content.get("imageHeight"), str(path))
+    picture = records.picture(content.get("imagePath"), str(path), beside=path.parent)
+    frame = records.frame(picture, content.get("imageWidth"), content.get("imageHeight"), str(path))
     shapes = content.get("shapes")
     if not isinstance(shapes, list):
-        raise PointsError(f'{path} is not as LabelMe has it: it needs a list "shapes"')
+        raise PointsError(f'{path} does not follow the LabelMe format: it needs a list "shapes"')
     for place, shape in enumerate(shapes, 1):
         where = f"shape {place} of {path}"
         try:
@@ -111,19 +113,19 @@ def read_labelme(path: Path, book: Book) -> None:
                 for x, y in (_list(pair, "a point") for pair in _list(shape["points"], "points"))
             ]
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise PointsError(f"{where} is not as LabelMe has it: it needs a label and points") from None
+            raise PointsError(f"{where} does not follow the LabelMe format: it needs a label and points") from None
         if not isinstance(kind, str) or kind not in _PLACED:
             kind = f'"{kind}"' if isinstance(kind, str) and kind.isprintable() else shown(kind)
-            book.skip(page, label, where, f"is a {kind}, which is at no one place")
+            records.skip(picture, label, where, f"is a {kind}, which has no single position")
             continue
         if len(corners) < _PLACED[kind]:
             raise PointsError(f'{where} is a "{kind}" with {len(corners)} points: it needs {_PLACED[kind]}')
         placed = corners[:1] if kind in _BY_FIRST_POINT else corners
-        book.add(page, label, _middle(placed, where), frame, where, (kind, *corners))
+        records.add(picture, label, _middle(placed, where), frame, where, (kind, *corners))
 
 
 def _middle(corners: Corners, where: str) -> tuple[float, float]:
-    """Of the box around `corners`."""
+    """The middle of the box around `corners`."""
     xs, ys = ([corner[axis] for corner in corners] for axis in (0, 1))
     if not xs:
         raise PointsError(f"{where} has neither a box nor an outline nor points")

@@ -1,4 +1,4 @@
-"""The tables of a points folder: points.csv, rows.jsonl and questions.jsonl, one row a line."""
+"""The tables of a points folder: points.csv, rows.jsonl and questions.jsonl, with one row per line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from molmo_edge.data.json_files import json_lines, read_text
 from molmo_edge.data.points_records import (
     PERCENT,
     SHOWN,
-    Book,
     PointsError,
+    Records,
     label_of,
     number,
     shown,
@@ -23,7 +23,7 @@ from molmo_edge.data.points_records import (
 _PIXELS, _PERCENTS = ("x", "y"), ("x_percent", "y_percent")
 
 
-def read_csv(path: Path, book: Book) -> None:
+def read_csv(path: Path, records: Records) -> None:
     """image,label,x,y in pixels, or image,label,x_percent,y_percent. Other columns are ignored."""
     text = read_text(path, PointsError)
     head = text.partition("\n")[0]
@@ -33,10 +33,10 @@ def read_csv(path: Path, book: Book) -> None:
     if not units or not {"image", "label"} <= set(columns):
         begins = f"begins with {head.strip()!r}" if text.strip() else "is empty"
         raise PointsError(
-            f"{path} {begins}: its first line has to be image,label,x,y (pixels) or image,label,x_percent,y_percent"
+            f"{path} {begins}: its first line must be image,label,x,y (pixels) or image,label,x_percent,y_percent"
         )
     if len(units) > 1:
-        raise PointsError(f"{path} has both {','.join(_PIXELS)} and {','.join(_PERCENTS)}: keep one of the two")
+        raise PointsError(f"{path} has both {','.join(_PIXELS)} and {','.join(_PERCENTS)}: keep one pair")
     unit, frame = units[0], PERCENT if units[0] == _PERCENTS else SHOWN
     needed = ("image", "label", *unit)
     if twice := [name for name in needed if columns.count(name) > 1]:
@@ -48,28 +48,30 @@ def read_csv(path: Path, book: Book) -> None:
                 "and write decimals with a point"
             )
         row = dict(zip(columns, cells, strict=False))
-        # Spreadsheets write empty columns, which a decimal comma would fill.
+        # Spreadsheets write empty columns, into which a decimal comma would shift values.
         if stray := [cell for name, cell in zip(columns, cells, strict=False) if cell and not name]:
             raise PointsError(f"{where} has {shown(stray[0])} in a column without a name: empty it, or name the column")
-        page, label = book.page(row["image"], where), label_of(row.get("label"), where)
+        picture, label = records.picture(row["image"], where), label_of(row.get("label"), where)
         if missing := [name for name in needed if name not in row]:
             raise PointsError(
-                f"{where} ends before its {' and '.join(missing)}: a picture without the label has empty cells there"
+                f"{where} ends before its {' and '.join(missing)}: leave these cells empty if the label is absent"
             )
         values = [row[name] for name in unit]
         if any(values) and not all(values):
-            raise PointsError(f"{where} has one of {unit[0]} and {unit[1]}: give both, or none to say there is nothing")
+            raise PointsError(
+                f"{where} has only one of {unit[0]} and {unit[1]}: give both, or none if the label is absent"
+            )
         if not any(values):
-            book.add_none(page, label, where)
+            records.add_none(picture, label, where)
             continue
         x, y = (number(value, where, name) for value, name in zip(values, unit, strict=True))
-        book.add(page, label, (x, y), frame, where, (x, y))
+        records.add(picture, label, (x, y), frame, where, (x, y))
 
 
 def _csv_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(where, cells without the spaces around them) of each row that is not empty.
+    """(place, stripped cells) of each row that is not empty.
 
-    Strict, because a quote that is never closed would take in all that follows without a word.
+    Strict, because an unclosed quote would silently absorb the following lines.
     """
     rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
     while True:
@@ -84,20 +86,20 @@ def _csv_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[str, list
             yield where, [cell.strip() for cell in cells]
 
 
-def read_rows(path: Path, book: Book) -> None:
-    """PixMo-Points' columns: image, label, points (x and y of each, in percent), and count where there is one."""
+def read_rows(path: Path, records: Records) -> None:
+    """PixMo-Points' columns: image, label, points (x and y of each, percent), and optionally count."""
     for where, row in json_lines(path, PointsError):
-        page, points, label = book.page(row.get("image"), where), row.get("points"), row.get("label")
+        picture, points, label = records.picture(row.get("image"), where), row.get("points"), row.get("label")
         if not isinstance(points, list):
-            raise PointsError(f'{where} has no list "points": give [] to say that there are none')
+            raise PointsError(f'{where} has no list "points": use [] if the label is absent')
         _check_count(row.get("count"), points, where)
         if not points:
-            book.add_none(page, label, where)
+            records.add_none(picture, label, where)
         for each in points:
             if not isinstance(each, dict):
                 raise PointsError(f'{where}: a point is {{"x": ..., "y": ...}} in percent, not {shown(each)}')
             x, y = (number(each.get(name), where, name) for name in _PIXELS)
-            book.add(page, label, (x, y), PERCENT, where, (x, y))
+            records.add(picture, label, (x, y), PERCENT, where, (x, y))
 
 
 def _check_count(count: Any, points: Sequence[Any], where: str) -> None:
@@ -105,12 +107,12 @@ def _check_count(count: Any, points: Sequence[Any], where: str) -> None:
         return
     if number(count, where, "count") != len(points):
         has = f"{len(points)} points" if points else "no points"
-        raise PointsError(f"{where} counts {shown(count)} and has {has}: give all of them, or leave out the count")
+        raise PointsError(f"{where} has the count {shown(count)} and {has}: give all points, or omit the count")
 
 
-def read_questions(path: Path, book: Book) -> None:
+def read_questions(path: Path, records: Records) -> None:
     for where, row in json_lines(path, PointsError):
-        page = book.page(row.get("image"), where)
+        picture = records.picture(row.get("image"), where)
         needs = 'a "question" and an "answer", both texts'
         question, answer = (text_of(row.get(name), where, needs) for name in ("question", "answer"))
-        book.add_question(page, question, answer, where)
+        records.add_question(picture, question, answer, where)
