@@ -1,11 +1,10 @@
 """What fewer crops save, and what they cost: time to the first token, pointing and counting, by `max_crops`.
 
-    python benchmarks/crops.py --photos PHOTOS --limit 60            # the embedded nano
-    python benchmarks/crops.py --model BUNDLE --image photo.jpg      # times alone, of any bundle
+    python -m benchmarks.crops --photos PHOTOS --limit 60            # the embedded nano
+    python -m benchmarks.crops --model BUNDLE --image photo.jpg      # times alone, of any bundle
 
-PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; its `val` split is used, the same photos
-for each
-row. Prints a table and, last, one line of JSON.
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; every row uses the same photos, those of the
+`val` split. Prints a table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge import Molmo
-from molmo_edge.evaluation.nano import Case, evaluate, photo_cases
+from molmo_edge.evaluation.annotated_pictures import Picture, photo_pictures
 from molmo_edge.frontend.crops import load_image
+from recipes.nano.score_answers import evaluate
 
 QUESTION = "Describe this image."
 
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--crops", type=int, nargs="+", default=[0, 2, 4, 6, 9, 12])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    cases: list[Case] = []
+    cases: list[Picture] = []
     if args.photos:
-        photos = list(photo_cases(args.photos))
+        photos = list(photo_pictures(args.photos))
         cases = photos[:: max(1, len(photos) // args.limit)][: args.limit]
     images = [load_image(args.image)] if args.image else [case.rgb() for case in cases]
     if not images:

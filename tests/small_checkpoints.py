@@ -63,8 +63,8 @@ def hidden(molmo: Molmo, batch: Batch) -> Tensor:
     """[n, d_model] behind everything that has an adapter."""
     with torch.no_grad():
         model = Trainable(molmo, PLAIN).eval()
-        cells = molmo.connector(model._features(batch), batch.masks)
-        return model._hidden(batch, cells)[0, : batch.lengths[0]]
+        cells = molmo.connector(model.features(batch), batch.masks)
+        return model.hidden(batch, cells)[0, : batch.lengths[0]]
 
 
 def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from molmo_edge.evaluation.annotated_pictures import Picture
-from molmo_edge.evaluation.nano import evaluate
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
 from molmo_edge.frontend.points import Point
+from recipes.nano.score_answers import evaluate
 
 
 def test_points_and_boxes_are_matched_one_to_one() -> None:

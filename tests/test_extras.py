@@ -23,6 +23,7 @@ OPTIONAL = (
     "onnx",
     "optimum",
     "resvg_py",
+    "safetensors",
     "tensorboard",
     "torch",
 )

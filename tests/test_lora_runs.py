@@ -91,14 +91,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         for name in ("whole", "stopped"):
             trainer = a_trainer(checkpoint, tmp_path / name, a_recipe(), here)
             if name == "stopped":
-                one = trainer._one
+                one = trainer.update
 
                 def stop(micro, window, trainer=trainer, one=one):  # type: ignore[no-untyped-def]
                     if trainer.step == 5:
                         raise KeyboardInterrupt
                     return one(micro, window)
 
-                trainer._one = stop  # type: ignore[method-assign]
+                trainer.update = stop  # type: ignore[method-assign]
                 with pytest.raises(KeyboardInterrupt):
                     trainer.train()
                 trainer.checkpoints.finish()

@@ -20,7 +20,7 @@ from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling.conv_tower import ConvTower
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
-from recipes.nano.score import local_maxima, stitched, suppress
+from recipes.nano.score_sight import local_maxima, stitched, suppress
 
 RED, BLUE = (230, 30, 30), (30, 30, 230)
 COLOURS = {"red": RED, "blue": BLUE}

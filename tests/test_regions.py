@@ -162,7 +162,7 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
     batch = collate([encoder(Squares().example(i, rng), rng) for i in range(6)])
     with torch.no_grad():
         model = trainer.model.eval()
-        cells = model.molmo.connector(model._features(batch), batch.masks)
+        cells = model.molmo.connector(model.features(batch), batch.masks)
         assert model.grounding is not None
         assert batch.heat is not None
         heat = model.grounding.heat(names.embed(model.molmo.decoder.embedding), cells)

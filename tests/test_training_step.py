@@ -305,7 +305,7 @@ def test_counted_flops_are_those_that_torch_counts() -> None:
     scores = 4 * (v.last_layer + 1) * (patches + 1) ** 2 * v.d_model
     own = dataclasses.replace(ours, pair=0, crop=ours.crop - scores).forward(batch)
     assert own == pytest.approx(products, rel=0.01)
-    pairs = dataclasses.replace(ours, token=0, answer=0, crop=0).forward(batch)
+    pairs = dataclasses.replace(ours, token=0, answer=0, crop=0, cells=0).forward(batch)
     seen = int(attention_mask(golden_sample("qwen").packed.segments).sum())
     assert pairs == 4 * config.decoder.n_layers * config.decoder.d_model * seen
     assert passes(molmo) == pytest.approx(3.0)

@@ -89,14 +89,14 @@ def main() -> None:
         data = Data([few, Noise("many", 12, 3)], [0.4, 0.6], [few] if args.validate else ())
         trainer = Trainer(model, tokenizer, data, recipe, args.directory, here)
         if args.kill_at:
-            one = trainer._one
+            one = trainer.update
 
             def killed(micro, window):  # type: ignore[no-untyped-def]
                 if trainer.step == args.kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return one(micro, window)
 
-            trainer._one = killed  # type: ignore[method-assign]
+            trainer.update = killed  # type: ignore[method-assign]
         if args.nan_at >= 0:
             norms = trainer.optimizer.norms
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molmo_edge.data.regions import Regions
+from molmo_edge.data.regions import Box, Regions
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Annotation:
     style: str  # one of the reference's tags: "vqa2", "pointing", "long_caption", ...
     messages: tuple[str, ...]  # user, assistant, user, ...: plain text without roles, tags or leading spaces
     weight: float = 1.0  # of the answers' tokens in the loss
+    boxes: tuple[Box, ...] = ()  # of the objects that the points of the last answer are for, in the points' order
 
 
 @dataclass(frozen=True, eq=False)

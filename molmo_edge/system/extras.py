@@ -26,6 +26,7 @@ EXTRAS_OF = {
     "onnx": ("export", "eval", "quantize", "train"),
     "optimum": ("optimum",),
     "resvg_py": ("train",),
+    "safetensors": ("train",),
     "tensorboard": ("train",),
     "torch": ("torch", "quantize", "train"),
 }

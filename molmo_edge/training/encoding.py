@@ -18,11 +18,13 @@ from molmo_edge.config import ImageConfig
 from molmo_edge.data import annotation_prompts as prompts
 from molmo_edge.data.examples import Example
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.frontend.crops import ImageProcessor, Overview, PreparedImage
+from molmo_edge.frontend.crops import ImageProcessor, Overview, PreparedImage, patch_grid
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.training.attention_loss import AttendedCells, cells_of_points, join_attended
+from molmo_edge.training.features import FeatureCache
 from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
-from molmo_edge.training.regions import Targets, join, make_targets
+from molmo_edge.training.regions import Targets, cell_grid, join, make_targets
 
 PADDING_SEGMENT = -1  # smaller than any: padding sees everything before it, so that no row of a mask is empty
 DROPPED = -1
@@ -57,6 +59,8 @@ class Sample:
     seed: int  # of what is drawn for this sequence in a step: its dropout
     overview: Overview | None = None
     targets: Targets | None = None  # of its regions
+    features: Tensor | None = None  # cached, [m, patches^2, feature_dim]; `crops` is then [m, 0, 0]
+    attended: AttendedCells | None = None  # of its annotations' boxes
 
     def __len__(self) -> int:
         return len(self.packed.input_ids)
@@ -69,6 +73,7 @@ class Encoder:
     tokenizer: Tokenizer
     image: ImageConfig
     encoding: Encoding
+    cache: FeatureCache | None = None  # read in place of crops
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
         """Raises EncodingError where no answer fits into the sequence, ImageError for a damaged picture."""
@@ -96,14 +101,22 @@ class Encoder:
             )
         index = np.where(image.token_index >= 0, image.token_index + 1, DROPPED).astype(np.int32)
         chosen = self._crops(example, len(image.crops), rng)
-        overview, targets = image.overview, None
-        if overview is not None:
+        crops, overview, features, targets, attended = image.crops[chosen], image.overview, None, None, None
+        if self.cache is not None:
+            crops, overview = np.empty((len(chosen), 0, 0), np.float32), None
+            features = self.cache.read(rgb)[chosen]
+        elif overview is not None:
             overview = replace(overview, positions=overview.positions[chosen])
         if example.regions is not None and rgb is not None:
             height, width = rgb.shape[:2]
             targets = make_targets(example.regions, self.image, image.tiling, height, width, chosen)
+        if rgb is not None and any(annotation.boxes for annotation in annotations):
+            centres = cell_grid(self.image, patch_grid(self.image, image.tiling, *rgb.shape[:2])[0] * 100)
+            boxes = [annotation.boxes for annotation in annotations]
+            attended = cells_of_points(self.tokenizer, packed, messages, boxes, centres, index)
         seed = int(rng.integers(1 << 62))
-        return Sample(packed, image.crops[chosen], image.masks[chosen], index[chosen], seed, overview, targets)
+        masks, index = image.masks[chosen], index[chosen]
+        return Sample(packed, crops, masks, index, seed, overview, targets, features, attended)
 
     def _crops(self, example: Example, n: int, rng: np.random.Generator) -> list[int]:
         """Which of n crops are computed: all of them where anything is asked."""
@@ -142,6 +155,9 @@ class Batch:
     places: Tensor | None = None  # float32 [c, patches^2, 4, 2]: positions of `images.Overview`
     heat: Tensor | None = None  # int8 [c, cells^2, n_names], see `regions.Targets`; all examples have regions, or none
     centres: Tensor | None = None  # int64 [m, 4]
+    features: Tensor | None = None  # cached, [c, patches^2, feature_dim]; `crops` is then [c, 0, 0]
+    queries: Tensor | None = None  # int64 [q, 2]: row and position, see `attention_loss.AttendedCells`
+    attended: Tensor | None = None  # bool [q, n]
 
     def to(self, device: torch.device) -> Batch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
@@ -187,7 +203,14 @@ def collate(sequences: Sequence[Sample], length: int | None = None) -> Batch:
         crop_counts=[len(s.crops) for s in sequences],
         **_overviews(sequences),
         **_targets(sequences),
+        **_features(sequences),
+        **join_attended([s.attended for s in sequences], n),
     )
+
+
+def _features(sequences: Sequence[Sample]) -> dict[str, Tensor]:
+    features = [s.features for s in sequences if s.features is not None]
+    return {"features": torch.cat(features)} if features else {}
 
 
 def _overviews(sequences: Sequence[Sample]) -> dict[str, Tensor]:

@@ -1,166 +1,196 @@
-"""Frozen vision features on disk, so that a laptop can train a decoder.
+"""Cached features of frozen vision towers: each picture is encoded once, and training reads the features from disk.
 
-One `.npz` a picture: the ViT's patch features (float16), masks, token layout, and the annotation. A run that
-was stopped goes on where it was: pictures already there are skipped, and picture i depends on i alone.
-
-`python -m molmo_edge.training.features --checkpoint START --sprites DIR --photos DIR --out DIR`
+One safetensors file per picture, ROOT/FINGERPRINT/ab/abcdef....safetensors. The fingerprint is a hash of the towers'
+weights, of the configuration of towers and crops, and of the dtype; a file is named by a hash of the picture's pixels.
+A file is written whole or not at all, so a stopped run continues where it was. In float32 a run on cached features
+equals a run without them up to the rounding of matrix products of another batch size; in bfloat16 the features are
+rounded to bfloat16. A convolutional tower sees each picture alone, as at inference; a batch without cached features
+pads smaller pictures.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from molmo_edge.data.annotated_photos import Photo, augment, load_photos
-from molmo_edge.data.drawn.scenes import draw_scene
-from molmo_edge.data.drawn.sprites import Assets, load_assets
-from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, load_image
-from molmo_edge.modeling import Molmo, load_checkpoint
-from molmo_edge.system.log import shown, steps_log
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import TensorSource
+from molmo_edge.config import ImageConfig, MolmoConfig
+from molmo_edge.data.examples import DataSet
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.modeling.model import Molmo
+from molmo_edge.modeling.weights import load_part
+from molmo_edge.system.files import atomic_write
+from molmo_edge.system.log import steps_log
 from molmo_edge.training.workers import Loader
 
-Picture = tuple[np.ndarray, dict[str, Any]]  # rgb uint8 [h, w, 3] and its annotation
+TOWERS = ("vision", "extra_vision", "conv_tower")  # parts of a `Molmo`
+_LOG_EVERY = 30.0  # seconds
+
+
+class FeatureError(MolmoEdgeError):
+    """Cached features that are missing or cannot be used."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One cached picture."""
+class FeatureCache:
+    """The features of one pair of towers, for one geometry of crops and one dtype."""
 
-    features: np.ndarray  # float16 [n_crops, patches^2, feature_dim]
-    masks: np.ndarray  # float32 [n_crops, patches^2]
-    tokens: np.ndarray  # int32 [n], without BOS
-    token_index: np.ndarray  # int32 [n_crops, cells^2]
-    tiling: tuple[int, int]  # rows, columns of crops
-    annotation: dict[str, Any]
+    directory: Path  # with the fingerprint as its name
+    shape: tuple[int, int]  # patches^2, feature_dim
+    dtype: torch.dtype
+
+    def path(self, rgb: np.ndarray) -> Path:
+        """The file of a picture uint8 [h, w, 3]."""
+        key = hashlib.blake2b(
+            np.ascontiguousarray(rgb).data, digest_size=20, person=b"%dx%d" % rgb.shape[:2]
+        ).hexdigest()
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    def read(self, rgb: np.ndarray | None) -> Tensor:
+        """[n_crops, patches^2, feature_dim]; without a picture no crops. Raises FeatureError."""
+        if rgb is None:
+            return torch.zeros(0, *self.shape, dtype=self.dtype)
+        path = self.path(rgb)
+        try:
+            return load_file(path)["features"]
+        except FileNotFoundError:
+            raise FeatureError(
+                f"{path} is missing: was it deleted during the run, or does the data set change its pictures from "
+                "epoch to epoch? Features of such pictures cannot be cached"
+            ) from None
+        except (OSError, SafetensorError, KeyError) as error:
+            raise FeatureError(f"{path} cannot be read ({error}): delete it, and start the run again") from None
+
+    def write(self, path: Path, features: Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_bytes(save({"features": features.to(self.dtype).cpu().contiguous()}))
 
 
-def read_sample(path: str | Path) -> Sample:
-    with np.load(path) as data:
-        annotation = json.loads(data["annotation"].tobytes())
-        rows, columns = (int(n) for n in data["tiling"])
-        arrays = (data["features"], data["masks"], data["tokens"], data["token_index"])
-        return Sample(*arrays, (rows, columns), annotation)
+def open_features(
+    root: Path, config: MolmoConfig, source: TensorSource, image: ImageConfig, dtype: torch.dtype
+) -> FeatureCache:
+    """The cache below `root` for the towers of a checkpoint. image: the geometry of crops in training."""
+    settings = [asdict(c) for c in (image, *config.vits, config.conv_tower) if c is not None]
+    fingerprint = hashlib.sha256(json.dumps([1, str(dtype), *settings]).encode())
+    for name, slot in hub_layout(config).items():
+        if name.partition(".")[0] in TOWERS:
+            for hub in slot:
+                fingerprint.update(np.ascontiguousarray(source.raw(hub)).view(np.uint8).data)
+    return FeatureCache(root / fingerprint.hexdigest()[:20], (image.patches**2, config.feature_dim), dtype)
 
 
-def pictures(
-    assets: Assets, photos: list[Photo], scenes: int, copies: int, seed: int
-) -> Iterator[tuple[str, Callable[[], Picture]]]:
-    """(name, a function that makes the picture), in a random order.
+def write_features(
+    cache: FeatureCache,
+    config: MolmoConfig,
+    source: TensorSource,
+    image: ImageConfig,
+    sets: Sequence[DataSet],
+    seed: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    batch: int = 8,
+    workers: int = 0,
+) -> None:
+    """Encode the pictures of `sets` that `cache` does not hold yet, those of one rank.
 
-    Each photo comes `copies` times, unchanged the first time and augmented after; scenes are drawn.
+    Every example is read once to find what is missing, drawn with `seed` as `loader.Samples` draws it. Damaged examples
+    are skipped: the run replaces them.
     """
+    numbers = [(s, i) for s, data in enumerate(sets) for i in range(len(data))][rank::ranks]
+    towers = load_towers(config, source, device)
+    loader = Loader(
+        _Missing(sets, seed, numbers, cache, image), batch_size=batch, num_workers=workers, collate=_without_nothing
+    )
+    started = told = time.monotonic()
+    written = 0
+    for n, group in enumerate(loader, start=1):
+        if group:
+            with torch.autocast(device.type, cache.dtype, enabled=cache.dtype != torch.float32):
+                features = encode_pictures(towers, [prepared for _, prepared in group], device)
+            counts = [len(prepared.crops) for _, prepared in group]
+            for (path, _), own in zip(group, features.split(counts), strict=True):
+                cache.write(path, own)
+            written += len(group)
+        if time.monotonic() - told > _LOG_EVERY:
+            told = time.monotonic()
+            steps_log.info(
+                "features: %d of %d pictures read, %d encoded, %.1f a second",
+                min(n * batch, len(numbers)), len(numbers), written, written / (told - started),
+            )  # fmt: skip
 
-    def scene(i: int) -> Picture:
-        return draw_scene(np.random.default_rng([seed, 1, i]), assets)
 
-    def photo(n: int, copy: int) -> Picture:
-        rgb = load_image(photos[n].path)
-        if copy == 0:
-            return rgb, photos[n].annotation
-        return augment(rgb, photos[n].annotation, np.random.default_rng([seed, 2, n, copy]))
-
-    todo: list[tuple[str, Callable[[], Picture]]] = []
-    todo += [(f"scene-{i:06d}", partial(scene, i)) for i in range(scenes)]
-    todo += [(f"photo-{n:05d}-{c}", partial(photo, n, c)) for n in range(len(photos)) for c in range(copies)]
-    for i in np.random.default_rng(seed).permutation(len(todo)):
-        yield todo[i]
+def load_towers(config: MolmoConfig, source: TensorSource, device: torch.device) -> Molmo:
+    """A `Molmo` of which only the towers have weights; everything else stays on the meta device."""
+    with torch.device("meta"):
+        molmo = Molmo(config)
+    for part in TOWERS:
+        if getattr(molmo, part) is not None:
+            setattr(molmo, part, load_part(config, source, part).to(device))
+    return molmo
 
 
-class _Prepared(Dataset[tuple[str, PreparedImage, dict[str, Any]]]):
-    """Pictures made and cut into crops, in a process beside the one that runs the ViT."""
+@torch.no_grad()
+def encode_pictures(molmo: Molmo, pictures: Sequence[PreparedImage], device: torch.device) -> Tensor:
+    """Features of all towers, [crops of all pictures, patches^2, feature_dim]."""
+    features = molmo.vit_features(torch.from_numpy(np.concatenate([p.crops for p in pictures])).to(device))
+    views = [p.overview for p in pictures if p.overview is not None]
+    if molmo.conv_tower is None or not views:
+        return features
+    sampled = [
+        molmo.conv_tower(torch.from_numpy(view.pixels)[None].to(device), [torch.from_numpy(view.positions).to(device)])
+        for view in views
+    ]
+    return torch.cat([features, torch.cat(sampled).to(features.dtype)], dim=-1)
 
-    def __init__(self, todo: list[tuple[str, Callable[[], Picture]]], processor: ImageProcessor):
-        self.todo, self.processor = todo, processor
+
+class _Missing(Dataset[Any]):
+    """(file, prepared picture) of each example whose picture has no file yet, else None."""
+
+    def __init__(
+        self,
+        sets: Sequence[DataSet],
+        seed: int,
+        numbers: Sequence[tuple[int, int]],
+        cache: FeatureCache,
+        image: ImageConfig,
+    ):
+        self.sets, self.seed, self.numbers = sets, seed, numbers
+        self.cache, self.processor = cache, ImageProcessor(image)
 
     def __len__(self) -> int:
-        return len(self.todo)
+        return len(self.numbers)
 
-    def __getitem__(self, i: int) -> tuple[str, PreparedImage, dict[str, Any]]:
-        name, make = self.todo[i]
-        rgb, annotation = make()
-        return name, self.processor(rgb), annotation
-
-
-@torch.inference_mode()
-def write_features(
-    model: Molmo,
-    processor: ImageProcessor,
-    todo: Iterator[tuple[str, Callable[[], Picture]]],
-    out: Path,
-    batch: int = 8,
-) -> None:
-    """Run the ViT, in bfloat16, over what `out` does not hold yet."""
-    out.mkdir(parents=True, exist_ok=True)
-    missing = [(name, make) for name, make in todo if not (out / f"{name}.npz").exists()]
-    vision = model.vision.to(torch.bfloat16)
-    device = next(vision.parameters()).device
-    started, done = time.monotonic(), 0
-    loader = Loader(_Prepared(missing, processor), batch_size=batch, num_workers=1, collate=list)
-    for group in loader:
-        crops = np.concatenate([prepared.crops for _, prepared, _ in group])
-        features = vision(torch.from_numpy(crops).to(device, torch.bfloat16)).half().cpu().numpy()
-        start = 0
-        for name, prepared, annotation in group:
-            end = start + len(prepared.crops)
-            _write_sample(out / f"{name}.npz", features[start:end], prepared, annotation)
-            start = end
-        done += len(group)
-        steps_log.info("%d of %d pictures, %.2f a second", done, len(missing), done / (time.monotonic() - started))
+    def __getitem__(self, n: int) -> tuple[Path, PreparedImage] | None:
+        number, index = self.numbers[n]
+        rng = np.random.default_rng([self.seed, number, index, 0])
+        try:
+            image = self.sets[number].example(index, rng).image
+            if image is None:
+                return None
+            rgb = load_image(image)
+        except MolmoEdgeError:
+            return None
+        path = self.cache.path(rgb)
+        return None if path.exists() else (path, self.processor(rgb))
 
 
-def _write_sample(path: Path, features: np.ndarray, prepared: PreparedImage, annotation: dict[str, Any]) -> None:
-    """Written aside and renamed, so that a killed run leaves no half file."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(
-            file,
-            features=features,
-            masks=prepared.masks,
-            tokens=prepared.tokens,
-            token_index=prepared.token_index,
-            tiling=np.array(prepared.tiling),
-            annotation=np.frombuffer(json.dumps(annotation).encode(), np.uint8),
-        )
-    os.replace(part, path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--checkpoint", required=True, help="directory in hub layout, e.g. from training.start")
-    parser.add_argument("--sprites", required=True, type=Path, help="directory from training.assets")
-    parser.add_argument("--photos", type=Path, help="annotated photos: annotations.jsonl and images/")
-    parser.add_argument("--skimage-data", type=Path, help="skimage/data of the package scikit-image, for backdrops")
-    parser.add_argument("--split", default="train", choices=("train", "val"))
-    parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--copies", type=int, default=2, help="copies of each photo, all but the first augmented")
-    parser.add_argument(
-        "--max-crops", type=int, help="instead of the model's own; 0: the global view alone, 5 times faster"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", required=True, type=Path)
-    args = parser.parse_args()
-    model, tokenizer, config = load_checkpoint(args.checkpoint, device=args.device)
-    # Receipts are left out: their lines are a few pixels high on nano's canvas.
-    photos = load_photos(args.photos, args.split) if args.photos else []
-    photos = [photo for photo in photos if photo.annotation["source"] != "receipts"]
-    assets = load_assets(args.sprites, split=args.split, photos=photos, skimage_data=args.skimage_data)
-    todo = pictures(assets, photos, args.scenes, args.copies, args.seed)
-    image = config.image if args.max_crops is None else replace(config.image, max_crops=args.max_crops)
-    with shown():
-        write_features(model, ImageProcessor(image, tokenizer.special), todo, args.out)
-
-
-if __name__ == "__main__":
-    main()
+def _without_nothing(items: list[tuple[Path, PreparedImage] | None]) -> list[tuple[Path, PreparedImage]]:
+    return [item for item in items if item is not None]

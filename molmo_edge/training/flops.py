@@ -24,7 +24,8 @@ class Cost:
     token: int  # of the decoder, without head and attention scores
     answer: int  # of the head, for a position that predicts an answer's token
     pair: int  # of attention, for a query and a key that it sees
-    crop: int  # of ViT and connector
+    crop: int  # of the ViT
+    cells: int  # of the connector, for a crop
 
     def forward(self, batch: Batch) -> float:
         real = batch.segments >= 0
@@ -34,7 +35,8 @@ class Cost:
             counts = segments[:n].unique(return_counts=True)[1].tolist()
             *texts, block = counts  # the image's segment is the largest; of a text alone it is BOS
             pairs += block * (block + 1) / 2 + sum(m * block + m * (m + 1) / 2 for m in texts)
-        return self.token * tokens + self.answer * answers + self.pair * pairs + self.crop * len(batch.crops)
+        crop = self.cells + (self.crop if batch.features is None else 0)
+        return self.token * tokens + self.answer * answers + self.pair * pairs + crop * len(batch.crops)
 
 
 def cost(config: MolmoConfig) -> Cost:
@@ -50,7 +52,8 @@ def cost(config: MolmoConfig) -> Cost:
         token=2 * d.n_layers * (attention + ffn),
         answer=2 * d.d_model * d.embedding_size,
         pair=4 * d.n_layers * d.q_dim,
-        crop=2 * (vits + pooling + projector),
+        crop=2 * vits,
+        cells=2 * (pooling + projector),
     )
 
 

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.modeling import decoder
-from molmo_edge.modeling.decoder import DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
+from molmo_edge.modeling.decoder import Attention, DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.training.attention import packed_mask
+from molmo_edge.training.attention_loss import AttentionLoss, attention_loss
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
@@ -44,6 +45,7 @@ class ForwardConfig:
     experts: str = "auto"  # "grouped", "loop", "wide"
     recompute: bool = True  # activations of blocks in the backward pass, instead of keeping them
     grounding: float = 0.0  # weight of the loss on regions (regions.py)
+    attention_loss: AttentionLoss | None = None  # on points whose annotations have boxes (attention_loss.py)
     compile: bool = False  # the ViT's blocks, norms and dense FFNs, through torch.compile
 
 
@@ -57,6 +59,7 @@ class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in t
     correct: Tensor  # weight of the targets that have the largest logit
     expert_load: Tensor  # int64 [n_layers, n_experts], tokens an expert was chosen for; [0, 0] without experts
     grounding_loss: Tensor  # of the regions, times its weight; a mean over objects, of this batch as a whole
+    attention_loss: Tensor  # of the points, times its weight; a mean over points, of this batch as a whole
 
 
 class Trainable(nn.Module):
@@ -82,32 +85,40 @@ class Trainable(nn.Module):
         for block in molmo.decoder.blocks:
             if isinstance(block.ffn, SparseFFN):
                 block.ffn.routing, block.ffn.kernel = self.routing, config.experts
-
+        self._attended: Batch | None = None  # of the last forward pass
+        self._attention_loss: Tensor | None = None
+        self._recomputing = False
+        if (supervised := config.attention_loss) is not None:
+            if supervised.layer >= molmo.config.decoder.n_layers:
+                raise ForwardError(f"attention_loss: the decoder has no layer {supervised.layer}, counted from 0")
+            molmo.decoder.blocks[supervised.layer].attn.register_forward_hook(self._supervise)
         if config.compile:
             compile_parts(molmo)
 
     def forward(self, batch: Batch) -> Sums:
         """The batch lies on the model's device. Training mode alone drops anything."""
-        features = self._features(batch)
+        features = self.features(batch) if batch.features is None else batch.features
         cells = self.molmo.connector(features, batch.masks)  # [c, cells^2, d]
         grounding = self._grounding(batch, features, cells)
         if self.routing is not None:
             self.routing.logits, self.routing.experts = [], []
         if not len(batch.answered):  # regions alone
             zero = torch.zeros((), device=cells.device)
-            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding)
+            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero)
         if self.routing is not None:
             self.routing.open = True
-        hidden = self._hidden(batch, cells)
+        hidden = self.hidden(batch, cells)
         if self.routing is not None:
             self.routing.open = False
         at = batch.answered
         weights = batch.weights.flatten()[at]
         ce, z, correct = self._answers(hidden.flatten(0, 1).index_select(0, at), batch.targets.flatten()[at], weights)
         z, router = self.config.z_loss * z, self._router_loss(batch)
-        return Sums(ce, z, router, weights.sum(), correct, self._load(batch), grounding)
+        attention = torch.zeros((), device=cells.device) if self._attention_loss is None else self._attention_loss
+        self._attention_loss = None
+        return Sums(ce, z, router, weights.sum(), correct, self._load(batch), grounding, attention)
 
-    def _hidden(self, batch: Batch, cells: Tensor) -> Tensor:
+    def hidden(self, batch: Batch, cells: Tensor) -> Tensor:
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
         cells = cells.flatten(0, 1)  # [c * cells^2, d]
@@ -116,11 +127,27 @@ class Trainable(nn.Module):
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
         cos, sin = rotary_tables(batch.positions, molmo.config.decoder)
+        self._attended, self._recomputing = batch, False
         for block in molmo.decoder.blocks:
             x = self._run(block, x, cos, sin, mask, None, dropout)
+        self._recomputing = True
         return molmo.decoder.ln_f(x)
 
-    def _features(self, batch: Batch) -> Tensor:
+    def _supervise(self, attention: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        """A hook of the supervised layer: its loss, from the rotated queries and keys.
+
+        It computes the same when activations are recomputed, because the batch stays until the next forward pass.
+        """
+        batch, supervised = self._attended, self.config.attention_loss
+        if batch is None or batch.queries is None or batch.attended is None or supervised is None:
+            return
+        x, cos, sin = args[:3]
+        q, k, _ = cast(Attention, attention).queries_keys_values(x, cos, sin)
+        loss = attention_loss(q, k, batch.segments, batch.queries, batch.attended, supervised.heads)
+        if not self._recomputing:
+            self._attention_loss = supervised.weight * loss
+
+    def features(self, batch: Batch) -> Tensor:
         """Of all towers. The ViT as in VisionTransformer.forward, block by block."""
         vision, tower = self.molmo.vision, self.molmo.conv_tower
         x = vision.begin(batch.crops)

@@ -18,6 +18,7 @@ from molmo_edge.data.examples import DataSet
 from molmo_edge.data.mixture import Draw, Order
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
+from molmo_edge.training.features import FeatureError
 from molmo_edge.training.stopping import ignore_interrupts
 from molmo_edge.training.workers import Loader
 
@@ -73,6 +74,8 @@ class Samples(Dataset[Any]):
             rng = np.random.default_rng([self.seed, draw.source, index, draw.epoch])
             try:
                 return self.encoder(data.example(index, rng), rng), tuple(failures)
+            except FeatureError:  # no fault of the example
+                raise
             except MolmoEdgeError as error:
                 failures.append(f"{data.name} {index}: {error}")
         raise DataError(f"{_TRIES} examples in a row cannot be used, the last is {failures[-1]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from molmo_edge.config import ImageConfig, MolmoConfig
 from molmo_edge.data.mixture import Group
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Encoding
@@ -18,6 +19,23 @@ from molmo_edge.training.parallel import Layout
 
 class RecipeError(MolmoEdgeError):
     """A stage or preset that does not exist."""
+
+
+@dataclass(frozen=True)
+class ExpertSchedule:
+    """From all experts of a layer to `top_k` of them: a dense FFN that was split into experts becomes sparse.
+
+    All are active at first; then one fewer at a time, down to `top_k` after three quarters of the remaining steps.
+    """
+
+    top_k: int
+    dense_share: float = 0.5  # of the steps, with all experts active
+
+    def at(self, step: int, steps: int, n_experts: int) -> int:
+        """How many experts are active in step 0, 1, ..., `steps` - 1."""
+        dense = self.dense_share * steps
+        done = (step - dense) / max(1.0, 0.75 * (steps - dense))
+        return n_experts if done < 0 else max(self.top_k, n_experts - 1 - int(done * (n_experts - self.top_k)))
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Recipe:
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     layout: Layout = field(default_factory=Layout)
+    experts: ExpertSchedule | None = None  # None: the checkpoint's top_k in every step
     max_crops: int | None = 12  # of training images; None: the checkpoint's own
     pad: bool = False  # every sequence to the full length, as the reference does; else to the longest of its batch
     save_every: int = 1000
@@ -43,6 +62,10 @@ class Recipe:
     validate_every: int = 1000
     validation_batches: int = 16  # of a rank's micro-batches
     workers: int = 4  # processes a rank that read ahead
+
+    def image(self, config: MolmoConfig) -> ImageConfig:
+        """The geometry of crops in training."""
+        return config.image if self.max_crops is None else replace(config.image, max_crops=self.max_crops)
 
 
 CAPTION_MIXTURE = (Group(1.0, {"pixmo_cap_with_transcripts": None}),)

@@ -27,12 +27,13 @@ from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
 from molmo_edge.training.encoding import Batch, Encoder, image_tokens
+from molmo_edge.training.features import FeatureCache, FeatureError, open_features, write_features
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
 from molmo_edge.training.guard import Guard
 from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, start
 from molmo_edge.training.optimizer import Optimizer, part_of
-from molmo_edge.training.parallel import World, accumulate, at_rest, shard, whole
+from molmo_edge.training.parallel import World, accumulate, at_rest, shard, sparse_layers, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import GroundingHead, Names
 from molmo_edge.training.run_checkpoints import Checkpoints, ResumeError, SaveError
@@ -40,6 +41,7 @@ from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 
 SHARD_BYTES = 5_000_000_000
+VALIDATION_SEED = 0
 _TOLD = 20  # examples that are replaced, of which a run says why
 
 
@@ -77,6 +79,21 @@ def build(
     return model.train()
 
 
+def cache_features(
+    root: Path, config: MolmoConfig, source: TensorSource, data: Data, recipe: Recipe, here: World
+) -> FeatureCache:
+    """The cache below `root` for `Trainer`, with the features of all pictures of `data`; every rank has to call."""
+    image = recipe.image(config)
+    cache = open_features(root, config, source, image, compute_dtype(recipe, here))
+    for sets, seed in ((data.sets, recipe.seed), (data.validation, VALIDATION_SEED)):
+        write_features(
+            cache, config, source, image, sets, seed, here.device, rank=here.rank, ranks=here.ranks,
+            workers=min(recipe.workers, available_cores()),
+        )  # fmt: skip
+    here.wait()
+    return cache
+
+
 def freeze(molmo: Molmo, parts: Sequence[str]) -> None:
     """Leave `parts` as they are, and the input embedding (reference: ft_embedding "lm_head"), in place."""
     for name, parameter in molmo.named_parameters():
@@ -98,8 +115,18 @@ class Trainer:
     """One run of a model in a directory; made again for the same directory, it goes on from its latest checkpoint."""
 
     def __init__(
-        self, model: Trainable, tokenizer: Tokenizer, data: Data, recipe: Recipe, directory: Path, here: World
+        self,
+        model: Trainable,
+        tokenizer: Tokenizer,
+        data: Data,
+        recipe: Recipe,
+        directory: Path,
+        here: World,
+        features: FeatureCache | None = None,
     ):
+        """features: of `cache_features`, read in place of crops; the vision part has to be frozen."""
+        if features is not None and "vision" not in recipe.frozen:
+            raise FeatureError('cached features are those of frozen towers: add "vision" to the frozen parts')
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
         self.directory = directory
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
@@ -110,10 +137,12 @@ class Trainer:
         self._request = StopRequest()
         self.checkpoints = Checkpoints(directory / "checkpoints", here, recipe.keep)
         config = model.molmo.config
-        image = (
-            config.image if recipe.max_crops is None else dataclasses.replace(config.image, max_crops=recipe.max_crops)
-        )
-        self.encoder = Encoder(tokenizer, image, recipe.encoding)
+        if recipe.experts is not None:
+            config = dataclasses.replace(
+                config, decoder=dataclasses.replace(config.decoder, top_k=recipe.experts.top_k)
+            )
+            model.molmo.config = config
+        self.encoder = Encoder(tokenizer, recipe.image(config), recipe.encoding, features)
         self.cost, self.passes = cost(config), passes(model)
         self.device_flops = here.ranks * device_flops(here.device, self.dtype)
         if (latest := self.checkpoints.latest()) is not None:
@@ -159,12 +188,13 @@ class Trainer:
 
     def _steps(self, log: Log | None) -> None:
         recipe = self.recipe
-        batches, window, told = self._loader(), Window(self.device_flops), 0
+        batches, window, told = self.batches(), Window(self.device_flops), 0
         while self.step < recipe.steps:
+            self._activate_experts()
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(self.share.steps)]
             window.waited += time.perf_counter() - waiting
-            values, reason, stop = self._one(micro, window)
+            values, reason, stop = self.update(micro, window)
             self.step += 1
             if log is not None and reason is not None:
                 log.note(self.step, f"left out: {reason}")
@@ -195,6 +225,12 @@ class Trainer:
             self._settle(log, self.checkpoints.poll)
         self.checkpoints.finish()
 
+    def _activate_experts(self) -> None:
+        if (schedule := self.recipe.experts) is not None:
+            n_experts = self.model.molmo.config.decoder.n_experts
+            for ffn in sparse_layers(self.model):
+                ffn.top_k = schedule.at(self.step, self.recipe.steps, n_experts)
+
     def _settle(self, log: Log | None, write: Callable[[], None]) -> None:
         """A disk that is full ends no run: the next checkpoint may find room."""
         try:
@@ -206,7 +242,7 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.steps
 
-    def _one(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None, bool]:
+    def update(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None, bool]:
         """Gradients, guard, update.
 
         Returns figures of the step, why there was no update if there was none, and whether any rank is asked to stop.
@@ -215,27 +251,29 @@ class Trainer:
         self.here.sum(weight)
         weight = torch.where(weight > 0, weight, 1.0)  # of pictures with regions alone
         self.optimizer.zero_grad()
-        totals, load = torch.zeros(6, device=self.here.device), None
+        totals, load = torch.zeros(7, device=self.here.device), None
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
             sums = self._forward(one.batch)
             loss = (sums.cross_entropy + sums.z_loss) / weight[0]
-            # Of routers and of regions, each batch's loss is a mean of its own.
+            # The auxiliary losses are means over each micro-batch.
+            auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss])
             share = 1 / (len(micro) * self.here.ranks)
-            loss = loss + share * (sums.router_loss + sums.grounding_loss)
-            loss.backward()
-            means = share * weight[0] * torch.stack([sums.router_loss, sums.grounding_loss])
-            totals[:5] += torch.stack([sums.cross_entropy, sums.z_loss, *means, sums.correct]).detach()
+            (loss + share * auxiliary.sum()).backward()
+            means = share * weight[0] * auxiliary
+            totals[:6] += torch.stack([sums.cross_entropy, sums.z_loss, sums.correct, *means]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
-        totals[5] = self._request.number
+        totals[6] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, router_loss, grounding, accuracy, asked = (totals / weight).tolist()
+        ce, z, accuracy, router_loss, grounding, attention, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
         if self.model.grounding is not None:
             values["grounding_loss"] = grounding
+        if self.recipe.forward.attention_loss is not None:
+            values["attention_loss"] = attention
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        reason = self.guard.judge(ce + grounding, [float(norm) for norm in norms.values()])
+        reason = self.guard.judge(ce + grounding + attention, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
             rates = self.optimizer.step(self.step + 1, self.recipe.steps)
@@ -267,7 +305,8 @@ class Trainer:
     def _order(self) -> Order:
         return Order([len(s) for s in self.data.sets], self.data.rates, self.recipe.seed)
 
-    def _loader(self) -> Iterator[MicroBatch]:
+    def batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from the current step on."""
         recipe = self.recipe
         return start(
             open_loader(
@@ -288,10 +327,11 @@ class Trainer:
         sets, micro = self.data.validation, self.recipe.micro
         order = Order([len(s) for s in sets], [len(s) for s in sets], self.recipe.seed)
         share = Share(micro * self.here.ranks, micro, self.here.rank, self.here.ranks)
-        encoder = Encoder(self.tokenizer, self.encoder.image, dataclasses.replace(self.encoder.encoding, shuffle=False))
+        encoding = dataclasses.replace(self.encoder.encoding, shuffle=False)
+        encoder = dataclasses.replace(self.encoder, encoding=encoding)
         once = -(-sum(len(s) for s in sets) // share.batch)
         count = min(self.recipe.validation_batches, once)
-        batches = open_loader(Samples(sets, encoder, 0), order, share, step=0, steps=count)
+        batches = open_loader(Samples(sets, encoder, VALIDATION_SEED), order, share, step=0, steps=count)
         self.model.eval()
         totals = torch.zeros(5, device=self.here.device)
         for one in batches:

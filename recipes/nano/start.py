@@ -9,14 +9,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from molmo_edge.config import PRESETS, ConvTowerConfig, MolmoConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.training.features import encode_pictures
 from recipes.nano.detector import tower_state
 from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
 
@@ -62,14 +63,16 @@ def make_start(vit: Path, lm: Path, detector: Path, photos: list[Photo], out: Pa
 
 
 @torch.no_grad()
-def scale_connector(model: Molmo, pictures: list[object], generator: torch.Generator) -> None:
+def scale_connector(model: Molmo, pictures: list[np.ndarray], generator: torch.Generator) -> None:
     """Random weights that see standardised features, and cells as large as token embeddings.
 
     DINOv2's block outputs have a few channels hundreds of times larger than the rest; without this they are all that
     the connector sees for its first thousands of steps.
     """
     processor = ImageProcessor(replace(model.config.image, max_crops=0))
-    features = torch.cat([_features(model, processor, picture) for picture in pictures])  # [n, patches^2, feature_dim]
+    prepared = [processor(picture) for picture in pictures]
+    cpu = torch.device("cpu")
+    features = torch.cat([encode_pictures(model, [one], cpu) for one in prepared])
     flat = features.flatten(0, 1)
     mean, std = flat.mean(0), flat.std(0).clamp(min=1e-3)
     pooling, projector = model.connector.pooling, model.connector.projector
@@ -81,12 +84,3 @@ def scale_connector(model: Molmo, pictures: list[object], generator: torch.Gener
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / linear.weight.shape[1] ** 0.5)
     cells = model.connector(features, torch.ones(features.shape[:2]))
     projector.w2.weight.mul_(model.decoder.embedding.std() / cells.std())
-
-
-def _features(model: Molmo, processor: ImageProcessor, rgb: object) -> Tensor:
-    prepared = processor(rgb)  # type: ignore[arg-type]
-    features = model.vision(torch.from_numpy(prepared.crops))
-    if model.conv_tower is None or prepared.overview is None:
-        return features
-    pixels = torch.from_numpy(prepared.overview.pixels)[None]
-    return torch.cat([features, model.conv_tower(pixels, [torch.from_numpy(prepared.overview.positions)])], dim=-1)

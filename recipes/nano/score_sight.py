@@ -24,6 +24,7 @@ from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.frontend.crops import ImageProcessor, Overview, patch_grid
 from molmo_edge.frontend.points import Point
 from molmo_edge.modeling.conv_tower import ConvTower
+from molmo_edge.training.features import encode_pictures
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.regions import Names
 from recipes.nano.photos import Vocabulary
@@ -61,11 +62,7 @@ def heat_points(model: Trainable, names: Names, processor: ImageProcessor) -> Ca
     @torch.no_grad()
     def find(rgb: np.ndarray) -> list[Found]:
         prepared = processor(rgb)
-        features = molmo.vision(torch.from_numpy(prepared.crops))
-        if molmo.conv_tower is not None and prepared.overview is not None:
-            pixels = torch.from_numpy(prepared.overview.pixels)[None]
-            sampled = molmo.conv_tower(pixels, [torch.from_numpy(prepared.overview.positions)])
-            features = torch.cat([features, sampled], dim=-1)
+        features = encode_pictures(molmo, [prepared], torch.device("cpu"))
         cells = molmo.connector(features, torch.from_numpy(prepared.masks))
         heat = head.heat(table, cells).sigmoid()  # [crops, cells^2, names]
         patches, _ = patch_grid(config, prepared.tiling, *rgb.shape[:2])

@@ -1,17 +1,15 @@
-"""Nano's own validation: pointing, counting, absence, reading and clocks, on photos and on drawn scenes never seen.
+"""Scores of a model that answers: pointing, counting, absence, reading and clocks, on photos and on drawn scenes.
 
-Every figure stands beside a baseline that does not look: one point in the centre, the most frequent count,
-the most frequent answer. `python -m molmo_edge.evaluation.nano --photos DIR --sprites DIR [--model DIR]`
+Each figure stands beside the baseline of a model that does not look: one point in the centre, the most frequent count,
+the most frequent answer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +94,22 @@ def mean(values: Iterable[float]) -> float:
     return round(sum(listed) / len(listed), 4) if listed else 0.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", help="bundle or checkpoint directory; the embedded nano if left out")
-    parser.add_argument("--photos", type=Path, help="annotated photos; their `val` split is used")
-    parser.add_argument("--sprites", type=Path, help="directory from training.assets; its `val` split is used")
-    parser.add_argument(
-        "--scenes", type=int, default=100, help="scenes of sprites; a third as many of words and of clocks"
-    )
-    parser.add_argument("--limit", type=int, help="most photos, taken evenly from the list")
-    parser.add_argument("--per-picture", type=int, default=3, help="most labels asked about a picture")
-    parser.add_argument("--max-crops", type=int)
-    args = parser.parse_args()
-    pictures: list[Picture] = []
-    if args.photos:
-        photos = [photo for photo in photo_pictures(args.photos) if photo.group != RECEIPTS]
-        step = -(-len(photos) // args.limit) if args.limit else 1
-        pictures += photos[::step]
-    if args.sprites:
+def pictures(roots: Sequence[Path], limit: int | None, sprites: Path | None, scenes: int) -> list[Picture]:
+    """Photographs of the validation split, `limit` of each folder at most, evenly chosen, and drawn scenes.
+
+    scenes: of sprites; a third as many are drawn of words and of clocks.
+    """
+    found: list[Picture] = []
+    for root in roots:
+        photos = [photo for photo in photo_pictures(root) if photo.group != RECEIPTS]
+        found += photos[:: -(-len(photos) // limit) if limit else 1]
+    if sprites:
         for kind, share in (("sprites", 1), ("words", 3), ("clocks", 3)):
-            pictures += scene_pictures(args.sprites, args.scenes // share, kind)
-    with Molmo(args.model, max_crops=args.max_crops) as molmo:
-        report = evaluate(molmo, pictures, args.per_picture, lambda line: print(f"\r{line}", end="", file=sys.stderr))
-    print(file=sys.stderr)
-    print(json.dumps(report, indent=1))
+            found += scene_pictures(sprites, scenes // share, kind)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def score(model: Path | None, asked: Sequence[Picture], *, per_picture: int = 3, max_crops: int | None = None) -> Any:
+    """`evaluate` for a bundle or checkpoint directory; None: the embedded nano."""
+    with Molmo(model, max_crops=max_crops) as molmo:
+        return evaluate(molmo, asked, per_picture, lambda line: print(f"\r{line}", end="", file=sys.stderr))
