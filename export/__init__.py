@@ -1,6 +1,6 @@
-"""From a checkpoint to a bundle of ONNX graphs, or to safetensors (imported as `molmo_edge.export`).
+"""Convert a checkpoint to a bundle or to safetensors (imported as `molmo_edge.export`).
 
-Names are looked up on first use: writing safetensors needs no onnx.
+Names are imported on first use: writing safetensors does not need onnx.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from molmo_edge.export.errors import ExportError
 from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
-    from molmo_edge.export.bundle import CheckPhoto, check_bundle_wishes, export_bundle
+    from molmo_edge.export.bundle import CheckPhoto, check_bundle_options, export_bundle
     from molmo_edge.export.bundle_weights import load_bundle_weights
     from molmo_edge.export.optimum import export_with_optimum, quantize_with_optimum
-    from molmo_edge.export.safetensors_checkpoint import check_checkpoint_wishes, export_checkpoint
+    from molmo_edge.export.options import ExportOptions
+    from molmo_edge.export.safetensors_checkpoint import check_checkpoint_options, export_checkpoint
 
 _HOME = {
     "CheckPhoto": "bundle",
-    "check_bundle_wishes": "bundle",
-    "check_checkpoint_wishes": "safetensors_checkpoint",
+    "ExportOptions": "options",
+    "check_bundle_options": "bundle",
+    "check_checkpoint_options": "safetensors_checkpoint",
     "export_bundle": "bundle",
     "export_checkpoint": "safetensors_checkpoint",
     "export_with_optimum": "optimum",
@@ -31,8 +33,9 @@ _HOME = {
 __all__ = [
     "CheckPhoto",
     "ExportError",
-    "check_bundle_wishes",
-    "check_checkpoint_wishes",
+    "ExportOptions",
+    "check_bundle_options",
+    "check_checkpoint_options",
     "export_bundle",
     "export_checkpoint",
     "export_with_optimum",

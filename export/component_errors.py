@@ -1,41 +1,62 @@
-"""What a smaller precision costs, component by component, on inputs like the real ones."""
+"""The error of each component against its fp32 form, on synthetic inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
+from molmo_edge.export.component_graphs import build_component, fits_float32
+from molmo_edge.export.graph_builder import FP32
+from molmo_edge.export.options import ExportPlan
 from molmo_edge.frontend.crops import Overview, cell_patches
 from molmo_edge.runtimes import Runtime, open_files
 from molmo_edge.runtimes.prompt_embeddings import prefill
 
-_TEXT = 32  # tokens after the image
-_SCORED = 8  # of them, the last ones, are compared
+_TEXT_TOKENS = 32  # after the image
+_COMPARED_TOKENS = 8  # the last ones of them
 
 
 @dataclass(frozen=True)
 class ComponentError:
     largest: float  # largest absolute difference
-    relative: float  # norm of the difference over the norm of the exact output
+    relative: float  # norm of the difference / norm of the fp32 output
+
+
+def measure_errors(
+    scratch: Path, config: MolmoConfig, tensors: TensorSource, plan: ExportPlan, files: Mapping[str, Path]
+) -> dict[str, ComponentError]:
+    """The errors of the quantised components in `files`; fp32 graphs to compare with are built in `scratch`."""
+    scratch.mkdir()
+    exact = {}
+    for component, precision in plan.precision.items():
+        if not fits_float32(component, config, tensors):
+            continue
+        exact[component] = files[component]
+        if precision != "fp32" or plan.is_quantized(component):
+            exact[component] = scratch / f"{component}.onnx"
+            build_component(component, exact[component], config, tensors, FP32)
+    errors = component_errors(config, exact, {name: files[name] for name in exact})
+    return {component: error for component, error in errors.items() if plan.is_quantized(component)}
 
 
 def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]) -> dict[str, ComponentError]:
-    """Compare what is in `files` with what is in `exact`; both map the same components to .onnx files, or to a .gguf.
+    """Compare `files` with `exact`, which map the same components to .onnx files or to a .gguf. The decoder may be
+    missing from both.
 
-    The decoder, which may be too large to be run twice, may be missing.
+    Every component gets the exact outputs of the one before it. The image is synthetic, the text random ids; the
+    decoder's logits are compared after both.
 
-    Every component gets the exact outputs of the one before it, so that the errors are its own. The image is
-    a synthetic one, the text random ids; the decoder is compared on logits after an image and a text.
-
-    Memory holds what is in `files`, as any use of it does, and of `exact` only what has no sidecar.
+    Memory holds `files`, and of `exact` only weights that are not in sidecars.
     """
     a, b = open_files(config, exact, mapped=True), open_files(config, files)
     rng = np.random.default_rng(0)
     crops, masks, overview = sample_image(config)
-    ids = rng.integers(0, config.decoder.vocab_size, _TEXT)
+    ids = rng.integers(0, config.decoder.vocab_size, _TEXT_TOKENS)
     pooling = cell_patches(config.image, (1, 1)) if config.image.pools_across_crops else None
     features = a.encode_crops(crops, overview)
     image = a.connect(features, masks, pooling)
@@ -54,7 +75,7 @@ def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[st
 
 
 def sample_image(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray, Overview | None]:
-    """What a vision tower sees: `sample_crops`, and an overview where there is a convolutional tower."""
+    """Inputs of the vision tower: `sample_crops`, and an overview if there is a convolutional tower."""
     crops, masks = sample_crops(config)
     if not config.image.overview:
         return crops, masks, None
@@ -82,9 +103,9 @@ def sample_crops(config: MolmoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _logits(runtime: Runtime, sequence: np.ndarray) -> np.ndarray:
     cache = runtime.new_cache(len(sequence))
-    prompt = sequence[:-_SCORED]
-    prefill(runtime, prompt, np.arange(len(prompt)) < len(sequence) - _TEXT, cache)
-    return np.stack([runtime.forward(row[None], cache) for row in sequence[-_SCORED:]])
+    prompt = sequence[:-_COMPARED_TOKENS]
+    prefill(runtime, prompt, np.arange(len(prompt)) < len(sequence) - _TEXT_TOKENS, cache)
+    return np.stack([runtime.forward(row[None], cache) for row in sequence[-_COMPARED_TOKENS:]])
 
 
 def _error(exact: np.ndarray, found: np.ndarray) -> ComponentError:

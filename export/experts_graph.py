@@ -14,7 +14,7 @@ from molmo_edge.export.graph_builder import ExpertPart, Graph, Precision
 from molmo_edge.export.graph_operators import silu
 
 # Weights of a layer's experts. With fewer, computing all is faster than selecting some; nano has 2.7 million.
-_WIDE_BELOW = 8_000_000
+WIDE_BELOW = 8_000_000
 
 
 def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision: Precision, x: str, name: str) -> str:
@@ -34,7 +34,7 @@ def experts_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision
         if picked is not None:
             return picked
     chosen = _chosen(graph, d, probabilities, name)
-    if 3 * d.n_experts * d.ffn_dim * d.d_model <= _WIDE_BELOW:
+    if 3 * d.n_experts * d.ffn_dim * d.d_model <= WIDE_BELOW:
         return _wide(graph, d, precision, x, chosen, f"{name}.experts", part)
     return _one_by_one(graph, d, precision, x, chosen, f"{name}.experts", part)
 

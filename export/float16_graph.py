@@ -1,22 +1,20 @@
-"""float16, "fp16": half the bytes, for GPUs, which multiply it twice as fast or more.
+"""float16 weights in a graph, for GPUs: half the bytes, and products at twice the speed or more.
 
-The products are float16: matrices, and q, k, v and the cache of attention. What lies between them, norms, activations,
-softmax and the residual stream, stays float32, where large values are: the ViT's few huge channels, the sums of many
-layers. So only what enters or leaves a product can pass float16's 65504; molmo_edge.export.activation_ranges finds
-those matrices, and they stay float32, as does the attention behind them. Attention's scores are not watched: queries
-are scaled before they meet the keys.
+The products are float16: matrices, and q, k, v and the cache of attention. Norms, activations, softmax and the residual
+stream stay float32, because they hold large values: the ViT's few huge channels, the sums over many layers. So only
+inputs and outputs of a product can exceed float16's 65504. molmo_edge.export.activation_ranges finds those matrices;
+they stay float32, as does the attention after them. Attention scores need no such test: queries are scaled before
+they meet the keys.
 
-On a CPU ONNX Runtime widens it again, and leaves out the rounding of what enters a product: it runs, no faster and in
-more memory than fp32, and shows nothing of what float16 costs. onnx's own evaluator does (tests/test_targets.py).
+On a CPU ONNX Runtime converts it back to float32 and does not round the inputs of products: it runs no faster, in more
+memory than fp32, and does not show float16's error. onnx's reference evaluator does (tests/test_targets.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
-from molmo_edge.export.graph_builder import Graph, Precision, add_bias, fp32_linear
+from molmo_edge.export.graph_builder import Graph, add_bias
 from molmo_edge.export.graph_operators import from_half, to_half
 
 
@@ -31,12 +29,3 @@ def float16_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
     half = table.astype(np.float16)
     graph.rounded(name, table, half.astype(np.float32))
     return from_half(graph, graph.node("Gather", graph.weight(name, half), ids))
-
-
-def float16(keep: Collection[str] = ()) -> Precision:
-    """The precision "fp16"; matrices in `keep` (hub names without ".weight") stay float32."""
-
-    def linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
-        return (fp32_linear if name in keep else float16_linear)(graph, x, name, weight, bias)
-
-    return Precision("fp16", "_fp16", 2, linear, float16_table, half=True, keep=frozenset(keep))

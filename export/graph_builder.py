@@ -23,7 +23,7 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.export.int8_graph
 FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
-_INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
+INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
 _PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
 
 _TYPES = {
@@ -85,7 +85,7 @@ class Graph:
         if name not in self._weights:
             array = np.asarray(array, order="C")
             proto = TensorProto(name=name, data_type=_TYPES[array.dtype], dims=array.shape)
-            if self.sidecar is None or array.nbytes < _INLINE_BELOW:
+            if self.sidecar is None or array.nbytes < INLINE_BELOW:
                 proto.raw_data = array.tobytes()
             else:
                 _append(self.sidecar, array, proto)
@@ -119,15 +119,17 @@ class Graph:
         self.needs = max(self.needs, (version[0], version[1]))
 
     def rounded(self, name: str, weight: np.ndarray, restored: np.ndarray) -> None:
-        """Note what rounding `weight` to `restored` cost; what is noted under one name adds up.
+        """Record the error of rounding `weight` to `restored`; errors under one name add up.
 
-        Raises ExportError for weights that are not numbers, which rounding would hide.
+        Raises ExportError for weights that are NaN or Inf, which rounding would hide.
         """
         before = self.errors.get(name, WeightError(0.0, 0.0, 0.0))
         difference = restored.reshape(weight.shape) - weight
         largest = float(np.abs(difference).max(initial=0))
         if not math.isfinite(largest):
-            raise ExportError(f"{name} holds values that are not numbers, or too large for this precision")
+            raise ExportError(
+                f"{name} holds NaN or Inf, or values beyond the range of this precision: check the checkpoint"
+            )
         self.errors[name] = WeightError(
             max(before.largest, largest),
             before.squared + float(np.vdot(difference, difference)),

@@ -18,11 +18,11 @@ from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import DTYPES, TensorSource, widen
 from molmo_edge.export.errors import ExportError
+from molmo_edge.export.precisions import SAFETENSORS_PRECISIONS
 from molmo_edge.export.source import open_source
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.frontend.tokenizer import Tokenizer
 
-PRECISIONS = {"bf16": "BF16", "fp32": "F32"}
 SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut them
 _AT_ONCE = 1 << 16  # values that are rounded in the processor's cache
 _BESIDE = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
@@ -45,10 +45,10 @@ def export_checkpoint(
     CheckpointError, ConfigError or TokenizerError for a checkpoint that is not whole.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    check_checkpoint_wishes(out, precision)
+    check_checkpoint_options(out, precision)
     if shard_bytes <= 0:
         raise ExportError(f"a shard must have room for something, not for {shard_bytes} bytes")
-    dtype = PRECISIONS[precision]
+    dtype = SAFETENSORS_PRECISIONS[precision]
     config, tensors = open_source(checkpoint)
     Tokenizer.from_file(checkpoint / TOKENIZER)
     shapes = hub_shapes(config)
@@ -71,12 +71,11 @@ def export_checkpoint(
     return sorted(out.glob("model*.safetensors"))
 
 
-def check_checkpoint_wishes(out: Path, precision: str) -> None:
+def check_checkpoint_options(out: Path, precision: str) -> None:
     """Raise ExportError for what cannot be asked for, before a checkpoint is fetched."""
-    if precision not in PRECISIONS:
-        raise ExportError(
-            f'the precision "{precision}" is not known for safetensors; known are {", ".join(PRECISIONS)}'
-        )
+    if precision not in SAFETENSORS_PRECISIONS:
+        supported = ", ".join(SAFETENSORS_PRECISIONS)
+        raise ExportError(f"{precision!r} is not a supported precision for safetensors (supported: {supported})")
     if out.exists():
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
 

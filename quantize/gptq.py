@@ -63,7 +63,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         del damped, diagonal
         return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     except torch.linalg.LinAlgError as error:
-        raise QuantizeError("the calibration's inputs are not numbers: are these weights sound?") from error
+        raise QuantizeError("the calibration's inputs are NaN or Inf: check the checkpoint") from error
 
 
 def _scale(rows: Tensor, spread: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:

@@ -68,9 +68,9 @@ def test_parts_on_top_of_a_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("precision", "options", "message"),
     [
-        ({"head": "fp16"}, {}, "'fp16' is not known for head"),
+        ({"head": "fp16"}, {}, "'fp16' is not a supported precision for head"),
         ({"decoder": "q4f16", "head": "q8"}, {}, "nor in float16"),
-        ({"head": "int8"}, {"plain": True}, "cannot be chosen in ONNX's own operators"),
+        ({"head": "int8"}, {"plain": True}, "in standard ONNX operators"),
         ({"head": "q8"}, {"calibrate": GOLDEN}, "a calibration is for a decoder in q4"),
     ],
 )

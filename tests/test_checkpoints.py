@@ -359,7 +359,9 @@ def test_a_full_disk_is_seen_before_it_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match='"q4" is not known for safetensors; known are bf16, fp32'):
+    with pytest.raises(
+        ExportError, match=r"'q4' is not a supported precision for safetensors \(supported: bf16, fp32\)"
+    ):
         export_checkpoint(GOLDEN / "qwen", tmp_path / "out", "q4")
     with pytest.raises(ExportError, match="exists already"):
         export_checkpoint(GOLDEN / "qwen", tmp_path)

@@ -15,7 +15,7 @@ from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, greed
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-import molmo_edge.export.bundle as bundle_module
+import molmo_edge.export.component_graphs as component_graphs
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config, to_hub_config
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
@@ -225,8 +225,8 @@ def test_manifest_describes_the_bundle() -> None:
 
 
 def test_large_weights_go_to_a_sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", 100_000)
-    monkeypatch.setattr("molmo_edge.export.graph_builder._INLINE_BELOW", 2048)
+    monkeypatch.setattr(component_graphs, "SIDECAR_ABOVE", 100_000)
+    monkeypatch.setattr("molmo_edge.export.graph_builder.INLINE_BELOW", 2048)
     export_bundle(GOLDEN / "olmo", tmp_path / "bundle")
     opened = open_bundle(tmp_path / "bundle", hashes=True)
     assert opened.components["decoder_data"].file == "decoder.onnx.data"
@@ -242,9 +242,9 @@ def test_tied_weights_count_in_the_size_of_the_decoder(tmp_path: Path, monkeypat
     config = tiny_checkpoint(tmp_path / "tied", weight_tying=True)
     tensors = open_tensors(tmp_path / "tied")
     blocks = sum(tensors.get(name).nbytes for name in tensors.names() if ".transformer.blocks." in name)
-    monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", blocks + 1)
+    monkeypatch.setattr(component_graphs, "SIDECAR_ABOVE", blocks + 1)
     path = tmp_path / "decoder.onnx"
-    graph = bundle_module.build_component("decoder", path, config, tensors, FP32)
+    graph = component_graphs.build_component("decoder", path, config, tensors, FP32)
     assert graph.sidecar == tmp_path / "decoder.onnx.data"
 
 
@@ -255,7 +255,8 @@ def test_tied_weights_count_in_the_size_of_the_decoder(tmp_path: Path, monkeypat
 def test_a_check_that_cannot_be_answered_is_refused_first(
     image: str, question: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle_module, "_component", lambda *_: pytest.fail("the conversion was begun"))
+    for component in component_graphs.BUILDERS:
+        monkeypatch.setitem(component_graphs.BUILDERS, component, lambda *_: pytest.fail("the conversion was begun"))
     with pytest.raises(error):
         export_bundle(GOLDEN / "qwen", tmp_path / "bundle", check=CheckPhoto(GOLDEN / image, question))
     assert not list(tmp_path.iterdir())
@@ -265,7 +266,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(bundle_module.BUILDERS, "decoder", interrupt)
+    monkeypatch.setitem(component_graphs.BUILDERS, "decoder", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(GOLDEN / "qwen", tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
@@ -279,10 +280,10 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        ("int3", "'int3' is not known"),
-        ({"decoder": "fp8"}, "'fp8' is not known"),
-        ({"tail": "int8"}, "no component"),
-        ({"head": "fp16"}, "not known for head"),
+        ("int3", "'int3' is not a supported"),
+        ({"decoder": "fp8"}, "'fp8' is not a supported"),
+        ({"tail": "int8"}, "'tail' is not a supported component"),
+        ({"head": "fp16"}, "not a supported precision for head"),
     ],
 )
 def test_unknown_precisions_are_refused(tmp_path: Path, precision: Any, message: str) -> None:

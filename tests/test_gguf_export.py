@@ -26,10 +26,11 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
+from molmo_edge.export.precisions import GGUF_PRECISIONS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.quantize.llama_quantize import GGUF_WORDS, quantize_gguf
+from molmo_edge.quantize.llama_quantize import quantize_gguf
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.selfcheck import check_bundle, logit_gaps
@@ -38,7 +39,7 @@ from molmo_edge.system.files import sha256_of
 
 class TestExport:
     def test_words(self, tmp_path: Path) -> None:
-        for word in GGUF_WORDS:  # llama.cpp takes each of them
+        for word in GGUF_PRECISIONS:  # llama.cpp takes each of them
             manifest = export_bundle(GOLDEN / "molmoe", tmp_path / word, word.upper(), engine="gguf", measure=False)
             entry = manifest["components"]["decoder"]
             assert (entry["file"], entry["engine"], entry["precision"]) == (f"decoder-{word}.gguf", "gguf", word)
@@ -60,23 +61,23 @@ class TestExport:
 
     def test_what_cannot_be(self, tmp_path: Path) -> None:
         for wishes, why in (
-            ({"precision": "q4"}, "'q4' is not known for gguf"),
-            ({"precision": {"decoder": "mixed"}}, "'mixed' is not known for decoder"),
-            ({"precision": "q4_k_m", "block": 64}, "have their own"),
-            ({"precision": "f16", "calibrate": GOLDEN}, "rounds f16 without"),
-            ({"precision": "q8_0", "calibrate": GOLDEN}, "rounds q8_0 without"),
-            ({"precision": "q8_0", "plain": True}, "connector would be q8|vision_encoder"),
+            ({"precision": "q4"}, "'q4' is not a supported precision for gguf"),
+            ({"precision": {"decoder": "mixed"}}, "'mixed' is not a supported precision for decoder"),
+            ({"precision": "q4_k_m", "block": 64}, "define their own"),
+            ({"precision": "f16", "calibrate": GOLDEN}, "makes f16 without"),
+            ({"precision": "q8_0", "calibrate": GOLDEN}, "makes q8_0 without"),
+            ({"precision": "q8_0", "plain": True}, "cannot be int8 in|cannot be q8 in standard"),
         ):
             with pytest.raises(ExportError, match=why):
                 export_bundle(GOLDEN / "molmoe", tmp_path / "no", engine="gguf", **wishes)  # type: ignore[arg-type]
-        with pytest.raises(ExportError, match="made with the engine gguf"):
+        with pytest.raises(ExportError, match="needs the engine gguf"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "no", mmproj=True)
-        with pytest.raises(ExportError, match="q4_k_m' is not known for onnx"):
+        with pytest.raises(ExportError, match="q4_k_m' is not a supported precision for onnx"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "no", "q4_k_m")
         assert not (tmp_path / "no").exists()
 
     def test_numbers_that_16_bits_cannot_hold(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match=r"no numbers.*bf16 or f32"):
+        with pytest.raises(ExportError, match=r"NaN or Inf.*bf16 or f32"):
             export_bundle(GOLDEN / "olmo", tmp_path / "no", "f16", engine="gguf")
         assert not (tmp_path / "no").exists()
 
@@ -155,10 +156,10 @@ class TestCommandLine:
         assert "'q9' is not known" in " ".join(said.split())
         status, _, said = cli("ask", photo, "What?", "--llama", "cache=f16")  # nano is no GGUF
         assert status == 1
-        assert "not for it" in said
+        assert "apply to bundles with a GGUF decoder" in said
         status, _, said = cli("export", GOLDEN / "qwen", "--engine", "gguf", "--block", 32, "--out", tmp_path / "no")
         assert status == 1
-        assert "have their own" in said
+        assert "define their own" in said
         status, _, said = cli("export", GOLDEN / "qwen", "--engine", "torch", "--mmproj", "--out", tmp_path / "no")
         assert status == 2
 

@@ -30,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden MolmoE's decoder; how its texts are cut is llama.cpp's to say, which is not asked here."""
     out = tmp_path_factory.mktemp("gguf") / "decoder.gguf"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_vocab, "_cut", lambda *_: "olmo")
+        patch.setattr(gguf_vocab, "find_pretokenizer", lambda *_: "olmo")
         write_decoder(out, TOKENIZER, CONFIG, open_tensors(GOLDEN / "molmoe"), "f16", "golden")
     return out
 

@@ -20,7 +20,7 @@ from molmo_edge.checkpoints.manifest import MANIFEST, write_manifest
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
-from molmo_edge.export.int4_graph import int4_precision
+from molmo_edge.export.graph_precisions import graph_precision
 from molmo_edge.export.int8_graph import quantize_rows
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.quantize.rounding import nearest, pack_nibbles, unpack_nibbles
@@ -95,12 +95,12 @@ def test_one_matrix() -> None:
         x, weight, bias = normal(64, width), normal(96, width, seed=1), normal(96, seed=2)
         padded = np.pad(weight, ((0, 0), (0, -width % 32)))
         exact = x @ nearest("", padded, 32, False).restored()[:, :width].T + bias
-        found = run(int4_precision("q4"), x, weight, bias)
+        found = run(graph_precision("q4"), x, weight, bias)
         assert norm_error(found, exact) < 0.012
         assert 0.05 < norm_error(found, x @ weight.T + bias) < 0.13
     x, weight = normal(3, 32), normal(5, 32, seed=1)
     x[1], weight[2] = 0, 0
-    y = run(int4_precision("q4"), x, weight)
+    y = run(graph_precision("q4"), x, weight)
     assert np.isfinite(y).all()
     assert not y[1].any()
     assert not y[:, 2].any()
@@ -168,7 +168,7 @@ def test_an_older_onnxruntime_is_told_so(tmp_path: Path) -> None:
 
 
 def test_a_large_decoder_is_not_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molmo_edge.export.bundle._MEASURED_BELOW", 100_000)
+    monkeypatch.setattr("molmo_edge.export.component_graphs.MEASURED_BELOW", 100_000)
     components = export_bundle(GOLDEN / "molmoe", tmp_path / "bundle", "q4")["components"]
     assert "relative_error" in components["vision_encoder"]
     assert "relative_error" not in components["decoder"]
@@ -255,9 +255,9 @@ def test_other_blocks_and_zero_points(architecture: str, options: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "q4", "block": 48}, "32, 64, 128 weights, not 48"),
+        ({"precision": "q4", "block": 48}, "a block of 48 weights is not supported .supported: 32, 64, 128"),
         ({"precision": "int8", "block": 64}, "four-bit weights"),
-        ({"precision": {"vision_encoder": "q4"}, "calibrate": "."}, "for a decoder in .*; it was to be fp32"),
+        ({"precision": {"vision_encoder": "q4"}, "calibrate": "."}, "for a decoder in .*, not in fp32"),
         ({"precision": "q4", "calibrate": "no/such"}, "is not a folder"),
     ],
 )

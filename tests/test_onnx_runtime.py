@@ -18,7 +18,7 @@ from exported import ARCHITECTURES, CASES, GOLDEN, bundle, case, expected, promp
 import molmo_edge.runtimes.onnx as onnx_module
 from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.export.graph_builder import FP32, Graph, Precision
-from molmo_edge.export.int8_graph import INT8, Q8
+from molmo_edge.export.graph_precisions import graph_precision
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
@@ -241,7 +241,7 @@ print(memory() - before)
 """
 
 
-@pytest.mark.parametrize("precision", [FP32, INT8, Q8])
+@pytest.mark.parametrize("precision", [FP32, graph_precision("int8"), graph_precision("q8")])
 def test_mapped_weights_stay_in_their_file(precision: Precision, tmp_path: Path) -> None:
     """What an export's trial run of a large bundle stands on."""
     if not Path("/proc/self/status").exists():

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_edge.export.graph_builder import FP32, Graph, Precision
-from molmo_edge.export.int8_graph import INT8, Q8, quantize_channels, quantize_rows
+from molmo_edge.export.graph_precisions import graph_precision
+from molmo_edge.export.int8_graph import quantize_channels, quantize_rows
+
+INT8, Q8 = graph_precision("int8"), graph_precision("q8")
 
 
 def run(precision: Precision, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from exported import EXACT, GOLDEN, bundle, gguf_bundle, gguf_runtime, relative, runtime
 
-import molmo_edge.export.bundle as bundle_module
+import molmo_edge.export.component_graphs as component_graphs
 import molmo_edge.export.experts_graph as experts_module
 import molmo_edge.modeling.bitsandbytes as bitsandbytes_module
 import molmo_edge.modeling.decoder as decoder_module
@@ -94,7 +94,7 @@ def test_pytorch_s_choices_are_those_that_its_experts_run_by(precision: str, mon
 def test_an_onnx_decoder_in_fp32_chooses_as_pytorch_does(
     wide: bool, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "_WIDE_BELOW", 1 << 40 if wide else 0)
+    monkeypatch.setattr(experts_module, "WIDE_BELOW", 1 << 40 if wide else 0)
     export_bundle(MOLMOE, tmp_path / "bundle", plain=plain)
     assert_equal(choices(tmp_path / "bundle"))
 
@@ -103,8 +103,8 @@ def test_an_onnx_decoder_in_fp32_chooses_as_pytorch_does(
 def test_weights_in_a_sidecar_are_used_where_they_lie(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle_module, "_SIDECAR_ABOVE", 10_000)
-    monkeypatch.setattr("molmo_edge.export.graph_builder._INLINE_BELOW", 256)
+    monkeypatch.setattr(component_graphs, "SIDECAR_ABOVE", 10_000)
+    monkeypatch.setattr("molmo_edge.export.graph_builder.INLINE_BELOW", 256)
     export_bundle(MOLMOE, tmp_path / "bundle", {"decoder": precision}, measure=False)
     opened = open_bundle(tmp_path / "bundle")
     (data,) = tmp_path.glob("bundle/decoder*.onnx.data")

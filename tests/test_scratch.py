@@ -38,7 +38,7 @@ def wait(*_, **__):
 CHECKPOINT = {"function": "export_checkpoint", "patch": "", "arguments": ", on_progress=lambda *_: wait()"}
 BUNDLE = {
     "function": "export_bundle",
-    "patch": "import molmo_edge.export.bundle as b; b._try = lambda *_: wait()",
+    "patch": "import molmo_edge.export.bundle as b; b.check_runs = lambda *_: wait()",
     "arguments": "",
 }
 
@@ -172,18 +172,18 @@ def test_a_disk_that_fills_up_says_how_much_was_needed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnx")
-    from molmo_edge.export import bundle, export_bundle
+    from molmo_edge.export import component_graphs, export_bundle
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "decoder.onnx")
 
-    monkeypatch.setitem(bundle.BUILDERS, "decoder", full)
+    monkeypatch.setitem(component_graphs.BUILDERS, "decoder", full)
     with pytest.raises(
         ExportError, match=r"is full: this export needs about \d+ MB, \d+ MB are written and .*B are free"
     ):
         export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model")
     assert inside(tmp_path / "out") == []
-    monkeypatch.setitem(bundle.BUILDERS, "decoder", lambda *_: os.stat("/nowhere/at/all"))
+    monkeypatch.setitem(component_graphs.BUILDERS, "decoder", lambda *_: os.stat("/nowhere/at/all"))
     with pytest.raises(FileNotFoundError):  # any other failure is what it is
         export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model")
 

@@ -14,19 +14,21 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import console, note, print_json, progress
+from molmo_edge.export.precisions import GGUF_PRECISIONS, ONNX_PRECISIONS, SAFETENSORS_PRECISIONS
+from molmo_edge.export.targets import TARGETS
 from molmo_edge.system.key_values import parse_key_values
 
 _PRECISION = (
-    'onnx: "fp32", "fp16" (GPUs), "int8" (fast), "q8" (8 bit in blocks of 32, exact), "q4" or "mixed" (decoder in 4 '
-    'bit), "q4f16" (the same for GPUs), or by component, decoder=q4,...; gguf: the decoder in "f16", "q8_0", "q6_k", '
-    '"q4_k_m", "q4_0", ...; torch: "bf16" or "fp32". Without it: what the target wants, else fp32, f16 and bf16.'
+    f"onnx: {', '.join(f'{p.name} ({p.meaning})' for p in ONNX_PRECISIONS.values())}, or by component, "
+    f"decoder=q4,...; gguf: the decoder in {', '.join(GGUF_PRECISIONS)}; torch: {', '.join(SAFETENSORS_PRECISIONS)}. "
+    "Default: the target's, else fp32, f16 and bf16."
 )
-_TARGET = 'Chooses precisions and operators: "cpu-x86", "cpu-arm64", "cuda", "tensorrt", "coreml".'
+_TARGET = f"Choose precisions and operators for {', '.join(TARGETS)}."
 _CALIBRATE = (
-    "A folder of photos to round the decoder with, on PyTorch: slower, and closer to fp32. onnx: GPTQ for four bits, "
-    "smoothing for int8; gguf: an importance matrix."
+    "Folder of photos to round the decoder with, using PyTorch: slower, and closer to fp32. onnx: GPTQ for 4-bit "
+    "weights, smoothing for int8; gguf: an importance matrix."
 )
-_MMPROJ = "gguf: vision and connector as a GGUF as well, for those who build on ggml."
+_MMPROJ = "gguf: also write vision and connector as a GGUF, for developers on ggml."
 
 
 class Engine(str, Enum):
@@ -67,35 +69,27 @@ def export(
     quiet: options.Quiet = False,
 ) -> None:
     """Convert a checkpoint to a bundle for ONNX Runtime or llama.cpp, or to safetensors."""
-    wishes: dict[str, Any] = {
-        "target": target,
-        "plain": plain,
-        "block": block,
-        "asymmetric": asymmetric,
-        "calibrate": calibrate,
-        "mmproj": mmproj,
-    }
-    if engine is Engine.torch and (
-        name is not None or check_image is not None or any(wish not in (None, False) for wish in wishes.values())
-    ):
-        raise typer.BadParameter("--engine torch takes --precision, --revision and --out; the others are for bundles")
-    # What cannot be had is said before 29 GB are fetched.
     if engine is Engine.torch:
-        from molmo_edge.export import check_checkpoint_wishes
+        bundle_only = (name, check_image, target, block, calibrate)
+        if plain or asymmetric or mmproj or any(option is not None for option in bundle_only):
+            raise typer.BadParameter(
+                "--engine torch takes --precision, --revision and --out; the other options are for bundles"
+            )
+        from molmo_edge.export import check_checkpoint_options
 
-        check_checkpoint_wishes(out, precision or "bf16")
+        check_checkpoint_options(out, precision or "bf16")  # before 29 GB are downloaded
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         _safetensors(directory, out, precision or "bf16", json=json, quiet=quiet)
     else:
-        from molmo_edge.export import CheckPhoto, check_bundle_wishes, export_bundle
+        from molmo_edge.export import CheckPhoto, ExportOptions, check_bundle_options, export_bundle
 
-        kinds = None if precision is None else _by_component(precision)
+        by_component = None if precision is None else _by_component(precision)
+        options = ExportOptions(by_component, engine.value, target, plain, block, asymmetric, calibrate, mmproj)
         check = None if check_image is None else CheckPhoto(check_image, check_question)
-        wishes["engine"] = engine.value
-        check_bundle_wishes(out, check, kinds, **wishes)
+        check_bundle_options(out, check, options)
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         with progress(f"exporting {directory}", quiet=quiet):
-            manifest = export_bundle(directory, out, kinds, name=name, check=check, **wishes)
+            manifest = export_bundle(directory, out, name=name, check=check, **vars(options))
         _report(manifest, checkpoint, out, json=json, quiet=quiet)
 
 

@@ -50,9 +50,10 @@ def quantize(
     require_onnx("a search")
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.evaluation.precision_search import search
-    from molmo_edge.export import check_bundle_wishes, export_bundle
+    from molmo_edge.export import ExportOptions, check_bundle_options, export_bundle
 
-    check_bundle_wishes(out, None, None if calibrate is None else {"decoder": "q4"}, calibrate=calibrate)
+    precision = None if calibrate is None else {"decoder": "q4"}
+    check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate))
     words = parse_words(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
     _, questions = open_suites(suite, limit, data, quiet=quiet)

@@ -23,7 +23,7 @@ from molmo_edge.evaluation.metrics import compute_metrics
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.reference_outputs import ModelUnderTest, ReferenceOutputs, record_reference
 from molmo_edge.evaluation.stats import Estimate
-from molmo_edge.export.decoder_precisions import PARTS as OF_DECODER
+from molmo_edge.export.precisions import PARTS as OF_DECODER
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
 from molmo_edge.system.memory import available_memory, check_room
@@ -106,10 +106,10 @@ class Bench:
         self, component: str, words: Mapping[str, str], tensors: TensorSource | None = None, **wishes: Any
     ) -> Path:
         """A component's graph, in a folder of its own. `words`, `wishes`: as of `molmo_edge.export.export_bundle`."""
-        from molmo_edge.export.bundle import build_component
-        from molmo_edge.export.options import check_wishes
+        from molmo_edge.export.component_graphs import build_component
+        from molmo_edge.export.options import ExportOptions, check_options
 
-        precision = check_wishes(dict(words), **wishes).make(component)
+        precision = check_options(ExportOptions(dict(words), **wishes)).graph_precision(component)
         path = self._folder() / f"{component}.onnx"
         build_component(component, path, self.config, tensors or self.tensors, precision)
         return path

@@ -19,7 +19,7 @@ from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of
 from molmo_edge.evaluation.loss import LossError, check_comparable
-from molmo_edge.export.decoder_precisions import part_of
+from molmo_edge.export.precisions import decoder_part
 from molmo_edge.export.source import open_source
 
 OTHERWISE = 5.0  # times its kind's median: a matrix that differs by more stands out
@@ -162,4 +162,4 @@ def tensor_part(name: str) -> str:
         return "attention"
     if name.endswith("ln_f.weight"):
         return "head"
-    return part_of(name.removesuffix(".weight"))
+    return decoder_part(name.removesuffix(".weight"))

@@ -39,10 +39,10 @@ from molmo_edge.config import (
     MolmoConfig,
     VisionConfig,
 )
+from molmo_edge.export.precisions import SAFETENSORS_PRECISIONS
 from molmo_edge.export.safetensors_checkpoint import (
-    PRECISIONS,
     SHARD_BYTES,
-    check_checkpoint_wishes,
+    check_checkpoint_options,
     round_to_bfloat16,
 )
 from molmo_edge.export.staging import publish, staged
@@ -87,8 +87,8 @@ def build_base(
     whole, all before any weight is read.
     """
     out = Path(out)
-    check_checkpoint_wishes(out, precision)
-    dtype = PRECISIONS[precision]
+    check_checkpoint_options(out, precision)
+    dtype = SAFETENSORS_PRECISIONS[precision]
     decoder, tower = _directory(decoder), _directory(tower)
     config, tied = _choose(preset, decoder, tower)
     if crop_size is not None or overlap is not None:
