@@ -48,7 +48,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     runtime = open_runtime(args.bundle, engine_options=LlamaOptions.parse(args.options))
     assert isinstance(runtime, LlamaRuntime)
-    model = runtime._model()
+    model = runtime.model
     load = time.perf_counter() - began
     random = np.random.default_rng(0)
     ids = random.integers(0, runtime.config.decoder.vocab_size, args.positions + args.tokens)
@@ -88,7 +88,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 def _overhead(runtime: LlamaRuntime, prompt: np.ndarray, tokens: np.ndarray) -> float:
     """Milliseconds of a token that are not llama_decode's: the table's row, the batch, the logits."""
-    cache, model = runtime.new_cache(len(prompt) + len(tokens)), runtime._model()
+    cache, model = runtime.new_cache(len(prompt) + len(tokens)), runtime.model
     runtime.forward(prompt, cache)
     inside, decode = [0.0], model.api.llama_decode
 

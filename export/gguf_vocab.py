@@ -20,7 +20,7 @@ from molmo_edge.config import DecoderConfig
 from molmo_edge.export.errors import ExportError
 from molmo_edge.export.gguf_writer import write_header
 from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.runtimes.llama_library import last_words, load_library
+from molmo_edge.runtimes.llama_library import load_library, take_errors
 
 # Those of OLMoE, Qwen2, OLMo 2 and SmolLM2, then of other byte-level tokenizers.
 _PRETOKENIZERS = ("olmo", "qwen2", "dbrx", "smollm", "llama-bpe", "gpt-4o", "mpt", "falcon")
@@ -108,7 +108,7 @@ def _ids(llama_cpp: Any, path: Path) -> list[list[int]]:
     params.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise ExportError(f"llama.cpp cannot load this tokenizer: {last_words()}")
+        raise ExportError(f"llama.cpp cannot load this tokenizer: {take_errors()}")
     try:
         vocab, encoded = llama_cpp.llama_model_get_vocab(model), []
         for text in _TEXTS:

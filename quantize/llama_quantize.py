@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.runtimes.llama_library import last_words, load_library
+from molmo_edge.runtimes.llama_library import load_library, take_errors
 from molmo_edge.system.cores import physical_cores
 
 _BUFFER = 512_000_000  # bytes of a tensor's rows that llama.cpp holds while it rounds them
@@ -65,4 +65,4 @@ def main() -> None:
             keep_alive.append(flat)
         params.imatrix = entries
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), params):
-        sys.exit(last_words() or "it gives no reason")
+        sys.exit(take_errors() or "it gives no reason")

@@ -62,7 +62,9 @@ def open_runtime(
         return open_bundle_runtime(bundle, device=device, threads=threads)
     if is_checkpoint(directory):
         _refuse_llama(engine_options, directory, "is a checkpoint, which runs on PyTorch")
-        return _pytorch(directory).TorchRuntime(directory, device=device, precision=precision, threads=threads)
+        torch = _pytorch(directory)
+        runtime: PartedRuntime = torch.TorchRuntime(directory, device=device, precision=precision, threads=threads)
+        return runtime
     raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
 
 

@@ -1,13 +1,13 @@
-"""Forks: what an engine has to do about them.
+"""Engines and `os.fork`.
 
-A forked child has the memory of its parent and none of its threads. An engine that waits for one of its own threads
-there waits for ever: in a call, and in a destructor that joins them. So:
+A forked child has the memory of its parent but none of its threads. An engine that waits for one of its own threads
+in the child, in a call or in a destructor that joins them, waits forever. Therefore:
 
-- `os.fork` waits until the loads that `watch_load` knows are done. A child that is made in the middle of one could
-  find a lock of the engine taken, or a static variable half initialised.
+- `os.fork` waits until the loads given to `watch_load` are done. Forking in the middle of a load could leave a lock of
+  the engine taken, or a static variable half initialised.
 - Native objects given to `leak_in_children` are never destroyed in a child.
-- Objects given to `on_fork` are told: their method `forked` is called in the child, before anything else runs there.
-- `check` raises in a child for what was made by its parent.
+- The method `forked` of objects given to `on_fork` is called in the child before anything else runs there.
+- `check` raises in a child for objects made by its parent.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from typing import Any, Protocol
 
 from molmo_edge.errors import EngineError
 
-_generation = 0  # forks between the first process and this one
+_generation = 0  # number of forks between the first process and this one
 _loads: set[Future[Any]] = set()
 _leaked: weakref.WeakSet[Any] = weakref.WeakSet()
-_told: weakref.WeakSet[Any] = weakref.WeakSet()
+_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Forkable(Protocol):
     def forked(self) -> None:
-        """Called in the child: no other thread runs."""
+        """Called in the child, where no other thread runs."""
         ...
 
 
 def generation() -> int:
-    """A number that differs between a process and the children that it forks."""
+    """Return a number that differs between a process and its forked children."""
     return _generation
 
 
-def check(born: int, what: str) -> None:
-    """Raise EngineError where `what` was made in a parent process; `born`: `generation()` when it was made."""
+def check(born: int, name: str) -> None:
+    """Raise EngineError if the object `name` was made in a parent process; `born`: `generation()` when it was made."""
     if born != _generation:
         raise EngineError(
-            f"{what} was opened before this process was forked, and its threads are gone: open it after the fork, or "
-            'start processes with multiprocessing\'s "spawn" or "forkserver"'
+            f"{name} was opened before this process was forked, so its threads do not exist here: open it after the "
+            'fork, or start processes with multiprocessing\'s "spawn" or "forkserver"'
         )
 
 
 def watch_load(load: Future[Any]) -> None:
-    """Let `os.fork` wait for `load`."""
+    """Make `os.fork` wait for `load`."""
     _loads.add(load)
     load.add_done_callback(_loads.discard)
 
 
 def leak_in_children(native: Any) -> None:
-    """Never destroy `native`, which can be weakly referenced, in a child."""
+    """Never destroy `native` in a child. It must support weak references."""
     _leaked.add(native)
 
 
 def on_fork(engine: Forkable) -> None:
-    """Call `engine.forked()` in each child, if it is alive then."""
-    _told.add(engine)
+    """Call `engine.forked()` in each child while `engine` is alive."""
+    _listeners.add(engine)
 
 
 def finalize(owner: Any, free: Callable[..., object], *arguments: Any) -> None:
-    """As `weakref.finalize`, but `free` is not called in children: their copy of what it frees has no threads."""
+    """Like `weakref.finalize`, but without calling `free` in children, whose copies have no threads."""
     weakref.finalize(owner, _free, _generation, free, arguments)
 
 
@@ -84,9 +84,9 @@ def _in_child() -> None:
     for native in _leaked:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
     _leaked.clear()
-    for engine in _told:
+    for engine in _listeners:
         engine.forked()
 
 
-if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
+if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_before, after_in_child=_in_child)

@@ -1,4 +1,4 @@
-"""What the decoder is fed with: the rows of a prompt's ids, the image's features added where they belong."""
+"""The decoder's input: the embeddings of a prompt's ids, with the image features added."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> np.ndarray:
-    """BOS and the image tokens, float32 [n, d_model]; `prompt` is that of `image`
-    (molmo_edge.frontend.prompts.image_ids)."""
+    """Return the embeddings of BOS and the image tokens, float32 [n, d_model].
+
+    `prompt`: of `image` (molmo_edge.frontend.prompts.image_ids).
+    """
     return with_features(runtime, prompt, runtime.encode_image(image.crops, image.masks, image.overview, image.pooling))
 
 
 def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.ndarray:
-    """As `image_embeddings`, from image features [n_crops, cells^2, d_model]."""
+    """Like `image_embeddings`, from image features [n_crops, cells^2, d_model]."""
     embeddings = np.array(runtime.embed(prompt.ids), dtype=np.float32)  # [n, d_model]
     kept = prompt.token_index >= 0  # [n_crops, cells^2]
-    # Added to the embedding of <im_patch>, not put in its place: released weights were trained so.
+    # Added to the embedding of <im_patch> rather than replacing it: released weights were trained this way.
     embeddings[prompt.token_index[kept]] += features[kept]
     return embeddings
 

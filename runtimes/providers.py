@@ -1,7 +1,7 @@
-"""Which of ONNX Runtime's execution providers run which part of a bundle.
+"""The ONNX Runtime execution providers for each component of a bundle.
 
-Options are those of ONNX Runtime's own documentation. CUDA, TensorRT and Core ML could not be tried where this was
-written: what is tested is which part goes where, and that what is missing is said.
+Options follow ONNX Runtime's documentation. CUDA, TensorRT and Core ML are not tested on their hardware: the tests
+cover the placement of components and the errors for missing providers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INSTALL = {
     "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu and TensorRT"),
     "coreml": ("CoreMLExecutionProvider", "onnxruntime on a Mac"),
 }
-_MOST_CROPS = 37  # of one image, for TensorRT's shapes: the global view and six by six
+_MOST_CROPS = 37  # of one image, for the shapes of TensorRT: the global view and six by six crops
 
 Provider = tuple[str, dict[str, Any]]  # name, options
 CPU: Provider = ("CPUExecutionProvider", {})
@@ -28,22 +28,24 @@ CPU: Provider = ("CPUExecutionProvider", {})
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a bundle run."""
+    """Where the components of a bundle run."""
 
     device: str = "cpu"
-    providers: Mapping[str, tuple[Provider, ...]] = field(default_factory=dict)  # by component; missing: the CPU
-    cache: str = "cpu"  # where keys and values lie: "cpu" or "cuda"
+    providers: Mapping[str, tuple[Provider, ...]] = field(default_factory=dict)  # by component; default: the CPU
+    cache: str = "cpu"  # memory of keys and values: "cpu" or "cuda"
     crops_at_once: int = 1
 
     def of(self, component: str) -> list[Provider]:
+        """Return the providers of `component`, the CPU last."""
         return [*self.providers.get(component, ()), CPU]
 
 
 def place(device: str, made_for: str, available: Collection[str], config: MolmoConfig, identity: str = "") -> Placement:
-    """`device`: as asked for. `made_for`: the device of the bundle's target, which is what "auto" means where it is.
+    """Choose providers for `device`. Raises Unavailable if this onnxruntime does not have them.
 
-    `available`: providers of this onnxruntime. `identity`: of the weights; engines are kept by file names alone, and
-    one that was built of another bundle would answer for this one. Raises Unavailable.
+    `made_for`: the device of the bundle's target, which "auto" selects if it is available. `available`: providers of
+    this onnxruntime. `identity`: of the weights; providers cache compiled engines by file name, and must not use those
+    of another bundle.
     """
     if device == "auto":
         likely = (made_for, "cuda") if made_for == "tensorrt" else (made_for,)
@@ -52,13 +54,13 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
         return Placement()
     if device not in _INSTALL:
         raise Unavailable(
-            f'graphs do not run on "{device}": on a Mac use device="coreml", or "cpu"; a decoder for llama.cpp does '
+            f'graphs do not run on "{device}": use device="coreml" on a Mac, or "cpu"; GGUF decoders do '
             "(molmo-edge export --engine gguf)"
         )
     provider, install = _INSTALL[device]
     if provider not in available:
         raise Unavailable(f'this onnxruntime has no {provider} for device="{device}": install {install}')
-    # A gathered row needs no GPU: the embeddings' table stays with the CPU everywhere.
+    # The embedding table stays on the CPU: looking up rows needs no GPU.
     if device == "coreml":
         options = {
             "ModelFormat": "MLProgram",
@@ -67,7 +69,7 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
         }
         parts = dict.fromkeys(("vision_encoder", "connector"), ((provider, options),))
         return Placement(device, parts)
-    # The arena grows by what is asked for, not in powers of two: a Jetson's GPU shares its memory with the rest.
+    # Grow the arena by the requested size, not in powers of two: a Jetson's GPU shares the system's memory.
     cuda: Provider = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
     on_gpu: dict[str, tuple[Provider, ...]] = {name: (cuda,) for name in GRAPHS if name != "embed_tokens"}
     if device == "tensorrt":
@@ -77,7 +79,7 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
 
 
 def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
-    """By component and input: the shape without the crops."""
+    """Return, by component and input, the shape without the dimension of crops."""
     patches = config.image.patches**2
     features = f"{patches}x{config.feature_dim}"
     shapes = {"vision_encoder": {"crops": f"{patches}x{3 * config.image.patch_size**2}"}}
@@ -88,7 +90,7 @@ def _shapes(config: MolmoConfig) -> dict[str, dict[str, str]]:
 
 def _tensorrt(shapes: dict[str, str], identity: str) -> dict[str, Any]:
     directory = str(cache_directory() / "tensorrt" / identity)
-    # Building an engine takes minutes, once: it is kept.
+    # Building an engine takes minutes: cache it.
     options: dict[str, Any] = {
         "trt_fp16_enable": True,
         "trt_layer_norm_fp32_fallback": True,

@@ -207,4 +207,5 @@ def test_examples_run_without_arguments(example: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -174,7 +174,7 @@ def test_options_are_read_and_refused() -> None:
     assert LlamaOptions.parse("gpu_layers=20, cache=q8_0,flash_attention=yes,repack=no") == wanted
     assert LlamaOptions.parse("gpu_layers=auto,repack=auto") == LlamaOptions()
     for text, why in (
-        ("cache=q9", "'q9' is not known"),
+        ("cache=q9", "'q9' is not a supported cache type"),
         ("gpu_layers=-1", "whole number"),
         ("gpu_layers=many", "whole number"),
         ("repack=maybe", "yes, no or auto"),
@@ -200,7 +200,7 @@ def test_a_gpu_that_is_not_here_is_refused_with_what_builds_it() -> None:
     if gpus():
         pytest.skip("this build has a GPU")
     for device, flag in (("cuda", "GGML_CUDA"), ("vulkan", "GGML_VULKAN"), ("mps", "GGML_METAL")):
-        with pytest.raises(Unavailable, match=f"CPU alone: .*{flag}=on.* pip install"):
+        with pytest.raises(Unavailable, match=f"only the CPU: .*{flag}=on.* pip install"):
             open_runtime(gguf_bundle("molmoe", "f32"), device=device)
 
 

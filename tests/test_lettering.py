@@ -17,16 +17,16 @@ from molmo_edge.sdk import lettering
 def fonts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With and without the machine's own fonts."""
     if request.param == "no fonts installed":
-        monkeypatch.setattr(lettering, "_font_folders", lambda: [tmp_path])
+        monkeypatch.setattr(lettering, "font_folders", lambda: [tmp_path])
 
 
 @pytest.fixture(autouse=True)
 def _search_again() -> Iterator[None]:
     """The fonts found for one test are not those of the next."""
-    for found in (lettering.system_fonts, lettering._font_with):
+    for found in (lettering.system_fonts, lettering.font_with):
         found.cache_clear()
     yield
-    for found in (lettering.system_fonts, lettering._font_with):
+    for found in (lettering.system_fonts, lettering.font_with):
         found.cache_clear()
 
 
@@ -61,7 +61,7 @@ def test_other_scripts_and_emoji_are_told_apart(labels: tuple[str, ...]) -> None
 
 
 def test_a_character_without_a_font_is_spelled_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lettering, "_font_folders", lambda: [tmp_path])
+    monkeypatch.setattr(lettering, "font_folders", lambda: [tmp_path])
     for label, written in {
         "猫と犬": "[U+732B, U+3068, U+72AC]",
         "🐶 in a basket": "[dog face] in a basket",
@@ -89,7 +89,7 @@ def test_a_system_font_that_has_the_character_is_found(monkeypatch: pytest.Monke
     assert isinstance(plain, ImageFont.FreeTypeFont)
     (tmp_path / "own.ttf").write_bytes(plain.path.getvalue())  # type: ignore[union-attr]
     monkeypatch.setattr(lettering, "EMBEDDED", tmp_path / "own.ttf")
-    monkeypatch.setattr(lettering, "_font_folders", lambda: [tmp_path])
+    monkeypatch.setattr(lettering, "font_folders", lambda: [tmp_path])
     line = lettering.line("dog собака", 24)
     assert [(text, Path(font.path).name) for text, font in line.pieces] == [
         ("dog ", "own.ttf"),

@@ -19,6 +19,7 @@ from exported import EXACT, GOLDEN, case, gguf_bundle, gguf_runtime, prompt, rel
 from molmo_edge import Molmo
 from molmo_edge.runtimes import EngineError, open_runtime
 from molmo_edge.runtimes.llama import LlamaCache, LlamaRuntime
+from molmo_edge.runtimes.llama_native import LlamaContext, LlamaModel
 
 
 class TestCaches:
@@ -51,27 +52,26 @@ class TestCaches:
         base = self.engine.new_cache(256)  # which is what llama.cpp takes, too
         self.engine.forward(rows, base)
         copies = [base.copy() for _ in range(20)]  # more than sequences, and their texts more than positions
-        contexts = [copy._context for copy in copies]
-        assert sum(context is base._context for context in contexts) == 15
+        contexts = [copy.context for copy in copies]
+        assert sum(context is base.context for context in contexts) == 15
         exact = self.alone(rows, text)
         for copy in copies:
             assert relative(self.engine.forward(text, copy), exact) < 1e-5
-        assert sum(copy._context is base._context for copy in copies) == 1  # the first had the room, the others moved
+        assert sum(copy.context is base.context for copy in copies) == 1  # the first had the room, the others moved
         assert relative(self.engine.forward(text, base), exact) < 1e-5
 
     def test_a_move_that_fails_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from molmo_edge.runtimes import llama
-
         rows, text = self.rows[:200], self.rows[200:230]
         base = self.engine.new_cache(256)
         self.engine.forward(rows, base)
         first, second = base.copy(), base.copy()
         self.engine.forward(text, first)
         for part in ("__init__", "restore"):
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(llama._Context, part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-                self.engine.forward(text, second)
-            assert second._context is base._context
+            with monkeypatch.context() as patch:
+                patch.setattr(LlamaContext, part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    self.engine.forward(text, second)
+            assert second.context is base.context
             assert second.length == 200
         third = base.copy()
         for cache in (second, third):
@@ -85,7 +85,7 @@ class TestCaches:
         for i in range(60):
             copy = base.copy()
             self.engine.forward(self.text[i % 2], copy)
-            assert copy._context is base._context
+            assert copy.context is base.context
             del copy
             gc.collect()
 
@@ -109,7 +109,7 @@ class TestCaches:
         assert relative(other.forward(self.text[0], restored), self.alone(self.rows, self.text[0])) < 1e-5
         with pytest.raises(EngineError, match="are not of this model"):
             other.restore(bytes(cache.state()[:-100]), cache.length, cache.length + 6)
-        with pytest.raises(EngineError, match="does not have 3 positions"):
+        with pytest.raises(EngineError, match="does not hold 3 positions"):
             other.restore(bytes(cache.state()), 3, cache.length)
         other.close()
 
@@ -129,7 +129,7 @@ class TestCaches:
     def test_an_interrupted_prompt_stops_and_leaves_a_sound_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import llama_cpp
 
-        from molmo_edge.runtimes import llama
+        from molmo_edge.runtimes import llama_native
 
         cache = self.engine.new_cache(len(self.rows) + 16)
         self.engine.forward(self.text[0], cache)
@@ -137,18 +137,19 @@ class TestCaches:
 
         def slow(context: Any, batch: Any) -> int:
             started.set()
-            assert cache._context._abort.wait(10)  # so that there is something to stop, however small the model is
+            assert cache.context.abort.wait(10)  # so that there is something to stop, however small the model is
             codes.append(decode(context, batch))
             return codes[-1]
 
-        def interrupted(running: Any) -> int:
+        def interrupted(_running: Any) -> int:
             started.wait(10)
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(llama, "_wait", interrupted)
+        with monkeypatch.context() as patch:
+            patch.setattr(llama_native, "wait_for", interrupted)
             patch.setattr(llama_cpp, "llama_decode", slow)
-            self.engine.forward(self.rows, cache)
+            with pytest.raises(KeyboardInterrupt):
+                self.engine.forward(self.rows, cache)
         assert codes == [2]  # llama.cpp's word for "aborted"
         assert cache.length == len(self.text[0])
         logits = self.engine.forward(self.text[1], cache)
@@ -210,7 +211,7 @@ def test_closing_frees_the_model_at_once() -> None:
     assert isinstance(engine, LlamaRuntime)
     cache = engine.new_cache(600)
     engine.forward(np.zeros((300, 32), np.float32), cache)
-    model, context = weakref.ref(engine._model()), weakref.ref(cache._context)
+    model, context = weakref.ref(engine.model), weakref.ref(cache.context)
     gc.disable()  # what only a collection would free is not freed at once
     try:
         engine.close()
@@ -223,9 +224,7 @@ def test_closing_frees_the_model_at_once() -> None:
 
 
 def test_a_load_is_stopped_by_closing() -> None:
-    from molmo_edge.runtimes.llama import _Model
-
     stop = threading.Event()
     stop.set()
     with pytest.raises(EngineError, match="was closed"):
-        _Model(gguf_bundle("qwen", "f32") / "decoder-f32.gguf", 1, False, EXACT, stop)
+        LlamaModel(gguf_bundle("qwen", "f32") / "decoder-f32.gguf", 1, False, EXACT, stop)

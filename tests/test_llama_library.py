@@ -84,7 +84,7 @@ def test_a_build_that_does_not_load_and_one_that_is_too_old(unloaded: pytest.Mon
     old = types.ModuleType("llama_cpp")
     old.__version__ = "0.2.90"  # type: ignore[attr-defined]
     unloaded.setitem(sys.modules, "llama_cpp", old)
-    with pytest.raises(Unavailable, match=r"0\.2\.90 is too old, 0\.3\.36 is needed"):
+    with pytest.raises(Unavailable, match=r"0\.2\.90 is too old \(0\.3\.36 or later is needed\)"):
         load_library()
 
 
@@ -95,10 +95,10 @@ def test_weights_are_not_repacked_for_amx(monkeypatch: pytest.MonkeyPatch, amx: 
     monkeypatch.setattr(llama, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(llama.platform, "machine", lambda: "x86_64")
     bundle: Any = types.SimpleNamespace(components={"decoder": types.SimpleNamespace(precision="q4_0", bytes=1000)})
-    assert llama._repack(bundle, LlamaOptions(), gpu=False) is not amx
-    assert llama._repack(bundle, LlamaOptions(repack=False), gpu=False) is False
+    assert llama.choose_repack(bundle, LlamaOptions(), gpu=False) is not amx
+    assert llama.choose_repack(bundle, LlamaOptions(repack=False), gpu=False) is False
     if amx:
         with pytest.raises(EngineError, match="repack=no, or build it without them"):
-            llama._repack(bundle, LlamaOptions(repack=True), gpu=False)
+            llama.choose_repack(bundle, LlamaOptions(repack=True), gpu=False)
     else:
-        assert llama._repack(bundle, LlamaOptions(repack=True), gpu=False)
+        assert llama.choose_repack(bundle, LlamaOptions(repack=True), gpu=False)

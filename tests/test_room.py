@@ -60,9 +60,7 @@ def test_bench_runs_pytorch_in_bfloat16_where_float32_does_not_fit(
     assert [timing["engine"] for timing in json.loads(out)["timings"]] == ["onnxruntime", "pytorch bf16"]
 
 
-def test_bench_leaves_pytorch_out_where_nothing_fits(
-    cli: Any, free: Callable[[int], None], tiny_bundle: Path, config: MolmoConfig
-) -> None:
+def test_bench_leaves_pytorch_out_where_nothing_fits(cli: Any, free: Callable[[int], None], tiny_bundle: Path) -> None:
     free(500_000_000)
     status, out, err = cli(*BENCH, "-m", tiny_bundle)
     assert status == 0
@@ -133,15 +131,15 @@ def test_loss_shows_what_is_measured_before_the_next_model_opens(
 ) -> None:
     from molmo_edge.evaluation import loss as module
 
-    measure, models = module._measure, []
+    open_runtime, opened = module.open_runtime, []
 
-    def second_is_killed(model: Any, *arguments: Any, **named: Any) -> Any:
-        models.append(model)
-        if len(models) == 2:
+    def third_is_killed(directory: Path, **options: Any) -> Any:
+        opened.append(directory)
+        if len(opened) == 3:  # after the reference and the first candidate
             raise MolmoEdgeError("killed")
-        return measure(model, *arguments, **named)
+        return open_runtime(directory, **options)
 
-    monkeypatch.setattr(module, "_measure", second_is_killed)
+    monkeypatch.setattr(module, "open_runtime", third_is_killed)
     arguments = [tiny_bundle, tiny_bundle, tiny_bundle, "--suite", f"photos:{photos}", "--max-crops", 0]
     status, _, err = cli("loss", *arguments, "--noise", "none")
     assert status == 1

@@ -65,7 +65,7 @@ def test_what_belongs_on_a_closed_stderr_stays_off_stdout(question: tuple[object
 
 
 @posix
-def test_all_streams_closed_is_no_traceback(question: tuple[object, ...], tmp_path: Path) -> None:
+def test_all_streams_closed_is_no_traceback(question: tuple[object, ...]) -> None:
     run = with_streams(">&- 2>&- <&-", *question)
     assert (run.returncode, run.stdout, run.stderr) == (1, "", "")
 
@@ -110,7 +110,8 @@ def test_a_stderr_that_nobody_reads_does_not_cost_the_answer(question: tuple[obj
 def test_a_full_disk_under_stdout_is_one_line(question: tuple[object, ...], more: tuple[str, ...]) -> None:
     run = with_streams(">/dev/full", *question, *more, "-q")
     assert run.returncode == 1
-    assert len(run.stderr.splitlines()) == 1 and "No space left on device" in run.stderr, run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert "No space left on device" in run.stderr
 
 
 @pytest.mark.parametrize(

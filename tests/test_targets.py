@@ -330,7 +330,7 @@ def test_tensorrt_is_told_its_shapes() -> None:
         ("cuda", "no CUDAExecutionProvider .* install onnxruntime-gpu"),
         ("tensorrt", "no TensorrtExecutionProvider"),
         ("coreml", "no CoreMLExecutionProvider"),
-        ("mps", 'on a Mac use device="coreml"'),
+        ("mps", 'use device="coreml" on a Mac'),
         ("vulkan", "molmo-edge export --engine gguf"),
     ],
 )

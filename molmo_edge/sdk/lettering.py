@@ -103,7 +103,7 @@ def _pieces(text: str, size: float) -> Iterator[tuple[str, ImageFont.FreeTypeFon
     for cluster in _clusters(text):
         # The font before goes on where it can: a space between two Chinese words does not part them.
         if last is None or not _has(last, cluster):
-            last = _font_with(cluster)
+            last = font_with(cluster)
         chosen.append((cluster, last))
     for path, group in itertools.groupby(chosen, key=lambda each: each[1]):
         written = "".join(cluster for cluster, _ in group)
@@ -136,7 +136,7 @@ def _name(character: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _font_with(cluster: str) -> Path | None:
+def font_with(cluster: str) -> Path | None:
     return next((path for path in (EMBEDDED, *system_fonts()) if _has(path, cluster)), None)
 
 
@@ -167,7 +167,7 @@ def _load(path: Path, size: float) -> ImageFont.FreeTypeFont:
 def system_fonts() -> tuple[Path, ...]:
     """The installed fonts for scripts that the embedded font lacks, the preferred first. Looked for once a process."""
     found: list[tuple[int, Path]] = []
-    for folder in _font_folders():
+    for folder in font_folders():
         for at, _, names in os.walk(folder):
             for name in names:
                 stem, suffix = os.path.splitext(name)
@@ -178,7 +178,7 @@ def system_fonts() -> tuple[Path, ...]:
     return tuple(path for _, path in sorted(found))
 
 
-def _font_folders() -> list[Path]:
+def font_folders() -> list[Path]:
     home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         local = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))

@@ -154,4 +154,5 @@ def _generated_image(height: int, width: int) -> np.ndarray:
     """Return gradients with fine noise, uint8 [height, width, 3], the same on every machine."""
     y, x, channel = np.ogrid[:height, :width, :3]
     slope = (200 * y) // height + (40 * x) // width
-    return ((slope + (y * 37 + x * 91 + channel * 53 + (x * y) % 97) % 83) % 256).astype(np.uint8)
+    image: np.ndarray = (slope + (y * 37 + x * 91 + channel * 53 + (x * y) % 97) % 83) % 256
+    return image.astype(np.uint8)

@@ -1,0 +1,219 @@
+"""llama.cpp's model and context, by ctypes: the objects under `molmo_edge.runtimes.llama`.
+
+The rest of the package uses no other part of llama.cpp's C API.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from molmo_edge.errors import EngineError
+from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.llama_library import load_library, take_errors
+from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
+
+_T = TypeVar("_T")
+
+CHUNK = 512  # positions of a prompt that go through the decoder at once; bounds the memory of activations
+_SEQUENCES = 16  # caches that share the memory of one context
+_NO_ROOM = 1  # returned by llama_decode
+_NO_REASON = "it gives no reason"
+_ABORTABLE = 16  # positions; a shorter run ends before anyone could interrupt it
+
+
+class LlamaContext:
+    """A llama_context: memory for `capacity` positions, shared by up to 16 caches. Threads take turns."""
+
+    def __init__(self, model: LlamaModel, capacity: int, watch: Any = None) -> None:
+        """`watch`: see `molmo_edge.runtimes.llama.open_watched`."""
+        self.model, self.capacity, self.watch = model, capacity, watch
+        self.dropped: deque[int] = deque()  # sequences of deleted caches; any thread may append
+        self._free = list(range(_SEQUENCES))
+        self._lock = threading.RLock()
+        self._api = model.api
+        self._pointer = model.new_context(capacity, watch)
+        forks.finalize(self, _free_context, model, self._pointer)
+        self._memory = self._api.llama_get_memory(self._pointer)
+        abort = self.abort = threading.Event()  # a callback that held `self` would keep it alive
+        self._abort_callback = self._api.ggml_abort_callback(lambda _data: abort.is_set())
+
+    def new_sequence(self) -> int | None:
+        """Reserve a sequence. Returns None if all are taken."""
+        with self._lock:
+            self._collect()
+            return self._free.pop() if self._free else None
+
+    def _collect(self) -> None:
+        while self.dropped:
+            sequence = self.dropped.popleft()
+            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            self._free.append(sequence)
+
+    def share(self, sequence: int, other: int, length: int) -> None:
+        with self._lock:
+            self._api.llama_memory_seq_cp(self._memory, sequence, other, 0, length)
+
+    def forget(self, sequence: int, length: int) -> None:
+        with self._lock:
+            self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def positions(self, sequence: int) -> int:
+        with self._lock:
+            return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def state(self, sequence: int) -> bytearray:
+        with self._lock:
+            size = self._api.llama_state_seq_get_size(self._pointer, sequence)
+            state = bytearray(size)
+            view = (ctypes.c_uint8 * size).from_buffer(state)
+            written = self._api.llama_state_seq_get_data(self._pointer, view, size, sequence)
+        if written != size:
+            raise EngineError("llama.cpp could not copy the keys and values of this sequence")
+        return state
+
+    def restore(self, sequence: int, state: bytes | bytearray) -> None:
+        array = ctypes.c_uint8 * len(state)
+        buffer = array.from_buffer(state) if isinstance(state, bytearray) else array.from_buffer_copy(state)
+        with self._lock:
+            take_errors()
+            read = self._api.llama_state_seq_set_data(self._pointer, buffer, len(state), sequence)
+        if read != len(state):
+            raise EngineError(f"these keys and values are not of this model, or do not fit: {take_errors()}")
+
+    def run(self, sequence: int, embeddings: np.ndarray, start: int) -> np.ndarray | None:
+        """Append [n, d_model] at position `start`; -> logits [n_vocab] of the last one, or None without room."""
+        with self._lock:
+            self._collect()
+            take_errors()
+            code = self._decode(_batch(self._api, sequence, embeddings, start, every=self.watch is not None))
+            if code == _NO_ROOM:
+                return None
+            if code:
+                raise EngineError(f"llama.cpp failed with code {code}: {take_errors() or _NO_REASON}")
+            values = self._api.llama_get_logits_ith(self._pointer, -1)
+            return np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+
+    def _decode(self, batch: Any) -> int:
+        """Run llama_decode. Ctrl-C interrupts a long run."""
+        if batch.n_tokens < _ABORTABLE:
+            return int(self._api.llama_decode(self._pointer, batch))
+        self._api.llama_set_abort_callback(self._pointer, self._abort_callback, None)
+        try:
+            code: int = wait_for(self.model.runner.submit(self._api.llama_decode, self._pointer, batch))
+            return code
+        except BaseException:
+            self.abort.set()
+            _wait_until_idle(self.model.runner)  # the batch lies in the memory of this frame
+            raise
+        finally:
+            self.abort.clear()
+            self._api.llama_set_abort_callback(self._pointer, self._api.ggml_abort_callback(), None)
+
+
+def _free_context(model: LlamaModel, pointer: Any) -> None:
+    """Free a context. Takes the model so that it outlives its contexts."""
+    model.api.llama_free(pointer)
+
+
+def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int, *, every: bool) -> Any:
+    """Return a llama_batch over the rows, without a copy. Requests logits of the last row, or of `every` row."""
+    n = len(embeddings)
+    positions = (ctypes.c_int32 * n)(*range(start, start + n))
+    counts, one = (ctypes.c_int32 * n)(*([1] * n)), ctypes.pointer(ctypes.c_int32(sequence))
+    sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*([one] * n))
+    wanted = (ctypes.c_int8 * n)(*([int(every)] * n))
+    wanted[n - 1] = 1
+    return api.llama_batch(
+        n_tokens=n,
+        token=None,
+        embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        pos=positions,
+        n_seq_id=counts,
+        seq_id=sequences,
+        logits=wanted,
+    )
+
+
+class LlamaModel:
+    """A llama_model. Makes its contexts."""
+
+    def __init__(self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event) -> None:
+        self.api = load_library()
+        self._threads, self._gpu, self._options = threads, gpu, options
+        params = self.api.llama_model_default_params()
+        layers = -1 if options.gpu_layers is None else options.gpu_layers
+        params.n_gpu_layers = layers if gpu else 0
+        params.use_extra_bufts = bool(options.repack)
+        keep_loading = self.api.llama_progress_callback(lambda _progress, _data: not stop.is_set())
+        params.progress_callback = keep_loading
+        if not gpu:
+            none = (ctypes.c_void_p * 1)()  # only the CPU, also for the products of long prompts
+            params.devices = ctypes.cast(none, ctypes.c_void_p)
+        take_errors()
+        self._pointer = self.api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._pointer:
+            if stop.is_set():
+                raise EngineError("this runtime was closed")
+            raise EngineError(f"llama.cpp cannot load {path}: {take_errors() or _NO_REASON}")
+        forks.finalize(self, self.api.llama_model_free, self._pointer)
+        self.n_vocab: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._pointer))
+        # A single thread, so that llama.cpp keeps the threads it starts.
+        self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
+
+    def new_context(self, capacity: int, watch: Any = None) -> Any:
+        """Return the pointer of a new llama_context. Raises EngineError without memory for it."""
+        params, options = self.api.llama_context_default_params(), self._options
+        params.n_ctx = capacity
+        params.n_batch = params.n_ubatch = min(CHUNK, capacity)
+        params.n_seq_max = params.n_outputs_max = _SEQUENCES
+        if watch is not None:
+            params.cb_eval = watch
+            # Logits of every position: llama.cpp skips the last layer's experts where none are requested.
+            params.n_outputs_max = max(_SEQUENCES, params.n_batch)
+        params.kv_unified = True  # copies share what they have in common with the original
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = CACHE_TYPES[options.cache]
+        flash = options.flash_attention
+        if flash is None and not self._gpu:  # on a CPU it is slower, and accumulates in float16
+            flash = options.cache not in ("f32", "f16", "bf16")
+        params.flash_attn_type = -1 if flash is None else int(flash)
+        params.offload_kqv = params.op_offload = self._gpu
+        params.no_perf = True
+        take_errors()
+        pointer = self.api.llama_init_from_model(self._pointer, params)
+        if not pointer:
+            raise EngineError(
+                f"llama.cpp cannot allocate a cache of {capacity} positions: {take_errors() or _NO_REASON}"
+            )
+        return pointer
+
+
+def wait_for(running: Future[_T]) -> _T:
+    """Return the result of `running`. Ctrl-C interrupts the wait."""
+    while True:  # with a timeout: on Windows a wait without one cannot be interrupted
+        try:
+            return running.result(timeout=1.0)
+        except NotYet:
+            if running.done():  # the call itself raised it
+                raise
+
+
+def _wait_until_idle(runner: ThreadPoolExecutor) -> None:
+    """Wait until the one thread of `runner` has done all its work, however often Ctrl-C is pressed."""
+    last: Future[int] | None = None
+    while True:
+        try:
+            last = last or runner.submit(int)
+            last.result(timeout=1.0)
+            return
+        except (NotYet, KeyboardInterrupt):
+            continue
