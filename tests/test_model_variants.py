@@ -11,6 +11,7 @@ import pytest
 import torch
 from exported import relative
 
+from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
 from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
@@ -334,6 +335,35 @@ def test_bundles_give_their_weights_back(variant: tuple[Molmo, Path], tmp_path: 
     x = torch.randn(1, 5, model.config.decoder.d_model, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(again.decoder(x), model.decoder(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 5e-3), ("int8", 0.1)])
+@pytest.mark.parametrize("name", ["molmo2", "qk_norm_per_head_and_experts"])
+def test_rounded_exports(name: str, precision: str, bound: float, tmp_path: Path) -> None:
+    """Also the probes that an export runs know the inputs of such graphs."""
+    model = random_model(VARIANTS[name])
+    save_checkpoint(model, TOKENIZER, tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision)
+    onnx, exact = open_runtime(tmp_path / "bundle", threads=1), TorchRuntime.from_model(model)
+    image = photo(model.config)
+    view = (image.crops, image.masks, None, image.pooling)
+    assert relative(onnx.encode_image(*view), exact.encode_image(*view)) < bound
+    rows, flags = image_rows(exact, model.config)
+    logits = (prefill(each, rows, flags, each.new_cache(len(rows))) for each in (onnx, exact))
+    assert relative(*logits) < bound
+
+
+def test_questions_about_images_pooled_across_crops(tmp_path: Path) -> None:
+    """From a photo to the same answer on both engines."""
+    model = random_model(VARIANTS["odd_grid"])
+    save_checkpoint(model, TOKENIZER, tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "fp32")
+    answers = []
+    for path in (tmp_path / "checkpoint", tmp_path / "bundle"):
+        with Sdk(path, threads=1) as molmo:
+            answers.append(molmo.ask(GOLDEN / "coffee.png", "What is this?", max_new_tokens=8).token_ids)
+    assert len(answers[0]) > 0
+    assert answers[0] == answers[1]
 
 
 def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class PreparedImage:
     )  # int32 [n_crops, cells^2]: position in `tokens`, DROPPED (-100) where another crop keeps it
     tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) where there is only the global view
     overview: Overview | None = None  # if the configuration has one
-    # If `config.pools_across_crops`: int32 [n_cells, pool^2], the patches of each cell in row-major order, as indices
+    # If `config.pools_across_crops`: int64 [n_cells, pool^2], the patches of each cell in row-major order, as indices
     # into the patches of all crops, -1 for none. token_index is int32 [n_cells] then: no cell is dropped.
     pooling: np.ndarray | None = None
 
@@ -224,10 +224,10 @@ def cell_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
         grids.append(stitched)
     p, cells = config.pool, []
     for grid, (rows, cols) in zip(grids, config.cell_grids(tiling), strict=True):
-        padded = np.full((rows * p, cols * p), -1)
+        padded = np.full((rows * p, cols * p), -1, np.int64)
         padded[: grid.shape[0], : grid.shape[1]] = grid
         cells.append(padded.reshape(rows, p, cols, p).transpose(0, 2, 1, 3).reshape(-1, p * p))
-    return np.concatenate(cells).astype(np.int32)
+    return np.concatenate(cells)
 
 
 def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
