@@ -17,8 +17,8 @@ from molmo_edge.modeling import Molmo, save_checkpoint
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
-from molmo_edge.training.parallel import Layout
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.sharding import Layout
 
 PLAIN = ForwardConfig(answer_dropout=0.0)
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import PRESETS
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -241,14 +242,19 @@ def test_errors(small_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = saved(molmo, EVERYWHERE, checkpoint, tmp_path / ADAPTERS)
     with pytest.raises(LoraError, match="is the checkpoint that is read"):
         merge(checkpoint, path, checkpoint)
-    with pytest.raises(LoraError, match=r"no adapters .*nowhere"):
+    with pytest.raises(LoraError, match=r"nowhere does not exist"):
         merge(checkpoint, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(LoraError, match="does not say what its adapters are for"):
+    with pytest.raises(LoraError, match="lacks the settings of its adapters"):
         merge(checkpoint, checkpoint / "model.safetensors", tmp_path / "out")
     lied = tmp_path / "lied.safetensors"
     save_adapters(molmo, lied, LoraConfig(), base_identity(config, open_tensors(checkpoint)))
     with pytest.raises(LoraError, match="holds other adapters than its header says"):
         merge(checkpoint, lied, tmp_path / "out")
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"short\.safetensors is damaged"):
+        merge(checkpoint, short, tmp_path / "out")
+    assert not list(tmp_path.glob("*.part")), "written under another name, and renamed"
     with pytest.raises(LoraError, match='cannot be kept in "int8"; known are fp32, bf16, nf4'):
         build_adapted(checkpoint, a_recipe(), World(0, 1, CPU), LoraConfig(), "int8")
     with pytest.raises(LoraError, match="weights in four bits cannot be spread over ranks"):

@@ -67,7 +67,7 @@ def test_a_run_from_a_checkpoint_to_a_merged_one(small_checkpoints: dict[str, Pa
             close(hidden(merged, batch), hidden(ours, batch), 1e-4)
         start, _, _ = load_checkpoint(checkpoint)
         trainer.step = 0
-        learned = next(iter(trainer._loader())).batch
+        learned = next(iter(trainer.batches())).batch
         before, after = (Trainable(m, PLAIN).eval()(learned).cross_entropy.item() for m in (start, merged))
         assert after < 0.9 * before
         kept = FileSystemReader(tmp_path / "checkpoints" / "step-00000008").read_metadata().state_dict_metadata
@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
                 assert trainer.step == 4
             trainer.train()
             ends.append(AdaptersFile.open(tmp_path / name / ADAPTERS))
-    for name in ends[0].tensors.names():
+    for name in ends[0].names:
         close(ends[0].get(name), ends[1].get(name), 1e-4)
 
 
@@ -120,8 +120,8 @@ def test_two_ranks_train_the_adapters_of_one(small_checkpoints: dict[str, Path],
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
     one, two = (AdaptersFile.open(tmp_path / n / ADAPTERS) for n in "12")
-    assert one.tensors.names() == two.tensors.names()
-    for name in one.tensors.names():
+    assert one.names == two.names
+    for name in one.names:
         torch.testing.assert_close(two.get(name), one.get(name), rtol=2e-3, atol=5e-5, msg=name)
 
 

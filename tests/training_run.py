@@ -22,8 +22,9 @@ from molmo_edge.system.log import shown
 from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
-from molmo_edge.training.parallel import Layout, world
+from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.sharding import Layout
 from molmo_edge.training.trainer import Data, Trainer, build
 
 WORDS = ("red", "blue", "a cup", "two dogs", "nothing")

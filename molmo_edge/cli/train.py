@@ -96,8 +96,8 @@ def _stage(stage: str, summary: str) -> Callable[..., None]:
     ) -> None:
         from molmo_edge.data.catalog import open_sets
         from molmo_edge.data.mixture import Group, mixture_rates
-        from molmo_edge.training.parallel import Layout
         from molmo_edge.training.recipe import recipe_for
+        from molmo_edge.training.sharding import Layout
         from molmo_edge.training.trainer import Data
 
         if preset not in PRESETS:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.checkpoints.safetensors_files import read_header
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
-from molmo_edge.checkpoints.tensor_sources import DTYPES, FileSource, TensorSource, check_tensors
+from molmo_edge.checkpoints.tensor_sources import DTYPES, CheckpointError, TensorSource, check_tensors
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import stored, write_tensors
+from molmo_edge.system.files import atomic_write
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.lora import (
     LoraConfig,
@@ -45,41 +46,43 @@ MERGED_IN = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what a merged mode
 
 @dataclass(frozen=True)
 class AdaptersFile:
-    """What a run has trained: adapters, and parameters that were trained whole, by their names in a `Molmo`."""
+    """Adapters of a run, and the parameters that it trained whole, by their names in a `Molmo`."""
 
     path: Path
     lora: LoraConfig
     base: str  # `base_identity` of the checkpoint that they belong to
-    tensors: FileSource
+    names: frozenset[str]
 
     @classmethod
     def open(cls, path: Path) -> AdaptersFile:
-        """Reads no more than the header. Raises LoraError, and CheckpointError for a file that is damaged."""
+        """Read the header alone. Raises LoraError, and CheckpointError for a damaged file."""
         if not path.is_file():
-            raise LoraError(f"there are no adapters {path}: check the path")
-        tensors = FileSource(read_header(path))
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            raise LoraError(f"{path} does not exist: check the path of the adapters")
         try:
-            said: dict[str, Any] = json.loads(header["__metadata__"]["lora"])
-            base = said.pop("base")
-            lists: Any = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
-            lora = LoraConfig(**said | lists)
+            with safe_open(path, "pt") as file:
+                metadata, names = file.metadata() or {}, frozenset(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        try:
+            settings: dict[str, Any] = json.loads(metadata["lora"])
+            base = settings.pop("base")
+            lists: Any = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
+            lora = LoraConfig(**settings | lists)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise LoraError(f"{path} does not say what its adapters are for: was it written by another tool?") from None
-        return cls(path, lora, base, tensors)
+            raise LoraError(f"{path} lacks the settings of its adapters: was it written by another tool?") from None
+        return cls(path, lora, base, names)
 
     def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
-        """They belong to this checkpoint, and are all there. Raises LoraError."""
+        """Raise LoraError if they belong to another checkpoint or are incomplete."""
         if self.base != base_identity(config, source):
             raise LoraError(f"the adapters {self.path} were trained beside other weights than those of {where}")
         names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
-        if set(self.tensors.names()) != {*names, *trained_whole(config, self.lora)}:
+        if self.names != {*names, *trained_whole(config, self.lora)}:
             raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
 
     def get(self, name: str) -> Tensor:
-        return torch.tensor(self.tensors.get(name))
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
 
 
 def base_identity(config: MolmoConfig, source: TensorSource) -> str:
@@ -108,20 +111,10 @@ def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: 
     tensors = {name: values.cpu().float() for name, values in trained(model)}
     if here is not None and not here.first:
         return
-    said = {"lora": json.dumps(dataclasses.asdict(lora) | {"base": base})}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | said}
-    end = 0
-    for name, values in tensors.items():
-        begin, end = end, end + 4 * values.numel()
-        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for values in tensors.values():
-            file.write(values.contiguous().numpy().tobytes())
-    part.replace(path)
+    # A single key: the library writes several in a random order, and equal adapters should give equal files.
+    metadata = {"lora": json.dumps(dataclasses.asdict(lora) | {"base": base})}
+    with atomic_write(path) as part:
+        part.write_bytes(save({name: values.contiguous() for name, values in tensors.items()}, metadata))
 
 
 def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:

@@ -36,8 +36,9 @@ from molmo_edge.modeling.precision import is_quantized, storage_dtype
 from molmo_edge.modeling.weights import build_model, fill
 from molmo_edge.system.memory import give_back
 from molmo_edge.training.forward import Trainable
-from molmo_edge.training.parallel import World, shard
+from molmo_edge.training.parallel import World
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.sharding import shard
 from molmo_edge.training.trainer import compute_dtype
 
 BASES = ("fp32", "bf16", "nf4")

@@ -1,8 +1,6 @@
-"""One card to many: who computes what, and how a model is spread over them (FSDP2, PyTorch's `fully_shard`).
+"""The processes of a run, and tensors that are whole or shards on them.
 
-Every block of the decoder and of the ViT is a unit: its parameters are gathered for its forward and its backward pass
-and live as shards in between. The whole is a unit too, for embeddings, connector and head. Gradients are summed, not
-averaged: a step's loss is already divided by the weight of all ranks together.
+Gradients are summed, not averaged: a step's loss is already divided by the weight of all ranks together.
 """
 
 from __future__ import annotations
@@ -19,13 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.modeling.decoder import SparseFFN
-from molmo_edge.training.forward import Trainable
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -105,54 +100,6 @@ def _leave() -> None:
     gc.collect()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How ranks are arranged."""
-
-    replicas: int = 1  # copies of the sharded model (HSDP): nodes that exchange gradients only
-    experts: int = 1  # ranks that share the experts of a layer among them: tokens travel instead of weights
-    gather: str = "bf16"  # dtype in which blocks travel, and their norms are used; "fp32": as on one rank
-
-
-def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype) -> Trainable:
-    """Spread `model` over the ranks, in place; on one rank it stays as it is. Raises ParallelError."""
-    per_copy = here.ranks // layout.replicas
-    if here.ranks % layout.replicas or per_copy % layout.experts:
-        raise ParallelError(
-            f"{here.ranks} ranks cannot be {layout.replicas} copies of a model whose experts are on {layout.experts}"
-        )
-    if here.ranks == 1:
-        return model
-    kind = here.device.type
-    dtype = torch.bfloat16 if layout.gather == "bf16" and compute == torch.bfloat16 else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = _mesh(kind, layout.replicas, per_copy)
-
-    def split(unit: nn.Module, policy: MixedPrecisionPolicy = policy) -> None:
-        sum_gradients(fully_shard(unit, mesh=mesh, mp_policy=policy))
-
-    if layout.experts > 1:
-        from molmo_edge.training.expert_parallel import spread_experts
-
-        if layout.replicas > 1:
-            raise ParallelError("experts on several ranks and several copies of the model do not go together")
-        layers = sparse_layers(model)
-        for ffn in layers:
-            split(ffn.router)
-        spread_experts(layers, kind, layout.experts, here.ranks, policy)
-    for unit in (*model.molmo.vision.blocks, *model.molmo.decoder.blocks):
-        split(unit)
-    # Embeddings, connector, last norm: few, and what is added to the residual stream.
-    split(model, MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
-    return model
-
-
-def _mesh(kind: str, replicas: int, per_copy: int) -> DeviceMesh:
-    if replicas == 1:
-        return init_device_mesh(kind, (per_copy,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (replicas, per_copy), mesh_dim_names=("replicate", "shard"))
-
-
 def sum_gradients(unit: FSDPModule) -> None:
     """Instead of averaging them over the ranks."""
     unit.set_gradient_divide_factor(1.0)
@@ -221,7 +168,3 @@ def _copies(tensor: Tensor) -> int:
         return 1
     pieces = math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())
     return dist.get_world_size() // pieces
-
-
-def sparse_layers(model: Trainable) -> list[SparseFFN]:
-    return [block.ffn for block in model.molmo.decoder.blocks if isinstance(block.ffn, SparseFFN)]

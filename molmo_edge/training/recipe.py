@@ -14,7 +14,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
-from molmo_edge.training.parallel import Layout
+from molmo_edge.training.sharding import Layout
 
 
 class RecipeError(MolmoEdgeError):

@@ -33,10 +33,11 @@ from molmo_edge.training.forward import Sums, Trainable
 from molmo_edge.training.guard import Guard
 from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, start
 from molmo_edge.training.optimizer import Optimizer, part_of
-from molmo_edge.training.parallel import World, accumulate, at_rest, shard, sparse_layers, whole
+from molmo_edge.training.parallel import World, accumulate, at_rest, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import GroundingHead, Names
 from molmo_edge.training.run_checkpoints import Checkpoints, ResumeError, SaveError
+from molmo_edge.training.sharding import shard, sparse_layers
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.telemetry import Log, Window
 
