@@ -230,19 +230,10 @@ _ALL = (
     ),
     # The Cauldron's copy has whole solutions as answers.
     Academic(
-        "tabwmp_da",
-        "tabwmp_da",
-        ask.tabwmp,
-        "github.com/lupantech/PromptPG (data/tabmwp)",
-        files=files.tabwmp_rows,
+        "tabwmp_da", "tabwmp_da", ask.tabwmp, "github.com/lupantech/PromptPG (data/tabmwp)", files=files.tabwmp_rows
     ),
     Academic(
-        "st_qa",
-        "st_qa",
-        ask.short,
-        "rrc.cvc.uab.es, challenge 11, task 3",
-        (_cauldron("st_vqa"),),
-        files.st_qa_rows,
+        "st_qa", "st_qa", ask.short, "rrc.cvc.uab.es, challenge 11, task 3", (_cauldron("st_vqa"),), files.st_qa_rows
     ),
     Academic(
         "tally_qa",

@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.data.choices import pick
-from molmo_edge.data.drawn.sprite_names import (
-    COCO_LABELS,
-    OUT_OF_PLACE,
-    SYNONYMS,
-    UNLABELLED_IN_PHOTOS,
-    overlapping,
-)
+from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
 from molmo_edge.frontend.points import format_count, format_points
 

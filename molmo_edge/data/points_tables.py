@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.data.json_files import json_lines, read_text
-from molmo_edge.data.points_records import (
-    PERCENT,
-    SHOWN,
-    PointsError,
-    Records,
-    label_of,
-    number,
-    shown,
-    text_of,
-)
+from molmo_edge.data.points_records import PERCENT, SHOWN, PointsError, Records, label_of, number, shown, text_of
 
 _PIXELS, _PERCENTS = ("x", "y"), ("x_percent", "y_percent")
 

@@ -68,10 +68,7 @@ class Assets:
 
 
 def build_assets(
-    fluent_tgz: str | Path,
-    stamps_dir: str | Path | None,
-    out_dir: str | Path,
-    iconify_tgzs: Sequence[str | Path] = (),
+    fluent_tgz: str | Path, stamps_dir: str | Path | None, out_dir: str | Path, iconify_tgzs: Sequence[str | Path] = ()
 ) -> dict[str, dict[str, list[str]]]:
     """Write `out_dir`/NAME/STYLE-KEY.png and `out_dir`/index.json; returns the index.
 
