@@ -13,7 +13,7 @@ from PIL import Image
 
 from molmo_edge.data.annotated_photos import PhotoError, load_photos
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.annotated_pictures import Picture, own_scenes
+from molmo_edge.evaluation.annotated_pictures import Picture, embedded_scenes
 from molmo_edge.evaluation.suites import SuiteError, evenly, expand, load_suite, picture_questions, unique
 from molmo_edge.frontend.points import format_count, format_points
 
@@ -71,8 +71,8 @@ def test_receipts_are_asked_for_their_fields() -> None:
 
 
 def test_scenes_are_the_same_at_every_run_and_hold_every_kind() -> None:
-    scenes = own_scenes(24)
-    first, again = (own_scenes(3) for _ in range(2))
+    scenes = embedded_scenes(24)
+    first, again = (embedded_scenes(3) for _ in range(2))
     assert all((a.rgb() == b.rgb()).all() and a.annotation == b.annotation for a, b in zip(first, again, strict=True))
     assert first[2].annotation == scenes[2].annotation, "fewer of them are the first of more"
     kinds = {q.kind for scene in scenes for q in picture_questions(scene)}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
@@ -36,17 +37,9 @@ KINDS = {
     "caption": 1.2,
 }
 
-# {a}: label; {b}: plural. The first template of each list is the SDK's question, used half of the time.
-_POINT = (
-    "Point to the {a}.", "Point to the {b}.", "Point at the {a}.", "Point to all {b}.", "Point to every {a}.",
-    "Show me the {a}.", "Find the {a}.", "Locate the {b}.", "Can you point to the {a}?", "Please point out the {b}.",
-    "Mark each {a}.", "Point: {a}", "Where are the {b}? Point to them.",
-)  # fmt: skip
-_COUNT = (
-    "How many {b} are there?", "How many {b} are in the image?", "How many {b} do you see?", "Count the {b}.",
-    "What is the number of {b}?", "How many {b} can you count?", "Count all {b} in this picture.",
-)  # fmt: skip
-_WHERE = ("Where is the {a}?", "In which part of the image is the {a}?", "Where do you see the {a}?")
+# {x}: the label. As in annotation_prompts.py, the first template of each list is the SDK's question. It is used half of
+# the time.
+_WHERE = ("Where is the {x}?", "In which part of the image is the {x}?", "Where do you see the {x}?")
 _WHAT = ("What is at the {r}?", "What do you see at the {r}?", "Which object is at the {r}?")
 _READ = ("What does the text say?", "What does it say?", "Read the text.", "What is written here?")
 _READ_AT = ("What is written at the {r}?", "What does the text at the {r} say?", "Read the text at the {r}.")
@@ -134,13 +127,14 @@ def _countable(annotation: Annotation) -> list[Annotation]:
     ]
 
 
-def _asked(rng: np.random.Generator, label: str, phrasings: Sequence[str]) -> tuple[str, str]:
-    """(question, its name for the label, sometimes a synonym)."""
+def _asked(rng: np.random.Generator, label: str, templates: Sequence[str]) -> tuple[str, str]:
+    """(question, its name for the label: singular or plural, sometimes a synonym)."""
     if label in SYNONYMS and rng.random() < 0.15:
         label = pick(rng, SYNONYMS[label])
-    phrasing = _phrase(rng, phrasings)
-    words = label if "{a}" in phrasing else plural(label)
-    return phrasing.format(a=words, b=words), words.lower()
+    template = _phrase(rng, templates)
+    if templates is COUNTING or (template in POINTING[1:] and rng.random() < 0.5):
+        label = plural(label)
+    return template.format(x=label), label.lower()
 
 
 def _ordered(item: Annotation) -> tuple[list[tuple[float, float]], np.ndarray]:
@@ -151,13 +145,13 @@ def _ordered(item: Annotation) -> tuple[list[tuple[float, float]], np.ndarray]:
 
 
 def _point(rng: np.random.Generator, item: Annotation) -> QA:
-    question, words = _asked(rng, item["label"], _POINT)
+    question, words = _asked(rng, item["label"], POINTING)
     points, boxes = _ordered(item)
     return QA(question, format_points(points, words), "point", boxes)
 
 
 def _count(rng: np.random.Generator, item: Annotation) -> QA:
-    question, words = _asked(rng, item["label"], _COUNT)
+    question, words = _asked(rng, item["label"], COUNTING)
     points, boxes = _ordered(item)
     return QA(question, format_count(points, words), "count", boxes)
 
@@ -170,7 +164,7 @@ def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Col
     size = min(2 if _countable(annotation) else 1, len(absent))
     questions = []
     for label in rng.choice(absent, size=size, replace=False):
-        question, _ = _asked(rng, str(label), _POINT if rng.random() < 0.5 else _COUNT)
+        question, _ = _asked(rng, str(label), POINTING if rng.random() < 0.5 else COUNTING)
         questions.append(QA(question, "There are none.", "negative"))
     return questions
 

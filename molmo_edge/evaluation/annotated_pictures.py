@@ -140,7 +140,7 @@ def scene_pictures(sprites: Path, number: int, kind: str, seed: int = 2024) -> I
     yield from _drawn(load_assets(sprites, split="val"), number, kind, seed)
 
 
-def own_scenes(number: int, seed: int = 2025) -> list[Picture]:
+def embedded_scenes(number: int, seed: int = 2025) -> list[Picture]:
     """Scenes from the pictures and the font that come along, the same on every machine with this Pillow and numpy.
 
     About three in five of sprites, one of words, one of clocks. nano has seen these sprites in other scenes.

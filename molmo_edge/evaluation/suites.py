@@ -18,7 +18,7 @@ from typing import TypeVar
 from molmo_edge.data.annotated_photos import ANNOTATIONS
 from molmo_edge.data.english import plural
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.annotated_pictures import RECEIPTS, Picture, own_scenes, photo_pictures, plain_pictures
+from molmo_edge.evaluation.annotated_pictures import RECEIPTS, Picture, embedded_scenes, photo_pictures, plain_pictures
 from molmo_edge.evaluation.pointing import Box, is_valid_point_answer, score_points
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.evaluation.text_scores import anls, clock_score
@@ -54,7 +54,7 @@ def load_suite(
     if kind in ("nano-val", "photos"):
         if kind == "photos" and not folder:
             raise SuiteError("photos:DIR names the folder with the photos and their annotations.jsonl")
-        pictures = own_scenes(SCENES) if kind == "nano-val" else []
+        pictures = embedded_scenes(SCENES) if kind == "nano-val" else []
         if folder and not Path(folder).is_dir():
             raise SuiteError(f"{name}: there is no folder {folder}")
         if folder:
