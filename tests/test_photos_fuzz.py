@@ -71,5 +71,5 @@ def check_message(message: str, about: object) -> None:
 def test_a_time_that_no_clock_shows_is_refused(tmp_path: Path, time: str) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "annotations.jsonl").write_text(json.dumps({"image": "a.png", "clocks": [{"time": time}]}))
-    with pytest.raises(PhotoError, match="the time of a clock is written as"):
+    with pytest.raises(PhotoError, match="the time of a clock must be written as"):
         load_suite(f"photos:{tmp_path}")

@@ -107,7 +107,7 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
     for name, error, message in (
         ("nothing", SuiteError, 'no suite "nothing"'),
         ("photos", SuiteError, "names the folder"),
-        (f"photos:{tmp_path}", PhotoError, "annotations.jsonl is missing"),
+        (f"photos:{tmp_path}", PhotoError, "neither annotations.jsonl nor photographs"),
     ):
         with pytest.raises(error, match=message):
             load_suite(name)
@@ -119,7 +119,7 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
-        ({"objects": [{"label": "cup"}]}, '"label" and its "boxes"'),
+        ({"objects": [{"label": "cup"}]}, '"label" and "boxes"'),
         ({"objects": [{"label": "cup", "boxes": [[1, 2, 3]]}]}, "a box is"),
         ({"objects": [{"label": "cup", "boxes": [[120, 30, 300, 200]]}]}, "line 1 of .* Are these pixels"),
         ({"objects": [{"label": "cup", "boxes": [[50, 50, 20, 60]]}]}, "line 1 of .* Is it x, y, width, height"),
@@ -135,16 +135,16 @@ def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
             {"objects": [{"label": "cup", "boxes": [[1, 1, 2, 2]], "points": [[1, 101]]}]},
             r"line 1 of .* the point \[1, 101",
         ),
-        ({"objects": [{"label": "cup", "boxes": [[1, 1, 2, 2], [1, 1, 2, 2]]}]}, "line 1 of .* twice: leave out one"),
-        ({"objects": [{"label": " ", "boxes": [[1, 1, 2, 2]]}]}, '"label" and its "boxes"'),
+        ({"objects": [{"label": "cup", "boxes": [[1, 1, 2, 2], [1, 1, 2, 2]]}]}, "line 1 of .* twice: remove one"),
+        ({"objects": [{"label": " ", "boxes": [[1, 1, 2, 2]]}]}, '"label" and "boxes"'),
         ({"objects": 5}, "line 1 of .* in percent"),
         ({"objects": [5]}, "line 1 of .* in percent"),
-        ({"texts": [{"text": "stop", "box": [0, 0, 300, 100]}]}, "line 1 of .* of one of texts is no box"),
+        ({"texts": [{"text": "stop", "box": [0, 0, 300, 100]}]}, "line 1 of .* of one of texts is not a box"),
         ({"texts": [5]}, "line 1 of "),
         ({"fields": 5}, "line 1 of .* is not an annotation"),
         ({"image": 5}, "line 1 of .* is not an annotation"),
-        ({"objects": [{"label": "cup", "boxes": []}, {"label": "cup", "boxes": []}]}, '"cup" stands there twice'),
-        ({"fields": {"total": 9.5}}, "numbers in quotes too"),
+        ({"objects": [{"label": "cup", "boxes": []}, {"label": "cup", "boxes": []}]}, '"cup" occurs twice'),
+        ({"fields": {"total": 9.5}}, "must be strings: quote numbers"),
         ({"clocks": [{"time": "9"}]}, "written as"),
         ({"image": "images/none.png"}, "there is no .*none.png"),
     ],

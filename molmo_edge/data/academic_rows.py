@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.data.ai2d import letter_names, prune
-from molmo_edge.data.annotation_prompts import multiple_choice, pick
+from molmo_edge.data.annotation_prompts import multiple_choice
+from molmo_edge.data.choices import pick
 from molmo_edge.data.examples import Annotation
 from molmo_edge.data.rows import Row, Rows, RowsError, text_in, text_list, written_out
 

@@ -1,4 +1,4 @@
-"""Annotated photographs: reading the annotation lines, and augmentation that keeps boxes and counts honest."""
+"""Annotated photographs: reading annotations, and augmentation that keeps boxes and counts correct."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ Annotation = dict[str, Any]
 
 ANNOTATIONS = "annotations.jsonl"
 
-# Mirrored, these would show mirrored writing, or turn a "no left turn" into its opposite.
+# Mirroring would reverse writing, or turn "no left turn" into its opposite.
 NEVER_FLIPPED = frozenset({"cards", "road_signs", "receipts", "scene"})
-KEPT_AREA = 0.5  # a cropped instance that keeps less than this of its box is no longer counted
+KEPT_AREA = 0.5  # cropped instances with a smaller share of their box are not counted
 
 
 class PhotoError(MolmoEdgeError):
-    """A folder of annotated photographs that cannot be read. The message names the file and the line."""
+    """A folder of annotated photographs cannot be read. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Photo:
+    """A photograph and its annotation."""
+
     path: Path
     annotation: Annotation  # one line of annotations.jsonl; all coordinates are percent
     where: str = ""  # the line, for errors
 
     def rgb(self) -> np.ndarray:
-        """uint8 [h, w, 3], EXIF orientation applied, as its annotation has it. Raises ImageError."""
+        """uint8 [h, w, 3] after EXIF rotation, to which the annotation refers. Raises ImageError."""
         return load_image(self.path)
 
 
 def load_photos(root: str | Path, split: str) -> list[Photo]:
-    """The photos of `split` ("train" or "val") listed in `root`/annotations.jsonl, in its order, and those of no split.
+    """Photos in `root`/annotations.jsonl that belong to `split` ("train" or "val") or to no split, in order.
 
-    Raises PhotoError where the list is missing, a line is not JSON, or a coordinate is not within 0 and 100 percent.
-    The pictures are not opened.
+    Pictures are not opened. Raises PhotoError if the list is missing, a line is not JSON, or a coordinate is not within
+    0 and 100 percent.
     """
     root = Path(root)
     path = root / ANNOTATIONS
@@ -64,7 +66,7 @@ def load_photos(root: str | Path, split: str) -> list[Photo]:
 
 
 def _check_coordinates(photo: Photo) -> None:
-    """Pixels, x/y/width/height and NaN give boxes that no point can hit, or points that no model should learn."""
+    """Raise PhotoError for coordinates that are not percent, such as pixels, x/y/width/height or NaN."""
     try:
         for item in photo.annotation.get("objects", ()):
             about = f'"{printable(item["label"])}"'
@@ -80,7 +82,7 @@ def _check_coordinates(photo: Photo) -> None:
             _check_box(box, kind, photo.where)
     except (KeyError, TypeError, AttributeError):
         raise PhotoError(
-            f'{photo.where}: each of "objects" needs a "label" and its "boxes", which are lists in percent'
+            f'{photo.where}: each of "objects" needs a "label" and "boxes", lists of numbers in percent'
         ) from None
 
 
@@ -101,13 +103,13 @@ def _check_box(box: Any, about: str, where: str) -> None:
         elif len(box) == 4 and (box[2] <= box[0] or box[3] <= box[1]):
             hint = ". Is it x, y, width, height? Then x1 is x + width, and y1 is y + height"
     raise PhotoError(
-        f"{where}: {printable(repr(box))} of {about} is no box: a box is [x0, y0, x1, y1] in percent of width and "
+        f"{where}: {printable(repr(box))} of {about} is not a box: a box is [x0, y0, x1, y1] in percent of width and "
         f"height, with 0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100{hint}"
     )
 
 
 def _within(values: Any, length: int) -> bool:
-    """Whether it is a list of so many numbers from 0 to 100; NaN is not."""
+    """Whether `values` is a list of `length` numbers from 0 to 100."""
     is_list = isinstance(values, list) and len(values) == length
     return is_list and all(_is_number(value) and 0 <= value <= 100 for value in values)
 
@@ -119,13 +121,12 @@ def _is_number(value: object) -> bool:
 def augment(rgb: np.ndarray, annotation: Annotation, rng: np.random.Generator) -> tuple[np.ndarray, Annotation]:
     """A random crop (0.5 to 1 of each side), flip, brightness and contrast of uint8 [h, w, 3].
 
-    Boxes are clipped to the crop. An instance that keeps less than half of its box is dropped and its label gets
-    `"crowd": true`: something of it may still be seen, so it must not be counted. Texts that are cut are dropped.
-    A crop may contradict a human caption, so captions are only kept where at least 0.85 of each side remains, and
-    the fields of a receipt only with the whole receipt.
+    Boxes are clipped. An instance with less than half of its box left is dropped, and its label gets `"crowd": true`:
+    it may still be visible, so the label is not counted. Cut texts are dropped. Captions are kept if at least 0.85 of
+    each side remains, fields of a receipt only with the whole receipt, because crops may contradict them.
     """
     height, width = rgb.shape[:2]
-    # Half of the time the whole picture: counting wants complete scenes.
+    # Half of the time the whole picture: counting needs complete scenes.
     scale_y, scale_x = rng.uniform(0.5, 1.0, 2) if rng.random() < 0.5 else (1.0, 1.0)
     crop_h, crop_w = max(1, round(height * scale_y)), max(1, round(width * scale_x))
     top, left = int(rng.integers(height - crop_h + 1)), int(rng.integers(width - crop_w + 1))
@@ -136,7 +137,7 @@ def augment(rgb: np.ndarray, annotation: Annotation, rng: np.random.Generator) -
 
 
 def crop_annotation(annotation: Annotation, window: tuple[float, float, float, float], flip: bool) -> Annotation:
-    """The annotation of the part `window` (x0, y0, x1, y1, percent of the old sides), mirrored if `flip`."""
+    """The annotation of the crop `window` (x0, y0, x1, y1, percent), mirrored if `flip`."""
     x0, y0, x1, y1 = window
     out = dict(annotation)
     if "width" in annotation:
@@ -152,7 +153,7 @@ def crop_annotation(annotation: Annotation, window: tuple[float, float, float, f
     smallest = min(x1 - x0, y1 - y0)
     if smallest < 85:
         out.pop("captions", None)
-    # Any line of a receipt may be the one with the total; a garment fills its photo.
+    # The total of a receipt may be on any line; a garment fills its photograph.
     if smallest < (100 if annotation["source"] == "receipts" else 70):
         out.pop("fields", None)
     return out
@@ -163,7 +164,7 @@ def _crop_object(item: Annotation, window: tuple[float, float, float, float], fl
     stays = [k >= KEPT_AREA for k in kept]
     boxes = [_move_box(b, window, flip) for b, s in zip(item["boxes"], stays, strict=True) if s]
     points = [_move_point(p, window, flip) for p, s in zip(item["points"], stays, strict=True) if s]
-    # A mask's centroid may have been cut off although half of the box is left.
+    # A mask's centroid may be cut off even if half of the box is left.
     points = [p if 0 <= p[0] <= 100 and 0 <= p[1] <= 100 else _centre(b) for p, b in zip(points, boxes, strict=True)]
     out = {**item, "boxes": boxes, "points": points}
     if any(0 < k < KEPT_AREA for k in kept):
@@ -196,8 +197,9 @@ def _centre(box: list[float]) -> list[float]:
 
 
 def _jitter(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Contrast 0.75 to 1.25 about the mean, then brightness 0.8 to 1.2; by table, so that it costs nothing."""
+    """Change contrast (0.75 to 1.25, about the mean), then brightness (0.8 to 1.2), with a lookup table."""
     contrast, brightness = rng.uniform(0.75, 1.25), rng.uniform(0.8, 1.2)
     mean = float(rgb[::8, ::8].mean())
     levels = ((np.arange(256) - mean) * contrast + mean) * brightness
-    return np.clip(levels, 0, 255).astype(np.uint8)[rgb]
+    table = np.clip(levels, 0, 255).astype(np.uint8)
+    return np.asarray(table[rgb])

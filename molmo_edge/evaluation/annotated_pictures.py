@@ -1,4 +1,4 @@
-"""Annotated pictures: photographs in the format of `molmo_edge.data.annotated_photos`, and scenes drawn here."""
+"""Annotated pictures to evaluate on: photographs (see molmo_edge/data/annotated_photos.py) and drawn scenes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from molmo_edge.data.grounded_questions import absent_labels
 from molmo_edge.frontend.crops import load_image
 from molmo_edge.system.files import printable
 
-MOST_INSTANCES = 12  # labels with more are not asked about, in training as here
+MOST_INSTANCES = 12  # labels with more are not asked about, here and in training
 RECEIPTS = "receipts"
 
-# Of Fluent Emoji (Microsoft, MIT), in the order of sprites.webp.
+# The sprites of sprites.webp, in order: Fluent Emoji (Microsoft, MIT).
 _SHEET = Path(__file__).parent.parent / "data" / "drawn" / "sprites.webp"
-_SIDE = 112  # pixels of a cell
+_SIDE = 112  # cell size, pixels
 _NAMES = (
     "dog", "cat", "horse", "elephant", "zebra", "giraffe", "lion", "tiger", "monkey", "panda", "rabbit", "pig", "frog",
     "turtle", "octopus", "crab", "butterfly", "bee", "duck", "owl", "penguin", "apple", "banana", "orange", "lemon",
@@ -40,30 +40,31 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what is known of it."""
+    """A picture and its annotation."""
 
     group: str  # "scenes" or a photo source
     rgb: Callable[[], np.ndarray]  # uint8 [h, w, 3]
     annotation: Mapping[str, Any]  # coordinates are percent
-    asked: tuple[str, ...] = ()  # what is asked about a picture that nothing is known of
+    asked: tuple[str, ...] = ()  # questions about a picture without annotations
 
     @property
     def id(self) -> str:
-        """The same at every run, and for every copy of the picture's folder."""
+        """Equal in every run and for every copy of the folder."""
         return f"{self.group}/{zlib.crc32(json.dumps(self.annotation, sort_keys=True).encode()):08x}"
 
     def absent(self) -> str | None:
-        """A label that is certainly not in the picture, the same one at every run."""
-        if said := [o["label"] for o in self.annotation.get("objects", ()) if not o["boxes"] and not o.get("crowd")]:
-            return said[0]
+        """A label that is certainly not in the picture, equal in every run; None if there is none."""
+        for item in self.annotation.get("objects", ()):
+            if not item["boxes"] and not item.get("crowd"):
+                return str(item["label"])
         if "source" not in self.annotation:
             return None
         labels = sorted(absent_labels(dict(self.annotation), COCO_LABELS))
         seed = zlib.crc32(json.dumps(self.annotation, sort_keys=True).encode())
-        return labels[seed % len(labels)] if labels else None
+        return str(labels[seed % len(labels)]) if labels else None
 
     def labels(self) -> list[tuple[str, list[list[float]]]]:
-        """(label, boxes) of what can be pointed at and counted: no crowds."""
+        """(label, boxes) of objects that can be pointed at and counted, without crowds."""
         objects = self.annotation.get("objects", ())
         return [
             (o["label"], o["boxes"]) for o in objects if not o.get("crowd") and 1 <= len(o["boxes"]) <= MOST_INSTANCES
@@ -71,7 +72,7 @@ class Picture:
 
 
 def photo_pictures(root: Path, split: str = "val") -> Iterator[Picture]:
-    """Those of `split`, and those that belong to none. Raises PhotoError."""
+    """Photographs of `split` or without a split. Raises PhotoError."""
     for photo in load_photos(root, split):
         try:
             _check(photo)
@@ -81,9 +82,9 @@ def photo_pictures(root: Path, split: str = "val") -> Iterator[Picture]:
 
 
 def plain_pictures(root: Path) -> list[Picture]:
-    """Photos without annotations, as `--calibrate` takes them: those of prompts.jsonl, else all with common questions.
+    """Photographs without annotations: those of prompts.jsonl, or else all in the folder with common questions.
 
-    Raises PhotoError where there are none.
+    The same folders work with `--calibrate`. Raises PhotoError if there are no photographs.
     """
     from molmo_edge.quantize.calibration_prompts import PROMPTS, QUESTIONS, photos_in, read_prompts
 
@@ -94,9 +95,7 @@ def plain_pictures(root: Path) -> list[Picture]:
     else:
         asked = {path: list(QUESTIONS) for path in photos_in(root)}
     if not asked:
-        raise PhotoError(
-            f"{root / ANNOTATIONS} is missing, and {root} holds no photos either: is it the folder of photographs?"
-        )
+        raise PhotoError(f"{root} has neither {ANNOTATIONS} nor photographs: is it the right folder?")
     return [
         Picture("photos", partial(load_image, path), {"image": path.relative_to(root).as_posix()}, tuple(questions))
         for path, questions in asked.items()
@@ -104,46 +103,44 @@ def plain_pictures(root: Path) -> list[Picture]:
 
 
 def _check(photo: Photo) -> None:
-    """Raises PhotoError, now rather than after an hour of questions. `load_photos` has checked the coordinates."""
+    """Raise PhotoError before the evaluation starts. `load_photos` has already checked the coordinates."""
     annotation, where = photo.annotation, photo.where
-    if not os.path.isfile(photo.path):  # False for names that no file can have, too
+    if not os.path.isfile(photo.path):  # also False for invalid names
         raise PhotoError(f"{where}: there is no {printable(photo.path)}")
     if not isinstance(annotation.get("source", ""), str):
-        raise PhotoError(f'{where}: "source" is the name of where photos are from, a text')
+        raise PhotoError(f'{where}: "source" must be a text')
     for item in annotation.get("objects", ()):
         if not isinstance(item["label"], str) or not item["label"].strip():
-            raise PhotoError(f'{where}: each of "objects" needs a "label" and its "boxes"')
+            raise PhotoError(f'{where}: each of "objects" needs a "label" and "boxes"')
         if item.get("crowd") not in (None, False, True):
-            raise PhotoError(f'{where}: "crowd" of "{printable(item["label"])}" is true or false')
+            raise PhotoError(f'{where}: "crowd" of "{printable(item["label"])}" must be true or false')
         boxes = [tuple(box) for box in item["boxes"]]
         if twice := [box for box in boxes if boxes.count(box) > 1]:
-            raise PhotoError(
-                f'{where}: "{printable(item["label"])}" has the box {list(twice[0])} twice: leave out one of them'
-            )
+            raise PhotoError(f'{where}: "{printable(item["label"])}" has the box {list(twice[0])} twice: remove one')
     labels = [item["label"] for item in annotation.get("objects", ())]
-    if twice_said := [label for label in labels if labels.count(label) > 1]:
-        raise PhotoError(f'{where}: "{printable(twice_said[0])}" stands there twice, put its boxes together')
-    said = [*(t.get("text") for t in annotation.get("texts", ())), *annotation.get("fields", {}).values()]
-    if not all(isinstance(text, str) for text in said):
-        raise PhotoError(f"{where}: texts and fields are texts, numbers in quotes too")
-    if any("\ud800" <= character <= "\udfff" for text in (*labels, *said) for character in text):
-        raise PhotoError(f"{where}: a text has half of a surrogate pair, which is no character")
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise PhotoError(f'{where}: the label "{printable(repeated[0])}" occurs twice: merge its boxes')
+    texts = [*(t.get("text") for t in annotation.get("texts", ())), *annotation.get("fields", {}).values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise PhotoError(f"{where}: texts and fields must be strings: quote numbers")
+    if any("\ud800" <= character <= "\udfff" for text in (*labels, *texts) for character in text):
+        raise PhotoError(f"{where}: a text has an unpaired surrogate")
     if not all(
         re.fullmatch(r"([01]?\d|2[0-4]):[0-5]\d", str(clock.get("time")), re.ASCII)
         for clock in annotation.get("clocks", ())
     ):
-        raise PhotoError(f'{where}: the time of a clock is written as "3:25"')
+        raise PhotoError(f'{where}: the time of a clock must be written as "3:25"')
 
 
 def scene_pictures(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Picture]:
-    """Scenes from sprites of the validation split, so that no picture in them was trained on."""
+    """Scenes from sprites of the validation split, which are not used in training."""
     yield from _drawn(load_assets(sprites, split="val"), number, kind, seed)
 
 
 def embedded_scenes(number: int, seed: int = 2025) -> list[Picture]:
-    """Scenes from the pictures and the font that come along, the same on every machine with this Pillow and numpy.
+    """Scenes from the included sprites and Pillow's font, equal on all machines with the same Pillow and numpy.
 
-    About three in five of sprites, one of words, one of clocks. nano has seen these sprites in other scenes.
+    60 % show sprites, 20 % words and 20 % clocks. nano was trained on other scenes with these sprites.
     """
     sheet = Image.open(_SHEET).convert("RGBA")
     sprites: dict[str, tuple[Image.Image, ...]] = {}
