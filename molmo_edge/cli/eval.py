@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import molmo_edge
 from molmo_edge.cli import options
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.question_options import Asked, bars, open_suite
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.files import atomic_write
+from molmo_edge.system.version import __version__
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -103,9 +103,7 @@ def eval(
         )
     _say_published_crops(names, max_crops, quiet=quiet)
     identity = model_fingerprint(directory)
-    claim_folder(
-        folder, {"model": identity, "tasks": names, "limit": limit, "version": molmo_edge.__version__, **settings}
-    )
+    claim_folder(folder, {"model": identity, "tasks": names, "limit": limit, "version": __version__, **settings})
     left = sum(len(asked[name]) - count_answered(folder, name) for name in names)
     if processes > 1 and left:
         given = {**settings, "tasks": tasks, "limit": limit, "data": data, "out": folder}
