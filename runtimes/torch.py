@@ -1,4 +1,4 @@
-"""A checkpoint, or a bundle's weights, on PyTorch: the yardstick that the other engines are held against."""
+"""A checkpoint, or the weights of a bundle, on PyTorch: the reference for the other engines."""
 
 from __future__ import annotations
 
@@ -22,26 +22,33 @@ from molmo_edge.modeling.decoder import image_attention_mask
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.protocol import check_causal, check_copy, check_overview, check_pooling, check_rows
+from molmo_edge.runtimes.protocol import (
+    check_capacity,
+    check_causal,
+    check_copy,
+    check_overview,
+    check_pooling,
+    check_rows,
+)
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CROPS = 4  # crops that go through the vision tower at once; bounds the memory of activations
+_CROPS = 4  # crops per run of the vision tower; bounds the memory of activations
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
-    """PyTorch says RuntimeError to memory that is not there, on a GPU and on a CPU."""
+def _memory_errors() -> Iterator[None]:
+    """Turn PyTorch's errors about missing memory, on a GPU or a CPU, into EngineError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
         raise EngineError(
-            "there is not enough memory: ask with fewer crops, in smaller batches, or with a smaller precision"
+            "there is not enough memory: use fewer crops, smaller batches or a smaller precision"
         ) from error
 
 
@@ -49,7 +56,7 @@ def _inference(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         forks.check(cast(TorchRuntime, args[0]).born, "this checkpoint")
-        with torch.inference_mode(), _one_sentence():
+        with torch.inference_mode(), _memory_errors():
             return method(*args, **kwargs)
 
     return run
@@ -57,7 +64,7 @@ def _inference(method: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass
 class TorchCache:
-    """A `modeling.KVCache` of batch 1 behind the Cache protocol."""
+    """A `modeling.KVCache` of batch 1 as a `molmo_edge.runtimes.Cache`."""
 
     inner: KVCache
 
@@ -80,17 +87,17 @@ class TorchCache:
 
 @dataclass
 class TorchBatch:
-    """Prompts of different lengths side by side, padded behind; what is generated follows the longest."""
+    """Prompts of different lengths, padded at the end to the longest, which the generated tokens follow."""
 
     inner: KVCache
     lengths: torch.Tensor  # int [batch], of the prompts
-    prompt: int  # the longest of them
+    prompt: int  # the length of the longest
 
 
 class TorchRuntime:
-    """Runtime and BatchRuntime over `modeling.Molmo`.
+    """A PartedRuntime, BatchRuntime and ImageBlockRuntime over `modeling.Molmo`.
 
-    In a forked child every call raises EngineError: neither OpenMP nor CUDA works there.
+    In a forked child every call raises EngineError, because neither OpenMP nor CUDA works there.
     """
 
     def __init__(
@@ -98,26 +105,26 @@ class TorchRuntime:
     ) -> None:
         """Load a checkpoint directory, in hub layout or the reference's own.
 
-        Raises CheckpointError, Unavailable without the device, and PrecisionError where the weights do not fit into
-        the memory that is free.
+        Raises CheckpointError, Unavailable if there is no such device, and PrecisionError if the weights do not fit
+        into free memory.
         """
         kind, precision = check_checkpoint_room(checkpoint, device=device, precision=precision)
         config = read_config(checkpoint)
         tensors = open_tensors(checkpoint)
-        with _one_sentence():
+        with _memory_errors():
             model = build_model(config, tensors, where=str(checkpoint), precision=precision, device=kind)
         self._take(model, threads)
 
     @classmethod
     def from_model(cls, model: Molmo, *, threads: int | None = None) -> TorchRuntime:
-        """Over a model that is loaded already; it is shared, not copied."""
+        """Wrap a loaded model, which is shared, not copied."""
         runtime = cls.__new__(cls)
         cls._take(runtime, model.eval(), threads)
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
         self.born = forks.generation()  # see molmo_edge.runtimes.forks
-        self._threads_before = torch.get_num_threads()  # they are the process's, not this runtime's
+        self._threads_before = torch.get_num_threads()  # a setting of the process
         threads = choose_threads(threads)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -138,7 +145,7 @@ class TorchRuntime:
 
     @property
     def precision(self) -> str:
-        """Of the weights, "auto" resolved."""
+        """The precision of the weights, "auto" resolved."""
         return self.model.precision
 
     @_inference
@@ -179,7 +186,7 @@ class TorchRuntime:
         return self.model.connector(self._tensor(features), self._tensor(masks), index).float().cpu().numpy()
 
     def _in_parts(self, module: Callable[..., torch.Tensor], *arrays: np.ndarray) -> np.ndarray:
-        """Some crops at a time."""
+        """Run `module` on _CROPS crops at a time."""
         parts = [
             module(*(self._tensor(array[i : i + _CROPS]) for array in arrays)).float().cpu().numpy()
             for i in range(0, len(arrays[0]), _CROPS)
@@ -194,11 +201,7 @@ class TorchRuntime:
 
     def new_cache(self, capacity: int) -> TorchCache:
         forks.check(self.born, "this checkpoint")
-        decoder = self.config.decoder
-        if capacity > decoder.max_position_embeddings:
-            raise EngineError(
-                f"the model has {decoder.max_position_embeddings} positions, a cache of {capacity} was asked for"
-            )
+        check_capacity(capacity, self.config)
         return TorchCache(self._cache(1, capacity))
 
     @_inference
@@ -221,9 +224,9 @@ class TorchRuntime:
 
     @_inference
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:
-        """Run prompts, float32 [n_i, d_model]; -> logits [batch, embedding_size] of their ends, and a cache.
+        """Run prompts, float32 [n_i, d_model] -> the logits [batch, embedding_size] of their last positions, a cache.
 
-        `room`: tokens that will follow each. Short prompts are padded at the end, which causal attention never reaches.
+        `room`: tokens that can follow each. Short prompts are padded at the end, which causal attention never reaches.
         """
         if self.config.decoder.bidirectional_images:
             raise EngineError("prompts of this model cannot be prefilled in a batch: its image tokens are not causal")
@@ -239,7 +242,7 @@ class TorchRuntime:
 
     @_inference
     def forward_batch(self, embeddings: np.ndarray, batch: TorchBatch) -> np.ndarray:
-        """Append one token to each: float32 [batch, d_model] -> float32 logits [batch, embedding_size]."""
+        """Append one token to each prompt: float32 [batch, d_model] -> float32 logits [batch, embedding_size]."""
         cache, end = batch.inner, batch.inner.length + 1
         slots = torch.arange(end, device=self.device)
         real = (slots < batch.lengths[:, None]) | (slots >= batch.prompt)  # [batch, keys]; padding lies between
@@ -249,7 +252,7 @@ class TorchRuntime:
         return self._logits(hidden[:, 0])
 
     def close(self) -> None:
-        """Let go of the model: its memory is free unless the caller of `from_model` keeps it."""
+        """Release the model; its memory is freed unless the caller of `from_model` keeps it."""
         if self._model is not None and self.born == forks.generation():
             torch.set_num_threads(self._threads_before)
         self._model = None
@@ -266,7 +269,7 @@ class TorchRuntime:
 
 
 def check_checkpoint_room(directory: str | Path, *, device: str, precision: str) -> tuple[str, str]:
-    """Device and precision, "auto" resolved. Raises Unavailable, and PrecisionError for weights that do not fit."""
+    """Resolve "auto" for device and precision. Raises Unavailable, and PrecisionError if the weights do not fit."""
     kind = _pick_device(device)
     return kind, choose_precision(read_config(directory), precision, kind, _free_memory(kind))
 
@@ -284,10 +287,10 @@ def _pick_device(device: str) -> str:
 
 
 def _free_memory(device: str) -> int | None:
-    """Bytes. A Mac's GPU and a Jetson's share the memory of the system, where cached files can make room."""
+    """Free memory in bytes. The GPUs of Macs and Jetsons share the system's memory, which cached files can give up."""
     if device != "cuda":
         return available_memory()
-    # PyTorch keeps what earlier models had.
+    # PyTorch keeps the memory of earlier models.
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     shared = getattr(torch.cuda.get_device_properties(0), "is_integrated", False)
     return max(free, available_memory() or 0) if shared else free

@@ -220,7 +220,7 @@ def test_memory_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatc
         RuntimeError("DefaultCPUAllocator: not enough memory"),
     ):
         monkeypatch.setattr(runtime.model.decoder, "embed", lambda *_, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(EngineError, match="not enough memory: ask with fewer crops"):
+        with pytest.raises(EngineError, match="not enough memory: use fewer crops"):
             runtime.embed(np.zeros(1, np.int64))
     monkeypatch.setattr(runtime.model.decoder, "embed", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
