@@ -1,11 +1,11 @@
-"""The Python half of benchmarks/arm64.sh: bundles made, asked on one machine, and the answers of two compared.
+"""The Python half of benchmarks/arm64.sh: export bundles, ask them on a machine, compare the answers of two machines.
 
-What may differ is measured too. Rounding a layer's input to eight bits makes a step of a last bit's difference, so
-every bundle but fp32 answers a photo whose pixels are a millionth off as differently as another processor does. The
-host therefore asks such photos as well ("nudged"), and what the other machine does is held against that.
+Expected differences are measured too. Layers that round their input to eight bits turn a difference in the last bit
+into a step, so every bundle except fp32 answers a photo whose pixels differ by a millionth as differently as another
+processor does. The host therefore also asks such photos ("nudged"), and the other machine is compared with them.
 
-`export` needs molmo-edge[export,torch]; `ask` runs on either machine with what an app installs; `compare` reads what
-`ask` wrote. Everything lies in one folder, WORK: bundles/, images/, answers/MACHINE/.
+`export` needs molmo-edge[export,torch]; `ask` runs on either machine with an app's installation; `compare` reads the
+output of `ask`. All files are in one folder, WORK: bundles/, images/, answers/MACHINE/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 ARCHITECTURES = ("molmoe", "qwen", "olmo")
 PRECISIONS = ("fp32", "int8", "q4", "mixed")
 NEW_TOKENS = 24
-# (image, max_crops, questions): few crops, since an emulated processor is some tens of times slower.
+# (image, max_crops, questions): few crops, because an emulated processor is tens of times slower.
 GOLDEN = (
     ("astronaut.png", 1, ("Point to the helmet.", "Describe this image.")),
     ("coffee.png", 2, ("How many cups are there?",)),
@@ -34,20 +34,20 @@ NANO = (
     ("coffee.jpg", 0, ("How many cups are there?", "Point to the spoon.", "Describe this image.")),
     ("astronaut.png", 1, ("Point to the helmet.", "How many people are there?")),
 )
-NUDGE = 1e-6  # noise on the pixels, a part of each: float32's own precision, about
-# Logits behind the likeliest that rounding accounts for anyway, as in molmo_edge/selfcheck.py.
+NUDGE = 1e-6  # relative noise on the pixels, about the precision of float32
+# The gap in logits that rounding explains, as in molmo_edge/selfcheck.py.
 NEAR = 0.5
-# The median difference of logits may be this many times that of nudged pixels; below the floor it is float32's own.
+# Limit on the median difference of logits, relative to nudged pixels; below the floor it is float32's rounding.
 TYPICAL, FLOOR = 1.5, 1e-4
-# Bits of AT_HWCAP and AT_HWCAP2 (Linux, arch/arm64/include/uapi/asm/hwcap.h) that choose kernels.
+# Bits of AT_HWCAP and AT_HWCAP2 (Linux, arch/arm64/include/uapi/asm/hwcap.h) that select kernels.
 HWCAP = {"asimd": 1, "fphp": 9, "asimddp": 20, "sve": 22}
 HWCAP2 = {"i8mm": 13, "bf16": 14, "sme": 23}
 
 
 class Recorder:
-    """A runtime that keeps the logits of every call: molmo_edge.runtimes.Runtime around another.
+    """A wrapper around a runtime that keeps the logits of every call.
 
-    `nudge`: the seed of noise on the pixels, None for none.
+    `nudge`: the seed of noise on the pixels; None: no noise.
     """
 
     def __init__(self, runtime: Any, nudge: int | None) -> None:
@@ -77,27 +77,27 @@ def export(golden: Path, work: Path) -> None:
     for architecture in ARCHITECTURES:
         for precision in PRECISIONS:
             name = f"{architecture}-{precision}"
-            # The one check is for `molmo-edge verify`: it sees all crops, which takes its time.
+            # One check, for `molmo-edge verify`: it runs all crops, which takes long.
             asked = check if name == "molmoe-mixed" else None
             export_bundle(golden / architecture, work / "bundles" / name, precision, check=asked)
 
 
 def ask(work: Path, machine: str, follow: str | None, threads: int, nudge: int | None) -> None:
-    """Ask every bundle, and the embedded nano, everything.
+    """Ask all questions to every bundle and the embedded nano.
 
-    `follow`: the machine whose answers decide which ids come before the logits that are kept. An answer that parts
-    from them is followed a second time: two machines can be compared only where they have read the same.
+    `follow`: the machine whose ids precede the recorded logits. If an answer differs from that machine's, its ids are
+    run a second time: logits are comparable only after the same ids.
     """
     import onnxruntime
 
     out = work / "answers" / machine
     out.mkdir(parents=True)
-    told = json.loads((work / "answers" / follow / "answers.json").read_text())["answers"] if follow else {}
-    found: dict[str, list[dict[str, Any]]] = {}
+    followed = json.loads((work / "answers" / follow / "answers.json").read_text())["answers"] if follow else {}
+    answers_by_bundle: dict[str, list[dict[str, Any]]] = {}
     began = time.perf_counter()
     for name in (*(f"{a}-{p}" for a in ARCHITECTURES for p in PRECISIONS), "nano"):
         started = time.perf_counter()
-        found[name], logits = _asked(work, name, told.get(name), threads, nudge)
+        answers_by_bundle[name], logits = _asked(work, name, followed.get(name), threads, nudge)
         np.savez(out / f"{name}.npz", *logits)
         print(f"{name:14} {time.perf_counter() - started:7.1f} s", file=sys.stderr, flush=True)
     about = {
@@ -109,12 +109,12 @@ def ask(work: Path, machine: str, follow: str | None, threads: int, nudge: int |
         "features": _features(),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    (out / "answers.json").write_text(json.dumps({"about": about, "answers": found}, indent=1) + "\n")
+    (out / "answers.json").write_text(json.dumps({"about": about, "answers": answers_by_bundle}, indent=1) + "\n")
     print(json.dumps(about))
 
 
 def _asked(
-    work: Path, name: str, told: list[dict[str, Any]] | None, threads: int, nudge: int | None
+    work: Path, name: str, followed: list[dict[str, Any]] | None, threads: int, nudge: int | None
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     from molmo_edge.checkpoints.bundle import default_bundle, load_tokenizer
     from molmo_edge.molmo import Molmo
@@ -139,8 +139,8 @@ def _asked(
                 "complete": answer.complete,
                 "text": answer.text,
             }
-            if told is not None and _said(told[len(answers)]) != _said(entry):
-                other = told[len(answers)]
+            if followed is not None and _ids_and_end(followed[len(answers)]) != _ids_and_end(entry):
+                other = followed[len(answers)]
                 runtime.logits.clear()
                 entry["gaps"] = logit_gaps(
                     molmo.engine, scene, question, other["token_ids"], complete=other["complete"]
@@ -151,12 +151,12 @@ def _asked(
     return answers, kept
 
 
-def _said(entry: dict[str, Any]) -> tuple[list[int], bool]:
+def _ids_and_end(entry: dict[str, Any]) -> tuple[list[int], bool]:
     return entry["token_ids"], entry["complete"]
 
 
 def _features() -> list[str]:
-    """What the processor says it has: an engine picks its kernels by this."""
+    """Return the processor features by which engines select kernels."""
     if platform.machine() != "aarch64":
         return []
     getauxval = ctypes.CDLL(None).getauxval
@@ -167,7 +167,7 @@ def _features() -> list[str]:
 
 
 class Answers:
-    """What `ask` wrote on one machine."""
+    """The output of `ask` on one machine."""
 
     def __init__(self, folder: Path) -> None:
         read = json.loads((folder / "answers.json").read_text())
@@ -175,12 +175,12 @@ class Answers:
         self._folder = folder
 
     def logits(self, bundle: str) -> list[np.ndarray]:
-        """[n, vocab_size] for each question, behind the ids of the machine that was followed."""
+        """Return [n, vocab_size] for each question, after the ids of the followed machine."""
         with np.load(self._folder / f"{bundle}.npz") as arrays:
             return [arrays[f"arr_{i}"] for i in range(len(self.bundles[bundle]))]
 
     def gaps(self, bundle: str) -> list[float]:
-        """How far the followed ids lie behind the likeliest here, at all positions of all answers."""
+        """Return the gaps of the followed ids to the likeliest, at all positions of all answers."""
         pairs = zip(self.bundles[bundle], self.logits(bundle), strict=True)
         return [gap for entry, x in pairs for gap in entry.get("gaps", [0.0] * len(x))]
 
@@ -189,7 +189,7 @@ class Answers:
 
 
 def compare(work: Path, here: str, there: str) -> bool:
-    """Print how the answers of `there` differ from those of `here`; -> whether rounding accounts for it all."""
+    """Print how the answers of `there` differ from those of `here`; return whether rounding explains all of it."""
     folders = work / "answers"
     mine, theirs = Answers(folders / here), Answers(folders / there)
     nudged = [Answers(folder) for folder in sorted(folders.glob("nudged-*"))]
@@ -199,9 +199,9 @@ def compare(work: Path, here: str, there: str) -> bool:
     if mine.about["onnxruntime"] != theirs.about["onnxruntime"]:
         raise SystemExit("the two sides ran different versions of onnxruntime")
     print(
-        f"\nIn brackets: {len(nudged)} times {here} with pixels {NUDGE:g} off. Logits: how far apart behind equal ids."
+        f"\nIn brackets: {len(nudged)} runs of {here} with pixels changed by {NUDGE:g}. Logits: difference after equal ids."
     )
-    columns = ("answers equal", "ids equal", "logits, median", "logits, most", "farthest id")
+    columns = ("answers equal", "ids equal", "logits, median", "logits, largest", "largest gap")
     print(f"{'':13}" + "".join(f"{column:>19}" for column in columns))
     wrong, notes = [], []
     for bundle in mine.bundles:
@@ -218,23 +218,23 @@ def compare(work: Path, here: str, there: str) -> bool:
             f"{gaps.max():.2g} ({others.max():.2g})",
         )
         print(f"{bundle:13}" + "".join(f"{cell:>19}" for cell in cells))
-        # Two logits that each move by as much as nudged pixels move them change places by twice of it.
+        # If nudged pixels change two logits by x each, their order can change over a gap of 2 x.
         if (gaps > np.maximum(NEAR, 2 * usual.max(axis=0))).any():
-            wrong.append(f"{bundle}: an id lies {gaps.max():.2g} logits behind, more than rounding accounts for")
+            wrong.append(f"{bundle}: an id has a gap of {gaps.max():.2g} logits, more than rounding explains")
         if np.median(drift) > max(FLOOR, TYPICAL * np.median(usual)):
-            wrong.append(f"{bundle}: the logits differ by more than {TYPICAL:g} times what nudged pixels do")
+            wrong.append(f"{bundle}: the logits differ by more than {TYPICAL:g} times the effect of nudged pixels")
         notes += _differences(mine, theirs, bundle)
     print(*notes, *wrong, sep="\n")
     return not wrong
 
 
-def _drift(exact: list[np.ndarray], found: list[np.ndarray]) -> np.ndarray:
-    """The largest difference of any logit, at all positions of all answers."""
-    return np.concatenate([np.abs(x - y).max(axis=1) for x, y in zip(exact, found, strict=True)])
+def _drift(exact: list[np.ndarray], other: list[np.ndarray]) -> np.ndarray:
+    """Return the largest difference of any logit, at all positions of all answers."""
+    return np.concatenate([np.abs(x - y).max(axis=1) for x, y in zip(exact, other, strict=True)])
 
 
 def _differences(mine: Answers, theirs: Answers, bundle: str) -> list[str]:
-    """A line for each answer that is another: where they part, and by how little."""
+    """Return a line for each different answer: where it diverges, and by which gap."""
     lines = []
     rows = zip(theirs.bundles[bundle], mine.logits(bundle), theirs.logits(bundle), strict=True)
     for entry, x, y in rows:
@@ -242,8 +242,8 @@ def _differences(mine: Answers, theirs: Answers, bundle: str) -> list[str]:
             at = int(np.flatnonzero(x.argmax(1) != y.argmax(1))[0])
             a, b = int(x[at].argmax()), int(y[at].argmax())
             lines.append(
-                f"{bundle}, {entry['image']}, {entry['question']} Id {at} is {a}, there {b}: {a} is ahead of it by "
-                f"{x[at, a] - x[at, b]:.2g}, there behind by {y[at, b] - y[at, a]:.2g}"
+                f"{bundle}, {entry['image']}, {entry['question']} Id {at} is {a}, there {b}: gap {x[at, a] - x[at, b]:.2g}, "
+                f"there {y[at, b] - y[at, a]:.2g}"
             )
     return lines
 
@@ -251,13 +251,13 @@ def _differences(mine: Answers, theirs: Answers, bundle: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("export", help="the golden checkpoints as bundles")
+    one = commands.add_parser("export", help="export the golden checkpoints as bundles")
     one.add_argument("golden", type=Path)
     one.add_argument("work", type=Path)
     two = commands.add_parser("ask", help="ask all bundles on this machine")
     two.add_argument("work", type=Path)
-    two.add_argument("machine", help="a name for it")
-    two.add_argument("--follow", help="the machine that answered before")
+    two.add_argument("machine", help="a name for this machine")
+    two.add_argument("--follow", help="the machine whose ids to follow")
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--nudge", type=int, help="seed of noise on the pixels")
     three = commands.add_parser("compare", help="exit status 1: an id differs beyond rounding")

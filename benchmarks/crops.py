@@ -1,7 +1,7 @@
-"""What fewer crops save, and what they cost: time to the first token, pointing and counting, by `max_crops`.
+"""Measure the effect of `max_crops` on the time to the first token, pointing and counting.
 
     python -m benchmarks.crops --photos PHOTOS --limit 60            # the embedded nano
-    python -m benchmarks.crops --model BUNDLE --image photo.jpg      # times alone, of any bundle
+    python -m benchmarks.crops --model BUNDLE --image photo.jpg      # only times, for any bundle
 
 PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; every row uses the same photos, those of the
 `val` split. Prints a table and, last, one line of JSON.
@@ -26,10 +26,10 @@ QUESTION = "Describe this image."
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a bundle; the embedded nano if left out")
+    parser.add_argument("--model", help="a bundle; default: the embedded nano")
     parser.add_argument("--photos", type=Path)
-    parser.add_argument("--limit", type=int, default=60, help="most photos, taken evenly from the list")
-    parser.add_argument("--image", type=Path, help="time this one alone")
+    parser.add_argument("--limit", type=int, default=60, help="maximum number of photos, sampled evenly")
+    parser.add_argument("--image", type=Path, help="time only this image")
     parser.add_argument("--crops", type=int, nargs="+", default=[0, 2, 4, 6, 9, 12])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _times(molmo: Molmo, images: list[Any]) -> dict[str, float]:
-    """Medians over the images, which stand for all kinds of sizes; the model is warm."""
+    """Return medians over the images, after a warm-up."""
     molmo.ask(images[0], QUESTION, max_new_tokens=1)
     usages = [molmo.ask(image, QUESTION, max_new_tokens=1).usage for image in images[:20]]
     seconds = [usage.seconds for usage in usages]
@@ -71,7 +71,7 @@ def _times(molmo: Molmo, images: list[Any]) -> dict[str, float]:
 
 
 def _scores(report: dict[str, Any]) -> dict[str, float]:
-    """Over all questions, whatever photo source they belong to."""
+    """Average over all questions of all photo sources."""
     pointing, counting = report["pointing"].values(), report["counting"].values()
     n = sum(group["n"] for group in pointing)
     return {

@@ -1,11 +1,11 @@
-"""One decoder on ONNX Runtime and on llama.cpp: prefill of a prompt of embeddings, and tokens after it.
+"""Compare a decoder on ONNX Runtime and on llama.cpp: prefill of embeddings, and decoding.
 
     molmo-edge export CKPT --target cpu-x86 --out ONNX
     molmo-edge export CKPT --engine gguf --precision q4_k_m --out GGUF
     python benchmarks/engines.py --onnx ONNX --gguf GGUF
 
-llama.cpp twice, once with our options and once with its own defaults (weights laid out anew, flash attention). All
-three are loaded into one process and take turns.
+llama.cpp runs with our options and with its own defaults (repacked weights, flash attention). All three are loaded
+into one process and take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, required=True)
     parser.add_argument("--gguf", type=Path, required=True)
-    parser.add_argument("--positions", type=int, default=740, help="of the prompt: 740 are a photo of 640x480")
+    parser.add_argument("--positions", type=int, default=740, help="length of the prompt; a photo of 640x480 takes 740")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int)
@@ -53,7 +53,7 @@ def main() -> None:
     for name, seconds in figures.items():
         prefill, decode = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
         speeds = {"prefill tokens/s": args.positions / prefill, "decode tokens/s": args.tokens / decode}
-        print(json.dumps({"engine": name} | {what: round(speed, 1) for what, speed in speeds.items()}))
+        print(json.dumps({"engine": name} | {name: round(speed, 1) for name, speed in speeds.items()}))
 
 
 if __name__ == "__main__":

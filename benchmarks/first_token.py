@@ -1,4 +1,4 @@
-"""From `import molmo_edge` to the first token of an answer about a 640x480 photo, each run in a fresh process.
+"""Time from `import molmo_edge` to the first token about a 640x480 photo, each run in a new process.
 
 `python benchmarks/first_token.py [--photo FILE] [--runs 5] [--threads 2]` prints a table and, last, one line of JSON.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--photo", type=Path, default=Path(__file__).parent.parent / "examples" / "coffee.jpg")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="0: the engine's choice")
+    parser.add_argument("--threads", type=int, default=2, help="0: the default of the engine")
     args = parser.parse_args()
     from PIL import Image
 
@@ -48,7 +48,7 @@ def main() -> None:
             image.convert("RGB").resize((640, 480), Image.Resampling.BICUBIC).save(photo, quality=90)
         command = [sys.executable, "-c", CHILD, str(photo), str(args.threads)]
         runs = []
-        for _ in range(args.runs + 1):  # the first warms the disk's cache and verifies the hashes
+        for _ in range(args.runs + 1):  # the first fills the disk cache and verifies the hashes
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs.append(json.loads(done.stdout))
     if any(run["torch"] for run in runs):

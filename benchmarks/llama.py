@@ -1,11 +1,11 @@
-"""A GGUF bundle beside llama.cpp itself on the same file: what our side adds to a token, a prompt, and the memory.
+"""Compare a GGUF bundle with llama.cpp alone on the same file: the overhead per token and prompt, and the memory.
 
     python benchmarks/llama.py --bundle DIR --photo PHOTO [--options repack=yes]
 
-`speed`: ours and llama.cpp alone take turns in one process, each with a context of its own: a prompt of embeddings and
-tokens fed as embeddings against a prompt of ids and tokens fed as ids, same threads, same options. `asking`: the time
-to the first token of a first question about a photo, and of later ones about the encoded scene. `memory`: the peak of
-a fresh process that answers one question, beside the size of the bundle's files.
+`speed`: our runtime and llama.cpp alone take turns in one process, with a context each: embeddings against ids as
+input, same threads, same options. `asking`: the time to the first token of the first question about a photo, and of
+later ones about the encoded scene. `memory`: the peak of a new process that answers one question, and the size of the
+bundle's files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--photo", type=Path, required=True)
-    parser.add_argument("--options", default="", help="as of --llama")
-    parser.add_argument("--positions", type=int, default=740, help="of the prompt: 740 are a photo of 640x480")
+    parser.add_argument("--options", default="", help="as for --llama")
+    parser.add_argument("--positions", type=int, default=740, help="length of the prompt; a photo of 640x480 takes 740")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("speed", "asking", "memory"))
     args = parser.parse_args()
-    parts = {"memory": memory, "speed": speed, "asking": asking}  # memory first: nothing else may be in the way
+    parts = {"memory": memory, "speed": speed, "asking": asking}  # memory first, in a clean process
     for name, part in parts.items():
         if args.only in (None, name):
             print(json.dumps({name: part(args)}), flush=True)
@@ -75,19 +75,19 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for name, runs in seconds.items():
         prefill = statistics.median(prefill for prefill, _ in runs[1:])
         step = statistics.median(step for _, steps in runs[1:] for step in steps)
-        found |= {f"{name} prefill tokens/s": round(n / prefill, 1), f"{name} ms a token": round(1e3 * step, 2)}
+        found |= {f"{name} prefill tokens/s": round(n / prefill, 1), f"{name} ms per token": round(1e3 * step, 2)}
     ours, theirs_ = (
         [statistics.median(steps) for _, steps in runs[1:]] for runs in (seconds["ours"], seconds["llama.cpp"])
     )
     found["decode ratio"] = round(statistics.median(b / a for a, b in zip(ours, theirs_, strict=True)), 3)
     prefills = zip(seconds["ours"][1:], seconds["llama.cpp"][1:], strict=True)
     found["prefill ratio"] = round(statistics.median(b[0] / a[0] for a, b in prefills), 3)
-    found["our ms a token"] = round(_overhead(runtime, rows[:n], ids[n:]), 3)
+    found["our ms per token"] = round(_overhead(runtime, rows[:n], ids[n:]), 3)
     return found
 
 
 def _overhead(runtime: LlamaRuntime, prompt: np.ndarray, tokens: np.ndarray) -> float:
-    """Milliseconds of a token that are not llama_decode's: the table's row, the batch, the logits."""
+    """Return the milliseconds per token outside llama_decode: the embedding, the batch, the logits."""
     cache, model = runtime.new_cache(len(prompt) + len(tokens)), runtime.model
     runtime.forward(prompt, cache)
     inside, decode = [0.0], model.api.llama_decode
@@ -108,7 +108,7 @@ def _overhead(runtime: LlamaRuntime, prompt: np.ndarray, tokens: np.ndarray) -> 
 
 
 class _Alone:
-    """llama.cpp as its own examples use it: ids in, a pointer to the logits out."""
+    """llama.cpp used as in its own examples: ids in, a pointer to the logits out."""
 
     def __init__(self, model: Any, room: int) -> None:
         self._api, self._context = model.api, model.new_context(room)
@@ -130,7 +130,7 @@ class _Alone:
 def asking(args: argparse.Namespace) -> dict[str, Any]:
     firsts, laters = [], []
     with Molmo(args.bundle, engine_options=LlamaOptions.parse(args.options)) as molmo:
-        molmo.ask(args.photo, "What is this?", max_new_tokens=1)  # loads what loads in the background
+        molmo.ask(args.photo, "What is this?", max_new_tokens=1)  # waits for what loads in the background
         for _ in range(args.runs):
             began = time.perf_counter()
             scene = molmo.encode(args.photo)

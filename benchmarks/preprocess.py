@@ -1,4 +1,4 @@
-"""Time of cropping, median of 20: `python benchmarks/preprocess.py [--max-crops 12]`."""
+"""Time to crop images, median of 20 runs: `python benchmarks/preprocess.py [--max-crops 12]`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Where the time of a bundle goes, operator by operator, and how near a token comes to the memory's own speed.
+"""Profile a bundle by operator, and compare the time per token with the memory bandwidth.
 
     python benchmarks/profile_bundle.py BUNDLE
 
-Every token reads the decoder's weights once, of experts those that it chose: bytes a token over the bandwidth of this
-machine, measured here, is the least that it can take. Prints tables and, last, one line of JSON.
+Every token reads the decoder's weights once, and of the experts only the chosen ones: bytes per token divided by this
+machine's bandwidth, measured here, is a lower bound. Prints tables and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-import molmo_edge  # noqa: F401 - it switches off the usage reports of onnxruntime, which is therefore imported after it
+import molmo_edge  # noqa: F401 - switches off the usage reports of onnxruntime, so it comes first
 
 # isort: split
 import onnxruntime
 
 from molmo_edge.checkpoints.bundle import Bundle, open_bundle
-from molmo_edge.runtimes.onnx import OnnxCache, is_large
+from molmo_edge.runtimes.onnx import OnnxCache, is_large, session_options
 
 _EXPERTS = ".experts."
 
@@ -35,7 +35,7 @@ _EXPERTS = ".experts."
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--positions", type=int, default=740, help="of the prompt: 740 are a photo of 640x480")
+    parser.add_argument("--positions", type=int, default=740, help="length of the prompt; a photo of 640x480 takes 740")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` read side by side, best of several: the sum of numbers that no cache holds."""
+    """Return bytes per second that `threads` read in parallel, best of several: sums of arrays larger than caches."""
     parts = [np.ones(1 << 26, np.float32) for _ in range(threads)]  # 268 MB each
     best = 0.0
     for _ in range(6):
@@ -80,7 +80,7 @@ def _bandwidth(threads: int) -> float:
 
 
 def _bytes_per_token(bundle: Bundle, positions: int) -> float:
-    """Weights that one token reads, and the keys and values of the positions before it."""
+    """Return the bytes that one token reads: weights, and keys and values of earlier positions."""
     d = bundle.config.decoder
     graph = onnx.load(bundle.path("decoder"), load_external_data=False).graph
     total = 0.0
@@ -93,18 +93,15 @@ def _bytes_per_token(bundle: Bundle, positions: int) -> float:
 
 
 def _session(bundle: Bundle, component: str, threads: int, folder: str) -> Any:
-    """As the runtime opens it, but with a profile."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    """Open a session as the runtime does, with profiling."""
     spin = component == "decoder" and is_large(bundle.path(component))
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    options.enable_cpu_mem_arena = False
+    options = session_options(threads, spin=spin)
     options.enable_profiling, options.profile_file_prefix = True, f"{folder}/{component}"
     return onnxruntime.InferenceSession(str(bundle.path(component)), options, providers=["CPUExecutionProvider"])
 
 
 def _shares(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Operator -> its share of the time of all."""
+    """Return the share of the total time by operator."""
     spent: Counter[str] = Counter()
     for event in events:
         spent[event["args"]["op_name"]] += event["dur"]
@@ -141,7 +138,7 @@ def _decoder(
             cache.append(row[None])
             steps.append(time.perf_counter() - began)
         events = _events(session)
-    each = len(events) // (1 + tokens)  # a run is the same nodes in the same order
+    each = len(events) // (1 + tokens)  # each run has the same nodes in the same order
     return _shares(events[:each]), _shares(events[each:]), statistics.median(steps)
 
 

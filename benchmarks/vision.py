@@ -1,8 +1,8 @@
-"""A crop through the vision tower: a bundle's graph beside the PyTorch model in float32, in turns.
+"""Time a crop in the vision tower: a bundle's graph against the PyTorch model in float32, in turns.
 
     python benchmarks/vision.py CHECKPOINT BUNDLE
 
-Prints one line of JSON: seconds a crop of both, their ratio, and the relative difference of their features.
+Prints one line of JSON: seconds per crop of both, their ratio, and the relative difference of their features.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     seconds = {name: statistics.median(values[1:]) for name, values in spent.items()}
     difference = features["onnxruntime"] - features["torch"]
     result = {
-        **{f"{name} s a crop": round(value, 3) for name, value in seconds.items()},
+        **{f"{name} s per crop": round(value, 3) for name, value in seconds.items()},
         "ratio": round(seconds["torch"] / seconds["onnxruntime"], 2),
         "relative difference": float(f"{np.linalg.norm(difference) / np.linalg.norm(features['torch']):.2g}"),
     }

@@ -1,4 +1,4 @@
-"""One question about one photo: `python examples/ask.py examples/coffee.jpg "Point to the cup."`, the default."""
+"""Ask one question about a photo: `python examples/ask.py [examples/coffee.jpg ["Point to the cup."]]`."""
 
 import sys
 from pathlib import Path

@@ -142,7 +142,10 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one at a time. The pieces, joined, are what `Tokenizer.decode` makes of all ids at once."""
+    """Decodes ids one at a time. The pieces, joined, equal `Tokenizer.decode` of all ids.
+
+    `tokenizers.decoders.DecodeStream` does not: it drops an incomplete character at the end of an answer.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -1,9 +1,9 @@
-"""One line of text in a picture, readable whatever its script. Pillow's built-in font has ASCII letters only.
+"""Draw one line of text in any script. Pillow's built-in font has only ASCII letters.
 
 Characters come from the embedded font (a subset of DejaVu Sans: Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew,
-Arabic, signs and symbols), else from a font of the system that has them. A character that no font has is spelled out:
-its compatibility form ("ａ" as "a"), its name ("[dog face]") or its code point ("[U+732B]"). Scripts that join or
-reorder letters (Arabic, Devanagari) need a Pillow with Raqm, which the wheels from PyPI have.
+Arabic, signs and symbols), else from an installed font that has them. A character that no font has is written as its
+compatibility form ("ａ" as "a"), its name ("[dog face]") or its code point ("[U+732B]"). Scripts that join or reorder
+letters (Arabic, Devanagari) need a Pillow with Raqm, which the wheels on PyPI include.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import ImageDraw, ImageFont
 
 EMBEDDED = Path(__file__).parent.parent / "fonts" / "DejaVuSans-subset.ttf"
 
-# File names without suffix of the systems' fonts for other scripts, in order of preference.
+# File names, without suffix, of system fonts for other scripts, in order of preference.
 _SYSTEM_FONTS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -34,21 +34,21 @@ _SYSTEM_FONTS = tuple(
     )
 )
 _SUFFIXES = (".ttf", ".ttc", ".otf", ".otc")
-_NO_CHARACTER = "\uffff"  # which no font has: its glyph is the box that stands for a missing one
-_SAMPLE_SIZE = 24  # pixels, to look whether a font has a character
-_LEFT_OUT = {"Cc", "Cf"}  # control and format characters: joiners, directions
-_MODIFIERS = re.compile("[\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]")  # of the form and skin tone of an emoji
+_NO_CHARACTER = "\uffff"  # in no font: rendered as the glyph for missing characters
+_SAMPLE_SIZE = 24  # pixels, to test whether a font has a character
+_SKIPPED = {"Cc", "Cf"}  # control and format characters: joiners, directions
+_MODIFIERS = re.compile("[\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]")  # variation selectors and skin tones of emoji
 
 
 @dataclass(frozen=True)
 class Line:
-    """Text to draw, in pieces of one font each, on one baseline."""
+    """Text to draw on one baseline, in pieces of one font each."""
 
     pieces: tuple[tuple[str, ImageFont.FreeTypeFont], ...]
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the ink in pixels, from the line's start on its baseline; zeros without ink."""
+        """Left, top, right, bottom of the ink in pixels, relative to the start of the baseline; zeros without ink."""
         boxes = []
         x = 0.0
         for text, font in self.pieces:
@@ -61,7 +61,7 @@ class Line:
         return round(min(lefts)), round(min(tops)), round(max(rights)), round(max(bottoms))
 
     def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, fill: tuple[int, ...]) -> None:
-        """Draw with the left and top of `box` at (x, y), pixels."""
+        """Draw with the top left corner of `box` at (x, y) in pixels."""
         left, top, _, _ = self.box
         x, y = x - left, y - top
         for text, font in self.pieces:
@@ -70,15 +70,15 @@ class Line:
 
 
 def line(text: str, size: float, width: float | None = None) -> Line:
-    """`text` on one line in letters of `size` pixels.
+    """Lay out `text` on one line, with letters of `size` pixels.
 
-    `width`: of the ink, in pixels; longer text ends in an ellipsis. Raises OSError with a Pillow without FreeType.
+    `width`: the limit on the ink in pixels; longer text ends in an ellipsis. Raises OSError if Pillow lacks FreeType.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    found = Line(tuple(_pieces(text, size)))
-    if width is None or _width(found) <= width:
-        return found
-    low, high = 0, len(text) - 1  # the longest beginning that fits
+    whole = Line(tuple(_pieces(text, size)))
+    if width is None or _width(whole) <= width:
+        return whole
+    low, high = 0, len(text) - 1  # binary search for the longest beginning that fits
     while low < high:
         middle = (low + high + 1) // 2
         if _width(Line(tuple(_pieces(text[:middle].rstrip() + "…", size)))) <= width:
@@ -92,8 +92,8 @@ def embedded_font(size: float) -> ImageFont.FreeTypeFont:
     return _load(EMBEDDED, size)
 
 
-def _width(found: Line) -> int:
-    left, _, right, _ = found.box
+def _width(line: Line) -> int:
+    left, _, right, _ = line.box
     return right - left
 
 
@@ -101,7 +101,7 @@ def _pieces(text: str, size: float) -> Iterator[tuple[str, ImageFont.FreeTypeFon
     chosen: list[tuple[str, Path | None]] = []
     last: Path | None = EMBEDDED
     for cluster in _clusters(text):
-        # The font before goes on where it can: a space between two Chinese words does not part them.
+        # Keep the font if it has the cluster: a space between two Chinese words does not split them.
         if last is None or not _has(last, cluster):
             last = font_with(cluster)
         chosen.append((cluster, last))
@@ -111,15 +111,15 @@ def _pieces(text: str, size: float) -> Iterator[tuple[str, ImageFont.FreeTypeFon
 
 
 def _clusters(text: str) -> list[str]:
-    """Characters, each with the marks on it: an accent is never taken from another font."""
-    found: list[str] = []
+    """Split into characters with their combining marks: an accent never comes from another font."""
+    clusters: list[str] = []
     for character in _MODIFIERS.sub("", text):
         category = unicodedata.category(character)
-        if category.startswith("M") and found:
-            found[-1] += character
-        elif category not in _LEFT_OUT:
-            found.append(character)
-    return found
+        if category.startswith("M") and clusters:
+            clusters[-1] += character
+        elif category not in _SKIPPED:
+            clusters.append(character)
+    return clusters
 
 
 def _spelled_out(characters: str) -> str:
@@ -130,7 +130,7 @@ def _spelled_out(characters: str) -> str:
 
 
 def _name(character: str) -> str:
-    if unicodedata.category(character).startswith("S"):  # symbols: their names say what they show
+    if unicodedata.category(character).startswith("S"):  # symbols: their names describe them
         return unicodedata.name(character, f"U+{ord(character):04X}").lower()
     return f"U+{ord(character):04X}"
 
@@ -147,13 +147,13 @@ def _has(path: Path, cluster: str) -> bool:
     try:
         mask = _mask(path, cluster)
         return cluster.isspace() or (any(mask) and mask != _mask(path, _NO_CHARACTER))
-    except (OSError, ValueError):  # no scalable font, or half of a surrogate pair
+    except (OSError, ValueError):  # not a scalable font, or a lone surrogate
         return False
 
 
 @functools.lru_cache(maxsize=4096)
 def _mask(path: Path, character: str) -> bytes:
-    # Without Raqm, which would draw a circle below a lone accent.
+    # Without Raqm, which draws a dotted circle under a lone accent.
     font = ImageFont.truetype(str(path), _SAMPLE_SIZE, layout_engine=ImageFont.Layout.BASIC)
     return bytes(font.getmask(character))
 
@@ -165,7 +165,7 @@ def _load(path: Path, size: float) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=1)
 def system_fonts() -> tuple[Path, ...]:
-    """The installed fonts for scripts that the embedded font lacks, the preferred first. Looked for once a process."""
+    """Return the installed fonts for scripts that the embedded font lacks, in order of preference. Cached."""
     found: list[tuple[int, Path]] = []
     for folder in font_folders():
         for at, _, names in os.walk(folder):

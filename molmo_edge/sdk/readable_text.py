@@ -1,4 +1,4 @@
-"""An answer for a person's eyes: point tags taken out, their labels left in."""
+"""Answers without point tags, to show to people."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def counted(number: int, noun: str) -> str:
 
 
 def readable(text: str) -> str:
-    """`text` without point tags: '<point x="1.0" y="2.0" alt="dog">dog</point>' is "dog"."""
+    """Replace point tags by their labels: '<point x="1.0" y="2.0" alt="dog">dog</point>' becomes "dog"."""
     strip = TagStripper()
     return strip.feed(text) + strip.close()
 
 
 class TagStripper:
-    """`readable` for text that comes in pieces: what is returned, joined, is `readable` of the joined pieces."""
+    """`readable` for streamed text: the results, joined, are `readable` of the joined pieces."""
 
     def __init__(self) -> None:
-        self._held = ""  # "", or text from a "<" on that may become a tag
+        self._held = ""  # "", or text from "<" on that may become a tag
 
     def feed(self, piece: str) -> str:
-        """The text that is certain with this piece."""
+        """Return the text that this piece completes."""
         text = self._held + piece
         shown: list[str] = []
         while (start := text.find("<")) >= 0:
@@ -46,7 +46,7 @@ class TagStripper:
         return "".join(shown)
 
     def close(self) -> str:
-        """What was held back: a tag that an answer cut off in the middle never closed."""
+        """Return the text held back: a tag that a truncated answer left unclosed."""
         held, self._held = self._held, ""
         return held
 
