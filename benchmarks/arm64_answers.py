@@ -198,9 +198,7 @@ def compare(work: Path, here: str, there: str) -> bool:
         print(f"{side.name}: {', '.join(about)}")
     if mine.about["onnxruntime"] != theirs.about["onnxruntime"]:
         raise SystemExit("the two sides ran different versions of onnxruntime")
-    print(
-        f"\nIn brackets: {len(nudged)} runs of {here} with pixels changed by {NUDGE:g}. Logits: difference after equal ids."
-    )
+    print(f"\nIn brackets: {len(nudged)} runs of {here} with pixels changed by {NUDGE:g}. Logits: after equal ids.")
     columns = ("answers equal", "ids equal", "logits, median", "logits, largest", "largest gap")
     print(f"{'':13}" + "".join(f"{column:>19}" for column in columns))
     wrong, notes = [], []
@@ -242,8 +240,8 @@ def _differences(mine: Answers, theirs: Answers, bundle: str) -> list[str]:
             at = int(np.flatnonzero(x.argmax(1) != y.argmax(1))[0])
             a, b = int(x[at].argmax()), int(y[at].argmax())
             lines.append(
-                f"{bundle}, {entry['image']}, {entry['question']} Id {at} is {a}, there {b}: gap {x[at, a] - x[at, b]:.2g}, "
-                f"there {y[at, b] - y[at, a]:.2g}"
+                f"{bundle}, {entry['image']}, {entry['question']} Id {at} is {a}, there {b}: "
+                f"gap {x[at, a] - x[at, b]:.2g}, there {y[at, b] - y[at, a]:.2g}"
             )
     return lines
 

@@ -1,4 +1,4 @@
-"""A bundle of the golden tiny MolmoE, exported once a session, and a runtime that says what a test wants said."""
+"""A bundle of the golden tiny MolmoE, exported once per session, and a runtime that answers from a script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stamps of verified hashes go to a folder of the session, not to the developer's home."""
+    """Keep the stamps of verified hashes in a folder of the session, not in the developer's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLMO_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -56,7 +56,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/golden/molmoe as a bundle in fp32, with a check of its own."""
+    """tests/golden/molmoe as a bundle in fp32 with a check."""
     pytest.importorskip("onnx")
     from molmo_edge.export import CheckPhoto, export_bundle
 
@@ -81,7 +81,7 @@ class FakeCache:
 
 @dataclass
 class FakeRuntime:
-    """Answers every prompt with `script`. Column 0 of an embedding is its id, column 1 what the image added."""
+    """Answers every prompt with `script`. Column 0 of an embedding is its id, column 1 the image feature."""
 
     config: MolmoConfig
     script: list[int]
@@ -159,7 +159,7 @@ def small_molmoe(small_checkpoints: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Products are tiny here: threads would only wait for each other, and nobody asks how fast the machine is."""
+    """Use one thread for tiny matrices, and skip the measurement of the machine's speed."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""An answer for programs and notebooks: JSON and its schema, HTML and PNG, the model's name, and what is logged."""
+"""Answers for programs and notebooks: JSON and its schema, HTML and PNG, the model's name, log lines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def schema() -> dict[str, Any]:
 
 @pytest.fixture
 def printed(cli: Cli, tiny_bundle: Path, golden: Path, tmp_path: Path) -> list[dict[str, Any]]:
-    """What --json prints: of one image, of several with a bad one among them, with points, and cut off."""
+    """Output of --json: one image, several including a bad one, with points, truncated."""
     options = ("-m", tiny_bundle, "--json", "--max-crops", 1, "--max-new-tokens", 3)
     lines = cli("ask", golden / "coffee.png", "What?", *options)[1].splitlines()
     lines += cli("point", golden / "coffee.png", tmp_path / "no.png", "cup", *options, "--save", tmp_path / "out")[
@@ -183,7 +183,7 @@ def test_the_command_line_shows_what_is_logged(cli: Cli, saying: Saying, monkeyp
 
 
 def test_no_library_code_prints() -> None:
-    """Programs do: the command line, and what is run with python -m (in its `main`)."""
+    """Only programs print: the command line, and modules run with python -m (in their `main`)."""
     import ast
 
     found = []

@@ -1,4 +1,4 @@
-"""Several questions about different images at once: the answers that each gets alone."""
+"""Batches: each question gets the answer that it gets alone."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_scenes_go_into_a_batch(molmo: Molmo) -> None:
 
 @pytest.mark.parametrize("name", ["molmoe", "qwen", "olmo"])
 def test_padded_logits_equal_those_of_each_alone(name: str) -> None:
-    """Step by step, every logit: padding is never looked at, positions go on where each prompt ends."""
+    """Compare every logit of every step: padding is masked, and positions continue at the end of each prompt."""
     runtime = TorchRuntime(GOLDEN / name, device="cpu", precision="fp32")
     rng = np.random.default_rng(0)
     d = runtime.config.decoder.d_model

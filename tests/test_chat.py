@@ -1,4 +1,4 @@
-"""Conversations: the same ids as when everything is prefilled again, and only a turn's own tokens are run."""
+"""Conversations give the ids of a full prefill, and run only the tokens of each turn."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ENGINES = ("onnxruntime", "pytorch", "llama.cpp")
 
 
 def ask_from_scratch(molmo: Molmo, scene: Scene, ids: list[int], sampling: Sampling) -> tuple[int, ...]:
-    """What the model says after the image and `ids` when all of it goes through the decoder at once."""
+    """Return the ids that follow the image and `ids` when all of them are prefilled at once."""
     runtime, eos = molmo.engine.runtime, molmo.engine.tokenizer.special.eos
     prompt = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
     capacity = len(prompt) + sampling.max_new_tokens
@@ -52,7 +52,7 @@ def ask_from_scratch(molmo: Molmo, scene: Scene, ids: list[int], sampling: Sampl
 
 
 def compare_with_scratch(molmo: Molmo, chat: Chat, scene: Scene, *, temperature: float, new_tokens: int) -> None:
-    """Ask all questions; each answer has the ids that prefilling everything gives, and runs its own tokens only."""
+    """Ask all questions: each answer must equal that of a full prefill, and run only its own tokens."""
     tokenizer = molmo.engine.tokenizer
     ids: list[int] = []
     for turn, question in enumerate(QUESTIONS):
@@ -80,7 +80,7 @@ def test_the_ids_are_those_of_a_chat_that_prefills_everything(kind: str, tempera
 
 
 def behind_the_likeliest(molmo: Molmo, scene: Scene, ids: list[int], said: tuple[int, ...]) -> float:
-    """How far an id of `said` is behind the likeliest at most, in logits, when all of `ids` is prefilled at once."""
+    """Return the largest gap of an id of `said` to the likeliest, in logits, when all of `ids` is prefilled at once."""
     runtime, size = molmo.engine.runtime, molmo.config.decoder.vocab_size
     rows = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
     cache, gaps = runtime.new_cache(len(rows) + len(said)), [0.0]
@@ -92,7 +92,7 @@ def behind_the_likeliest(molmo: Molmo, scene: Scene, ids: list[int], said: tuple
 
 
 def test_the_embedded_model_differs_by_rounding_alone() -> None:
-    """Its eight-bit activations round otherwise in another order, so ids may differ where two are nearly as likely."""
+    """Eight-bit activations round differently in another order, so nearly tied ids may differ."""
     with Molmo(threads=1, max_crops=1) as molmo:
         scene = molmo.encode(GOLDEN / "coffee.png")
         chat, eos = molmo.chat(scene), molmo.engine.tokenizer.special.eos
@@ -152,7 +152,7 @@ def test_an_answer_left_half_way_is_forgotten(kind: str, tiny_bundle: Path) -> N
 
 
 def words(molmo: Molmo, chat: Chat) -> str:
-    """All rows that the chat's cache was given, as text, the image left out. Column 0 of the fake's is the id."""
+    """Return all rows that went into the chat's cache, without the image, as text. The fake's column 0 is the id."""
     fed = np.concatenate(molmo.fake.fed)[:, 0]  # type: ignore[attr-defined]
     return molmo.engine.tokenizer.decode(int(i) for i in fed[len(chat.scene.embeddings) :])
 

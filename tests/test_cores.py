@@ -1,4 +1,4 @@
-"""Threads and memory are those of the container: its quota is the default, and more threads than cores are refused."""
+"""Threads and memory respect the container: its quota is the default; more threads than cores are refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_available_memory_is_what_the_container_leaves(tmp_path: Path, monkeypat
 class TestThreads:
     @pytest.fixture
     def quota(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], tuple[Path, Path]]:
-        """A container with a quota of so many thousandths of a CPU, on a machine of eight cores."""
+        """Fake a container with a quota in thousandths of a CPU, on a machine with eight cores."""
 
         def make(thousandths: int) -> tuple[Path, Path]:
             monkeypatch.setattr("os.cpu_count", lambda: 8)

@@ -1,4 +1,4 @@
-"""What a newcomer meets on the command line: wrong words, words counted, and another way to start it."""
+"""First use of the command line: wrong arguments, plurals, `python -m molmo_edge`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that holds a model forks: the child answers or raises at once, and ends. It never hangs."""
+"""After a fork, the child of a process with a model answers or raises at once, and never hangs."""
 
 from __future__ import annotations
 

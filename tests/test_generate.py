@@ -1,4 +1,4 @@
-"""The sampling loop on a runtime whose logits are written down."""
+"""The sampling loop on a runtime with scripted logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`import molmo_edge` is quick and brings nothing heavy; the checkout's sibling folders are where they belong."""
+"""`import molmo_edge` is fast and imports nothing heavy; the checkout's sibling folders are subpackages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import molmo_edge
+import molmo_edge.runtimes
 
 HOME = Path(molmo_edge.__file__).parent.parent
 
@@ -33,7 +34,8 @@ def test_import_alone_is_quick(tmp_path: Path) -> None:
     ("code", "without"),
     [
         ("import molmo_edge", (*HEAVY, "numpy", "PIL", "tokenizers")),
-        ("from molmo_edge import Molmo, Answer, Point", HEAVY),
+        ("from molmo_edge import *", HEAVY),
+        ("import molmo_edge.runtimes", (*HEAVY, "numpy")),
         ("import molmo_edge.cli", (*HEAVY, "numpy", "PIL", "tokenizers")),
     ],
 )
@@ -66,7 +68,7 @@ def test_no_other_folder_becomes_a_subpackage(tmp_path: Path) -> None:
 def test_a_wrong_name_says_so() -> None:
     with pytest.raises(AttributeError, match="'Molma'"):
         molmo_edge.Molma  # noqa: B018
-    assert {"Molmo", "Answer", "Point"} <= set(dir(molmo_edge))
+    assert {"Molmo", "Answer", "Point", "Scene", "Stream"} <= set(dir(molmo_edge))
 
 
 def test_the_error_family_is_at_the_top() -> None:
@@ -75,3 +77,6 @@ def test_the_error_family_is_at_the_top() -> None:
     assert molmo_edge.MolmoEdgeError is MolmoEdgeError
     assert set(molmo_edge.__all__) <= set(dir(molmo_edge))
     assert all(hasattr(molmo_edge, name) for name in molmo_edge.__all__)
+    with pytest.raises(AttributeError, match="'open_runtimes'"):
+        molmo_edge.runtimes.open_runtimes  # noqa: B018
+    assert all(hasattr(molmo_edge.runtimes, name) for name in molmo_edge.runtimes.__all__)

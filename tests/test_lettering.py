@@ -1,4 +1,4 @@
-"""Labels drawn on a picture are read whatever their script; a box that stands for a missing letter shows nowhere."""
+"""Labels on a picture are readable in any script; the box for a missing glyph is never drawn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fonts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.fixture(autouse=True)
 def _search_again() -> Iterator[None]:
-    """The fonts found for one test are not those of the next."""
+    """Clear the cached fonts around each test."""
     for found in (lettering.system_fonts, lettering.font_with):
         found.cache_clear()
     yield
@@ -80,7 +80,7 @@ def test_one_letter_in_two_encodings_is_drawn_once_the_same() -> None:
 
 
 def test_a_system_font_that_has_the_character_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A stand-in under a known name: the embedded font is what is installed, and the package has Pillow's own."""
+    """Install the embedded font under a system font's name, and replace the embedded font by Pillow's own."""
     installed = tmp_path / "deep" / "NotoSansCJK-Regular.ttf"
     installed.parent.mkdir()
     installed.write_bytes(lettering.EMBEDDED.read_bytes())

@@ -1,4 +1,4 @@
-"""Caches on llama.cpp share memory with their copies; nobody may notice."""
+"""llama.cpp caches share memory with their copies, without visible effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from molmo_edge.runtimes.llama_native import LlamaContext, LlamaModel
 
 
 class TestCaches:
-    """Copies share memory; nobody may notice."""
+    """Copies share memory, without visible effects."""
 
     rows: np.ndarray
 

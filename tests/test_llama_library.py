@@ -1,4 +1,4 @@
-"""llama-cpp-python where it is missing, broken or too old: one sentence, with the command for this machine."""
+"""A missing, broken or outdated llama-cpp-python gives an error with the install command for the machine."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_build_that_does_not_load_and_one_that_is_too_old(unloaded: pytest.Mon
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_weights_are_not_repacked_for_amx(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
-    """On a build with AMX kernels repacking ends the process: off by default, refused where it is asked for."""
+    """With AMX kernels repacking crashes the process: it is off by default and refused on request."""
     monkeypatch.setattr(llama, "has_amx", lambda: amx)
     monkeypatch.setattr(llama, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(llama.platform, "machine", lambda: "x86_64")

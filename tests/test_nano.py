@@ -1,4 +1,4 @@
-"""The embedded bundle: it is there, it is small, and it answers as it did when it was made."""
+"""The embedded bundle is present, small, and answers as at its export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_it_is_small_and_of_the_presets_shape() -> None:
 
 
 def test_the_readmes_question_gets_a_true_answer() -> None:
-    """There is one cup in the picture, in the middle of it."""
+    """The picture shows one cup, in its middle."""
     with Molmo() as molmo:
         answer = molmo.count(EXAMPLES / "coffee.jpg", "cups")
     assert answer.count == 1

@@ -1,4 +1,4 @@
-"""The onnxruntime engine: one answer however the positions arrive, and clear refusals."""
+"""The ONNX Runtime engine: equal logits for any chunking, and clear errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("precision", ["fp32", "int8", "q8"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_equals_uncached(architecture: str, precision: str) -> None:
-    """One prefill, chunks of any size, token by token: the same logits. Also in eight bits, where each row has
-    its own scale; what is left is the order of float sums."""
+    """One prefill, chunks of any size, and token by token give equal logits up to the order of float sums.
+
+    This includes eight bits, where each row has its own scale.
+    """
     engine = runtime(architecture, precision)
     embeddings = prompt(runtime(architecture), case(architecture, "wide_text"))[:80]
     whole = engine.forward(embeddings, engine.new_cache(80))
@@ -93,7 +95,7 @@ def test_crops_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_special_ids_reach_the_table_they_belong_to(name: str) -> None:
-    """Qwen's special ids lie behind the embedding, in new_embedding; the others' inside of it."""
+    """Qwen's special ids are after the embedding, in new_embedding; those of the others are inside it."""
     ids = case("qwen", name).ids
     assert ids.max() >= runtime("qwen").config.decoder.embedding_size
     assert runtime("qwen").embed(ids).shape == (len(ids), 32)
@@ -190,7 +192,7 @@ def test_a_closed_torch_runtime_frees_the_model() -> None:
 
 
 def test_closing_stops_loads_that_have_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the end of a program that failed early waits for gigabytes that nobody needs any more."""
+    """Otherwise a program that failed early would wait at its exit for gigabytes it no longer needs."""
     begun, go_on = [], threading.Event()
 
     def load(path: Path, *_: object, **__: object) -> object:
@@ -250,7 +252,7 @@ print(memory() - before)
 
 @pytest.mark.parametrize("precision", [FP32, graph_precision("int8"), graph_precision("q8")])
 def test_mapped_weights_stay_in_their_file(precision: Precision, tmp_path: Path) -> None:
-    """What an export's trial run of a large bundle stands on."""
+    """The trial run of a large export depends on this."""
     if not Path("/proc/self/status").exists():
         pytest.skip("resident memory by kind is read from /proc")
     weight = np.random.default_rng(0).normal(size=(4096, 4096)).astype(np.float32)  # 64 MB, 16 in eight bits

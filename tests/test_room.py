@@ -1,4 +1,4 @@
-"""Commands that open a model look at the free memory first, and show what they have measured before the next."""
+"""Commands check free memory before they open a model, and show results before they open the next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BENCH = ("bench", "--repeat", 1, "--max-new-tokens", 2, "--max-crops", 1)
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make so many bytes of memory free."""
+    """Fake a number of free bytes of memory."""
 
     def make(count: int) -> None:
         monkeypatch.setattr("molmo_edge.system.memory.meminfo", lambda: {"MemAvailable": count})
@@ -113,7 +113,7 @@ def test_a_bundle_larger_than_memory_is_refused(
 def test_loss_refuses_before_the_reference_is_asked(
     noise: str, cli: Any, free: Callable[[int], None], tiny_bundle: Path, golden: Path, photos: Path, monkeypatch: Any
 ) -> None:
-    """A candidate, or a noise, that does not fit."""
+    """The candidate, or the noise model, does not fit."""
 
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the reference was asked")

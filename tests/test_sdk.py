@@ -1,4 +1,4 @@
-"""The SDK: the golden answers through the whole path, and what it does around any engine."""
+"""The SDK: golden answers from end to end, and its behaviour with any engine."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_sampling_is_checked_before_the_image_is_read(saying: Saying) -> None:
 
 
 def test_gaps_of_an_answer(saying: Saying, tokenizer: Any) -> None:
-    """The fake's next id has a logit of 1, every other one 0, and rows that stand for no text do not count."""
+    """The fake gives its next id a logit of 1 and every other id 0; rows that only pad the head do not count."""
     molmo, ids = saying("two dogs"), tokenizer.encode(" two dogs")
     assert logit_gaps(molmo.engine, PHOTO, "What?", ids) == [0.0] * (len(ids) + 1)
     assert logit_gaps(molmo.engine, PHOTO, "What?", ids[:-1]) == [0.0] * (len(ids) - 1) + [1.0]

@@ -1,4 +1,4 @@
-"""What Python does with the SDK's objects: pickle, copy, compare, and read the signatures."""
+"""Pickling, copying, comparing and introspecting the SDK's objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed and broken standard streams, and arguments that are no path: one sentence, the right exit status."""
+"""Closed and broken standard streams, and invalid paths: one line of error, the right exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes
 
 
 def with_streams(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line, its streams redirected by a shell before it starts: ">&-" closes stdout."""
+    """Run the command line with streams redirected by a shell: ">&-" closes stdout."""
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *map(str, arguments)]
     return subprocess.run(shell, env=ENV, capture_output=True, text=True, timeout=120, check=False)
 
@@ -80,7 +80,7 @@ def test_a_closed_stdin_ends_a_chat(golden: Path, tiny_bundle: Path) -> None:
 
 @posix
 def test_files_are_not_opened_as_stdout(tmp_path: Path) -> None:
-    """A library that prints to descriptor 1 would write into the first file that was opened."""
+    """Otherwise a library that prints to descriptor 1 would write into the first opened file."""
     program = (
         "import os, sys; from molmo_edge.cli.streams import open_streams; open_streams()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'printed'); os.write(2, b'printed')\n"

@@ -1,4 +1,4 @@
-"""`molmo-edge verify` refuses a bundle that is not what was made: an edited manifest, parts that compute otherwise."""
+"""`molmo-edge verify` refuses changed bundles: an edited manifest, or stages that compute other values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from molmo_edge.selfcheck import check_bundle
 Cli = Callable[..., tuple[int, str, str]]
 Change = Callable[[dict[str, Any]], object]
 
-# What changes what a model answers, to some photo or question, in a way that no hash of a file shows.
+# Edits that change answers to some photo or question, without changing the hash of a file.
 HARMFUL: dict[str, Change] = {
     "mean": lambda m: m["model"]["image"].update(mean=[0.485, 0.456, 0.406]),
     "a mean in its fourth digit": lambda m: m["model"]["image"]["mean"].__setitem__(0, 0.4815),
@@ -51,7 +51,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def write(bundle: Path, manifest: dict[str, Any], *, sealed: bool, settings: bool = False) -> None:
-    """`sealed`: with the hash of the new content; `settings`: with the sum of the new settings, too."""
+    """`sealed`: update the hash of the content; `settings`: also update the checksum of the settings."""
     if sealed:
         from molmo_edge.checkpoints.manifest import content_sha256
         from molmo_edge.sdk.stage_checksums import settings_sum
@@ -63,7 +63,7 @@ def write(bundle: Path, manifest: dict[str, Any], *, sealed: bool, settings: boo
 
 
 def caught_by(bundle: Path) -> str:
-    """What `verify` refuses the bundle for; "" where it passes."""
+    """Return why `verify` refuses the bundle; "" if it passes."""
     try:
         report = check_bundle(bundle, threads=1)
     except BundleError as error:
@@ -77,7 +77,7 @@ def caught_by(bundle: Path) -> str:
 
 
 def behaviour(bundle: Path) -> tuple[bytes, list[tuple[int, ...]]]:
-    """Pixels and tokens of some images, and answers: what an edit must not change unnoticed."""
+    """Return pixels and tokens of some images, and answers: an edit must not change these unnoticed."""
     config, special = open_bundle(bundle, hashes=False).config.image, load_tokenizer(bundle).special
     photo = load_image(bundle / "check" / "photo.png")
     seen = b""
@@ -115,7 +115,7 @@ def test_a_change_of_what_a_bundle_answers_is_refused(bundle: Path, name: str, s
     ],
 )
 def test_the_first_part_that_differs_names_the_cause(bundle: Path, name: str, part: str, cli: Cli) -> None:
-    """Also where somebody brings the manifest's hash and the sum of its settings up to date."""
+    """Even if the hash of the manifest and the checksum of its settings are updated."""
     manifest = fuzzed_manifests.read(bundle)
     HARMFUL[name](manifest)
     write(bundle, manifest, sealed=True, settings=True)
@@ -148,7 +148,7 @@ def test_every_one_of_300_fuzzed_manifests_is_refused(bundle: Path, within: tupl
 
 
 def _fuzz_with_new_hashes(bundle: Path, count: int, *, settings: bool) -> Counter[str]:
-    """Edits with a hash to match: `verify` may pass only those that change neither pixels nor answers."""
+    """Of edits with a matching hash, `verify` may pass only those that change neither pixels nor answers."""
     manifest, before = fuzzed_manifests.read(bundle), behaviour(bundle)
     caught, changed = Counter[str](), []
     for edit in fuzzed_manifests.edits(manifest, count, seed=count):
@@ -185,7 +185,7 @@ def test_an_edited_manifest_does_not_open(bundle: Path) -> None:
 
 
 def test_the_text_of_a_manifest_may_change_and_its_content_not(bundle: Path) -> None:
-    """Git turns line ends, editors indent, and keys have no order."""
+    """Git converts line ends, editors reindent, and keys have no order."""
     manifest = fuzzed_manifests.read(bundle)
     turned = json.dumps(dict(reversed(manifest.items())), indent=7, ensure_ascii=False).replace("\n", "\r\n")
     (bundle / "molmo_edge.json").write_bytes(turned.encode())
@@ -261,7 +261,7 @@ def test_a_recorded_point_farther_than_the_tolerance_fails(
 
 
 def test_sums_pass_on_engines_that_round_otherwise(tmp_path: Path) -> None:
-    """Eight bits: every pixel a millionth off moves what integers it is rounded to."""
+    """In eight bits, changing every pixel by a millionth changes the integers it is rounded to."""
     pytest.importorskip("onnx")
     from exported import GOLDEN
 
