@@ -17,7 +17,7 @@ from import_graph import LAYERS, imports, layer  # noqa: E402 (its folder is add
 HOLDS = {
     "cli": "one file per command",
     "server": "HTTP and MCP",
-    "training": "stages, optimiser, FSDP2, LoRA",
+    "training": "stages, optimizer, FSDP2, LoRA",
     "evaluation": "benchmarks, losses, reports",
     "data": "data sets, prompts, mixture",
     "export": "ONNX graphs, GGUF, safetensors",
