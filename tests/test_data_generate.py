@@ -171,7 +171,7 @@ def test_table_answers_follow_from_the_cells(fonts: Fonts) -> None:
                 assert answer == str(sum(columns[found[1]]))
             elif found := re.fullmatch(r'What is "(.+)" of (.+)\?', question):
                 assert answer == str(columns[found[1]][labels.index(found[2])])
-            elif found := re.fullmatch(r'Which \w+ has the highest "(.+)"\?', question):
+            elif found := re.fullmatch(r'Which \w+ has the highest value under "(.+)"\?', question):
                 assert columns[found[1]][labels.index(answer)] == max(columns[found[1]])
             else:
                 continue

@@ -22,6 +22,7 @@ from molmo_edge.data.drawn.rendered_words import draw_text
 from molmo_edge.data.drawn.scenes import APART, KINDS, SceneError, draw_scene
 from molmo_edge.data.drawn.sprite_names import BROADER, overlapping, sprite_sources
 from molmo_edge.data.drawn.sprites import AssetError, Assets, Background, build_assets, load_sprites
+from molmo_edge.evaluation.annotated_pictures import embedded_scenes
 
 NAMES = ("bird", "owl", "cat", "cup", "ring", "clock", "shoe", "pizza")
 
@@ -168,6 +169,12 @@ def test_a_crop_of_a_photo_avoids_what_is_labelled() -> None:
     free = [not maybe for _, kind, maybe in drawn if kind == "photo"]
     assert len(free) > 50
     assert np.mean(free) > 0.9
+
+
+def test_the_embedded_scenes_stay_the_same() -> None:
+    """The scores of nano-val are for these scenes. Their ids are hashes of their annotations."""
+    ids = [picture.id.removeprefix("scenes/") for picture in embedded_scenes(6)]
+    assert ids == ["88474f63", "5cc6790f", "5a75593a", "bfef5e68", "e0e6a767", "46e682e8"]
 
 
 def test_unknown_kinds_and_empty_assets_are_refused(assets: Assets) -> None:

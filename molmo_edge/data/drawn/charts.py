@@ -13,11 +13,10 @@ import numpy as np
 
 from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.colours import COLOURS, Colour, ink_on
-from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.fonts import Fonts, Lettering
 from molmo_edge.data.drawn.invented import MONTHS, first_names, goods, town, towns
-from molmo_edge.data.drawn.sheets import Box, Drawing, Pair, Sheet, number, pairs
+from molmo_edge.data.drawn.sheets import Box, Drawing, Pair, Sheet, about_numbers, number
 
-MOST_QUESTIONS = 12
 _SHAPES = {"columns": 0.34, "bars": 0.18, "lines": 0.22, "pie": 0.14, "points": 0.12}
 _STEPS = (2, 4, 10, 20, 40, 50, 100, 200, 500, 1000)  # between grid lines; half of each is an integer
 _TOPICS = (
@@ -55,20 +54,10 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class _Style:
+class _Style(Lettering):
     paper: Colour
     ink: Colour
     grid: Colour
-    face: Face
-    size: float  # of letters, pixels
-
-    @property
-    def small(self) -> Type:
-        return Type(self.face.regular, self.size)
-
-    @property
-    def large(self) -> Type:
-        return Type(self.face.bold, self.size * 1.35)
 
 
 def draw_chart(rng: np.random.Generator, fonts: Fonts, chart: Chart | None = None) -> Drawing:
@@ -78,12 +67,12 @@ def draw_chart(rng: np.random.Generator, fonts: Fonts, chart: Chart | None = Non
     paper: Colour = (28, 32, 40) if dark else pick(rng, ((255, 255, 255), (250, 248, 242), (242, 245, 250)))
     ink: Colour = (232, 232, 232) if dark else pick(rng, ((0, 0, 0), (40, 44, 52), (60, 30, 30)))
     grid: Colour = (70, 76, 88) if dark else (214, 214, 214)
-    style = _Style(paper, ink, grid, pick(rng, fonts.faces), float(rng.uniform(14, 20)))
+    style = _Style(pick(rng, fonts.faces), float(rng.uniform(14, 20)), paper, ink, grid)
     sheet = Sheet(whole(rng, 560, 960), whole(rng, 400, 680), paper, scale=2)
     plot = _frame(rng, sheet, style, chart)
     draw = {"pie": _pie, "points": _points, "lines": _lines, "bars": _bars}.get(chart.shape, _columns)
     draw(sheet, style, chart, plot)
-    return Drawing(sheet.finished(), pairs(rng, _ask(rng, chart), MOST_QUESTIONS), asdict(chart), sheet.texts)
+    return sheet.drawing(rng, _ask(rng, chart), asdict(chart))
 
 
 # --- what it shows ------------------------------------------------------------------------------------------------
@@ -165,19 +154,19 @@ def _invent_points(rng: np.random.Generator) -> Chart:
 
 def _frame(rng: np.random.Generator, sheet: Sheet, style: _Style, chart: Chart) -> Box:
     """Draw title and legend. Returns the remaining box."""
-    pad, y = style.size, style.size * 0.8
-    for line in sheet.wrap(chart.title, style.large, sheet.width - 2 * pad):
-        sheet.text(sheet.width / 2, y, line, style.large, style.ink, "ma")
-        y += style.large.line
+    pad, y, title = style.size, style.size * 0.8, style.font(1.35, bold=True)
+    for line in sheet.wrap(chart.title, title, sheet.width - 2 * pad):
+        sheet.text(sheet.width / 2, y, line, title, style.ink, "ma")
+        y += title.line
     right = float(sheet.width - pad)
     if len(chart.series) > 1 or chart.shape in ("pie", "points"):
-        width = max(sheet.measure(name, style.small) for name in chart.colours) + style.size * 1.6
-        left, middle = right - width, (y + sheet.height - len(chart.colours) * style.small.line) / 2
+        width = max(sheet.measure(name, style.font()) for name in chart.colours) + style.size * 1.6
+        left, middle = right - width, (y + sheet.height - len(chart.colours) * style.font().line) / 2
         start = middle if rng.random() < 0.5 else y + style.size
         for i, (name, colour) in enumerate(chart.colours.items()):
-            top = start + i * style.small.line
+            top = start + i * style.font().line
             sheet.box((left, top, left + style.size, top + style.size), COLOURS[colour])
-            sheet.text(left + style.size * 1.5, top + style.size / 2, name, style.small, style.ink, "lm")
+            sheet.text(left + style.size * 1.5, top + style.size / 2, name, style.font(), style.ink, "lm")
         right = left - pad
     return (pad, y + style.size, right, sheet.height - pad)
 
@@ -188,16 +177,16 @@ def _ticks(limit: float, step: float) -> list[float]:
 
 def _plot(sheet: Sheet, style: _Style, chart: Chart, box: Box, below: float) -> Box:
     """Draw the grid, numbers and name of the vertical axis. Returns the box between the axes."""
-    numbers = max(sheet.measure(number(t), style.small) for t in _ticks(chart.top, chart.step))
+    numbers = max(sheet.measure(number(t), style.font()) for t in _ticks(chart.top, chart.step))
     name = chart.what if chart.shape == "points" else f"{chart.what} ({chart.unit})"
-    left = box[0] + style.small.line + numbers + 6
+    left = box[0] + style.font().line + numbers + 6
     plot = (left, box[1], box[2], box[3] - below)
     for tick in _ticks(chart.top, chart.step):
         y = _level(chart, plot, tick)
         sheet.line([(plot[0], y), (plot[2], y)], style.grid)
-        sheet.text(plot[0] - 6, y, number(tick), style.small, style.ink, "rm")
-    fit = min(1.0, 0.95 * (plot[3] - plot[1]) / sheet.measure(name, style.small))
-    font = Type(style.face.regular, style.size * fit)
+        sheet.text(plot[0] - 6, y, number(tick), style.font(), style.ink, "rm")
+    fit = min(1.0, 0.95 * (plot[3] - plot[1]) / sheet.measure(name, style.font()))
+    font = style.font(fit)
     sheet.text(box[0] + style.size / 2, (plot[1] + plot[3]) / 2, name, font, style.ink, turn=90)
     sheet.line([(plot[0], plot[1]), (plot[0], plot[3]), (plot[2], plot[3])], style.ink, 1.5)
     return plot
@@ -209,8 +198,8 @@ def _lower_axis(sheet: Sheet, style: _Style, plot: Box, most: float, step: float
     for tick in _ticks(most, step):
         x = plot[0] + tick * scale
         sheet.line([(x, plot[1]), (x, plot[3])], style.grid)
-        sheet.text(x, plot[3] + 5, number(tick), style.small, style.ink, "ma")
-    sheet.text((plot[0] + plot[2]) / 2, plot[3] + style.size * 3, name, style.small, style.ink, "md")
+        sheet.text(x, plot[3] + 5, number(tick), style.font(), style.ink, "ma")
+    sheet.text((plot[0] + plot[2]) / 2, plot[3] + style.size * 3, name, style.font(), style.ink, "md")
     return scale
 
 
@@ -220,16 +209,16 @@ def _level(chart: Chart, plot: Box, value: float) -> float:
 
 def _categories_below(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> tuple[Box, list[float]]:
     """Draw axes with the categories below, vertically if they are long. Returns the plot and the middle of each."""
-    longest = max(sheet.measure(name, style.small) for name in chart.categories)
+    longest = max(sheet.measure(name, style.font()) for name in chart.categories)
     upward = longest > (box[2] - box[0] - 4 * style.size) / len(chart.categories) - 8
     plot = _plot(sheet, style, chart, box, (longest if upward else style.size) + style.size * 0.7)
     slot = (plot[2] - plot[0]) / len(chart.categories)
     middles = [plot[0] + slot * (i + 0.5) for i in range(len(chart.categories))]
     for x, name in zip(middles, chart.categories, strict=True):
         if upward:
-            sheet.text(x, plot[3] + 6 + sheet.measure(name, style.small) / 2, name, style.small, style.ink, turn=90)
+            sheet.text(x, plot[3] + 6 + sheet.measure(name, style.font()) / 2, name, style.font(), style.ink, turn=90)
         else:
-            sheet.text(x, plot[3] + 6, name, style.small, style.ink, "ma")
+            sheet.text(x, plot[3] + 6, name, style.font(), style.ink, "ma")
     return plot, middles
 
 
@@ -241,24 +230,24 @@ def _columns(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
             left, y = middle + (i - len(chart.series) / 2) * width, _level(chart, plot, value)
             sheet.box((left, y, left + width * 0.94, plot[3]), chart.colour(name, category))
             if chart.labelled:
-                sheet.text(middle, y - 3, number(value), style.small, style.ink, "mb")
+                sheet.text(middle, y - 3, number(value), style.font(), style.ink, "mb")
 
 
 def _bars(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
     """Horizontal bars: categories on the left, numbers below."""
-    names = max(sheet.measure(name, style.small) for name in chart.categories)
+    names = max(sheet.measure(name, style.font()) for name in chart.categories)
     plot = (box[0] + names + 8, box[1], box[2] - style.size * 2, box[3] - style.size * 3)
     scale = _lower_axis(sheet, style, plot, chart.top, chart.step, f"{chart.what} ({chart.unit})")
     slot = (plot[3] - plot[1]) / len(chart.categories)
     height = slot * 0.72 / len(chart.series)
     for row, category in enumerate(chart.categories):
         middle = plot[1] + slot * (row + 0.5)
-        sheet.text(plot[0] - 6, middle, category, style.small, style.ink, "rm")
+        sheet.text(plot[0] - 6, middle, category, style.font(), style.ink, "rm")
         for i, (name, values) in enumerate(chart.series.items()):
             top, right = middle + (i - len(chart.series) / 2) * height, plot[0] + values[row] * scale
             sheet.box((plot[0], top, right, top + height * 0.94), chart.colour(name, category))
             if chart.labelled:
-                sheet.text(right + 4, middle, number(values[row]), style.small, style.ink, "lm")
+                sheet.text(right + 4, middle, number(values[row]), style.font(), style.ink, "lm")
     sheet.line([(plot[0], plot[1]), (plot[0], plot[3]), (plot[2], plot[3])], style.ink, 1.5)
 
 
@@ -272,7 +261,7 @@ def _lines(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
             if chart.labelled:  # on the outer side of a bend, clear of the line
                 valley = values[i] <= min(values[max(0, i - 1) : i + 2])
                 side = (y + 7, "ma") if valley and y + 7 + style.size < plot[3] else (y - 7, "mb")
-                sheet.text(x, side[0], number(values[i]), style.small, style.ink, side[1])
+                sheet.text(x, side[0], number(values[i]), style.font(), style.ink, side[1])
 
 
 def _points(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
@@ -295,7 +284,7 @@ def _pie(sheet: Sheet, style: _Style, chart: Chart, box: Box) -> None:
         sheet.draw.pieslice(outer, turn, turn + share * 3.6, fill, style.paper, 2 * s)
         middle = math.radians(turn + share * 1.8)
         x, y = cx + 0.72 * radius * math.cos(middle), cy + 0.72 * radius * math.sin(middle)
-        sheet.text(x, y, f"{number(share)}%", style.small, ink_on(fill), "mm")
+        sheet.text(x, y, f"{number(share)}%", style.font(), ink_on(fill), "mm")
         turn += share * 3.6
 
 
@@ -323,24 +312,16 @@ def _ask(rng: np.random.Generator, chart: Chart) -> list[Pair]:
 
 
 def _about_values(rng: np.random.Generator, chart: Chart, values: Sequence[float], of: str) -> list[Pair]:
-    """Look-ups, extremes, order, sums and differences. `of`: " for NAME" if there are several series."""
+    """`of`: " for NAME" if there are several series."""
     sign = "%" if chart.shape == "pie" else ""
     found = dict(zip(chart.categories, values, strict=True))
     asked: list[Pair] = [("How many categories are there?", str(len(found)))]
     for name in some(rng, chart.categories, 3):
         asked.append((f"What is the value of {name}{of}?", number(found[name]) + sign))
+    asked += about_numbers(rng, found, "category", of, sign)
     ranked = sorted(found, key=lambda name: found[name])
-    for asks, place, other in (("lowest", 0, 1), ("highest", -1, -2)):
-        if found[ranked[place]] != found[ranked[other]]:
-            asked.append((f"Which category has the {asks} value{of}?", ranked[place]))
-        asked.append((f"What is the {asks} value{of}?", number(found[ranked[place]]) + sign))
     if len(set(values)) == len(values):
         asked.append((f"Which category has the second highest value{of}?", ranked[-2]))
-    a, b = some(rng, chart.categories, 2)
-    asked.append((f"What is the sum of {a} and {b}{of}?", number(found[a] + found[b]) + sign))
-    asked.append((f"What is the difference between {a} and {b}{of}?", number(abs(found[a] - found[b])) + sign))
-    if found[a] != found[b]:
-        asked.append((f"Is {a} larger than {b}{of}?", "Yes" if found[a] > found[b] else "No"))
     if not sign:
         asked.append((f"What is the total of all values{of}?", number(sum(values))))
         limit = chart.step * whole(rng, 1, max(1, round(chart.top / chart.step) - 1))

@@ -11,9 +11,8 @@ from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.colours import Colour
 from molmo_edge.data.drawn.fonts import Fonts, Type, text_width
 from molmo_edge.data.drawn.invented import town
-from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet
 
-MOST_QUESTIONS = 10
 _VERBS = (
     "add", "build", "check", "clean", "count", "draw", "find", "load", "merge", "move", "parse", "read", "send", "sort",
 )  # fmt: skip
@@ -165,7 +164,7 @@ def draw_code(rng: np.random.Generator, fonts: Fonts) -> Drawing:
     if framed:
         asked.append(("What is the name of the open file?", file))
     data = {"language": language.name, "lines": lines, "numbered": numbered, **facts}
-    return Drawing(sheet.finished(), pairs(rng, asked, MOST_QUESTIONS), data, sheet.texts)
+    return sheet.drawing(rng, asked, data)
 
 
 def _write(rng: np.random.Generator, language: _Language) -> tuple[list[str], dict[str, dict[str, str]]]:

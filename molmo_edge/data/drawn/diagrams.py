@@ -10,11 +10,10 @@ import numpy as np
 
 from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.colours import COLOURS, Colour, ink_on
-from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.fonts import Fonts, Lettering, Type
 from molmo_edge.data.drawn.invented import company, goods, person
-from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet
 
-MOST_QUESTIONS = 10
 _STEPS = (
     "Open", "Read", "Check", "Sort", "Wash", "Pack", "Weigh", "Print", "Send", "Store", "Count", "Clean", "Paint",
     "Cut", "Test", "Repair", "Label", "Collect", "Order", "Return", "Measure", "Stack", "Dry", "Mix",
@@ -48,19 +47,13 @@ class _Graph:
 
 
 @dataclass(frozen=True)
-class _Style:
-    face: Face
-    size: float
+class _Style(Lettering):
     ink: Colour
     paper: Colour
     round: float  # corner radius, pixels
     sideways: bool  # from left to right instead of top to bottom
     width: float  # of a box
     height: float
-
-    @property
-    def font(self) -> Type:
-        return Type(self.face.regular, self.size)
 
 
 def draw_diagram(rng: np.random.Generator, fonts: Fonts) -> Drawing:
@@ -71,7 +64,7 @@ def draw_diagram(rng: np.random.Generator, fonts: Fonts) -> Drawing:
         node.colour = pick(rng, palette) if rng.random() < 0.8 else "white"
     sheet, style = _arrange(rng, fonts, graph)
     if graph.title:
-        sheet.text(sheet.width / 2, 14, graph.title, Type(style.face.bold, style.size * 1.3), style.ink, "ma")
+        sheet.text(sheet.width / 2, 14, graph.title, style.font(1.3, bold=True), style.ink, "ma")
     for start, end, text in graph.arrows:
         _arrow(sheet, style, graph.nodes[start], graph.nodes[end], text, straight=graph.kind == "circle")
     for node in graph.nodes:
@@ -81,7 +74,7 @@ def draw_diagram(rng: np.random.Generator, fonts: Fonts) -> Drawing:
         "nodes": [[node.text, node.colour] for node in graph.nodes],
         "arrows": [list(arrow) for arrow in graph.arrows],
     }
-    return Drawing(sheet.finished(), pairs(rng, _ask(rng, graph), MOST_QUESTIONS), data, sheet.texts)
+    return sheet.drawing(rng, _ask(rng, graph), data)
 
 
 # --- what it shows ------------------------------------------------------------------------------------------------
@@ -206,7 +199,7 @@ def _box(sheet: Sheet, style: _Style, node: _Node) -> None:
         sheet.box((x - w * 0.7, y - h * 0.7, x + w * 0.7, y + h * 0.7), fill, style.ink, 1.5, radius=h * 0.7)
     else:
         sheet.box((x - w, y - h * 0.75, x + w, y + h * 0.75), fill, style.ink, 1.5, radius=style.round)
-    sheet.text(x, y, node.text, style.font, ink_on(fill), "mm")
+    sheet.text(x, y, node.text, style.font(), ink_on(fill), "mm")
 
 
 def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, straight: bool) -> None:
@@ -229,7 +222,7 @@ def _arrow(sheet: Sheet, style: _Style, start: _Node, end: _Node, text: str, str
         place = (x + 8, y - style.size * 0.2, "ld")
         if style.sideways:
             place = (x - style.size * 0.8, *((y - 5, "rd") if end.y <= start.y else (y + 5, "ra")))
-        sheet.text(place[0], place[1], text, Type(style.face.bold, style.size * 0.9), style.ink, place[2])
+        sheet.text(place[0], place[1], text, style.font(0.9, bold=True), style.ink, place[2])
 
 
 def _reach(node: _Node, half: float, plain: float) -> float:

@@ -9,11 +9,10 @@ import numpy as np
 
 from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.colours import Colour
-from molmo_edge.data.drawn.fonts import Face, Fonts, Type
+from molmo_edge.data.drawn.fonts import Face, Fonts, Lettering, Type
 from molmo_edge.data.drawn.invented import company, date, goods, money, person, phone, street, town
-from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet, pairs
+from molmo_edge.data.drawn.sheets import Drawing, Pair, Sheet
 
-MOST_QUESTIONS = 12
 _PAPERS: tuple[Colour, ...] = ((255, 255, 255), (253, 251, 245), (248, 248, 248), (255, 252, 235))
 INK: Colour = (20, 20, 24)
 MARGIN = 48
@@ -37,10 +36,7 @@ class Page:
 
     def __init__(self, rng: np.random.Generator, face: Face, width: int, size: float) -> None:
         self.sheet = Sheet(width, 2 * width + 400, pick(rng, _PAPERS))
-        self.face, self.size, self.y = face, size, float(MARGIN)
-
-    def font(self, scale: float = 1.0, bold: bool = False) -> Type:
-        return Type(self.face.bold if bold else self.face.regular, self.size * scale)
+        self.size, self.y, self.font = size, float(MARGIN), Lettering(face, size).font
 
     def say(self, text: str, scale: float = 1.0, bold: bool = False, align: str = "l", ink: Colour = INK) -> None:
         """Write a paragraph. `align`: "l", "m" or "r"."""
@@ -64,8 +60,8 @@ class Page:
         self.y += self.size * 1.6
 
     def finished(self, rng: np.random.Generator, asked: list[Pair], data: dict[str, Any]) -> Drawing:
-        image = self.sheet.image.crop((0, 0, self.sheet.width, round(self.y + MARGIN)))
-        return Drawing(image, pairs(rng, asked, MOST_QUESTIONS), data, self.sheet.texts)
+        self.sheet.image = self.sheet.image.crop((0, 0, self.sheet.width, round(self.y + MARGIN)))
+        return self.sheet.drawing(rng, asked, data)
 
 
 def new_page(rng: np.random.Generator, fonts: Fonts) -> Page:

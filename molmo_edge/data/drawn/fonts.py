@@ -48,6 +48,17 @@ class Type:
 
 
 @dataclass(frozen=True)
+class Lettering:
+    """A family at a basic size in pixels."""
+
+    face: Face
+    size: float
+
+    def font(self, scale: float = 1.0, bold: bool = False) -> Type:
+        return Type(self.face.bold if bold else self.face.regular, self.size * scale)
+
+
+@dataclass(frozen=True)
 class Fonts:
     """The fonts of drawn pages. Without `mono`, code is set letter by letter on a grid."""
 

@@ -6,7 +6,7 @@ A picture depends only on its random generator and the fonts.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from molmo_edge.data.drawn.fonts import Type, load_font, text_width
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, pixels
 Pair = tuple[str, str]  # question, answer
+
+MOST_QUESTIONS = 12  # about a picture
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,27 @@ class Drawing:
 def pairs(rng: np.random.Generator, found: Sequence[Pair], most: int) -> list[Pair]:
     """At most `most` of them in random order, without repeated questions."""
     return some(rng, list(dict(found).items()), most)
+
+
+def about_numbers(
+    rng: np.random.Generator, found: Mapping[str, float], kind: str, of: str, sign: str = ""
+) -> list[Pair]:
+    """Questions about extremes, sums, differences and order.
+
+    `kind`: what the names are, such as "town". `of`: which numbers, such as ' under "Sold"'. `sign`: their unit.
+    """
+    asked: list[Pair] = []
+    for extreme, best in (("lowest", min(found.values())), ("highest", max(found.values()))):
+        names = [name for name, value in found.items() if value == best]
+        if len(names) == 1:
+            asked.append((f"Which {kind} has the {extreme} value{of}?", names[0]))
+        asked.append((f"What is the {extreme} value{of}?", number(best) + sign))
+    a, b = some(rng, list(found), 2)
+    asked.append((f"What is the sum of {a} and {b}{of}?", number(found[a] + found[b]) + sign))
+    asked.append((f"What is the difference between {a} and {b}{of}?", number(abs(found[a] - found[b])) + sign))
+    if found[a] != found[b]:
+        asked.append((f"Is {a} larger than {b}{of}?", "Yes" if found[a] > found[b] else "No"))
+    return asked
 
 
 def number(value: float) -> str:
@@ -56,8 +79,10 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.image)
         self.texts: list[Box] = []
 
-    def finished(self) -> Image.Image:
-        return self.image.reduce(self.scale) if self.scale > 1 else self.image
+    def drawing(self, rng: np.random.Generator, asked: Sequence[Pair], data: dict[str, Any]) -> Drawing:
+        """The finished picture with at most MOST_QUESTIONS of the questions."""
+        image = self.image.reduce(self.scale) if self.scale > 1 else self.image
+        return Drawing(image, pairs(rng, asked, MOST_QUESTIONS), data, self.texts)
 
     def measure(self, text: str, font: Type) -> float:
         """Width of a line of text, pixels."""

@@ -8,7 +8,7 @@ from molmo_edge.data.choices import pick, some, whole
 from molmo_edge.data.drawn.documents import INK, MARGIN, new_page
 from molmo_edge.data.drawn.fonts import Fonts
 from molmo_edge.data.drawn.invented import MONTHS, first_names, goods, towns
-from molmo_edge.data.drawn.sheets import Drawing, Pair
+from molmo_edge.data.drawn.sheets import Drawing, Pair, about_numbers
 
 
 def draw_table(rng: np.random.Generator, fonts: Fonts) -> Drawing:
@@ -58,13 +58,8 @@ def _about_table(rng: np.random.Generator, by: str, labels: list[str], columns: 
         for name in some(rng, labels, 2):
             asks = pick(rng, (f'What is "{head}" of {name}?', f"What stands at {name} under {head}?"))
             asked.append((asks, str(found[name])))
-        for asks, best in (("highest", max(values)), ("lowest", min(values))):
-            if values.count(best) == 1:
-                asked.append((f'Which {by.lower()} has the {asks} "{head}"?', labels[values.index(best)]))
-            asked.append((f'What is the {asks} value under "{head}"?', str(best)))
+        asked += about_numbers(rng, found, by.lower(), f' under "{head}"')
         asked.append((f'What is the sum of the column "{head}"?', str(sum(values))))
-        a, b = some(rng, labels, 2)
-        asked.append((f'What is the difference between {a} and {b} in "{head}"?', str(abs(found[a] - found[b]))))
         limit = sorted(values)[len(values) // 2]
         asked.append((f'How many rows have more than {limit} under "{head}"?', str(sum(v > limit for v in values))))
     row = whole(rng, 0, len(labels) - 1)
