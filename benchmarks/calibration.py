@@ -27,7 +27,7 @@ from molmo_edge.export import export_bundle, load_bundle_weights
 from molmo_edge.frontend.points import format_points
 from molmo_edge.frontend.prompts import point_question, text_ids
 from molmo_edge.modeling.weights import save_checkpoint
-from molmo_edge.quantize.calibration import MOST, PROMPTS
+from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, PROMPTS
 from molmo_edge.runtimes import open_runtime
 
 ONNX: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def write_prompts(photos: Path, folder: Path) -> None:
             label, points = objects[0]["label"], objects[0]["points"]
             answer = format_points([tuple(point) for point in points], label)
             lines.append({"image": str(photo.path.resolve()), "question": point_question(label), "answer": answer})
-    lines = lines[:: max(1, len(lines) // MOST)][:MOST]
+    lines = lines[:: max(1, len(lines) // MAX_PROMPTS)][:MAX_PROMPTS]
     (folder / PROMPTS).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 
 

@@ -213,12 +213,12 @@ class _BundleExport:
 
     def _calibration_inputs(self) -> list[np.ndarray]:
         """The decoder's input embeddings for each prompt of the calibration, float32 [n, d_model]."""
-        from molmo_edge.quantize.calibration import sequences
+        from molmo_edge.quantize.calibration_prompts import embed_prompts
 
         assert self.plan.calibration is not None
         runtime = OnnxRuntime(self.config, self.files)
         try:
-            return sequences(self.plan.calibration, runtime, self.tokenizer)
+            return embed_prompts(self.plan.calibration, runtime, self.tokenizer)
         finally:
             runtime.close()
 

@@ -1,7 +1,7 @@
-"""A bundle's weights back as tensors under their hub names: `export_bundle` read backwards.
+"""Restore the weights of a bundle as tensors under their hub names: the inverse of `export_bundle`.
 
-Rounded weights come back as the floats that they stand for, LayerScale as ones, since it is folded into the
-matrices. So an embedded model can be run, trained further or exported again where its checkpoint is not at hand.
+Quantised weights are restored as floats; LayerScale is ones, since it is folded into the matrices. So a bundle can be
+run, trained further or exported again without its checkpoint.
 """
 
 from __future__ import annotations
@@ -34,23 +34,21 @@ TABLE = f"{TRANSFORMER}.wte"
 
 
 class BundleTensors:
-    """A TensorSource over the graphs of a bundle; each tensor is widened when it is asked for."""
+    """A TensorSource of the graphs of a bundle. Each tensor is converted to float32 when it is read."""
 
     def __init__(self, directory: str | Path, *, dither: int | None = None) -> None:
-        """`dither`: a seed. Each rounded weight is then a random one of those that round to it, as its original was:
-        rounding it again costs what rounding costs, where what lies on the grid already would seem to cost nothing.
+        """`dither`: a seed. Each restored weight is then drawn from the interval that rounds to the stored value,
+        so that quantising it again has the usual error; values on the grid of the stored ones would have none.
 
-        Raises BundleError for a damaged bundle, ExportError for one whose graphs are of another engine."""
+        Raises BundleError for a damaged bundle, ExportError for one with a GGUF decoder."""
         bundle = open_bundle(directory)
         self.config: MolmoConfig = bundle.config
         self._directory, self._dither = bundle.directory, dither
         self._arrays: dict[str, np.ndarray] = {}
-        self._blocks: dict[
-            str, tuple[int, int]
-        ] = {}  # of matrices in blocks: bits, and inputs, where the last is padded
+        self._blocks: dict[str, tuple[int, int]] = {}  # matrix in blocks -> bits, and inputs without padding
         for component in GRAPHS:
             if bundle.components[component].engine != "onnx":
-                raise ExportError(f"{directory}: the weights of {component} are not in an ONNX graph")
+                raise ExportError(f"{directory}: the weights of {component} cannot be read back from a GGUF")
             graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
             self._arrays |= {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
             for node in graph.node:
@@ -61,10 +59,10 @@ class BundleTensors:
                     d = self.config.decoder
                     for weight, inputs in ((node.input[2], d.d_model), (node.input[5], d.ffn_dim)):
                         self._blocks[weight] = numbers["expert_weight_bits"], inputs
-        # Experts that lie in one matrix are asked for one after the other, each for its shape first.
+        # Experts in one matrix are read one after the other, each first for its shape.
         self._last = lru_cache(maxsize=1)(self._widen)
         self._read = {name: partial(self._last, name) for name in self._arrays} | self._derived()
-        # Blocks behind the last one that is looked at are in a checkpoint, but not in a bundle: they never run.
+        # A checkpoint has blocks after the last one in use, which a bundle leaves out.
         for vit, _, hub in vit_names(self.config):
             first = f"{hub}.transformer.resblocks.0."
             for name in [name for name in self._read if name.startswith(first)]:
@@ -78,10 +76,10 @@ class BundleTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.get(name).shape
 
-    def dtype(self, name: str) -> str:
+    def dtype(self, _name: str) -> str:
         return "F32"
 
-    def file(self, name: str) -> Path:
+    def file(self, _name: str) -> Path:
         return self._directory
 
     def raw(self, name: str) -> np.ndarray:
@@ -93,9 +91,9 @@ class BundleTensors:
         return self._read[name]()
 
     def _widen(self, name: str) -> np.ndarray:
-        """A matrix as [out, in], the table as [rows, d], or whatever else just as it is stored. Read-only."""
+        """A matrix as [out, in], the table as [rows, d], anything else as it is stored. Read-only."""
         array = self._float(name)
-        array.flags.writeable = False  # the next one who asks may get the same
+        array.flags.writeable = False  # it is cached
         return array
 
     def _float(self, name: str) -> np.ndarray:
@@ -107,13 +105,14 @@ class BundleTensors:
             if bits == 8:
                 codes = array.reshape(*scale.shape, -1).astype(np.float32) - ZERO_POINT
                 wide = self._dithered(name, codes) * scale[..., None]
-                return wide.reshape(*scale.shape[:-1], -1)[..., :inputs]
+                weights: np.ndarray = wide.reshape(*scale.shape[:-1], -1)
+                return weights[..., :inputs]
             zero_point = self._arrays.get(f"{name.removesuffix('.weight')}.zero_point")
             if zero_point is not None:
                 zero_point = unpack_nibbles(zero_point)[..., : scale.shape[-1]]
             codes = unpack_nibbles(array).reshape(*scale.shape[:-1], -1)
             return Blocks(self._dithered(name, codes), scale, zero_point).restored()[..., :inputs]
-        if array.dtype == np.int8 and scale is not None:  # [in, out] with a scale for each output, or the table
+        if array.dtype == np.int8 and scale is not None:  # [in, out] with one scale per output, or the table
             wide = self._dithered(name, array.astype(np.float32)) * scale
             return wide if name == TABLE else wide.T
         if array.dtype == np.float16:
@@ -133,7 +132,7 @@ class BundleTensors:
         return np.zeros_like(self.get(like))
 
     def _derived(self) -> dict[str, Callable[[], np.ndarray]]:
-        """Hub tensors that the export has folded, stacked or split."""
+        """Hub tensors that the export folds, stacks or splits."""
         d = self.config.decoder
         read: dict[str, Callable[[], np.ndarray]] = {
             f"{TABLE}.embedding": lambda: self._last(TABLE)[: d.embedding_size],
@@ -152,7 +151,7 @@ class BundleTensors:
         for n in range(d.n_layers if d.n_experts else 0):
             experts = f"{TRANSFORMER}.blocks.{n}.mlp.experts"
             if f"{experts}.0.gate_proj.weight" in self._arrays:
-                continue  # one after the other, under their own names
+                continue  # stored one by one, under their own names
             for part in ("gate", "up", "down"):
                 for e in range(d.n_experts):
                     read[f"{experts}.{e}.{part}_proj.weight"] = partial(self._expert, f"{experts}.{part}_proj", part, e)
@@ -160,7 +159,7 @@ class BundleTensors:
 
     def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
         experts = wide.rpartition(".")[0]
-        if f"{experts}.down.weight" in self._arrays:  # of QMoE, where rows of gate and up take turns
+        if f"{experts}.down.weight" in self._arrays:  # of QMoE, where rows of gate and up alternate
             if part == "down":
                 return self._last(f"{experts}.down.weight")[e]
             return self._last(f"{experts}.gate_up.weight")[e, ("gate", "up").index(part) :: 2]
@@ -172,8 +171,8 @@ class BundleTensors:
 def load_bundle_weights(directory: str | Path, *, dither: int | None = None, precision: str = "fp32") -> Molmo:
     """The bundle's weights as a `molmo_edge.modeling.Molmo` in eval mode on the CPU. Needs PyTorch.
 
-    `dither`: see BundleTensors. `precision`: as of `load_checkpoint`; "auto" is fp32 where that fits into memory, else
-    bf16. Raises RoomError or PrecisionError where it does not fit.
+    `dither`: see BundleTensors. `precision`: see `load_checkpoint`; "auto" is fp32 if it fits into memory, else bf16.
+    Raises RoomError or PrecisionError if it does not fit.
     """
     from molmo_edge.modeling.precision import choose_precision
     from molmo_edge.modeling.weights import build_model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.export.errors import ExportError
@@ -23,10 +22,8 @@ from molmo_edge.export.precisions import (
 )
 from molmo_edge.export.targets import TARGETS, Target
 from molmo_edge.quantize import QuantizeError
+from molmo_edge.quantize.calibration_prompts import Prompt, find_prompts
 from molmo_edge.system.extras import pip_command
-
-if TYPE_CHECKING:
-    from molmo_edge.quantize.calibration_prompts import Prompt
 
 ENGINES = ("onnx", "gguf")  # of the decoder; the other components are ONNX with either
 
@@ -185,7 +182,7 @@ def _prompts(options: ExportOptions) -> list[Prompt] | None:
     if options.calibrate is None:
         return None
     try:
-        from molmo_edge.quantize.calibration import find_prompts
+        import torch  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,6 +1,6 @@
-"""A checkpoint in, sharded safetensors in hub layout out: MolmoE's pickle is touched once, and never again.
+"""Convert a checkpoint to sharded safetensors in hub layout, so that a pickle is opened only once.
 
-One tensor is read and converted while the one before it is written, so memory does not grow with the model.
+One tensor is converted while the one before it is written, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from molmo_edge.export.source import open_source
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.frontend.tokenizer import Tokenizer
 
-SHARD_BYTES = 5_000_000_000  # as the hub's libraries cut them
-_AT_ONCE = 1 << 16  # values that are rounded in the processor's cache
-_BESIDE = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
+SHARD_BYTES = 5_000_000_000  # the default of the hub's libraries
+_CHUNK = 1 << 16  # values, which fit into the processor's cache
+_COPIED_FILES = ("generation_config.json", "LICENSE", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export_checkpoint(
@@ -38,16 +38,16 @@ def export_checkpoint(
 ) -> list[Path]:
     """Convert a checkpoint directory, in hub layout or the reference's own, or a bundle to safetensors in hub layout.
 
-    `precision`: "bf16" or "fp32". `out` must not exist yet, and appears whole or not at all. `on_progress` is told
-    the values that are written and all that there are. Returns the files of weights.
+    `precision`: "bf16" or "fp32". `out` must not exist yet, and appears complete or not at all. `on_progress` is called
+    with the number of values written and their total. Returns the weight files.
 
-    Raises ExportError for what cannot be asked for, or does not fit on the disk, and before any weight is read
-    CheckpointError, ConfigError or TokenizerError for a checkpoint that is not whole.
+    Raises ExportError for unknown options or a disk that is too small, and CheckpointError, ConfigError or
+    TokenizerError for an incomplete checkpoint, before any weight is read.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     check_checkpoint_options(out, precision)
     if shard_bytes <= 0:
-        raise ExportError(f"a shard must have room for something, not for {shard_bytes} bytes")
+        raise ExportError(f"a shard of {shard_bytes} bytes is not possible: shard_bytes must be positive")
     dtype = SAFETENSORS_PRECISIONS[precision]
     config, tensors = open_source(checkpoint)
     Tokenizer.from_file(checkpoint / TOKENIZER)
@@ -59,12 +59,12 @@ def export_checkpoint(
         done = 0
         with ShardWriter(staging, shapes, dtype, shard_bytes) as writer:
             for name, shape in shapes.items():
-                writer.write(name, _converted(tensors, name, dtype))
+                writer.write(name, _convert(tensors, name, dtype))
                 done += math.prod(shape)
                 if on_progress is not None:
                     on_progress(done, total)
         write_hub_config(config, staging)
-        for name in (TOKENIZER, *_BESIDE):
+        for name in (TOKENIZER, *_COPIED_FILES):
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, staging / name)
         publish(staging, out)
@@ -72,7 +72,7 @@ def export_checkpoint(
 
 
 def check_checkpoint_options(out: Path, precision: str) -> None:
-    """Raise ExportError for what cannot be asked for, before a checkpoint is fetched."""
+    """Raise ExportError for options of `export_checkpoint` that cannot be met, before a checkpoint is downloaded."""
     if precision not in SAFETENSORS_PRECISIONS:
         supported = ", ".join(SAFETENSORS_PRECISIONS)
         raise ExportError(f"{precision!r} is not a supported precision for safetensors (supported: {supported})")
@@ -80,7 +80,7 @@ def check_checkpoint_options(out: Path, precision: str) -> None:
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
 
 
-def _converted(tensors: TensorSource, name: str, dtype: str) -> np.ndarray:
+def _convert(tensors: TensorSource, name: str, dtype: str) -> np.ndarray:
     raw, stored = tensors.raw(name), tensors.dtype(name)
     if stored == dtype:
         return raw
@@ -89,16 +89,16 @@ def _converted(tensors: TensorSource, name: str, dtype: str) -> np.ndarray:
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bfloat16 as uint16, to nearest, ties to even. Overflow gives infinity, NaN stays NaN."""
+    """float32 -> bfloat16 bits as uint16, rounded to nearest even. Overflow gives infinity, NaN stays NaN."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     rounded = np.empty(flat.shape, np.uint16)
-    for start in range(0, flat.size, _AT_ONCE):
-        part = flat[start : start + _AT_ONCE]
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
         bits = part.view(np.uint32)
         half = (bits >> 16) & 1
         half += bits
         half += 0x7FFF
-        rounded[start : start + _AT_ONCE] = half >> 16
+        rounded[start : start + _CHUNK] = half >> 16
         if np.isnan(part.min()):
-            rounded[start : start + _AT_ONCE][np.isnan(part)] = 0x7FC0
+            rounded[start : start + _CHUNK][np.isnan(part)] = 0x7FC0
     return rounded.reshape(values.shape)

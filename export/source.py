@@ -1,4 +1,4 @@
-"""Where an export takes its weights from: a checkpoint, or a bundle, read back."""
+"""The source of an export: a checkpoint, or a bundle whose weights are restored."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from molmo_edge.config import MolmoConfig
 
 
 def open_source(directory: Path, *, dither: int | None = None) -> tuple[MolmoConfig, TensorSource]:
-    """Configuration and tensors, all of them there and of the right shapes.
+    """The configuration and a complete set of tensors with the right shapes.
 
-    Rounded weights of a bundle are the floats that they stand for: rounding them again costs again, though little where
-    they had eight bits and get four. `dither`: see BundleTensors.
+    Quantising a bundle's restored weights again adds error again, though little from eight bits to four. `dither`: see
+    BundleTensors.
 
-    Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle whose decoder is a GGUF.
+    Raises CheckpointError, ConfigError or BundleError, and ExportError for a bundle with a GGUF decoder.
     """
-    if is_bundle(directory):  # all there, or it would not have been made
+    if is_bundle(directory):  # complete, since it was exported
         from molmo_edge.export.bundle_weights import BundleTensors
 
         bundle = BundleTensors(directory, dither=dither)

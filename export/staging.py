@@ -1,4 +1,4 @@
-"""Where an export writes until it is whole: beside its target, one at a time, on a disk with room for it."""
+"""The folder that an export writes to until it is complete: beside its target, on a disk with enough space."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from molmo_edge.system.scratch import BusyError, free_bytes, is_full, work_folde
 
 Free = Callable[[Path], int]  # bytes that can be written into a directory
 
-_SPARE = 200_000_000  # bytes that stay free on the disk
+SPARE_BYTES = 200_000_000  # left free on the disk
 
 
 @contextmanager
 def staged(out: Path, needed: int, *, free: Free = free_bytes) -> Iterator[Path]:
-    """An empty folder beside `out`, whose directory is made; write into it, then `publish` what `out` is to be.
+    """An empty folder beside `out`: write into it, then `publish` the result. Creates the parent directory of `out`.
 
-    `needed`: bytes that the export takes at most, an estimate. `free`: how much there is. Raises ExportError where they
-    do not fit, now or in the middle of the work, and where another process exports to `out`.
+    `needed`: an upper estimate in bytes. `free`: how to find the free bytes. Raises ExportError if the disk is too
+    small, at once or when it fills up, and if another process exports to `out`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -35,19 +35,19 @@ def staged(out: Path, needed: int, *, free: Free = free_bytes) -> Iterator[Path]
                 written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 raise ExportError(
                     f"the disk of {out.parent} is full: this export needs about {_size(needed)}, {_size(written)} are "
-                    f"written and {_size(free(out.parent))} are free; make room, or choose another place"
+                    f"written and {_size(free(out.parent))} are free; free some space, or choose another directory"
                 ) from error
     except BusyError as error:
         raise ExportError(str(error)) from None
 
 
-def publish(made: Path, out: Path) -> None:
-    """Give what an export made its name. Raises ExportError where something has that name by now."""
-    taken = f"{out} was made by another process while this export ran, and is left as it is: choose another directory"
+def publish(result: Path, out: Path) -> None:
+    """Move `result` to `out`. Raises ExportError if `out` exists by now."""
+    taken = f"{out} was made by another process while this export ran and is left unchanged: choose another directory"
     if out.exists():  # a rename would replace an empty directory
         raise ExportError(taken)
     try:
-        os.rename(made, out)
+        os.rename(result, out)
     except OSError as error:
         with contextlib.suppress(OSError):
             if out.exists():
@@ -56,11 +56,11 @@ def publish(made: Path, out: Path) -> None:
 
 
 def check_disk(directory: Path, needed: int, *, free: Free = free_bytes) -> None:
-    """Raise ExportError where `needed` bytes do not fit."""
-    if needed + _SPARE > (left := free(directory)):
+    """Raise ExportError if `directory` has no space for `needed` bytes."""
+    if needed + SPARE_BYTES > (left := free(directory)):
         raise ExportError(
-            f"this export needs about {_size(needed)}, and {_size(_SPARE)} to spare, but {directory} has only "
-            f"{_size(left)} free: make room, or choose another place"
+            f"this export needs about {_size(needed)}, and {_size(SPARE_BYTES)} to spare, but {directory} has only "
+            f"{_size(left)} free: free some space, or choose another directory"
         )
 
 

@@ -1,4 +1,7 @@
-"""Folders of plain photos, as prompts: what `--calibrate` rounds with, and what a loss may be measured on.
+"""Folders of photos as prompts: what `--calibrate` rounds a decoder with, and what a loss can be measured on.
+
+A Molmo prompt is mostly image, and embeddings of images look nothing like those of text, so a calibration on text
+alone rounds for the wrong inputs. Each prompt here is a photo, a question, and an answer if there is one.
 
 Nothing here needs PyTorch.
 """
@@ -7,15 +10,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from molmo_edge.frontend.prompts import build_prompt, caption_question
+import numpy as np
+
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.prompts import build_prompt, caption_question, image_ids, text_ids
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize import QuantizeError
+from molmo_edge.runtimes import Runtime
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings
 from molmo_edge.system.files import FileNameError, find_file, printable
 
 PROMPTS = "prompts.jsonl"
-# For photos about which nothing is known; the last names the kinds of answer that Molmo was trained to give.
+MAX_PROMPTS = 32  # of a calibration; each has several hundred positions
+# For photos without a question. The last one names the kinds of answer that Molmo was trained to give.
 QUESTIONS = (
     caption_question(),
     "Point to the main object.",
@@ -23,32 +36,59 @@ QUESTIONS = (
     "What is written in this image?",
     "Point to everything that a person could pick up.",
 )
-_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
 class Prompt:
     image: Path
     question: str
-    answer: str = ""  # where there is one, its tokens are seen as well
+    answer: str = ""  # part of the prompt if there is one
+
+
+def find_prompts(folder: str | Path) -> list[Prompt]:
+    """At most MAX_PROMPTS prompts, spread evenly over those of a folder.
+
+    They come from its prompts.jsonl (`read_prompts`). Without that file every photo gets one of QUESTIONS. Raises
+    QuantizeError, ImageError or PromptError for files that cannot be used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise QuantizeError(f"{folder} is not a folder of photos to calibrate with")
+    listed = folder / PROMPTS
+    if listed.is_file():
+        prompts = _spread(read_prompts(listed))
+    else:
+        prompts = [Prompt(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(_spread(photos_in(folder)))]
+    if not prompts:
+        raise QuantizeError(f"{folder} holds neither photos to calibrate with nor a {PROMPTS}")
+    for prompt in prompts:  # fail now rather than after an hour
+        load_image(prompt.image)
+    return prompts
+
+
+def _spread(items: list[_Item]) -> list[_Item]:
+    return [items[i * len(items) // MAX_PROMPTS] for i in range(MAX_PROMPTS)] if len(items) > MAX_PROMPTS else items
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """The photos in a folder and in those inside it, in a fixed order, without hidden files (macOS's "._photo.jpg")."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _PHOTOS and not path.name.startswith("."))
-    return sorted(path for path in found if os.path.isfile(path))
+    """The photos in a folder and its subfolders, in a fixed order, without hidden files (macOS's "._photo.jpg")."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in paths if os.path.isfile(path))
 
 
-def read_prompts(listed: Path) -> list[Prompt]:
-    """A prompts.jsonl: a line {"image": path in the folder, "question": ..., "answer": ...} each, the answer optional.
+def read_prompts(file: Path) -> list[Prompt]:
+    """Read a prompts.jsonl: one {"image": path in the folder, "question": ..., "answer": ...} per line, without an
+    answer if there is none.
 
-    Raises QuantizeError, which names the line, and PromptError for an empty question. Pictures are not opened.
+    Raises QuantizeError that names the line, and PromptError for an empty question. Does not open the photos.
     """
     try:
-        lines = listed.read_text("utf-8").split("\n")
+        lines = file.read_text("utf-8").split("\n")
     except UnicodeDecodeError:
-        raise QuantizeError(f"{listed} is not in UTF-8") from None
-    prompts = [_parse(listed, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        raise QuantizeError(f"{file} is not in UTF-8") from None
+    prompts = [_parse(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     for prompt in prompts:
         build_prompt(prompt.question)
     return prompts
@@ -60,15 +100,30 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
         name = entry["image"]
         prompt = Prompt(file.parent / name, entry["question"], entry.get("answer") or "")
         if not isinstance(prompt.question, str) or not isinstance(prompt.answer, str):
-            raise TypeError("question and answer are texts")
+            raise TypeError("question and answer must be strings")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QuantizeError(
             f'{file}, line {number}: expected {{"image": ..., "question": ..., "answer": ...}}: {error}'
         ) from None
     try:
-        found = find_file(file.parent, name)
+        image = find_file(file.parent, name)
     except FileNameError as error:
         raise QuantizeError(f"{file}, line {number}: {error}") from None
-    if found is None:
+    if image is None:
         raise QuantizeError(f"{file}, line {number}: there is no {printable(prompt.image)}")
-    return Prompt(found, prompt.question, prompt.answer)
+    return Prompt(image, prompt.question, prompt.answer)
+
+
+def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The decoder's input for each prompt, float32 [n, d_model]. `runtime` needs no decoder."""
+    process = ImageProcessor(runtime.config.image, tokenizer.special)
+    max_length = runtime.config.decoder.max_position_embeddings
+    embeddings = []
+    for prompt in prompts:
+        prepared = process(load_image(prompt.image))
+        ids = text_ids(tokenizer, [prompt.question])
+        if prompt.answer:
+            ids = np.concatenate([ids, tokenizer.encode(f" {prompt.answer}")])
+        image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
+        embeddings.append(np.concatenate([image, runtime.embed(ids)])[:max_length])
+    return embeddings

@@ -1,9 +1,9 @@
-"""The same function with weights that are easier to round in int8: loud inputs made quieter, their columns louder.
+"""Smoothing for int8: divide large input channels by a scale, and multiply the weights' columns by it.
 
-An input row has one scale in int8, so a channel that is always loud takes the precision of all others. Every matrix
-behind a norm can share the load: the norm's gain is divided by s, the matrix's columns are multiplied by it, and what
-comes out is equal. s is the square root of the channel's root mean square on real prompts, which served
-nano a little better than the largest values of SmoothQuant (arXiv 2211.10438).
+In int8 a row of inputs has one scale, so a channel that is always large costs the others their precision. For a matrix
+after a norm the norm's gain is divided by s and the matrix's columns are multiplied by s, which leaves the output
+unchanged. s is the square root of the channel's root mean square on calibration prompts; on nano that is slightly
+better than the maxima of SmoothQuant (arXiv 2211.10438).
 """
 
 from __future__ import annotations
@@ -17,50 +17,52 @@ from torch import nn
 
 from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.quantize.layer_inputs import Walk
+from molmo_edge.quantize.layer_inputs import LayerRunner
 
-_QUIET = 1e-3  # of the mean channel: a quieter one counts as this loud
-_BEHIND = re.compile(
+_FLOOR = 1e-3  # times the mean channel: smaller channels count as this large
+_AFTER_NORM = re.compile(
     r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?"
     r"(?:(attn_norm|att_proj)|(ff_norm|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj))\.(weight)$"
 )
 
 
 def smoothed(
-    config: MolmoConfig, tensors: TensorSource, rows: Sequence[np.ndarray], parts: Collection[str]
+    config: MolmoConfig, tensors: TensorSource, embeddings: Sequence[np.ndarray], parts: Collection[str]
 ) -> TensorSource:
-    """The weights of the same function; biases and what stands behind no norm are as they were.
+    """Smoothed weights that compute the same function.
 
-    `rows`: what `molmo_edge.quantize.calibration.sequences` gave. `parts`: "attention", "experts", or both. A decoder
-    whose norms stand behind its branches (OLMo) is left as it is.
+    `embeddings`: the decoder's inputs, float32 [n, d_model] each. `parts`: "attention", "experts", or both. A decoder
+    with norms after its branches (OLMo) is returned unchanged.
     """
     if config.decoder.norm_after:
         return tensors
     scales: dict[tuple[int, str], np.ndarray] = {}
     with torch.inference_mode():
-        walk = Walk(config, tensors, rows)
+        runner = LayerRunner(config, tensors, embeddings)
         for layer in range(config.decoder.n_layers):
-            walk.go_to(layer)
-            for part, module in (("attention", walk.block.attn), ("experts", walk.block.ffn)):
+            runner.advance_to(layer)
+            for part, module in (("attention", runner.block.attn), ("experts", runner.block.ffn)):
                 if part in parts:
-                    scales[layer, part] = _scale(walk, module)
+                    scales[layer, part] = _scale(runner, module)
 
     def change(name: str) -> np.ndarray:
-        array, found = tensors.get(name), _BEHIND.search(name)
-        scale = found and scales.get((int(found[1]), "attention" if found[2] else "experts"))
+        array, match = tensors.get(name), _AFTER_NORM.search(name)
+        scale = match and scales.get((int(match[1]), "attention" if match[2] else "experts"))
         if scale is None:
             return array
-        return array / scale if array.ndim == 1 else array * scale
+        smooth: np.ndarray = array / scale if array.ndim == 1 else array * scale
+        return smooth
 
     return Changed(tensors, change)
 
 
-def _scale(walk: Walk, module: nn.Module) -> np.ndarray:
-    """float32 [d_model], its geometric mean 1."""
+def _scale(runner: LayerRunner, module: nn.Module) -> np.ndarray:
+    """float32 [d_model] with geometric mean 1."""
     squares, n = np.zeros(0), 0
-    for x in walk.inputs(module):  # [n, d_model]
-        here = x.double().square().sum(0).numpy()
-        squares, n = (here if n == 0 else squares + here), n + len(x)
-    loudness = np.sqrt(squares / n)
-    scale = np.sqrt(np.maximum(loudness, _QUIET * loudness.mean()))
-    return (scale / np.exp(np.log(scale).mean())).astype(np.float32)
+    for x in runner.inputs(module):  # [n, d_model]
+        part = x.double().square().sum(0).numpy()
+        squares, n = (part if n == 0 else squares + part), n + len(x)
+    rms = np.sqrt(squares / n)
+    scale = np.sqrt(np.maximum(rms, _FLOOR * rms.mean()))
+    normalised: np.ndarray = scale / np.exp(np.log(scale).mean())
+    return normalised.astype(np.float32)

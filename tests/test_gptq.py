@@ -22,10 +22,10 @@ from molmo_edge.frontend.prompts import PromptError, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.quantize.calibration import MOST, Prompt, find_prompts, sequences
+from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, Prompt, embed_prompts, find_prompts
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.importance import importance
-from molmo_edge.quantize.layer_inputs import Walk
+from molmo_edge.quantize.layer_inputs import LayerRunner
 from molmo_edge.quantize.rounding import Blocks, nearest
 
 
@@ -110,9 +110,9 @@ def test_the_calibration_sees_what_the_decoder_sees(architecture: str) -> None:
         if name.endswith(("att_proj", "attn_out", "ff_proj", "ff_out", "ffn")):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
     model.decoder(torch.from_numpy(rows)[None])
-    walk = Walk(config, open_tensors(GOLDEN / architecture), [rows])
+    walk = LayerRunner(config, open_tensors(GOLDEN / architecture), [rows])
     for layer in range(config.decoder.n_layers):
-        walk.go_to(layer)
+        walk.advance_to(layer)
         for name, module in walk.block.named_modules():
             exact = seen.get(f"blocks.{layer}.{name}")
             if exact is not None:
@@ -158,7 +158,7 @@ def test_every_matrix_is_calibrated() -> None:
 def test_sequences_hold_image_question_and_answer() -> None:
     tokenizer = Tokenizer.from_file(GOLDEN / "qwen" / "tokenizer.json")
     engine, image = runtime("qwen"), GOLDEN / "coffee.png"
-    short, long = sequences([Prompt(image, "What?"), Prompt(image, "What?", "A cup.")], engine, tokenizer)
+    short, long = embed_prompts([Prompt(image, "What?"), Prompt(image, "What?", "A cup.")], engine, tokenizer)
     answer = engine.embed(np.array(tokenizer.encode(" A cup.")))
     np.testing.assert_array_equal(long, np.concatenate([short, answer]))
     text = engine.embed(text_ids(tokenizer, ["What?"]))
@@ -174,8 +174,8 @@ def test_photos_get_common_questions(tmp_path: Path) -> None:
         shutil.copyfile(GOLDEN / "text.png", tmp_path / f"{n:02}.png")
     (tmp_path / "notes.txt").write_text("no photo")
     found = find_prompts(tmp_path)
-    assert len(found) == MOST
-    assert len({entry.image for entry in found}) == MOST
+    assert len(found) == MAX_PROMPTS
+    assert len({entry.image for entry in found}) == MAX_PROMPTS
     assert found[0].image.name == "00.png"
     assert found[-1].image.name > "37"
     assert len({entry.question for entry in found}) == 5
@@ -196,8 +196,8 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         ('{"image": "a.png"}', "line 1: expected"),
         ("[]", "line 1: expected"),
         ("not json", "line 1: expected"),
-        ('{"image": "a.png", "question": 5}', "line 1: expected .* are texts"),
-        ('{"image": "a.png", "question": "?", "answer": ["x"]}', "line 1: expected .* are texts"),
+        ('{"image": "a.png", "question": 5}', "line 1: expected .* must be strings"),
+        ('{"image": "a.png", "question": "?", "answer": ["x"]}', "line 1: expected .* must be strings"),
     ):
         file.write_text(line)
         with pytest.raises(QuantizeError, match=message):
@@ -206,7 +206,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="not in UTF-8"):
         find_prompts(tmp_path)
     file.write_text("")
-    with pytest.raises(QuantizeError, match="holds no photos"):
+    with pytest.raises(QuantizeError, match="holds neither photos"):
         find_prompts(tmp_path)
     file.write_text('{"image": "a.png", "question": " "}')
     with pytest.raises(PromptError):

@@ -194,7 +194,7 @@ def test_a_disk_that_is_really_full(cache: Path, tmp_path: Path) -> None:
     script = f"""
     mount -t tmpfs -o size=150k tmpfs {tmp_path} && exec {sys.executable} -c '
 from molmo_edge.export import export_checkpoint, staging
-staging._SPARE = -10**9
+staging.SPARE_BYTES = -10**9
 export_checkpoint("{GOLDEN / "qwen"}", "{tmp_path}/model", "fp32")'
     """
     run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
