@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from molmo_edge.data import academic_files as files
 from molmo_edge.data import academic_rows as ask
 from molmo_edge.data import ai2d, android
-from molmo_edge.data import benchmark_files as official
+from molmo_edge.data import authors_files as files
 from molmo_edge.data.examples import DataSet, Example
 from molmo_edge.data.rows import Row, Rows, RowsError, load_rows
 
@@ -93,7 +92,7 @@ class AcademicSet:
 def open_academic(name: str, *, split: str = "train", local: Path | None = None) -> DataSet:
     """Open one of `ACADEMIC`.
 
-    `split`: "train" or "validation". `local`: a folder with the authors' files (see academic_files.py), with a copy of
+    `split`: "train" or "validation". `local`: a folder with the authors' files (see authors_files.py), with a copy of
     the hub's files, or with a rows.jsonl (see `load_rows`); None: download from the hub. Raises RowsError.
     """
     if name not in ACADEMIC:
@@ -168,7 +167,7 @@ _ALL = (
         ask.short,
         "visualqa.org and COCO's train2014",
         (_cauldron("vqav2"), Source("lmms-lab/VQAv2", train="")),
-        official.vqa2_rows,
+        files.vqa2_rows,
         by_picture=True,
         plain=str.lower,
     ),
@@ -184,7 +183,7 @@ _ALL = (
             Source("Multimodal-Fatima/OK-VQA_train", validation=""),
             Source("lmms-lab/OK-VQA", train="", validation="val2014"),
         ),
-        partial(official.vqa2_rows, version=""),
+        partial(files.vqa2_rows, version=""),
     ),
     Academic("chart_qa_weighted", "chart_qa", ask.chart_qa_weighted, "github.com/vis-nlp/ChartQA", _CHART_QA),
     Academic("chart_qa", "chart_qa", ask.chart_qa, "github.com/vis-nlp/ChartQA", _CHART_QA),
@@ -197,7 +196,7 @@ _ALL = (
         ask.short,
         "docvqa.org (rrc.cvc.uab.es, challenge 17, task 3)",
         (_cauldron("infographic_vqa"), Source("lmms-lab/DocVQA", ("InfographicVQA",), train="")),
-        official.info_qa_rows,
+        files.info_qa_rows,
     ),
     # Despite its name, it has both kinds of boxes with the authors' files, as in the reference.
     Academic(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from molmo_edge.data import ai2d
-from molmo_edge.data import benchmark_files as official
+from molmo_edge.data import authors_files as official
 from molmo_edge.data.rows import FetchError, Rows, RowsError, load_rows
 from molmo_edge.evaluation import benchmark_formatters as ask
 from molmo_edge.evaluation.benchmark_formatters import Benchmark
