@@ -1,4 +1,4 @@
-"""The one exception family. Every message is a sentence for a person: what, where, what to do."""
+"""The exceptions of molmo-edge. A message says what is wrong, where, and what to do."""
 
 
 class MolmoEdgeError(Exception):
@@ -9,10 +9,10 @@ class EngineError(MolmoEdgeError):
     """An inference engine failed to load or to run, or was used wrongly."""
 
 
-class Unavailable(EngineError):  # noqa: N818 (a state, not a mistake)
+class Unavailable(EngineError):  # noqa: N818 (public name)
     """An engine, device or component that this installation or this version does not have."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, cut down to what fits into one of our sentences."""
+    """The first line of a library's error message, to be quoted in one of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

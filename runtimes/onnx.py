@@ -56,7 +56,7 @@ def check_components(bundle: Bundle, names: Sequence[str]) -> None:
             raise Unavailable(
                 f'{bundle.directory}: {name} needs the engine "{component.engine}", which this version does not have'
             )
-        needed, onnxruntime = component.onnxruntime, _import()
+        needed, onnxruntime = component.onnxruntime, import_onnxruntime()
         if needed and _numbers(onnxruntime.__version__) < _numbers(needed):
             raise Unavailable(
                 f"{bundle.directory}: {component.file} needs onnxruntime {needed} or later, "
@@ -68,7 +68,7 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
     """Choose providers. If this onnxruntime lacks the device: raise Unavailable, or without `insist` use the CPU."""
     identity = bundle.components["vision_encoder"].sha256[:16] + bundle.components["connector"].sha256[:16]
     try:
-        return place(device, bundle.device, _import().get_available_providers(), bundle.config, identity)
+        return place(device, bundle.device, import_onnxruntime().get_available_providers(), bundle.config, identity)
     except Unavailable:
         if insist:
             raise
@@ -113,7 +113,7 @@ class _Buffer:
                 moved: np.ndarray = np.zeros(shape, self.dtype)
                 moved[:, :, :length] = self.value.numpy()[:, :, :length]
                 twin.value.update_inplace(moved)
-            elif hasattr(onnxruntime := _import(), "copy_tensors"):
+            elif hasattr(onnxruntime := import_onnxruntime(), "copy_tensors"):
                 onnxruntime.copy_tensors([self.value], [twin.value])
             else:  # older versions, as on Jetsons: through the CPU
                 twin.value.update_inplace(self.value.numpy())
@@ -331,7 +331,7 @@ def _guard(name: str, run: functools.partial[_T]) -> _T:
 _BROKEN = "onnxruntime is installed but does not load ({}): pip install --force-reinstall onnxruntime"
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -357,7 +357,7 @@ def load_session(
     spin: bool = False,
 ) -> Any:
     """Load a graph. Raises EngineError, and Unavailable if one of `providers` does not start."""
-    onnxruntime = _import()
+    onnxruntime = import_onnxruntime()
     options = session_options(threads, mapped=mapped, spin=spin)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -374,7 +374,7 @@ def load_session(
 
 def session_options(threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
     """Return onnxruntime.SessionOptions. `mapped`: see OnnxRuntime. `spin`: threads spin while they wait."""
-    options = _import().SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = choose_threads(threads) or 0
     options.inter_op_num_threads = 1
     # Four sessions have four thread pools: waiting threads that spin take the cores from the pool that works (measured

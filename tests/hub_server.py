@@ -37,7 +37,7 @@ class Hub:
         return {str(p.relative_to(self.directory)): p.read_bytes() for p in self.directory.rglob("*") if p.is_file()}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
@@ -62,11 +62,11 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.gated:
             return self._error(403, "GatedRepo", "Access to this model is restricted.")
         if path in (f"/api/models/{hub.name}", f"/api/models/{hub.name}/"):
-            return self._json(self._info(), head=head)
+            return self._json(self.info(), head=head)
         if match := re.fullmatch(rf"/api/models/{re.escape(hub.name)}/(revision|tree)/([^/]+)", path):
             if match[2] not in (*hub.revisions, COMMIT):
                 return self._error(404, "RevisionNotFound", "Invalid rev id")
-            return self._json(self._info() if match[1] == "revision" else self._tree(), head=head)
+            return self._json(self.info() if match[1] == "revision" else self._tree(), head=head)
         if match := re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path):
             if match[2].endswith(_WEIGHTS) and match[2] in hub.files:
                 return self._redirect(match[2])
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha256 = self.hub.hashes.get(name) or hashlib.sha256(data).hexdigest()
         return {"lfs": {"sha256": sha256, "oid": sha256, "size": self._size(name, data), "pointerSize": 100}}
 
-    def _info(self) -> dict[str, object]:
+    def info(self) -> dict[str, object]:
         siblings = [
             {"rfilename": name, "size": self._size(name, data), "blobId": hashlib.sha1(data).hexdigest()}
             | self._lfs(name, data)
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     try:

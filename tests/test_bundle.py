@@ -183,9 +183,7 @@ def test_a_manifest_is_written_as_it_was_read(bundle: Path) -> None:
     assert json.dumps(Manifest.from_dict(content).to_dict(), indent=1) + "\n" == path.read_text()
 
 
-def test_resolve_model_names_what_it_was_given(
-    bundle: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resolve_model_names_what_it_was_given(bundle: Path, golden: Path, tmp_path: Path) -> None:
     assert resolve_model(bundle) == bundle
     assert resolve_model(str(golden / "molmoe")) == golden / "molmoe"
     assert is_bundle(bundle)

@@ -352,7 +352,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_seen_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200_100_000))
     with pytest.raises(ExportError, match=r"needs about \d+ MB, .* has only 200 MB free"):
         export_checkpoint(GOLDEN / "qwen", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

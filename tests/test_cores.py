@@ -115,26 +115,26 @@ class TestThreads:
         files = quota(64_000)
         monkeypatch.setattr("os.sched_getaffinity", lambda _: {5}, raising=False)
         assert (available_cores(*files), choose_threads(None, *files)) == (1, 1)
-        with pytest.raises(EngineError, match="more than the 1 core"):
+        with pytest.raises(EngineError, match="container has 1 core"):
             choose_threads(2, *files)
 
     def test_more_than_the_quota_is_refused(self, quota: Callable[[int], tuple[Path, Path]]) -> None:
         from molmo_edge.system.cores import choose_threads
 
         assert choose_threads(2, *quota(1500)) == 2
-        with pytest.raises(EngineError, match="3 threads are more than the 2 cores"):
+        with pytest.raises(EngineError, match="at most 2, got 3: this machine or container has 2 cores"):
             choose_threads(3, *quota(1500))
 
     @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "2"])
     def test_what_is_no_number_of_threads_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(EngineError, match="threads must be a whole number"):
+        with pytest.raises(EngineError, match="threads must be a positive integer"):
             Molmo(threads=wrong)
 
 
 @pytest.mark.parametrize("kind", ["bundle", "checkpoint"])
 def test_a_model_refuses_more_threads_than_cores(kind: str, tiny_bundle: Path, golden: Path) -> None:
     model = tiny_bundle if kind == "bundle" else golden / "molmoe"
-    with pytest.raises(EngineError, match=f"{COUNT + 1} threads are more than the"):
+    with pytest.raises(EngineError, match=f"threads must be at most {COUNT}, got {COUNT + 1}"):
         Molmo(model, threads=COUNT + 1)
 
 
@@ -144,7 +144,7 @@ def test_a_command_refuses_more_threads_than_cores(command: str, cli: Any, golde
     arguments = {"ask": [photo, "What?"], "chat": [photo], "eval": ["nano", "--tasks", "x"], "loss": ["nano", "nano"]}
     status, _, said = cli(command, *arguments.get(command, []), "--threads", COUNT + 1)
     assert status == 2
-    assert f"{COUNT + 1} threads are more than the" in " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
+    assert f"threads must be at most {COUNT}, got {COUNT + 1}" in " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.checkpoints.gguf_header import _TYPES, check_decoder, read_header
+from molmo_edge.checkpoints.gguf_header import TYPE_SIZES, check_decoder, read_header
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.checkpoints.weight_files import open_tensors
@@ -62,15 +62,15 @@ def test_it_reads_what_another_reader_reads(path: Path) -> None:
 
 def test_sizes_of_types_are_those_of_ggml() -> None:
     theirs = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-    assert {kind: size for kind, size in _TYPES.items() if theirs.get(kind) != size} == {}
+    assert {kind: size for kind, size in TYPE_SIZES.items() if theirs.get(kind) != size} == {}
     common = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
-    assert {int(GGMLQuantizationType[name]) for name in common} <= set(_TYPES)
+    assert {int(GGMLQuantizationType[name]) for name in common} <= set(TYPE_SIZES)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda c: b"", "is not a GGUF"),
+        (lambda _: b"", "is not a GGUF"),
         (lambda c: c[:20], "is not a GGUF"),
         (lambda c: b"GGML" + c[4:], "is not a GGUF"),
         (lambda c: c[:4] + struct.pack("<I", 1) + c[8:], "version 1"),
@@ -133,9 +133,9 @@ def test_no_damage_gets_past_with_another_error(data: st.DataObject, content: by
     cut = data.draw(st.sampled_from((None, None, data.draw(st.integers(0, end)))))
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(damaged[:cut])
+    refused = None
     try:
         check_decoder(bad, CONFIG.decoder, TOKENIZER)
     except BundleError as error:
-        assert str(bad) in str(error)
-    else:
-        assert cut is None
+        refused = str(error)
+    assert cut is None if refused is None else str(bad) in refused

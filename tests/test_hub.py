@@ -148,7 +148,8 @@ def test_what_is_not_there_is_said_in_one_sentence(hub: Hub, client: Client) -> 
     assert "holds neither a bundle" in refused(client.ask())
 
 
-def test_a_copy_that_is_not_whole_is_named_offline(hub: Hub, client: Client) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_copy_that_is_not_whole_is_named_offline(client: Client) -> None:
     assert client.ask().returncode == 0
     cached = next((client.home / "hub").rglob("snapshots/*"))
     (cached / "tokenizer.json").unlink()

@@ -141,7 +141,9 @@ def loaded_or_refused(data: bytes) -> np.ndarray | str:
             return load_image(data)
         except MolmoEdgeError as error:
             said = str(error)
-    assert "\n" not in said and 20 < len(said) < 500 and "Traceback" not in said, said
+    assert "\n" not in said
+    assert 20 < len(said) < 500
+    assert "Traceback" not in said
     return said
 
 

@@ -84,7 +84,8 @@ def test_an_interrupt_during_an_import_is_quiet(module: str, becomes: str, tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_handlers_of_a_program_that_calls_main_are_left_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("capfd")
+def test_handlers_of_a_program_that_calls_main_are_left_as_they_were() -> None:
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -110,7 +111,7 @@ def test_an_onnxruntime_that_does_not_load_is_not_called_missing(monkeypatch: py
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(Unavailable, match=r"installed but does not load \(libstdc"):
-        onnx._import()
+        onnx.import_onnxruntime()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(Unavailable, match="not installed"):
-        onnx._import()
+        onnx.import_onnxruntime()

@@ -255,7 +255,7 @@ def test_bombs_are_refused_before_decoding(warnings_are, monkeypatch):
             monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
 
 
-def test_pillows_globals_stay(monkeypatch):
+def test_pillows_globals_stay():
     before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
     load_image(encoded(Image.fromarray(RGB), "JPEG"))
     with pytest.raises(ImageError):

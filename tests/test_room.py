@@ -106,7 +106,7 @@ def test_a_bundle_larger_than_memory_is_refused(
     }
     status, out, err = cli(command, *arguments[command])
     assert (status, out) == (1, "")
-    assert "GB of memory, and only 0.0 GB are free" in err
+    assert "GB of memory, but only 0.0 GB are free" in err
 
 
 @pytest.mark.parametrize("noise", ["threads", "bf16"])

@@ -56,7 +56,9 @@ def begin(cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(kind: dict[str, str], out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", CHILD.format(**kind), str(GOLDEN / "qwen"), str(out)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "MOLMO_EDGE_CACHE": str(cache)}
+        )
         children.append(child)
         timer = threading.Timer(WAIT, child.kill)
         timer.start()
@@ -129,7 +131,7 @@ def test_two_exports_to_one_place(begin: Callable[..., subprocess.Popen[str]], t
     status, out, err = cli("export", GOLDEN / "qwen", "--engine", "torch", "--out", place / "model", "--quiet")
     assert (status, out) == (1, "")
     said = (
-        f"another process ({first.pid}) is writing {place / 'model'}: wait for it to end, or choose another directory"
+        f"another process ({first.pid}) is writing {place / 'model'}: wait until it ends, or choose another directory"
     )
     assert err == f"molmo-edge: {said}\n"
     export_checkpoint(GOLDEN / "qwen", place / "beside")
@@ -139,11 +141,12 @@ def test_two_exports_to_one_place(begin: Callable[..., subprocess.Popen[str]], t
     assert inside(place) == ["beside", "model"]
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("empty", [True, False])
-def test_what_is_made_meanwhile_is_left_as_it_is(cache: Path, tmp_path: Path, empty: bool) -> None:
+def test_what_is_made_meanwhile_is_left_as_it_is(tmp_path: Path, empty: bool) -> None:
     out = tmp_path / "place" / "model"
 
-    def make(done: int, total: int) -> None:
+    def make(_done: int, _total: int) -> None:
         out.mkdir(exist_ok=True)
         if not empty:
             (out / "theirs").touch()
@@ -154,23 +157,21 @@ def test_what_is_made_meanwhile_is_left_as_it_is(cache: Path, tmp_path: Path, em
     assert inside(out) == ([] if empty else ["theirs"])
 
 
-def test_a_disk_that_is_too_small_is_said_with_the_numbers(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_disk_that_is_too_small_is_said_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     from molmo_edge.export import export_bundle
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=150_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=150_000_000))
     for precision in ("fp32", "int8", "q4", "fp16", {"decoder": "fp16"}):
         with pytest.raises(ExportError, match=r"needs about \d+ MB, and 200 MB to spare, but .* has only 150 MB free"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model", precision)
     assert inside(tmp_path / "out") == []
 
 
-def test_a_disk_that_fills_up_says_how_much_was_needed(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_disk_that_fills_up_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     from molmo_edge.export import component_graphs, export_bundle
 
@@ -188,8 +189,9 @@ def test_a_disk_that_fills_up_says_how_much_was_needed(
         export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model")
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(cache: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """In a namespace of its own, where every user may mount a small file system."""
     script = f"""
     mount -t tmpfs -o size=150k tmpfs {tmp_path} && exec {sys.executable} -c '
@@ -231,10 +233,9 @@ def test_work_folders_need_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert inside(tmp_path) == ["file"]
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.skipif(os.name != "posix", reason="flock")
-def test_a_file_system_without_locks_asks_for_the_process(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_asks_for_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     from molmo_edge.system.scratch import BusyError, remove_stale, work_folder
@@ -257,7 +258,8 @@ def test_a_file_system_without_locks_asks_for_the_process(
     assert [stale.folder.name for stale in remove_stale([tmp_path])] == [".y.molmo-edge-partial"]
 
 
-def test_temporary_folders_are_found_as_well(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_temporary_folders_are_found_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons build models of many gigabytes in the system's folder for temporary files."""
     from molmo_edge.system.scratch import temporary_folder
 

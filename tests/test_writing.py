@@ -21,9 +21,14 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert os.listdir(tmp_path) == ["a.txt"]
-    with pytest.raises(KeyError), atomic_write(path) as part:
-        part.write_text("half")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_write(path) as part:
+            part.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_text() == "after"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -23,8 +23,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST = {"entries": 100_000, "tensors": 100_000, "dimensions": 4, "string": 1 << 24}
 
-# ggml's types that weights have: weights in a block, bytes of a block.
-_TYPES = {
+# ggml's types of weights: weights per block, bytes per block. The gguf package has the same table, but is not needed to
+# run a bundle.
+TYPE_SIZES = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74),
     18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
@@ -186,11 +187,11 @@ def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
         kind, offset = reader.scalar(4), reader.scalar(10)
         if name in tensors or not dimensions or min(dimensions) < 1:
             raise _damaged(path, f"its tensor {name} has the shape {dimensions}, or is there twice")
-        if kind not in _TYPES:
+        if kind not in TYPE_SIZES:
             raise BundleError(
                 f"{path}: {name} is of ggml's type {kind}, which this molmo-edge does not know: update it"
             )
-        block, bytes_ = _TYPES[kind]
+        block, bytes_ = TYPE_SIZES[kind]
         if dimensions[0] % block:
             raise _damaged(path, f"the rows of its tensor {name} do not fill its blocks of {block}")
         tensors[name] = TensorInfo(tuple(reversed(dimensions)), kind, offset, math.prod(dimensions) // block * bytes_)

@@ -39,8 +39,8 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def dtype(self, name: str) -> str:
-        """As stored, one of DTYPES."""
+    def dtype(self, name: str, /) -> str:
+        """The type that the tensor is stored in, one of DTYPES."""
         ...
 
     def file(self, name: str) -> Path:
@@ -69,7 +69,7 @@ class Changed:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors.shape(name)
 
-    def dtype(self, name: str) -> str:
+    def dtype(self, _name: str, /) -> str:
         return "F32"
 
     def file(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a container, or a slice of systemd, leaves of a Linux machine: cgroup v1 and v2."""
+"""CPU and memory limits of a container or a systemd slice on Linux: cgroup v1 and v2."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-PROC = Path("/proc/self/cgroup")  # where this process is, by controller
+PROC = Path("/proc/self/cgroup")  # groups of this process, by controller
 ROOT = Path("/sys/fs/cgroup")
 
 
 def cpu_quota(proc: Path = PROC, root: Path = ROOT) -> float | None:
-    """CPUs' worth of time that this process may use, 1.5 for one and a half; None without a limit."""
+    """CPU time that this process may use, in CPUs (1.5: one and a half CPUs); None without a limit."""
     quotas = []
     for version, group in _groups("cpu", proc, root):
         if version == 2:
@@ -24,7 +24,7 @@ def cpu_quota(proc: Path = PROC, root: Path = ROOT) -> float | None:
 
 
 def memory_left(proc: Path = PROC, root: Path = ROOT) -> int | None:
-    """Bytes that this process can still take; None without a limit. Cached files count as free: they make room."""
+    """Bytes that this process can still allocate; None without a limit. The page cache counts as free."""
     left = []
     for version, group in _groups("memory", proc, root):
         names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
@@ -35,7 +35,7 @@ def memory_left(proc: Path = PROC, root: Path = ROOT) -> int | None:
 
 
 def _groups(controller: str, proc: Path, root: Path) -> Iterator[tuple[int, Path]]:
-    """Version and directory of each group that this process is in, its own first, then those around it."""
+    """Version and directory of each group of this process: its own first, then the parents."""
     try:
         lines = proc.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -52,7 +52,7 @@ def _groups(controller: str, proc: Path, root: Path) -> Iterator[tuple[int, Path
         mount = next((mount for mount in mounts if mount.is_dir()), None)
         if mount is None:
             continue
-        # In a container the path may be that of the host, where the mount shows the container's own group alone.
+        # In a container the path may be that of the host, while the mount shows only the container's own group.
         parts = [part for part in path.split("/") if part]
         for depth in range(0 if ".." in parts else len(parts), -1, -1):
             yield version, mount.joinpath(*parts[:depth])
@@ -72,5 +72,5 @@ def _cached(group: Path) -> int:
 
 
 def whole_cpus(quota: float) -> int:
-    """Threads that make use of a quota."""
+    """Number of threads that can use a quota fully."""
     return max(1, math.ceil(quota))

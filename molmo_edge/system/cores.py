@@ -1,4 +1,4 @@
-"""How many threads make sense here: cores of the machine, of this process's affinity, of its container."""
+"""Choose the number of threads by the machine's cores, the process's affinity and the container's quota."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from molmo_edge.system.cgroups import PROC, ROOT, cpu_quota, whole_cpus
 
 
 def available_cores(proc: Path = PROC, root: Path = ROOT) -> int:
-    """Logical cores that this process may run on, and no more than its container's quota allows."""
-    return min(len(_mine()), _quota(proc, root))
+    """Number of logical cores that this process may use, limited by the quota of its container."""
+    return min(len(_affinity()), _quota(proc, root))
 
 
 def physical_cores(proc: Path = PROC, root: Path = ROOT) -> int:
-    """As `available_cores`, but on Linux two threads of one core count once: as many threads are the fastest."""
-    mine, cores = _mine(), set()
+    """Like `available_cores`, but on Linux the hardware threads of a core count once: more threads are not faster."""
+    mine, cores = _affinity(), set()
     for cpu in mine:
         try:
             siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
@@ -28,25 +28,25 @@ def physical_cores(proc: Path = PROC, root: Path = ROOT) -> int:
 
 
 def choose_threads(threads: int | None, proc: Path = PROC, root: Path = ROOT) -> int | None:
-    """`threads`, checked; for None the cores that are left where something limits them, else None: the engine's choice.
+    """Validate `threads`. For None return the physical cores if something limits them, else None: the engine chooses.
 
-    An engine counts the machine's cores. With more threads than its quota a container is stopped for most of each
-    period, and with thousands of threads a machine does not answer any more. Raises EngineError.
+    An engine counts the machine's cores, but a container with more threads than its quota is throttled. Raises
+    EngineError for an invalid number, or for more threads than there are cores.
     """
     if threads is None:
         limited = available_cores(proc, root) < (os.cpu_count() or 1)
         return physical_cores(proc, root) if limited else None
     if not isinstance(threads, Integral) or isinstance(threads, bool) or threads < 1:
-        raise EngineError(f"threads must be a whole number, at least 1, it is {threads!r}")
+        raise EngineError(f"threads must be a positive integer, got {threads!r}")
     most = available_cores(proc, root)
     if threads > most:
         cores = "1 core" if most == 1 else f"{most} cores"
-        raise EngineError(f"{threads} threads are more than the {cores} of this machine or container: at most {most}")
+        raise EngineError(f"threads must be at most {most}, got {threads}: this machine or container has {cores}")
     return int(threads)
 
 
-def _mine() -> set[int]:
-    """Numbers of the cores that this process may run on."""
+def _affinity() -> set[int]:
+    """Indices of the cores that this process may run on."""
     count = os.cpu_count() or 1
     if not hasattr(os, "sched_getaffinity"):
         return set(range(count))

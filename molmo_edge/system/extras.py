@@ -1,4 +1,4 @@
-"""Optional packages: the extra that brings each, what this installation has of it, and the error for a missing one."""
+"""Optional packages: the extras that install them, which are installed, and the error for a missing one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 DISTRIBUTION = "molmo-edge"
 
-# By the name that is imported: the extras that bring it, the smallest first. tests/test_extras.py compares them with
-# pyproject.toml.
+# The extras that install a package, smallest first, by the name that is imported. tests/test_extras.py compares them
+# with pyproject.toml.
 EXTRAS_OF = {
     "bitsandbytes": ("quantize", "train"),
     "datasets": ("eval", "train"),
@@ -32,20 +32,20 @@ EXTRAS_OF = {
 }
 
 
-class MissingExtra(MolmoEdgeError):  # noqa: N818 (a state, not a mistake)
-    """A package of an extra that is not installed."""
+class MissingExtra(MolmoEdgeError):  # noqa: N818 (public name)
+    """A package of an extra is not installed."""
 
 
 def pip_command(extra: str) -> str:
-    """The command that installs an extra. Double quotes work in every shell, cmd.exe included."""
+    """The command that installs an extra. Its double quotes work in every shell, including cmd.exe."""
     return f'pip install "{DISTRIBUTION}[{extra}]"'
 
 
 def with_extra(command: Callable[P, T], what: str, extra: str | None = None) -> Callable[P, T]:
-    """`command`, whose missing optional packages become MissingExtra: "{what} needs torch: pip install ...".
+    """Make `command` raise MissingExtra for a missing optional package: "{what} needs torch: pip install ...".
 
-    `extra`: the one made for `command`. Where it does not bring the missing package, or is None, the smallest that does
-    is named. A missing module that belongs to no extra is a bug, and is raised as it is.
+    The message names `extra` if that extra installs the package, else the smallest one that does. A missing module that
+    belongs to no extra is a bug: its error is not converted.
     """
 
     @functools.wraps(command)
@@ -65,9 +65,9 @@ def with_extra(command: Callable[P, T], what: str, extra: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of an extra."""
+    """A package that an extra requires."""
 
-    name: str  # of the distribution
+    name: str  # name of the distribution
     bounds: tuple[tuple[str, str], ...]  # (">=", "2.7")
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Requirement:
 
     @property
     def installed(self) -> str | None:
-        """The version that is installed; None without one."""
+        """The installed version; None if the package is not installed."""
         import importlib.metadata
 
         try:
@@ -85,24 +85,24 @@ class Requirement:
 
     @property
     def satisfied(self) -> bool:
-        """Whether the installed version is within the bounds. Only ">=" and "<" are compared."""
+        """Whether the installed version is within the bounds. Only ">=" and "<" are checked."""
         if (version := self.installed) is None:
             return False
-        own = _numbers(version)
+        numbers = _numbers(version)
         return all(
-            own >= _numbers(bound) if operator == ">=" else own < _numbers(bound)
+            numbers >= _numbers(bound) if operator == ">=" else numbers < _numbers(bound)
             for operator, bound in self.bounds
             if operator in (">=", "<")
         )
 
 
 def extras(requirements: Sequence[str] | None = None) -> dict[str, tuple[Requirement, ...]]:
-    """Every extra of this distribution with all that it brings, extras of its own resolved.
+    """Every extra of molmo-edge with its packages, including those of the extras that it refers to.
 
-    `requirements`: lines as in a package's metadata; None: those of the installed molmo-edge. Empty where molmo-edge
-    runs from a checkout without being installed.
+    `requirements`: lines in the format of package metadata; None: those of the installed molmo-edge. The result is
+    empty if molmo-edge is not installed and runs from a checkout.
     """
-    import importlib.metadata  # it takes longer than the rest of this module
+    import importlib.metadata  # slow to import
 
     if requirements is None:
         try:
@@ -117,8 +117,8 @@ def extras(requirements: Sequence[str] | None = None) -> dict[str, tuple[Require
         parts = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[([^\]]*)\])?\s*(.*?)\s*", requirement)
         if parts is None:
             continue
-        name, own, bounds = parts.groups()
-        needs = tuple(part.strip() for part in (own or "").split(",") if part.strip())
+        name, inner, bounds = parts.groups()
+        needs = tuple(part.strip() for part in (inner or "").split(",") if part.strip())
         pairs = sorted(re.findall(r"(~=|[=!<>]=?)\s*([\w.*+!-]+)", bounds), reverse=True)
         listed.setdefault(extra[1], []).append((name, needs, Requirement(name, tuple(pairs))))
 
@@ -137,5 +137,5 @@ def extras(requirements: Sequence[str] | None = None) -> dict[str, tuple[Require
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13, 0); of a development version the numbers in front."""
+    """ "2.13.0+cpu" -> (2, 13, 0), "2.14.0.dev1" -> (2, 14, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-zA-Z]", version)[0]))

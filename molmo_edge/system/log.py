@@ -1,9 +1,9 @@
-"""The logger "molmo_edge". The library logs and never prints; an app decides what is shown:
+"""The logger "molmo_edge". The library logs and never prints; the app decides what is shown:
 
     logging.getLogger("molmo_edge").setLevel(logging.DEBUG)
 
-DEBUG: models that open, answers, and what they took. INFO: the lines of a training run. WARNING: what was left out or
-may be wrong.
+DEBUG: models that are opened, answers, and their timings. INFO: the progress of a training run. WARNING: data that was
+skipped or may be wrong.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ import sys
 from collections.abc import Iterator
 
 logger = logging.getLogger("molmo_edge")
-logger.addHandler(logging.NullHandler())  # without it Python prints warnings of an app that has no handlers
-steps_log = logging.getLogger("molmo_edge.training.steps")  # a training run's own lines
+logger.addHandler(logging.NullHandler())  # otherwise Python prints warnings if the app has no handlers
+steps_log = logging.getLogger("molmo_edge.training.steps")  # the progress of a training run
 
 
 class _Terminal(logging.Handler):
-    """Lines of a training run go to stdout, everything else to stderr, both without decoration."""
+    """Prints the progress of a training run to stdout and everything else to stderr, without decoration."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stdout if record.name == steps_log.name else sys.stderr  # whichever they are now
+        stream = (
+            sys.stdout if record.name == steps_log.name else sys.stderr
+        )  # looked up now: they may have been replaced
         try:
             print(self.format(record), file=stream, flush=True)
         except OSError:
             if stream is sys.stdout:
                 raise
-            # A pipe that nobody reads is no reason to lose the answer.
+            # A closed stderr must not cost the answer.
 
 
 @contextlib.contextmanager
 def shown(level: int = logging.INFO) -> Iterator[None]:
-    """Show records of `level` and above while the block runs: for programs, not for apps that use the library."""
+    """Print records of `level` and above while the block runs. For command-line programs."""
     handler, before = _Terminal(), logger.level
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""How much memory there is, and giving it back."""
+"""Measure and release memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from molmo_edge.system.cgroups import PROC, ROOT, memory_left
 
 
 class RoomError(MolmoEdgeError):
-    """A model that does not fit into the memory that is free."""
+    """A model does not fit into the free memory."""
 
 
 def meminfo() -> dict[str, int]:
-    """/proc/meminfo in bytes ("MemAvailable", "SwapFree", ...); empty where there is none."""
+    """/proc/meminfo in bytes ("MemAvailable", "SwapFree", ...); empty on systems without it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -26,10 +26,10 @@ def meminfo() -> dict[str, int]:
 
 
 def available_memory(proc: Path = PROC, root: Path = ROOT) -> int | None:
-    """Bytes that this process can take without others being pushed out, swap not counted.
+    """Bytes that this process can allocate without swapping.
 
-    On Linux what is available, and in a container no more than its limit leaves; on a Mac all that the machine has, as
-    a bound; None where nothing tells. `proc`, `root`: see molmo_edge.system.cgroups.
+    On Linux the available memory, limited by the container; on macOS an upper bound, the total memory; None if it is
+    unknown. `proc`, `root`: see molmo_edge.system.cgroups.
     """
     if (available := meminfo().get("MemAvailable")) is not None:
         left = memory_left(proc, root)
@@ -41,20 +41,20 @@ def available_memory(proc: Path = PROC, root: Path = ROOT) -> int | None:
 
 
 def check_room(needed: int, what: str) -> None:
-    """Raise RoomError where `what` takes more bytes than are free. Linux would end the process instead."""
+    """Raise RoomError if `what` needs more bytes than are free. Otherwise Linux would kill the process later."""
     free = available_memory()
     if free is not None and needed > free:
         raise RoomError(
-            f"{what} takes at least {needed / 1e9:.1f} GB of memory, and only {free / 1e9:.1f} GB are free: end other "
-            "programs, or use a model of smaller precision"
+            f"{what} needs at least {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free: close "
+            "other programs, or use a model with a smaller precision"
         )
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library would keep it.
+    """Return freed memory to the system that the C library would keep.
 
-    Thousands of small weights that stay, each made through large buffers that go, leave glibc's heap full of holes:
-    an NF4 model of 5 GB took 20 GB.
+    Thousands of small weights, each made by way of large buffers, fragment glibc's heap: an NF4 model of 5 GB took
+    20 GB.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -1,18 +1,18 @@
 """Switch off the usage reports of the libraries that molmo-edge loads.
 
-Each of them reads its environment variable once, when it is first imported, so the variables are set when molmo_edge
-is imported. A value that is already in the environment stays. docs/privacy.md says what each library would send.
+Each library reads its environment variable once, when it is imported, so the variables are set when molmo_edge is
+imported. Values that are already set are kept. docs/privacy.md lists what each library would send.
 """
 
 from __future__ import annotations
 
 import os
 
-TYPE_CHECKING = False  # `typing`, as `dataclasses`, takes longer to import than all of this module
+TYPE_CHECKING = False  # `typing` and `dataclasses` take longer to import than this module
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-_TRUE = ("1", "ON", "TRUE", "YES")  # in capitals, as huggingface_hub reads them
+_TRUE = ("1", "ON", "TRUE", "YES")  # huggingface_hub converts values to upper case
 
 
 class Switch:
@@ -21,16 +21,16 @@ class Switch:
     def __init__(self, library: str, variable: str, value: str, others: tuple[str, ...] = ()) -> None:
         self.library = library
         self.variable = variable
-        self.value = value  # that switches the reports off
-        self.others = others  # variables that the library reads for the same purpose
+        self.value = value  # the value that switches reports off
+        self.others = others  # other variables that the library reads for this purpose
 
     def set(self, environment: MutableMapping[str, str]) -> None:
-        """Set the variable, unless it or one of `others` has a value."""
+        """Set the variable, unless it or one of `others` is set."""
         if self._decided_by(environment) is None:
             environment[self.variable] = self.value
 
     def state(self, environment: MutableMapping[str, str]) -> str:
-        """For people to read: "off (ORT_DISABLE_TELEMETRY=1)"."""
+        """A description for people: "off (ORT_DISABLE_TELEMETRY=1)"."""
         name = self._decided_by(environment)
         if name is None:
             return f"on ({self.variable} is not set)"
@@ -51,11 +51,11 @@ SWITCHES = (
 
 
 def switch_off_reports() -> None:
-    """Set the variable of each library in SWITCHES that the user has not set."""
+    """Set the variable of each library in SWITCHES, unless the user has set it."""
     for switch in SWITCHES:
         switch.set(os.environ)
 
 
 def reports() -> dict[str, str]:
-    """Whether each library reports usage, and the variable that decides it, by library."""
+    """Whether each library reports usage, with the variable that decides it, by library."""
     return {switch.library: switch.state(os.environ) for switch in SWITCHES}

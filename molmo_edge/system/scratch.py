@@ -1,8 +1,8 @@
-"""Folders for work in progress, which do not outlive their process for long, however it ends.
+"""Temporary folders for work in progress, which are removed even if their process is killed.
 
-A folder `.NAME.molmo-edge-partial` lies beside what it becomes, so that the last step is a rename on one file system.
-The lock `.NAME.molmo-edge-lock` is taken before the folder is made and held for as long as it is used; the system lets
-go of it when a process is killed. So whoever can take the lock of a folder knows that nobody works in it any more.
+A folder `.NAME.molmo-edge-partial` is next to the target that it becomes, so that the last step is a rename on the same
+file system. The lock `.NAME.molmo-edge-lock` is taken before the folder is created and held while it is in use; the
+system releases it when a process is killed. If a process can take the lock of a folder, no other process uses it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BusyError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class Stale:
-    """A folder of a process that was killed, removed."""
+    """A folder of a killed process that was removed."""
 
     folder: Path
     bytes: int
@@ -44,25 +44,25 @@ class Stale:
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A new, empty folder beside `target`, removed at the end with all that is left in it.
+    """Create an empty folder next to `target`; it is removed after the block with everything left in it.
 
-    Folders that killed processes left beside it, or anywhere else on this machine, are removed first. Raises BusyError
-    where another process, or another thread, has a work folder for the same target.
+    Folders of killed processes in the same directory, or recorded by this user anywhere on the machine, are removed
+    first. Raises BusyError if another process or thread has a work folder for the same target.
     """
     parent = target.resolve().parent
-    name = target.name[:200]  # a name may have 255 bytes
+    name = target.name[:200]  # a file name may have at most 255 bytes
     folder, lock = parent / f".{name}{_PARTIAL}", parent / f".{name}{_LOCK}"
     with name_os_errors(target, lock):
         handle = _take(lock)
     if handle is None:
         raise BusyError(
-            f"another process{_owner(lock)} is writing {target}: wait for it to end, or choose another directory"
+            f"another process{_owner(lock)} is writing {target}: wait until it ends, or choose another directory"
         )
     note = _note_of(folder)
     try:
-        if folder.exists():  # nobody has the lock, so it was left
+        if folder.exists():  # of a killed process: the lock was free
             _remove(folder)
-        with contextlib.suppress(OSError):  # without a cache only the next export beside it finds it
+        with contextlib.suppress(OSError):  # without a cache, only the next export to this directory finds it
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(str(folder), encoding="utf-8")
         remove_stale([parent])
@@ -77,13 +77,13 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(kind: str) -> Iterator[Path]:
-    """As `work_folder`, in the system's folder for temporary files, under a name of its own."""
+    """Like `work_folder`, with a unique name in the system's directory for temporary files."""
     with work_folder(Path(tempfile.gettempdir()) / f"molmo-edge-{kind}-{secrets.token_hex(4)}") as folder:
         yield folder
 
 
 def remove_stale(parents: Iterable[Path] = ()) -> list[Stale]:
-    """Remove work folders of dead processes: those in `parents`, and all that this user's processes took a note of."""
+    """Remove the work folders of killed processes in `parents`, and those that this user's processes recorded."""
     found = {folder for parent in parents for folder in _partials(parent)}
     notes = cache_directory() / "work"
     with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def remove_stale(parents: Iterable[Path] = ()) -> list[Stale]:
     for folder in sorted(found):
         lock = folder.with_name(folder.name.removesuffix(_PARTIAL) + _LOCK)
         try:
-            if not lock.exists():  # not made by `work_folder`, or gone already
+            if not lock.exists():  # not created by `work_folder`, or already removed
                 if not folder.exists():
                     _note_of(folder).unlink()
                 continue
@@ -108,18 +108,18 @@ def remove_stale(parents: Iterable[Path] = ()) -> list[Stale]:
                 _note_of(folder).unlink(missing_ok=True)
             finally:
                 _release(handle, lock)
-        except OSError:  # of another user, or on a disk that is gone
+        except OSError:  # of another user, or on a disk that was removed
             continue
     return removed
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that this user can still write into `directory`."""
+    """Bytes that this user can still write to the disk of `directory`."""
     return shutil.disk_usage(directory).free
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, or a user's share of it, is full."""
+    """Whether an error means that the disk or the user's quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -129,13 +129,13 @@ def _partials(parent: Path) -> list[Path]:
     except OSError:
         return []
     locks = [name.removesuffix(_LOCK) + _PARTIAL for name in names if name.endswith(_LOCK)]
-    return [parent / name for name in locks]  # also where a process died between the lock and its folder
+    return [parent / name for name in locks]  # includes locks whose process died before it created its folder
 
 
 def _remove(folder: Path) -> Stale:
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     shutil.rmtree(folder)
-    _log.info("removed %s, %.1f MB, which a process that was killed left", folder, size / 1e6)
+    _log.info("removed %s (%.1f MB) of a killed process", folder, size / 1e6)
     return Stale(folder, size)
 
 
@@ -144,18 +144,18 @@ def _note_of(folder: Path) -> Path:
 
 
 def _take(lock: Path) -> int | None:
-    """Lock the file, made where it is missing; None where another has it. Raises OSError."""
+    """Create and lock the file; None if another process holds the lock. Raises OSError."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             taken = _try_lock(handle)
-            # Whoever had the lock removes the file, perhaps between our opening and our locking it.
+            # The previous owner removes the file, perhaps between opening and locking it here.
             if taken and os.path.exists(lock) and os.path.samestat(os.fstat(handle), os.stat(lock)):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()} {socket.gethostname()}".encode())
                 return handle
         except FileNotFoundError:
-            taken = True  # removed just now: again
+            taken = True  # just removed: try again
         except BaseException:
             os.close(handle)
             raise
@@ -168,7 +168,7 @@ def _try_lock(handle: int) -> bool:
     if sys.platform == "win32":
         import msvcrt
 
-        os.lseek(handle, 1 << 20, os.SEEK_SET)  # beyond the text, which stays readable
+        os.lseek(handle, 1 << 20, os.SEEK_SET)  # after the text, which remains readable
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -185,17 +185,17 @@ def _try_lock(handle: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        return not _lives(handle)  # a file system without locks: what is left to ask is the process
+        return not _lives(handle)  # a file system without locks: check whether the process lives
     return True
 
 
 def _lives(handle: int) -> bool:
-    """Whether the process that a lock file names may still be there."""
+    """Whether the process that a lock file names may still be running."""
     pid, _, host = os.pread(handle, 200, 0).decode("utf-8", "replace").partition(" ")
     if not pid.isdigit():
         return False
     if host != socket.gethostname():
-        return True  # on a machine that cannot be asked
+        return True  # on another machine, which cannot be checked
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -214,7 +214,7 @@ def _owner(lock: Path) -> str:
 
 
 def _release(handle: int, lock: Path) -> None:
-    if sys.platform == "win32":  # an open file cannot be removed there
+    if sys.platform == "win32":  # Windows cannot remove an open file
         os.close(handle)
     with contextlib.suppress(OSError):
         lock.unlink()
