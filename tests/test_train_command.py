@@ -69,6 +69,21 @@ def test_multitask_on_drawn_pictures(
     assert log(run) == lines
 
 
+def test_features_of_a_frozen_tower_are_cached(
+    small_molmoe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--from", small_molmoe, "--data", data, *SMALL, "--sets", "pixmo_cap_with_transcripts"]
+    cache = ["--features", tmp_path / "features"]
+    assert command("train", "caption", *options, "--out", tmp_path / "trained", *cache) == 1
+    assert 'add "vision" to the frozen parts' in capsys.readouterr().err
+    for name, features in (("cached", cache), ("crops", [])):
+        assert command("train", "caption", *options, "--out", tmp_path / name, "--freeze", "vision", *features) == 0
+    files = len(list((tmp_path / "features").rglob("*.safetensors")))
+    assert f"training on pixmo_cap_with_transcripts ({files})" in capsys.readouterr().err
+    cached, crops = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("cached", "crops"))
+    assert cached == pytest.approx(crops, rel=1e-4)
+
+
 def test_captions_know_a_length_and_no_roles(small_molmoe: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--freeze", "vision", "--rates", "connector=1e-3", "--states", "fp32", "--separator"]
@@ -92,7 +107,7 @@ def test_it_says_what_is_wrong(small_molmoe: Path, data: Path, tmp_path: Path, c
         return " ".join(capsys.readouterr().err.split())
 
     assert "has none of the stage's data sets" in complaint(1, "--data", tmp_path)
-    assert "vqa9 are not known as data sets" in complaint(1, "--sets", "pixmo_cap,vqa9")
+    assert "unknown data sets: vqa9" in complaint(1, "--sets", "pixmo_cap,vqa9")
     assert "has no copies of pixmo_cap" in complaint(1, "--sets", "pixmo_cap,pixmo_points")
     assert 'preset "molmo-9b"' in complaint(2, "--preset", "molmo-9b")
     assert "--rates takes connector=NUMBER" in complaint(2, "--rates", "decoder=fast")
@@ -140,7 +155,7 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     assert command("train", "points", folder, "--from", small_molmoe, "--out", folder / ".") == 1
     assert "is the folder of the pictures" in capsys.readouterr().err
     assert command("train", "points", folder, "--from", "nano", "--out", run) == 1
-    assert "nano is a bundle, and training begins with a checkpoint" in capsys.readouterr().err
+    assert "nano is a bundle, but training starts from a checkpoint" in capsys.readouterr().err
     other = write_points(tmp_path / "other")
     assert command("train", "points", other, *options) == 1
     assert "is of a run with another data" in capsys.readouterr().err
@@ -168,12 +183,11 @@ def test_data_that_cannot_be_used_is_one_sentence(small_molmoe: Path, tmp_path: 
 def test_the_default_micro_batch_divides_the_batch(
     batch: int, ranks: int, micro: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from molmo_edge.cli.train_options import changed
+    from molmo_edge.cli.train_options import RunOptions
     from molmo_edge.training.recipe import Recipe
 
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    options = {"rates": None, "states": "fp32", "sequence": None, "steps": None, "micro": None, "batch": batch}
-    assert changed(Recipe(10, 16, ()), **options).micro == micro
+    assert RunOptions(batch=batch).changed(Recipe(10, 16, ())).micro == micro
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(small_molmoe: Path, data: Path, tmp_path: Path) -> None:

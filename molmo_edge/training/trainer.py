@@ -80,6 +80,12 @@ def build(
     return model.train()
 
 
+def check_frozen(recipe: Recipe) -> None:
+    """Raise FeatureError if the recipe trains the towers, whose features would then change."""
+    if "vision" not in recipe.frozen:
+        raise FeatureError('cached features need frozen towers: add "vision" to the frozen parts')
+
+
 def cache_features(
     root: Path, config: MolmoConfig, source: TensorSource, data: Data, recipe: Recipe, here: World
 ) -> FeatureCache:
@@ -126,8 +132,8 @@ class Trainer:
         features: FeatureCache | None = None,
     ):
         """features: of `cache_features`, read in place of crops; the vision part has to be frozen."""
-        if features is not None and "vision" not in recipe.frozen:
-            raise FeatureError('cached features are those of frozen towers: add "vision" to the frozen parts')
+        if features is not None:
+            check_frozen(recipe)
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
         self.directory = directory
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
