@@ -142,7 +142,8 @@ def test_a_document_asked_twice_is_encoded_once(adapter: ModuleType, echo: Echo)
         ([None, ""], "one\ntwo\n\nthree"),  # lmms-eval's, for a task without a delimiter
     ],
 )
-def test_answers_end_at_until(adapter: ModuleType, echo: Echo, until: Any, expected: str) -> None:
+@pytest.mark.usefixtures("echo")
+def test_answers_end_at_until(adapter: ModuleType, until: Any, expected: str) -> None:
     asked = request("one\ntwo\n\nthree", 0, until=until)
     assert answers(adapter.MolmoEdge(), [[drawn("red")]], asked) == [expected]
 
@@ -189,24 +190,29 @@ def test_a_style_stands_before_the_question(adapter: ModuleType, echo: Echo, sty
 @pytest.mark.parametrize(
     ("visuals", "says"),
     [
-        ([drawn("red"), drawn("blue")], "document 1 of chartqa has 2 images"),
-        ([], "document 1 of chartqa has no image"),
-        (None, "document 1 of chartqa has no image"),
-        (["clip.mp4"], "what document 1 of chartqa shows is a file, a video as a rule"),
-        ([{"array": [0.0], "sampling_rate": 16000}], "what document 1 of chartqa shows is of type dict"),
+        ([drawn("red"), drawn("blue")], "document 1 of chartqa has 2 images, but Molmo supports one"),
+        ([], "document 1 of chartqa has no image, which Molmo needs"),
+        (None, "document 1 of chartqa has no image, which Molmo needs"),
+        (["clip.mp4"], "the visual of document 1 of chartqa is a file, usually a video, but Molmo needs a PIL image"),
+        (
+            [{"array": [0.0], "rate": 16000}],
+            "the visual of document 1 of chartqa is of type dict, but Molmo needs a PIL image",
+        ),
     ],
 )
-def test_what_is_not_one_image_is_refused(adapter: ModuleType, echo: Echo, visuals: Any, says: str) -> None:
+@pytest.mark.usefixtures("echo")
+def test_what_is_not_one_image_is_refused(adapter: ModuleType, visuals: Any, says: str) -> None:
     model = adapter.MolmoEdge()
-    with pytest.raises(adapter.LmmsEvalError, match=f"^{says}, and Molmo .*: leave this task out$"):
+    with pytest.raises(adapter.LmmsEvalError, match=f"^{says}: leave this task out$"):
         answers(model, [[drawn("red")], visuals], request("a", 0), request("b", 1))
 
 
-def test_other_kinds_of_request_are_refused(adapter: ModuleType, echo: Echo) -> None:
+@pytest.mark.usefixtures("echo")
+def test_other_kinds_of_request_are_refused(adapter: ModuleType) -> None:
     model = adapter.MolmoEdge()
     with pytest.raises(adapter.LmmsEvalError, match="does not score given texts"):
         model.loglikelihood([])
-    with pytest.raises(adapter.LmmsEvalError, match="one image a conversation"):
+    with pytest.raises(adapter.LmmsEvalError, match="one image per conversation"):
         model.generate_until_multi_round([])
 
 
