@@ -15,7 +15,7 @@ from PIL import Image
 
 FORMS = ("csv", "percent csv", "coco", "labelme", "rows")
 LABELS = ("cup", "Cup", "tea spoon", "löffel", "a cup, red", 'a 5" disk', "杯子")
-# Name on disk -> (stored size, EXIF orientation, shown size).
+# File name -> (stored size, EXIF orientation, displayed size).
 PICTURES = {
     "a.png": ((100, 50), 1, (100, 50)),
     "turned.jpg": ((80, 40), 6, (40, 80)),
@@ -29,13 +29,13 @@ def make_pictures(folder: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
         more: dict[str, Any] = {"tiffinfo": {0x0112: orientation}} if name.endswith(".tif") else {"exif": exif}
-        noise = random.Random(0).randbytes(stored[0] * stored[1] * 3)  # so that half of a file is not the picture
+        noise = random.Random(0).randbytes(stored[0] * stored[1] * 3)  # so that half of a file does not decode
         Image.frombytes("RGB", stored, noise).save(folder / name, **more)
 
 
 @dataclass
 class Folder:
-    """One on disk, and what is known of its pictures."""
+    """A folder on disk, and which of its pictures are usable."""
 
     path: Path
     form: str
@@ -156,7 +156,7 @@ CHARACTERS = ',;"\n .-+exE0123456789<>[]{}:\\/\u2028\u0301\u00e9\t\r\0'
 
 
 def damage(rng: random.Random, folder: Folder) -> str:
-    """Changes something, and says what."""
+    """Apply a random change. Returns its description."""
     if rng.random() < 0.08:
         return _damage_picture(rng, folder)
     path = rng.choice(folder.files)
@@ -164,7 +164,7 @@ def damage(rng: random.Random, folder: Folder) -> str:
     if rng.random() < 0.04:
         at = rng.randrange(len(data) + 1)
         path.write_bytes(data[:at] + b"\xff" + data[at:])
-        return f"a byte that is no UTF-8 at {at}"
+        return f"a byte that is not UTF-8 at {at}"
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:  # damaged before
@@ -224,7 +224,7 @@ def _write_json(rng: random.Random, path: Path, text: str, whole: Callable[[str]
 
 
 def damage_value(rng: random.Random, value: Any) -> tuple[Any, str]:
-    """One place in a JSON value, any depth."""
+    """A random place in a JSON value, at any depth."""
     places: list[tuple[Any, Any]] = []
 
     def walk(inside: Any) -> None:

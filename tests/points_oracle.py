@@ -1,4 +1,4 @@
-"""A second reader of points folders, which says what a damaged one still means.
+"""An independent reader of points folders, which determines what a damaged one means.
 
 It is written from the documentation of the formats, in another way than the package's: it knows the sizes of the
 pictures because it has made them, parses CSV character by character and numbers with Decimal, and collects every fault.
@@ -21,12 +21,12 @@ Points = dict[str, list[tuple[float, float]]]
 
 
 class RefusedError(Exception):
-    """The first fault of an entry."""
+    """An entry is invalid."""
 
 
 @dataclass
 class Meaning:
-    """What a folder says, and the places of what is wrong with it; "": a fault of the whole."""
+    """The contents of a folder, and the places of its faults; "": of the whole file or folder."""
 
     faults: list[str] = field(default_factory=list)
     marks: dict[str, dict[tuple[Any, ...], tuple[float, float]]] = field(default_factory=dict)  # by name, label + shape
@@ -101,7 +101,7 @@ def _label(value: Any) -> str:
 
 
 def _name(said: Meaning, value: Any) -> str:
-    """The name on disk."""
+    """The file name."""
     _refuse(not isinstance(value, str) or not value.strip())
     _refuse(any(character == "\0" or 0xD800 <= ord(character) <= 0xDFFF for character in value))
     plain = value.strip().replace("\\", "/")
@@ -148,7 +148,7 @@ def _mean_csv(said: Meaning, text: str) -> None:
 
 
 def _records(text: str, mark: str) -> list[tuple[int, list[str]]]:
-    """(first line, cells) of each row that is not empty. A row that is not CSV has no cells, and ends the reading."""
+    """(first line, cells) of each row that is not empty. A row that is not CSV has no cells and ends the iteration."""
     rows: list[tuple[int, list[str]]] = []
     line, at = 1, 0
     while at < len(text):
@@ -258,7 +258,7 @@ def _coco_corners(each: dict[str, Any]) -> list[tuple[float, float]]:
 def _mean_labelme(said: Meaning, text: str) -> None:
     content = json.loads(text)
     if not isinstance(content, dict) or not {"shapes", "imagePath"} & set(content):
-        return  # of somebody else
+        return  # of another program
     name = _name(said, content.get("imagePath"))
     size = _frame(name, content.get("imageWidth"), content.get("imageHeight"))
     _refuse(not isinstance(content.get("shapes"), list))

@@ -1,4 +1,4 @@
-"""Rows in the columns that the benchmarks have on the hub become the reference's questions and scores."""
+"""Benchmark rows in the hub's columns give the reference's questions and scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def hub_like(folder: Path, split: str, features: dict[str, Any], *rows: dict[str, Any], inside: str = "data") -> Path:
-    """A clone of a hub repository: one parquet file, named as the hub names them."""
+    """A clone of a hub repository: one parquet file, named as on the hub."""
     (folder / inside).mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_list(list(rows), features=datasets.Features(features))
     table.to_parquet(str(folder / inside / f"{split}-00000-of-00001.parquet"))
@@ -50,7 +50,7 @@ def hub_like(folder: Path, split: str, features: dict[str, Any], *rows: dict[str
 
 
 def asked(task: str, local: Path, **more: Any) -> list[Question]:
-    """All questions; a row that is left out is a failure."""
+    """All questions; fails if a row is skipped."""
     return list(benchmark_questions(task, local=local, skipped=pytest.fail, **more))
 
 
@@ -274,7 +274,7 @@ def mmmu_row(id: str, question: str, options: list[str], answer: str, **more: An
 
 
 def test_mmmu_joins_its_subjects_and_shows_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    three = replace(TASKS["mmmu"], configs=("Art", "Math", "Music"))  # thirty take their time
+    three = replace(TASKS["mmmu"], configs=("Art", "Math", "Music"))  # all thirty are slow
     monkeypatch.setitem(TASKS, "mmmu", three)
     first = mmmu_row(
         "v_Art_1", "Compare <image 1> and <image 2>.", ["it's $5", "<image 3>"], "B", image_2=picture(9, 9)
@@ -303,7 +303,7 @@ def test_mmmu_joins_its_subjects_and_shows_one_picture(tmp_path: Path, monkeypat
 
 def test_an_mmmu_answer_that_names_no_option_is_drawn_the_same_at_every_run(tmp_path: Path) -> None:
     rows = [mmmu_row(f"v_Art_{i}", "Which?", list("wxyz"), "C") for i in range(40)]
-    local = hub_like(tmp_path, "validation", MMMU, *rows)  # all subjects in one, as copies on the hub have them
+    local = hub_like(tmp_path, "validation", MMMU, *rows)  # all subjects in one split, as in copies on the hub
     runs = [[q.score("no idea")["accuracy"] for q in asked("mmmu", local)] for _ in range(2)]
     assert runs[0] == runs[1]
     assert 0 < sum(runs[0]) < 20
@@ -353,7 +353,7 @@ def test_countbench_leaves_out_what_the_reference_leaves_out(tmp_path: Path) -> 
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
-    """URLs and what is behind them; the real `fetch_image` is tested with a server in test_rows.py."""
+    """URLs and the files that they give; the real `fetch_image` is tested with a server in test_rows.py."""
     pages: dict[str, bytes] = {}
 
     def fetch(url: str, sha256: str, folder: Path) -> Path:
@@ -412,7 +412,7 @@ def test_pixmo_points_are_scored_in_their_masks(tmp_path: Path, web: dict[str, b
 
 
 def test_points_are_matched_as_in_the_reference_and_as_is_right(tmp_path: Path) -> None:
-    """In a large picture the reference matches pixels with percent, here the first place with the wrong mask."""
+    """In a large picture the reference compares pixels with percent, and matches the first point with a wrong mask."""
     masks = np.zeros((2, 400, 400), bool)
     masks[0, 300:340, 20:60] = masks[1, 60:100, 60:100] = True  # their points: (10, 80) and (20, 20) percent
     row = {"points": [{"x": 10, "y": 80}, {"x": 20, "y": 20}], "masks": masks.tolist(), "label": "cup"}

@@ -1,4 +1,4 @@
-"""AI2D as its authors publish it: both kinds of boxes, drawn and scored as in the reference."""
+"""AI2D from its authors' files: both kinds of boxes are drawn and scored as in the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def asked(folder: Path, split: str | None = None) -> list[Question]:
 
 
 def official(folder: Path) -> Path:
-    """Two images of the test and one of training: one with a letter drawn upon it, two without."""
+    """Two test images and one training image; one has a letter drawn on it."""
     root = folder / "ai2d"
     for name in ("questions", "annotations", "images"):
         (root / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def test_official_ai2d_asks_with_both_kinds_of_boxes(tmp_path: Path) -> None:
         {"mc": score, "mc_transparent": score} for score in (1.0, 0.0, 0.0)
     ]
     assert [question.id for question in asked(folder / "ai2d", split="validation")] == ["ai2d/2.png-0"]
-    assert asked(folder, split="train") == []  # 384 images at most are held out
+    assert asked(folder, split="train") == []  # up to 384 images are held out
     with pytest.raises(RowsError, match=r'"dev" is not a split of AI2D \(splits: train, validation, test\)'):
         asked(folder, split="dev")
     (folder / "ai2d_test_ids.csv").unlink()
@@ -85,17 +85,17 @@ def test_letters_are_drawn_as_the_reference_draws_them(tmp_path: Path) -> None:
     original, hidden, shown = (load_image(q.image()).astype(int) for q in (plain, opaque, transparent))
     assert (original == ground).all()
 
-    # Opaque: the box's own colour at its edge, the letter's black near its middle, nothing outside.
+    # Opaque: the colour of the box at its edge, black letter pixels near its middle, nothing outside.
     assert (hidden[30, 40:81] == (25, 249, 255)).all()
     assert (hidden[50, 40:81] == (25, 249, 255)).all()
     dark = np.argwhere(hidden[28:53, 38:83].sum(-1) < 100) + np.array((28, 38))
     assert len(dark) > 20
     assert np.abs(dark.mean(0) - (40, 60)).max() < 3
-    assert 9 <= np.ptp(dark[:, 0]) <= 20  # as large as its box allows, 22 pixels at most
+    assert 9 <= np.ptp(dark[:, 0]) <= 20  # as large as its box allows, up to 22 pixels
     assert (hidden[29] == ground).all()
     assert (hidden[:, 81:] == ground).all()
 
-    # Transparent: half the ground's colour, half the box's; a white tag with the letter over the top left corner.
+    # Transparent: a mix of ground and box colours; a white tag with the letter at the top left corner.
     half = np.round(ground + (np.array([25, 249, 255]) - ground) * 127 / 255)
     assert np.abs(shown[40:51, 60:81] - half).max() <= 1
     tag = np.argwhere((shown[15:60, 20:90] == 255).all(-1)) + np.array((15, 20))
@@ -111,4 +111,4 @@ def test_a_low_box_keeps_the_letters_size() -> None:
     low = {"rectangle": [[10, 20], [50, 24]], "replacementText": "A"}
     drawn = np.asarray(draw_letters(image, [low], transparent=False)).astype(int)
     dark = np.argwhere(drawn.sum(-1) < 100)
-    assert np.ptp(dark[:, 0]) >= 12  # four pixels are too few for a letter: it stands out over its box
+    assert np.ptp(dark[:, 0]) >= 12  # a box of four pixels is too small: the letter is larger than its box

@@ -1,4 +1,4 @@
-"""Data sets by name from one folder: copies, shared copies, pictures by address, and what is missing."""
+"""Data sets by name from one folder: copies, shared copies, pictures by URL, and missing sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn data sets: the answers are what the pixels show, and a run that was cut off ends like one that was not."""
+"""Drawn data sets: answers match the pixels, and an interrupted run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_chart_answers_follow_from_what_is_drawn(fonts: Fonts) -> None:
 
 
 def test_a_column_ends_where_its_value_is() -> None:
-    """The tallest column of known values against the shortest, measured in pixels."""
+    """The heights of two columns in pixels have the ratio of their values."""
     values, colours = {"Sales": [40.0, 10.0]}, {"Ada": "red", "Ben": "blue"}
     chart = Chart("columns", "Sales by name", "Sales", "units", ["Ada", "Ben"], values, 10, colours, False, {})
     pixels = np.asarray(draw_chart(rng(1), Fonts(), chart).image, np.int16)
@@ -253,7 +253,7 @@ def test_the_hands_stand_where_the_text_says(fonts: Fonts) -> None:
             if any(math.cos(math.radians(hand.angle - angle)) > 0.9 for angle in others):
                 continue  # one hand hides the other
             turn = math.radians(hand.angle)
-            # Thin hands: the nearest colour within a pixel of the line, which edges have mixed.
+            # Hands are thin and their edges mixed: take the nearest colour within a pixel of the line.
             ahead = [hand.length * share for share in (0.5, 0.6, 0.7)]
             spots = [(clock.middle[0] + a * math.sin(turn), clock.middle[1] - a * math.cos(turn)) for a in ahead]
             pixels = np.asarray(clock.image, np.int16)
@@ -323,7 +323,7 @@ def test_sprites_are_drawn_where_they_are_given() -> None:
         scene = labelled_scene(rng(6, i), Assets(sprites))
         assert set(scene.points) <= set(sprites) | {f"{name}s" for name in sprites}
         asked = {label.rstrip("s") for label in scene.points}
-        if {"owl", "bird"} <= asked:  # an owl is a bird: of neither can be said that it is there, or the other not
+        if {"owl", "bird"} <= asked:  # an owl is a bird: if one is present, the other is neither present nor absent
             assert not any(points for label, points in scene.points.items() if label.rstrip("s") in ("owl", "bird"))
         pixels = np.asarray(scene.image)
         for points in scene.points.values():

@@ -1,4 +1,4 @@
-"""Pictures are fetched politely and once, and a run that was stopped goes on where it was."""
+"""Pictures are downloaded politely and once, and an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def picture(colour: int) -> bytes:
 
 @dataclass
 class Host:
-    """A server on this machine. It knows how many asked at once."""
+    """A local server that counts simultaneous requests."""
 
     url: str = ""
     pages: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    slow: float = 0.0  # seconds an answer takes
+    slow: float = 0.0  # seconds per answer
     now: int = 0
     most: int = 0
     most_together: int = 0  # of all hosts
@@ -94,7 +94,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
 def test_every_host_is_asked_by_few_at_once(hosts: list[Host], tmp_path: Path) -> None:
     first, second = hosts
     first.slow = second.slow = 0.03
-    wanted = first.fill(10) + second.fill(10)  # one host after the other, as data sets have them
+    wanted = first.fill(10) + second.fill(10)  # grouped by host, as in data sets
     manifest = fetch_images(wanted, tmp_path, jobs=8, per_host=3)
     assert (first.most, second.most) == (3, 3)
     assert second.most_together > 3, "one host was asked after the other"
@@ -122,7 +122,7 @@ def test_a_picture_is_fetched_once_and_said_to_be_there(hosts: list[Host], tmp_p
     assert heard[-1] == Counts(fetched=3)
     assert manifest.counts() == {OK: 3, FAILED: 0, OTHER_FILE: 0}
     assert manifest.path(wanted[0][0], sha) == tmp_path / sha
-    unchecked = wanted[1][0]  # its hash is known too, although none was wanted
+    unchecked = wanted[1][0]  # its hash is recorded although none was expected
     assert manifest.path(unchecked, hashlib.sha256(picture(1)).hexdigest()) == manifest.path(unchecked) is not None
     assert manifest.path(unchecked, "0" * 64) is None
     assert manifest.path(site.url + "/else") is None
@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_goes_on(hosts: list[Host], tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         fetch_images(wanted, tmp_path, jobs=1, progress=stop)
     assert Manifest.load(tmp_path).counts()[OK] == 3
-    for _ in range(100):  # the one that was under way ends by itself
+    for _ in range(100):  # the request in progress finishes
         if threading.active_count() <= threads:
             break
         threading.Event().wait(0.02)
@@ -163,7 +163,7 @@ def test_a_line_that_was_cut_short_is_passed_over(hosts: list[Host], tmp_path: P
     more = wanted + hosts[1].fill(1)
     assert fetch_images(more, tmp_path, jobs=1).counts()[OK] == 5
     assert Manifest.load(tmp_path).counts()[OK] == 5, "the line after the cut one was lost with it"
-    assert len(hosts[0].asked) == 4  # its file was there
+    assert len(hosts[0].asked) == 4  # its file existed
 
 
 def test_what_has_failed_is_not_asked_for_again(hosts: list[Host], tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_another_picture_than_once_is_refused(hosts: list[Host], tmp_path: Path)
     assert manifest.path(url) is None
     fetch_images([(url, sha)], tmp_path)
     assert len(site.asked) == 1
-    manifest = fetch_images([(url, None)], tmp_path)  # another data set takes what there is
+    manifest = fetch_images([(url, None)], tmp_path)  # another data set accepts any file
     assert len(site.asked) == 2
     assert manifest.path(url) is not None
     assert manifest.path(url, sha) is None
@@ -235,7 +235,7 @@ def test_a_machine_that_is_offline_condemns_no_address(tmp_path: Path, monkeypat
     with pytest.raises(DownloadError, match=r"12 URLs of 1\d hosts in a row gave no answer.* offline"):
         fetch_images(nowhere, tmp_path, jobs=1)
     assert Manifest.load(tmp_path).entries == {}
-    # A few are dead links, and so are many of one host.
+    # A few failures are dead links, and so are many failures of one host.
     one_host = [(f"http://127.0.0.1:1/{i}", None) for i in range(30)]
     assert fetch_images(nowhere[:5] + one_host, tmp_path).counts()[FAILED] == 34
     assert Manifest.load(tmp_path).counts()[FAILED] == 34

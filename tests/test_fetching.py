@@ -1,4 +1,4 @@
-"""Pictures by URL, from a server on this machine: any address, polite, and nothing else for a picture."""
+"""Downloads from a local server: unusual URLs, politeness, and responses that are not pictures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Answer:
 @dataclass
 class Site:
     port: int = 0
-    answers: dict[str, list[Answer]] = field(default_factory=dict)  # one after the other, the last one for ever
+    answers: dict[str, list[Answer]] = field(default_factory=dict)  # in order; the last one repeats
     asked: list[tuple[str, str]] = field(default_factory=list)  # Host, path
 
     @property
@@ -55,7 +55,7 @@ class Site:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Nobody waits: what would have been waited is here, and a clock goes on by it."""
+    """Record waiting times instead of sleeping, and advance a clock by them."""
     slept: list[float] = []
     monkeypatch.setattr(fetching, "HOSTS", fetching.Hosts())
 
@@ -72,7 +72,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Site]:
-    """A server that answers for 127.0.0.1 and for every host whose name ends in .example. Nobody waits."""
+    """A server that answers for 127.0.0.1 and for every host whose name ends in .example. Nothing sleeps."""
     request.getfixturevalue("waits")
     monkeypatch.setenv("no_proxy", "*")
     here = Site()

@@ -1,4 +1,4 @@
-"""Rows without a text or with coordinates that are no numbers are refused: "None" and "nan" are nobody's words."""
+"""Rows without texts, or with coordinates that are not numbers, are refused: "None" and "nan" never reach a prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Write:
-    """A folder with rows.jsonl, every row with a picture of its own."""
+    """A folder with rows.jsonl, with a picture for each row."""
 
     def write(*rows: dict[str, Any]) -> Path:
         Image.new("RGB", (200, 100)).save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""The order of a run's samples: at the wanted rates, every example once an epoch, the same however it is shared."""
+"""The order of samples: has the given rates, shows each example once per epoch, and is independent of sharding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Annotated photos with random damage: refused with their line, or asked so that the right answer scores full marks."""
+"""Annotated photos with random damage are refused by line, or give questions whose correct answer scores 1."""
 
 from __future__ import annotations
 

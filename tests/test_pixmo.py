@@ -1,4 +1,4 @@
-"""PixMo's rows become examples: grouped by picture, split by hash, worded as the reference does."""
+"""PixMo rows become examples: grouped by picture, split by hash, worded as in the reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(folder: Path, rows: Rows) -> Path:
 
 
 def fetched(folder: Path, *numbers: int | str) -> Path:
-    """A folder as fetch_images leaves it."""
+    """A folder as written by fetch_images."""
     folder.mkdir(exist_ok=True)
     with (folder / MANIFEST).open("w") as file:
         for number in numbers:
@@ -113,7 +113,7 @@ def test_conversations_of_both_versions_of_cap_qa(opened: Opened) -> None:
     assert (first.style, second.messages) == ("synthetic_qa", ("Hi", "Hello"))
     assert first.messages[:2] == ("What is it?", "A dog.")
     assert first.messages[3] == "Four."
-    # The request stands before the question that asks how many, and not before another.
+    # The request precedes the question that asks how many, and no other question.
     assert first.messages[2].endswith("How many legs?")
     assert first.messages[2] != "How many legs?"
     old = "[USER] What is it? [ASSISTANT] A dog.\n[USER] Big? [ASSISTANT]"
@@ -130,7 +130,7 @@ def test_questions_of_a_picture_go_together_and_how_many_asks_for_no_points(open
     rows = [row(1, "Is it red?"), row(2, "Old?"), row(1, "How many?"), row(1, " ")]
     first, second = examples(opened("pixmo_ask_model_anything", rows))
     assert [each.messages[0] for each in second.annotations] == ["Old?"]
-    red, many = first.annotations  # the one that asks nothing is left out
+    red, many = first.annotations  # the one without a question is left out
     assert (red.style, red.messages) == ("user_qa", ("Is it red?", "Yes."))
     assert many.messages[0].endswith("How many?")
     assert many.messages[0] != "How many?"
@@ -349,7 +349,7 @@ def test_validation_is_picked_by_hash_whatever_the_order_and_the_download(opened
     some = opened("pixmo_cap", captions(*numbers), by_hash[3:], split="validation")
     assert set(names(some)) == {f"caption {i}" for i in by_hash[3:5]}
     assert some.left_out == 3
-    # All rows of a picture are on one side.
+    # All rows of a picture are in the same split.
     rows = [point_row(i % 100, f"thing {i}", []) for i in range(300)]
     held = opened("pixmo_points", rows, split="validation")
     assert {Path(example.image).name for example in examples(held)} == {sha(i) for i in by_hash[:5]}

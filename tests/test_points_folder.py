@@ -1,4 +1,4 @@
-"""A user's own folder: the same annotations in every format, and a sentence with file and line for what is wrong."""
+"""Points folders: the same annotations in every format, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from molmo_edge.data.examples import Example
 from molmo_edge.data.points_folder import PointsError, PointsFolder, open_points
 from molmo_edge.frontend.points import parse_count, parse_points
 
-# Boxes in pixels: left, top, width, height. "turned.jpg" is stored as 80 x 40 and shown as 40 x 80.
+# Boxes in pixels: left, top, width, height. "turned.jpg" is stored as 80 x 40 and displayed as 40 x 80.
 BOXES: dict[str, dict[str, list[tuple[float, ...]]]] = {
     "a.png": {"cup": [(10, 10, 20, 10), (60, 20, 10, 20)], "spoon": [(0, 0, 10, 10)]},
     "b.png": {"cup": [(40, 0, 20, 50)]},
@@ -72,7 +72,7 @@ def coco(**changes: Any) -> dict[str, Any]:
     names, images = ["objects", "cup", "spoon"], list(BOXES)
     boxes = [(image, label, box) for image, label in pairs() for box in BOXES[image][label]]
     content = {
-        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],  # the first is in no picture
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],  # the first one has no annotation
         "images": [
             {"id": 10 + i, "file_name": image, "width": SIZES[image][0], "height": SIZES[image][1]}
             for i, image in enumerate(images)
@@ -124,7 +124,7 @@ WRITERS = [write_csv, write_percent_csv, write_rows, write_coco, write_labelme]
 @pytest.mark.parametrize("inside", [False, True])
 def test_every_format_says_the_same(folder: Path, write: Callable[[Path], None], inside: bool) -> None:
     write(folder)
-    if inside:  # pictures in a folder of their own
+    if inside:  # pictures in a subfolder
         (folder / "images").mkdir()
         for image in BOXES:
             (folder / image).rename(folder / "images" / image)
@@ -163,7 +163,7 @@ def test_few_annotations_at_a_time_but_all_of_them_in_turn(folder: Path) -> None
 
 
 def test_labels_that_are_not_there(folder: Path) -> None:
-    """Only where a format says that everything is marked, or the user does."""
+    """Only if the format or the user states that annotations are exhaustive."""
     write_coco(folder)
     train, _ = open_points(folder, validation=0)
     for index, absent in ((0, None), (1, "spoon"), (2, "cup")):
@@ -370,7 +370,7 @@ def test_a_folder_says_it_in_one_way(folder: Path) -> None:
     with pytest.raises(PointsError, match="there is no folder"):
         open_points(folder / "nowhere")
     write_csv(folder)
-    (folder / "settings.json").write_text("[1]")  # of somebody else
+    (folder / "settings.json").write_text("[1]")  # of another program
     assert len(open_points(folder)[0]) == 2
     with pytest.raises(PointsError, match="a share below 1"):
         open_points(folder, validation=1)

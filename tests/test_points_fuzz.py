@@ -1,4 +1,4 @@
-"""Points folders with random damage: read as a second reader reads them, or refused with file and place."""
+"""Points folders with random damage: read like by an independent reader, or refused with file and line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from points_oracle import meaning
 from molmo_edge.data.points_folder import PointsError, PointsFolder, open_points
 from molmo_edge.frontend.points import parse_count, parse_points
 
-FOLDERS = 100  # of each form
-# What is wrong with a whole file or folder has no line.
+FOLDERS = 100  # of each format
+# Errors of a whole file or folder name no line.
 _WHOLE = re.compile(
     r"cannot be used: |has no picture with a point|cannot be read as UTF-8|is not JSON|begins with |has both |"
     r"has several columns|is empty: its first line|does not name a picture|needs a list|holds no annotations|"
@@ -78,7 +78,7 @@ def _check_reading(train: PointsFolder, expected: dict[str, dict[str, list[tuple
         for label, xy in points.items():
             assert len(found[name][label]) == len(xy), about
             assert np.allclose(np.reshape(found[name][label], (-1, 2)), np.reshape(xy, (-1, 2)), atol=1e-9), about
-    for index, picture in enumerate(train.pictures):  # and what the model is taught
+    for index, picture in enumerate(train.pictures):  # and what the model is trained on
         for annotation in train.example(index, np.random.default_rng(index)).annotations:
             question, answer = annotation.messages
             taught = [(p.x, p.y) for p in parse_points(answer)]

@@ -1,4 +1,4 @@
-"""A points folder with damaged rows, repeated ones, shapes of every kind, and names in either Unicode form."""
+"""Points folders with damaged or repeated rows, all kinds of shapes, and names in both Unicode forms."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def labelme(*shapes: Any, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        # A decimal comma makes one cell two, and all behind it another column.
+        # A decimal comma splits a cell and shifts the following columns.
         (CSV + "a.png,cup,1,1\na.png,cup,12,5,7\n", "line 3 of .* 5 cells and the first line 4: .* with a point"),
         (CSV + "a.png,cup,12,\n", "line 2 of .* has only one of x and y"),
         (CSV + "a.png,cup,12,5,\n", "line 2 of .* has 5 cells"),
         (CSV.replace(",", ";") + "a.png;cup;12,5;7\n", "line 2 .*: x is '12,5', not a number: write decimals with a"),
         (CSV + 'a.png,cup,"12,5",7\n', "line 2 of .*: x is '12,5', not a number: write decimals with a point"),
         (CSV + "a.png,a cup, red,12,7\n", "line 2 of .* has 5 cells"),
-        # What is left over beside a number.
+        # Text beside a number.
         (CSV + "a.png,cup,12 px,7\n", "line 2 of .*: x is '12 px', not a number"),
         (CSV + "a.png,cup,12,7 8\n", "line 2 of .*: y is '7 8', not a number"),
         (CSV + "a.png,cup,1_2,7\n", "line 2 of .*: x is '1_2', not a number"),
@@ -74,11 +74,11 @@ def labelme(*shapes: Any, **changes: Any) -> str:
         (CSV + 'a.png,"cup,12,7\nb.png,"spoon,1,1\n', "line 2 of .* is not CSV"),
         (CSV + 'a.png,"cup\n",1,2\n', None),
         (CSV + 'a.png,"cup,1,2\nb.png,spoon",3,4\n', "line 2 of .* has the label .*: a label is one line"),
-        # Cut short: without its numbers a row would say that there are none.
+        # Truncated: without its numbers, a row would mean that the label is absent.
         (CSV + "a.png,cup\n", "line 2 of .* ends before its x and y"),
         (CSV + "a.png,cup,1\n", "line 2 of .* ends before its y"),
         (CSV + "a.png\n", "line 2 of .* has no label"),
-        # Two columns, or two units, for one thing.
+        # Duplicate columns or units.
         ("image,label,x,x,y\na.png,cup,1,2,3\n", 'has several columns "x"'),
         ("image,label,x,y,x_percent,y_percent\na.png,cup,1,2,3,4\n", "has both x,y and x_percent,y_percent"),
         (CSV.strip() + ",\na.png,cup,12,5,7\n", "line 2 of .* has '7' in a column without a name"),
@@ -344,7 +344,7 @@ def test_names_in_another_unicode_form_find_their_file(folder: Path, on_disk: st
 
 
 def test_a_name_that_two_files_could_have_is_refused(folder: Path) -> None:
-    """Both accents split, or neither; and a name with one of each."""
+    """Both accents decomposed, or neither; and a name with one of each."""
     for form in ("NFC", "NFD"):
         Image.new("RGB", (10, 10)).save(folder / unicodedata.normalize(form, "éé.png"))
     if len(list(folder.glob("*.png"))) < 4:
@@ -358,7 +358,7 @@ def test_a_name_that_two_files_could_have_is_refused(folder: Path) -> None:
 
 
 def test_two_spellings_of_one_file_are_one_picture(folder: Path) -> None:
-    if not (folder / "A.png").exists():  # as where upper and lower case are one
+    if not (folder / "A.png").exists():  # as on case-insensitive file systems
         os.link(folder / "a.png", folder / "A.png")
     (folder / "points.csv").write_text(CSV + "a.png,cup,10,5\nA.png,cup,10,5\nA.png,cup,20,5\n")
     train, _ = open_points(folder, validation=0, note=lambda _why: None)

@@ -1,4 +1,4 @@
-"""Pixels of a points folder count in the picture as it is shown, whichever way its file is stored."""
+"""Pixels in a points folder refer to the displayed picture, however its file is stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from molmo_edge.frontend.image_files import load_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom: pixels
 
-# What a viewer does to the stored pixels, by EXIF orientation; and what a camera did to the scene.
+# By EXIF orientation: what a viewer does to the stored pixels, and what the camera did to the scene.
 SHOW: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -45,7 +45,7 @@ def save_turned(path: Path, orientation: int) -> None:
 
 
 def seen_at(path: Path) -> tuple[float, float]:
-    """The middle of the bright spot, percent of what the model sees."""
+    """The middle of the bright spot, percent of the model's view."""
     rows, columns = np.nonzero(load_image(path)[:, :, 0] > 128)
     height, width = load_image(path).shape[:2]
     return 100 * (columns.mean() + 0.5) / width, 100 * (rows.mean() + 0.5) / height

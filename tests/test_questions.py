@@ -1,4 +1,4 @@
-"""Questions ask only what the annotation settles, and the answers are in Molmo's grammar."""
+"""Questions have answers that follow from the annotation, in Molmo's grammar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows are the same from every kind of copy; pictures are fetched from the web politely, checked and kept."""
+"""Rows are equal from every kind of copy; pictures are downloaded politely, checked and kept."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     for local in (tmp_path / "clone", None):
         with pytest.raises(RowsError, match=r'pip install "molmo-edge\[eval\]"'):
             load_rows("owner/name", (), "test", local)
-    assert len(load_rows("owner/name", (), "test", tmp_path / "lines")) == 3  # JSON needs none
+    assert len(load_rows("owner/name", (), "test", tmp_path / "lines")) == 3  # JSON does not need it
 
 
 def test_one_split_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_one_split_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 @dataclass
 class Web:
-    """A server on this machine: for each path the answers it gives, one after the other, the last one for ever."""
+    """A local server: answers by path, in order; the last one repeats."""
 
     url: str = ""
     answers: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
@@ -218,7 +218,7 @@ def test_a_picture_is_fetched_once_and_kept(web: Web, tmp_path: Path) -> None:
     assert (first.name, first.read_bytes()) == (SHA, DATA)
     assert fetch_image(f"{web.url}/a bü.png?x=1", SHA, folder) == first
     assert web.asked == ["/a%20b%C3%BC.png?x=1"]
-    assert [path.name for path in folder.iterdir()] == [SHA]  # nothing half written
+    assert [path.name for path in folder.iterdir()] == [SHA]  # no partial files
     unchecked = fetch_image(f"{web.url}/a bü.png?x=1", None, folder)
     assert unchecked != first
     assert unchecked.read_bytes() == DATA
@@ -246,7 +246,7 @@ def test_what_is_gone_is_asked_for_once(web: Web, tmp_path: Path) -> None:
 def test_a_busy_host_is_asked_again_three_times(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
-    web.answers["/1"] = [(503, b""), (429, b""), (206, DATA[:4]), (200, DATA)]  # the third one breaks off
+    web.answers["/1"] = [(503, b""), (429, b""), (206, DATA[:4]), (200, DATA)]  # the third one is truncated
     assert fetch_image(f"{web.url}/1", SHA, tmp_path).read_bytes() == DATA
     assert waits == [1.0, 2.0, 4.0]
     web.answers["/2"] = [(503, b"")]

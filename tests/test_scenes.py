@@ -1,4 +1,4 @@
-"""Drawn scenes and augmented photographs: what the annotation says is what the pixels show."""
+"""Drawn scenes and augmented photographs: annotations match the pixels."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_neither_what_the_backdrop_shows_nor_a_broader_name_is_drawn(assets: Ass
 
 
 def test_a_crop_of_a_photo_avoids_what_is_labelled() -> None:
-    """A label in a corner: nearly every crop can leave it out, and then it is no longer in maybe_present."""
+    """Nearly every crop can exclude a label in a corner, and then it is not in maybe_present."""
     photo = Background(np.zeros((100, 100, 3), np.uint8), ((0, 0, 10, 10),), ("cat",))
     rng = np.random.default_rng(5)
     drawn = [draw_backdrop(rng, (photo,), (300, 300)) for _ in range(200)]
@@ -197,7 +197,7 @@ def test_clock_hands_show_the_time() -> None:
         rgb = np.asarray(picture.convert("RGB"), int)
 
         def ink_at(turn: float, radius: float, rgb: np.ndarray = rgb) -> bool:
-            """Whether the pixels there have the colour of the hub, which is that of the hands."""
+            """Whether there is a pixel in the colour of the hub, which is also that of the hands."""
             x = 120 + radius * 120 * math.sin(2 * math.pi * turn)
             y = 120 - radius * 120 * math.cos(2 * math.pi * turn)
             near = rgb[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].reshape(-1, 3)
@@ -205,7 +205,7 @@ def test_clock_hands_show_the_time() -> None:
 
         assert ink_at(minute / 60, 0.56)  # past the end of the hour hand
         assert ink_at((hour + minute / 60) / 12, 0.36)
-        # Elsewhere the dial is bare at this radius, up to a second hand: so the minute can be told.
+        # Apart from a second hand, the dial is empty elsewhere at this radius, so the minute is readable.
         assert sum(ink_at(i / 12, 0.56) for i in range(12)) <= 3
     assert len(times) > 50
 
@@ -306,7 +306,7 @@ def test_augmented_boxes_follow_the_pixels() -> None:
         (item,) = changed["objects"]
         if not item["boxes"]:
             cut += 1
-            # Never "not there" while something can be seen.
+            # Never absent while a part is visible.
             assert item.get("crowd") or not bright.any()
             continue
         kept += 1

@@ -1,4 +1,4 @@
-"""Tables of the command line: text is shown as it is, and no figure is cut, at whatever width."""
+"""Tables of the command line show text unchanged and complete figures at any width."""
 
 from __future__ import annotations
 

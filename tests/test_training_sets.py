@@ -1,4 +1,4 @@
-"""The academic training sets: rows in the columns that they truly have become the reference's conversations."""
+"""Academic training sets: rows in their real columns become the reference's conversations."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_vqa2_and_okvqa_from_the_authors_files(tmp_path: Path) -> None:
         (tmp_path / f"train2014/COCO_train2014_{number:012d}.jpg").write_bytes(png())
     vqa2 = open_academic("coco_2014_vqa_multi", local=tmp_path)
     assert [[each.messages[0] for each in said(vqa2, i)] for i in range(len(vqa2))] == [["What?", "Where?"], ["Who?"]]
-    okvqa = open_academic("okvqa", local=tmp_path)  # not grouped; answers as they were given, not stemmed
+    okvqa = open_academic("okvqa", local=tmp_path)  # not grouped; original answers, not stemmed
     assert [said(okvqa, i) for i in range(len(okvqa))] == [
         one("okvqa", "What?", "70s"),
         one("okvqa", "Where?", "71s"),
@@ -211,9 +211,9 @@ def test_ai2d_from_the_authors_files_trains_with_both_kinds_of_boxes(tmp_path: P
     (tmp_path / "ai2d_test_ids.csv").write_text("5\n")
     train = open_academic("ai2_diagram_v2_mix_transparent", local=tmp_path)
     held_out = open_academic("ai2_diagram_v2_mix_transparent", split="validation", local=tmp_path)
-    assert (len(train), len(held_out)) == (2, 384 * 2)  # of 385 images that are not the test's, 384 are held out
+    assert (len(train), len(held_out)) == (2, 384 * 2)  # of 385 images outside the test split, 384 are held out
     (found,) = {annotation.messages[0].split("?")[0] for index in range(2) for annotation in said(train, index)}
-    # "a" is no letter of this diagram, but all options but one are enough to do without A, B, C.
+    # "a" is not a letter of this diagram, but A, B, C are not used if at most one option is not a letter.
     assert said(train) == one("ai2_diagram_no_letter", f"{found}?\na\nC\n", "C") == said(train, 1)
     opaque, transparent = (load_image(example(train, index).image) for index in range(2))
     assert (opaque != transparent).any()
@@ -251,7 +251,7 @@ def test_a_okvqa_gives_options_or_answers(tmp_path: Path) -> None:
         "question": "What?",
         "choices": ["cat", "dog", "cow", "pig"],
         "correct_choice_idx": 2,
-        "direct_answers": "['cows', 'cow', 'cow']",  # the hub has a list's text
+        "direct_answers": "['cows', 'cow', 'cow']",  # a Python literal, as on the hub
         "difficult_direct_answer": True,
     }
     local = lines(tmp_path, row, {**row, "difficult_direct_answer": False, "direct_answers": ["ox"]})
