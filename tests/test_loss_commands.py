@@ -78,8 +78,8 @@ def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> No
     arguments += ["--suite", f"photos:{photos}"]
     status, stdout, stderr = cli(*arguments, "--report", tmp_path / "report", "--noise", "none", "--quiet")
     assert (status, stderr) == (0, "")
-    assert "KL a token, mean" in stdout
-    assert "experts chosen alike" in stdout
+    assert "KL per token, mean" in stdout
+    assert "expert agreement" in stdout
     assert "read/receipts" in stdout
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "loss.json"}
     copy, int8 = json.loads((tmp_path / "report" / "loss.json").read_text())["candidates"]
@@ -106,8 +106,8 @@ def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_pa
     report = tmp_path / "report"
     status, stdout, stderr = cli(*arguments, "--report", report, "--noise", "none", "--quiet")
     assert (status, stderr) == (0, "")
-    assert "KL a token, mean" in stdout
-    assert "answers word for word" in stdout
+    assert "KL per token, mean" in stdout
+    assert "identical answers" in stdout
     assert "scores, %" not in stdout
     copy, int8 = json.loads((report / "loss.json").read_text())["candidates"]
     assert copy["scores"] == int8["scores"] == {}
@@ -127,7 +127,7 @@ def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_pa
         (["--suite", "nothing"], 1, 'no suite "nothing"'),
         (["--suite", "photos"], 1, "names the folder"),
         (["--noise", "luck"], 2, "luck"),
-        (["--llama", "cache=q8_0"], 1, "none of these has a GGUF"),
+        (["--llama", "cache=q8_0"], 1, "none of these has one"),
         (["--report", "{file}"], 1, "is a file"),
         (["--limit", "0"], 2, "limit"),
     ],
@@ -161,7 +161,7 @@ def test_a_report_that_cannot_be_written_costs_no_table(cli: Cli, photos: Path, 
     arguments = ["loss", model, model, "--suite", f"photos:{photos}", "--max-crops", 0, "--noise", "none"]
     status, stdout, stderr = cli(*arguments, "--report", report)
     assert status == 1
-    assert "all figures" in stdout
+    assert "all metrics" in stdout
     assert stderr.splitlines()[-1].endswith(f": {report / 'loss.json'}")
     assert ".part" not in stderr
     assert [path.name for path in report.iterdir()] == ["loss.json"]
@@ -176,3 +176,25 @@ def test_results_that_cannot_be_written_cost_no_table(cli: Cli, photos: Path, tm
     assert status == 1
     assert "anls" in stdout
     assert stderr.splitlines()[-1].endswith(f": {out / 'results.json'}")
+
+
+def test_an_image_that_cannot_be_read_is_reported_and_left_out(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "coffee.png").write_bytes((golden / "coffee.png").read_bytes())
+    (photos / "broken.png").write_bytes((golden / "coffee.png").read_bytes()[:999])
+    lines = [{"image": f"{name}.png", "question": "What is it?"} for name in ("broken", "coffee")]
+    (photos / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    model, report = bundle("molmoe"), tmp_path / "report"
+    arguments = ["loss", model, model, "--suite", f"photos:{photos}", "--max-crops", 0, "--noise", "none", "--quiet"]
+    status, stdout, stderr = cli(*arguments, "--report", report)
+    assert status == 1
+    assert "1 image, 1 question" in stdout
+    assert "broken.png" in stderr.splitlines()[0]
+    assert stderr.splitlines()[1:] == ["molmo-edge: 1 image could not be read"]
+    assert json.loads((report / "loss.json").read_text())["questions"] == 1
+    (photos / "coffee.png").unlink()
+    (photos / "prompts.jsonl").write_text(json.dumps(lines[0]))
+    status, stdout, stderr = cli(*arguments)
+    assert (status, stdout) == (1, "")
+    assert "no image can be read" in stderr

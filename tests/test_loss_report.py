@@ -19,7 +19,7 @@ from molmo_edge.export import export_bundle
 from molmo_edge.frontend.points import format_points
 
 Cli = Callable[..., tuple[int, str, str]]
-QUESTIONS = ("Same points?", "How far do points drift?", "Same answers, word for word?", "Which part costs it?")
+QUESTIONS = ("Same points?", "How far do points drift?", "Same answers, word for word?", "Which part causes the loss?")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def page_of(loss: Loss, folder: Path) -> str:
 def rows_of(page: str) -> dict[str, list[str]]:
     """{heading: the cells beside it} of the page's first table."""
     table = page[page.index("<table") : page.index("</table>")]
-    rows = [re.split(r"<t[dh]>", row)[1:] for row in table.split("<tr>")[1:]]
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in table.split("<tr>")[1:]]
     return {row[0]: [html.unescape(cell) for cell in row[1:]] for row in rows}
 
 
 def test_the_page_leads_with_points_and_ends_with_tokens(loss: Loss, tmp_path: Path) -> None:
     page = page_of(replace(loss, candidates=tuple(map(pointed, loss.candidates))), tmp_path / "report")
-    places = [page.index(word) for word in (*QUESTIONS, "Rings are", "drift of a point", "KL a token, mean")]
+    places = [page.index(word) for word in (*QUESTIONS, "Rings are", "drift of a point", "KL per token, mean")]
     assert places == sorted(places)
-    assert "KL" not in page[: page.index("Which part costs it?")]
+    assert "KL" not in page[: page.index("Which part causes the loss?")]
     assert "nats" not in page[: page.index("Rings are")]
 
 
@@ -73,12 +73,12 @@ def test_it_says_whether_the_points_are_the_same_and_how_far_they_drift(loss: Lo
 
 
 def test_it_says_which_part_costs_it(loss: Loss, tmp_path: Path) -> None:
-    noise, copy, vision, connector, decoder = rows_of(page_of(loss, tmp_path / "report"))["Which part costs it?"]
+    noise, copy, vision, connector, decoder = rows_of(page_of(loss, tmp_path / "report"))["Which part causes the loss?"]
     assert (noise, copy) == ("", "nothing is lost")
     assert vision.startswith("the vision tower and connector")
     assert connector.startswith("the connector")
     assert decoder.startswith("the decoder")
-    found = {m.info.name: m.parts for m in loss.candidates}
+    found = {m.info.name: m.breakdown for m in loss.candidates}
     assert found["decoder"] is not None and found["decoder"].decoder is None, "its image features are the reference's"
     assert found["vision_encoder"] is not None
     assert found["vision_encoder"].decoder is not None
@@ -86,8 +86,8 @@ def test_it_says_which_part_costs_it(loss: Loss, tmp_path: Path) -> None:
 
 
 def test_a_loss_no_larger_than_noise_is_called_noise(loss: Loss, tmp_path: Path) -> None:
-    again = replace(loss, noise=replace(loss.candidates[3], parts=None))
-    assert rows_of(page_of(again, tmp_path / "report"))["Which part costs it?"][4] == "no more than noise"
+    again = replace(loss, noise=replace(loss.candidates[3], breakdown=None))
+    assert rows_of(page_of(again, tmp_path / "report"))["Which part causes the loss?"][4] == "no more than noise"
 
 
 def test_one_candidate_has_no_plot_of_sizes(loss: Loss, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_command_prints_in_the_same_order(cli: Cli) -> None:
     arguments = ["loss", bundle("molmoe"), bundle("molmoe", "q4"), "--max-crops", 0, "--limit", 1, "--noise", "none"]
     status, stdout, _ = cli(*arguments)
     assert status == 0
-    words = ("Same answers, word for word?", "Which part costs it?", "answers word for word", "KL a token, mean")
+    words = ("Same answers, word for word?", "Which part causes the loss?", "identical answers", "KL per token, mean")
     places = [stdout.index(word) for word in (*words, "vision features")]
     assert places == sorted(places)
 
@@ -112,7 +112,7 @@ def test_parts_are_ranked_with_points_first(cli: Cli, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", "200")  # a heading on one line
     status, stdout, _ = cli("ablate", bundle("molmoe"), "--precisions", "q4", "--limit", 1, "--max-crops", 0)
     assert status == 0
-    assert stdout.index("same points %") < stdout.index("drift %") < stdout.index("KL a token")
+    assert stdout.index("same points %") < stdout.index("drift %") < stdout.index("KL per token")
 
 
 def test_an_export_prints_no_number_that_says_nothing(cli: Cli, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_an_unwritable_home_prints_no_warning(run: Callable[..., Run], golden: P
 @pytest.mark.skipif(sys.platform == "win32", reason="the home is named otherwise")
 def test_plots_print_no_warning_without_a_home(run: Callable[..., Run]) -> None:
     pytest.importorskip("matplotlib")
-    code = "from molmo_edge.evaluation.plots import check_plots; check_plots()"
+    code = "from molmo_edge.evaluation.plots import check_matplotlib; check_matplotlib()"
     assert run("-c", code, home=UNWRITABLE).err == ""
 
 

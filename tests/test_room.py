@@ -144,7 +144,7 @@ def test_loss_shows_what_is_measured_before_the_next_model_opens(
     status, _, err = cli("loss", *arguments, "--noise", "none")
     assert status == 1
     assert f"{tiny_bundle.name}: " in err
-    assert "KL a token, mean" in err
+    assert "KL per token, mean" in err
 
 
 def test_ablation_leaves_weights_in_their_files_where_they_do_not_fit(

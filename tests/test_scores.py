@@ -399,8 +399,8 @@ def test_the_matching_is_the_cheapest_of_all(shape: tuple[int, int]) -> None:
         assert sum(cost[pair] for pair in found) == pytest.approx(best)
 
 
-def test_ties_are_matched_as_scipy_does() -> None:
-    # As scipy.optimize.linear_sum_assignment gave them; each has several cheapest answers.
+def test_ties_are_matched_as_in_the_reference() -> None:
+    # As the reference's version of SciPy assigned them; each has several cheapest assignments.
     assert assign(np.zeros((3, 3))) == [(0, 0), (1, 1), (2, 2)]
     assert assign(np.zeros((2, 4))) == [(0, 0), (1, 1)]
     assert assign(np.zeros((4, 2))) == [(0, 0), (1, 1)]

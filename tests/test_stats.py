@@ -7,22 +7,22 @@ import math
 import numpy as np
 import pytest
 
-from molmo_edge.evaluation.stats import Estimate, average, mean, quantile, share, transformed
+from molmo_edge.evaluation.stats import Estimate, mean, proportion, quantile, score_mean, transformed
 
 
 def test_wilson_is_not_sure_after_ten_of_ten() -> None:
     z2 = 1.959963984540054**2
-    assert share([True] * 10).low == pytest.approx(10 / (10 + z2))
-    assert share([True] * 10).high == 1
-    assert share([False] * 10).high == pytest.approx(z2 / (10 + z2))
-    half = share([True, False] * 20)
+    assert proportion([True] * 10).low == pytest.approx(10 / (10 + z2))
+    assert proportion([True] * 10).high == 1
+    assert proportion([False] * 10).high == pytest.approx(z2 / (10 + z2))
+    half = proportion([True, False] * 20)
     assert half.value == 0.5
     assert half.low == pytest.approx(0.352, abs=1e-3)
     assert half.high == pytest.approx(0.648, abs=1e-3)
 
 
 def test_nothing_has_no_value() -> None:
-    assert math.isnan(share([]).value)
+    assert math.isnan(proportion([]).value)
     assert math.isnan(mean([], []).value)
     assert math.isnan(quantile([], [], 0.5).value)
 
@@ -57,10 +57,10 @@ def test_a_ratio_keeps_its_ends_in_order() -> None:
 
 
 def test_scores_that_are_all_alike_are_in_doubt_by_their_pictures() -> None:
-    found = average([1.0] * 12, [f"{i // 3}" for i in range(12)])
+    found = score_mean([1.0] * 12, [f"{i // 3}" for i in range(12)])
     assert found.n == 12
-    assert found.low == pytest.approx(share([True] * 4).low)
-    mixed = average([1.0, 0.0, 1.0, 1.0], "aabb")
+    assert found.low == pytest.approx(proportion([True] * 4).low)
+    mixed = score_mean([1.0, 0.0, 1.0, 1.0], "aabb")
     assert mixed.low < 0.5 < mixed.value == 0.75 < mixed.high
 
 
@@ -73,7 +73,7 @@ def test_one_picture_tells_no_interval_and_few_tell_a_wide_one() -> None:
     assert equal.low == equal.high == 0, "nothing lost is nothing lost"
 
 
-def test_what_is_never_negative_is_not_so_on_average() -> None:
+def test_what_is_never_negative_is_not_so_on_score_mean() -> None:
     found = mean([0.0, 0.0, 0.0, 0.9], "abcd")
     assert found.low == 0
     assert found.high <= 1
@@ -89,3 +89,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(pictures: int, leas
         found = mean(rng.normal(size=pictures), range(pictures))
         held += found.low <= 0 <= found.high
     assert least <= held / 300 <= 0.99
+
+
+def test_few_images_widen_the_interval_by_students_t() -> None:
+    """Two images of means 0 and 1: the bootstrap's ends are 0 and 1, t with one degree of freedom is 12.7."""
+    found = mean([-1.0, 1.0], "ab")
+    assert found.high == -found.low == pytest.approx(12.706 / 1.960 * math.sqrt(2), rel=1e-3)

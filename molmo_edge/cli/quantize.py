@@ -12,7 +12,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cli.question_options import Asked, bars, interval, named, open_suites, parse_words
+from molmo_edge.cli.question_options import Asked, bars, named, open_suites, parse_precisions
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.precision_search import Found
@@ -43,18 +43,17 @@ def quantize(
     """Choose each part's precision by what it costs, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give --max-mb or --max-kl")
+    import onnx  # noqa: F401 (a missing package is reported before hours of measuring)
+
     from molmo_edge.checkpoints.bundle import open_bundle
     from molmo_edge.checkpoints.manifest import GRAPHS
-    from molmo_edge.evaluation import require_onnx
-
-    require_onnx("a search")
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.evaluation.precision_search import search
     from molmo_edge.export import ExportOptions, check_bundle_options, export_bundle
 
     precision = None if calibrate is None else {"decoder": "q4"}
     check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate))
-    words = parse_words(precisions)
+    words = parse_precisions(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
     with bars(quiet=quiet) as bar:
@@ -98,6 +97,6 @@ def _print(found: Found, figures: Mapping[str, Estimate]) -> None:
     for part, word in found.choice.words.items():
         print(f"{part:15} {word}")
     print(
-        f"{found.bytes / 1e6:.2f} MB; as written: KL {kl.value:.2g}{interval(kl.low, kl.high, lambda v: f'{v:.2g}')} "
+        f"{found.bytes / 1e6:.2f} MB; as written: KL {kl.format(lambda v: f'{v:.2g}')} "
         f"nats a token, same likeliest token {100 * same.value:.1f} % (the parts' sum: {found.choice.predicted:.2g})"
     )

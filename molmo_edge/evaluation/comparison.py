@@ -1,7 +1,7 @@
-"""A candidate held against what the reference did: features, distributions, answers, points and scores.
+"""A candidate compared with the reference's recorded outputs: features, distributions, answers, points and scores.
 
-Teacher-forced figures are taken at every id of the reference's own answer, given the image and the question as the
-candidate sees them. What the candidate would have said by itself goes on from where its choice first differs.
+Distributions are teacher-forced: they are compared at each token of the reference's own answer. The candidate's own
+greedy answer continues from the first token at which its choice differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.reference_outputs import (
-    ImageInputs,
     ModelUnderTest,
     PrefilledImage,
     ReferenceAnswer,
@@ -29,7 +28,7 @@ from molmo_edge.runtimes.prompt_embeddings import with_features
 
 @dataclass(frozen=True)
 class FeatureDistance:
-    """How far an image's features lie from the reference's: 1 - cosine, over patches or cells."""
+    """1 - cosine between two models' features of an image, over patches or cells."""
 
     mean: float
     worst: float
@@ -38,23 +37,23 @@ class FeatureDistance:
 @dataclass(frozen=True)
 class ComparedImage:
     image_id: str
-    patches: FeatureDistance | None  # of the vision encoder; None where the candidate was given the reference's
+    patches: FeatureDistance | None  # of the vision encoder; None where the reference's features were used
     cells: FeatureDistance | None  # of the connector
 
 
 @dataclass(frozen=True)
 class ComparedAnswer:
-    """One question. Arrays have an entry for each id of the reference's answer, its end among them."""
+    """One question. Arrays have an entry for each token of the reference's answer, the end token included."""
 
     question: Question
     kl: np.ndarray  # KL(reference || candidate), nats
-    same_top: np.ndarray  # bool: the same likeliest id
-    nll: np.ndarray  # of the id, by the candidate, nats
+    same_top: np.ndarray  # bool: the same most likely token
+    nll: np.ndarray  # of the token, by the candidate, nats
     nll_reference: np.ndarray
-    divergence: int | None  # index of the first id that the candidate would have chosen otherwise
+    divergence: int | None  # index of the first token that the candidate would have chosen differently
     reference_text: str
     text: str
-    drift: tuple[float, ...]  # percent of the diagonal, of points matched between the two answers
+    drift: tuple[float, ...]  # percent of the diagonal, of matched points
     unmatched: int  # points that only one of the two answers has
     scores_reference: dict[str, float]
     scores: dict[str, float]
@@ -75,82 +74,76 @@ class Comparison:
 
 
 def compare(
-    trace: ReferenceOutputs,
-    subject: ModelUnderTest,
+    outputs: ReferenceOutputs,
+    model: ModelUnderTest,
     *,
     encode_images: bool = True,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Ask the candidate what the reference was asked. `see` False: it is given the reference's image features.
+    """Ask the candidate what the reference was asked; both must tokenize alike (`check_comparable`).
 
-    Both must take the same ids: `check_comparable` before.
+    `encode_images` False: the candidate's decoder gets the reference's image features.
     """
-    found = Comparison()
-    for group in trace.by_image():
-        first = group[0]
-        patches, cells = trace.features(first.image)
-        seen = subject.prepare(first.question)
-        own_patches, own_cells = _encode(subject, seen) if encode_images else (None, cells)
-        kept = seen.prompt.token_index >= 0  # the others' places are another crop's: the decoder never sees them
-        found.images.append(
-            ComparedImage(
-                first.question.image_id,
-                None if own_patches is None else _features(patches, own_patches),
-                _features(cells[kept], own_cells[kept]) if encode_images else None,
+    comparison = Comparison()
+    for group in outputs.by_image():
+        question = group[0].question
+        patches, cells = outputs.features(group[0].image)
+        inputs = model.prepare(question)
+        compared = ComparedImage(question.image_id, None, None)
+        own_cells = cells
+        if encode_images:
+            own_patches = model.runtime.encode_crops(inputs.crops, inputs.overview)
+            own_cells = model.runtime.connect(own_patches, inputs.masks)
+            used = inputs.prompt.token_index >= 0  # the decoder sees no other cells: crops overlap
+            compared = ComparedImage(
+                question.image_id, _distance(patches, own_patches), _distance(cells[used], own_cells[used])
             )
-        )
-        rows = with_features(subject.runtime, seen.prompt, own_cells)
-        prefilled = PrefilledImage(subject.runtime, subject.tokenizer, rows, [answered.question for answered in group])
-        for answered in group:
-            found.answers.append(_compare_answer(subject, prefilled, answered))
+        comparison.images.append(compared)
+        rows = with_features(model.runtime, inputs.prompt, own_cells)
+        prefilled = PrefilledImage(model.runtime, model.tokenizer, rows, [answer.question for answer in group])
+        for answer in group:
+            comparison.answers.append(_compare_answer(model, prefilled, answer))
             on_answer()
-    return found
+    return comparison
 
 
-def _encode(subject: ModelUnderTest, seen: ImageInputs) -> tuple[np.ndarray, np.ndarray]:
-    patches = subject.runtime.encode_crops(seen.crops, seen.overview)
-    return patches, subject.runtime.connect(patches, seen.masks)
-
-
-def _features(exact: np.ndarray, found: np.ndarray) -> FeatureDistance:
-    distance = cosine_distance(exact, found)
+def _distance(reference: np.ndarray, candidate: np.ndarray) -> FeatureDistance:
+    distance = cosine_distance(reference, candidate)
     return FeatureDistance(float(distance.mean()), float(distance.max()))
 
 
 def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 - cosine along the last axis, float64, exactly 0 for equal vectors; of two zero vectors 0, of one 1."""
+    """1 - cosine along the last axis in float64: exactly 0 for equal vectors, 1 if only one of them is zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     product, squares = (a * b).sum(-1), (a * a).sum(-1) * (b * b).sum(-1)
-    equal = (a == b).all(-1)
     cosine = np.divide(product, np.sqrt(squares), out=np.zeros_like(product), where=squares > 0)
-    return np.where(equal, 0.0, np.maximum(0.0, 1 - cosine))
+    return np.where((a == b).all(-1), 0.0, np.maximum(0.0, 1 - cosine))
 
 
-def _compare_answer(subject: ModelUnderTest, prefilled: PrefilledImage, answered: ReferenceAnswer) -> ComparedAnswer:
-    question, targets = answered.question, list(answered.targets)
-    exact = np.load(answered.logits, mmap_mode="r")
+def _compare_answer(model: ModelUnderTest, prefilled: PrefilledImage, answer: ReferenceAnswer) -> ComparedAnswer:
+    question, targets = answer.question, list(answer.targets)
+    reference_logits = np.load(answer.logits, mmap_mode="r")
     logits, cache = prefilled.begin(question)
     start, kl, nll, nll_reference, chosen = cache.length, [], [], [], []
-    divergence, parting = None, logits
-    for i, token in enumerate(targets):  # one at a time: a row may be a vocabulary of 150,000
-        p, q = log_softmax(exact[i]), log_softmax(logits)
-        # Rounding may leave a tiny negative sum where the two are all but equal.
-        kl.append(max(0.0, float(np.exp(p) @ (p - q))))
+    divergence, logits_there = None, logits
+    for i, token in enumerate(targets):  # one by one: the vocabulary may have 150,000 entries
+        p, q = log_softmax(reference_logits[i]), log_softmax(logits)
+        kl.append(max(0.0, float(np.exp(p) @ (p - q))))  # rounding can leave a tiny negative sum
         nll.append(-float(q[token]))
         nll_reference.append(-float(p[token]))
         chosen.append(likeliest(logits))
         if divergence is None and chosen[-1] != token:
-            divergence, parting = i, logits
+            divergence, logits_there = i, logits
         if i + 1 < len(targets):
             logits = prefilled.feed(token, cache)
-    text = answered.text
+    text = answer.text
     if divergence is not None:
-        cache.length = start + divergence  # forget what it would not have said
-        _, own = prefilled.go_on(parting, cache, question.max_new_tokens - divergence)
-        text = answer_text(subject.tokenizer, [*targets[:divergence], *own])
-    a, b = parse_points(answered.text), parse_points(text)
-    moved = drift(a, b, *answered.size)
-    reference_scores, scores = (_scores(question, answered.text, one) for one in (answered.text, text))
+        cache.length = start + divergence  # drop the tokens that the candidate would not have chosen
+        _, own = prefilled.continue_answer(logits_there, cache, question.max_new_tokens - divergence)
+        text = answer_text(model.tokenizer, [*targets[:divergence], *own])
+    a, b = parse_points(answer.text), parse_points(text)
+    distances = drift(a, b, *answer.size)
+    scores_reference, scores = (_scores(question, answer.text, one) for one in (answer.text, text))
     return ComparedAnswer(
         question=question,
         kl=np.array(kl),
@@ -158,11 +151,11 @@ def _compare_answer(subject: ModelUnderTest, prefilled: PrefilledImage, answered
         nll=np.array(nll),
         nll_reference=np.array(nll_reference),
         divergence=divergence,
-        reference_text=answered.text,
+        reference_text=answer.text,
         text=text,
-        drift=tuple(moved),
-        unmatched=len(a) + len(b) - 2 * len(moved),
-        scores_reference=reference_scores,
+        drift=tuple(distances),
+        unmatched=len(a) + len(b) - 2 * len(distances),
+        scores_reference=scores_reference,
         scores=scores,
     )
 
@@ -174,7 +167,8 @@ def _scores(question: Question, reference_text: str, text: str) -> dict[str, flo
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64, along the last axis."""
+    """Float64, along the last axis."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return wide

@@ -1,25 +1,35 @@
-"""What a user asks of a loss first: are the points the same, how far do they drift, which part costs it?"""
+"""The tables of a loss, for the command line and the report: first what users ask, then scores, then all metrics."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from molmo_edge.evaluation.loss import Loss, ModelLoss
 from molmo_edge.evaluation.metrics import METRICS
-from molmo_edge.evaluation.stats import Estimate
 
-if TYPE_CHECKING:
-    from molmo_edge.evaluation.loss import Loss, ModelLoss
-
-_MOST, _LITTLE = 2 / 3, 1 / 3  # shares of the divergence above and below which one side is named
-_ABOVE_NOISE = 3.0  # times the noise: less is no loss
+_MOST, _LITTLE = 2 / 3, 1 / 3  # shares of the KL divergence above and below which one side is named
+_ABOVE_NOISE = 3.0  # times the noise; a smaller divergence is not counted as a loss
 
 
 @dataclass(frozen=True)
-class Line:
-    question: str
-    cells: tuple[str, ...]  # for each of `columns`
+class Cell:
+    text: str
+    detail: str = ""  # the interval and sample size, in smaller type where there is one
+    verdict: str = ""  # "worse" or "better" where a score changed significantly
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.detail}".strip()
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    leading: tuple[str, ...]  # values that all models share, such as n
+    cells: tuple[Cell, ...]  # one for each of `columns`
+
+    def texts(self) -> list[str]:
+        return [self.title, *self.leading, *map(str, self.cells)]
 
 
 def columns(loss: Loss) -> list[ModelLoss]:
@@ -27,91 +37,123 @@ def columns(loss: Loss) -> list[ModelLoss]:
     return [*([loss.noise] if loss.noise else []), *loss.candidates]
 
 
-def summary(loss: Loss) -> list[Line]:
-    """Questions and, for each of `columns`, what the loss answers; a question that nothing answers is left out."""
-    shown = columns(loss)
-    lines = [
-        Line("Same points?", tuple(_same_points(m) for m in shown)),
-        Line("How far do points drift?", tuple(_drift(m) for m in shown)),
-        Line("Points that only one has?", tuple(_figure(m.metrics.get("unmatched"), "unmatched") for m in shown)),
-        Line("Same answers, word for word?", tuple(_share(m, "same_answer", "answers") for m in shown)),
-        Line("Better or worse?", tuple(_scores(m) for m in shown)),
-        Line("Which part costs it?", tuple(which_part(m, loss.noise) for m in shown)),
-        Line("Size?", tuple("" if m is loss.noise else _size(m, loss) for m in shown)),
+def summary_rows(loss: Loss) -> list[Row]:
+    """A row for each question that a user asks; rows without an answer are left out."""
+    answers: dict[str, Callable[[ModelLoss], str]] = {
+        "Same points?": lambda m: _share(m, "same_points", "answers with points"),
+        "How far do points drift?": _drift,
+        "Points that only one model gives?": _unmatched,
+        "Same answers, word for word?": lambda m: _share(m, "same_answer", "answers"),
+        "Better or worse scores?": _changed_scores,
+        "Which part causes the loss?": lambda m: which_part(m, loss.noise),
+        "Size?": lambda m: "" if m is loss.noise else _size(m, loss),
+    }
+    rows = [Row(title, (), tuple(Cell(answer(m)) for m in columns(loss))) for title, answer in answers.items()]
+    return [row for row in rows if any(cell.text for cell in row.cells)]
+
+
+def score_rows(models: Sequence[ModelLoss]) -> list[Row]:
+    """Title, n, the reference's score and, for each of `models`, its score and the change, in percent."""
+
+    def percent(value: float) -> str:
+        return f"{100 * value:+.1f}"
+
+    def cell(model: ModelLoss, group: str, name: str) -> Cell:
+        score = model.scores[group][name]
+        change = score.difference
+        verdict = "worse" if change.high < 0 else "better" if change.low > 0 else ""
+        unchanged = change.value == change.low == change.high == 0
+        return Cell(f"{100 * score.candidate.value:.1f}", "" if unchanged else change.format(percent), verdict)
+
+    return [
+        Row(
+            f"{group} {name}",
+            (str(score.reference.n), f"{100 * score.reference.value:.1f}"),
+            tuple(cell(model, group, name) for model in models),
+        )
+        for group, by_name in models[0].scores.items()
+        for name, score in by_name.items()
     ]
-    return [line for line in lines if any(line.cells)]
 
 
-def which_part(measured: ModelLoss, noise: ModelLoss | None = None) -> str:
-    """The side of the model that the divergence comes from. Empty for the noise."""
-    kl = measured.metrics["kl_mean"].value
-    if measured is noise:
+def metric_rows(models: Sequence[ModelLoss]) -> list[Row]:
+    """Title, n and, for each of `models`, the metric and its interval; n is in the cells where it differs."""
+    rows = []
+    for name, metric in METRICS.items():
+        estimates = [model.metrics.get(name) for model in models]
+        if not (counts := {estimate.n for estimate in estimates if estimate}):
+            continue
+        same = len(counts) == 1
+        cells = (
+            Cell(metric.format(e.value), f"{e.interval(metric.format)}{'' if same else f' n={e.n}'}".strip())
+            if e
+            else Cell("")
+            for e in estimates
+        )
+        rows.append(Row(metric.title, (str(counts.pop()) if same else "",), tuple(cells)))
+    return rows
+
+
+def which_part(model: ModelLoss, noise: ModelLoss | None = None) -> str:
+    """The part of the model that the KL divergence comes from; "" for the noise itself."""
+    kl = model.metrics["kl_mean"].value
+    if model is noise:
         return ""
     if kl == 0:
         return "nothing is lost"
     if noise is not None and kl <= _ABOVE_NOISE * noise.metrics["kl_mean"].value:
         return "no more than noise"
-    parts = measured.parts
-    if parts is None:
+    if (breakdown := model.breakdown) is None:
         return ""
-    if parts.decoder is None:
-        return "the decoder: it sees the same image features"
-    whole, decoder = parts.whole["kl_mean"].value, parts.decoder["kl_mean"].value
+    if breakdown.decoder is None:
+        return "the decoder: the image features are identical"
+    whole, decoder = breakdown.whole["kl_mean"].value, breakdown.decoder["kl_mean"].value
     if whole == 0:
         return ""
-    # Where nothing is lost before the connector, the connector is to blame.
-    tower = measured.metrics.get("vision")
+    tower = model.metrics.get("vision")
     image = "the connector" if tower is not None and tower.value == 0 else "the vision tower and connector"
     share = decoder / whole
-    says = "the decoder" if share >= _MOST else image if share <= _LITTLE else f"both the decoder and {image}"
-    return f"{says} (decoder alone: KL {decoder:.2g} of {whole:.2g})"
+    part = "the decoder" if share >= _MOST else image if share <= _LITTLE else f"both the decoder and {image}"
+    return f"{part} (decoder alone: KL {decoder:.2g} of {whole:.2g})"
 
 
-def _same_points(measured: ModelLoss) -> str:
-    return _share(measured, "same_points", "answers with points")
-
-
-def _share(measured: ModelLoss, name: str, what: str) -> str:
-    f = measured.metrics.get(name)
-    if f is None:
+def _share(model: ModelLoss, name: str, noun: str) -> str:
+    if (e := model.metrics.get(name)) is None:
         return ""
-    return f"{round(f.value * f.n)} of {f.n} {what}{_interval(f, name)}"
+    return _join(f"{round(e.value * e.n)} of {e.n} {noun}", e.interval(METRICS[name].format))
 
 
-def _drift(measured: ModelLoss) -> str:
-    f, far = measured.metrics.get("drift"), measured.metrics.get("drift_p95")
-    if f is None or far is None:
+def _drift(model: ModelLoss) -> str:
+    drift, p95 = model.metrics.get("drift"), model.metrics.get("drift_p95")
+    if drift is None or p95 is None:
         return ""
-    if f.value == 0:
+    if drift.value == 0:
         return "not at all"
-    return f"{f.value:.1f} % of the diagonal{_interval(f, 'drift')}; 95 % of points by less than {far.value:.1f} %"
+    text = _join(f"{drift.value:.1f} % of the diagonal", drift.interval(METRICS["drift"].format))
+    return f"{text}; 95 % of points by less than {p95.value:.1f} %"
 
 
-def _figure(f: Estimate | None, name: str) -> str:
-    if f is None:
+def _unmatched(model: ModelLoss) -> str:
+    if (e := model.metrics.get("unmatched")) is None:
         return ""
-    unit = " an answer" if name == "unmatched" else ""
-    return METRICS[name].format(f.value) + unit + _interval(f, name)
+    write = METRICS["unmatched"].format
+    return _join(f"{write(e.value)} per answer", e.interval(write))
 
 
-def _interval(f: Estimate, name: str) -> str:
-    if f.low == f.high:
-        return ""
-    return " [?]" if math.isnan(f.low) else f" [{METRICS[name].format(f.low)}, {METRICS[name].format(f.high)}]"
-
-
-def _scores(measured: ModelLoss) -> str:
+def _changed_scores(model: ModelLoss) -> str:
     changed = [
-        f"{group} {name} {100 * s.difference.value:+.1f}"
-        for group, by_name in measured.scores.items()
-        for name, s in by_name.items()
-        if s.difference.low > 0 or s.difference.high < 0
+        f"{group} {name} {100 * score.difference.value:+.1f}"
+        for group, by_name in model.scores.items()
+        for name, score in by_name.items()
+        if score.difference.low > 0 or score.difference.high < 0
     ]
-    if changed:
-        return "; ".join(changed)
-    return "no score changed for certain" if measured.scores else ""
+    return "; ".join(changed) or ("no significant change" if model.scores else "")
 
 
-def _size(measured: ModelLoss, loss: Loss) -> str:
-    share = measured.info.bytes / max(1, loss.reference.bytes)
-    return f"{measured.info.bytes / 1e6:.1f} MB, {100 * share:.0f} % of the reference's"
+def _size(model: ModelLoss, loss: Loss) -> str:
+    share = model.info.bytes / max(1, loss.reference.bytes)
+    return f"{model.info.bytes / 1e6:.1f} MB, {100 * share:.0f} % of the reference's"
+
+
+def _join(*parts: str) -> str:
+    return " ".join(filter(None, parts))

@@ -1,13 +1,10 @@
-"""Plots of a loss report, as SVG to be put into a page. Needs matplotlib."""
+"""Plots of a loss report as inline SVG. Needs matplotlib."""
 
 from __future__ import annotations
 
 import io
 import logging
 from typing import TYPE_CHECKING, Any
-
-from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.system.extras import pip_command
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss
@@ -16,12 +13,8 @@ COLOURS = ("#0072ce", "#e5256b", "#00875a", "#d95f02", "#754cc0", "#00a3a3", "#a
 _GREY = "#5c6670"
 
 
-class PlotError(MolmoEdgeError):
-    """matplotlib is not installed."""
-
-
-def size_and_loss(loss: Loss) -> str:
-    """Megabytes against mean KL, with intervals; the noise is the line below which nothing can be told apart."""
+def plot_size_and_loss(loss: Loss) -> str:
+    """Mean KL over model size, with intervals, and the noise as a line."""
     figure, axes = _axes()
     for i, m in enumerate(loss.candidates):
         f = m.metrics["kl_mean"]
@@ -36,15 +29,15 @@ def size_and_loss(loss: Loss) -> str:
         axes.legend(frameon=False, fontsize=9)
     if values and min(values) > 0:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=min(values) / 10)  # noise may lie ten powers below: the legend says where
+        axes.set_ylim(bottom=min(values) / 10)  # noise may be ten orders of magnitude below: the legend shows it
     axes.set_xlabel("MB of weights")
-    axes.set_ylabel("mean KL a token, nats")
+    axes.set_ylabel("mean KL per token, nats")
     axes.margins(x=0.25)
     return _svg(figure)
 
 
-def drifts(loss: Loss) -> str:
-    """How many points moved how far, for each candidate, in its colour of `size_and_loss`, and for the noise."""
+def plot_drift(loss: Loss) -> str:
+    """A histogram of point drift for the noise and each candidate, in the colours of `plot_size_and_loss`."""
     figure, axes = _axes()
     shown = [(m, COLOURS[i % len(COLOURS)]) for i, m in enumerate(loss.candidates)]
     if loss.noise:
@@ -67,19 +60,16 @@ def drifts(loss: Loss) -> str:
     return _svg(figure)
 
 
-def check_plots() -> None:
-    """Raises PlotError without matplotlib."""
+def check_matplotlib() -> None:
+    """Raises ModuleNotFoundError without matplotlib."""
     log = logging.getLogger("matplotlib")
-    if log.level == logging.NOTSET:  # it warns of a home that cannot be written to, and then uses a temporary folder
+    if log.level == logging.NOTSET:  # an unwritable home directory is only a warning: it uses a temporary folder
         log.setLevel(logging.ERROR)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise PlotError(f"a report's plots need {error.name}: {pip_command('eval')}") from None
+    import matplotlib.figure  # noqa: F401
 
 
 def _axes() -> tuple[Any, Any]:
-    check_plots()
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")

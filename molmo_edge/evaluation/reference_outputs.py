@@ -1,7 +1,7 @@
-"""What the reference did with each image and question, kept on disk for candidates to be held against.
+"""The reference's features, logits and answers, recorded on disk to compare candidates with.
 
-The disk, not memory: logits of a vocabulary of 50,000 take 0.2 MB a token. Float32, so that a copy of the reference
-measures exactly nothing.
+They are on disk because the logits of a vocabulary of 50,000 take 0.2 MB per token, and in float32 so that a copy of
+the reference differs by exactly nothing.
 """
 
 from __future__ import annotations
@@ -16,43 +16,18 @@ import numpy as np
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.frontend.crops import ImageProcessor, Overview, load_image
+from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import Prompt, image_ids, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import Cache, PartedRuntime, Runtime
 from molmo_edge.runtimes.generate import likeliest
 from molmo_edge.runtimes.prompt_embeddings import with_features
 
+_PERTURBATION = 1e-6  # relative, of each pixel: less than the difference between two resizing libraries
+
 
 class NoQuestionsError(MolmoEdgeError):
-    """Nothing to keep."""
-
-
-_PERTURBATION = 1e-6  # of a pixel's value: less than two resizing libraries differ by
-
-
-@dataclass(frozen=True)
-class ModelUnderTest:
-    """A model as it is measured."""
-
-    runtime: PartedRuntime
-    tokenizer: Tokenizer
-    max_crops: int | None = None
-    perturbed: bool = False  # pixels by a millionth: what is then found is no loss, but noise
-
-    def prepare(self, question: Question) -> ImageInputs:
-        """The question's image, cropped. Raises ImageError."""
-        image = question.image()
-        config = self.runtime.config.image
-        if self.max_crops is not None:
-            config = replace(config, max_crops=self.max_crops)
-        rgb = load_image(image)
-        prepared = ImageProcessor(config, self.tokenizer.special)(rgb)
-        crops = prepared.crops
-        if self.perturbed:
-            noise = np.random.default_rng(0).uniform(-_PERTURBATION, _PERTURBATION, crops.shape)
-            crops = (crops * (1 + noise)).astype(np.float32)
-        size = rgb.shape[1], rgb.shape[0]
-        return ImageInputs(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
+    """There is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +40,33 @@ class ImageInputs:
 
 
 @dataclass(frozen=True)
-class ReferenceAnswer:
-    """One question, as the reference answered it."""
+class ModelUnderTest:
+    runtime: PartedRuntime
+    tokenizer: Tokenizer
+    max_crops: int | None = None
+    perturbed: bool = False  # pixels are changed by a millionth, to measure noise
 
+    def prepare(self, question: Question) -> ImageInputs:
+        """The question's image as model inputs. Raises ImageError."""
+        config = self.runtime.config.image
+        if self.max_crops is not None:
+            config = replace(config, max_crops=self.max_crops)
+        rgb = load_image(question.image())
+        prepared = ImageProcessor(config, self.tokenizer.special)(rgb)
+        crops = prepared.crops
+        if self.perturbed:
+            noise = np.random.default_rng(0).uniform(-_PERTURBATION, _PERTURBATION, crops.shape)
+            crops = (crops * (1 + noise)).astype(np.float32)
+        size = rgb.shape[1], rgb.shape[0]
+        return ImageInputs(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
+
+
+@dataclass(frozen=True)
+class ReferenceAnswer:
     question: Question
-    image: int  # its number in the trace
-    size: tuple[int, int]  # width and height of the image
-    targets: tuple[int, ...]  # ids of the answer, and the end where it came to one
+    image: int  # index of the image among those recorded
+    size: tuple[int, int]  # width and height of the image, pixels
+    targets: tuple[int, ...]  # token ids of the answer, with the end token if it was reached
     text: str
     logits: Path  # float32 [len(targets), vocab_size]: what each target was chosen from
 
@@ -79,91 +74,101 @@ class ReferenceAnswer:
 @dataclass(frozen=True)
 class ReferenceOutputs:
     folder: Path
-    answers: tuple[ReferenceAnswer, ...]  # those about one image side by side
-    tokenizer: Tokenizer
+    answers: tuple[ReferenceAnswer, ...]  # grouped by image
 
     def features(self, image: int) -> tuple[np.ndarray, np.ndarray]:
         """Patch features [n, patches^2, feature_dim] and image features [n, cells^2, d_model] of an image."""
         return np.load(self.folder / f"patches-{image}.npy"), np.load(self.folder / f"cells-{image}.npy")
 
     def by_image(self) -> Iterator[list[ReferenceAnswer]]:
-        for _, some in groupby(self.answers, key=lambda answered: answered.image):
-            yield list(some)
+        for _, group in groupby(self.answers, key=lambda answer: answer.image):
+            yield list(group)
 
 
 def record_reference(
-    subject: ModelUnderTest, questions: Sequence[Question], folder: Path, on_answer: Callable[[], None] = lambda: None
+    model: ModelUnderTest,
+    questions: Sequence[Question],
+    folder: Path,
+    on_answer: Callable[[], None] = lambda: None,
+    on_skipped: Callable[[str], None] = lambda _: None,
 ) -> ReferenceOutputs:
-    """Ask the reference, greedily, and keep what it did in `folder`, which it makes. Words alone are left out.
+    """Ask the reference greedily and record its outputs in `folder`, which must not exist.
 
-    Raises NoQuestionsError where nothing is left.
+    Questions without an image are left out. An image that cannot be read is reported to `on_skipped`, and its
+    questions are left out. Raises NoQuestionsError if none are left.
     """
     asked = [question for question in questions if not question.words_alone]
     if not asked:
         raise NoQuestionsError("there is nothing to compare: no question is about an image")
     folder.mkdir(parents=True)
-    runtime, tokenizer = subject.runtime, subject.tokenizer
-    found: list[ReferenceAnswer] = []
+    runtime, tokenizer = model.runtime, model.tokenizer
+    answers: list[ReferenceAnswer] = []
     for image, group in enumerate(by_image(asked)):
-        seen = subject.prepare(group[0])
-        patches = runtime.encode_crops(seen.crops, seen.overview)
-        cells = runtime.connect(patches, seen.masks)
+        try:
+            inputs = model.prepare(group[0])
+        except ImageError as error:
+            on_skipped(str(error))
+            continue
+        patches = runtime.encode_crops(inputs.crops, inputs.overview)
+        cells = runtime.connect(patches, inputs.masks)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
-        prefilled = PrefilledImage(runtime, tokenizer, with_features(runtime, seen.prompt, cells), group)
+        prefilled = PrefilledImage(runtime, tokenizer, with_features(runtime, inputs.prompt, cells), group)
         for question in group:
             logits, targets = prefilled.answer(question)
-            path = folder / f"logits-{len(found)}.npy"
+            path = folder / f"logits-{len(answers)}.npy"
             np.save(path, logits)
             text = answer_text(tokenizer, targets)
-            found.append(ReferenceAnswer(question, image, seen.size, tuple(targets), text, path))
+            answers.append(ReferenceAnswer(question, image, inputs.size, tuple(targets), text, path))
             on_answer()
-    return ReferenceOutputs(folder, tuple(found), tokenizer)
+    if not answers:
+        raise NoQuestionsError("there is nothing to compare: no image can be read")
+    return ReferenceOutputs(folder, tuple(answers))
 
 
 class PrefilledImage:
-    """An image, prefilled once, with room for each of its questions and their answers."""
+    """An image, prefilled once, with room in the cache for each of its questions and answers."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, rows: np.ndarray, questions: Sequence[Question]) -> None:
-        self.runtime, self._tokenizer, self.rows = runtime, tokenizer, rows
+        self.runtime, self._tokenizer = runtime, tokenizer
         self._vocabulary = runtime.config.decoder.vocab_size
         most = runtime.config.decoder.max_position_embeddings
-        room = max(len(self.ids(question)) + question.max_new_tokens for question in questions)
+        room = max(len(self._ids(question)) + question.max_new_tokens for question in questions)
         self._cache = runtime.new_cache(min(most, len(rows) + room))
         runtime.forward(rows, self._cache)
 
-    def ids(self, question: Question) -> np.ndarray:
-        return text_ids(self._tokenizer, [question.text])
-
     def begin(self, question: Question) -> tuple[np.ndarray, Cache]:
-        """The logits [vocab_size] that the first id is chosen from, and a cache behind the question.
+        """The logits [vocab_size] of the first answer token, and a cache that holds the image and the question.
 
-        Raises EngineError where the question alone does not fit.
+        Raises EngineError if the question does not fit.
         """
         cache = self._cache.copy()
-        return self._logits(self.runtime.embed(self.ids(question)), cache), cache
+        return self._logits(self._ids(question), cache), cache
 
     def feed(self, token: int, cache: Cache) -> np.ndarray:
-        """The logits behind one more id."""
-        return self._logits(self.runtime.embed(np.array([token], np.int64)), cache)
+        """The logits [vocab_size] after one more token."""
+        return self._logits(np.array([token], np.int64), cache)
 
     def answer(self, question: Question) -> tuple[np.ndarray, list[int]]:
-        """Greedy: float32 logits [n, vocab_size], and the n ids chosen from them, the end included."""
+        """Greedy: float32 logits [n, vocab_size], and the n ids chosen from them, the end token included."""
         logits, cache = self.begin(question)
-        return self.go_on(logits, cache, question.max_new_tokens)
+        return self.continue_answer(logits, cache, question.max_new_tokens)
 
-    def go_on(self, logits: np.ndarray, cache: Cache, most: int) -> tuple[np.ndarray, list[int]]:
-        """As `answer`, behind what `cache` holds, `most` ids at most and as many as fit."""
-        seen, ids = [logits], [likeliest(logits)]
+    def continue_answer(self, logits: np.ndarray, cache: Cache, most: int) -> tuple[np.ndarray, list[int]]:
+        """Like `answer`, from `logits` after the tokens in `cache`, for at most `most` ids or what fits."""
+        all_logits, ids = [logits], [likeliest(logits)]
         while ids[-1] != self._tokenizer.special.eos and len(ids) < most and cache.length < cache.capacity:
-            seen.append(self.feed(ids[-1], cache))
-            ids.append(likeliest(seen[-1]))
-        return np.stack(seen), ids
+            all_logits.append(self.feed(ids[-1], cache))
+            ids.append(likeliest(all_logits[-1]))
+        return np.stack(all_logits), ids
 
-    def _logits(self, rows: np.ndarray, cache: Cache) -> np.ndarray:
-        return self.runtime.forward(rows, cache)[: self._vocabulary]
+    def _ids(self, question: Question) -> np.ndarray:
+        return text_ids(self._tokenizer, [question.text])
+
+    def _logits(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
+        return self.runtime.forward(self.runtime.embed(ids), cache)[: self._vocabulary]
 
 
 def answer_text(tokenizer: Tokenizer, targets: Sequence[int]) -> str:
-    """As `Molmo.ask` gives it: without the end, and without the space that every answer begins with."""
+    """As in `Molmo.ask`: without the end token, and without the space that every answer begins with."""
     return tokenizer.decode([i for i in targets if i != tokenizer.special.eos]).lstrip()

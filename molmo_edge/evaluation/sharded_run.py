@@ -17,7 +17,7 @@ from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.evaluation.stats import Estimate, average
+from molmo_edge.evaluation.stats import Estimate, score_mean
 from molmo_edge.molmo import Molmo, Scene
 from molmo_edge.system.files import atomic_write, name_os_errors
 
@@ -143,7 +143,7 @@ def average_scores(lines: Iterable[Line], questions: Sequence[Question]) -> dict
         for name, value in line["scores"].items():
             values.setdefault(line["group"], {}).setdefault(name, []).append((value, pictures[line["id"]]))
     return {
-        group: {name: average([v for v, _ in pairs], [p for _, p in pairs]) for name, pairs in scores.items()}
+        group: {name: score_mean([v for v, _ in pairs], [p for _, p in pairs]) for name, pairs in scores.items()}
         for group, scores in values.items()
     }
 

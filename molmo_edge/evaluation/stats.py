@@ -1,26 +1,25 @@
-"""Figures with their uncertainty: bootstrap over pictures, Wilson for shares.
+"""Estimates with 95 % confidence intervals: a bootstrap clustered by image, and Wilson's interval for proportions.
 
-Questions about one picture go right and wrong together, so pictures are what is drawn again, not questions and not
-tokens. All intervals are 95 %. A bootstrap of few pictures is too sure of itself: its ends are moved out as Student's t
-lies outside of the normal distribution, and one picture alone has no interval (its ends are NaN), unless all its values
-are equal.
+Questions about the same image are correlated, so the bootstrap resamples images, not questions or tokens. With few
+images a percentile bootstrap is too narrow: its ends are scaled by Student's t and by the bias of the standard
+deviation. With a single image the ends are NaN, unless all values are equal. SciPy's own bootstrap is not clustered.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from scipy.stats import binomtest, norm, t
 
-DRAWS = 1000
-_Z = 1.959963984540054  # of the normal distribution, 95 % two-sided
+N_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, where it lies with 95 % confidence, and how many things it was taken over."""
+    """A value, its 95 % confidence interval, and the number of samples."""
 
     value: float
     low: float
@@ -28,90 +27,91 @@ class Estimate:
     n: int
 
     def to_dict(self) -> dict[str, float | int]:
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        return asdict(self)
+
+    def interval(self, number: Callable[[float], str]) -> str:
+        """ "[low, high]", "" for an interval of no width, "[?]" for an unknown one; `number` formats the ends."""
+        if self.low == self.high:
+            return ""
+        return "[?]" if math.isnan(self.low) else f"[{number(self.low)}, {number(self.high)}]"
+
+    def format(self, number: Callable[[float], str]) -> str:
+        """ "value [low, high]"."""
+        return f"{number(self.value)} {self.interval(number)}".rstrip()
 
 
-def share(flags: Sequence[bool | float]) -> Estimate:
-    """The share of those that hold, with Wilson's interval, which is honest about 0 of n and n of n too."""
-    n = len(flags)
-    if not n:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+EMPTY = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def proportion(flags: Sequence[bool | float]) -> Estimate:
+    """The share of true `flags`, with Wilson's interval, which stays wide at 0 of n and at n of n."""
+    if not flags:
+        return EMPTY
     p = float(np.mean(np.asarray(flags, np.float64)))
-    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    # Rounding may put an end a hair on the wrong side of a 0 or a 1 that is exact.
-    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), n)
+    interval = binomtest(int(sum(flags)), len(flags)).proportion_ci(method="wilson")
+    # Rounding can put an end on the wrong side of a p of exactly 0 or 1.
+    return Estimate(p, min(p, float(interval.low)), max(p, float(interval.high)), len(flags))
 
 
-def mean(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable]) -> Estimate:
-    """The mean of `values`, which belong to `pictures`, one each."""
-    values, index, count = _clustered(values, pictures)
-    if not len(values):
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    sums = np.bincount(index, values, count)
-    sizes = np.bincount(index, minlength=count)
-    draws = _draws(count)  # [DRAWS, pictures]
-    return _figure(float(values.mean()), (draws @ sums) / np.maximum(draws @ sizes, 1), values, count)
+def mean(values: Sequence[float] | np.ndarray, images: Sequence[Hashable]) -> Estimate:
+    """The mean of `values`; `images` names the image of each."""
+    array, index, count = _clusters(values, images)
+    if not len(array):
+        return EMPTY
+    sums, sizes = np.bincount(index, array, count), np.bincount(index, minlength=count)
+    weights = _resample(count)  # [N_RESAMPLES, images]
+    return _estimate(float(array.mean()), (weights @ sums) / np.maximum(weights @ sizes, 1), array, count)
 
 
-def quantile(values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable], q: float) -> Estimate:
-    """The value below which the share `q` of `values` lies."""
-    values, index, count = _clustered(values, pictures)
-    if not len(values):
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    order = np.argsort(values)
-    ordered, index = values[order], index[order]
-    found = []
-    for draw in _draws(count):
-        weight = np.cumsum(draw[index])
-        found.append(ordered[min(int(np.searchsorted(weight, q * weight[-1])), len(ordered) - 1)])
-    return _figure(float(np.quantile(values, q)), np.array(found), values, count)
+def quantile(values: Sequence[float] | np.ndarray, images: Sequence[Hashable], q: float) -> Estimate:
+    """The `q`-quantile of `values`, 0 to 1; `images` names the image of each."""
+    array, index, count = _clusters(values, images)
+    if not len(array):
+        return EMPTY
+    order = np.argsort(array)
+    ordered, index = array[order], index[order]
+    resampled = []
+    for weights in _resample(count):
+        cumulative = np.cumsum(weights[index])
+        resampled.append(ordered[min(int(np.searchsorted(cumulative, q * cumulative[-1])), len(ordered) - 1)])
+    return _estimate(float(np.quantile(array, q)), np.array(resampled), array, count)
 
 
-def average(values: Sequence[float], pictures: Sequence[Hashable]) -> Estimate:
-    """As `mean`, but Wilson's interval where each picture has one answer, right or wrong, and where all are alike.
+def score_mean(values: Sequence[float], images: Sequence[Hashable]) -> Estimate:
+    """Like `mean`, with Wilson's interval for 0/1 values where a bootstrap has none: one per image, or all equal.
 
-    A bootstrap knows no doubt about n of n. Wilson's n is then that of the pictures.
+    Wilson's sample size is then the number of images.
     """
-    n = len(set(pictures))
+    n = len(set(images))
     if set(values) <= {0.0, 1.0} and (n == len(values) or len(set(values)) == 1):
-        return replace(share(list(values)[:n]), n=len(values))
-    return mean(values, pictures)
+        return replace(proportion(list(values)[:n]), n=len(values))
+    return mean(values, images)
 
 
-def transformed(figure: Estimate, how: Callable[[float], float]) -> Estimate:
-    """The figure under a growing function: of a mean logarithm, the ratio."""
-    return Estimate(how(figure.value), how(figure.low), how(figure.high), figure.n)
+def transformed(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    """The estimate under an increasing function, for example from a mean log ratio to a ratio."""
+    return Estimate(function(estimate.value), function(estimate.low), function(estimate.high), estimate.n)
 
 
-def _clustered(
-    values: Sequence[float] | np.ndarray, pictures: Sequence[Hashable]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    array: np.ndarray = np.asarray(values, np.float64)
-    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
-    return array, np.array([numbers[picture] for picture in pictures], np.int64), len(numbers)
+def _clusters(values: Sequence[float] | np.ndarray, images: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, int]:
+    """The values, the cluster index of each, and the number of clusters."""
+    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    return np.asarray(values, np.float64), np.array([numbers[image] for image in images], np.int64), len(numbers)
 
 
-def _draws(count: int) -> np.ndarray:
-    """How often each of `count` pictures is drawn, [DRAWS, count]; the same at every run."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+def _resample(count: int) -> np.ndarray:
+    """How often each of `count` images is drawn, [N_RESAMPLES, count]. Seeded: the same in every run."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=N_RESAMPLES)
 
 
-def _figure(value: float, draws: np.ndarray, values: np.ndarray, pictures: int) -> Estimate:
+def _estimate(value: float, resampled: np.ndarray, values: np.ndarray, images: int) -> Estimate:
     n = len(values)
     if (values == values[0]).all():
         return Estimate(value, value, value, n)
-    if pictures == 1:
+    if images == 1:
         return Estimate(value, math.nan, math.nan, n)
-    low, high = (value + (float(end) - value) * _wider(pictures) for end in np.quantile(draws, (0.025, 0.975)))
-    if values.min() >= 0:  # a divergence, a distance, a share: what is never negative is not so on average
+    widen = t.ppf(0.975, images - 1) / norm.ppf(0.975) * math.sqrt(images / (images - 1))
+    low, high = (value + (float(end) - value) * widen for end in np.quantile(resampled, (0.025, 0.975)))
+    if values.min() >= 0:  # the mean of values in [0, inf) or [0, 1] stays in that range
         low, high = max(0.0, low), min(high, 1.0) if values.max() <= 1 else high
     return Estimate(value, min(value, low), max(value, high), n)
-
-
-def _wider(pictures: int) -> float:
-    """How much further out Student's t of so many pictures has its ends, and the spread that a bootstrap misses."""
-    z, v = _Z, pictures - 1  # the series of Cornish and Fisher; too short for two pictures, 9.7 where it should be 12.7
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return t / z * math.sqrt(pictures / v)
