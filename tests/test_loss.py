@@ -11,7 +11,7 @@ import torch
 from exported import GOLDEN, bundle
 
 from molmo_edge.evaluation.ablation import Bench
-from molmo_edge.evaluation.fault_localization import swap_parts, weight_differences
+from molmo_edge.evaluation.fault_localization import open_candidate, swap_parts, weight_differences
 from molmo_edge.evaluation.loss import Loss, LossError, ModelSpec, check_comparable, measure_loss
 from molmo_edge.evaluation.metrics import METRICS
 from molmo_edge.evaluation.questions import Question
@@ -111,8 +111,8 @@ def test_a_damaged_expert_shows_in_at_least_three_figures(loss: Loss) -> None:
 def test_a_damaged_expert_is_named(questions: list[Question], damaged: Path) -> None:
     with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
         parts = list(swap_parts(bench, damaged))
-        found = weight_differences(bench, damaged)
-        assert weight_differences(bench, bundle("molmoe")) == []
+        found = weight_differences(bench, open_candidate(bench.reference, damaged))
+        assert weight_differences(bench, open_candidate(bench.reference, bundle("molmoe"))) == []
     by_kl = sorted(parts, key=lambda part: -part.kl)
     assert by_kl[0].part == "experts"
     assert by_kl[0].kl > 0
@@ -127,7 +127,7 @@ def test_a_calibration_that_moved_gains_accuses_nobody(questions: list[Question]
     export_bundle(GOLDEN / "molmoe", tmp_path / "b", {"decoder": "int8"}, calibrate=GOLDEN, measure=False)
     with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
         kl = {part.part: part.kl for part in swap_parts(bench, tmp_path / "b")}
-        found = weight_differences(bench, tmp_path / "b")
+        found = weight_differences(bench, open_candidate(bench.reference, tmp_path / "b"))
     assert max(kl["router"], kl["vision_encoder"], kl["embed_tokens"]) < 1e-9 < 1e-6 < kl["experts"]
     assert not [m.name for m in found if m.is_outlier]
     assert not [m for m in found if m.part == "router" and m.error > 1e-5]
@@ -142,8 +142,7 @@ def test_a_damaged_matrix_without_its_like_is_named(
     with Bench(bundle("molmoe"), questions[:2], max_crops=CROPS) as bench:
         broken = BundleTensors(bundle("molmoe"))
         monkeypatch.setattr(broken, "get", lambda n: plain(broken, n) * (factor if n == name else 1))
-        monkeypatch.setattr("molmo_edge.evaluation.fault_localization._open", lambda bench, candidate: broken)
-        found = weight_differences(bench, bundle("molmoe"))
+        found = weight_differences(bench, broken)
     assert [(m.name, m.is_outlier) for m in found] == [(name, True)]
 
 

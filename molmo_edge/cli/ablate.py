@@ -43,7 +43,12 @@ def ablate(
     directory = _find(reference, quiet)
     other = None if candidate is None else _find(candidate, quiet)
     if other is not None:
-        from molmo_edge.evaluation.fault_localization import check_candidate, swap_parts, weight_differences
+        from molmo_edge.evaluation.fault_localization import (
+            check_candidate,
+            open_candidate,
+            swap_parts,
+            weight_differences,
+        )
 
         check_candidate(directory, other)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
@@ -55,7 +60,7 @@ def ablate(
         advance = bar(f"{named(reference)} in float32", len(questions))
         with Bench(directory, questions, max_crops=max_crops, dither=other is None, on_answer=advance) as bench:
             description = bench.description
-            differences = [] if other is None else weight_differences(bench, other)
+            differences = [] if other is None else weight_differences(bench, open_candidate(directory, other))
             if not json:  # before anything runs: broken weights might not
                 _print_differences(differences)
             if bench.mapped:

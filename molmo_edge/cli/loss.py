@@ -11,7 +11,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.question_options import Asked, bars, named, open_suites
-from molmo_edge.cli.streams import complain
+from molmo_edge.cli.streams import print_error
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def loss(
 
     def on_skipped(reason: str) -> None:
         skipped.append(reason)
-        complain(reason)
+        print_error(reason)
 
     with bars(quiet=quiet) as on_model:
         found = measure_loss(
@@ -112,7 +112,7 @@ def loss(
             write_report(found, report)
         note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
     if skipped:
-        complain(f"{counted(len(skipped), 'image')} could not be read")
+        print_error(f"{counted(len(skipped), 'image')} could not be read")
         raise typer.Exit(1)
 
 

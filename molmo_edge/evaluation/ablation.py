@@ -1,8 +1,7 @@
-"""Which part of a model costs what: one part rounded, everything else as it was.
+"""What quantizing each part of a model costs: one part is quantized, and the others stay in float32.
 
-A part is a component of a bundle, or attention, experts, router or head of its decoder. Each is measured as
-molmo_edge.evaluation.comparison measures a candidate. Parts of the decoder are given the reference's image features, so
-that what they differ by is their own, and no image is encoded twice.
+A part is a component of a bundle, or the attention, experts, router or head of its decoder. Variants of the decoder get
+the reference's image features, so that no image is encoded twice.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.evaluation.comparison import compare
 from molmo_edge.evaluation.metrics import compute_metrics
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import ModelUnderTest, ReferenceOutputs, record_reference
+from molmo_edge.evaluation.reference_outputs import ModelUnderTest, record_reference
 from molmo_edge.evaluation.stats import Estimate
-from molmo_edge.export.precisions import PARTS as OF_DECODER
+from molmo_edge.export.precisions import PARTS as DECODER_PARTS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
+from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.memory import available_memory, check_room
 from molmo_edge.system.scratch import temporary_folder
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 _SEED = 6
 _ACTIVATIONS = 1_000_000_000  # bytes
-PARTS = ("vision_encoder", "connector", "embed_tokens", *OF_DECODER)
+PARTS = ("vision_encoder", "connector", "embed_tokens", *DECODER_PARTS)
 
 
 @dataclass(frozen=True)
 class AblationResult:
-    """One part, otherwise than the reference."""
+    """The reference with one part changed."""
 
     part: str
-    precision: str  # or the name of the model that it was taken from (molmo_edge.evaluation.fault_localization)
+    precision: str  # or the name of the model whose weights it has (molmo_edge.evaluation.fault_localization)
     saved: int  # bytes
     metrics: dict[str, Estimate]
 
@@ -53,7 +53,7 @@ class AblationResult:
 
     @property
     def kl_per_megabyte(self) -> float:
-        """Nats a token for each megabyte saved; infinite where nothing is."""
+        """Nats per token and megabyte saved; infinite if nothing is saved."""
         return self.kl / (self.saved / 1e6) if self.saved > 0 else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class AblationResult:
 
 
 class Bench:
-    """A reference in float32, what it answered, and a place to build its variants in. Use it with `with`."""
+    """A float32 reference, its recorded outputs, and a temporary folder for its variants. A context manager."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class Bench:
         dither: bool = True,
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dither`: weights of a bundle, which lie on the grid of their rounding, are moved off it, or rounding them
-        again would seem free (molmo_edge.export.bundle_weights.BundleTensors). Raises what opening the model raises."""
+        """`dither`: move a bundle's quantized weights off their grid, or quantizing them again would seem free
+        (molmo_edge.export.bundle_weights.BundleTensors)."""
         from molmo_edge.export.source import open_source
 
         if is_bundle(reference):
             check_room(sum(part.bytes for part in open_bundle(reference).components.values()), f"reading {reference}")
         self.config, self.tensors = open_source(reference, dither=_SEED if dither else None)
-        self.mapped = _too_large(self.config)  # weights stay in their files, slower
+        self.mapped = _too_large(self.config)  # weights are read from their files, which is slower
         self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
         self.reference = reference
         self._max_crops = max_crops
@@ -93,8 +93,8 @@ class Bench:
         self._scratch = self._open.enter_context(temporary_folder("ablation"))
         self._built = 0
         self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
-        with self._opened(self.files) as subject:
-            self.trace: ReferenceOutputs = record_reference(subject, questions, self._folder() / "trace", on_answer)
+        with self._opened(self.files) as model:
+            self.outputs = record_reference(model, questions, self._folder() / "reference", on_answer)
 
     def __enter__(self) -> Bench:
         return self
@@ -102,40 +102,38 @@ class Bench:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def build(
-        self, component: str, words: Mapping[str, str], tensors: TensorSource | None = None, **wishes: Any
-    ) -> Path:
-        """A component's graph, in a folder of its own. `words`, `wishes`: as of `molmo_edge.export.export_bundle`."""
+    def build(self, component: str, precision: Mapping[str, str], tensors: TensorSource | None = None) -> Path:
+        """Export a component into a folder of its own. `precision`: see `molmo_edge.export.ExportOptions`."""
         from molmo_edge.export.component_graphs import build_component
         from molmo_edge.export.options import ExportOptions, check_options
 
-        precision = check_options(ExportOptions(dict(words), **wishes)).graph_precision(component)
+        options = check_options(ExportOptions(dict(precision)))
         path = self._folder() / f"{component}.onnx"
-        build_component(component, path, self.config, tensors or self.tensors, precision)
+        build_component(component, path, self.config, tensors or self.tensors, options.graph_precision(component))
         return path
 
     def measure(self, files: Mapping[str, Path], on_answer: Callable[[], None] = lambda: None) -> dict[str, Estimate]:
-        """The figures of the reference with some of its files exchanged."""
+        """The metrics of the reference with some of its components replaced."""
         changed = {**self.files, **files}
-        see = any(changed[name] != self.files[name] for name in ("vision_encoder", "connector"))
-        with self._opened(changed) as subject:
-            return compute_metrics(compare(self.trace, subject, encode_images=see, on_answer=on_answer))
+        encode_images = any(changed[name] != self.files[name] for name in ("vision_encoder", "connector"))
+        with self._opened(changed) as model:
+            return compute_metrics(compare(self.outputs, model, encode_images=encode_images, on_answer=on_answer))
 
     @property
     def description(self) -> str:
-        """What the figures are taken over, for people to read."""
-        answers = self.trace.answers
+        """What the metrics are computed over, for people to read."""
+        answers = self.outputs.answers
         tokens, images = sum(len(a.targets) for a in answers), len({a.image for a in answers})
-        return f"{tokens} tokens of {len(answers)} answers about {images} images"
+        return f"{counted(tokens, 'token')} of {counted(len(answers), 'answer')} about {counted(images, 'image')}"
 
     def noise(self, on_answer: Callable[[], None] = lambda: None) -> AblationResult:
-        """The reference itself, with pixels moved by a millionth."""
-        with self._opened(self.files) as subject:
-            found = compute_metrics(compare(self.trace, replace(subject, perturbed=True), on_answer=on_answer))
-        return AblationResult("noise", "", 0, found)
+        """The reference itself, with pixels changed by a millionth."""
+        with self._opened(self.files) as model:
+            metrics = compute_metrics(compare(self.outputs, replace(model, perturbed=True), on_answer=on_answer))
+        return AblationResult("noise", "", 0, metrics)
 
     def delete(self, path: Path) -> None:
-        """A variant that is not needed any more: they are as large as the model."""
+        """Delete a variant: each is as large as the model."""
         shutil.rmtree(path.parent)
 
     def _folder(self) -> Path:
@@ -154,7 +152,7 @@ class Bench:
 
 
 def _too_large(config: MolmoConfig) -> bool:
-    """Whether the model in float32, and activations, do not fit into the memory that is free."""
+    """Whether the float32 model and its activations do not fit into free memory."""
     free = available_memory()
     needed = 4 * sum(math.prod(shape) for shape in hub_shapes(config).values()) + _ACTIVATIONS
     return free is not None and needed > free
@@ -164,36 +162,37 @@ def ablate(
     bench: Bench,
     precisions: Sequence[str],
     parts: Sequence[str] = PARTS,
-    on_part: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
+    on_part: Callable[[str], Callable[[], None]] = lambda _: lambda: None,
 ) -> Iterator[AblationResult]:
-    """Each part in each precision, alone; those that a part cannot have are left out (an embedding in four bits)."""
+    """Measure each part in each precision, skipping those that a part does not support (embeddings in 4 bits)."""
     for part in parts:
         for word in precisions:
             if word in precisions_of(part, bench.config):
-                path = bench.build(component_of(part), variant(part, word))
-                found = bench.measure({component_of(part): path}, on_part(f"{part} {word}"))
-                saved = size_of(bench.files[component_of(part)]) - size_of(path)
+                component = component_of(part)
+                path = bench.build(component, variant(part, word))
+                metrics = bench.measure({component: path}, on_part(f"{part} {word}"))
+                saved = size_of(bench.files[component]) - size_of(path)
                 bench.delete(path)
-                yield AblationResult(part, word, saved, found)
+                yield AblationResult(part, word, saved, metrics)
 
 
 def component_of(part: str) -> str:
-    return "decoder" if part in OF_DECODER else part
+    return "decoder" if part in DECODER_PARTS else part
 
 
 def variant(part: str, word: str) -> dict[str, str]:
-    """What `export_bundle` is asked for."""
-    return {"decoder": "fp32", part: word} if part in OF_DECODER else {part: word}
+    """The `precision` argument of `export_bundle`."""
+    return {"decoder": "fp32", part: word} if part in DECODER_PARTS else {part: word}
 
 
 def precisions_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
-    """The smaller precisions that a part may have, the largest first."""
+    """The smaller precisions that a part supports, the largest first."""
     if part == "router" and not config.decoder.n_experts:
         return ()
     return ("int8",) if part == "embed_tokens" else ("q8", "int8", "q4")
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a graph and of the weights beside it."""
+    """Bytes of a graph and of its external weights."""
     sidecar = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (sidecar.stat().st_size if sidecar.exists() else 0)

@@ -1,7 +1,6 @@
-"""Which part of a candidate is to blame: the reference with one part's weights from it, and matrix by matrix.
+"""Find the faulty part of a candidate: put its weights into the reference part by part, and compare all weights.
 
-Weights are what is exchanged and compared, widened to float32. That a rounded model also rounds its inputs is not in
-it.
+Weights are compared and exchanged in float32. The quantization of activations is not part of this.
 """
 
 from __future__ import annotations
@@ -22,21 +21,24 @@ from molmo_edge.evaluation.loss import LossError, check_comparable
 from molmo_edge.export.precisions import decoder_part
 from molmo_edge.export.source import open_source
 
-OTHERWISE = 5.0  # times its kind's median: a matrix that differs by more stands out
-_TINY = 0.02  # relative error below which nothing stands out
-_ENOUGH = 3  # others, for a median
-_BEHIND_NORM = re.compile(r"\.(?:(att_proj)|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj)\.weight$")
+OUTLIER = 5.0  # times the median error of similar tensors: a larger error is an outlier
+_TINY = 0.02  # relative error; a smaller one is never an outlier
+_ENOUGH = 3  # similar tensors, for a median
+_AFTER_NORM = re.compile(r"\.(?:(att_proj)|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj)\.weight$")
 
 
 def swap_parts(
     bench: Bench,
     candidate: Path,
     parts: Sequence[str] = PARTS,
-    on_part: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
+    on_part: Callable[[str], Callable[[], None]] = lambda _: lambda: None,
 ) -> Iterator[AblationResult]:
-    """The reference with one part's weights from `candidate`, each in turn. Raises LossError for other sizes."""
-    theirs = _open(bench, candidate)
-    # A calibration moves gains of norms into matrices of two parts: those must not be exchanged apart.
+    """Measure the reference with the weights of `candidate` in one part, for each part in turn.
+
+    Raises LossError if the models differ in shape.
+    """
+    theirs = open_candidate(bench.reference, candidate)
+    # A calibration moves norm gains into matrices of two parts, which must not be exchanged separately.
     gains = [name for name in bench.tensors.names() if _is_gain(name, bench.config)]
     if all(np.array_equal(bench.tensors.get(name), theirs.get(name)) for name in gains):
         ours = bench.tensors
@@ -47,50 +49,53 @@ def swap_parts(
             continue
         component = component_of(part)
         path = bench.build(component, {component: "fp32"}, _exchanged(ours, theirs, part))
-        yield AblationResult(
-            part, candidate.name, 0, bench.measure({component: path}, on_part(f"{part} of {candidate.name}"))
-        )
+        metrics = bench.measure({component: path}, on_part(f"{part} of {candidate.name}"))
         bench.delete(path)
+        yield AblationResult(part, candidate.name, 0, metrics)
 
 
 def _exchanged(ours: TensorSource, theirs: TensorSource, part: str) -> Changed:
-    """One part's tensors from `theirs`, the others from `ours`."""
+    """The tensors of one part from `theirs`, all others from `ours`."""
     return Changed(ours, lambda name: (theirs if tensor_part(name) == part else ours).get(name))
 
 
 @dataclass(frozen=True)
 class WeightDifference:
-    """How far a candidate's tensor lies from the reference's."""
+    """The relative error of a candidate's tensor."""
 
     name: str  # as on the hub
     part: str
-    error: float  # norm of the difference over norm of the reference's; infinite for what is no number
-    is_outlier: bool  # by far the most of its kind
+    error: float  # |candidate - reference| / |reference|; infinite if it is not finite
+    is_outlier: bool  # far more than similar tensors
 
 
-def weight_differences(bench: Bench, candidate: Path) -> list[WeightDifference]:
-    """All tensors that differ, the most different first: names a single damaged expert without running anything."""
+def weight_differences(bench: Bench, candidate: TensorSource) -> list[WeightDifference]:
+    """All tensors that differ, the largest error first. This finds a single damaged expert without running a model.
+
+    `candidate`: as `open_candidate` returns it.
+    """
     config = bench.config
-    ours, theirs = (_folded(config, source) for source in (bench.tensors, _open(bench, candidate)))
+    ours, theirs = (_folded(config, source) for source in (bench.tensors, candidate))
     names = [name for name in hub_shapes(config) if _runs(name, config) and not _is_gain(name, config)]
     errors = {name: _error(ours.get(name), theirs.get(name)) for name in names}
-    found = [
-        WeightDifference(name, tensor_part(name), error, error > max(_TINY, OTHERWISE * _usual(name, errors)))
+    differences = [
+        WeightDifference(name, tensor_part(name), error, error > max(_TINY, OUTLIER * _typical_error(name, errors)))
         for name, error in errors.items()
         if error
     ]
-    return sorted(found, key=lambda matrix: -matrix.error)
+    return sorted(differences, key=lambda difference: -difference.error)
 
 
 def check_candidate(reference: Path, candidate: Path) -> None:
-    """Raises LossError for a model of another shape, ExportError for one whose weights cannot be read back."""
+    """Raise LossError for a model of another shape, and ExportError if its weights cannot be read back."""
     check_comparable(reference, candidate)
     if open_source(candidate)[0] != open_source(reference)[0]:
-        raise LossError(f"{candidate} has other sizes than {reference}: their parts cannot be exchanged")
+        raise LossError(f"{candidate} and {reference} differ in shape: their parts cannot be exchanged")
 
 
-def _open(bench: Bench, candidate: Path) -> TensorSource:
-    check_candidate(bench.reference, candidate)
+def open_candidate(reference: Path, candidate: Path) -> TensorSource:
+    """The candidate's weights. Raises what `check_candidate` raises."""
+    check_candidate(reference, candidate)
     return open_source(candidate)[1]
 
 
@@ -100,8 +105,8 @@ def _error(a: np.ndarray, b: np.ndarray) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _usual(name: str, errors: dict[str, float]) -> float:
-    """The median error of a matrix's like: of its kind, or where there are few of that, of its part, or of all."""
+def _typical_error(name: str, errors: dict[str, float]) -> float:
+    """The median error of the same tensor in other layers and experts or, if these are few, of its part, or of all."""
     for alike in (_kind, tensor_part, lambda _: ""):
         others = [error for other, error in errors.items() if other != name and alike(other) == alike(name)]
         if len(others) >= _ENOUGH:
@@ -114,22 +119,22 @@ def _kind(name: str) -> str:
 
 
 def _runs(name: str, config: MolmoConfig) -> bool:
-    """Blocks behind the last layer that is looked at do not."""
+    """False for vision blocks after the last layer that is used."""
     block = re.search(r"\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
     return not (block and int(block[1]) > config.vision.last_layer)
 
 
 def _is_gain(name: str, config: MolmoConfig) -> bool:
-    """Whether it is folded into others: LayerScale, and the norms that stand in front of matrices."""
+    """Whether a tensor can be folded into others: LayerScale, and the gain of a norm before a matrix."""
     if name.endswith((".lambda1", ".lambda2")):
         return True
     return name.endswith((".attn_norm.weight", ".ff_norm.weight")) and not config.decoder.norm_after
 
 
 def _folded(config: MolmoConfig, tensors: TensorSource) -> Changed:
-    """The same function with all scales that an export may move in one place.
+    """An equivalent model in canonical form: an export may move these scales.
 
-    LayerScale in the rows of what it scales, a norm's gain in the columns of the matrices behind it.
+    LayerScale is folded into the rows of what it scales, and a norm's gain into the columns of the matrices after it.
     """
     names = frozenset(tensors.names())
 
@@ -141,17 +146,16 @@ def _folded(config: MolmoConfig, tensors: TensorSource) -> Changed:
             block, found, _ = name.partition(matrix)
             if found and f"{block}.{scale}" in names:
                 scales = tensors.get(f"{block}.{scale}")
-                return array * (scales[:, None] if array.ndim == 2 else scales)
-        if (behind := _BEHIND_NORM.search(name)) and not config.decoder.norm_after:
-            gain = f"{name[: behind.start()]}.{'attn_norm' if behind[1] else 'ff_norm'}.weight"
-            return array * tensors.get(gain)
+                array = array * (scales[:, None] if array.ndim == 2 else scales)
+        if (after := _AFTER_NORM.search(name)) and not config.decoder.norm_after:
+            array = array * tensors.get(f"{name[: after.start()]}.{'attn_norm' if after[1] else 'ff_norm'}.weight")
         return array
 
     return Changed(tensors, change)
 
 
 def tensor_part(name: str) -> str:
-    """Which of PARTS a hub tensor belongs to. Norms belong to what they stand in front of, the last one to the head."""
+    """Which of PARTS a hub tensor belongs to. A norm belongs to what follows it, the last one to the head."""
     if ".image_vit." in name:
         return "vision_encoder"
     if ".vision_backbone." in name:

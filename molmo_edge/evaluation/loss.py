@@ -150,7 +150,7 @@ def measure_loss(
     max_crops: int | None = None,
     on_model: Callable[[str, int], Callable[[], None]] = lambda _name, _questions: lambda: None,
     on_measured: Callable[[Loss], None] = lambda _: None,
-    on_skipped: Callable[[str], None] = lambda _: None,
+    on_skipped: Callable[[str], None] | None = None,
 ) -> Loss:
     """Ask the reference, then ask each candidate the same. One model is in memory at a time.
 
@@ -162,7 +162,8 @@ def measure_loss(
             "bf16" (weights in bf16 on PyTorch) or "none".
         on_model: Called as (name, number of questions) for each model; the result is called after each answer.
         on_measured: Called with the results so far after each model.
-        on_skipped: Called with the reason for each image that cannot be read; its questions are skipped.
+        on_skipped: Called with the reason for each image that cannot be read, whose questions are then left out. None:
+            such an image raises ImageError.
 
     Raises:
         LossError: The models do not take the same prompts, or `noise` cannot be measured.

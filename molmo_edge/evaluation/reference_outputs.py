@@ -90,12 +90,12 @@ def record_reference(
     questions: Sequence[Question],
     folder: Path,
     on_answer: Callable[[], None] = lambda: None,
-    on_skipped: Callable[[str], None] = lambda _: None,
+    on_skipped: Callable[[str], None] | None = None,
 ) -> ReferenceOutputs:
     """Ask the reference greedily and record its outputs in `folder`, which must not exist.
 
-    Questions without an image are left out. An image that cannot be read is reported to `on_skipped`, and its
-    questions are left out. Raises NoQuestionsError if none are left.
+    Questions without an image are left out. Where an image cannot be read, its questions are left out and the reason is
+    passed to `on_skipped`; without `on_skipped` an ImageError is raised. Raises NoQuestionsError if none are left.
     """
     asked = [question for question in questions if not question.words_alone]
     if not asked:
@@ -107,6 +107,8 @@ def record_reference(
         try:
             inputs = model.prepare(group[0])
         except ImageError as error:
+            if on_skipped is None:
+                raise
             on_skipped(str(error))
             continue
         patches = runtime.encode_crops(inputs.crops, inputs.overview)

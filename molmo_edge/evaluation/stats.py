@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+from scipy.special import ndtri, stdtrit
 
 N_RESAMPLES = 1000
 
@@ -45,6 +45,8 @@ EMPTY = Estimate(math.nan, math.nan, math.nan, 0)
 
 def proportion(flags: Sequence[bool | float]) -> Estimate:
     """The share of true `flags`, with Wilson's interval, which stays wide at 0 of n and at n of n."""
+    from scipy.stats import binomtest  # takes a second
+
     if not flags:
         return EMPTY
     p = float(np.mean(np.asarray(flags, np.float64)))
@@ -110,7 +112,7 @@ def _estimate(value: float, resampled: np.ndarray, values: np.ndarray, images: i
         return Estimate(value, value, value, n)
     if images == 1:
         return Estimate(value, math.nan, math.nan, n)
-    widen = t.ppf(0.975, images - 1) / norm.ppf(0.975) * math.sqrt(images / (images - 1))
+    widen = stdtrit(images - 1, 0.975) / ndtri(0.975) * math.sqrt(images / (images - 1))
     low, high = (value + (float(end) - value) * widen for end in np.quantile(resampled, (0.025, 0.975)))
     if values.min() >= 0:  # the mean of values in [0, inf) or [0, 1] stays in that range
         low, high = max(0.0, low), min(high, 1.0) if values.max() <= 1 else high
