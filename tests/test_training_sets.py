@@ -168,7 +168,7 @@ def test_the_cauldron_is_asked_in_the_authors_words(tmp_path: Path) -> None:
 
     grouped = {"coco_2014_vqa_multi": "vqav2", "tally_qa": "tallyqa", "dv_qa": "dvqa", "plot_qa": "plotqa"}
     for name, config in (grouped | {"figure_qa": "figureqa"}).items():
-        style = ACADEMIC[name].style
+        style = ACADEMIC[name].style or name
         lower = name in ("coco_2014_vqa_multi", "dv_qa")
         name_of, yes = ("pink floyd", "yes") if lower else ("Pink Floyd", "1" if name == "figure_qa" else "Yes")
         both = one(style, "What is it?", name_of) + one(style, "Is it so?", yes)

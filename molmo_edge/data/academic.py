@@ -41,11 +41,11 @@ class Academic:
     """Where the rows of a set are, and how they become examples."""
 
     name: str
-    style: str  # the tag of questions without a tag of their own
     ask_row: Callable[[Row], list[ask.Asked]]  # for a row with one question
     authors: str  # where to get the authors' files, for messages
     sources: tuple[Source, ...] = ()  # the first one with the split is used
     files: Callable[[Path, str], Rows | None] | None = None  # reads the authors' files; None if the folder has none
+    style: str = ""  # the tag of questions without a tag of their own; "": the name
     ask_picture: Callable[[Row], list[ask.Asked]] = ask.listed  # for a row with all questions about a picture
     by_picture: bool = False  # an example has all questions about a picture; otherwise one question
     plain: Callable[[str], str] = str  # restores the authors' wording of The Cauldron's answers
@@ -77,7 +77,7 @@ class AcademicSet:
             if image is None:
                 raise RowsError(f"{where} has no picture: remove the row, or copy it again")
             asked = [each for row in rows for each in self._asked(row)]
-            made = [ask.annotate(each, self.spec.style, rng) for each in asked]
+            made = [ask.annotate(each, self.spec.style or self.name, rng) for each in asked]
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise RowsError(f"{where} does not have the layout of {self.name}: {error!r}") from error
         said = tuple(annotation for annotation in made if all(message.strip() for message in annotation.messages))
@@ -161,117 +161,45 @@ _A_OKVQA = (Source("HuggingFaceM4/A-OKVQA"),)  # image, question, choices, corre
 _ALL = (
     # lmms-lab/VQAv2, like Multimodal-Fatima/VQAv2_train, has all ten answers but repeats the picture for each question.
     # The authors' answers are in lower case.
-    Academic(
-        "coco_2014_vqa_multi",
-        "vqa2",
-        ask.short,
-        "visualqa.org and COCO's train2014",
-        (_cauldron("vqav2"), Source("lmms-lab/VQAv2", train="")),
-        files.vqa2_rows,
-        by_picture=True,
-        plain=str.lower,
-    ),
+    Academic("coco_2014_vqa_multi", ask.short, "visualqa.org and COCO's train2014",
+             (_cauldron("vqav2"), Source("lmms-lab/VQAv2", train="")), files.vqa2_rows,
+             style="vqa2", by_picture=True, plain=str.lower),
     # The reference's facebook/textvqa is a script. image, question, answers.
-    Academic("text_vqa", "text_vqa", ask.short, "textvqa.org", (Source("lmms-lab/textvqa"),)),
+    Academic("text_vqa", ask.short, "textvqa.org", (Source("lmms-lab/textvqa"),)),
     # The reference's HuggingFaceM4/OK-VQA is a script. image, question, answers, answers_original.
-    Academic(
-        "okvqa",
-        "okvqa",
-        ask.okvqa,
-        "okvqa.allenai.org and COCO's train2014",
-        (
-            Source("Multimodal-Fatima/OK-VQA_train", validation=""),
-            Source("lmms-lab/OK-VQA", train="", validation="val2014"),
-        ),
-        partial(files.vqa2_rows, version=""),
-    ),
-    Academic("chart_qa_weighted", "chart_qa", ask.chart_qa_weighted, "github.com/vis-nlp/ChartQA", _CHART_QA),
-    Academic("chart_qa", "chart_qa", ask.chart_qa, "github.com/vis-nlp/ChartQA", _CHART_QA),
+    Academic("okvqa", ask.okvqa, "okvqa.allenai.org and COCO's train2014",
+             (Source("Multimodal-Fatima/OK-VQA_train", validation=""),
+              Source("lmms-lab/OK-VQA", train="", validation="val2014")), partial(files.vqa2_rows, version="")),
+    Academic("chart_qa_weighted", ask.chart_qa_weighted, "github.com/vis-nlp/ChartQA", _CHART_QA, style="chart_qa"),
+    Academic("chart_qa", ask.chart_qa, "github.com/vis-nlp/ChartQA", _CHART_QA),
     # image, question, answers
-    Academic("doc_qa", "doc_qa", ask.short, "docvqa.org", (Source("HuggingFaceM4/DocumentVQA"),)),
+    Academic("doc_qa", ask.short, "docvqa.org", (Source("HuggingFaceM4/DocumentVQA"),)),
     # lmms-lab/DocVQA has no training split. The authors' files require an account and have all original answers.
-    Academic(
-        "info_qa",
-        "info_qa",
-        ask.short,
-        "docvqa.org (rrc.cvc.uab.es, challenge 17, task 3)",
-        (_cauldron("infographic_vqa"), Source("lmms-lab/DocVQA", ("InfographicVQA",), train="")),
-        files.info_qa_rows,
-    ),
+    Academic("info_qa", ask.short, "docvqa.org (rrc.cvc.uab.es, challenge 17, task 3)",
+             (_cauldron("infographic_vqa"), Source("lmms-lab/DocVQA", ("InfographicVQA",), train="")),
+             files.info_qa_rows),
     # Despite its name, it has both kinds of boxes with the authors' files, as in the reference.
-    Academic(
-        "ai2_diagram_v2_mix_transparent",
-        "ai2_diagram",
-        ask.ai2d,
-        "ai2-website.s3.amazonaws.com/data/ai2d-all.zip",
-        (_cauldron("ai2d"),),
-        ai2d.official_rows,
-        ask.listed_diagrams,
-    ),
-    Academic("a_okvqa_mc", "a_okvqa_mc", ask.a_okvqa_mc, "github.com/allenai/aokvqa", _A_OKVQA),
-    Academic("a_okvqa_da", "a_okvqa_da", ask.a_okvqa_da, "github.com/allenai/aokvqa", _A_OKVQA, kept=_not_difficult),
-    Academic(
-        "android_control",
-        "android_control",
-        android.android_control,
-        "github.com/google-research/google-research/tree/master/android_control",
-        (Source("smolagents/android-control", validation=""),),
-        steps=android.step_rows,
-    ),
+    Academic("ai2_diagram_v2_mix_transparent", ask.ai2d, "ai2-website.s3.amazonaws.com/data/ai2d-all.zip",
+             (_cauldron("ai2d"),), ai2d.official_rows, style="ai2_diagram", ask_picture=ask.listed_diagrams),
+    Academic("a_okvqa_mc", ask.a_okvqa_mc, "github.com/allenai/aokvqa", _A_OKVQA),
+    Academic("a_okvqa_da", ask.a_okvqa_da, "github.com/allenai/aokvqa", _A_OKVQA, kept=_not_difficult),
+    Academic("android_control", android.android_control,
+             "github.com/google-research/google-research/tree/master/android_control",
+             (Source("smolagents/android-control", validation=""),), steps=android.step_rows),
     # image (missing in half of the rows), question, hint, choices, answer (an index)
-    Academic(
-        "science_qa_img",
-        "science_qa",
-        ask.science_qa,
-        "scienceqa.github.io",
-        (Source("derek-thomas/ScienceQA"),),
-        kept=_with_picture,
-    ),
+    Academic("science_qa_img", ask.science_qa, "scienceqa.github.io", (Source("derek-thomas/ScienceQA"),),
+             style="science_qa", kept=_with_picture),
     # The Cauldron's copy has whole solutions as answers.
-    Academic(
-        "tabwmp_da", "tabwmp_da", ask.tabwmp, "github.com/lupantech/PromptPG (data/tabmwp)", files=files.tabwmp_rows
-    ),
-    Academic(
-        "st_qa", "st_qa", ask.short, "rrc.cvc.uab.es, challenge 11, task 3", (_cauldron("st_vqa"),), files.st_qa_rows
-    ),
-    Academic(
-        "tally_qa",
-        "tally_qa",
-        ask.short,
-        "github.com/manoja328/tallyqa, COCO 2014 and Visual Genome",
-        (_cauldron("tallyqa"),),
-        files.tally_qa_rows,
-        by_picture=True,
-    ),
+    Academic("tabwmp_da", ask.tabwmp, "github.com/lupantech/PromptPG (data/tabmwp)", files=files.tabwmp_rows),
+    Academic("st_qa", ask.short, "rrc.cvc.uab.es, challenge 11, task 3", (_cauldron("st_vqa"),), files.st_qa_rows),
+    Academic("tally_qa", ask.short, "github.com/manoja328/tallyqa, COCO 2014 and Visual Genome",
+             (_cauldron("tallyqa"),), files.tally_qa_rows, by_picture=True),
     # Answers are from a fixed list in lower case.
-    Academic(
-        "dv_qa",
-        "dv_qa",
-        ask.short,
-        "github.com/kushalkafle/DVQA_dataset",
-        (_cauldron("dvqa"),),
-        files.dv_qa_rows,
-        by_picture=True,
-        plain=str.lower,
-    ),
-    Academic(
-        "figure_qa",
-        "figure_qa",
-        ask.short,
-        "microsoft.com/research, FigureQA",
-        (_cauldron("figureqa"),),
-        files.figure_qa_rows,
-        by_picture=True,
-        plain=ask.yes_is_one,
-    ),
-    Academic(
-        "plot_qa",
-        "plot_qa",
-        ask.short,
-        "github.com/NiteshMethani/PlotQA",
-        (_cauldron("plotqa"),),
-        files.plot_qa_rows,
-        by_picture=True,
-    ),
-)
+    Academic("dv_qa", ask.short, "github.com/kushalkafle/DVQA_dataset", (_cauldron("dvqa"),), files.dv_qa_rows,
+             by_picture=True, plain=str.lower),
+    Academic("figure_qa", ask.short, "microsoft.com/research, FigureQA", (_cauldron("figureqa"),), files.figure_qa_rows,
+             by_picture=True, plain=ask.yes_is_one),
+    Academic("plot_qa", ask.short, "github.com/NiteshMethani/PlotQA", (_cauldron("plotqa"),), files.plot_qa_rows,
+             by_picture=True),
+)  # fmt: skip
 ACADEMIC: dict[str, Academic] = {spec.name: spec for spec in _ALL}

@@ -339,11 +339,11 @@ def _check_picture(url: str, path: Path) -> None:
         with quiet_pillow(), Image.open(path) as image:
             pixels = image.width * image.height
     except Exception as error:  # Pillow's parsers raise many types on hostile headers
-        path.unlink(missing_ok=True)
-        raise FetchError(f"{url} gives a file that Pillow cannot read: {type(error).__name__}") from error
-    if pixels == 1:  # as for page counters and deleted pictures
-        path.unlink(missing_ok=True)
-        raise FetchError(f"{url} gives a placeholder of one pixel")
-    if not 0 < pixels <= MAX_PIXELS:
-        path.unlink(missing_ok=True)
-        raise FetchError(f"{url} gives a picture of {pixels} pixels (limit: {MAX_PIXELS})")
+        fault = f"a file that Pillow cannot read: {type(error).__name__}"
+    else:
+        if 1 < pixels <= MAX_PIXELS:
+            return
+        # One pixel: as for page counters and deleted pictures.
+        fault = "a placeholder of one pixel" if pixels == 1 else f"a picture of {pixels} pixels (limit: {MAX_PIXELS})"
+    path.unlink(missing_ok=True)
+    raise FetchError(f"{url} gives {fault}")

@@ -361,12 +361,9 @@ def _is_present(value: Any) -> bool:
 
 def _point_set(name: str, style: str, method: str) -> PixmoSet:
     # The reference swaps point_count and pointing for these sets. It trains on both, so this makes no difference.
+    kept = ("collection_method", partial(operator.eq, method))
     return PixmoSet(
-        *(name, "allenai/pixmo-points", style, _pointing),
-        held_back=2048,
-        grouped=True,
-        kept=("collection_method", partial(operator.eq, method)),
-        checked=True,
+        name, "allenai/pixmo-points", style, _pointing, held_back=2048, grouped=True, kept=kept, checked=True
     )
 
 
@@ -379,18 +376,13 @@ def _document_set(kind: str) -> PixmoSet:
 _ALL = (
     # Columns: image_url, caption, transcripts (texts).
     PixmoSet("pixmo_cap", "allenai/pixmo-cap", "long_caption", _caption, held_back=2048),
-    PixmoSet(
-        *("pixmo_cap_with_transcripts", "allenai/pixmo-cap", "long_caption", _caption_and_transcript), held_back=2048
-    ),
+    PixmoSet("pixmo_cap_with_transcripts", "allenai/pixmo-cap", "long_caption", _caption_and_transcript,
+             held_back=2048),
     # Columns: image_url, question, answer; since December 2024 messages (texts), according to the reference's code.
-    PixmoSet(*("pixmo_cap_qa", "allenai/pixmo-cap-qa", "synthetic_qa", _conversation), held_back=2048, grouped=True),
+    PixmoSet("pixmo_cap_qa", "allenai/pixmo-cap-qa", "synthetic_qa", _conversation, held_back=2048, grouped=True),
     # Columns: image_url, image_sha256, question, answer.
-    PixmoSet(
-        *("pixmo_ask_model_anything", "allenai/pixmo-ask-model-anything", "user_qa", _question),
-        held_back=2048,
-        grouped=True,
-        checked=True,
-    ),
+    PixmoSet("pixmo_ask_model_anything", "allenai/pixmo-ask-model-anything", "user_qa", _question,
+             held_back=2048, grouped=True, checked=True),
     # Columns: image_url, image_sha256, points (dicts x and y, percent, although the card says pixels), count, label,
     # collection_method ("pointing", or "counting" for pictures with many of something).
     _point_set("pixmo_points", "pointing", "pointing"),
@@ -400,14 +392,8 @@ _ALL = (
     # Columns: image_url, image_sha256, question, response, parsed_response (none if it could not be parsed),
     # alt_text, inline_text, points (each a list, one entry for each mark in parsed_response; points as pairs, percent).
     # Columns according to code that uses them; the card was not available.
-    PixmoSet(
-        *("pixmo_point_explanations", "allenai/pixmo-point-explanations", "point_qa", _explanation),
-        held_back=1024,
-        grouped=True,
-        halved=True,
-        kept=("parsed_response", _is_present),
-        checked=True,
-    ),
+    PixmoSet("pixmo_point_explanations", "allenai/pixmo-point-explanations", "point_qa", _explanation,
+             held_back=1024, grouped=True, halved=True, kept=("parsed_response", _is_present), checked=True),
     # Columns: image_url, image_sha256, count, points (lists x and y, pixels; only in "train"), label.
     PixmoSet("pixmo_count", "allenai/pixmo-count", "pointing", _pointing, pixels=True),
     PixmoSet("pixmo_count_counting", "allenai/pixmo-count", "point_count", _pointing, pixels=True),
@@ -417,5 +403,5 @@ _ALL = (
     PixmoSet("pixmo_clocks", "allenai/pixmo-clocks", "clocks", _clock, splits=("train", "validation")),
     # Columns: image, image_id, questions (question and answer of each).
     *map(_document_set, ("charts", "tables", "diagrams", "other")),
-)
+)  # fmt: skip
 PIXMO: dict[str, PixmoSet] = {each.name: each for each in _ALL}
