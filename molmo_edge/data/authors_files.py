@@ -42,16 +42,8 @@ def st_qa_rows(folder: Path, split: str) -> Rows | None:
     order = np.arange(len(listed))
     np.random.RandomState(63069).shuffle(order)
     kept = order[_ST_QA_VALIDATION:] if split == "train" else order[:_ST_QA_VALIDATION]
-    rows = [
-        {
-            "question_id": each["question_id"],
-            "question": each["question"],
-            "answers": each["answers"],
-            "image": each["file_path"],
-        }
-        for each in (listed[index] for index in kept)
-    ]
-    return rows_of(folder, rows)
+    columns = {"question_id": "question_id", "question": "question", "answers": "answers", "image": "file_path"}
+    return rows_of(folder, [{column: listed[i][name] for column, name in columns.items()} for i in kept])
 
 
 def tally_qa_rows(folder: Path, split: str) -> Rows | None:

@@ -23,7 +23,11 @@ _RED: Colour = (200, 30, 30)
 _DIGITAL, _BLANK = 0.12, 0.02  # shares of clocks with digits, and of dials without hands
 _OVERSAMPLED = 2  # drawn larger, then reduced: ImageDraw has no anti-aliasing
 _THICK = {"hour": 1.5, "minute": 1.0, "second": 0.3}  # of hands, relative to the minute hand
-# The strokes of each digit: top, upper left, upper right, middle, lower left, lower right, bottom.
+# The segments of a digit, x0, y0, x1, y1 in widths, and which of them each digit has.
+_SEGMENTS = (
+    (0.14, 0.0, 0.86, 0.2), (0.0, 0.14, 0.2, 0.96), (0.8, 0.14, 1.0, 0.96), (0.14, 0.9, 0.86, 1.1),
+    (0.0, 1.04, 0.2, 1.86), (0.8, 1.04, 1.0, 1.86), (0.14, 1.8, 0.86, 2.0),
+)  # fmt: skip
 _STROKES = (
     "1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011",
 )  # fmt: skip
@@ -285,24 +289,14 @@ def _digital(
                 draw.ellipse((x + w * 0.14, w * y, x + w * 0.34, w * (y + 0.2)), ink)
             x += w * 0.5
         else:
-            _digit(draw, x + w * 0.12, w * 0.45, w * 0.76, w * 1.5, _STROKES[int(letter)], ink)
+            _digit(draw, x + w * 0.12, w * 0.45, w * 0.76, _STROKES[int(letter)], ink)
             x += w
     if suffix:
         draw.text((x + w * 0.2, w * 1.9), suffix, ink, load_font(None, int(w * 0.6)), "ls")
     return panel.reduce(_OVERSAMPLED), row
 
 
-def _digit(
-    draw: ImageDraw.ImageDraw, x: float, y: float, width: float, height: float, strokes: str, ink: Colour
-) -> None:
-    thick, gap, middle = width * 0.2, width * 0.04, height / 2
-    lying = [(0.0, "0"), (middle - thick / 2, "3"), (height - thick, "6")]
-    standing = [(0.0, 0.0, "1"), (width - thick, 0.0, "2"), (0.0, middle, "4"), (width - thick, middle, "5")]
-    for down, at in lying:
-        if strokes[int(at)] == "1":
-            draw.rectangle((x + thick / 2 + gap, y + down, x + width - thick / 2 - gap, y + down + thick), ink)
-    for right, down, at in standing:
-        if strokes[int(at)] == "1":
-            top = y + down + (thick / 2 if down == 0 else 0) + gap
-            bottom = y + down + middle - (thick / 2 if down else 0) - gap
-            draw.rectangle((x + right, top, x + right + thick, bottom), ink)
+def _digit(draw: ImageDraw.ImageDraw, x: float, y: float, width: float, strokes: str, ink: Colour) -> None:
+    for on, (x0, y0, x1, y1) in zip(strokes, _SEGMENTS, strict=True):
+        if on == "1":
+            draw.rectangle((x + x0 * width, y + y0 * width, x + x1 * width, y + y1 * width), ink)
