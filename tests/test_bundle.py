@@ -196,7 +196,7 @@ def test_resolve_model_names_what_it_was_given(bundle: Path, golden: Path, tmp_p
         resolve_model("nowhere")
     with pytest.raises(BundleError, match="no directory"):
         resolve_model("../a/b/c")
-    with pytest.raises(BundleError, match="it is int"):
+    with pytest.raises(BundleError, match="got int"):
         resolve_model(7)  # type: ignore[arg-type]
 
 

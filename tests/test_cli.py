@@ -255,7 +255,7 @@ def test_verify(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     assert json.loads(out)["passed"] is True
     status, out, err = cli("verify", tmp_path)
     assert (status, out) == (1, "")
-    assert "holds neither a bundle" in err
+    assert "contains neither a bundle" in err
 
 
 def test_doctor(cli: Cli) -> None:

@@ -18,7 +18,7 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["ask", "examples/cat.jpg", "Q", "--revision", "main"], 1, "but none is named"),
+        (["ask", "examples/cat.jpg", "Q", "--revision", "main"], 1, "but no model was given"),
         (["ask", "https://example.org/cup.jpg", "Q"], 1, "https://example.org/cup.jpg"),
         (["ask", "a.jpg", "-5 or 5 degrees?"], 2, 'put "--" before a file name, a question or a label'),
         (["ask", "a.jpg", "Q", "--temperature", "inf"], 2, "must be a finite number"),

@@ -234,12 +234,12 @@ class TestForeign:
     def test_other_models(self, swapped: Any) -> None:
         content = (gguf_bundle("molmoe", "f32") / "decoder-f32.gguf").read_bytes()
         for bad, why in (
-            ((gguf_bundle("qwen", "f32") / "decoder-f32.gguf").read_bytes(), 'architecture "qwen2"'),
+            ((gguf_bundle("qwen", "f32") / "decoder-f32.gguf").read_bytes(), 'architecture is "qwen2"'),
             (b"PK" + content[2:], "is not a GGUF"),
-            (content[:-64], "bytes behind the file"),
-            (content[:700], "ends in the middle of its header"),
+            (content[:-64], "bytes after the end of the file"),
+            (content[:700], "ends in the middle of the header"),
             (content[:4] + b"\x09\0\0\0" + content[8:], "version 9"),
-            (content[:8] + b"\xff" * 8 + content[16:], "claims 18446744073709551615"),
+            (content[:8] + b"\xff" * 8 + content[16:], "claims to have 18446744073709551615"),
             (content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_K.weight"), "no tensor blk.1.attn_k.weight"),
             (b"", "is not a GGUF"),
         ):
@@ -264,5 +264,5 @@ class TestForeign:
         vocab = vocab[:i] + swap[first] + vocab[i + len(first) : j] + swap[second] + vocab[j + len(second) :]
         other, config = Tokenizer(head + vocab), read_config(checkpoint)
         write_decoder(tmp_path / "other.gguf", other, config, open_tensors(checkpoint), "f32", "other")
-        with pytest.raises(BundleError, match="made for another tokenizer: token"):
+        with pytest.raises(BundleError, match="has another tokenizer: token"):
             open_runtime(swapped((tmp_path / "other.gguf").read_bytes()))

@@ -73,19 +73,22 @@ def test_sizes_of_types_are_those_of_ggml() -> None:
         (lambda _: b"", "is not a GGUF"),
         (lambda c: c[:20], "is not a GGUF"),
         (lambda c: b"GGML" + c[4:], "is not a GGUF"),
-        (lambda c: c[:4] + struct.pack("<I", 1) + c[8:], "version 1"),
+        (lambda c: c[:4] + struct.pack("<I", 1) + c[8:], "version 1 "),
         (lambda c: c[:4] + c[7:3:-1] + c[8:], "version 50331648"),  # big-endian
         (lambda c: c[:8] + struct.pack("<Q", 1 << 60) + c[16:], "claims"),
         (lambda c: c[:16] + struct.pack("<Q", 1 << 60) + c[24:], "claims"),
         (lambda c: c[:24] + struct.pack("<Q", 1 << 40) + c[32:], "claims"),
-        (lambda c: c[:3000], "ends in the middle of its header"),
-        (lambda c: c[:-32], "bytes behind the file"),
+        (lambda c: c[:3000], "ends in the middle of the header"),
+        (lambda c: c[:-32], "bytes after the end of the file"),
         (lambda c: c.replace(b"olmoe.block_count", b"olmoe.block_c0unt"), "block_count is None, this model's is 2"),
         (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_w.weight"), "no tensor blk.0.attn_v.weight"),
-        (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_q.weight"), "is there twice"),
-        (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0olmoe", b"\x05\0\0\0\0\0\0\0llama"), 'architecture "llama"'),
-        (lambda c: c.replace(b"gpt2", b"bert"), "no byte-level BPE"),
-        (lambda c: c.replace(b"molmo_edge.created_by", b"olmoe.key_length_mla_"), "has a olmoe.key_length_mla_, which"),
+        (lambda c: c.replace(b"blk.0.attn_v.weight", b"blk.0.attn_q.weight"), "occurs twice"),
+        (lambda c: c.replace(b"\x05\0\0\0\0\0\0\0olmoe", b"\x05\0\0\0\0\0\0\0llama"), 'architecture is "llama"'),
+        (lambda c: c.replace(b"gpt2", b"bert"), "is not a byte-level BPE"),
+        (
+            lambda c: c.replace(b"molmo_edge.created_by", b"olmoe.key_length_mla_"),
+            "has the key olmoe.key_length_mla_, which",
+        ),
         (lambda c: as_type(c, b"blk.0.attn_norm.weight", 1), "attn_norm.weight is not in float32"),
         (lambda c: as_type(c, b"blk.0.attn_v.weight", 26), "type 26, which"),
     ],
@@ -101,12 +104,12 @@ def test_what_is_wrong_is_named(change: object, why: str, content: bytes, tmp_pa
 def test_another_tokenizer_s_file_is_refused(path: Path) -> None:
     text = (GOLDEN / "molmoe" / "tokenizer.json").read_text("utf-8")
     text = text.replace("<im_col>", "<im_x>").replace("<im_start>", "<im_col>").replace("<im_x>", "<im_start>")
-    with pytest.raises(BundleError, match="another tokenizer: token 500 is '<im_start>', here it is '<im_col>'"):
+    with pytest.raises(BundleError, match="another tokenizer: token 500 is '<im_start>', this model's is '<im_col>'"):
         check_decoder(path, CONFIG.decoder, Tokenizer(text))
 
 
 def test_types_that_are_not_known_and_tensors_that_overlap(tmp_path: Path) -> None:
-    for raw, why in ((200, "type 200"), (8, "do not fill its blocks of 32")):
+    for raw, why in ((200, "type 200"), (8, "is not a multiple of its block size 32")):
         bad = tmp_path / f"{raw}.gguf"
         writer = GGUFWriter(bad, "olmoe")
         writer.add_tensor("x", np.zeros((2, 33), np.float32))

@@ -125,14 +125,14 @@ def test_a_token_and_a_revision_reach_the_hub(hub: Hub, client: Client) -> None:
     says = refused(client.ask("--revision", "no-such", HF_TOKEN="hf_secret"))
     assert 'has no revision "no-such"' in says
     hub.gated = True
-    assert "is gated: accept its conditions" in refused(Client(hub, client.home / "other").ask(HF_TOKEN="hf_secret"))
+    assert "is gated: accept the conditions" in refused(Client(hub, client.home / "other").ask(HF_TOKEN="hf_secret"))
 
 
 def test_a_disk_too_small_is_seen_before_the_download(hub: Hub, client: Client) -> None:
     shard = next(p.name for p in hub.directory.glob("model-00001*"))
     hub.sizes[shard] = 10**15
     says = refused(client.ask())
-    assert "takes 1000000.0 GB more" in says
+    assert "needs 1000000.0 GB more" in says
     assert "HF_HOME" in says
     assert hub.downloads == []
 
@@ -143,9 +143,9 @@ def test_what_is_not_there_is_said_in_one_sentence(hub: Hub, client: Client) -> 
     assert "hf download someone/a-model --local-dir" in offline
     assert "cannot be reached" in refused(client.ask(HF_ENDPOINT="http://127.0.0.1:9"))
     other = client("ask", str(GOLDEN / "astronaut.png"), "Who?", "--model", "someone/other")
-    assert "the hub has no such model" in refused(other)
+    assert "the hub has no such public model" in refused(other)
     (hub.directory / "config.json").unlink()
-    assert "holds neither a bundle" in refused(client.ask())
+    assert "contains neither a bundle" in refused(client.ask())
 
 
 @pytest.mark.usefixtures("hub")
@@ -171,5 +171,5 @@ def test_without_pytorch_a_checkpoint_is_not_fetched(hub: Hub, client: Client) -
 
 @pytest.mark.parametrize("model", [None, "nano", GOLDEN / "qwen"])
 def test_a_revision_is_for_the_hub(model: Any) -> None:
-    with pytest.raises(BundleError, match="a revision is for a model of the hub"):
+    with pytest.raises(BundleError, match="a revision needs a hub id"):
         resolve_model(model, revision="main")

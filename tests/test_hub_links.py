@@ -85,7 +85,7 @@ def test_large_files_lie_on_the_disk_once_and_are_fetched_once(hub: Hub, client:
 def test_what_is_written_is_what_the_disk_check_counts(hub: Hub, client: Client) -> None:
     wanted = (WEIGHTS, "config.json", "preprocessor_config.json", "tokenizer.json")
     size = sum((hub.directory / name).stat().st_size for name in wanted)
-    assert "takes 0.1 GB more" in refused(client.fetch(**WITHOUT, FREE=str(499_000_000 + size)))
+    assert "needs 0.1 GB more" in refused(client.fetch(**WITHOUT, FREE=str(499_000_000 + size)))
     assert hub.downloads == []
     fetched(client, **WITHOUT, FREE=str(500_000_000 + size))
     written = sum(p.stat().st_size for p in folder(client).rglob("*") if p.is_file())

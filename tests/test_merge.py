@@ -129,5 +129,5 @@ def test_shards_of_several_dtypes(tmp_path: Path) -> None:
     assert dtypes(source) == kinds
     for name in shapes:
         assert np.array_equal(source.raw(name), values[name])
-    with pytest.raises(ValueError, match="wider dtypes have to come first"):
+    with pytest.raises(ValueError, match="wider dtypes must come first"):
         ShardWriter(tmp_path, shapes, kinds | {"wide": "F16"}, 1000)

@@ -229,7 +229,7 @@ def test_what_is_no_checkpoint_in_hub_layout_is_refused(tmp_path: Path) -> None:
     (empty / "config.json").write_text(config)
     reference.mkdir()
     (reference / "config.yaml").write_text(yaml.safe_dump({"model": json.loads(config)}))
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match="contains no weights"):
         export_with_optimum(empty, tmp_path / "graphs")
     with pytest.raises(ExportError, match="--engine torch"):
         export_with_optimum(reference, tmp_path / "graphs")

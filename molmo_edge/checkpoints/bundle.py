@@ -1,8 +1,8 @@
-"""The artefact on disk: a directory with a manifest, graphs, a tokenizer and a check of its own.
+"""Find and open bundles: directories with a manifest, model graphs, a tokenizer and a self-check.
 
-`molmo_edge.json` names every file with its size and sha256, and holds a sha256 of its own content. Opening a bundle
-compares that hash and the sizes always, and the files' hashes once a machine; whatever is damaged, edited, foreign or
-newer than this program is refused by name before any of it reaches an engine.
+`molmo_edge.json` lists every file with its size and SHA-256, and holds a SHA-256 of its own content. Opening a bundle
+always verifies that hash and the sizes, and the hashes of the files once per machine. Damaged, edited and foreign
+files, and bundles of newer versions, are refused by name before an engine reads them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.system.cache import cache_directory
 from molmo_edge.system.files import sha256_of
 
-MOST_STAMPS = 1000  # verified files that are remembered
+MOST_STAMPS = 1000  # maximum number of recorded verifications
 
 _DAY = 24 * 60 * 60  # seconds
-_STAMP_DAYS = 180  # a file that nobody opened for longer is hashed again
+_STAMP_DAYS = 180  # a file that was not opened for longer is hashed again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,19 +70,19 @@ class Bundle:
         return self.manifest.target.device if self.manifest.target else "cpu"
 
     def path(self, component: str) -> Path:
-        """The file of `component`. Raises BundleError where the bundle has no such component."""
+        """The file of `component`. Raises BundleError if the bundle has no such component."""
         if component not in self.components:
             raise BundleError(f"{self.directory}: the manifest has no component {component!r}")
         return self.directory / self.components[component].file
 
 
 def default_bundle() -> Path:
-    """The embedded nano model. Raises BundleError where this installation has none."""
+    """The directory of the embedded nano model. Raises BundleError if this installation lacks it."""
     directory = Path(__file__).parent.parent / "nano"
     if not (directory / MANIFEST).is_file():
         raise BundleError(
-            f"this installation of molmo-edge holds no embedded model ({directory / MANIFEST} is missing): "
-            "reinstall molmo-edge, or name a bundle directory"
+            f"this installation of molmo-edge has no embedded model ({directory / MANIFEST} is missing): "
+            "reinstall molmo-edge, or pass a bundle directory"
         )
     return directory
 
@@ -92,36 +92,36 @@ def is_bundle(directory: str | Path) -> bool:
 
 
 def is_hub_id(model: object) -> bool:
-    """Whether a model argument names one on the hub: `owner/name`, and nothing here is called so."""
+    """Whether a model argument is a hub id `owner/name`, and not an existing path."""
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None = None, to_run: bool = True) -> Path:
-    """Find the directory that `model` means.
+    """Find the directory of a model.
 
-    None or "nano": the embedded bundle. A bundle directory, or a checkpoint directory: itself. A hub id `owner/name`:
-    its files at `revision`, downloaded once into the hub's own cache. `to_run`: see
+    None or "nano": the embedded bundle. A directory of a bundle or a checkpoint: itself. A hub id `owner/name`: its
+    files at `revision`, downloaded once into the cache of huggingface_hub. `to_run`: see
     `molmo_edge.checkpoints.hub.fetch_model`.
-    Raises BundleError for anything else, HubError where the hub cannot give it.
+    Raises BundleError for anything else, and HubError if the download fails.
     """
     if model is not None and is_hub_id(model):
         from molmo_edge.checkpoints.hub import fetch_model
 
         return fetch_model(str(model), revision, to_run=to_run)
     if revision is not None:
-        given = "none is named" if model is None else f"the model is {model}"
-        raise BundleError(f"a revision is for a model of the hub, owner/name, but {given}")
+        given = "no model was given" if model is None else f"the model is {model}"
+        raise BundleError(f"a revision needs a hub id of the form owner/name, but {given}")
     if model is None:
         return default_bundle()
     if not isinstance(model, (str, os.PathLike)):
-        raise BundleError(f"the model must be a path or a hub id, it is {type(model).__name__}")
+        raise BundleError(f"the model must be a path or a hub id, got {type(model).__name__}")
     path = Path(model)
     if path.is_dir():
         if is_bundle(path) or is_checkpoint(path):
             return path
-        raise BundleError(f"{path} holds neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
+        raise BundleError(f"{path} contains neither a bundle ({MANIFEST}) nor a checkpoint (config.json)")
     if path.exists():
-        raise BundleError(f"{path} is a file: name the directory of the bundle or of the checkpoint")
+        raise BundleError(f"{path} is a file: pass the directory of the bundle or the checkpoint")
     if str(model) == "nano":
         return default_bundle()
     raise BundleError(f"there is no directory {path}, and it is not a hub id of the form owner/name")
@@ -130,8 +130,8 @@ def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None 
 def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:
     """Read and validate the bundle in `directory`.
 
-    `hashes`: True compares every sha256, that of the check's image too; False none; None those that this machine
-    has not compared before. Raises BundleError that names the file and what is wrong with it.
+    `hashes`: True verifies every SHA-256, including that of the check's image; False verifies none; None verifies those
+    that were not verified on this machine before. Raises BundleError that names the file and the problem.
     """
     bundle = Bundle(Path(directory), read_manifest(Path(directory)))
     for component in bundle.components.values():
@@ -143,9 +143,9 @@ def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a bundle or of a checkpoint directory.
+    """Load the tokenizer of a bundle or a checkpoint directory.
 
-    That of a bundle is verified, and must have the special ids that the graphs were made for.
+    In a bundle the file is verified, and must have the special ids of the manifest, for which the graphs were exported.
     Raises BundleError or TokenizerError.
     """
     directory = Path(directory)
@@ -158,14 +158,14 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if wrong := next((name for name in expected if found[name] != expected[name]), None):
         raise BundleError(
             f"{directory / TOKENIZER} has {wrong} at {found[wrong]}, the manifest says {expected[wrong]}: they do not "
-            "belong together, fetch or export the bundle again"
+            "belong together. Fetch or export the bundle again"
         )
     return tokenizer
 
 
 def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
     path = directory / component.file
-    again = "the bundle is damaged or incomplete, fetch or export it again"
+    again = "the bundle is damaged or incomplete. Fetch or export it again"
     try:
         stat = path.stat()
         if stat.st_size != component.bytes:
@@ -177,22 +177,22 @@ def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): {again}") from None
     if found != component.sha256:
-        raise BundleError(f"{path} does not have the sha256 that the manifest says: {again}")
+        raise BundleError(f"{path} does not have the sha256 in the manifest: {again}")
     _remember(stamp)
 
 
 def _refuse_unlisted_weights(bundle: Bundle) -> None:
-    """An engine reads the weights beside a graph (decoder.onnx.data, decoder.onnx_data) whether listed or not."""
+    """An engine reads weights next to a graph (decoder.onnx.data, decoder.onnx_data) even if they are not listed."""
     listed = {component.file for component in bundle.components.values()}
     for name in GRAPHS:
         path = bundle.path(name)
         for beside in path.parent.glob(f"{glob.escape(path.name)}[._]data*"):
             if beside.relative_to(bundle.directory).as_posix() not in listed:
-                raise BundleError(f"{beside} is not in the manifest, but an engine would read it: remove it")
+                raise BundleError(f"{beside} is not in the manifest, but the engine would read it: remove it")
 
 
 def _stamp(path: Path, stat: os.stat_result, sha256: str) -> Path:
-    # An empty file per verified fact: no format to break, and two processes cannot tear it.
+    # An empty file per verification: it has no format that could break, and concurrent processes cannot corrupt it.
     fact = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{sha256}"
     return cache_directory() / "verified" / hashlib.sha256(fact.encode()).hexdigest()
 
@@ -204,7 +204,7 @@ def _is_stamped(stamp: Path) -> bool:
         return False
     if time.time() - used > _DAY:
         with contextlib.suppress(OSError):
-            stamp.touch()  # still in use, see `_prune`
+            stamp.touch()  # in use: `_prune` keeps it
     return True
 
 
@@ -213,16 +213,16 @@ def _remember(stamp: Path) -> None:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
     except OSError:
-        return  # a read-only home costs the comparison next time, nothing else
+        return  # a read-only home: the hash is computed again next time
     _prune(stamp.parent)
 
 
 def _prune(directory: Path) -> None:
-    """Forget stamps that nobody asked for in half a year, and the oldest of too many.
+    """Remove stamps that were not used for half a year, and the oldest ones above MOST_STAMPS.
 
-    Files that are gone, or were written again, leave theirs, and a stamp does not say which file it is of.
+    Files that were removed or rewritten leave their stamps, and a stamp does not name its file.
     """
-    with contextlib.suppress(OSError):  # another process prunes as well
+    with contextlib.suppress(OSError):  # another process may prune, too
         stamps = sorted((entry.stat().st_mtime, entry.path) for entry in os.scandir(directory))
         old = time.time() - _STAMP_DAYS * _DAY
         for n, (used, path) in enumerate(reversed(stamps)):

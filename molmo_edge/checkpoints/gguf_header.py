@@ -1,7 +1,7 @@
-"""Reads the head of a GGUF and refuses, by name, what is damaged or another model's, before llama.cpp sees it.
+"""Read the header of a GGUF and refuse a damaged file, or one of another model, before llama.cpp loads it.
 
-llama.cpp ends the whole process for some files that it does not like, and takes others without a word: one made for
-another tokenizer answers, in the wrong words. Format: ggml/docs/gguf.md, versions 2 and 3, little-endian.
+llama.cpp aborts the process for some invalid files and accepts others: a file for another tokenizer gives wrong
+answers. This reader is also robust against hostile input. Format: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ TYPE_SIZES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    shape: tuple[int, ...]  # in the order of numpy
+    shape: tuple[int, ...]  # in numpy's order
     kind: int  # ggml's number for its type
-    offset: int  # bytes behind the header
+    offset: int  # bytes after the header
     size: int  # bytes
 
 
@@ -48,11 +48,11 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Raises BundleError for a file that is no GGUF, is cut short, or whose parts do not fit together."""
+    """Read the header. Raises BundleError for a file that is not a GGUF, is truncated or is inconsistent."""
     try:
         size = path.stat().st_size
         if size < 24:
-            raise _no_gguf(path)
+            raise _not_gguf(path)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Reader(data, path), size, path)
     except OSError as error:
@@ -62,18 +62,20 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def check_decoder(path: Path, d: DecoderConfig, tokenizer: Tokenizer) -> GgufHeader:
-    """The header of a GGUF that is this decoder, for this tokenizer. Raises BundleError that says what is not."""
+    """Read the header of a GGUF of decoder `d` for `tokenizer`. Raises BundleError that names what does not match."""
     header = read_header(path)
-    said = header.metadata.get("general.architecture")
-    if said != architecture(d):
-        raise _foreign(path, f'it is of the architecture "{said}", this model needs "{architecture(d)}"')
+    found = header.metadata.get("general.architecture")
+    if found != architecture(d):
+        raise _foreign(path, f'its architecture is "{found}", this model needs "{architecture(d)}"')
     for key, value in shape_metadata(d).items():
         found = header.metadata.get(key)
         if not isinstance(found, (int, float)) or not math.isclose(found, value, rel_tol=1e-6):
             raise _foreign(path, f"its {key} is {found}, this model's is {value}")
-    # Anything more about the shape changes what is computed, and some of it ends the process.
-    if more := sorted(key for key in header.metadata if key.startswith(f"{said}.") and key not in shape_metadata(d)):
-        raise _foreign(path, f"it has a {more[0]}, which this model has not")
+    # Additional keys of the architecture change the computation, and some abort the process.
+    if more := sorted(
+        key for key in header.metadata if key.startswith(f"{architecture(d)}.") and key not in shape_metadata(d)
+    ):
+        raise _foreign(path, f"it has the key {more[0]}, which this model does not have")
     wanted = {tensor.name: tensor for tensor in decoder_tensors(d)}
     for name, tensor in wanted.items():
         found = header.tensors.get(name)
@@ -84,7 +86,7 @@ def check_decoder(path: Path, d: DecoderConfig, tokenizer: Tokenizer) -> GgufHea
         if tensor.exact and found.kind != _F32:
             raise _foreign(path, f"its {name} is not in float32")
     if unknown := sorted(set(header.tensors) - set(wanted)):
-        raise _foreign(path, f"it has a tensor {unknown[0]}, which this model has not")
+        raise _foreign(path, f"it has a tensor {unknown[0]}, which this model does not have")
     _check_tokens(path, header.metadata, d, tokenizer)
     return header
 
@@ -92,19 +94,19 @@ def check_decoder(path: Path, d: DecoderConfig, tokenizer: Tokenizer) -> GgufHea
 def _check_tokens(path: Path, metadata: dict[str, Any], d: DecoderConfig, tokenizer: Tokenizer) -> None:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
-        raise _foreign(path, "its tokenizer is no byte-level BPE")
+        raise _foreign(path, "its tokenizer is not a byte-level BPE")
     if len(tokens) != d.embedding_size:
-        raise _foreign(path, f"its tokenizer has {len(tokens)} tokens, this model has {d.embedding_size} rows for them")
+        raise _foreign(path, f"its tokenizer has {len(tokens)} tokens, this model has {d.embedding_size}")
     for i, (found, wanted) in enumerate(zip(tokens, token_names(tokenizer, d), strict=True)):
         if found != wanted:
-            raise _foreign(path, f"it was made for another tokenizer: token {i} is {found!r}, here it is {wanted!r}")
+            raise _foreign(path, f"it has another tokenizer: token {i} is {found!r}, this model's is {wanted!r}")
     for key in ("bos_token_id", "eos_token_id"):
         if (found := metadata.get(f"tokenizer.ggml.{key}")) != tokenizer.special.eos:
             raise _foreign(path, f"its {key} is {found}, this tokenizer's is {tokenizer.special.eos}")
 
 
-def _no_gguf(path: Path) -> BundleError:
-    return BundleError(f"{path} is not a GGUF: fetch or export the bundle again")
+def _not_gguf(path: Path) -> BundleError:
+    return BundleError(f"{path} is not a GGUF file: fetch or export the bundle again")
 
 
 def _damaged(path: Path, why: str) -> BundleError:
@@ -116,40 +118,40 @@ def _foreign(path: Path, why: str) -> BundleError:
 
 
 class _Reader:
-    """Over the bytes of the file, which are mapped, not read: those of the tensors are never looked at."""
+    """Reads values from the mapped file. The data of tensors is never read."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self.at = data, path, 0
 
     def raw(self, count: int) -> bytes:
         if count > len(self._data) - self.at:
-            raise _damaged(self._path, "it ends in the middle of its header")
+            raise _damaged(self._path, "it ends in the middle of the header")
         self.at += count
         return self._data[self.at - count : self.at]
 
     def scalar(self, kind: int) -> Any:
         if kind not in _SCALARS:
-            raise _damaged(self._path, f"it has a value of the unknown kind {kind}")
+            raise _damaged(self._path, f"it has a value of unknown type {kind}")
         form = f"<{_SCALARS[kind]}"
         return struct.unpack(form, self.raw(struct.calcsize(form)))[0]
 
     def count(self, what: str) -> int:
-        """A number of things that cannot be more than `_MOST`, nor than the file's bytes."""
-        number = self.scalar(4 if what == "dimensions" else 10)
+        """Read a count, which can be larger neither than `_MOST` nor than the file."""
+        number: int = self.scalar(4 if what == "dimensions" else 10)
         if number > min(_MOST.get(what, len(self._data)), len(self._data)):
-            raise _damaged(self._path, f"it claims {number} for its {what}")
+            raise _damaged(self._path, f"it claims to have {number} {what}")
         return number
 
     def string(self) -> str:
         return self.raw(self.count("string")).decode("utf-8")
 
     def strings(self, count: int) -> list[str]:
-        """As `string`, many times: of a vocabulary's tokens and merges there are some hundred thousand."""
+        """Like `string`, optimised for the hundreds of thousands of tokens and merges of a vocabulary."""
         data, at, size, length, found = self._data, self.at, len(self._data), struct.Struct("<Q"), []
         for _ in range(count):
             n = length.unpack_from(data, at)[0] if at + 8 <= size else size
             if at + 8 + n > size:
-                raise _damaged(self._path, "it ends in the middle of its header")
+                raise _damaged(self._path, "it ends in the middle of the header")
             found.append(data[at + 8 : at + 8 + n])
             at += 8 + n
         self.at = at
@@ -164,17 +166,17 @@ class _Reader:
         if inner == _STRING:
             return self.strings(length)
         if inner not in _SCALARS:
-            raise _damaged(self._path, f"it has an array of the unknown kind {inner}")
+            raise _damaged(self._path, f"it has an array of unknown type {inner}")
         form = f"<{length}{_SCALARS[inner]}"
         return list(struct.unpack(form, self.raw(struct.calcsize(form))))
 
 
 def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
     if reader.raw(4) != _MAGIC:
-        raise _no_gguf(path)
+        raise _not_gguf(path)
     version = reader.scalar(4)
     if version not in (2, 3):
-        raise BundleError(f"{path} is a GGUF of version {version}, this molmo-edge reads 2 and 3, little-endian")
+        raise BundleError(f"{path} has GGUF version {version} (supported: 2 and 3, little-endian)")
     n_tensors, n_entries = reader.count("tensors"), reader.count("entries")
     metadata: dict[str, Any] = {}
     for _ in range(n_entries):
@@ -186,14 +188,14 @@ def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
         dimensions = [reader.scalar(10) for _ in range(reader.count("dimensions"))]
         kind, offset = reader.scalar(4), reader.scalar(10)
         if name in tensors or not dimensions or min(dimensions) < 1:
-            raise _damaged(path, f"its tensor {name} has the shape {dimensions}, or is there twice")
+            raise _damaged(path, f"its tensor {name} has the shape {dimensions}, or occurs twice")
         if kind not in TYPE_SIZES:
             raise BundleError(
-                f"{path}: {name} is of ggml's type {kind}, which this molmo-edge does not know: update it"
+                f"{path}: {name} has the ggml type {kind}, which is not supported: pip install --upgrade molmo-edge"
             )
         block, bytes_ = TYPE_SIZES[kind]
         if dimensions[0] % block:
-            raise _damaged(path, f"the rows of its tensor {name} do not fill its blocks of {block}")
+            raise _damaged(path, f"the row length of its tensor {name} is not a multiple of its block size {block}")
         tensors[name] = TensorInfo(tuple(reversed(dimensions)), kind, offset, math.prod(dimensions) // block * bytes_)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
@@ -202,8 +204,8 @@ def _read(reader: _Reader, size: int, path: Path) -> GgufHeader:
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset % alignment or start + tensor.offset < end:
-            raise _damaged(path, f"its tensor {name} lies across another")
+            raise _damaged(path, f"its tensor {name} overlaps another one")
         end = start + tensor.offset + tensor.size
         if end > size:
-            raise _damaged(path, f"its tensor {name} ends {end - size} bytes behind the file")
+            raise _damaged(path, f"its tensor {name} ends {end - size} bytes after the end of the file")
     return GgufHeader(metadata, tensors)

@@ -16,7 +16,7 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 
 
 class NoGraphError(MolmoEdgeError):
-    """A decoder that llama.cpp has no graph for."""
+    """llama.cpp does not support the decoder."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    exact: bool  # vectors and the router are float32 in every precision
+    exact: bool  # vectors and the router are float32 at every precision
 
     @property
     def weights(self) -> int:

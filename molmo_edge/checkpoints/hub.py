@@ -1,9 +1,9 @@
-"""Models by hub id: what is fetched, whether it fits on the disk, and what to do where the hub cannot be reached.
+"""Download models by hub id, with a check of the disk space, resumable large files and an offline fallback.
 
-huggingface_hub does the transfer, into its own cache: HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what
-they always mean. Newer versions of it throw an unfinished file away, which for one of 28.9 GB is days on a slow line:
-large files are therefore kept as far as they came, resumed, and compared with the hub's sha256. Python code beside a
-checkpoint is never fetched.
+huggingface_hub transfers the files into its own cache: HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE work as usual.
+Its newer versions discard an unfinished file, which for 28.9 GB can cost days on a slow connection. Therefore this
+module downloads large files itself, keeps and resumes partial ones, and verifies the hub's SHA-256. Python code in a
+repository is never downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from molmo_edge.system.files import sha256_of
 
 _CHECKPOINT = (
     *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),
-    # For other programs, beside a converted checkpoint.
+    # For other programs that read a converted checkpoint.
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
@@ -35,14 +35,14 @@ _SPARE = 500_000_000  # bytes that stay free on the disk
 
 
 class HubError(MolmoEdgeError):
-    """A model that could not be had from the hub."""
+    """A model could not be downloaded from the hub."""
 
 
 def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True) -> Path:
-    """The directory of a bundle or checkpoint `owner/name`, downloaded where the cache has it not.
+    """Return the directory of the bundle or checkpoint `owner/name`; download it if it is not in the cache.
 
-    `revision`: a branch, a tag or a commit; None for the main branch. `to_run`: a checkpoint will be run, which needs
-    PyTorch; that is found out before 29 GB are fetched. Raises HubError.
+    `revision`: a branch, a tag or a commit; None for the main branch. `to_run`: the model will be run; a checkpoint
+    then needs PyTorch, which is checked before the download. Raises HubError.
     """
     from huggingface_hub import constants
 
@@ -64,7 +64,7 @@ def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True
     return _download(hub_id, revision, wanted, missing, links)
 
 
-class _Unreachable(Exception):  # noqa: N818 (a state, not a mistake)
+class _Unreachable(Exception):  # noqa: N818 (not raised to users)
     pass
 
 
@@ -81,32 +81,32 @@ def _list(hub_id: str, revision: str | None) -> dict[str, HubFile]:
     try:
         info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
     except HFValidationError as error:
-        raise HubError(f"{hub_id} is no directory here, and no hub id: {first_line(error)}") from None
+        raise HubError(f"{hub_id} is neither a directory nor a valid hub id: {first_line(error)}") from None
     except GatedRepoError:
-        raise HubError(f"{hub_id} is gated: accept its conditions on its page, then set HF_TOKEN") from None
+        raise HubError(f"{hub_id} is gated: accept the conditions on its page, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise HubError(
-            f"{hub_id} is no directory here, and the hub has no such model, or does not show it to you: check the "
-            "name, or set HF_TOKEN for a private one"
+            f"{hub_id} is not a directory, and the hub has no such public model: check the name, or set HF_TOKEN for a "
+            "private model"
         ) from None
     except RevisionNotFoundError:
-        raise HubError(f'{hub_id} has no revision "{revision}": name a branch, a tag or a commit of it') from None
+        raise HubError(f'{hub_id} has no revision "{revision}": pass a branch, a tag or a commit') from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         if status == 401 or status == 403:
-            raise HubError(f"the hub does not let you read {hub_id} ({status}): check HF_TOKEN") from None
+            raise HubError(f"access to {hub_id} was denied ({status}): check HF_TOKEN") from None
         raise _Unreachable(error) from error
-    except Exception as error:  # connections fail with httpx's errors or with requests', by the client's version
+    except Exception as error:  # httpx or requests errors, depending on the version of huggingface_hub
         raise _Unreachable(error) from error
     files = {}
-    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # it and names become paths here: the hub may name no others
-        raise HubError(f"the hub says that the commit of {hub_id} is {info.sha!r}, which is none: ask again later")
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # these strings become paths: trust no other forms
+        raise HubError(
+            f"the hub reports {info.sha!r} as the commit of {hub_id}, which is not a commit: try again later"
+        )
     for sibling in info.siblings or ():
         if not is_inside(sibling.rfilename):
             raise HubError(f"{hub_id} names a file outside of its folder, {sibling.rfilename!r}: do not trust it")
-        sha256 = sibling.lfs and str(
-            sibling.lfs.sha256
-        )  # it becomes a file's name: nothing else than a hash may be one
+        sha256 = sibling.lfs and str(sibling.lfs.sha256)  # becomes a file name, so it must be a hash
         sha256 = sha256 if sha256 and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
         files[sibling.rfilename] = HubFile(sibling.rfilename, int(sibling.size or 0), str(info.sha), sha256)
     return files
@@ -116,15 +116,15 @@ def _wanted(name: str, files: list[str], to_run: bool) -> list[str]:
     if MANIFEST in files:
         return [file for file in files if not _matches(file, _NOT_OF_A_BUNDLE)]
     if CONFIG not in files:
-        raise HubError(f"{name} on the hub holds neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG})")
+        raise HubError(f"{name} on the hub contains neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG})")
     weights = [file for file in files if _matches(file, _SAFETENSORS)] or [file for file in files if file == _PICKLE]
     if not weights:
         raise HubError(f"{name} on the hub has no weights: expected {', '.join(_SAFETENSORS[:2])} or {_PICKLE}")
     if TOKENIZER not in files:
-        raise HubError(f"{name} on the hub has no {TOKENIZER}, without which nothing can be asked")
+        raise HubError(f"{name} on the hub has no {TOKENIZER}, which every model needs")
     if (to_run or weights == [_PICKLE]) and importlib.util.find_spec("torch") is None:
-        why = "which runs on PyTorch" if to_run else "whose weights are a pickle, which only PyTorch reads"
-        raise HubError(f"{name} is a checkpoint, {why}: {pip_command('torch')}, or name a bundle")
+        why = "which runs on PyTorch" if to_run else "whose pickled weights only PyTorch can read"
+        raise HubError(f"{name} is a checkpoint, {why}: {pip_command('torch')}, or choose a bundle")
     return weights + [file for file in files if _matches(file, _CHECKPOINT)]
 
 
@@ -150,14 +150,14 @@ def _blobs(hub_id: str) -> Path:
 
 
 def _to_write(hub_id: str, file: HubFile, links: bool) -> int:
-    """Bytes that will be added to the disk. `links`: the cache can make symlinks."""
+    """Bytes that the download will add to the disk. `links`: the cache supports symlinks."""
     if file.sha256 is None:
         return file.size
     whole, part = _blobs(hub_id) / file.sha256, _blobs(hub_id) / f"{file.sha256}.part"
     if whole.exists():
-        return 0 if links else file.size  # the client copies a blob that `reuse` has left where it is
+        return 0 if links else file.size  # the client copies a blob that `reuse` did not move
     there = part.stat().st_size if part.exists() else 0
-    return file.size - (there if there <= file.size else 0)  # one that is longer is thrown away
+    return file.size - (there if there <= file.size else 0)  # a longer one is discarded
 
 
 def _check_disk(hub_id: str, missing: list[HubFile], links: bool) -> None:
@@ -167,8 +167,8 @@ def _check_disk(hub_id: str, missing: list[HubFile], links: bool) -> None:
     free = shutil.disk_usage(there).free
     if needed and needed + _SPARE > free:
         raise HubError(
-            f"{hub_id} takes {needed / 1e9:.1f} GB more, but {there} has only {free / 1e9:.1f} GB free: make room, or "
-            "let HF_HOME name a directory on a larger disk"
+            f"{hub_id} needs {needed / 1e9:.1f} GB more, but {there} has only {free / 1e9:.1f} GB free: free some "
+            "space, or set HF_HOME to a directory on a larger disk"
         )
 
 
@@ -182,17 +182,17 @@ def _download(hub_id: str, revision: str | None, wanted: list[str], missing: lis
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[glob.escape(f) for f in wanted]))
     except HubError:
         raise
-    except Exception as error:  # the client's own errors, httpx's or requests', and OSError from the disk
+    except Exception as error:  # errors of the client, of httpx or requests, and OSError
         raise HubError(
-            f"the download of {hub_id} broke off: {first_line(error)}. Ask again: it goes on where it stopped"
+            f"the download of {hub_id} failed: {first_line(error)}. Try again: it resumes where it stopped"
         ) from error
 
 
 def _download_large(hub_id: str, file: HubFile, sha256: str, links: bool) -> None:
-    """Put `file` where the cache looks for it, going on from what an earlier attempt has left.
+    """Download `file` to where the cache expects it, resuming an earlier attempt.
 
-    That is by its hash; where there are no symlinks, by its name at once: the client would copy it there, and 28.9 GB
-    would lie on the disk twice.
+    With symlinks that is a blob named by its hash; without them the file in its snapshot, because the client would copy
+    the blob there and 28.9 GB would be on the disk twice.
     """
     from filelock import FileLock
     from huggingface_hub import hf_hub_url
@@ -204,7 +204,7 @@ def _download_large(hub_id: str, file: HubFile, sha256: str, links: bool) -> Non
     for directory in (blobs, locks):
         directory.mkdir(parents=True, exist_ok=True)
     part = blobs / f"{sha256}.part"
-    with FileLock(locks / f"{part.name}.lock"):  # two at once would write into each other
+    with FileLock(locks / f"{part.name}.lock"):  # two processes must not write to the same file
         target = blobs / sha256 if links else snapshot_path(_folder(hub_id), file)
         if (blobs / sha256).exists() or target.exists():
             return
@@ -221,23 +221,23 @@ def _download_large(hub_id: str, file: HubFile, sha256: str, links: bool) -> Non
             )
         if sha256_of(part) != sha256:
             part.unlink()
-            raise HubError(f"{file.name} of {hub_id} arrived damaged and was thrown away: ask again to fetch it anew")
+            raise HubError(f"{file.name} of {hub_id} was damaged during the download and discarded: try again")
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
 
 
 def _cached(hub_id: str, revision: str | None, why: str) -> Path:
-    """The copy that an earlier download left, whole; what is wrong with its weights is found when they are opened."""
+    """Return the copy of an earlier download, if it is complete. Its weights are verified when they are opened."""
     from huggingface_hub import constants, snapshot_download
 
     advice = (
-        f"connect once, or fetch it elsewhere (hf download {hub_id} --local-dir DIR), copy that directory here and "
-        "name it instead of the id"
+        f"connect once, or download it on another machine (hf download {hub_id} --local-dir DIR), copy that directory "
+        "here and pass its path instead of the id"
     )
     known: dict[str, Any] = {"revision": revision, "local_files_only": True}
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=[MANIFEST, CONFIG], **known))
-    except Exception:  # LocalEntryNotFoundError, or by version another one
+    except Exception:  # LocalEntryNotFoundError or another one, depending on the version
         raise HubError(f"{why}; {constants.HF_HUB_CACHE} has no copy of it: {advice}") from None
     missing = None
     if not (directory / MANIFEST).is_file():

@@ -1,9 +1,9 @@
-"""The hub's cache where no symlinks can be made: Windows without developer mode, exFAT, network shares.
+"""Save disk space in the hub's cache without symlinks: Windows without developer mode, exFAT, network shares.
 
-huggingface_hub keeps each file once, under its hash, and links to it from the folder of each revision. Without
-symlinks the file itself has to lie in that folder. The client moves there what it has downloaded, but copies what it
-finds under a hash: large files, which we download ourselves, would lie on the disk twice. And it knows nothing of the
-same file in the folder of another revision, and would fetch it again.
+huggingface_hub stores each file once, as a blob named by its hash, and links to it from the folder of each revision.
+Without symlinks that folder must contain the file itself. The client moves files there that it downloads, but copies
+existing blobs: large files, which molmo_edge.checkpoints.hub downloads itself, would be on the disk twice. It also does
+not reuse the same file of another revision, and would download it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from molmo_edge.system.files import sha256_of
 
-LARGE = 50_000_000  # bytes from which on a file is worth resuming, and looking for
+LARGE = 50_000_000  # bytes; only files of at least this size are resumed and reused
 
 
 @dataclass(frozen=True)
@@ -23,35 +23,36 @@ class HubFile:
     name: str
     size: int  # bytes
     commit: str
-    sha256: str | None  # of large files; the cache names their blobs by it
+    sha256: str | None  # of large files: the name of the blob
 
 
 def has_symlinks(folder: Path) -> bool:
-    """Whether the cache can make symlinks in `folder`, a model's: as huggingface_hub finds out."""
+    """Whether the cache supports symlinks in `folder`, the folder of a model."""
     from huggingface_hub.file_download import are_symlinks_supported
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that more space is needed, which is mended here; it asks only once
+        warnings.simplefilter("ignore")  # a warning about disk space, which this module saves
         try:
             return are_symlinks_supported(folder)
-        except OSError:  # not to be written to: the download says so
+        except OSError:  # not writable: the download reports it
             return True
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file name of the hub stays inside the folder that it is put into, on any system."""
+    """Whether a file name of the hub stays inside the folder that contains it, on any system."""
     return not any(part in ("", ".", "..") for part in name.split("/")) and not set(name) & set("\\:\0")
 
 
 def snapshot_path(folder: Path, file: HubFile) -> Path:
-    """Where the cache looks for `file` of a model whose `folder` it is."""
+    """Where the cache expects `file`. `folder`: the folder of the model."""
     return folder / "snapshots" / file.commit / file.name
 
 
 def reuse(folder: Path, file: HubFile) -> bool:
-    """Put a large file into the folder of its revision from what is on the disk already; whether that was possible.
+    """Provide a large file in the folder of its revision from files that are already on the disk.
 
-    It takes no room: a blob is moved, the file of another revision gets a second name. For a cache without symlinks.
+    Takes no space: a blob is moved, the file of another revision is hard-linked. For a cache without symlinks. Returns
+    whether it succeeded.
     """
     target = snapshot_path(folder, file)
     if file.size < LARGE or file.sha256 is None:
@@ -60,7 +61,7 @@ def reuse(folder: Path, file: HubFile) -> bool:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if blob.is_file():
-            if _is_linked(folder, blob):  # from the time when there were symlinks
+            if _is_linked(folder, blob):  # symlinks were supported earlier
                 return False
             blob.replace(target)
             return True
@@ -68,7 +69,7 @@ def reuse(folder: Path, file: HubFile) -> bool:
         if twin is None:
             return False
         os.link(twin, target)
-    except OSError:  # no hard links either: it is fetched again
+    except OSError:  # no hard links either: download it again
         return False
     return True
 
@@ -78,7 +79,7 @@ def _is_linked(folder: Path, blob: Path) -> bool:
 
 
 def _twin(folder: Path, file: HubFile) -> Path | None:
-    """The same file in the folder of another revision, where a commit has changed others."""
+    """The same file in the folder of another revision, if there is one."""
     for path in sorted((folder / "snapshots").glob("*/")):
         twin = path / file.name
         if twin.is_file() and twin.stat().st_size == file.size and sha256_of(twin) == file.sha256:

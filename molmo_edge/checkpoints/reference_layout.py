@@ -1,7 +1,7 @@
-"""The reference's own checkpoint folders: `config.yaml` and `model.pt`, as its tarballs hold them.
+"""Map the reference's own checkpoints (`config.yaml` and `model.pt`, as in its tarballs) to hub names.
 
-Dense models differ from the hub's only by the prefix "model."; MolmoE's blocks have other names there, and all
-experts of a layer lie in one matrix, the down projections turned (olmo/model.py::OLMoEBlock and megablocks' MLP).
+Dense models differ from the hub's only by the prefix "model.". In MolmoE the blocks have other names, and all experts
+of a layer are in one matrix, with the down projections transposed (olmo/model.py::OLMoEBlock and megablocks' MLP).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _FUSED = {"gate": "w1", "up": "v1", "down": "w2"}
 
 
 def hub_entries(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
-    """The tensors of `model.pt` at `path` under their hub names; an expert's are parts of the fused matrix.
+    """The tensors of the `model.pt` at `path` by hub name; those of an expert are slices of the fused matrix.
 
-    Raises ConfigError for the config.yaml beside it, CheckpointError for a tensor that is missing, or for fused
-    matrices that do not hold the experts.
+    Raises ConfigError for the config.yaml next to it, and CheckpointError for a missing tensor or a fused matrix of the
+    wrong shape.
     """
     config = read_reference_config(path.with_name(REFERENCE_CONFIG))
     found = {}
@@ -31,7 +31,7 @@ def hub_entries(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
         match = _EXPERT.fullmatch(name)
         source = f"{match[1]}ffn.experts.mlp.{_FUSED[match[3]]}" if match else _renamed(name, config)
         if source not in entries:
-            raise CheckpointError(f"{path} has no tensor {source}: is it whole, and does config.yaml belong to it?")
+            raise CheckpointError(f"{path} has no tensor {source}: is it complete, and does config.yaml belong to it?")
         entry = entries[source]
         found[name] = _expert(source, entry, config, int(match[2]), match[3]) if match else entry
     return found
@@ -41,12 +41,12 @@ def _expert(name: str, fused: Entry, config: MolmoConfig, expert: int, part: str
     d = config.decoder
     if fused.shape != (d.n_experts * d.ffn_dim, d.d_model):
         raise CheckpointError(
-            f"{fused.path}: tensor {name} has shape {list(fused.shape)}, which is not "
-            f"{d.n_experts} experts of {d.ffn_dim} x {d.d_model}"
+            f"{fused.path}: tensor {name} has shape {list(fused.shape)}, but the "
+            f"configuration has {d.n_experts} experts of {d.ffn_dim} x {d.d_model}"
         )
     row, column = fused.strides or (d.d_model, 1)
     offset = fused.offset + expert * d.ffn_dim * row * DTYPES[fused.dtype].itemsize
-    if part == "down":  # stored as its transpose
+    if part == "down":  # stored transposed
         return replace(fused, shape=(d.d_model, d.ffn_dim), strides=(column, row), offset=offset)
     return replace(fused, shape=(d.ffn_dim, d.d_model), strides=(row, column), offset=offset)
 

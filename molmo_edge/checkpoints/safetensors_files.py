@@ -1,7 +1,7 @@
-"""Safetensors files: read tensor by tensor, and written as the tensors come.
+"""Read and write safetensors files tensor by tensor.
 
-The format is a JSON header and plain bytes, so neither torch nor the safetensors package is needed; and that
-package's writer wants a whole file's tensors in memory, which for a model of 29 GB is what must not be.
+The format is a JSON header and raw bytes, which needs neither torch nor the safetensors package. That package's writer
+needs all tensors of a file in memory, which a model of 29 GB does not allow.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
 def read_header(path: Path, *, floats_only: bool = False) -> dict[str, Entry]:
-    """The tensors of one file, checked against its size. Raises CheckpointError.
+    """Read where the tensors of a file are stored, and check them against its size. Raises CheckpointError.
 
-    No Molmo has any but floats. floats_only: pass over others, as there are in CLIP's files, instead of refusing them.
+    A Molmo has only float tensors. `floats_only`: skip others, as in CLIP's files, instead of raising an error.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file, or was cut short: download it again")
+            raise CheckpointError(f"{path} is not a safetensors file, or it is truncated: download it again")
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
@@ -47,57 +47,57 @@ def read_header(path: Path, *, floats_only: bool = False) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, info: Any, data: int, size: int) -> Entry:
-    """Check one header record against the file; `data` is where the tensors start, `size` the file's, in bytes."""
+    """Check one entry of the header. `data`: offset of the first tensor, `size`: size of the file, in bytes."""
     try:
         dtype, shape = info["dtype"], tuple(int(n) for n in info["shape"])
         begin, end = (int(n) for n in info["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f'{path} has a damaged header at "{name}": download it again') from None
     if dtype not in DTYPES:
-        raise CheckpointError(f'{path}: "{name}" is stored as {dtype}; known are {", ".join(DTYPES)}')
+        raise CheckpointError(f'{path}: "{name}" has the unsupported dtype {dtype} (supported: {", ".join(DTYPES)})')
     if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise CheckpointError(f'{path}: the size of "{name}" contradicts its shape {list(shape)}: download it again')
     if data + end > size:
         raise CheckpointError(
-            f'{path} was cut short: "{name}" ends {data + end - size} bytes past it; download it again'
+            f'{path} is truncated: "{name}" ends {data + end - size} bytes after the end of the file. Download it again'
         )
     return Entry(path, dtype, shape, data + begin)
 
 
 def shards_of(path: Path) -> dict[str, str]:
-    """Tensor -> file, as an index says; all files are there, beside it. Raises CheckpointError."""
+    """The files of an index by tensor name. Raises CheckpointError if one of them does not exist."""
     try:
         files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(files.values()))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f'{path} is damaged: it should map tensors to files under "weight_map"') from None
+        raise CheckpointError(f'{path} is damaged: it must map tensors to files in "weight_map"') from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
-            raise CheckpointError(f"{path} points outside of its directory: {shard!r}")
+            raise CheckpointError(f"{path} refers to a file outside of its directory: {shard!r}")
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path.parent / shard} is missing, though {path.name} lists it: download it")
     return files
 
 
 def read_index(path: Path) -> dict[str, Entry]:
-    """The tensors of all shards that an index lists. Raises CheckpointError."""
+    """Read where the tensors of all shards of an index are stored. Raises CheckpointError."""
     files = shards_of(path)
     headers = {shard: read_header(path.parent / shard) for shard in sorted(set(files.values()))}
     missing = [name for name, shard in files.items() if name not in headers[shard]]
     if missing:
         raise CheckpointError(
-            f'{path.parent / files[missing[0]]} has no tensor "{missing[0]}", though {path.name} says so'
+            f'{path.parent / files[missing[0]]} has no tensor "{missing[0]}", though {path.name} lists it'
         )
     return {name: headers[shard][name] for name, shard in files.items()}
 
 
 class ShardWriter:
-    """Writes tensors in the order of `shapes` into shards as the hub has them, holding at most two at a time.
+    """Writes tensors in the order of `shapes` to shards, with at most two tensors in memory.
 
-    One file `model.safetensors` where everything fits into `shard_bytes`, else `model-00001-of-0000n.safetensors`
-    and an index. `dtype`: one of DTYPES for all tensors, or one for each; then wider ones have to come first, or
-    values would begin at addresses where other loaders cannot read them. Writing goes on in a thread of its own while
-    the next tensor is read. Use it as a context manager; the directory is the caller's to remove where that raises.
+    Writes one file `model.safetensors` if everything fits into `shard_bytes`, else
+    `model-00001-of-0000n.safetensors`, ... and an index. `dtype`: one of DTYPES for all tensors, or one for each; wider
+    dtypes must come first, so that all values are aligned. A thread writes while the caller reads the next tensor. Use
+    it as a context manager; after an error the caller removes the directory.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ShardWriter:
         self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else {n: dtype[n] for n in shapes}
         widths = [DTYPES[one].itemsize for one in self._dtypes.values()]
         if widths != sorted(widths, reverse=True):
-            raise ValueError("tensors of wider dtypes have to come first")
+            raise ValueError("tensors of wider dtypes must come first")
         self._bytes = {n: math.prod(shape) * DTYPES[self._dtypes[n]].itemsize for n, shape in self._shapes.items()}
         shards = _cut(self._bytes, shard_bytes)
         n = len(shards)
@@ -120,10 +120,10 @@ class ShardWriter:
         self._pending: Future[None] | None = None
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """The next tensor, in the dtype that was announced (bfloat16 as uint16)."""
+        """Write the next tensor, in its declared dtype (bfloat16 as uint16)."""
         expected, shard = next(self._order)
         if name != expected or values.shape != self._shapes[name] or values.dtype != DTYPES[self._dtypes[name]]:
-            raise ValueError(f"{expected} is due, got {name} {values.dtype} {list(values.shape)}")
+            raise ValueError(f"expected {expected}, got {name} {values.dtype} {list(values.shape)}")
         self._wait()
         self._pending = self._pool.submit(self._append, shard, np.ascontiguousarray(values))
 
@@ -151,7 +151,7 @@ class ShardWriter:
         if self._file is None or shard != self._shard:
             if self._file is not None:
                 self._file.close()
-            with contextlib.ExitStack() as stack:  # closed here only where its header cannot be written
+            with contextlib.ExitStack() as stack:  # closes the file only if its header cannot be written
                 file = stack.enter_context((self._directory / shard).open("xb"))
                 file.write(self._header(self._shards[shard]))
                 self._file, self._shard = file, shard
@@ -159,7 +159,7 @@ class ShardWriter:
         self._file.write(values.reshape(-1).view(np.uint8).data)
 
     def _header(self, names: list[str]) -> bytes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what other loaders ask for
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # other loaders require it
         offset = 0
         for name in names:
             end = offset + self._bytes[name]
@@ -170,7 +170,7 @@ class ShardWriter:
             }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+        text += b" " * (-len(text) % 8)  # align the data to eight bytes
         return struct.pack("<Q", len(text)) + text
 
     def _write_index(self) -> None:
@@ -180,7 +180,7 @@ class ShardWriter:
 
 
 def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names of tensors of `sizes` bytes, shard by shard."""
+    """Distribute tensors of `sizes` bytes to shards. Returns the names in each shard."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

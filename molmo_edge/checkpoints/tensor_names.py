@@ -85,7 +85,7 @@ def _conv_tower(config: MolmoConfig) -> Iterator[_Line]:
 
 
 def tower_shapes(config: ConvTowerConfig) -> dict[str, Shape]:
-    """Parameter of `modeling.conv_tower.ConvTower` -> shape."""
+    """Shapes by parameter name of `modeling.conv_tower.ConvTower`."""
     convs: dict[str, Shape] = {"stem": (config.stem_dim, 3, 3, 3)}
     width = config.stem_dim
     for n, steps in enumerate(config.steps):

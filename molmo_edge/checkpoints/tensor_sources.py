@@ -1,7 +1,6 @@
-"""Where weights come from: one protocol over safetensors shards, MolmoE's pickle and the reference's own folders.
+"""The protocol through which weights are read, one tensor at a time by hub name, and its basic implementations.
 
-Tensors are named as on the hub, read one at a time, and never all held: a 29 GB checkpoint passes through the
-memory of its largest tensor. Only the pickles need torch.
+A 29 GB checkpoint is processed in the memory of its largest tensor. Only pickles need torch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from molmo_edge.errors import MolmoEdgeError
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
 
-# Of float tensors, by the names that safetensors gives them. numpy has no bfloat16: its bits travel as uint16.
+# Float types by their safetensors names. numpy has no bfloat16: its bits are passed as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -29,11 +28,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class CheckpointError(MolmoEdgeError):
-    """A checkpoint that is missing, cut short, or not what its name says."""
+    """A checkpoint that is missing, truncated, or of another format or model."""
 
 
 class TensorSource(Protocol):
-    """Where an exporter or a loader takes weights from, by their hub names ("model.transformer...")."""
+    """A source of weights by hub name ("model.transformer...")."""
 
     def names(self) -> list[str]: ...
 
@@ -44,11 +43,11 @@ class TensorSource(Protocol):
         ...
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor, to be named in an error."""
+        """The file that contains the tensor, for error messages."""
         ...
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor as stored, bfloat16 as uint16, in memory of its own. It may be read-only."""
+        """The tensor as stored, bfloat16 as uint16. Not shared with other calls; may be read-only."""
         ...
 
     def get(self, name: str) -> np.ndarray:
@@ -58,7 +57,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Changed:
-    """A TensorSource over another of the same names and shapes, whose tensors `change` gives, float32 by their name."""
+    """A TensorSource with the names and shapes of another one, whose tensors `change(name)` computes as float32."""
 
     tensors: TensorSource
     change: Callable[[str], np.ndarray]
@@ -84,17 +83,17 @@ class Changed:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Where one tensor is stored."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    strides: tuple[int, ...] | None = None  # values from one index to the next; None: row by row
+    strides: tuple[int, ...] | None = None  # in values; None: contiguous
 
 
 class FileSource:
-    """A TensorSource over entries of files, each read when it is asked for."""
+    """A TensorSource that reads tensors from files on demand."""
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self._entries = entries
@@ -112,14 +111,14 @@ class FileSource:
         return self._entry(name).path
 
     def raw(self, name: str) -> np.ndarray:
-        # Read, not mapped: pages of a mapped file stay with the process and count as its memory, and Linux refuses
-        # to map a file writably, as torch.load would, that is larger than the machine's memory.
+        # Read, not mapped: pages of a mapped file count as memory of the process, and Linux refuses to map a file for
+        # writing, as torch.load does, that is larger than the machine's memory.
         e = self._entry(name)
         strides = e.strides or _row_by_row(e.shape)
         span = 0 if 0 in e.shape else 1 + sum((n - 1) * step for n, step in zip(e.shape, strides, strict=True))
         flat: np.ndarray = np.fromfile(e.path, DTYPES[e.dtype], span, offset=e.offset)
         if len(flat) != span:
-            raise CheckpointError(f'{e.path} became shorter while "{name}" was read from it')
+            raise CheckpointError(f'{e.path} was truncated while "{name}" was read')
         if strides == _row_by_row(e.shape):
             return flat.reshape(e.shape)
         size = flat.itemsize
@@ -141,7 +140,7 @@ def _row_by_row(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """What `TensorSource.raw` gave, as float32."""
+    """Convert a result of `TensorSource.raw` to float32."""
     if dtype == "BF16":  # the upper half of a float32
         wide = raw.astype(np.uint32)
         wide <<= 16
@@ -150,9 +149,9 @@ def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def check_tensors(config: MolmoConfig, source: TensorSource, *, where: str | Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor that `config` asks for is there and has its shape; returns the shapes by hub name.
+    """Check that `source` has every tensor of a model with `config`, in its shape. Returns the shapes by hub name.
 
-    Only headers are read. Raises CheckpointError that names the file and the tensor.
+    Reads only headers. Raises CheckpointError that names the file and the tensor.
     """
     from molmo_edge.checkpoints.tensor_names import hub_shapes
 
@@ -163,11 +162,11 @@ def check_tensors(config: MolmoConfig, source: TensorSource, *, where: str | Pat
         if source.shape(name) != shape:
             raise CheckpointError(
                 f"{source.file(name)}: tensor {name} has shape {list(source.shape(name))}, "
-                f"but its configuration asks for {list(shape)}"
+                f"but the configuration requires {list(shape)}"
             )
     return shapes
 
 
 def stored_bytes(source: TensorSource, names: Iterable[str]) -> int:
-    """What the named tensors take as they are stored."""
+    """Total size of the named tensors as stored, in bytes."""
     return sum(math.prod(source.shape(name)) * DTYPES[source.dtype(name)].itemsize for name in names)

@@ -14,10 +14,10 @@ REFERENCE_PICKLE = "model.pt"  # beside config.yaml, in the reference's own chec
 
 
 def open_tensors(directory: str | Path) -> TensorSource:
-    """Open the weights of a checkpoint directory; nothing but headers is read until `raw` or `get`.
+    """Open the weights of a checkpoint directory. Reads only headers; tensors are read on demand.
 
-    Takes `model.safetensors`, else `model.safetensors.index.json` and its shards, else `pytorch_model.bin`, else the
-    reference's `model.pt` (code in a pickle is never run). Raises CheckpointError.
+    Uses the first that exists of `model.safetensors`, `model.safetensors.index.json` with its shards,
+    `pytorch_model.bin` and the reference's `model.pt`. Code in a pickle is never run. Raises CheckpointError.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -30,7 +30,7 @@ def open_tensors(directory: str | Path) -> TensorSource:
         if path.is_file():
             return FileSource(_read_pickle(path))
     raise CheckpointError(
-        f"{directory} holds no weights: expected {SAFETENSORS}, {INDEX}, {PICKLE}, or the reference's "
+        f"{directory} contains no weights: expected {SAFETENSORS}, {INDEX}, {PICKLE}, or the reference's "
         f"{REFERENCE_PICKLE}"
     )
 
@@ -41,7 +41,7 @@ def _read_pickle(path: Path) -> dict[str, Entry]:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise CheckpointError(f"{path} is a pickle, which only PyTorch reads: {pip_command('torch')}") from None
+        raise CheckpointError(f"{path} is a pickle, which only PyTorch can read: {pip_command('torch')}") from None
     if path.name == PICKLE:
         return read_pickle(path)
     return hub_entries(read_pickle(path), path)
