@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes.generate import Sampling, generate_batch, most_new_tokens
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.streaming import Generated, finished, stream_answer
+
+if TYPE_CHECKING:
+    from molmo_edge.runtimes.protocol import BatchRuntime
 
 Errors = Literal["return", "raise"]
 
@@ -35,9 +38,10 @@ def ask_batch(
     """See `Molmo.ask_batch`."""
     results: dict[int, Answer | MolmoEdgeError] = {}
     prompts: list[_Prompt] = []
+    batch_runtime = cast("BatchRuntime", engine.runtime) if hasattr(engine.runtime, "prefill_batch") else None
     for index, (image, question) in enumerate(_pairs(asks, errors)):
         try:
-            if engine.runtime.batches:
+            if batch_runtime is not None:
                 prompts.append(_prompt(engine, index, image, question, sampling))
                 continue
             stream = stream_answer(engine, image, question, sampling)
@@ -49,8 +53,8 @@ def ask_batch(
             results[index] = error
         else:
             results[index] = stream.answer
-    if prompts:
-        results |= _run(engine, prompts, sampling)
+    if batch_runtime is not None and prompts:
+        results |= _run(engine, batch_runtime, prompts, sampling)
     return [results[index] for index in range(len(asks))]
 
 
@@ -76,8 +80,10 @@ def _prompt(engine: Engine, index: int, image: Any, question: str, sampling: Sam
     return _Prompt(index, scene, scene is image, ids, most)
 
 
-def _run(engine: Engine, prompts: Sequence[_Prompt], sampling: Sampling) -> dict[int, Answer | MolmoEdgeError]:
-    runtime, tokenizer = engine.runtime, engine.tokenizer
+def _run(
+    engine: Engine, runtime: BatchRuntime, prompts: Sequence[_Prompt], sampling: Sampling
+) -> dict[int, Answer | MolmoEdgeError]:
+    tokenizer = engine.tokenizer
     most = [prompt.most for prompt in prompts]
     began = time.perf_counter()
     rows = [np.concatenate([prompt.scene.embeddings, runtime.embed(prompt.ids)]) for prompt in prompts]

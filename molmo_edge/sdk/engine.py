@@ -16,7 +16,7 @@ from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.prompt_embeddings import image_embeddings
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.serial_runtime import SerialRuntime
+from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Engine:
     ) -> None:
         """`name`: the model's, for answers. `started`: time.perf_counter() when loading began, None: now."""
         began = time.perf_counter() if started is None else started
-        self.runtime, self.tokenizer, self.name = SerialRuntime(runtime), tokenizer, name
+        self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
         image = runtime.config.image
         if max_crops is not None:
             image = dataclasses.replace(image, max_crops=max_crops)
