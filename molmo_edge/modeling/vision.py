@@ -52,7 +52,7 @@ class VisionAttention(Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.n_heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.n_heads, x.shape[-1] // self.n_heads).transpose(1, 2)
 
 
 class VisionMLP(Module):
