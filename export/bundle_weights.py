@@ -114,7 +114,8 @@ class BundleTensors:
             return Blocks(self._dithered(name, codes), scale, zero_point).restored()[..., :inputs]
         if array.dtype == np.int8 and scale is not None:  # [in, out] with one scale per output, or the table
             wide = self._dithered(name, array.astype(np.float32)) * scale
-            return wide if name == TABLE else wide.T
+            table: np.ndarray = wide
+            return table if name == TABLE else table.T
         if array.dtype == np.float16:
             array = array.astype(np.float32)
         return array.T if array.ndim == 2 and name.endswith(".weight") else array
@@ -160,10 +161,10 @@ class BundleTensors:
     def _expert(self, wide: str, part: str, e: int) -> np.ndarray:
         experts = wide.rpartition(".")[0]
         if f"{experts}.down.weight" in self._arrays:  # of QMoE, where rows of gate and up alternate
-            if part == "down":
-                return self._last(f"{experts}.down.weight")[e]
-            return self._last(f"{experts}.gate_up.weight")[e, ("gate", "up").index(part) :: 2]
-        matrix, ffn = self._last(f"{wide}.weight"), self.config.decoder.ffn_dim
+            stacked: np.ndarray = self._last(f"{experts}.{'down' if part == 'down' else 'gate_up'}.weight")
+            return stacked[e] if part == "down" else stacked[e, ("gate", "up").index(part) :: 2]
+        matrix: np.ndarray = self._last(f"{wide}.weight")
+        ffn = self.config.decoder.ffn_dim
         rows = slice(e * ffn, (e + 1) * ffn)
         return matrix[:, rows] if part == "down" else matrix[rows]
 

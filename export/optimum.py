@@ -1,11 +1,9 @@
-"""Graphs through Hugging Face's optimum: its ONNX exporter and its quantiser, for the parts of Molmo that they serve.
+"""Export and quantise components with Hugging Face's optimum.
 
-A second way from a checkpoint to ONNX, for whom optimum is the tool at hand and for its per-target int8. The graphs of
-vision tower, connector and embeddings have the names, types and shapes of our own (export/vision_graph.py,
-connector.py,
-decoder.py) and can stand in for them. A decoder as a bundle needs it, whose caches are buffers that the caller binds
-(export/decoder_graph.py), cannot be had by tracing; what optimum traces is a decoder that sees a whole sequence at
-once.
+An alternative to the graphs of this package, for users of optimum and for its int8 per processor type. The graphs of
+vision tower, connector and embeddings have the names, types and shapes of ours (vision_graph.py, connector_graph.py,
+decoder_graph.py) and can replace them. The decoder of a bundle, whose caches are buffers bound by the caller, cannot be
+traced; optimum traces a decoder without a cache, which takes a whole sequence at once.
 
 Importing this registers the model type "molmo" with transformers' AutoConfig and AutoModel.
 """
@@ -44,39 +42,41 @@ try:
     )
 except ImportError as error:
     raise ExportError(
-        f"this needs optimum, of versions that fit each other ({first_line(error)}): {pip_command('optimum')}"
+        f"this needs optimum with compatible versions of its dependencies ({first_line(error)}): "
+        f"{pip_command('optimum')}"
     ) from error
 
 TARGETS = ("arm64", "avx2", "avx512_vnni")
-TOLERANCE = 1e-4  # largest difference from PyTorch, relative to the largest value
+TOLERANCE = 1e-4  # largest difference from PyTorch / largest value
 
 
 def export_with_optimum(
     checkpoint: str | Path, out: str | Path, components: Iterable[str] = BUNDLE_COMPONENTS
 ) -> dict[str, Path]:
-    """Trace components of a checkpoint directory in hub layout into ONNX graphs in fp32 in `out`, a new directory.
+    """Trace components of a checkpoint directory in hub layout into fp32 ONNX graphs in `out`, a new directory.
 
     `components`, each a file `<component>.onnx` in opset 18:
         vision_encoder: crops float32 [n, patches^2, patch_size^2 * 3] -> features float32 [n, patches^2, feature_dim]
         connector: features, masks float32 [n, patches^2] -> image_features float32 [n, cells^2, d_model]
         embed_tokens: ids int64 [n] -> embeddings float32 [n, d_model]
         decoder_without_cache: embeddings float32 [1, n, d_model] -> logits float32 [1, embedding_size], of the last
-            position. Of a model with experts it runs all of them for every token.
+            position. It runs all experts for every token.
 
-    Beside them lies the config.json that optimum's own tools look for. Memory holds the components asked for, and
-    while one is written a copy of it or two. Weights of 2 GB or more go to `<component>.onnx_data`.
+    The config.json that optimum's tools need is copied. Memory holds all components, and up to two copies of the one
+    being written. Weights of 2 GB or more go to `<component>.onnx_data`.
 
-    Every graph is run beside PyTorch, on inputs of another size than it was traced with, and must agree within 1e-4
-    of the largest value. `out` appears whole or not at all. Returns the files by component. Raises ExportError,
-    ConfigError or CheckpointError.
+    Every graph must agree with PyTorch within 1e-4 of the largest value, on inputs of another size than traced. `out`
+    appears complete or not at all. Returns the files by component. Raises ExportError, ConfigError or CheckpointError.
 
     Source: optimum.exporters.onnx.main_export, with `fn_get_submodels` and `custom_onnx_configs`.
     """
     checkpoint, out, components = Path(checkpoint), Path(out), tuple(dict.fromkeys(components))
     if unknown := [name for name in components if name not in COMPONENTS]:
-        raise ExportError(f"optimum has no component {unknown[0]!r} of ours; there are {', '.join(COMPONENTS)}")
+        raise ExportError(
+            f"{unknown[0]!r} is not a component that optimum exports (supported: {', '.join(COMPONENTS)})"
+        )
     if not components:
-        raise ExportError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
+        raise ExportError(f"no components given (supported: {', '.join(COMPONENTS)})")
     if out.exists():
         raise ExportError(f"{out} exists already: remove it, or choose another directory")
     config = read_config(checkpoint)
@@ -114,12 +114,12 @@ def export_with_optimum(
                 local_files_only=True,
                 custom_onnx_configs=onnx_configs,
                 fn_get_submodels=submodels,
-                no_post_process=True,  # merging of caches, sharing of tied weights: here are none
-                do_validation=False,  # of values that differ it only logs a warning
+                no_post_process=True,  # no caches to merge, no tied weights to share
+                do_validation=False,  # it only logs a warning; see _check
             )
         except (MolmoEdgeError, MemoryError):
             raise
-        except Exception as error:  # optimum, transformers and torch raise classes that share no base with a name
+        except Exception as error:  # the classes of optimum, transformers and torch share no public base class
             raise ExportError(f"optimum could not export {checkpoint}: {first_line(error)}") from error
         for name in components:
             _check(staging / f"{name}.onnx", modules[name], onnx_configs[name])
@@ -134,40 +134,38 @@ def _check(path: Path, module: Component, config: ComponentOnnxConfig) -> None:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(list(config.outputs), inputs)[0]
-    except Exception as error:  # onnxruntime's classes share no base with a name either
-        raise ExportError(
-            f"the graph that optimum made of {config.component} does not run: {first_line(error)}"
-        ) from error
+    except Exception as error:  # nor do onnxruntime's
+        raise ExportError(f"optimum's graph of {config.component} does not run: {first_line(error)}") from error
     if found.shape != exact.shape or not np.abs(found - exact).max() <= TOLERANCE * np.abs(exact).max():
-        raise ExportError(f"the graph that optimum made of {config.component} does not give what PyTorch gives")
+        raise ExportError(f"the outputs of optimum's graph of {config.component} differ from PyTorch's")
 
 
 def quantize_with_optimum(directory: str | Path, target: str, out: str | Path | None = None) -> dict[str, Path]:
-    """Give the graphs that `export_with_optimum` wrote to `directory` eight-bit weights, as suits a processor.
+    """Quantise the graphs that `export_with_optimum` wrote to `directory` to int8 for a type of processor.
 
-    `target`: "arm64", "avx2" or "avx512_vnni". A matrix has a scale for each output, the table of embeddings
-    one, an activation one that is found as it comes (dynamic quantisation), so there is nothing to calibrate. Products
-    of two activations, inputs and outputs stay in fp32. `out`: where the files go; `directory` if None.
+    `target`: "arm64", "avx2" or "avx512_vnni". A matrix has one scale per output, the embedding table one, and an
+    activation one that is computed at run time (dynamic quantisation), so no calibration is needed. Products of two
+    activations, inputs and outputs stay fp32. `out`: the directory to write to; default: `directory`.
 
-    A decoder of OLMo's style (norms behind attention and FFN) is refused: its FFN reads the residual stream as it is,
-    and one scale for all tokens loses the small ones beside an image's (on the golden model 80 % of the logits' norm,
-    by ff_proj alone and by ff_out alone). molmo_edge.quantize rounds row by row.
+    Raises ExportError for a decoder with norms after attention and FFN (OLMo): its FFN reads the residual stream
+    without a norm, and one scale for all tokens loses the small ones beside those of an image (on the golden model 80 % of the
+    logits' norm, by ff_proj alone and by ff_out alone). The int8 of this package has one scale per token.
 
-    Returns the files by component, `<component>_int8_<target>.onnx`. Raises ExportError, or ConfigError
-    where a decoder lies in `directory` without a config.json that can be read.
+    Returns the files by component, `<component>_int8_<target>.onnx`. Raises ExportError, or ConfigError for a decoder
+    in `directory` without a readable config.json.
 
     Source: optimum.onnxruntime.ORTQuantizer with AutoQuantizationConfig.
     """
     directory = Path(directory)
     out = directory if out is None else Path(out)
     if target not in TARGETS:
-        raise ExportError(f"the target {target!r} is not known; known are {', '.join(TARGETS)}")
+        raise ExportError(f"{target!r} is not a supported target (supported: {', '.join(TARGETS)})")
     files = {name: directory / f"{name}.onnx" for name in COMPONENTS if (directory / f"{name}.onnx").is_file()}
     if not files:
-        raise ExportError(f"{directory} has none of the graphs that optimum exports: {', '.join(COMPONENTS)}")
+        raise ExportError(f"{directory} holds no graph that optimum exports ({', '.join(COMPONENTS)})")
     if "decoder_without_cache" in files and read_config(directory).decoder.norm_after:
         raise ExportError(
-            f"{files['decoder_without_cache']} is of OLMo's style, which int8 ruins here: remove the file"
+            f"{files['decoder_without_cache']} has norms after attention and FFN, which int8 cannot quantise: remove it"
         )
     suffix = f"int8_{target}"
     made = {name: out / f"{name}_{suffix}.onnx" for name in files}
@@ -175,10 +173,10 @@ def quantize_with_optimum(directory: str | Path, target: str, out: str | Path | 
         raise ExportError(f"{existing[0]} exists already: remove it, or choose another directory")
     for path in files.values():
         try:
-            wishes = getattr(AutoQuantizationConfig, target)(is_static=False, nodes_to_exclude=_without_weights(path))
+            settings = getattr(AutoQuantizationConfig, target)(is_static=False, nodes_to_exclude=_without_weights(path))
             quantizer = ORTQuantizer.from_pretrained(directory, file_name=path.name)
             large = path.with_name(f"{path.name}_data").exists()
-            quantizer.quantize(wishes, out, file_suffix=suffix, use_external_data_format=large)
+            quantizer.quantize(settings, out, file_suffix=suffix, use_external_data_format=large)
         except MemoryError:
             raise
         except Exception as error:
@@ -187,7 +185,7 @@ def quantize_with_optimum(directory: str | Path, target: str, out: str | Path | 
 
 
 def _without_weights(path: Path) -> list[str]:
-    """Matrix products of two activations: eight bits there make the vision tower's error 4 to 7 times as large."""
+    """Matrix products of two activations: in int8 they make the vision tower's error 4 to 7 times as large."""
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and weights.isdisjoint(node.input)]

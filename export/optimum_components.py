@@ -1,4 +1,4 @@
-"""The parts of Molmo as optimum's exporter takes them: modules, sample inputs, and what a trace must have otherwise.
+"""The components of Molmo for optimum's exporter: modules, sample inputs, and patches for tracing.
 
 Importing this registers the model type "molmo" with transformers' AutoConfig and AutoModel.
 """
@@ -25,16 +25,16 @@ from molmo_edge.modeling.model import Molmo
 Axes = dict[str, dict[int, str]]  # name of an input or output -> its axes of free size
 
 
-class MolmoHubConfig(PretrainedConfig):
+class MolmoHubConfig(PretrainedConfig):  # type: ignore[misc]
     """A checkpoint's config.json as transformers keeps it; what it means is read_config's to say."""
 
     model_type = "molmo"
 
 
 class MolmoForExport:
-    """What AutoModel makes of a checkpoint: a promise. Weights are read when `main_export` asks for the components."""
+    """The model that AutoModel creates. It has no weights: `main_export` gets the components from `load_components`."""
 
-    __module__ = "transformers_modules.molmo_edge"  # optimum tells the library of a model by the module of its class
+    __module__ = "transformers_modules.molmo_edge"  # optimum finds a model's library by the module of its class
     config_class = MolmoHubConfig
     dtype = torch.float32
 
@@ -42,7 +42,7 @@ class MolmoForExport:
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, directory: str, *, config: MolmoHubConfig, **_: Any) -> MolmoForExport:
+    def from_pretrained(cls, _directory: str, *, config: MolmoHubConfig, **_: Any) -> MolmoForExport:
         return cls(config)
 
 
@@ -51,10 +51,10 @@ AutoModel.register(MolmoHubConfig, MolmoForExport, exist_ok=True)
 
 
 class Component(nn.Module):
-    """A part of Molmo as optimum wants a model: with a config, and inputs called as the arguments of `forward`."""
+    """A component as optimum expects a model: with a config, and inputs named like the arguments of `forward`."""
 
     part: Any
-    weights: tuple[str, ...]  # how the names of its parameters begin in modeling.Molmo
+    weights: tuple[str, ...]  # prefixes of its parameter names in modeling.Molmo
     inputs: Axes
     outputs: Axes
 
@@ -67,7 +67,7 @@ class Component(nn.Module):
 class VisionEncoder(Component):
     weights, inputs, outputs = ("vision.",), {"crops": {0: "n"}}, {"features": {0: "n"}}
 
-    def forward(self, crops: Tensor) -> Tensor:
+    def forward(self, crops: Tensor) -> Any:
         return self.part(crops)
 
 
@@ -75,7 +75,7 @@ class Connector(Component):
     weights = ("connector.",)
     inputs, outputs = {"features": {0: "n"}, "masks": {0: "n"}}, {"image_features": {0: "n"}}
 
-    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, features: Tensor, masks: Tensor) -> Any:
         return self.part(features, masks)
 
 
@@ -83,7 +83,7 @@ class EmbedTokens(Component):
     weights = ("decoder.embedding", "decoder.new_embedding")
     inputs, outputs = {"ids": {0: "n"}}, {"embeddings": {0: "n"}}
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         return self.part(ids)
 
 
@@ -91,7 +91,7 @@ class DecoderWithoutCache(Component):
     weights = ("decoder.",)
     inputs, outputs = {"embeddings": {1: "n"}}, {"logits": {}}
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor) -> Any:
         return self.part.logits(self.part(embeddings)[:, -1])
 
 
@@ -101,7 +101,7 @@ COMPONENTS: dict[str, type[Component]] = {
     "embed_tokens": EmbedTokens,
     "decoder_without_cache": DecoderWithoutCache,
 }
-BUNDLE_COMPONENTS = ("vision_encoder", "connector", "embed_tokens")  # those that can stand in for a bundle's own
+BUNDLE_COMPONENTS = ("vision_encoder", "connector", "embed_tokens")  # interchangeable with a bundle's
 
 
 def _length(x: Any) -> Any:
@@ -109,7 +109,7 @@ def _length(x: Any) -> Any:
 
 
 def _all_experts(ffn: decoder.SparseFFN, x: Tensor) -> Tensor:
-    """Every expert for every token: a trace cannot sort tokens by their experts, as the model does."""
+    """Run every expert for every token: a trace cannot sort tokens by expert, as the model does."""
     flat = x.reshape(-1, x.shape[-1])
     return decoder.mix_experts(flat, *ffn.route(flat), (ffn.gate, ffn.up, ffn.down), "wide").view_as(x)
 
@@ -120,15 +120,15 @@ def _repeat_heads(x: Tensor, repeats: int, dim: int) -> Tensor:
     return x.expand(*(repeats if axis == dim + 1 else -1 for axis in range(x.ndim))).flatten(dim, dim + 1)
 
 
-class _Patcher(ModelPatcher):
+class _Patcher(ModelPatcher):  # type: ignore[misc]
     def patch_ops(self) -> None:
         super().patch_ops()
-        # Last: what optimum puts here, and takes away again, runs for the length that was traced alone.
+        # After optimum's own patch, which would fix the traced length.
         torch.Tensor.repeat_interleave = _repeat_heads  # type: ignore[method-assign,assignment]
 
 
-class ComponentOnnxConfig(OnnxConfig):
-    """Inputs, outputs and sample inputs of one component, as `main_export` takes them in `custom_onnx_configs`."""
+class ComponentOnnxConfig(OnnxConfig):  # type: ignore[misc]
+    """Inputs, outputs and sample inputs of one component, for `custom_onnx_configs` of `main_export`."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
     _MODEL_PATCHER = _Patcher
@@ -136,7 +136,7 @@ class ComponentOnnxConfig(OnnxConfig):
     def __init__(self, component: str, model: MolmoConfig, config: MolmoHubConfig) -> None:
         super().__init__(config)
         self.component, self.model = component, model
-        # len() of a tensor is a plain int, and the trace would have it as a constant; optimum only hides the warning.
+        # len() of a tensor is an int, which a trace makes a constant; optimum only hides the warning.
         self.PATCHING_SPECS = [
             *(PatchingSpec(module, "len", _length, len) for module in (vision, connector, decoder)),
             PatchingSpec(decoder.SparseFFN, "forward", _all_experts, decoder.SparseFFN.forward),
@@ -151,7 +151,7 @@ class ComponentOnnxConfig(OnnxConfig):
         return COMPONENTS[self.component].outputs
 
     def generate_dummy_inputs(self, framework: str = "pt", *, n: int = 2, **_: Any) -> dict[str, Any]:
-        """Sample inputs of free size `n`, every kind of patch and both kinds of id among them."""
+        """Sample inputs of size `n` with every kind of patch and both kinds of id."""
         m, rng = self.model, np.random.default_rng(n)
         patches, rows = m.image.patches**2, m.decoder.embedding_size + m.decoder.additional_vocab_size
         crops = rng.normal(size=(n, patches, 3 * m.vision.patch_size**2))
@@ -170,7 +170,7 @@ class ComponentOnnxConfig(OnnxConfig):
 def load_components(
     names: tuple[str, ...], model_config: MolmoConfig, tensors: TensorSource, config: MolmoHubConfig
 ) -> dict[str, Component]:
-    """The named components; of the checkpoint no other tensors are read."""
+    """Load the named components, reading only their tensors."""
     with torch.device("meta"):
         model = Molmo(model_config)
     prefixes = tuple(prefix for name in names for prefix in COMPONENTS[name].weights)
@@ -187,7 +187,10 @@ def load_components(
 
 def _part(model: Molmo, component: str) -> nn.Module:
     if component == "embed_tokens":
-        # One table: Decoder.embed branches on the ids that it gets, and a trace keeps one branch.
-        return nn.Embedding.from_pretrained(torch.cat([model.decoder.embedding, model.decoder.new_embedding]))
-    parts = {"vision_encoder": model.vision, "connector": model.connector, "decoder_without_cache": model.decoder}
-    return parts[component]
+        # One table: Decoder.embed branches on the ids, and a trace keeps one branch only.
+        table = torch.cat([model.decoder.embedding, model.decoder.new_embedding])
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(table)  # type: ignore[no-untyped-call]
+        return embedding
+    if component == "decoder_without_cache":
+        return model.decoder
+    return model.vision if component == "vision_encoder" else model.connector

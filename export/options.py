@@ -75,6 +75,11 @@ class ExportPlan:
         """The decoder's parts whose inputs are rounded to int8 row by row, where large channels cost accuracy."""
         return frozenset(part for part in ("attention", "experts") if self.decoder_formats[part] == "int8")
 
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether a calibration changes the weights of an ONNX decoder: by GPTQ or by smoothing."""
+        return "q4" in self.decoder_formats.values() or bool(self.smoothed_parts)
+
     def is_quantized(self, component: str) -> bool:
         """Whether its weights are integers. (A CPU runs float16 in float32, so its error cannot be measured there.)"""
         floats = ("fp32", "fp16", "f32")

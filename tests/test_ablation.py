@@ -17,7 +17,7 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, ablate, precisions_of, size_of
 from molmo_edge.evaluation.fault_localization import tensor_part
-from molmo_edge.evaluation.precision_search import Choice, search, steps
+from molmo_edge.evaluation.precision_search import Choice, greedy_path, search
 from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.evaluation.suites import load_suite
 from molmo_edge.export import ExportError, export_bundle
@@ -101,7 +101,7 @@ def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, par
 
 
 def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[AblationResult]) -> None:
-    whole, all_of_it = sum(map(size_of, bench.files.values())), steps(parts)[-1].saved
+    whole, all_of_it = sum(map(size_of, bench.files.values())), greedy_path(parts)[-1].saved
     some, less = whole - all_of_it // 3, whole - 9 * all_of_it // 10
     found = search(bench, parts, max_bytes=some)
     assert less < found.bytes <= some
@@ -115,13 +115,13 @@ def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[AblationResult]) -
     dearest = max(part.kl for part in parts)
     found = search(bench, parts, max_kl=dearest / 4)
     assert 0 < found.kl <= dearest / 4
-    assert found.choice.words
+    assert found.choice.precisions
     all_of_it = search(bench, parts, max_kl=1e9)
     assert all_of_it.bytes < found.bytes
-    assert dict(all_of_it.choice.words) == dict(steps(parts)[-1].words)
+    assert dict(all_of_it.choice.precisions) == dict(greedy_path(parts)[-1].precisions)
     with pytest.raises(ExportError, match=r"alone loses .* more than 1e-30"):
         search(bench, parts, max_kl=1e-30)
-    with pytest.raises(ExportError, match="saves anything"):
+    with pytest.raises(ExportError, match="makes the model smaller"):
         search(bench, [], max_kl=1.0)
     with pytest.raises(ExportError, match="only one of them"):
         search(bench, parts)
@@ -132,7 +132,7 @@ def ablated(part: str, word: str, saved: int, kl: float) -> AblationResult:
 
 
 def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:
-    found = steps(
+    found = greedy_path(
         [
             ablated("head", "q8", 100, 0.1),
             ablated("head", "q4", 150, 1.0),
@@ -141,7 +141,7 @@ def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:
             ablated("router", "q8", -5, 0.0),
         ]
     )
-    assert [dict(choice.words) for choice in found] == [
+    assert [dict(choice.precisions) for choice in found] == [
         {},
         {"experts": "q8"},
         {"experts": "q4"},

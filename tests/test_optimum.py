@@ -170,7 +170,7 @@ def test_int8_stays_beside_its_source_and_replaces_nothing(tmp_path: Path) -> No
 
 
 def test_int8_of_a_decoder_in_olmos_style_is_refused() -> None:
-    with pytest.raises(ExportError, match="OLMo's style"):
+    with pytest.raises(ExportError, match="norms after attention and FFN"):
         quantize_with_optimum(graphs("olmo"), "avx2")
 
 
@@ -197,7 +197,7 @@ def test_the_model_is_registered_and_nothing_stays_patched() -> None:
 
 def test_a_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "TOLERANCE", 0.0)
-    with pytest.raises(ExportError, match="does not give what PyTorch gives"):
+    with pytest.raises(ExportError, match="differ from PyTorch"):
         export_with_optimum(GOLDEN / "qwen", tmp_path / "graphs", ["vision_encoder"])
     assert not list(tmp_path.iterdir())
 
@@ -210,15 +210,15 @@ def test_what_fails_in_optimum_is_a_sentence(tmp_path: Path, monkeypatch: pytest
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no component 'decoder'"):
+    with pytest.raises(ExportError, match="'decoder' is not a component"):
         export_with_optimum(GOLDEN / "qwen", tmp_path / "graphs", ["decoder"])
-    with pytest.raises(ExportError, match="no component was asked for"):
+    with pytest.raises(ExportError, match="no components given"):
         export_with_optimum(GOLDEN / "qwen", tmp_path / "graphs", [])
     with pytest.raises(ExportError, match="exists already"):
         export_with_optimum(GOLDEN / "qwen", tmp_path)
-    with pytest.raises(ExportError, match="'sse2' is not known"):
+    with pytest.raises(ExportError, match="'sse2' is not a supported target"):
         quantize_with_optimum(graphs("qwen"), "sse2")
-    with pytest.raises(ExportError, match="none of the graphs"):
+    with pytest.raises(ExportError, match="holds no graph"):
         quantize_with_optimum(tmp_path, "avx2")
 
 

@@ -41,30 +41,30 @@ def export(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, in hub layout or the reference's, hub id, or bundle.", show_default=False
+            help="Checkpoint directory (in hub layout or the reference's), hub id, or bundle.", show_default=False
         ),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="The directory to make; it must not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Directory to create; it must not exist.", show_default=False)],
     engine: Annotated[
         Engine,
         typer.Option(
-            help="onnx: a bundle of graphs. gguf: one whose decoder is for llama.cpp. torch: safetensors in hub layout."
+            help="onnx: a bundle for ONNX Runtime. gguf: a bundle whose decoder runs on llama.cpp. torch: safetensors."
         ),
     ] = Engine.onnx,
     precision: Annotated[str | None, typer.Option(help=_PRECISION, show_default=False)] = None,
     target: Annotated[str | None, typer.Option(help=_TARGET, show_default=False)] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="ONNX's own operators alone: fp32, fp16 or int8.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Only standard ONNX operators: fp32, fp16 or int8.")] = False,
     block: Annotated[
-        int | None, typer.Option(help="Four-bit weights that share a scale: 32, 64 or 128.", show_default=False)
+        int | None, typer.Option(help="Number of 4-bit weights that share a scale: 32, 64 or 128.", show_default=False)
     ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each of those blocks.")] = False,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each block.")] = False,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
     mmproj: Annotated[bool, typer.Option("--mmproj", help=_MMPROJ)] = False,
     revision: options.Revision = None,
-    name: Annotated[str | None, typer.Option(help="Name in the manifest. Without it: that of --out.")] = None,
-    check_image: Annotated[Path | None, typer.Option(help="A photo that the bundle is to be checked with.")] = None,
-    check_question: Annotated[str, typer.Option(help="What the check asks.")] = "Describe this image.",
+    name: Annotated[str | None, typer.Option(help="Name in the manifest. Default: that of --out.")] = None,
+    check_image: Annotated[Path | None, typer.Option(help="Photo of the check to record in the bundle.")] = None,
+    check_question: Annotated[str, typer.Option(help="Question of the check.")] = "Describe this image.",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -84,12 +84,12 @@ def export(
         from molmo_edge.export import CheckPhoto, ExportOptions, check_bundle_options, export_bundle
 
         by_component = None if precision is None else _by_component(precision)
-        options = ExportOptions(by_component, engine.value, target, plain, block, asymmetric, calibrate, mmproj)
+        export_options = ExportOptions(by_component, engine.value, target, plain, block, asymmetric, calibrate, mmproj)
         check = None if check_image is None else CheckPhoto(check_image, check_question)
-        check_bundle_options(out, check, options)
+        check_bundle_options(out, check, export_options)
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         with progress(f"exporting {directory}", quiet=quiet):
-            manifest = export_bundle(directory, out, name=name, check=check, **vars(options))
+            manifest = export_bundle(directory, out, name=name, check=check, **vars(export_options))
         _report(manifest, checkpoint, out, json=json, quiet=quiet)
 
 
@@ -99,12 +99,12 @@ def _report(manifest: dict[str, Any], checkpoint: str, out: Path, *, json: bool,
     for component in manifest["components"].values():
         detail = ""
         if kept := component.get("kept_in_fp32"):
-            detail = f"  {len(kept)} matrices in float32: their numbers are too large for float16"
+            detail = f"  {len(kept)} matrices stay float32: their values exceed float16's range"
         note(f"{component['bytes'] / 1e6:9.2f} MB  {component['file']}{detail}", quiet=quiet)
     note(f"wrote {out}", quiet=quiet)
-    # The manifest's relative errors are of numbers inside the model, on inputs made up: no measure of its answers.
+    # The manifest's relative errors are of activations on synthetic inputs: they do not measure its answers.
     if any({"relative_error", "weight_errors"} & component.keys() for component in manifest["components"].values()):
-        note(f"measure what the rounding costs: molmo-edge loss {checkpoint} {out}", quiet=quiet)
+        note(f"measure the loss of quantisation: molmo-edge loss {checkpoint} {out}", quiet=quiet)
 
 
 def _safetensors(checkpoint: Path, out: Path, precision: str, *, json: bool, quiet: bool) -> None:
@@ -122,7 +122,7 @@ def _safetensors(checkpoint: Path, out: Path, precision: str, *, json: bool, qui
 
 @contextmanager
 def _bar(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where somebody is looking; what it yields takes the part done and the whole."""
+    """A progress bar on stderr if it is a terminal. Yields a function of the part done and the total."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -15,24 +15,25 @@ from molmo_edge.cli.output import note, print_json
 from molmo_edge.cli.question_options import Asked, bars, named, open_suites, parse_precisions
 
 if TYPE_CHECKING:
-    from molmo_edge.evaluation.precision_search import Found
+    from molmo_edge.evaluation.precision_search import SearchResult
     from molmo_edge.evaluation.stats import Estimate
 
-_LIMIT = "Most pictures: each is asked about once for every part and precision."
-_CALIBRATE = "A folder of photos to round four-bit weights of the bundle with."
+_LIMIT = "Maximum number of images. Every part and precision is measured on each of them."
+_CALIBRATE = "Folder of photos to round the decoder with (see export --calibrate)."
 
 
 def quantize(
     source: Annotated[str, typer.Argument(help="Bundle, checkpoint, hub id or nano.", show_default=False)],
     *,
-    out: Annotated[Path, typer.Option(help="The bundle to make; it must not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Bundle directory to create; it must not exist.", show_default=False)],
     max_mb: Annotated[
-        float | None, typer.Option(help="Least loss within this size, MB of graphs.", show_default=False)
+        float | None, typer.Option(help="Find the least loss within this size, MB of graphs.", show_default=False)
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Smallest within this mean KL, nats a token.", show_default=False)
+        float | None,
+        typer.Option(help="Find the smallest size within this mean KL (nats/token).", show_default=False),
     ] = None,
-    precisions: Annotated[str, typer.Option(help="To choose from, with commas between.")] = "q8,int8,q4",
+    precisions: Annotated[str, typer.Option(help="Precisions to choose from, separated by commas.")] = "q8,int8,q4",
     suite: Asked.Suite = None,
     limit: Annotated[int, typer.Option(min=1, help=_LIMIT)] = 12,
     data: Asked.Data = None,
@@ -40,9 +41,9 @@ def quantize(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Choose each part's precision by what it costs, and write the bundle."""
+    """Choose the precision of each part by its measured loss, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
-        raise typer.BadParameter("give --max-mb or --max-kl")
+        raise typer.BadParameter("give either --max-mb or --max-kl")
     import onnx  # noqa: F401 (a missing package is reported before hours of measuring)
 
     from molmo_edge.checkpoints.bundle import open_bundle
@@ -50,6 +51,7 @@ def quantize(
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.evaluation.precision_search import search
     from molmo_edge.export import ExportOptions, check_bundle_options, export_bundle
+    from molmo_edge.export.options import check_options
 
     precision = None if calibrate is None else {"decoder": "q4"}
     check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate))
@@ -70,8 +72,8 @@ def quantize(
                 print_parts(parts, bench.description)
             note(f"writing {out}", quiet=quiet)
             chosen = found.choice.to_precision()
-            rounds_by_photos = "q4" in decoder_words(chosen) or "int8" in decoder_words(chosen)
-            export_bundle(directory, out, chosen, calibrate=calibrate if rounds_by_photos else None, name=out.name)
+            calibrated = check_options(ExportOptions(chosen)).uses_calibration
+            export_bundle(directory, out, chosen, calibrate=calibrate if calibrated else None, name=out.name)
             written = open_bundle(out)
             figures = bench.measure({name: written.path(name) for name in GRAPHS}, on_part(out.name))
     if json:
@@ -83,20 +85,11 @@ def quantize(
     note(f"wrote {out}", quiet=quiet)
 
 
-def decoder_words(chosen: Mapping[str, str]) -> set[str]:
-    """The precisions of what a calibration rounds: attention and experts, and in four bits the router and the head."""
-    return {
-        word
-        for part, word in chosen.items()
-        if part in ("attention", "experts") or (part in ("router", "head") and word == "q4")
-    }
-
-
-def _print(found: Found, figures: Mapping[str, Estimate]) -> None:
+def _print(found: SearchResult, figures: Mapping[str, Estimate]) -> None:
     kl, same = figures["kl_mean"], figures["same_top"]
-    for part, word in found.choice.words.items():
-        print(f"{part:15} {word}")
+    for part, precision in found.choice.precisions.items():
+        print(f"{part:15} {precision}")
     print(
         f"{found.bytes / 1e6:.2f} MB; as written: KL {kl.format(lambda v: f'{v:.2g}')} "
-        f"nats a token, same likeliest token {100 * same.value:.1f} % (the parts' sum: {found.choice.predicted:.2g})"
+        f"nats per token, same likeliest token {100 * same.value:.1f} % (sum of parts: {found.choice.predicted:.2g})"
     )

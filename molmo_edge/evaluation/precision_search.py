@@ -1,8 +1,8 @@
-"""A precision for each part of a model, chosen by what each costs: greedy, within a size or a loss.
+"""Greedy search for the precision of each part of a model, within a budget of size or of loss.
 
-Every step rounds the part further whose added loss is smallest for each megabyte that it saves. What a step adds is
-taken from the parts measured alone, which is cheap and nearly right; what a whole choice loses is then measured, and a
-loss budget is held to the measured value.
+Every step reduces the precision of the part that adds the least loss per megabyte saved. The loss that a step adds is
+estimated from each part measured alone. The loss of a complete choice is then measured, and the budget applies to the
+measured value.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from molmo_edge.export import ExportError
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision for each part; what is not named is float32."""
+    """A precision for each part; parts that are not named are float32."""
 
-    words: Mapping[str, str] = field(default_factory=dict)
-    predicted: float = 0.0  # mean KL: the sum of the parts'
-    saved: int = 0  # bytes, the sum of the parts'
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    predicted: float = 0.0  # mean KL, the sum over the parts
+    saved: int = 0  # bytes, the sum over the parts
 
-    def with_part(self, other: AblationResult, instead: AblationResult | None) -> Choice:
-        predicted = self.predicted + other.kl - (instead.kl if instead else 0.0)
-        saved = self.saved + other.saved - (instead.saved if instead else 0)
-        return Choice({**self.words, other.part: other.precision}, predicted, saved)
+    def with_part(self, new: AblationResult, old: AblationResult | None) -> Choice:
+        predicted = self.predicted + new.kl - (old.kl if old else 0.0)
+        saved = self.saved + new.saved - (old.saved if old else 0)
+        return Choice({**self.precisions, new.part: new.precision}, predicted, saved)
 
     def to_precision(self) -> dict[str, str]:
-        """As `molmo_edge.export.export_bundle` takes it."""
-        return dict(self.words)
+        """The argument of `molmo_edge.export.export_bundle`."""
+        return dict(self.precisions)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     choice: Choice
-    bytes: int  # of its graphs
+    bytes: int  # of the graphs
     metrics: dict[str, Estimate]
 
     @property
@@ -54,18 +54,18 @@ class Found:
         }
 
 
-def steps(parts: Iterable[AblationResult]) -> list[Choice]:
-    """From float32 to all that the parts allow, one part a step, the cheapest of all possible steps each time."""
+def greedy_path(parts: Iterable[AblationResult]) -> list[Choice]:
+    """The choices from float32 to the smallest precisions: each step changes one part, the cheapest step first."""
     options: dict[str, list[AblationResult]] = {}
     for option in parts:
         options.setdefault(option.part, []).append(option)
-    now: dict[str, AblationResult | None] = dict.fromkeys(options)
+    chosen: dict[str, AblationResult | None] = dict.fromkeys(options)
     path = [Choice()]
     while True:
         best: tuple[float, AblationResult] | None = None
-        for part, some in options.items():
-            current = now[part]
-            for option in some:
+        for part, candidates in options.items():
+            current = chosen[part]
+            for option in candidates:
                 saves = option.saved - (current.saved if current else 0)
                 if saves <= 0:
                     continue
@@ -74,8 +74,8 @@ def steps(parts: Iterable[AblationResult]) -> list[Choice]:
                     best = price, option
         if best is None:
             return path
-        path.append(path[-1].with_part(best[1], now[best[1].part]))
-        now[best[1].part] = best[1]
+        path.append(path[-1].with_part(best[1], chosen[best[1].part]))
+        chosen[best[1].part] = best[1]
 
 
 def search(
@@ -84,34 +84,34 @@ def search(
     *,
     max_bytes: int | None = None,
     max_kl: float | None = None,
-    on_try: Callable[[str], Callable[[], None]] = lambda what: lambda: None,
-) -> Found:
-    """The first choice on the path of `max_bytes` at most, or the last that loses `max_kl` nats a token at most.
+    on_try: Callable[[str], Callable[[], None]] = lambda _choice: lambda: None,
+) -> SearchResult:
+    """The first choice on the path with at most `max_bytes`, or the last with at most `max_kl` nats per token.
 
-    `parts`: what `ablate` found. Give one of the two. Raises ExportError where no choice is small or exact enough, with
-    the nearest one.
+    `parts`: the results of `ablate`. Give one of the two limits. Raises ExportError if no choice meets it; the message
+    names the nearest one.
     """
     if (max_bytes is None) == (max_kl is None):
-        raise ExportError("a search needs a size or a loss to stay within, and only one of them")
-    path = steps(parts)
+        raise ExportError("a search needs max_bytes or max_kl, and only one of them")
+    path = greedy_path(parts)
     if max_bytes is not None:
         for choice in path:
-            # Sizes add up exactly but for the few bytes of a graph's nodes, so the first that may fit is built.
-            if _whole(bench) - choice.saved <= max_bytes * 1.001:
+            # The sum of sizes is exact but for a few bytes of graph nodes, so a choice that may fit is built.
+            if _float32_bytes(bench) - choice.saved <= max_bytes * 1.001:
                 files = build(bench, choice)
                 if sum(map(size_of, files.values())) <= max_bytes:
-                    return _measured(bench, choice, files, on_try)
-                _forget(bench, files)
-        least = (_whole(bench) - path[-1].saved) / 1e6
-        raise ExportError(f"nothing fits {max_bytes / 1e6:.1f} MB: the smallest choice takes {least:.1f} MB")
+                    return _measure(bench, choice, files, on_try)
+                _delete(bench, files)
+        smallest = (_float32_bytes(bench) - path[-1].saved) / 1e6
+        raise ExportError(f"nothing fits {max_bytes / 1e6:.1f} MB: the smallest choice takes {smallest:.1f} MB")
     assert max_kl is not None
     if len(path) == 1:
-        raise ExportError("none of these precisions saves anything: keep the model as it is")
-    low, high = 1, len(path) - 1  # of a path along which the loss grows
+        raise ExportError("none of these precisions makes the model smaller: keep it as it is")
+    low, high = 1, len(path) - 1  # the loss grows along the path
     best = nearest = None
     while low <= high:
         middle = (low + high) // 2
-        nearest = _measured(bench, path[middle], build(bench, path[middle]), on_try)
+        nearest = _measure(bench, path[middle], build(bench, path[middle]), on_try)
         if nearest.kl <= max_kl:
             best, low = nearest, middle + 1
         else:
@@ -119,46 +119,46 @@ def search(
     if best is None:
         assert nearest is not None
         raise ExportError(
-            f"even {_said(nearest.choice)} alone loses {nearest.kl:.2g} nats a token, more than {max_kl:g}: keep the "
-            "model as it is, or allow more"
+            f"even {_describe(nearest.choice)} alone loses {nearest.kl:.2g} nats per token, more than {max_kl:g}: keep "
+            "the model as it is, or allow a larger loss"
         )
     return best
 
 
 def build(bench: Bench, choice: Choice) -> dict[str, Path]:
-    """The graphs of a choice; those in float32 are the bench's own."""
+    """The graphs of a choice. Components in float32 are the bench's own."""
     files = dict(bench.files)
-    for component, words in by_component(choice.words).items():
-        files[component] = bench.build(component, words)
+    for component, precisions in by_component(choice.precisions).items():
+        files[component] = bench.build(component, precisions)
     return files
 
 
-def by_component(words: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """{component: what is asked of it and its parts}."""
-    found: dict[str, dict[str, str]] = {}
-    for part, word in words.items():
-        found.setdefault(component_of(part), {})[part] = word
-    return found
+def by_component(precisions: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{component: the precisions of it and its parts}"""
+    grouped: dict[str, dict[str, str]] = {}
+    for part, precision in precisions.items():
+        grouped.setdefault(component_of(part), {})[part] = precision
+    return grouped
 
 
-def _measured(
+def _measure(
     bench: Bench, choice: Choice, files: Mapping[str, Path], on_try: Callable[[str], Callable[[], None]]
-) -> Found:
-    figures = bench.measure(files, on_try(_said(choice)))
-    found = Found(choice, sum(map(size_of, files.values())), figures)
-    _forget(bench, files)
-    return found
+) -> SearchResult:
+    metrics = bench.measure(files, on_try(_describe(choice)))
+    result = SearchResult(choice, sum(map(size_of, files.values())), metrics)
+    _delete(bench, files)
+    return result
 
 
-def _forget(bench: Bench, files: Mapping[str, Path]) -> None:
+def _delete(bench: Bench, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         if path != bench.files[name]:
             bench.delete(path)
 
 
-def _said(choice: Choice) -> str:
-    return ", ".join(f"{part} {choice.words[part]}" for part in PARTS if part in choice.words) or "float32"
+def _describe(choice: Choice) -> str:
+    return ", ".join(f"{part} {choice.precisions[part]}" for part in PARTS if part in choice.precisions) or "float32"
 
 
-def _whole(bench: Bench) -> int:
+def _float32_bytes(bench: Bench) -> int:
     return sum(map(size_of, bench.files.values()))
