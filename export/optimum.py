@@ -148,8 +148,8 @@ def quantize_with_optimum(directory: str | Path, target: str, out: str | Path | 
     activations, inputs and outputs stay fp32. `out`: the directory to write to; default: `directory`.
 
     Raises ExportError for a decoder with norms after attention and FFN (OLMo): its FFN reads the residual stream
-    without a norm, and one scale for all tokens loses the small ones beside those of an image (on the golden model 80 % of the
-    logits' norm, by ff_proj alone and by ff_out alone). The int8 of this package has one scale per token.
+    without a norm, and one scale for all tokens loses the small ones beside those of an image (on the golden model
+    80 % of the logits' norm, by ff_proj alone and by ff_out alone). The int8 of this package has one scale per token.
 
     Returns the files by component, `<component>_int8_<target>.onnx`. Raises ExportError, or ConfigError for a decoder
     in `directory` without a readable config.json.

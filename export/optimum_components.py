@@ -26,7 +26,7 @@ Axes = dict[str, dict[int, str]]  # name of an input or output -> its axes of fr
 
 
 class MolmoHubConfig(PretrainedConfig):  # type: ignore[misc]
-    """A checkpoint's config.json as transformers keeps it; what it means is read_config's to say."""
+    """A checkpoint's config.json as transformers stores it; molmo_edge.checkpoints.hub_config reads it."""
 
     model_type = "molmo"
 
