@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from molmo_edge.data.annotated_photos import Annotation
 from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
 from molmo_edge.frontend.points import format_count, format_points
 
-Annotation = dict[str, Any]
 Box = Sequence[float]  # x0, y0, x1, y1, percent
 
 MOST_INSTANCES = 12  # labels with more are neither pointed at nor counted

@@ -70,14 +70,14 @@ class PixmoData:
         """See DataSet. Raises RowsError, and ImageError if a picture must be decoded for its points."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        info = PIXMO[self.name]
+        spec = PIXMO[self.name]
         rows = [self.rows[int(row)] for row in self.order[self.starts[index] : self.starts[index + 1]]]
         image = self.images / self.files[index] if self.files else rows[0].image(IMAGE)
         if image is None or (isinstance(image, Path) and not os.path.isfile(image)):
             raise RowsError(f"{rows[0].where} has no picture{'' if image is None else f' {image}'}: was it deleted?")
-        if info.pixels:
+        if spec.pixels:
             image = load_image(image)
-        made = [annotation for row in rows for annotation in _annotations(info, row, image, rng)]
+        made = [annotation for row in rows for annotation in _annotations(spec, row, image, rng)]
         if not made:
             raise RowsError(f"{rows[0].where} has neither question nor answer")
         return Example(image, tuple(made))
@@ -98,22 +98,22 @@ def open_pixmo(
     its manifest (to read it once for several sets). `held_out`: URLs of pictures to leave out, see
     `pointing_eval_urls`. Raises RowsError, also if there are no examples.
     """
-    info = _known(name, split)
-    rows = _load(info, split, local)
-    own = IMAGE in rows.columns
-    if not own and URL not in rows.columns:
-        raise RowsError(f'{rows.where} has no pictures: provide a copy of {info.hub_id} with a column "image" of paths')
-    codes, keys = _pictures(info, rows, own)
-    chosen = _side(info, split, keys) if info.held_back else np.ones(len(keys), bool)
+    spec = _known(name, split)
+    rows = _load(spec, split, local)
+    has_images = IMAGE in rows.columns
+    if not has_images and URL not in rows.columns:
+        raise RowsError(f'{rows.where} has no pictures: provide a copy of {spec.hub_id} with a column "image" of paths')
+    codes, keys = _pictures(spec, rows, has_images)
+    chosen = _side(spec, split, keys) if spec.held_back else np.ones(len(keys), bool)
     chosen &= np.fromiter((key not in held_out for key in keys), bool, len(keys))
     wanted = int(chosen[codes[codes >= 0]].sum())
     files: dict[int, str] = {}
     folder = images.folder if isinstance(images, Manifest) else images
-    if not own:
+    if not has_images:
         manifest = images if isinstance(images, Manifest) else Manifest.load(images)
-        files = _files(info, rows, codes, keys, chosen, manifest)
+        files = _files(spec, rows, codes, keys, chosen, manifest)
         chosen &= np.fromiter((code in files for code in range(len(keys))), bool, len(keys))
-    order, starts = _groups(info, codes, chosen)
+    order, starts = _groups(spec, codes, chosen)
     if len(starts) == 1:
         raise RowsError(
             f'{name} has no examples for "{split}": {wanted} of the {len(rows)} rows in {rows.where} belong to it, and '
@@ -121,7 +121,7 @@ def open_pixmo(
             if wanted
             else f'{name} has no examples for "{split}": none of the {len(rows)} rows in {rows.where} belongs to it'
         )
-    names = [files[int(codes[order[start]])] for start in starts[:-1]] if not own else []
+    names = [files[int(codes[order[start]])] for start in starts[:-1]] if not has_images else []
     return PixmoData(name, rows, order, starts, folder, names, wanted - len(order))
 
 
@@ -131,11 +131,11 @@ def wanted_images(name: str, *, split: str = "train", local: Path | None) -> Ite
     The hash is None if the set has none, or if the reference accepts any file. Empty for a set or copy that includes
     its pictures. Raises RowsError.
     """
-    info = _known(name, split)
-    rows = _load(info, split, local)
+    spec = _known(name, split)
+    rows = _load(spec, split, local)
     if IMAGE in rows.columns or URL not in rows.columns:
         return
-    has_hash = info.checked and SHA in rows.columns
+    has_hash = spec.checked and SHA in rows.columns
     hashes: Iterable[Any] = rows.column(SHA) if has_hash else (None for _ in range(len(rows)))
     for url, sha256 in zip(rows.column(URL), hashes, strict=True):
         if url:
@@ -150,34 +150,34 @@ def pointing_eval_urls(local: Path | None) -> frozenset[str]:
 def _known(name: str, split: str) -> PixmoSet:
     if name not in PIXMO:
         raise RowsError(f'"{name}" is not a PixMo set (known: {", ".join(PIXMO)})')
-    info = PIXMO[name]
-    splits = (*info.splits, *(("validation",) if info.held_back else ()))
+    spec = PIXMO[name]
+    splits = (*spec.splits, *(("validation",) if spec.held_back else ()))
     if split in splits:
-        return info
+        return spec
     because = ""
-    if info.pixels:  # the other splits have counts but no points
+    if spec.pixels:  # the other splits have counts but no points
         because = ": the others have no points. To evaluate on them: `molmo-edge eval --tasks pixmo_count`"
     raise RowsError(f'{name} has no split "{split}" to train on (splits: {", ".join(splits)}){because}')
 
 
-def _load(info: PixmoSet, split: str, local: Path | None) -> Rows:
-    return load_rows(info.hub_id, info.configs, "train" if info.held_back else split, local)
+def _load(spec: PixmoSet, split: str, local: Path | None) -> Rows:
+    return load_rows(spec.hub_id, spec.configs, "train" if spec.held_back else split, local)
 
 
 # --- grouping rows into examples ------------------------------------------------------------------------------------
 
 
-def _pictures(info: PixmoSet, rows: Rows, own: bool) -> tuple[np.ndarray, Sequence[str]]:
+def _pictures(spec: PixmoSet, rows: Rows, has_images: bool) -> tuple[np.ndarray, Sequence[str]]:
     """(the picture index of each row, -1 for unused rows; the keys of the pictures).
 
     Reads whole columns, and as few as possible: pixmo-points has 2.4 million rows.
     """
-    if own and not info.grouped and not info.held_back:
+    if has_images and not spec.grouped and not spec.held_back:
         return np.arange(len(rows)), tuple(map(str, range(len(rows))))
     called = next((column for column in (URL, SHA, IMAGE) if column in rows.columns), URL)
     numbers: dict[str, int] = {}
     codes = np.full(len(rows), -1, np.int64)
-    used = map(info.kept[1], rows.column(info.kept[0])) if info.kept else itertools.repeat(True, len(rows))
+    used = map(spec.kept[1], rows.column(spec.kept[0])) if spec.kept else itertools.repeat(True, len(rows))
     for row, (key, is_used) in enumerate(zip(rows.column(called), used, strict=True)):
         if not key or not is_used:
             continue
@@ -187,14 +187,14 @@ def _pictures(info: PixmoSet, rows: Rows, own: bool) -> tuple[np.ndarray, Sequen
     return codes, tuple(numbers)
 
 
-def _side(info: PixmoSet, split: str, keys: Sequence[str]) -> np.ndarray:
+def _side(spec: PixmoSet, split: str, keys: Sequence[str]) -> np.ndarray:
     """Which pictures belong to the split, bool [n keys]. The smallest hashes are the validation split.
 
     The reference draws it at random for each set. Hashes depend neither on the order of the rows nor on the success
     of downloads, and hold back the same pictures in a smaller set.
     """
     hashes = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys], np.uint64)
-    count = min(info.held_back, len(keys) // _MOST_HELD_BACK)
+    count = min(spec.held_back, len(keys) // _MOST_HELD_BACK)
     held_back = np.zeros(len(keys), bool)
     if count:
         held_back = hashes <= np.partition(hashes, count - 1)[count - 1]
@@ -202,26 +202,26 @@ def _side(info: PixmoSet, split: str, keys: Sequence[str]) -> np.ndarray:
 
 
 def _files(
-    info: PixmoSet, rows: Rows, codes: np.ndarray, keys: Sequence[str], chosen: np.ndarray, manifest: Manifest
+    spec: PixmoSet, rows: Rows, codes: np.ndarray, keys: Sequence[str], chosen: np.ndarray, manifest: Manifest
 ) -> dict[int, str]:
     """The files of chosen pictures that exist, by picture index."""
     hashes: dict[int, str] = {}
-    if info.checked and SHA in rows.columns:
+    if spec.checked and SHA in rows.columns:
         for code, sha256 in zip(codes, rows.column(SHA), strict=True):
             hashes.setdefault(int(code), sha256)
     found = ((code, manifest.path(keys[code], hashes.get(code))) for code in map(int, np.flatnonzero(chosen)))
     return {code: path.name for code, path in found if path is not None}
 
 
-def _groups(info: PixmoSet, codes: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _groups(spec: PixmoSet, codes: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(row indices, example by example; where each example begins, and the end)."""
     rows = np.flatnonzero(codes >= 0)
     rows = rows[chosen[codes[rows]]]
-    if not info.grouped:
+    if not spec.grouped:
         return rows, np.arange(len(rows) + 1)
     rows = rows[np.argsort(codes[rows], kind="stable")]  # keeps the order in which pictures first appear
     starts = np.flatnonzero(np.diff(codes[rows], prepend=-1, append=len(chosen)))
-    if info.halved:  # explanations are long: as in the reference, several are split into two examples
+    if spec.halved:  # explanations are long: as in the reference, several are split into two examples
         sizes = np.diff(starts)
         starts = np.union1d(starts, (starts[:-1] + (sizes + 1) // 2)[sizes > 1])
     return rows, starts
@@ -244,14 +244,14 @@ class Reading:
         return self.row.text(column, blank=True)
 
 
-def _annotations(info: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> list[Annotation]:
+def _annotations(spec: PixmoSet, row: Row, image: Any, rng: np.random.Generator) -> list[Annotation]:
     """Annotations without blank messages. Raises RowsError for a row of another layout."""
-    unit = (image.shape[1] / 100, image.shape[0] / 100) if info.pixels else (1.0, 1.0)
+    unit = (image.shape[1] / 100, image.shape[0] / 100) if spec.pixels else (1.0, 1.0)
     try:
-        made = list(info.annotate(Reading(row, info.style, rng, unit)))
+        made = list(spec.annotate(Reading(row, spec.style, rng, unit)))
         return [annotation for annotation in made if all(message.strip() for message in annotation.messages)]
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise RowsError(f"{row.where} does not have the layout of {info.hub_id}: {error!r}") from error
+        raise RowsError(f"{row.where} does not have the layout of {spec.hub_id}: {error!r}") from error
 
 
 def _caption(read: Reading) -> Iterator[Annotation]:

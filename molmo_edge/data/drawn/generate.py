@@ -35,6 +35,7 @@ from molmo_edge.data.drawn.pointing import count_row, labelled_scene, point_rows
 from molmo_edge.data.drawn.sheets import encode, photographed, softened
 from molmo_edge.data.drawn.sprites import Assets, load_sprites
 from molmo_edge.data.drawn.tables import draw_table
+from molmo_edge.data.json_files import read_json
 from molmo_edge.data.rows import ROWS
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.files import atomic_write
@@ -145,7 +146,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
             raise GenerateError(f"{out} holds a data set that was not drawn by this command: choose another folder")
         _write(path, json.dumps(settings, indent=1).encode())
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, GenerateError)
     for name, value in settings.items():
         if before.get(name) != value:
             raise GenerateError(f"{out} was started with other {name}: use the same ones, or choose another folder")

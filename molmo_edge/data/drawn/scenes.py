@@ -7,11 +7,11 @@ The suite nano-val draws its scenes here. A change to the order of the random dr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
+from molmo_edge.data.annotated_photos import Annotation
 from molmo_edge.data.drawn.backdrops import draw_backdrop
 from molmo_edge.data.drawn.clocks import draw_dial
 from molmo_edge.data.drawn.rendered_words import draw_text, random_text
@@ -19,7 +19,6 @@ from molmo_edge.data.drawn.sprite_names import overlapping
 from molmo_edge.data.drawn.sprites import Assets
 from molmo_edge.errors import MolmoEdgeError
 
-Annotation = dict[str, Any]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1, pixels
 Wanted = list[tuple[str, Image.Image]]  # a name and one of its sprites, for each object to place
 
