@@ -244,9 +244,8 @@ class OnnxRuntime:
     def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
         crops, some = np.ascontiguousarray(crops, np.float32), self._crops_at_once
-        if (
-            seen := check_overview(overview, self.config)
-        ) is not None:  # all crops at once: the convolutional tower runs once
+        if (seen := check_overview(overview, self.config)) is not None:
+            # All crops at once, so that the convolutional tower runs once.
             whole = {"pixels": seen.pixels[None], "positions": seen.positions}
             return self._run("vision_encoder", {"crops": crops, **whole})
         parts = (crops[i : i + some] for i in range(0, len(crops), some))
