@@ -302,6 +302,8 @@ class DecoderConfig:
         _check_word("image_attention", self.image_attention, ("causal", "bidirectional"))
         if self.rope_scaling and not all(0 <= layer < self.n_layers for layer in self.rope_scaling.layers):
             raise ConfigError(f"rope_scaling.layers {self.rope_scaling.layers} must be below {self.n_layers}")
+        if self.rope_scaling and self.rope_theta <= 1:
+            raise ConfigError(f"rope_scaling needs a rope_theta above 1, it is {self.rope_theta}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if bool(self.n_experts) != bool(self.top_k) or self.top_k > self.n_experts:

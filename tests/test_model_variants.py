@@ -164,6 +164,7 @@ def test_a_head_dim_that_is_the_default_is_no_override() -> None:
         (DECODER, {"qk_norm_per_head": True}, "needs qk_norm"),
         (DECODER, {"image_attention": "full"}, '"full" is not supported'),
         (DECODER, {"rope_scaling": RopeScaling(2.0, 64, layers=(2,))}, "must be below 2"),
+        (DECODER, {"rope_scaling": RopeScaling(2.0, 64), "rope_theta": 1.0}, "needs a rope_theta above 1"),
         (RopeScaling(2.0, 64), {"factor": 0.0}, "factor must be positive"),
         (RopeScaling(2.0, 64), {"beta_slow": 40.0}, "larger than beta_slow"),
         (SIGLIP, {"image_model_type": "vit"}, '"vit" is not supported'),

@@ -61,7 +61,7 @@ def open_base(directory: Path) -> TensorSource:
 class _Family:
     """A kind of decoder: what is always so in it, and what its config.json leaves out where it is this."""
 
-    always: dict[str, bool]
+    always: dict[str, Any]
     norm_eps: float
 
 

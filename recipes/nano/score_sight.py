@@ -82,8 +82,7 @@ def heat_points(model: Trainable, names: Names, processor: ImageProcessor) -> Ca
 def stitched(token_index: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The kept cells of the crops (of the global view where there are none) row by row: their grid, crop and cell."""
     rows = tiling[0]
-    margin = sum(config.overlap_margins)
-    shape = [(n * config.window + margin) // config.pool for n in tiling] if rows else [config.cells] * 2
+    shape = config.cell_grids(tiling)[-1]
     crop, cell = (token_index[1:] >= 0).nonzero() if rows else (token_index >= 0).nonzero()
     crop = crop + bool(rows)
     order = np.argsort(token_index[crop, cell])
