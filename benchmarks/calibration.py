@@ -1,12 +1,12 @@
-"""What a rounded decoder costs, rounded plainly and with a calibration: divergence from fp32 on photos not seen.
+"""The loss of a quantised decoder with and without a calibration: divergence from fp32 on held-out photos.
 
     python benchmarks/calibration.py --photos PHOTOS                        # the embedded nano
     python benchmarks/calibration.py --photos PHOTOS --engine gguf          # the same on llama.cpp
     python benchmarks/calibration.py --photos PHOTOS --checkpoint DIR
 
-PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`. Prompts with their annotated answers from its
-`train` split calibrate; photos of its `val` split are asked, and at each token of fp32's own greedy answer the
-candidates' distributions are held against fp32's. Vision, connector and embeddings are fp32's everywhere.
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`. The calibration uses prompts with annotated
+answers from its `train` split. Questions are asked about photos of its `val` split, and the candidates' distributions
+are compared with fp32's at each token of fp32's greedy answer. Vision, connector and embeddings are always fp32.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, PROMPTS
 from molmo_edge.runtimes import open_runtime
 
 ONNX: dict[str, dict[str, Any]] = {
-    f"{word}{', zero points' if asymmetric else ''}, blocks of {block}{', calibrated' if calibrated else ''}": {
-        "precision": {"decoder": word}, "block": block, "asymmetric": asymmetric, "calibrated": calibrated
+    f"{name}{', zero points' if asymmetric else ''}, blocks of {block}{', calibrated' if calibrated else ''}": {
+        "precision": {"decoder": name}, "block": block, "asymmetric": asymmetric, "calibrated": calibrated
     }
-    for word, asymmetric in (("q4", False), ("q4", True), ("mixed", False))
+    for name, asymmetric in (("q4", False), ("q4", True), ("mixed", False))
     for block in (32, 64, 128)
     for calibrated in (False, True)
 }  # fmt: skip
 GGUF: dict[str, dict[str, Any]] = {
-    f"{word}{', importance matrix' if calibrated else ''}": {
-        "precision": {"decoder": word}, "engine": "gguf", "calibrated": calibrated
+    f"{name}{', importance matrix' if calibrated else ''}": {
+        "precision": {"decoder": name}, "engine": "gguf", "calibrated": calibrated
     }
-    for word, both in (
+    for name, both in (
         ("f32", False), ("f16", False), ("q8_0", False), ("q6_k", True), ("q5_k_m", True), ("q4_k_m", True),
         ("iq4_xs", True), ("q4_0", True), ("q3_k_m", True),
     )
@@ -53,10 +53,10 @@ GGUF: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, help="in hub layout; the embedded nano if left out")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint in hub layout; default: the embedded nano")
     parser.add_argument("--engine", choices=("onnx", "gguf"), default="onnx")
-    parser.add_argument("--limit", type=int, default=40, help="photos that are asked about")
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer")
+    parser.add_argument("--limit", type=int, default=40, help="number of photos to ask about")
+    parser.add_argument("--tokens", type=int, default=24, help="maximum length of an answer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -68,9 +68,9 @@ def main() -> None:
         rows = []
         for n, (name, options) in enumerate({"onnx": ONNX, "gguf": GGUF}[args.engine].items()):
             calibrate = folder / "prompts" if options["calibrated"] else None
-            wishes = {key: value for key, value in options.items() if key != "calibrated"}
+            export_options = {key: value for key, value in options.items() if key != "calibrated"}
             out = folder / str(n)
-            manifest = export_bundle(checkpoint, out, calibrate=calibrate, measure=False, **wishes)
+            manifest = export_bundle(checkpoint, out, calibrate=calibrate, measure=False, **export_options)
             found = _distributions(out, asked)
             kl = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)])
             same = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, found, strict=True)])
@@ -93,7 +93,7 @@ def _unpacked_nano(out: Path) -> Path:
 
 
 def write_prompts(photos: Path, folder: Path) -> None:
-    """One annotated label of each of some training photos, and where it is."""
+    """Write one pointing question with its annotated answer for each of some training photos."""
     folder.mkdir()
     lines = []
     for photo in load_photos(photos, "train"):

@@ -1,10 +1,10 @@
-"""What it takes to turn a checkpoint into safetensors: memory, and speed beside a plain copy on the same disk.
+"""Memory and speed of converting a checkpoint to safetensors, compared with a plain copy on the same disk.
 
     python benchmarks/make_random_checkpoint.py --preset molmoe-1b --out /data/random-molmoe
     python benchmarks/convert.py /data/random-molmoe --scratch /data
 
-Copies the weights, removes the copy, converts them to bfloat16, each in a process of its own, from a cold page cache
-where this may be emptied (as root), and with everything written to the disk before the clock stops.
+Copies the weights, deletes the copy, and converts them to bfloat16, each in its own process. Times start with a cold
+page cache if it can be emptied (as root) and end when all data is on the disk.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _EXPORT = "from molmo_edge.cli import main; main()"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--scratch", type=Path, default=Path("."), help="where there is room for copy and result")
-    parser.add_argument("--keep", type=Path, help="where the converted checkpoint is kept")
+    parser.add_argument("--scratch", type=Path, default=Path("."), help="directory for the copy and the result")
+    parser.add_argument("--keep", type=Path, help="keep the converted checkpoint in this directory")
     args = parser.parse_args()
     weights = [p for p in sorted(args.checkpoint.iterdir()) if p.suffix in (".bin", ".safetensors", ".pt")]
     tensors = open_tensors(args.checkpoint)
@@ -51,7 +51,7 @@ def main() -> None:
         )
         memory = peak()
         if memory <= before:
-            raise SystemExit("the copy took more memory than the conversion: its peak cannot be told")
+            raise SystemExit("the copy took more memory than the conversion: the conversion's peak is unknown")
         written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = {
         "source_gb": source / 1e9,
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def timed(program: str, *arguments: str) -> float:
-    """Seconds until what the program wrote is on the disk."""
+    """Seconds until the program's output is on the disk."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -83,7 +83,7 @@ def timed(program: str, *arguments: str) -> float:
 
 
 def peak() -> int:
-    """Bytes that the largest process so far had resident."""
+    """Peak resident bytes of the largest child process so far."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 

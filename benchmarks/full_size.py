@@ -1,4 +1,4 @@
-"""A model of full size: time by stage and peak memory, in a process that does nothing else.
+"""Time per stage and peak memory of a full-size model, in its own process.
 
 python benchmarks/make_random_checkpoint.py --preset molmoe-1b --out /data/random-molmoe
 python benchmarks/full_size.py /data/random-molmoe --precision nf4
@@ -21,10 +21,10 @@ from molmo_edge.config import PRECISIONS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a checkpoint, which runs on PyTorch, or a bundle")
+    parser.add_argument("model", type=Path, help="checkpoint (runs on PyTorch) or bundle")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--image", type=Path, help="a photo; without it a synthetic one of 640x480")
+    parser.add_argument("--image", type=Path, help="photo; default: a synthetic one of 640x480")
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     y, x = np.mgrid[:480, :640]
@@ -34,7 +34,7 @@ def main() -> None:
     loaded = time.perf_counter() - began
     peak_loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answers = [molmo.ask(args.image or synthetic, "Describe this image.", max_new_tokens=args.tokens) for _ in range(2)]
-    usage = answers[-1].usage  # the second: kernels are chosen and buffers made in the first
+    usage = answers[-1].usage  # of the second answer: the first one selects kernels and allocates buffers
     figures = {
         "load_s": loaded,
         **{f"{stage}_s": seconds for stage, seconds in dataclasses.asdict(usage.seconds).items() if stage != "load"},

@@ -1,12 +1,11 @@
-"""A checkpoint of full size with seeded random weights, in the exact public layout, written as it is made.
+"""Write a full-size checkpoint with seeded random weights in the layout of the public ones.
 
     python benchmarks/make_random_checkpoint.py --preset molmoe-1b --layout hub --out /data/random-molmoe
 
-molmoe-1b: one float32 pickle of 28.9 GB, as on the hub. molmo-7b-d and its kin: float32 safetensors in shards of
-5 GB with their index. Full-size figures are measured on these where no hub is reachable. Matrices are normal with a
-standard deviation of 0.02, norms are ones, biases zeros; a tensor's values depend on --seed and on its name only.
-Without --tokenizer a stand-in is written: single bytes, one merge, and Molmo's special tokens where the preset has
-them.
+molmoe-1b: one float32 pickle of 28.9 GB, as on the hub. The other presets: float32 safetensors in shards of 5 GB with
+an index. Benchmarks of full-size models use these when the hub is not reachable. Matrices are normally distributed with
+a standard deviation of 0.02, norms are ones, biases zeros; the values of a tensor depend only on --seed and its name.
+Without --tokenizer a placeholder is written: single bytes, one merge, and Molmo's special tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from molmo_edge.config import PRESETS, MolmoConfig
 from molmo_edge.frontend.tokenizer import END_OF_TEXT
 
 _STD = 0.02
-_CHUNK = 1 << 22  # values that one thread draws at a time
+_CHUNK = 1 << 22  # values that a thread generates at a time
 _SHARD = 5_000_000_000  # bytes
 
 
@@ -41,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="molmoe-1b")
     parser.add_argument("--layout", choices=["hub"], default="hub")
-    parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of the stand-in")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create; it must not exist")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of the placeholder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.perf_counter()
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def make_checkpoint(config: MolmoConfig, out: Path, *, seed: int = 0, tokenizer: Path | None = None) -> int:
-    """Write the directory `out`, whole or not at all; returns the bytes of its weights."""
+    """Write the directory `out`, completely or not at all. Returns the bytes of its weights."""
     part = out.with_name(f".{out.name}.part")
     part.mkdir(parents=True)
     try:
@@ -91,8 +90,8 @@ def _draw(name: str, out: np.ndarray, seed: int, pool: ThreadPoolExecutor) -> No
 
 
 def _write_pickle(directory: Path, shapes: dict[str, tuple[int, ...]], draw: Draw) -> None:
-    """What torch.save writes, without the tensors ever being in memory: the file with room for them, then they."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}  # never touched, so never resident
+    """As torch.save, but without holding the tensors: writes a file with empty space for them, then their values."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}  # never written to, so not resident
     with torch.serialization.skip_data():
         torch.save(tensors, directory / PICKLE)
     del tensors
@@ -113,7 +112,7 @@ def _write_shards(directory: Path, shapes: dict[str, tuple[int, ...]], draw: Dra
 
 
 def stand_in_tokenizer(vocab_size: int) -> str:
-    """A tokenizer.json of single bytes, with the end of text as the last id and Molmo's special tokens behind it."""
+    """A tokenizer.json of single bytes, with the end of text as the last id, followed by Molmo's special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     special = {vocab_size - 1: END_OF_TEXT}
@@ -132,7 +131,7 @@ def stand_in_tokenizer(vocab_size: int) -> str:
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "Ġt"])},
-            "merges": [["Ġ", "t"]],  # one at least, which llama.cpp insists on
+            "merges": [["Ġ", "t"]],  # llama.cpp needs at least one
         },
     }
     return json.dumps(definition)

@@ -1,12 +1,11 @@
-"""What every engine and precision costs nano: the table of docs/quantization.md.
+"""The loss of every engine and precision on nano: the table of docs/quantization.md.
 
     python benchmarks/quantization.py --photos PHOTOS --out DIR [--limit 45] [--only onnx-int8,...]
 
-PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`; its `train` split calibrates, its `val`
-split and
-the scenes of nano-val are asked about. The reference is nano in float32. What is stored of nano is rounded to eight
-bits, and rounding that again would seem free: each weight of the reference is a random one of those that round to what
-is stored (molmo_edge.export.bundle_weights.BundleTensors, dither).
+PHOTOS is a directory in the format of `molmo_edge.data.annotated_photos`. Its `train` split is the calibration;
+questions are asked about its `val` split and the scenes of nano-val. The reference is nano in float32. Nano is stored
+in eight bits, and rounding those values again would have no error, so each weight of the reference is drawn from the
+values that round to the stored one (`dither` of molmo_edge.export.bundle_weights.BundleTensors).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "onnx-q8": {"precision": "q8"},
     "onnx-int8": {"precision": "int8"},
     "onnx-int8-calibrated": {"precision": "int8", "calibrate": True},
-    # As int8 was: a scale a row for the connector and the head as well.
+    # int8 for the connector and the head, too, which "int8" stores as q8.
     "onnx-int8-rows": {"precision": dict.fromkeys(_ROWS, "int8")},
     "onnx-mixed": {"precision": "mixed"},
     "onnx-mixed-calibrated": {"precision": "mixed", "calibrate": True},
@@ -52,9 +51,9 @@ CHECKPOINTS = {"pytorch-bf16": "bf16", "pytorch-int8": "int8", "pytorch-nf4": "n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="for the models and the report; it may exist")
-    parser.add_argument("--limit", type=int, default=45, help="pictures")
-    parser.add_argument("--only", help="names with commas between; all of them if left out")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the models and the report; may exist")
+    parser.add_argument("--limit", type=int, default=45, help="number of images")
+    parser.add_argument("--only", help="comma-separated names; default: all")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else [*BUNDLES, *CHECKPOINTS]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -90,14 +89,14 @@ def main() -> None:
 
 def _model(name: str, out: Path, checkpoint: Path, prompts: Path) -> ModelSpec:
     if name in CHECKPOINTS:
-        linked = out / name  # a name of its own in the report
+        linked = out / name  # gives it its own name in the report
         if not linked.exists():
             linked.symlink_to(checkpoint.resolve(), target_is_directory=True)
         return ModelSpec(linked, precision=CHECKPOINTS[name])
     if not (out / name).exists():
-        wishes = dict(BUNDLES[name])
-        wishes["calibrate"] = prompts if wishes.get("calibrate") else None
-        export_bundle(checkpoint, out / name, measure=False, **wishes)
+        options = dict(BUNDLES[name])
+        options["calibrate"] = prompts if options.get("calibrate") else None
+        export_bundle(checkpoint, out / name, measure=False, **options)
     return ModelSpec(out / name)
 
 

@@ -1,7 +1,7 @@
-"""A small builder for ONNX graphs: nodes by hand, weights streamed in one tensor at a time.
+"""A small builder for ONNX graphs, which streams weights to the file one tensor at a time.
 
-No tracer stands between the model and the file: every operator is chosen here, nothing needs PyTorch, and a
-weight keeps its hub name, so that `model.transformer.blocks.0.attn.att_proj.weight` can be found in the graph.
+Graphs are written node by node instead of traced: every operator is chosen here, PyTorch is not needed, and a weight
+keeps its hub name, such as `model.transformer.blocks.0.attn.att_proj.weight`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from onnx import TensorProto, helper
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export.errors import ExportError
 
-MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
+MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's operators
 OPSET = 20  # the first with Gelu
-IR_VERSION = 9  # the one that came with opset 20; which ONNX Runtime takes what: molmo_edge.export.int8_graph
+IR_VERSION = 9  # that of opset 20; for versions of ONNX Runtime see molmo_edge.export.int8_graph
 FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
-INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even where a sidecar takes the others
-_PAGE = 4096  # ONNX Runtime maps sidecar tensors that start on a page
+INLINE_BELOW = 65_536  # bytes; smaller weights stay in the graph even if it has a sidecar
+_PAGE = 4096  # bytes; ONNX Runtime can map sidecar tensors that start on a page boundary
 
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -39,7 +39,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class WeightError:
-    """What rounding cost a matrix, or several."""
+    """The error of rounding one or several matrices."""
 
     largest: float  # absolute difference
     squared: float  # sum of squared differences
@@ -54,18 +54,18 @@ class WeightError:
 class Graph:
     """One ONNX graph under construction. A value is the name of a tensor in it.
 
-    `sidecar`: a file that takes the large weights as they come (an .onnx file itself cannot pass 2 GB), so that
-    no more than one of them is in memory. Without it they stay inside of the graph.
-    `plain`: ONNX's own operators alone, none that only ONNX Runtime has (molmo_edge.export.graph_operators).
+    `sidecar`: a file to which large weights are written at once (an .onnx file cannot exceed 2 GB), so that memory
+    holds one of them. Without it weights are stored in the graph. `plain`: use standard ONNX operators only
+    (molmo_edge.export.graph_operators).
     """
 
     def __init__(self, name: str, sidecar: Path | None = None, *, plain: bool = False) -> None:
         self.name = name
         self.sidecar = sidecar
         self.plain = plain
-        self.memo: dict[tuple[str, ...], str] = {}  # values that several consumers share, such as quantised inputs
-        self.errors: dict[str, WeightError] = {}  # of each matrix that was rounded
-        self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime that has all its operators
+        self.memo: dict[tuple[str, ...], str] = {}  # values with several consumers, such as quantised inputs
+        self.errors: dict[str, WeightError] = {}  # by rounded matrix
+        self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime with all its operators
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -81,7 +81,7 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(value, _TYPES[np.dtype(dtype)], shape))
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """Add a tensor under `name`, once: what is already there is used again."""
+        """Add a tensor under `name`, unless the graph already has it."""
         if name not in self._weights:
             array = np.asarray(array, order="C")
             proto = TensorProto(name=name, data_type=_TYPES[array.dtype], dims=array.shape)
@@ -93,7 +93,7 @@ class Graph:
         return name
 
     def constant(self, value: float | Sequence[float], dtype: type = np.float32) -> str:
-        """A small constant, shared by all that ask for the same one."""
+        """A small constant. Equal constants are stored once."""
         array: np.ndarray = np.asarray(value, dtype=dtype)
         return self.weight(f"constant/{array.dtype}/{array.tolist()}", array)
 
@@ -115,7 +115,7 @@ class Graph:
         return tuple(outputs)
 
     def need(self, *version: int) -> None:
-        """Say that an operator came with this version of ONNX Runtime."""
+        """Record that an operator needs this version of ONNX Runtime."""
         self.needs = max(self.needs, (version[0], version[1]))
 
     def rounded(self, name: str, weight: np.ndarray, restored: np.ndarray) -> None:
@@ -137,7 +137,7 @@ class Graph:
         )
 
     def save(self, path: Path) -> None:
-        """Write the graph to `path`; its sidecar, if any, must stay beside it under the same name."""
+        """Write the graph to `path`; its sidecar must stay beside it under the same name."""
         opsets = [helper.make_opsetid("", OPSET)] + ([] if self.plain else [helper.make_opsetid(MICROSOFT, 1)])
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values()))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="molmo-edge")
@@ -154,7 +154,7 @@ def _append(sidecar: Path, array: np.ndarray, proto: onnx.TensorProto) -> None:
         proto.external_data.add(key=key, value=str(value))
 
 
-# How a matrix enters a graph is the one thing that differs between precisions.
+# Precisions differ in how they write matrices and tables into a graph.
 Linear = Callable[[Graph, str, str, np.ndarray, "np.ndarray | None"], str]
 """(graph, x [..., in], hub name without ".weight", weight [out, in], bias [out] or None) -> [..., out]"""
 Table = Callable[[Graph, str, str, np.ndarray], str]
@@ -163,12 +163,12 @@ Table = Callable[[Graph, str, str, np.ndarray], str]
 ExpertPart = Callable[[str, int], np.ndarray]
 """("gate", "up" or "down", expert) -> its matrix [out, in]"""
 Experts = Callable[[Graph, DecoderConfig, str, str, str, ExpertPart], "str | None"]
-"""(graph, config, x [1, n, d], router's probabilities [1, n, n_experts], hub name, part) -> [1, n, d], or None where
-these sizes cannot be taken, and the experts are matrices like any other"""
+"""(graph, config, x [1, n, d], router's probabilities [1, n, n_experts], hub name, part) -> [1, n, d], or None if
+these sizes are not supported and the experts have to be written as separate matrices"""
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
-    # Stored transposed, [in, out], as MatMul wants it.
+    # Stored transposed, [in, out], as MatMul needs it.
     y = graph.node("MatMul", x, graph.weight(f"{name}.weight", weight.T))
     return add_bias(graph, y, name, bias)
 
@@ -185,18 +185,18 @@ def add_bias(graph: Graph, y: str, name: str, bias: np.ndarray | None) -> str:
 class Precision:
     """How the matrices and the lookup table of a component are stored and multiplied."""
 
-    name: str  # as written into a manifest, one of molmo_edge.export.options.WORDS
-    suffix: str  # of the component's file: "" for fp32, else "_" and the name
+    name: str  # in the manifest: one of ONNX_PRECISIONS, for a decoder followed by ",part=precision"
+    suffix: str  # of the component's file: "" for fp32, else "_" and the name, or "_parts"
     bytes_per_weight: float
     linear: Linear
     table: Table
-    experts: Experts | None = None  # None: experts are matrices like any other
-    router: Linear = fp32_linear  # small, and a wrong choice is a whole expert
-    half: bool = False  # products in float16, attention's and so its cache too
-    keep: Collection[str] = ()  # but for these matrices (hub names without ".weight"), which float16 has no room for
+    experts: Experts | None = None  # None: experts are written as separate matrices
+    router: Linear = fp32_linear  # it is small, and its errors choose other experts
+    half: bool = False  # products in float16, including attention and its cache
+    keep: Collection[str] = ()  # matrices (hub names without ".weight") that stay float32, as float16 would overflow
 
     def half_after(self, *matrices: str) -> bool:
-        """Whether what these matrices give may be multiplied in float16."""
+        """Whether the outputs of these matrices may be multiplied in float16."""
         return self.half and not any(name in self.keep for name in matrices)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from molmo_edge.checkpoints.manifest import GRAPHS
 
 PARTS = ("attention", "experts", "router", "head")  # of a decoder; "experts" is the FFN, of dense decoders too
-PART_PRECISIONS = ("fp32", "int8", "q8", "q4")
+PART_PRECISIONS = ("fp32", "q8", "int8", "q4")  # the largest first
+QUANTIZED = PART_PRECISIONS[1:]
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "q8": 1.1, "q4": 0.6}  # scales included
 
 

@@ -67,7 +67,7 @@ def logits_of(architecture: str, rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("architecture", ["molmoe", "qwen", "olmo"])
-def test_smoothed_weights_are_the_same_function(architecture: str, tmp_path: Path) -> None:
+def test_smoothed_weights_are_the_same_function(architecture: str) -> None:
     from molmo_edge.modeling.weights import build_model
 
     config, tensors = open_source(GOLDEN / architecture)
@@ -80,10 +80,10 @@ def test_smoothed_weights_are_the_same_function(architecture: str, tmp_path: Pat
     assert relative(found, exact) < 1e-4
     name = "model.transformer.blocks.0" + (".attn" if config.decoder.n_experts else "") + ".att_proj.weight"
     same = (smooth.get(name) == tensors.get(name)).all()
-    assert same == config.decoder.norm_after, "OLMo's norms stand behind, so there is nothing to share with"
+    assert same == config.decoder.norm_after, "OLMo's norms come after the branches: there is nothing to smooth"
 
 
-def test_only_what_int8_rounds_is_smoothed(tmp_path: Path) -> None:
+def test_only_what_int8_rounds_is_smoothed() -> None:
     config, tensors = open_source(GOLDEN / "molmoe")
     rows = prompt(runtime("molmoe"), case("molmoe", "square"))
     smooth = smoothed(config, tensors, [rows], ("attention",))

@@ -12,6 +12,7 @@ import typer
 
 from molmo_edge.checkpoints.bundle import is_hub_id
 from molmo_edge.cli.output import console, note, progress
+from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -40,12 +41,12 @@ def open_suite(name: str, limit: int | None, data: Path | None, *, quiet: bool) 
 
 def parse_precisions(text: str) -> list[str]:
     """The precisions in "q8,int8,q4". Raises BadParameter."""
-    known = ("q8", "int8", "q4")
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in words or [text]:
-        if word not in known:
-            raise typer.BadParameter(f'"{word}" is not known (known: {", ".join(known)})', param_hint="--precisions")
-    return words
+    precisions = [name.strip() for name in text.split(",") if name.strip()]
+    for name in precisions or [text]:
+        if name not in QUANTIZED:
+            message = f'"{name}" is not known (known: {", ".join(QUANTIZED)})'
+            raise typer.BadParameter(message, param_hint="--precisions")
+    return precisions
 
 
 def named(name: str) -> str:

@@ -23,6 +23,7 @@ from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.reference_outputs import ModelUnderTest, record_reference
 from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.export.precisions import PARTS as DECODER_PARTS
+from molmo_edge.export.precisions import QUANTIZED
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
 from molmo_edge.sdk.readable_text import counted
@@ -189,7 +190,7 @@ def precisions_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
     """The smaller precisions that a part supports, the largest first."""
     if part == "router" and not config.decoder.n_experts:
         return ()
-    return ("int8",) if part == "embed_tokens" else ("q8", "int8", "q4")
+    return ("int8",) if part == "embed_tokens" else QUANTIZED
 
 
 def size_of(path: Path) -> int:
