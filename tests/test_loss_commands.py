@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from exported import bundle
 
-from molmo_edge.cli import eval as eval_command
+from molmo_edge.cli.eval import shard_environment
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -55,7 +55,7 @@ def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path, monkeypatch:
     for shard in ("1/2", "2/2"):
         status, stdout, stderr = cli(*arguments, "--shard", shard)
         assert (status, stdout) == (0, "")
-        assert "without --shard joins them" in stderr
+        assert "without --shard to merge them" in stderr
     status, stdout, _ = cli(*arguments)
     assert status == 0
     assert "anls" in stdout
@@ -66,10 +66,10 @@ def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path, monkeypatch:
 
 def test_a_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [eval_command._environment("cuda", i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["3", "5", "3"]
-    assert eval_command._environment("cpu", 1)["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert [shard_environment("cuda", i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["3", "5", "3"]
+    assert shard_environment("cpu", 1)["CUDA_VISIBLE_DEVICES"] == "3,5"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert eval_command._environment("cuda", 1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert shard_environment("cuda", 1)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_pa
     assert "<h2>Scores</h2>" not in (report / "report.html").read_text()
     status, _, stderr = cli("eval", bundle("molmoe"), "--tasks", suite, "--out", tmp_path / "run")
     assert status == 1
-    assert "nothing that can be scored: photos need an annotations.jsonl" in stderr
+    assert "nothing can be scored. Photos need an annotations.jsonl" in stderr
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"another run \(limit: 3 there, 4 here, model: 'a' there, 'b' here\)"):
         claim_folder(tmp_path, {"model": "b", "limit": 4})
     (tmp_path / "run.json").unlink()
-    with pytest.raises(RunError, match=r"no run\.json"):
+    with pytest.raises(RunError, match=r"no valid run\.json"):
         claim_folder(tmp_path, {"model": "a", "limit": 3})
 
 
@@ -139,7 +139,7 @@ def test_answers_of_another_suite_are_refused(saying: Saying, tmp_path: Path) ->
     with pytest.raises(RunError, match="q/0"):
         merge_shards(QUESTIONS[1:], tmp_path, "suite")
     (tmp_path / "suite.jsonl").write_text("[1]\n")
-    with pytest.raises(RunError, match="no answer"):
+    with pytest.raises(RunError, match="not an answer"):
         merge_shards(QUESTIONS, tmp_path, "suite")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_
-import math
 import os
 import subprocess
 import sys
@@ -26,28 +25,28 @@ if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
     from molmo_edge.evaluation.stats import Estimate
 
-_TASKS = "What to ask, with commas between: nano-val, photos:DIR, ai2d, chart_qa, ..., or academic for all of those."
-_OUT = "The run's folder: started again, it goes on where it was. Without it: NAME-eval here."
-_PARENT = "MOLMO_EDGE_EVAL_PARENT"  # in the environment of a process that shares a run: who started it
-Results = dict[str, dict[str, dict[str, "Estimate"]]]  # by suite, group and score
+_TASKS = "Tasks, separated by commas: nano-val, photos:DIR, ai2d, chart_qa, ..., or academic for all benchmarks."
+_OUT = "The run's folder. Running the command again resumes it. Default: NAME-eval in the current directory."
+_PARENT = "MOLMO_EDGE_EVAL_PARENT"  # environment variable: the id of the process that started this one
+Results = dict[str, dict[str, dict[str, "Estimate"]]]  # {suite: {group: {score: ...}}}
 
 
 class EvalError(MolmoEdgeError):
-    """A process of a run that failed."""
+    """Nothing to score, or a failed process."""
 
 
 def eval(
     bundle: Annotated[
         str | None,
-        typer.Argument(help="Bundle or checkpoint directory, or hub id. Without it: nano.", show_default=False),
+        typer.Argument(help="Bundle or checkpoint directory, or hub id. Default: nano.", show_default=False),
     ] = None,
     *,
     tasks: Annotated[str, typer.Option(help=_TASKS)] = "nano-val",
     limit: Asked.Limit = None,
     data: Asked.Data = None,
     out: Annotated[Path | None, typer.Option(help=_OUT, show_default=False)] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes side by side; with CUDA, one for each GPU.")] = 1,
-    shard: Annotated[str | None, typer.Option(help='"2/4": this machine\'s part alone, for a cluster.')] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of parallel processes; with CUDA, one per GPU.")] = 1,
+    shard: Annotated[str | None, typer.Option(help='Answer one part only, such as "2/4", for a cluster.')] = None,
     revision: options.Revision = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -57,7 +56,7 @@ def eval(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask a model benchmarks and score its answers."""
+    """Ask a model the questions of benchmarks and score its answers."""
     from molmo_edge.evaluation.model_info import model_fingerprint
     from molmo_edge.evaluation.questions import UNSCORED
     from molmo_edge.evaluation.sharded_run import (
@@ -76,18 +75,18 @@ def eval(
 
     mine = Shard.parse(shard) if shard else Shard()
     if shard and processes > 1:
-        raise typer.BadParameter("--shard is one process of several already", param_hint="--processes")
+        raise typer.BadParameter("--shard and --processes exclude each other", param_hint="--processes")
     names = expand([name.strip() for name in tasks.split(",") if name.strip()])
     if len({file_stem(name) for name in names}) < len(names):
-        raise typer.BadParameter("two tasks would share a file: rename one of the folders", param_hint="--tasks")
+        raise typer.BadParameter("two tasks would write the same file: rename one of the folders", param_hint="--tasks")
     if not names:
-        raise typer.BadParameter("it names nothing to ask", param_hint="--tasks")
+        raise typer.BadParameter("no task is named", param_hint="--tasks")
     directory = find_model(bundle, revision=revision, quiet=quiet)
     folder = out or Path(f"{directory.resolve().name}-eval")
-    if threads is None and not _on_gpu(device):  # rounding differs with their number: it belongs to the run
+    if threads is None and not _on_gpu(device):  # rounding depends on it, so it is a setting of the run
         threads = max(1, available_cores() // processes)
     settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
-    with progress("opening the tasks", quiet=quiet):
+    with progress("loading the tasks", quiet=quiet):
         asked = {
             name: [
                 question
@@ -98,16 +97,16 @@ def eval(
         }
     if not any(asked.values()):
         raise EvalError(
-            f"{', '.join(names)} ask nothing that can be scored: photos need an annotations.jsonl with what is right "
-            "(docs/quantization.md); molmo-edge loss compares two models without one"
+            f"{', '.join(names)}: nothing can be scored. Photos need an annotations.jsonl with the right answers "
+            "(docs/quantization.md); molmo-edge loss compares two models without it"
         )
-    _say_published_crops(names, max_crops, quiet=quiet)
+    _note_published_crops(names, max_crops, quiet=quiet)
     identity = model_fingerprint(directory)
     claim_folder(folder, {"model": identity, "tasks": names, "limit": limit, "version": __version__, **settings})
     left = sum(len(asked[name]) - count_answered(folder, name) for name in names)
     if processes > 1 and left:
         given = {**settings, "tasks": tasks, "limit": limit, "data": data, "out": folder}
-        _share_out(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
+        _run_shards(processes, device, [str(directory), *_arguments(given)], asked, folder, quiet=quiet)
     elif left:
         with Molmo(
             directory,
@@ -121,36 +120,38 @@ def eval(
                 with bars(quiet=quiet) as bar:
                     advance = bar(name, len(questions), count_answered(folder, name))
                     ask_shard(molmo, questions, folder, name, mine, _with_parent(advance))
-    if shard:  # several of them at once would get into each other's way
-        note(f"{shard} is done. When all are, the same command without --shard joins them", quiet=quiet)
+    if shard:  # shards that finish together would interfere
+        note(
+            f"finished shard {shard}. After all shards, run the same command without --shard to merge them", quiet=quiet
+        )
         return
     results: Results = {}
     for name, questions in asked.items():
         lines = merge_shards(questions, folder, name)
         if lines is None:
-            raise RunError(f"{name} is not whole although every question was asked: remove {folder} and start again")
+            raise RunError(f"{name} is incomplete although every question was asked: remove {folder} and start again")
         results[name] = average_scores(lines, questions)
     _report(results, folder, directory, json=json, quiet=quiet)
 
 
 def _with_parent(advance: Callable[[], None]) -> Callable[[], None]:
-    """Of a process that another has started: it ends when that is gone, or a second start would write beside it."""
+    """`advance`, but a child process ends with its parent, so that it cannot interfere with a restart."""
     parent = os.environ.get(_PARENT)
 
     def on_answer() -> None:
         advance()
         if parent is not None and os.getppid() != int(parent):
-            raise EvalError("the process that shared this run out is gone")
+            raise EvalError("the parent process has ended")
 
     return on_answer
 
 
-def _say_published_crops(names: Sequence[str], max_crops: int | None, *, quiet: bool) -> None:
+def _note_published_crops(names: Sequence[str], max_crops: int | None, *, quiet: bool) -> None:
     from molmo_edge.evaluation.benchmarks import TASKS
 
     for most in sorted({TASKS[name].max_crops for name in names if name in TASKS} - {max_crops}):
         of = ", ".join(name for name in names if name in TASKS and TASKS[name].max_crops == most)
-        note(f"published figures of {of} were made with --max-crops {most}", quiet=quiet)
+        note(f"the published figures of {of} use --max-crops {most}", quiet=quiet)
 
 
 def _arguments(given: dict[str, Any]) -> list[str]:
@@ -162,7 +163,7 @@ def _arguments(given: dict[str, Any]) -> list[str]:
     ]
 
 
-def _share_out(
+def _run_shards(
     processes: int,
     device: str,
     arguments: Sequence[str],
@@ -171,12 +172,12 @@ def _share_out(
     *,
     quiet: bool,
 ) -> None:
-    """This command once for each shard, and a bar over what they have written."""
+    """Run this command once for each shard, with a progress bar over all answers."""
     from molmo_edge.evaluation.sharded_run import count_answered
 
     command = [sys.executable, "-m", "molmo_edge.cli", "eval", *arguments, "--quiet", "--shard"]
     workers = [
-        subprocess.Popen([*command, f"{i + 1}/{processes}"], env=_environment(device, i)) for i in range(processes)
+        subprocess.Popen([*command, f"{i + 1}/{processes}"], env=shard_environment(device, i)) for i in range(processes)
     ]
     try:
         before = sum(count_answered(folder, name) for name in asked)
@@ -196,41 +197,44 @@ def _share_out(
         for worker in workers:
             worker.wait()
     if any(worker.returncode for worker in workers):
-        raise EvalError("a process of this run failed; what was asked is kept: start it again")
+        raise EvalError("a process failed. Run the command again to resume: answers are kept")
 
 
 def _on_gpu(device: str) -> bool:
     return device in ("cuda", "tensorrt")
 
 
-def _environment(device: str, number: int) -> dict[str, str]:
-    """A process a GPU: the number-th of those that can be seen."""
+def shard_environment(device: str, number: int) -> dict[str, str]:
+    """The environment of child process `number`; on a GPU device it sees one GPU, the number-th visible one."""
     environment = {**os.environ, _PARENT: str(os.getpid())}
     if _on_gpu(device):
-        seen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        environment["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)] if seen else str(number)
+        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if visible else str(number)
     return environment
 
 
 def _report(results: Results, folder: Path, directory: Path, *, json: bool, quiet: bool) -> None:
     plain: dict[str, Any] = {
-        name: {group: {score: figure.to_dict() for score, figure in scores.items()} for group, scores in groups.items()}
+        name: {group: {score: e.to_dict() for score, e in scores.items()} for group, scores in groups.items()}
         for name, groups in results.items()
     }
     if json:
         print_json({"model": str(directory), "results": plain})
     else:
         print_scores(results)
-    with atomic_write(folder / "results.json") as part:  # after the table, which a full disk must not cost
+    with atomic_write(folder / "results.json") as part:  # after the table, which must not be lost to a full disk
         part.write_text(json_.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    note(f"answers and results are in {folder}", quiet=quiet)
+    note(f"wrote answers and results to {folder}", quiet=quiet)
 
 
 def print_scores(results: Results) -> None:
-    rows = []
-    for groups in results.values():
-        for group, scores in groups.items():
-            for score, f in scores.items():
-                ends = "?" if math.isnan(f.low) else f"{100 * f.low:.1f} and {100 * f.high:.1f}"
-                rows.append([group, score, f"{100 * f.value:.1f}", ends, str(f.n)])
-    print_table(("what", "score", "%", "95 % between", "n"), rows, left=2)
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}"
+
+    rows = [
+        [group, score, percent(e.value), e.interval(percent), str(e.n)]
+        for groups in results.values()
+        for group, scores in groups.items()
+        for score, e in scores.items()
+    ]
+    print_table(("task", "score", "%", "95 % interval", "n"), rows, left=2)

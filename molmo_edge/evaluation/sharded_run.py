@@ -1,8 +1,8 @@
-"""Asking many questions, a line of JSON each, so that a run can be killed, started again and shared out.
+"""An evaluation as JSON lines on disk, which can be interrupted, resumed and split into shards.
 
-A run's folder holds `run.json` (what is being evaluated), while it goes a part for each process,
-`SUITE.part-2-of-4.jsonl`, and when all is asked `SUITE.jsonl`, whose lines stand in the suite's order: the same bytes
-whatever happened on the way. No line holds a time.
+A run's folder holds `run.json` (what is evaluated), a file for each shard while the run goes on
+(`SUITE.part-2-of-4.jsonl`), and `SUITE.jsonl` when all are answered. Its lines are in the suite's order and hold
+no times: interruptions and shards do not change its bytes.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Line = dict[str, Any]
 
 
 class RunError(MolmoEdgeError):
-    """A folder that holds another run, or lines that are not of this one."""
+    """A folder that belongs to another run, or lines that do not belong to this one."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of several processes this is."""
+    """One of several parts of a run."""
 
     number: int = 1  # 1 to `of`
     of: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.of:
-            raise RunError(f"shard {self.number}/{self.of} does not exist: the first is 1/{self.of}")
+            raise RunError(f"shard {self.number}/{self.of} does not exist: shards are 1/N to N/N")
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From "2/4". Raises RunError."""
+        """The shard of a text such as "2/4". Raises RunError."""
         number, slash, of = text.partition("/")
         if not (slash and number.isdecimal() and of.isdecimal()):
             raise RunError(f'{text!r} is not a shard such as "2/4"')
@@ -50,9 +50,9 @@ class Shard:
 
 
 def claim_folder(folder: Path, what: Line) -> None:
-    """Make the folder this run's, or see that it is. Raises RunError where it is another's that has answers.
+    """Make the folder, or check that it belongs to this run. Raises RunError if it has answers of another run.
 
-    `what`: model, suites, settings and threads: anything that changes an answer.
+    `what`: everything that changes an answer: model, suites, settings, threads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(what, indent=1, sort_keys=True) + "\n"
@@ -60,17 +60,17 @@ def claim_folder(folder: Path, what: Line) -> None:
     mine.write_text(text, encoding="utf-8")
     try:
         if not any(folder.glob("*.jsonl")):
-            os.replace(mine, folder / RUN)  # nobody has begun, or all that begin together say the same
+            os.replace(mine, folder / RUN)  # shards that start together write the same
             return
         before = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise RunError(f"{folder} has answers, but no {RUN} that says of what: choose another folder") from None
+        raise RunError(f"{folder} has answers but no valid {RUN}: choose another folder") from None
     finally:
         mine.unlink(missing_ok=True)
     if before != json.loads(text):
         changed = sorted(key for key in {*before, *what} if before.get(key) != what.get(key))
-        said = ", ".join(f"{key}: {before.get(key)!r} there, {what.get(key)!r} here" for key in changed)
-        raise RunError(f"{folder} holds another run ({said}): choose another folder, or remove this one")
+        differences = ", ".join(f"{key}: {before.get(key)!r} there, {what.get(key)!r} here" for key in changed)
+        raise RunError(f"{folder} holds another run ({differences}): choose another folder or remove this one")
 
 
 def ask_shard(
@@ -81,9 +81,9 @@ def ask_shard(
     shard: Shard = Shard(),
     on_answer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Ask this shard's questions that nobody has asked yet, and append a line for each.
+    """Ask the shard's questions that have no answer yet, and append a line for each.
 
-    Pictures are dealt out, not questions, so that each is encoded by one process.
+    Images are distributed over the shards, not questions, so that each image is encoded once.
     """
     done = set(_lines(folder, suite))
     groups = [group for i, group in enumerate(by_image(questions)) if i % shard.of == shard.number - 1]
@@ -112,14 +112,14 @@ def ask_shard(
 
 
 def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> list[Line] | None:
-    """Write `SUITE.jsonl` when every question has its line, and return the lines; None while some are missing.
+    """Write `SUITE.jsonl` and return its lines, or return None while answers are missing.
 
-    Raises RunError for lines of questions that this suite does not have.
+    Raises RunError for answers to questions that the suite does not have.
     """
     lines = _lines(folder, suite)
     wanted = [question.id for question in questions]
     if foreign := lines.keys() - set(wanted):
-        raise RunError(f"{folder} has answers that are not of {suite} as it is now, {min(foreign)} for one")
+        raise RunError(f"{folder} has answers to questions that {suite} does not have, such as {min(foreign)}")
     if any(name not in lines for name in wanted):
         return None
     whole = folder / f"{file_stem(suite)}.jsonl"
@@ -131,25 +131,25 @@ def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> lis
 
 
 def count_answered(folder: Path, suite: str) -> int:
-    """Questions that have their line."""
+    """The number of answered questions."""
     return len(_lines(folder, suite))
 
 
 def average_scores(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, dict[str, Estimate]]:
-    """{group: {score: Estimate}}: the mean over questions, Wilson's interval where a score is right or wrong."""
-    pictures = {question.id: question.image_id for question in questions}
+    """{group: {score: mean over questions}}."""
+    images = {question.id: question.image_id for question in questions}
     values: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for line in lines:
         for name, value in line["scores"].items():
-            values.setdefault(line["group"], {}).setdefault(name, []).append((value, pictures[line["id"]]))
+            values.setdefault(line["group"], {}).setdefault(name, []).append((value, images[line["id"]]))
     return {
-        group: {name: score_mean([v for v, _ in pairs], [p for _, p in pairs]) for name, pairs in scores.items()}
+        group: {name: score_mean([v for v, _ in pairs], [i for _, i in pairs]) for name, pairs in scores.items()}
         for group, scores in values.items()
     }
 
 
 def _lines(folder: Path, suite: str) -> dict[str, str]:
-    """{question's id: its line}. A line that a kill has cut off, or that another process is writing, is not one yet."""
+    """{question id: line}. An incomplete last line, of a process that was killed or is writing, is ignored."""
     found: dict[str, str] = {}
     whole = folder / f"{file_stem(suite)}.jsonl"
     for path in [*([whole] if whole.exists() else []), *_parts(folder, suite)]:
@@ -157,7 +157,7 @@ def _lines(folder: Path, suite: str) -> dict[str, str]:
             try:
                 found.setdefault(json.loads(line)["id"], line)
             except (ValueError, KeyError, TypeError):
-                raise RunError(f"{path} holds a line that is no answer: {line[:60]!r}") from None
+                raise RunError(f"{path} has a line that is not an answer: {line[:60]!r}") from None
     return found
 
 
@@ -171,7 +171,7 @@ def _parts(folder: Path, suite: str) -> list[Path]:
 
 
 def file_stem(suite: str) -> str:
-    """What a suite's files are called: "photos:/data/mine" -> "photos-mine"."""
+    """The name of a suite's files: "photos:/data/mine" -> "photos-mine"."""
     kind, colon, where = suite.partition(":")
     return f"{kind}-{Path(where).resolve().name}" if colon else kind
 
