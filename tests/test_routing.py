@@ -22,7 +22,7 @@ import molmo_edge.modeling.decoder as decoder_module
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.routing import _choose, _reader, _with_probabilities, agreement, router_choices
+from molmo_edge.evaluation.routing import agreement, router_choices, tensor_reader, top_experts, with_router_outputs
 from molmo_edge.export import export_bundle
 from molmo_edge.export.graph_builder import Graph, Linear, fp32_linear
 from molmo_edge.export.int4_graph import Int4
@@ -108,7 +108,7 @@ def test_weights_in_a_sidecar_are_used_where_they_lie(
     export_bundle(MOLMOE, tmp_path / "bundle", {"decoder": precision}, measure=False)
     opened = open_bundle(tmp_path / "bundle")
     (data,) = tmp_path.glob("bundle/decoder*.onnx.data")
-    graph, _ = _with_probabilities(opened.path("decoder"), CONFIG)
+    graph, _ = with_router_outputs(opened.path("decoder"), CONFIG)
     assert len(graph) < 60_000 < data.stat().st_size
     before = {path.name for path in opened.directory.iterdir()}
     found = choices(opened.directory)
@@ -157,7 +157,7 @@ def test_qmoe_picks_by_what_is_read() -> None:
     nodes = onnx.load(path).graph.node
     made_by = {output: node for node in nodes for output in node.output}
     picked = [made_by[node.input[1]].input[0] for node in nodes if node.op_type == "QMoE"]  # in front of a Reshape
-    assert picked == _with_probabilities(path, CONFIG)[1]
+    assert picked == with_router_outputs(path, CONFIG)[1]
 
 
 def four_bits(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
@@ -169,7 +169,7 @@ def four_bits(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndar
 def test_a_router_is_found_whatever_its_matrix_was_rounded_to(linear: Linear, plain: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     path, d = routers(tmp_path, linear, plain=plain), dataclasses.replace(CONFIG, n_layers=2)
-    serialized, outputs = _with_probabilities(path, d)
+    serialized, outputs = with_router_outputs(path, d)
     assert outputs == ["router.0", "router.1"]
     if plain and linear in (q8_linear, four_bits):
         return  # in no operator of ONNX's own: nothing that an export makes
@@ -197,8 +197,8 @@ def routers(directory: Path, linear: Linear, *, plain: bool = False, softmaxes: 
 @pytest.mark.parametrize("softmaxes", [0, 2])
 def test_a_graph_with_other_routers_is_refused(softmaxes: int, tmp_path: Path) -> None:
     path = routers(tmp_path, fp32_linear, softmaxes=softmaxes)
-    with pytest.raises(EngineError, match=f"layer 0 has {softmaxes} softmaxes behind .*blocks.0.mlp.gate.weight"):
-        _with_probabilities(path, dataclasses.replace(CONFIG, n_layers=2))
+    with pytest.raises(EngineError, match=f"layer 0 has {softmaxes} softmaxes after .*blocks.0.mlp.gate.weight"):
+        with_router_outputs(path, dataclasses.replace(CONFIG, n_layers=2))
 
 
 @needs_llama
@@ -220,7 +220,7 @@ def test_a_gguf_s_choices_are_those_that_its_experts_run_by() -> None:
     from molmo_edge.runtimes.llama import open_watched
     from molmo_edge.runtimes.llama_library import load_library
 
-    read, own = _reader(), {}
+    read, own = tensor_reader(), {}
 
     @load_library().ggml_backend_sched_eval_callback
     def watch(tensor: int, ask: bool, _: object) -> bool:
@@ -244,7 +244,7 @@ def test_a_watched_decoder_gives_the_same_logits() -> None:
 
     rows, engine = prompts()[0], gguf_runtime("molmoe", "f32")
     seen: list[bool] = []
-    watch = load_library().ggml_backend_sched_eval_callback(lambda tensor, ask, _: seen.append(ask) or not ask)
+    watch = load_library().ggml_backend_sched_eval_callback(lambda _tensor, ask, _: seen.append(ask) or not ask)
     directory = gguf_bundle("molmoe", "f32")
     cache = open_watched(open_bundle(directory), watch, threads=2, options=EXACT)(len(rows) + 1)
     assert relative(cache.append(rows), engine.forward(rows, engine.new_cache(len(rows)))) < 1e-5
@@ -272,11 +272,11 @@ def test_a_dense_gguf_has_no_choices() -> None:
 def test_rows_that_do_not_fit_are_refused() -> None:
     for model in engines():
         for rows, why in (
-            (np.zeros((3, CONFIG.d_model + 1), np.float32), r"rows \[n, 32\] for this model, it is \[3, 33\]"),
-            (np.zeros(CONFIG.d_model, np.float32), r"it is \[32\]"),
+            (np.zeros((3, CONFIG.d_model + 1), np.float32), r"shape \[n, 32\], not \[3, 33\]"),
+            (np.zeros(CONFIG.d_model, np.float32), r"not \[32\]"),
             (np.zeros((0, CONFIG.d_model), np.float32), "0 positions"),
             (np.zeros((CONFIG.max_position_embeddings + 1, CONFIG.d_model), np.float32), "the model's context has"),
-            (np.full((3, CONFIG.d_model), np.nan, np.float32), "no numbers"),
+            (np.full((3, CONFIG.d_model), np.nan, np.float32), "NaN or Inf"),
         ):
             with pytest.raises(EngineError, match=why):
                 router_choices(model, [rows])
@@ -292,8 +292,8 @@ def test_what_is_not_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_of_equally_likely_experts_the_lower_ids_are_chosen() -> None:
     probabilities = np.array([[[0.2, 0.3, 0.2, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]]], np.float32)
-    assert _choose(probabilities, 2).tolist() == [[[0, 1], [0, 1]]]
-    assert _choose(probabilities, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
+    assert top_experts(probabilities, 2).tolist() == [[[0, 1], [0, 1]]]
+    assert top_experts(probabilities, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
 
 
 def test_agreement_counts_choices() -> None:
@@ -308,7 +308,7 @@ def test_agreement_counts_choices() -> None:
         assert agreement(a, np.array(b)) == share
     assert agreement(a, np.array([[[0, 1, 7], [3, 4, 5]]])) == 0.75  # of more experts
     for wrong in (np.zeros((1, 3, 2)), np.zeros((2, 2, 2))):
-        with pytest.raises(ValueError, match="same layers and positions"):
+        with pytest.raises(ValueError, match="different layers or positions"):
             agreement(a, wrong)
     for one in exact():
         assert agreement(one, one) == 1

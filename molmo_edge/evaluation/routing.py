@@ -1,8 +1,8 @@
-"""Which experts an OLMoE decoder's routers choose, on every engine, for the same rows.
+"""The experts that an OLMoE decoder's routers choose for given inputs, on every engine.
 
-Rounding changes an answer in two ways: the chosen expert computes something else, or another one is chosen. What is
-read here is each router's softmax over all experts, which every engine makes in float32; the top_k largest are taken
-by one rule for all of them, so that no engine's way of sorting ties shows.
+Quantization changes an answer in two ways: an expert computes something else, or another expert is chosen. This reads
+each router's softmax over all experts, which every engine computes in float32, and takes the top k by one rule, so that
+engines that break ties differently still agree.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from molmo_edge.runtimes.protocol import check_capacity
 from molmo_edge.system.extras import pip_command
 
 Probabilities = Callable[[np.ndarray], np.ndarray]
-"""Rows float32 [n, d_model] -> what the routers make of them, float32 [n_layers, n, n_experts]"""
+"""Decoder inputs float32 [n, d_model] -> router probabilities float32 [n_layers, n, n_experts]"""
 
-_CHUNK = 512  # positions that go through an ONNX decoder at once, as molmo_edge.runtimes.onnx has it
-_GATE = "model.transformer.blocks.{}.mlp.gate.weight"  # a router's matrix in a graph, whatever it was rounded to
+_CHUNK = 512  # positions per run of an ONNX decoder, as in molmo_edge.runtimes.onnx
+_GATE = "model.transformer.blocks.{}.mlp.gate.weight"  # a router's weight in a graph, in any precision
 _SHOWN = re.compile(r"ffn_moe_probs-(\d+)")  # the softmax in llama.cpp's graph (llm_graph_context::build_moe_ffn)
 
 
@@ -40,22 +40,27 @@ def router_choices(
     threads: int | None = None,
     engine_options: LlamaOptions | None = None,
 ) -> list[np.ndarray] | None:
-    """The experts that are chosen at every position of some prompts; None for a decoder without experts.
+    """The experts chosen at every position of some prompts; None for a decoder without experts.
 
-    `model`: the directory of a bundle, with a decoder in ONNX or as a GGUF, or of a checkpoint, on PyTorch in
-    `precision`. It is loaded for this alone, and runs on the CPU. `rows`: prompts as the decoder is fed with them,
-    float32 [n, d_model] each. `engine_options`: of a GGUF, as of `molmo_edge.runtimes.open_runtime`.
+    Args:
+        model: Directory of a bundle, or of a checkpoint, which runs on PyTorch in `precision`. The decoder is loaded
+            for this call and runs on the CPU.
+        rows: The decoder's inputs for each prompt, float32 [n, d_model].
+        engine_options: For a GGUF, see `molmo_edge.runtimes.open_runtime`.
 
-    Returns for each prompt int16 [n_layers, n, top_k], ids ascending along the last axis. Where probabilities are
-    equal the lower id counts as chosen.
+    Returns:
+        For each prompt int16 [n_layers, n, top_k], ids ascending along the last axis. Of equal probabilities the lower
+        id is chosen.
 
-    Raises MolmoEdgeError: what `molmo_edge.runtimes.open_runtime` raises, Unavailable where an ONNX decoder is to be
-    read without onnx, EngineError for rows that do not fit the model and for probabilities that are not numbers.
+    Raises:
+        Unavailable: An ONNX decoder without the package onnx.
+        EngineError: `rows` do not fit the model, or probabilities are NaN or Inf.
+        MolmoEdgeError: As `molmo_edge.runtimes.open_runtime`.
     """
     directory = Path(model)
     bundle = open_bundle(directory) if is_bundle(directory) else None
     if bundle is None and not is_checkpoint(directory):
-        raise EngineError(f"{directory} holds neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
+        raise EngineError(f"{directory} has neither a bundle (molmo_edge.json) nor a checkpoint (config.json)")
     config = read_config(directory) if bundle is None else bundle.config
     if not config.decoder.n_experts:
         return None
@@ -66,29 +71,30 @@ def router_choices(
         probabilities = _on_llama(bundle, threads, engine_options or LlamaOptions())
     else:
         probabilities = _on_onnx(bundle, threads)
-    return [_choose(probabilities(prompt), config.decoder.top_k) for prompt in prompts]
+    return [top_experts(probabilities(prompt), config.decoder.top_k) for prompt in prompts]
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """The share of the choices of `a` that `b` makes too, 0 to 1; both [n_layers, n, top_k] of the same prompt."""
+    """The share of the choices in `a` that are also in `b`, 0 to 1; both [n_layers, n, top_k] of the same prompt."""
     if a.shape[:2] != b.shape[:2] or not a.size:
-        raise ValueError(f"choices of the same layers and positions are compared, these are {a.shape} and {b.shape}")
+        raise ValueError(f"the choices have different layers or positions: {a.shape} and {b.shape}")
     return float((a[..., :, None] == b[..., None, :]).any(axis=-1).mean())
 
 
 def _checked(prompt: np.ndarray, config: MolmoConfig) -> np.ndarray:
     width = config.decoder.d_model
     if prompt.ndim != 2 or prompt.shape[1] != width:
-        raise EngineError(f"a prompt must be rows [n, {width}] for this model, it is {list(prompt.shape)}")
+        raise EngineError(f"the decoder's inputs must have the shape [n, {width}], not {list(prompt.shape)}")
     check_capacity(len(prompt), config)
     return np.ascontiguousarray(prompt, np.float32)
 
 
-def _choose(probabilities: np.ndarray, top_k: int) -> np.ndarray:
-    if not np.isfinite(probabilities).all():  # they would be sorted to the end without a word
-        raise EngineError("the routers give no numbers for these rows: are the weights, or their precision, sound?")
+def top_experts(probabilities: np.ndarray, top_k: int) -> np.ndarray:
+    """int16 [..., top_k], see `router_choices`, of [..., n_experts]. Raises EngineError for NaN and Inf."""
+    if not np.isfinite(probabilities).all():  # argsort would put them last
+        raise EngineError("the routers output NaN or Inf: check the weights and their precision")
     order = np.argsort(-probabilities, axis=-1, kind="stable")[..., :top_k]
-    return np.sort(order, axis=-1).astype(np.int16)  # of many prompts at once: a quarter of the memory
+    return np.sort(order, axis=-1).astype(np.int16)  # a quarter of the memory
 
 
 # PyTorch.
@@ -103,11 +109,11 @@ def _on_pytorch(directory: Path, precision: str, threads: int | None) -> Probabi
     assert isinstance(runtime, TorchRuntime)
     seen: list[np.ndarray] = []
 
-    def keep(_: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+    def keep(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> None:
         seen.append(torch.softmax(logits.float(), dim=-1).numpy())
 
     for block in runtime.model.decoder.blocks:
-        cast(Any, block.ffn).router.register_forward_hook(keep)  # of experts in whichever form
+        cast(Any, block.ffn).router.register_forward_hook(keep)  # SparseFFN, or its quantized forms
 
     def probabilities(rows: np.ndarray) -> np.ndarray:
         seen.clear()
@@ -117,7 +123,7 @@ def _on_pytorch(directory: Path, precision: str, threads: int | None) -> Probabi
     return probabilities
 
 
-# ONNX Runtime, over the bundle's graph with the probabilities among its outputs.
+# ONNX Runtime, with the probabilities as additional outputs of the graph.
 
 
 def _on_onnx(bundle: Bundle, threads: int | None) -> Probabilities:
@@ -125,7 +131,7 @@ def _on_onnx(bundle: Bundle, threads: int | None) -> Probabilities:
 
     check_components(bundle, ("decoder",))
     path, d = bundle.path("decoder"), bundle.config.decoder
-    graph, outputs = _with_probabilities(path, d)
+    graph, outputs = with_router_outputs(path, d)
     session = _open_session(graph, path, threads)
 
     def probabilities(rows: np.ndarray) -> np.ndarray:
@@ -133,24 +139,22 @@ def _on_onnx(bundle: Bundle, threads: int | None) -> Probabilities:
             return _run_session(session, outputs, rows, d)
         except MemoryError:
             raise
-        except Exception as error:  # onnxruntime raises its own classes, which share no base with a name
+        except Exception as error:  # onnxruntime's exceptions have no public base class
             raise EngineError(f"decoder failed in onnxruntime: {first_line(error)}") from error
 
     return probabilities
 
 
-def _with_probabilities(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]:
-    """The graph without the weights that lie beside it, and the outputs that were added, layer by layer.
+def with_router_outputs(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]:
+    """The serialized graph without its external weights, and the names of the added outputs, one per layer.
 
-    A router's logits go nowhere but into its softmax, so that is where everything that reads its matrix ends, in
-    whatever form the matrix is stored and multiplied.
+    A router's logits are used only by its softmax, so every path from the router's weight ends there, in whatever
+    form the weight is stored and multiplied.
     """
     try:
         import onnx
     except ImportError:
-        raise Unavailable(
-            f"the routers of an ONNX decoder are read with onnx, which is not installed: {pip_command('export')}"
-        ) from None
+        raise Unavailable(f"reading the routers of an ONNX decoder needs onnx: {pip_command('export')}") from None
     model = onnx.load(path, load_external_data=False)
     readers = defaultdict(list)
     for node in model.graph.node:
@@ -167,8 +171,8 @@ def _with_probabilities(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]
                     values.extend(node.output)
         if len(found) != 1:
             raise EngineError(
-                f"{path}: layer {layer} has {len(found)} softmaxes behind {_GATE.format(layer)}, where its router has "
-                "one: export the bundle again"
+                f"{path}: layer {layer} has {len(found)} softmaxes after {_GATE.format(layer)} instead of one: export "
+                "the bundle again"
             )
         outputs += found
     shape: list[int | str | None] = [1, "n", d.n_experts]
@@ -177,7 +181,7 @@ def _with_probabilities(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]
 
 
 def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
-    """As molmo_edge.runtimes.onnx opens the decoder at `path` on a CPU, whose sidecar serves the changed graph too."""
+    """Open the changed graph like molmo_edge.runtimes.onnx opens `path`, with the same external weights."""
     import onnxruntime
 
     from molmo_edge.runtimes.onnx import is_large, session_options
@@ -186,7 +190,7 @@ def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # as above
+    except Exception as error:  # see above
         raise EngineError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
 
 
@@ -214,7 +218,7 @@ def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: Deco
     return np.concatenate(parts, axis=1)
 
 
-# llama.cpp, which shows the tensors of its graph to a callback as they are computed.
+# llama.cpp, which passes computed tensors to a callback.
 
 
 def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Probabilities:
@@ -222,7 +226,7 @@ def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Pro
     from molmo_edge.runtimes.llama_library import load_library
 
     d = bundle.config.decoder
-    api, read = load_library(), _reader()
+    api, read = load_library(), tensor_reader()
     seen: dict[int, list[np.ndarray]] = defaultdict(list)
 
     @api.ggml_backend_sched_eval_callback
@@ -241,20 +245,20 @@ def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Pro
         layers = [np.concatenate(seen[layer]) if seen[layer] else rows[:0] for layer in range(d.n_layers)]
         if missing := [layer for layer, part in enumerate(layers) if len(part) != len(rows)]:
             raise EngineError(
-                f"this llama.cpp showed {len(layers[missing[0]])} of {len(rows)} positions of layer {missing[0]}'s "
-                "router: its graph is not the one that this version of molmo-edge knows"
+                f"llama.cpp returned router probabilities for {len(layers[missing[0]])} of {len(rows)} positions in "
+                f"layer {missing[0]}: this version of molmo-edge does not support its graph"
             )
         return np.stack(layers)
 
     return probabilities
 
 
-def _reader() -> Callable[[int, bool], tuple[str, np.ndarray]]:
-    """(ggml_tensor's address, whether its values are wanted) -> its name, and float32 values as they lie, or none."""
+def tensor_reader() -> Callable[[int, bool], tuple[str, np.ndarray]]:
+    """A function (address of a ggml_tensor, whether to read values) -> (name, float32 values in memory order)."""
     from llama_cpp._ctypes_extensions import load_shared_library
     from llama_cpp._ggml import libggml_base_path
 
-    base = load_shared_library("ggml-base", libggml_base_path)  # on Windows each symbol has to be asked of its own
+    base = load_shared_library("ggml-base", libggml_base_path)  # Windows needs the library that exports a symbol
     name, size, get = base.ggml_get_name, base.ggml_nbytes, base.ggml_backend_tensor_get
     name.argtypes, name.restype = [ctypes.c_void_p], ctypes.c_char_p
     size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_size_t
