@@ -25,6 +25,7 @@ from molmo_edge.runtimes.protocol import (
     check_capacity,
     check_causal,
     check_copy,
+    check_image_flags,
     check_overview,
     check_pooling,
     check_rows,
@@ -279,7 +280,7 @@ class OnnxRuntime:
 
     def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
         """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`."""
-        return self._append(embeddings, np.asarray(image, bool), cache)
+        return self._append(embeddings, check_image_flags(image, embeddings), cache)
 
     def _append(self, embeddings: np.ndarray, image: np.ndarray | None, cache: Cache) -> np.ndarray:
         if not isinstance(cache, OnnxCache):

@@ -157,6 +157,13 @@ def check_causal(config: MolmoConfig, cache: Cache) -> None:
         )
 
 
+def check_image_flags(image: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+    """Return `image` as bool [n]. Raises EngineError unless it has one value per embedding."""
+    if np.shape(image) != (len(embeddings),):
+        raise EngineError(f"{len(embeddings)} embeddings need as many image flags, they have shape {np.shape(image)}")
+    return np.asarray(image, bool)
+
+
 def check_rows(embeddings: np.ndarray, cache: Cache) -> np.ndarray:
     """Return `embeddings` as contiguous float32. Raises EngineError if there are none, or they do not fit."""
     if not len(embeddings):

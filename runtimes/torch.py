@@ -26,6 +26,7 @@ from molmo_edge.runtimes.protocol import (
     check_capacity,
     check_causal,
     check_copy,
+    check_image_flags,
     check_overview,
     check_pooling,
     check_rows,
@@ -213,9 +214,10 @@ class TorchRuntime:
     @_inference
     def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: TorchCache) -> np.ndarray:
         """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`."""
+        flags = self._tensor(check_image_flags(image, embeddings))
         if not self.config.decoder.bidirectional_images:
             return self._append(embeddings, cache)
-        return self._append(embeddings, cache, image_attention_mask(self._tensor(image)[None], cache.length))
+        return self._append(embeddings, cache, image_attention_mask(flags[None], cache.length))
 
     def _append(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> np.ndarray:
         rows = self._tensor(check_rows(embeddings, cache))

@@ -409,6 +409,8 @@ def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
     rows, flags = image_rows(runtime, config)
     with pytest.raises(EngineError, match="prefill_image"):
         runtime.forward(rows, runtime.new_cache(len(rows)))
+    with pytest.raises(EngineError, match="need as many image flags"):
+        runtime.prefill_image(rows, flags[1:], runtime.new_cache(len(rows)))
     with pytest.raises(EngineError, match="not causal"):
         runtime.prefill_batch([rows], 1)
     cache = runtime.new_cache(len(rows))
