@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.data.json_files import json_lines
+from molmo_edge.data.regions import area, shared_area
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.system.files import FileNameError, find_file, printable
@@ -174,10 +175,7 @@ def _crop_object(item: Annotation, window: tuple[float, float, float, float], fl
 
 def _kept(box: list[float], window: tuple[float, float, float, float]) -> float:
     """Share of the box's area inside the window."""
-    width = min(box[2], window[2]) - max(box[0], window[0])
-    height = min(box[3], window[3]) - max(box[1], window[1])
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    return max(width, 0.0) * max(height, 0.0) / area if area > 0 else 0.0
+    return shared_area(box, window) / area(box) if area(box) > 0 else 0.0
 
 
 def _move_point(point: list[float], window: tuple[float, float, float, float], flip: bool) -> list[float]:

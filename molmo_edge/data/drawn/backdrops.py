@@ -9,6 +9,7 @@ from PIL import Image
 
 from molmo_edge.data.drawn.colours import random_colour
 from molmo_edge.data.drawn.sprites import Background
+from molmo_edge.data.regions import shared_area
 
 Size = tuple[int, int]  # width, height, pixels
 
@@ -36,35 +37,24 @@ def _photo_crop(rng: np.random.Generator, background: Background, size: Size) ->
     """The crop, out of six of the scene's aspect, that shows least of the labelled objects."""
     height, width = background.rgb.shape[:2]
     aspect = size[0] / size[1]
-    best: tuple[float, tuple[int, int, int, int]] | None = None
+    boxes = [
+        (x0 * width / 100, y0 * height / 100, x1 * width / 100, y1 * height / 100)
+        for x0, y0, x1, y1 in background.boxes
+    ]
+    crops = []
     for _ in range(6):
         crop_w = min(width, height * aspect) * rng.uniform(0.5, 1.0)
         crop_h = crop_w / aspect
         x0, y0 = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
         window = (int(x0), int(y0), max(int(x0) + 8, int(x0 + crop_w)), max(int(y0) + 8, int(y0 + crop_h)))
-        shown = sum(_overlap(box, window, width, height) for box in background.boxes)
-        if best is None or shown < best[0]:
-            best = shown, window
-        if shown == 0:
+        shown = [shared_area(box, window) for box in boxes]
+        crops.append((sum(shown), window, shown))
+        if not any(shown):
             break
-    assert best is not None
-    window = best[1]
-    labels = frozenset(
-        label
-        for box, label in zip(background.boxes, background.labels, strict=True)
-        if _overlap(box, window, width, height) > 0
-    )
+    _, window, shown = min(crops, key=lambda crop: crop[0])
+    labels = frozenset(label for label, pixels in zip(background.labels, shown, strict=True) if pixels > 0)
     image = Image.fromarray(background.rgb[window[1] : window[3], window[0] : window[2]])
     return image.resize(size, Image.Resampling.BILINEAR), labels | background.maybe_present
-
-
-def _overlap(
-    box: tuple[float, float, float, float], window: tuple[int, int, int, int], width: int, height: int
-) -> float:
-    """Area, in pixels, of a percent box inside a pixel window."""
-    w = min(box[2] * width / 100, window[2]) - max(box[0] * width / 100, window[0])
-    h = min(box[3] * height / 100, window[3]) - max(box[1] * height / 100, window[1])
-    return max(w, 0.0) * max(h, 0.0)
 
 
 def _gradient(rng: np.random.Generator, size: Size) -> Image.Image:

@@ -17,6 +17,7 @@ from molmo_edge.data.drawn.clocks import draw_dial
 from molmo_edge.data.drawn.rendered_words import draw_text, random_text
 from molmo_edge.data.drawn.sprite_names import overlapping
 from molmo_edge.data.drawn.sprites import Assets
+from molmo_edge.data.regions import area, shared_area
 from molmo_edge.errors import MolmoEdgeError
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1, pixels
@@ -279,25 +280,17 @@ def _find_place(
 
 
 def _fits(box: Box, old: Box, used: float, hidden: float) -> bool:
-    overlap = _intersection(box, old)
+    overlap = shared_area(box, old)
     # A small object on a large one hides little of it, but looks like a part of it.
-    smaller = min(_area(box), _area(old))
-    return overlap == 0 or (used + overlap <= hidden * _area(old) and overlap <= hidden * smaller)
+    smaller = min(area(box), area(old))
+    return overlap == 0 or (used + overlap <= hidden * area(old) and overlap <= hidden * smaller)
 
 
 def _take(canvas: _Canvas, box: Box, keep_clear: bool = False) -> None:
     for i, old in enumerate(canvas.taken):
-        canvas.covered[i] += _intersection(box, old)
+        canvas.covered[i] += shared_area(box, old)
     canvas.taken.append(box)
     canvas.covered.append(float("inf") if keep_clear else 0.0)
-
-
-def _intersection(a: Box, b: Box) -> int:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _area(box: Box) -> int:
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 # --- annotation -------------------------------------------------------------------------------------------------
