@@ -109,6 +109,8 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
+    if plan.calibration is not None and config.decoder.bidirectional_images:
+        raise ExportError("a calibration does not support bidirectional attention among image tokens: leave it out")
     check = check or _check_of(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, plan, measure=measure)) as scratch:

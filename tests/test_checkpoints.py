@@ -173,10 +173,10 @@ def test_rounding_is_pytorchs_and_needs_none_of_it() -> None:
 
 
 def test_conversion_says_how_far_it_is(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    export_checkpoint(GOLDEN / "qwen", tmp_path / "out", on_progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1] == sum(v.size for v in tensors_of(GOLDEN / "qwen").values())
+    progress: list[tuple[int, int]] = []
+    export_checkpoint(GOLDEN / "qwen", tmp_path / "out", on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == sorted(progress)
+    assert progress[-1][0] == progress[-1][1] == sum(v.size for v in tensors_of(GOLDEN / "qwen").values())
 
 
 # What a damaged checkpoint is refused with, before or while it is converted.
@@ -358,7 +358,7 @@ def test_a_full_disk_is_seen_before_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"'q4' is not a supported precision for safetensors \(supported: bf16, fp32\)"
     ):

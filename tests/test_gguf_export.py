@@ -60,7 +60,7 @@ class TestExport:
         assert words["embed_tokens"] == "fp32"
 
     def test_what_cannot_be(self, tmp_path: Path) -> None:
-        for wishes, why in (
+        for options, message in (
             ({"precision": "q4"}, "'q4' is not a supported precision for gguf"),
             ({"precision": {"decoder": "mixed"}}, "'mixed' is not a supported precision for decoder"),
             ({"precision": "q4_k_m", "block": 64}, "define their own"),
@@ -68,8 +68,8 @@ class TestExport:
             ({"precision": "q8_0", "calibrate": GOLDEN}, "makes q8_0 without"),
             ({"precision": "q8_0", "plain": True}, "cannot be int8 in|cannot be q8 in standard"),
         ):
-            with pytest.raises(ExportError, match=why):
-                export_bundle(GOLDEN / "molmoe", tmp_path / "no", engine="gguf", **wishes)  # type: ignore[arg-type]
+            with pytest.raises(ExportError, match=message):
+                export_bundle(GOLDEN / "molmoe", tmp_path / "no", engine="gguf", **options)  # type: ignore[arg-type]
         with pytest.raises(ExportError, match="needs the engine gguf"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "no", mmproj=True)
         with pytest.raises(ExportError, match="q4_k_m' is not a supported precision for onnx"):
@@ -102,7 +102,7 @@ class TestExport:
             with pytest.raises(NoGraphError, match="export to ONNX"):
                 gguf_layout.architecture(odd)
 
-    def test_calibration_helps_and_is_said(self) -> None:
+    def test_calibration_helps_and_is_recorded(self) -> None:
         """An importance matrix from the golden photos, on the golden photos: the divergence falls."""
         plain = costs("molmoe", gguf_runtime("molmoe", "q4_0", LlamaOptions()))[0]
         weighed = gguf_bundle("molmoe", "q4_0", calibrate=GOLDEN)
@@ -234,7 +234,7 @@ class TestForeign:
 
     def test_other_models(self, swapped: Any) -> None:
         content = (gguf_bundle("molmoe", "f32") / "decoder-f32.gguf").read_bytes()
-        for bad, why in (
+        for bad, message in (
             ((gguf_bundle("qwen", "f32") / "decoder-f32.gguf").read_bytes(), 'architecture is "qwen2"'),
             (b"PK" + content[2:], "is not a GGUF"),
             (content[:-64], "bytes after the end of the file"),
@@ -244,7 +244,7 @@ class TestForeign:
             (content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_K.weight"), "no tensor blk.1.attn_k.weight"),
             (b"", "is not a GGUF"),
         ):
-            with pytest.raises(BundleError, match=why):
+            with pytest.raises(BundleError, match=message):
                 open_runtime(swapped(bad))
 
     def test_another_tokenizer(self, swapped: Any, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_what_fails_in_optimum_is_a_sentence(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="'decoder' is not a component"):
         export_with_optimum(GOLDEN / "qwen", tmp_path / "graphs", ["decoder"])
     with pytest.raises(ExportError, match="no components given"):

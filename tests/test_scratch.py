@@ -158,7 +158,7 @@ def test_what_is_made_meanwhile_is_left_as_it_is(tmp_path: Path, empty: bool) ->
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_disk_that_is_too_small_is_said_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     from molmo_edge.export import export_bundle
 

@@ -259,7 +259,7 @@ def test_every_target_answers(architecture: str, target: str) -> None:
         assert manifest["components"][name]["precision"] == word
 
 
-def test_a_wish_beats_the_target() -> None:
+def test_an_option_overrides_the_target() -> None:
     plan = check_options(ExportOptions({"decoder": "fp16"}, target="cuda"))
     assert plan.precision == dict(TARGETS["cuda"].precision, decoder="fp16")
     with pytest.raises(ExportError, match="supported: cpu-x86, cpu-arm64, cuda, tensorrt, coreml"):

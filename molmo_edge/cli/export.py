@@ -19,11 +19,11 @@ from molmo_edge.export.targets import TARGETS
 from molmo_edge.system.key_values import parse_key_values
 
 _PRECISION = (
-    f"onnx: {', '.join(f'{p.name} ({p.meaning})' for p in ONNX_PRECISIONS.values())}, or by component, "
-    f"decoder=q4,...; gguf: the decoder in {', '.join(GGUF_PRECISIONS)}; torch: {', '.join(SAFETENSORS_PRECISIONS)}. "
-    "Default: the target's, else fp32, f16 and bf16."
+    f"Precision of the weights. onnx: {', '.join(f'{p.name} ({p.meaning})' for p in ONNX_PRECISIONS.values())}, "
+    f"or by component, decoder=q4,...; gguf: the decoder in {', '.join(GGUF_PRECISIONS)}; "
+    f"torch: {', '.join(SAFETENSORS_PRECISIONS)}. Default: the target's, else fp32, f16 and bf16."
 )
-_TARGET = f"Choose precisions and operators for {', '.join(TARGETS)}."
+_TARGET = f"Kind of machine to choose precisions and operators for: {', '.join(TARGETS)}."
 _CALIBRATE = (
     "Folder of photos to round the decoder with, using PyTorch: slower, and closer to fp32. onnx: GPTQ for 4-bit "
     "weights, smoothing for int8; gguf: an importance matrix."
