@@ -71,7 +71,7 @@ def overflows(ranges: dict[str, float]) -> frozenset[str]:
 
 
 def _run_watched(config: MolmoConfig, files: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Run graphs that were built as _WATCHED on the sample image of `component_errors`."""
+    """Run graphs that were built as _WATCHED on the sample image of molmo_edge.export.component_errors."""
     ranges: dict[str, dict[str, float]] = {}
 
     def run(component: str, feeds: dict[str, Any]) -> np.ndarray:

@@ -40,13 +40,12 @@ def measure_errors(
         if precision != "fp32" or plan.is_quantized(component):
             exact[component] = scratch / f"{component}.onnx"
             build_component(component, exact[component], config, tensors, FP32)
-    errors = component_errors(config, exact, {name: files[name] for name in exact})
+    errors = _compare(config, exact, {name: files[name] for name in exact})
     return {component: error for component, error in errors.items() if plan.is_quantized(component)}
 
 
-def component_errors(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]) -> dict[str, ComponentError]:
-    """Compare `files` with `exact`, which map the same components to .onnx files or to a .gguf. The decoder may be
-    missing from both.
+def _compare(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]) -> dict[str, ComponentError]:
+    """Compare `files` with `exact`, which map the same components, with or without the decoder.
 
     Every component gets the exact outputs of the one before it. The image is synthetic, the text random ids; the
     decoder's logits are compared after both.

@@ -28,10 +28,6 @@ class OnnxPrecision:
     bundle: Mapping[str, str] | None = None  # component -> precision, when given for a whole bundle; None: itself
 
     @property
-    def has_int4(self) -> bool:
-        return "q4" in self.formats.values()
-
-    @property
     def bytes_per_weight(self) -> float:
         return BYTES_PER_WEIGHT[self.formats["experts"]]
 

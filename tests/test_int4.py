@@ -20,8 +20,10 @@ from molmo_edge.checkpoints.manifest import MANIFEST, write_manifest
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors, load_bundle_weights
+from molmo_edge.export.component_graphs import build_component
 from molmo_edge.export.graph_precisions import graph_precision
 from molmo_edge.export.int8_graph import quantize_rows
+from molmo_edge.export.source import open_source
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.quantize.rounding import nearest, pack_nibbles, unpack_nibbles
 from molmo_edge.runtimes import Unavailable, open_runtime
@@ -183,6 +185,15 @@ def test_a_word_for_the_whole_bundle(word: str) -> None:
     errors = manifest["components"]["decoder"]["weight_errors"]
     attention = errors["model.transformer.blocks.0.attn.att_proj"][0]
     assert attention < 0.02 if word == "mixed" else attention > 0.05
+
+
+def test_mixed_is_q4_with_attention_in_int8(tmp_path: Path) -> None:
+    config, tensors = open_source(GOLDEN / "molmoe")
+    named = graph_precision("mixed")
+    by_part = graph_precision("q4", {"attention": "int8"})
+    for name, precision in (("named", named), ("by_part", by_part)):
+        build_component("decoder", tmp_path / name, config, tensors, precision)
+    assert (tmp_path / "named").read_bytes() == (tmp_path / "by_part").read_bytes()
 
 
 def test_sides_that_no_block_divides_are_matrices(tmp_path: Path) -> None:
