@@ -89,7 +89,8 @@ def test_the_supervised_tokens_precede_each_x(family: str) -> None:
     ids = sample.packed.input_ids
     for at, cells in zip(sample.attended.queries, sample.attended.cells, strict=True):
         text = tokenizer.decode(ids[: at + 1].tolist())
-        assert text.endswith('="') and text[-5:-2].strip(" x0123456789t") == "", text[-20:]
+        assert text.endswith('="'), text[-20:]
+        assert text[-5:-2].strip(" x0123456789t") == "", text[-20:]
         assert tokenizer.decode([int(ids[at + 1])])[0].isdigit()
         assert (ids[cells] == tokenizer.special.im_patch).all()
         assert len(cells)

@@ -368,14 +368,14 @@ def test_wishes_that_cannot_be_met(tmp_path, clip, monkeypatch):
         build(precision="int4")
     with pytest.raises(BaseError, match="cannot be read"):
         build(lm=tmp_path / "nowhere")
+    write_clip(tmp_path / "short", n_layers=9)
     with pytest.raises(BaseError, match="n_layers 9"):
-        write_clip(tmp_path / "short", n_layers=9)
         build(tower=tmp_path / "short")
     tied = golden("qwen2")
     with pytest.raises(BaseError, match="weight_tying False"):
         build(preset=replace(tied, decoder=replace(tied.decoder, weight_tying=True)))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=200_000_000))
     with pytest.raises(ExportError, match=r"needs about \d+ MB, .* only 200 MB free"):
         build()
     assert not (tmp_path / "out").exists()

@@ -114,7 +114,8 @@ def test_training_on_cached_features_equals_training_on_crops(plain: Path, tmp_p
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
     example = Pictures().example(0, np.random.default_rng(0))
     batches = [collate([t.encoder(example, np.random.default_rng(0))]) for t in (cached, crops)]
-    assert batches[0].features is not None and not batches[0].crops.numel(), "no crop is read"
+    assert batches[0].features is not None
+    assert not batches[0].crops.numel(), "no crop is read"
     own = [cost(read_config(plain)).forward(batch) for batch in batches]
     assert own[0] < own[1], "what the ViT would cost is not counted"
 

@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_ends_no_run(
         failed[0].set_exception(CheckpointException("write", {0: (OSError("No space left on device"), None)}))
         return failed[0]
 
-    monkeypatch.setattr("torch.distributed.checkpoint.async_save", full)
+    monkeypatch.setattr("molmo_edge.training.run_checkpoints.async_save", full)
     with world("cpu") as here:
         trainer = a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)
         trainer.train()

@@ -32,7 +32,7 @@ class Eight:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def example(self, index: int, _rng: np.random.Generator) -> Example:
         picture, points, count = self.rows[index]
         return Example(picture, (Annotation("demo", (POINT, points)), Annotation("demo", (COUNT, count))))
 

@@ -83,7 +83,8 @@ def test_a_mosaic_knows_what_its_parts_know() -> None:
     assert whole.known == {"red", "blue", "green"}
     assert len(whole.objects) == 7
     blue = [box for name, box in whole.unsure if name == "blue"]
-    assert len(blue) == 1 and blue[0][1] == 0 and blue[0][2] == 100, "nothing is known of blue in the upper right part"
+    assert len(blue) == 1
+    assert blue[0][1:3] == (0, 100), "nothing is known of blue in the upper right part"
 
 
 def annotated(folder: Path) -> Path:

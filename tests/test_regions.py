@@ -69,7 +69,8 @@ def test_what_is_not_known_is_neither_positive_nor_negative() -> None:
     heat = make_targets(regions, config, (0, 0), 100, 100, [0]).heat[0].reshape(4, 4, 3)
     assert heat[0, 0, 0] == PEAK
     assert (heat[..., 0] != UNKNOWN).all()
-    assert heat[2, 2, 1] == PEAK and (heat[..., 1] == UNKNOWN).sum() == 15, "the others of the name are not known"
+    assert heat[2, 2, 1] == PEAK
+    assert (heat[..., 1] == UNKNOWN).sum() == 15, "the others of the name are not known"
     assert (heat[:, :2, 2] == UNKNOWN).all()
     assert (heat[:, 2:, 2] == 0).all()
 
@@ -98,7 +99,7 @@ class Squares:
     def __len__(self) -> int:
         return 6
 
-    def example(self, index: int, rng: np.random.Generator) -> Example:
+    def example(self, index: int, _rng: np.random.Generator) -> Example:
         picture = np.full((112, 112, 3), 128, np.uint8)
         objects = []
         for number, colour in enumerate(((220, 20, 20), (20, 20, 220))):

@@ -162,7 +162,7 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     with (folder / "points.csv").open("a") as file:  # said twice, so that it is the same run
         file.write("\n0.png,cup,50,1\n")
     assert command("train", "points", folder, *options) == 0
-    assert "counts once: line 26 of " in capsys.readouterr().err
+    assert "counted once: line 26 of " in capsys.readouterr().err
     (folder / "points.csv").write_text("image,label,x,y\n0.png,cup,999,3")
     assert command("train", "points", folder, *options) == 1
     assert "points.csv" in capsys.readouterr().err

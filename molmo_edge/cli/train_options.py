@@ -88,11 +88,11 @@ def names(text: str) -> tuple[str, ...]:
 
 def starting_checkpoint(start: str, out: Path) -> Path:
     """The directory that --from names, downloaded if it is on the hub. Raises TrainError if --out is the same."""
-    from molmo_edge.checkpoints.bundle import MANIFEST
+    from molmo_edge.checkpoints.bundle import is_bundle
     from molmo_edge.cli.open_model import find_model
 
     directory = find_model(start, revision=None, quiet=False)
-    if (directory / MANIFEST).is_file():
+    if is_bundle(directory):
         raise TrainError(
             f"{start} is a bundle, but training starts from a checkpoint: molmo-edge export {start} --engine torch "
             "--out DIR makes one of it"

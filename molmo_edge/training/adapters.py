@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class AdaptersFile:
 
     def get(self, name: str) -> Tensor:
         with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
+            return cast(Tensor, file.get_tensor(name))
 
 
 def base_identity(config: MolmoConfig, source: TensorSource) -> str:

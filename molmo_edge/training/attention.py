@@ -7,7 +7,7 @@ the largest, and itself. Both forms follow from the segments alone, and are equa
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def packed_mask(segments: Tensor, kind: str = "auto") -> Mask:
 
 
 def _flex(segments: Tensor) -> Mask:
-    def may_look(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def may_look(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (segments[batch, query] <= segments[batch, key])
 
     attention, make_mask = _kernels(segments.is_cuda)
@@ -36,7 +36,7 @@ def _flex(segments: Tensor) -> Mask:
     blocks = make_mask(may_look, batch, None, n, n, device=segments.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return cast(Tensor, attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1]))
 
     return attend
 
@@ -48,5 +48,6 @@ def _kernels(compiled: bool) -> tuple[Any, Any]:
     if not compiled:
         return flex_attention, create_block_mask
     # One kernel for most lengths and batches, a few special ones; past the limit it would run uncompiled.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)

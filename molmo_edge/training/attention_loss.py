@@ -75,7 +75,7 @@ def cells_in_box(xy: np.ndarray, detail: np.ndarray, box: np.ndarray) -> np.ndar
 
     Where none does, the nearest of the global view and the nearest of the crops; detail: bool [k], in a crop.
     """
-    inside: np.ndarray = ((xy >= box[:2]) & (xy <= box[2:])).all(-1)
+    inside: np.ndarray = np.asarray(((xy >= box[:2]) & (xy <= box[2:])).all(-1))
     if inside.any():
         return inside
     distance = ((xy - (box[:2] + box[2:]) / 2) ** 2).sum(-1)

@@ -126,7 +126,7 @@ def write_features(
             with torch.autocast(device.type, cache.dtype, enabled=cache.dtype != torch.float32):
                 features = encode_pictures(towers, [prepared for _, prepared in group], device)
             counts = [len(prepared.crops) for _, prepared in group]
-            for (path, _), own in zip(group, features.split(counts), strict=True):
+            for (path, _), own in zip(group, torch.split(features, counts), strict=True):
                 cache.write(path, own)
             written += len(group)
         if time.monotonic() - told > _LOG_EVERY:

@@ -158,7 +158,7 @@ class Trainable(nn.Module):
         features = vision.end(batch.crops, outputs)
         if tower is None or batch.overviews is None or batch.places is None:
             return features
-        sampled = tower(batch.overviews, batch.places.split(batch.crop_counts))
+        sampled = tower(batch.overviews, torch.split(batch.places, batch.crop_counts))
         return torch.cat([features, sampled.to(features.dtype)], dim=-1)
 
     def _grounding(self, batch: Batch, features: Tensor, cells: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class Trainable(nn.Module):
         decoder = self.molmo.decoder
         head = decoder.embedding if decoder.config.weight_tying else decoder.head.weight
         total = torch.zeros(3, device=hidden.device)
-        for chunk in zip(*(t.split(_CHUNK) for t in (hidden, targets, weights)), strict=True):
+        for chunk in zip(*(torch.split(t, _CHUNK) for t in (hidden, targets, weights)), strict=True):
             if torch.is_grad_enabled():
                 part = checkpoint(_answer_sums, head, *chunk, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -188,7 +188,7 @@ def set_values(parameter: Tensor, values: Tensor) -> None:
 
 
 def _beside(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output + cast(LowRank, layer.adapter)(args[0])
+    return cast(Tensor, output + cast(LowRank, layer.adapter)(args[0]))
 
 
 def _adapt_experts(ffn: SparseFFN, config: MolmoConfig, leaf: str, rank: int, scale: float) -> None:

@@ -189,7 +189,7 @@ class Optimizer:
 def _widened(kept: dict[str, Any], i: int) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
-    state = kept[f"state{i}"]
+    state = cast(Tensor, kept[f"state{i}"])
     if state.dtype == torch.float32:
         return state
     wide = dequantize_blockwise(state, absmax=kept[f"absmax{i}"], code=kept[f"qmap{i}"], blocksize=_BLOCK)
@@ -202,7 +202,7 @@ def _narrow(kept: dict[str, Any], i: int, values: Tensor) -> None:
     bitsandbytes' own rounding would not give them back. The signed code ends at 1 and at -0.993, so that a block whose
     largest value is negative would get a smaller scale each time.
     """
-    state = kept[f"state{i}"]
+    state = cast(Tensor, kept[f"state{i}"])
     if state.dtype == torch.float32:
         state.copy_(values)
         return

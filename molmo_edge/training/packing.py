@@ -83,4 +83,4 @@ def pack(
 def attention_mask(segments: np.ndarray) -> np.ndarray:
     """bool [n, n]: may query i (row) see key j (column)? Causal, and never another annotation."""
     n = len(segments)
-    return (segments[:, None] <= segments[None, :]) & np.tri(n, dtype=bool)
+    return np.asarray((segments[:, None] <= segments[None, :]) & np.tri(n, dtype=bool))

@@ -78,7 +78,9 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(here)
     # gloo beside NCCL: asynchronous checkpoints are coordinated on the CPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=timedelta(minutes=20), **alone)
     try:
         yield World(rank, ranks, here)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Targets:
 def cell_grid(config: ImageConfig, centres: np.ndarray) -> np.ndarray:
     """Centres of patches [n, patches^2, 2] -> centres of pooled cells [n, cells^2, 2]."""
     side, p = config.cells, config.pool
-    return centres.reshape(-1, side, p, side, p, 2).mean((2, 4)).reshape(-1, side * side, 2)
+    return np.asarray(centres.reshape(-1, side, p, side, p, 2).mean((2, 4)).reshape(-1, side * side, 2))
 
 
 def make_targets(
@@ -106,7 +107,7 @@ class GroundingHead(nn.Module):
     def heat(self, names: Tensor, cells: Tensor) -> Tensor:
         """names [n, d_model], cells [c, cells^2, d_model] -> logits [c, cells^2, n]."""
         queries, _, prior = self.queries(names)
-        return self.cell(cells) @ queries.T / self.width**0.5 + prior
+        return cast(Tensor, self.cell(cells) @ queries.T / self.width**0.5 + prior)
 
     def patches(self, names: Tensor, features: Tensor, centres: Tensor) -> Tensor:
         """Which patch of a cell: features [c, patches^2, feature_dim], centres int [m, 4] -> logits [m, pool^2]."""
@@ -115,7 +116,7 @@ class GroundingHead(nn.Module):
         y, x = cell // side * p, cell % side * p
         at = torch.stack([(y + i) * side * p + x + j for i in range(p) for j in range(p)], dim=1)  # [m, pool^2]
         keys = self.patch(features[crop[:, None], at])
-        return (keys * self.queries(names)[1][name][:, None]).sum(-1) / self.width**0.5
+        return cast(Tensor, (keys * self.queries(names)[1][name][:, None]).sum(-1) / self.width**0.5)
 
 
 def heat_loss(logits: Tensor, heat: Tensor) -> Tensor:

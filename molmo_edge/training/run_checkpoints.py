@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.scratch import free_bytes
@@ -80,7 +81,7 @@ class Checkpoints:
         if self.here.ranks == 1:
             # PyTorch's own copies copies, too: of MolmoE's 8-bit states, which come as some, that is 57 GB.
             tensors, stager = _copied(tensors, optimizer), _Copied()
-        future = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, async_stager=stager)
+        future = async_save(tensors, checkpoint_id=part, process_group=self._group, async_stager=stager)
         self._pending = (cast("Future[Any]", future), target)
 
     def poll(self) -> None:
@@ -118,7 +119,7 @@ class Checkpoints:
         """Fill model and optimiser from `path`. Raises ResumeError."""
         tensors = _tensors(model, optimizer)
         try:
-            dcp.load(tensors, checkpoint_id=path)
+            load(tensors, checkpoint_id=path)
         except _FAILURES as error:
             raise ResumeError(
                 f"the checkpoint {path} cannot be taken up: {_because(error)}. Is it of another model, or damaged?"

@@ -25,7 +25,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """What signals ask for while the block runs. A second one ends it on the spot, as KeyboardInterrupt."""
     request = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         if request.number:
             raise KeyboardInterrupt
         request.number = number
@@ -42,7 +42,7 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(_worker: int) -> None:
     """Of a data loader's worker: signals to the whole run reach it as well, and it has nothing to save."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -266,7 +266,7 @@ class Trainer:
             # The auxiliary losses are means over each micro-batch.
             auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss])
             share = 1 / (len(micro) * self.here.ranks)
-            (loss + share * auxiliary.sum()).backward()
+            torch.autograd.backward(loss + share * auxiliary.sum())
             means = share * weight[0] * auxiliary
             totals[:6] += torch.stack([sums.cross_entropy, sums.z_loss, sums.correct, *means]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
@@ -292,7 +292,7 @@ class Trainer:
         kind = self.here.device.type
         # Without its cache: each weight is used once a pass, and copies of all of them would stay until the end of it.
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            return self.model(batch.to(self.here.device))
+            return cast(Sums, self.model(batch.to(self.here.device)))
 
     def _count(self, micro: Sequence[MicroBatch], load: Tensor | None, window: Window) -> None:
         for one in micro:
