@@ -1,4 +1,4 @@
-"""Runs that train adapters: to a merged checkpoint, stopped and taken up, on two ranks."""
+"""Runs that train adapters: to a merged checkpoint, stopped and resumed, on two ranks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_from_a_checkpoint_to_a_merged_one(small_checkpoints: dict[str, Pa
         kept = FileSystemReader(tmp_path / "checkpoints" / "step-00000008").read_metadata().state_dict_metadata
         assert {n for n in kept if n.startswith("model.")} == {f"model.{n}" for n in trainer.optimizer.parameters}
 
-        # Taken up at the end, it is as it was; and with another base, or other adapters, it is not taken up.
+        # Resumed at the end, it is unchanged; with another base or other adapters it is refused.
         again = a_trainer(checkpoint, tmp_path, a_recipe(), here, base)
         assert again.step == 8
         for (name, one), other in zip(ours.named_parameters(), again.model.molmo.parameters(), strict=True):
@@ -153,7 +153,7 @@ def test_a_disk_that_is_full_ends_no_run(
     notes = [json.loads(line).get("note", "") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (note,) = (note for note in notes if note)
     assert "step-00000004 could not be written: No space left on device; it takes " in note
-    assert " were free; the run goes on" in note
+    assert " were free; the run continues" in note
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
 
 
@@ -164,10 +164,10 @@ def test_another_rank_is_refused_in_one_sentence(small_checkpoints: dict[str, Pa
     state = json.loads((checkpoint / "run.json").read_text())
     state["identity"]["adapters"]["rank"] = 3
     (checkpoint / "run.json").write_text(json.dumps(state))
-    with world("cpu") as here, pytest.raises(ResumeError, match="of a run with another adapters"):
+    with world("cpu") as here, pytest.raises(ResumeError, match="different settings: adapters"):
         a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)
     (checkpoint / ".metadata").write_bytes(b"damaged")
     state["identity"]["adapters"]["rank"] = 4
     (checkpoint / "run.json").write_text(json.dumps(state))
-    with world("cpu") as here, pytest.raises(ResumeError, match=r"cannot be taken up: .*damaged"):
+    with world("cpu") as here, pytest.raises(ResumeError, match=r"cannot resume from .*damaged"):
         a_trainer(small_checkpoints["dense"], tmp_path, a_recipe(), here)

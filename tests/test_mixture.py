@@ -183,7 +183,7 @@ def test_recipes_differ_by_model_as_in_the_paper() -> None:
     assert recipe_for("multitask", "molmo-7b-d").optimizer.decoder.peak == 1e-5
     assert recipe_for("multitask", "molmo-72b").steps == 20_000
     assert recipe_for("caption", "molmo-72b").optimizer.decoder.peak == 1e-5
-    with pytest.raises(RecipeError, match='stage "third"'):
+    with pytest.raises(RecipeError, match='"third" is not a stage'):
         recipe_for("third")
 
 

@@ -157,7 +157,7 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
     again = run(60, "halves")
     for name, values in again.model.named_parameters():
         if name in trained:
-            assert torch.equal(values, trained[name]), f"{name}: a run that was taken up differs"
+            assert torch.equal(values, trained[name]), f"{name}: a resumed run differs"
     encoder = Encoder(tokenizer, config.image, recipe.encoding)
     rng = np.random.default_rng(0)
     batch = collate([encoder(Squares().example(i, rng), rng) for i in range(6)])
@@ -179,7 +179,7 @@ def test_a_batch_has_regions_everywhere_or_nowhere() -> None:
     assert len(with_regions.crops) == 2, "the global view and one crop"
     picture = np.zeros((50, 60, 3), np.uint8)
     asked = encoder(Example(picture, (Annotation("demo", ("Why?", "Because.")),)), rng)
-    with pytest.raises(EncodingError, match="in stages"):
+    with pytest.raises(EncodingError, match="in separate stages"):
         collate([with_regions, asked])
     with pytest.raises(EncodingError, match="no room for an answer"):
         encoder(Example(picture), rng)

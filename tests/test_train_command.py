@@ -158,7 +158,7 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     assert "nano is a bundle, but training starts from a checkpoint" in capsys.readouterr().err
     other = write_points(tmp_path / "other")
     assert command("train", "points", other, *options) == 1
-    assert "is of a run with another data" in capsys.readouterr().err
+    assert "a run with different settings: data" in capsys.readouterr().err
     with (folder / "points.csv").open("a") as file:  # said twice, so that it is the same run
         file.write("\n0.png,cup,50,1\n")
     assert command("train", "points", folder, *options) == 0

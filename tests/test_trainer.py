@@ -1,4 +1,4 @@
-"""Runs of the trainer: the same curve on one rank and on two, whole and taken up, and nothing lost to a kill."""
+"""Runs of the trainer: equal loss curves on one rank and two, uninterrupted and resumed, and nothing lost to a kill."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
     run(small_molmoe, tmp_path)
     same(whole, tmp_path)
     lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [*range(1, 11), *range(6, 21)], "taken up behind the last whole one"
+    assert lines == [*range(1, 11), *range(6, 21)], "resumed from the last complete one"
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-00000015", "step-00000020"], "the last two are kept"
 
@@ -130,7 +130,7 @@ def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Pat
     process = start(small_molmoe, tmp_path, "--few", "8")
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "is of a run with another data" in out
+    assert "a run with different settings: data" in out
 
 
 @pytest.mark.slow
@@ -164,5 +164,5 @@ def test_sigterm_through_torchrun_leaves_a_checkpoint(small_molmoe: Path, tmp_pa
 def test_a_part_whose_gradient_is_no_number_is_not_touched(small_molmoe: Path, tmp_path: Path) -> None:
     run(small_molmoe, tmp_path, "--steps", "4", "--nan-at", "2")
     notes = [json.loads(line).get("note", "") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum("left out: its gradient's norm is nan" in note for note in notes) == 1
+    assert sum("skipped: its gradient's norm is nan" in note for note in notes) == 1
     assert all(np.isfinite(values).all() for values in weights(tmp_path).values())

@@ -1,4 +1,4 @@
-"""Adapters as a file of their own, merged into the checkpoint they belong to, and the run that makes them."""
+"""Adapters: their file, merging them into their checkpoint, and the run that trains them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import SHARD_BYTES, Data, Trainer
 
 ADAPTERS = "adapters.safetensors"
-MERGED_IN = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what a merged model can be stored in
+MERGED_IN = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # dtypes of a merged model
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AdaptersFile:
     def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
         """Raise LoraError if they belong to another checkpoint or are incomplete."""
         if self.base != base_identity(config, source):
-            raise LoraError(f"the adapters {self.path} were trained beside other weights than those of {where}")
+            raise LoraError(f"the adapters {self.path} were trained for another checkpoint than {where}")
         names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
         if self.names != {*names, *trained_whole(config, self.lora)}:
             raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
@@ -86,7 +86,7 @@ class AdaptersFile:
 
 
 def base_identity(config: MolmoConfig, source: TensorSource) -> str:
-    """A hash of a few tensors from all over a checkpoint, the same however it is stored, in bfloat16 or float32."""
+    """A hash of a few tensors of a checkpoint, the same whether it is stored in bfloat16 or float32."""
     last = config.decoder.n_layers - 1
     names = ["decoder.ln_f.weight", "connector.projector.w2.weight", "vision.blocks.0.attention.wq.weight"]
     names += ["decoder.blocks.0.attn.att_proj.weight", f"decoder.blocks.{last}.attn.attn_out.weight"]
@@ -100,14 +100,14 @@ def base_identity(config: MolmoConfig, source: TensorSource) -> str:
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in a `Molmo`, the whole of it) for all that is trained; every rank has to ask for all of them."""
+    """(name in a `Molmo`, whole tensor) for each trained parameter; all ranks have to iterate over all of them."""
     for name, parameter in at_rest(model).items():
         if parameter.requires_grad:
             yield name.removeprefix("molmo."), whole(parameter.detach())
 
 
 def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: str, here: World | None = None) -> None:
-    """Write what is trained as float32 safetensors; every rank of `here` has to call, and the first one writes."""
+    """Write the trained parameters as float32 safetensors. All ranks of `here` have to call; the first one writes."""
     tensors = {name: values.cpu().float() for name, values in trained(model)}
     if here is not None and not here.first:
         return
@@ -118,9 +118,9 @@ def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: 
 
 
 def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
-    """Put adapters beside the weights of `molmo`, which came from `checkpoint`; returns `add_adapters`' names.
+    """Add adapters to `molmo`, which was loaded from `checkpoint`; returns the names that `add_adapters` returns.
 
-    Raises LoraError where they belong to another one.
+    Raises LoraError if they belong to another checkpoint.
     """
     file = AdaptersFile.open(path)
     file.check(molmo.config, open_tensors(checkpoint), checkpoint)
@@ -131,27 +131,26 @@ def load_adapters(molmo: Molmo, path: Path, checkpoint: Path) -> list[str]:
 
 
 def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str | None = None) -> None:
-    """Write `checkpoint` with its adapters added to its weights, in hub layout, into the directory `out`.
+    """Merge adapters into `checkpoint` and write the result in hub layout to the directory `out`.
 
-    dtype: "F32", "BF16" or "F16"; None keeps what each tensor of the checkpoint is stored in, and tensors that were
-    frozen come out byte for byte as they are. Sums are float32; memory holds two tensors. Raises LoraError and
-    CheckpointError.
+    dtype: "F32", "BF16" or "F16"; None keeps the dtype of each tensor, and frozen tensors are copied byte for byte.
+    Sums are computed in float32; memory holds two tensors. Raises LoraError and CheckpointError.
     """
     config, source = read_config(checkpoint), open_tensors(checkpoint)
     if out.resolve() == checkpoint.resolve():
-        raise LoraError(f"{out} is the checkpoint that is read: name another directory")
+        raise LoraError(f"{out} is the checkpoint itself: choose another directory")
     if dtype is not None and dtype not in MERGED_IN.values():
-        raise LoraError(f'no merged model is written in "{dtype}"; known are {", ".join(MERGED_IN.values())}')
+        raise LoraError(f'a merged model cannot be stored in "{dtype}" (known: {", ".join(MERGED_IN.values())})')
     shapes = check_tensors(config, source, where=checkpoint)
     file = AdaptersFile.open(adapters)
     file.check(config, source, checkpoint)
     dtypes = {name: dtype or source.dtype(name) for name in shapes}
-    # Wider ones first, as `ShardWriter` wants them.
+    # Wider ones first, as `ShardWriter` requires.
     order = sorted(shapes, key=lambda name: -DTYPES[dtypes[name]].itemsize)
     ranks, own = adapted(config, file.lora), set(trained_whole(config, file.lora))
     places = {hub: (name, i) for name, slot in hub_layout(config).items() for i, hub in enumerate(slot)}
 
-    adapter = functools.lru_cache(maxsize=8)(file.get)  # experts come one by one, and share theirs
+    adapter = functools.lru_cache(maxsize=8)(file.get)  # experts are merged one by one and share an adapter
 
     def merged(hub: str) -> np.ndarray:
         name, i = places[hub]
@@ -172,9 +171,9 @@ def merge(checkpoint: Path, adapters: Path, out: Path, dtype: str | None = None)
 
 
 class LoraTrainer(Trainer):
-    """A run that ends with its adapters in `directory`/adapters.safetensors and the merged model in `directory`/model.
+    """A run that writes its adapters to `directory`/adapters.safetensors and the merged model to `directory`/model.
 
-    model: of `build_adapted`, from the same `checkpoint` and with the same `lora`. merged_in: the dtype of `merge`.
+    model: from `build_adapted`, with the same `checkpoint` and `lora`. merged_in: the dtype of `merge`.
     """
 
     def __init__(
@@ -195,12 +194,12 @@ class LoraTrainer(Trainer):
         super().__init__(model, tokenizer, data, recipe, directory, here)
 
     def write_model(self, directory: Path, dtype: str | None = None) -> None:
-        """The adapters as they are now, and the checkpoint with them merged in; every rank has to call."""
+        """Write the current adapters and the merged model; all ranks have to call."""
         save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
         if self.here.first:
             merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype or self.merged_in)
         self.here.wait()
 
     def _identity(self) -> dict[str, Any]:
-        lora = json.loads(json.dumps(dataclasses.asdict(self.lora)))  # as it comes back: lists, no tuples
+        lora = json.loads(json.dumps(dataclasses.asdict(self.lora)))  # as JSON returns it: lists instead of tuples
         return super()._identity() | {"base": self.base, "adapters": lora}

@@ -1,5 +1,7 @@
-"""glibc's allocator gives every large tensor back to the system and takes it anew: on CPUs a step then takes 5 times as
-long. It reads its settings when a process starts, so a process that lacks them starts itself again.
+"""Settings of glibc's allocator for training on a CPU.
+
+By default it returns each large tensor to the system and requests it again, which makes a step five times slower. The
+settings are read when a process starts, so a process without them restarts itself.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
 def keep_freed_memory() -> None:
-    """Restart this Python process with SETTINGS, unless it has them, or another allocator is preloaded.
+    """Restart this Python process with SETTINGS, unless it has them or another allocator is preloaded.
 
-    Linux alone; elsewhere nothing happens. Call it before anything else has begun.
+    Does nothing on systems other than Linux. Call it before the process has done anything else.
     """
     if sys.platform != "linux" or "LD_PRELOAD" in os.environ or any(name in os.environ for name in SETTINGS):
         return

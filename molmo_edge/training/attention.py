@@ -1,7 +1,7 @@
-"""Who sees whom in a packed sequence, for SDPA as a dense mask and for FlexAttention as blocks of one.
+"""The attention mask of packed sequences: dense for SDPA, a block mask for FlexAttention.
 
-Query i sees key j where j is not behind it and segment[i] <= segment[j]: an annotation sees the image, whose segment is
-the largest, and itself. Both forms follow from the segments alone, and are equal (tests/test_training_step.py).
+Query i attends to key j if j <= i and segment[i] <= segment[j]: an annotation attends to the image, whose segment is
+the largest, and to itself. Both forms follow from the segments alone and are equal (tests/test_training_step.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from molmo_edge.modeling.decoder import Mask
 
 
 def packed_mask(segments: Tensor, kind: str = "auto") -> Mask:
-    """segments int [batch, n], padding's smaller than all -> what `Decoder` takes as a mask.
+    """The mask that `Decoder` takes, for segments int [batch, n], in which padding is smaller than everything else.
 
-    kind: "sdpa", "flex" (CUDA in practice: on a CPU it knows no gradients), or "auto", by the device.
+    kind: "sdpa"; "flex", which has no gradients on a CPU; or "auto", which chooses by the device.
     """
     if kind == "flex" or (kind == "auto" and segments.is_cuda):
         return _flex(segments)
@@ -43,11 +43,11 @@ def _flex(segments: Tensor) -> Mask:
 
 @cache
 def _kernels(compiled: bool) -> tuple[Any, Any]:
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:
         return flex_attention, create_block_mask
     # One kernel for most lengths and batches, a few special ones; past the limit it would run uncompiled.
-    config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)

@@ -1,8 +1,8 @@
-"""Residual dropout with rates of its own for answers, the same whatever a sequence is batched with.
+"""Residual dropout with a separate rate for answers, independent of the batch that a sequence is in.
 
-Reference: olmo/model.py::Dropout. Each sequence draws from generators of its own, one for each branch of the decoder,
-seeded with the sequence's number. So the masks do not depend on the number of ranks or on the padding, a resumed run
-draws what the stopped one would have, and activations that are computed again meet the same mask.
+Reference: olmo/model.py::Dropout. Each sequence has one generator per branch of the decoder, seeded with the sequence's
+seed. The masks therefore do not depend on the number of ranks or on padding, a resumed run draws the same masks as an
+uninterrupted one, and recomputed activations get the same mask.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _STRIDE = 0x9E3779B97F4A7C15  # odd, and far from a ratio of small numbers: seed
 
 @dataclass(frozen=True)
 class ResidualDropout:
-    """Of one batch: a branch's values are dropped at `rate`, or at `answers` where an answer's token is predicted."""
+    """The dropout of one batch."""
 
-    keep: Tensor  # float32 [batch, n]: the probability to be kept
+    keep: Tensor  # float32 [batch, n]: the probability that a value is kept
     lengths: list[int]
     seeds: list[int]
 
     def __call__(self, branch: Tensor, number: int) -> Tensor:
-        """branch [batch, n, d] -> the same, some values zero and the others larger."""
-        scale = torch.zeros(branch.shape, dtype=branch.dtype, device=branch.device)  # padding is dropped whole
+        """branch [batch, n, d] -> the branch with dropped values set to zero and the others scaled up."""
+        scale = torch.zeros(branch.shape, dtype=branch.dtype, device=branch.device)  # padding is dropped completely
         for row, (n, seed) in enumerate(zip(self.lengths, self.seeds, strict=True)):
             generator = torch.Generator(branch.device)
             generator.manual_seed((seed + (number + 1) * _STRIDE) & ((1 << 63) - 1))
@@ -38,10 +38,10 @@ class ResidualDropout:
 
 
 def residual_dropout(batch: Batch, rate: float, answers: float) -> ResidualDropout | None:
-    """For a batch; None where nothing is dropped.
+    """The dropout of a batch, or None if both rates are 0.
 
-    rate: for all positions; answers: for those whose target belongs to an answer, where it is above 0 (reference:
-    residual_dropout and response_residual_dropout: stage 1 has 0 and 0.1, stage 2 0.1 and 0).
+    rate: at all positions. answers: if above 0, at positions whose target belongs to an answer. The reference calls
+    them residual_dropout and response_residual_dropout; stage 1 uses 0 and 0.1, stage 2 uses 0.1 and 0.
     """
     if not rate and not answers:
         return None

@@ -1,7 +1,6 @@
-"""An example becomes one training sequence with its crops; several of them become a batch.
+"""From examples to training sequences with crops, and from sequences to batches.
 
-Crops of a batch lie one behind the other, whichever sequence they belong to: nothing is computed for crops that only
-fill up a shorter tiling.
+The crops of all sequences of a batch are concatenated, so nothing is computed for crops that would only be padding.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from molmo_edge.training.features import FeatureCache
 from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
 from molmo_edge.training.regions import Targets, cell_grid, join, make_targets
 
-PADDING_SEGMENT = -1  # smaller than any: padding sees everything before it, so that no row of a mask is empty
+PADDING_SEGMENT = -1  # the smallest: padding attends to everything before it, so no row of a mask is empty
 DROPPED = -1
 _OF_TOKENS = ("input_ids", "targets", "loss_weights", "segments", "positions")
-UNIT = 128  # lengths are padded to multiples of it: FlexAttention's blocks, and few shapes
+UNIT = 128  # lengths are padded to multiples of it: FlexAttention's block size, and few different shapes
 
 
 class EncodingError(MolmoEdgeError):
@@ -40,23 +39,23 @@ class EncodingError(MolmoEdgeError):
 class Encoding:
     """How examples become sequences."""
 
-    style: str = "conversation"  # or "caption": a wanted length instead of roles and questions, stage 1
-    sequence: int = 2304  # most tokens; what is behind them is cut off, as in the reference
+    style: str = "conversation"  # or "caption", of stage 1: a target length instead of roles and questions
+    sequence: int = 2304  # maximum number of tokens; longer sequences are truncated, as in the reference
     weighting: str = "root_subsegments"  # or "none", stage 1
-    shuffle: bool = True  # the annotations: which of them a sequence cuts off is left to chance
-    separator: bool = False  # an <im_end> between annotations; the reference has none
-    crops: int | None = None  # of a picture without annotations, most beside the global view, drawn by chance
+    shuffle: bool = True  # the annotations, so that truncation cuts off random ones
+    separator: bool = False  # put <im_end> between annotations; the reference does not
+    crops: int | None = None  # random crops beside the global view of a picture without annotations; None: all
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sequence of n tokens with m crops; arrays of Packed, cut to the encoding's length."""
+    """One sequence of n tokens, truncated to the encoding's length, with m crops."""
 
     packed: Packed
     crops: np.ndarray  # float32 [m, patches^2, patch_size^2 * 3]
     masks: np.ndarray  # float32 [m, patches^2]
     token_index: np.ndarray  # int32 [m, cells^2]: position in the sequence, negative where dropped
-    seed: int  # of what is drawn for this sequence in a step: its dropout
+    seed: int  # of this sequence's dropout
     overview: Overview | None = None
     targets: Targets | None = None  # of its regions
     features: Tensor | None = None  # cached, [m, patches^2, feature_dim]; `crops` is then [m, 0, 0]
@@ -68,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Examples to sequences. `image` is the checkpoint's own geometry, `tokenizer` the checkpoint's own."""
+    """Turns examples into sequences, with the tokenizer and the geometry of crops of a checkpoint."""
 
     tokenizer: Tokenizer
     image: ImageConfig
@@ -76,7 +75,7 @@ class Encoder:
     cache: FeatureCache | None = None  # read in place of crops
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
-        """Raises EncodingError where no answer fits into the sequence, ImageError for a damaged picture."""
+        """Encode an example. Raises EncodingError if no answer fits into the sequence, and ImageError."""
         write = prompts.captioning if self.encoding.style == "caption" else prompts.conversation
         annotations = list(example.annotations)
         if self.encoding.shuffle:
@@ -96,8 +95,8 @@ class Encoder:
         packed = replace(packed, **{name: getattr(packed, name)[:n] for name in _OF_TOKENS})
         if not packed.loss_weights.any() and (annotations or example.regions is None):
             raise EncodingError(
-                f"a sequence of {n} tokens has no room for an answer: {1 + len(image.tokens)} are the image's, "
-                "so use fewer crops or longer sequences"
+                f"a sequence of {n} tokens has no room for an answer: the image takes {1 + len(image.tokens)}. Use "
+                "fewer crops or longer sequences"
             )
         index = np.where(image.token_index >= 0, image.token_index + 1, DROPPED).astype(np.int32)
         chosen = self._crops(example, len(image.crops), rng)
@@ -119,13 +118,13 @@ class Encoder:
         return Sample(packed, crops, masks, index, seed, overview, targets, features, attended)
 
     def _crops(self, example: Example, n: int, rng: np.random.Generator) -> list[int]:
-        """Which of n crops are computed: all of them where anything is asked."""
+        """Which of n crops are computed: all of them if the example has annotations."""
         if self.encoding.crops is None or example.annotations or n < 2:
             return list(range(n))
         return [0, *sorted(1 + int(i) for i in rng.permutation(n - 1)[: self.encoding.crops])]
 
     def _image(self, rgb: np.ndarray | None) -> PreparedImage:
-        """Of a text alone, everything is empty."""
+        """The crops of a picture; empty arrays for text alone."""
         c = self.image
         if rgb is None:
             shapes = (0, c.patches**2, c.patch_size**2 * 3), (0, c.patches**2), (0, c.cells**2)
@@ -136,22 +135,22 @@ class Encoder:
 
 @dataclass
 class Batch:
-    """b sequences of n tokens, padded; c crops, those of all sequences one behind the other."""
+    """b padded sequences of n tokens; c crops, those of all sequences concatenated."""
 
     ids: Tensor  # int64 [b, n]
     targets: Tensor  # int64 [b, n]
-    weights: Tensor  # float32 [b, n], 0 where no answer is
+    weights: Tensor  # float32 [b, n], 0 outside answers
     segments: Tensor  # int64 [b, n]: IMAGE_SEGMENT, the annotation's number, or PADDING_SEGMENT
     positions: Tensor  # int64 [b, n]
     crops: Tensor  # float32 [c, patches^2, patch_size^2 * 3]
     masks: Tensor  # float32 [c, patches^2]
-    cells: Tensor  # int64 [k]: of all c * cells^2 cells those that are kept
-    cells_at: Tensor  # int64 [k]: where these go among the b * n tokens laid end to end
-    answered: Tensor  # int64 [m]: which of the b * n tokens predict an answer's token
+    cells: Tensor  # int64 [k]: the kept ones of all c * cells^2 cells
+    cells_at: Tensor  # int64 [k]: their positions in the b * n tokens, flattened
+    answered: Tensor  # int64 [m]: which of the b * n tokens predict a token of an answer
     lengths: list[int]  # of each sequence, without padding
     seeds: list[int]  # of each sequence
     crop_counts: list[int]  # of each sequence
-    overviews: Tensor | None = None  # float32 [b, 3, h, w], padded to squares; None where no tower sees them
+    overviews: Tensor | None = None  # float32 [b, 3, h, w], padded to squares; None without a convolutional tower
     places: Tensor | None = None  # float32 [c, patches^2, 4, 2]: positions of `images.Overview`
     heat: Tensor | None = None  # int8 [c, cells^2, n_names], see `regions.Targets`; all examples have regions, or none
     centres: Tensor | None = None  # int64 [m, 4]
@@ -163,7 +162,7 @@ class Batch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by a data loader that pins."""
+        """Called by a data loader with pin_memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -182,7 +181,7 @@ def collate(sequences: Sequence[Sample], length: int | None = None) -> Batch:
             row[: len(sequence)] = getattr(sequence.packed, name)
         return torch.from_numpy(out)
 
-    # What needs a look at the values is settled here: on a GPU it would wait for them.
+    # What depends on values is computed here: on a GPU it would wait for them.
     index = [np.where(s.token_index >= 0, s.token_index + b * n, DROPPED) for b, s in enumerate(sequences)]
     places = torch.from_numpy(np.concatenate(index).astype(np.int64).reshape(-1))
     cells = (places >= 0).nonzero()[:, 0]
@@ -235,11 +234,11 @@ def _targets(sequences: Sequence[Sample]) -> dict[str, Tensor]:
     if not targets:
         return {}
     if len(targets) < len(sequences):
-        raise EncodingError("examples with regions and examples without are in one batch: train on them in stages")
+        raise EncodingError("a batch mixes examples with and without regions: train on them in separate stages")
     heat, centres = join(targets)
     return {"heat": heat, "centres": centres}
 
 
 def image_tokens(batch: Batch) -> int:
-    """Tokens of image blocks in a batch, BOS included: what packing spares."""
+    """Number of image tokens in a batch, BOS included."""
     return int((batch.segments == IMAGE_SEGMENT).sum())

@@ -1,8 +1,8 @@
-"""Expert parallelism: a layer's experts lie on several ranks, and tokens travel to them instead of weights to tokens.
+"""Expert parallelism: the experts of a layer are on several ranks, and tokens are sent to them instead of weights.
 
-Every rank keeps experts / n of each layer, sharded further by FSDP over the ranks that keep the same ones. Two
-exchanges a layer (all_to_all) bring each token's rows to its experts and back. Nothing is dropped, so that the result
-is that of one rank (GShard, arXiv 2006.16668; dropless as in MegaBlocks, arXiv 2211.15841).
+Each rank holds experts / n of each layer, sharded further by FSDP over the ranks that hold the same experts. Two
+exchanges per layer (all_to_all) send each token's activations to its experts and back. No token is dropped, so the
+result is that of one rank (GShard, arXiv 2006.16668; dropless as in MegaBlocks, arXiv 2211.15841).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from molmo_edge.training.parallel import ParallelError, local_part, sum_gradient
 
 
 def spread_experts(layers: Sequence[SparseFFN], kind: str, ways: int, ranks: int, policy: MixedPrecisionPolicy) -> None:
-    """Give each of `ways` neighbouring ranks its share of the experts of every layer, in place; routers stay whole.
+    """Give each of `ways` neighbouring ranks its share of the experts of every layer, in place; routers are not split.
 
-    The routers have to be units of FSDP before. Raises ParallelError where experts and ranks do not come out even.
+    The routers have to be FSDP units already. Raises ParallelError if the experts cannot be divided evenly.
     """
     shape = layers[0].gate.shape if layers else torch.Size((0, 0, 0))  # experts, ffn, d
     pieces = (ways, ranks // ways, ranks // ways)
     if not layers or any(size % count for size, count in zip(shape, pieces, strict=True)):
         raise ParallelError(
-            f"{shape[0]} experts of {shape[1]} x {shape[2]} cannot be shared evenly by {ranks} ranks, {ways} a layer"
+            f"{shape[0]} experts of {shape[1]} x {shape[2]} cannot be divided evenly: {ranks} ranks, {ways} per layer"
         )
     mesh = init_device_mesh(kind, (ranks // ways, ways), mesh_dim_names=("expert_shard", "expert"))
     for ffn in layers:
@@ -40,20 +40,20 @@ def spread_experts(layers: Sequence[SparseFFN], kind: str, ways: int, ranks: int
             matrix = getattr(ffn, name)
             spread = distribute_tensor(matrix.detach(), mesh["expert"], [Shard(0)])
             setattr(ffn, name, nn.Parameter(spread, requires_grad=matrix.requires_grad))
-        # Along another dimension than the experts, so that a checkpoint finds plain shards.
+        # Along another dimension than the experts, so that checkpoints contain plain shards.
         unit = fully_shard(ffn, mesh=mesh["expert_shard"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
         sum_gradients(unit)
         ffn.mix = partial(_travel, ffn, mesh["expert"].get_group())  # type: ignore[method-assign]
 
 
 def _travel(ffn: SparseFFN, group: dist.ProcessGroup, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """As `SparseFFN.mix`, where `ffn` keeps a share of the experts."""
+    """Like `SparseFFN.mix`, for an `ffn` that holds a share of the experts."""
     matrices = (local_part(ffn.gate), local_part(ffn.up), local_part(ffn.down))
     ways, mine = group.size(), len(matrices[0])
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=ways * mine)
-    arriving = _exchange_counts(counts, group)  # [ways, mine]: from each rank, for each of the experts here
+    arriving = _exchange_counts(counts, group)  # [ways, mine]: from each rank, for each expert of this rank
     sent, received = counts.view(ways, mine).sum(1).tolist(), arriving.sum(1).tolist()
     token = order // experts.shape[1]
     travelling = x.to(working_dtype(matrices[0])).index_select(0, token)

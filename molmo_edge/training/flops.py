@@ -1,8 +1,7 @@
-"""How much arithmetic a batch is, and how much a device could do: model FLOPs utilisation (PaLM, arXiv 2204.02311).
+"""FLOPs of a batch and of a device: model FLOPs utilisation (PaLM, arXiv 2204.02311).
 
-Counted are the products of the forward pass, as many for the gradients of activations and as many for those of what is
-trained, of the experts that a token uses and of the positions that answers stand at. What is computed again is not
-counted, nor is padding.
+The count covers the matrix products of the forward pass, the gradients of activations and the gradients of trained
+weights; only the experts that a token uses, and the head only at answers. Recomputation and padding are not counted.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class Cost:
     """FLOPs of the forward pass."""
 
     token: int  # of the decoder, without head and attention scores
-    answer: int  # of the head, for a position that predicts an answer's token
-    pair: int  # of attention, for a query and a key that it sees
-    crop: int  # of the ViT
-    cells: int  # of the connector, for a crop
+    answer: int  # of the head, per position that predicts a token of an answer
+    pair: int  # of attention, per query and key that it attends to
+    crop: int  # of the ViTs
+    cells: int  # of the connector, per crop
 
     def forward(self, batch: Batch) -> float:
         real = batch.segments >= 0
@@ -40,7 +39,7 @@ class Cost:
 
 
 def cost(config: MolmoConfig) -> Cost:
-    """Of a model with this configuration."""
+    """The costs of a model with this configuration."""
     d, v, image = config.decoder, config.vision, config.image
     attention = d.d_model * (d.q_dim + 2 * d.kv_dim) + d.q_dim * d.d_model
     ffn = 3 * d.d_model * d.ffn_dim * max(1, d.top_k) + d.d_model * d.n_experts
@@ -65,13 +64,13 @@ def _vit(v: VisionConfig) -> int:
 
 
 def passes(model: nn.Module) -> float:
-    """How many forward passes a step is worth: 3, or little more than 2 where most of the weights are frozen."""
+    """The cost of a step in forward passes: 3, or little more than 2 if most weights are frozen."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
 
 
 def device_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOPs a second that large products of `dtype` reach here, measured."""
+    """Measured FLOPs per second of large matrix products of `dtype`."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best, until = 0.0, time.perf_counter() + seconds

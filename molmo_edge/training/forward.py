@@ -1,7 +1,7 @@
-"""One pass over a batch: from crops and ids to the sums that a step's loss is made of.
+"""The forward pass of training: from a batch to the sums that make up a step's loss.
 
 Reference: olmo/train.py::train_batch and model_forward. The loss of a step is the sum of weighted cross entropies over
-all micro-batches and ranks, divided by the sum of the weights: so sums come back, not means.
+all micro-batches and ranks, divided by the sum of the weights. The forward pass therefore returns sums, not means.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
 
-_CHUNK = 1024  # positions whose logits exist at the same time: 200 MB in float32 at 50,000 tokens
+_CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for a vocabulary of 50,000
 
 
 class ForwardError(MolmoEdgeError):
-    """A pass that this PyTorch cannot make."""
+    """A configuration that this model or this PyTorch does not support."""
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """What a pass does beside computing logits."""
+    """Losses, dropout and kernels of the forward pass."""
 
     residual_dropout: float = 0.0
-    answer_dropout: float = 0.1  # of positions that predict an answer's token; reference: response_residual_dropout
+    answer_dropout: float = 0.1  # at positions that predict an answer; reference: response_residual_dropout
     z_loss: float = 1e-4  # times the squared logsumexp of the logits
     balance_loss: float = 0.0  # of the routers; Molmo was trained without
     router_z_loss: float = 0.0
     attention: str = "auto"  # "sdpa", "flex"
     experts: str = "auto"  # "grouped", "loop", "wide"
-    recompute: bool = True  # activations of blocks in the backward pass, instead of keeping them
+    recompute: bool = True  # recompute the activations of blocks in the backward pass instead of keeping them
     grounding: float = 0.0  # weight of the loss on regions (regions.py)
     attention_loss: AttentionLoss | None = None  # on points whose annotations have boxes (attention_loss.py)
-    compile: bool = False  # the ViT's blocks, norms and dense FFNs, through torch.compile
+    compile: bool = False  # compile the ViT's blocks, norms and dense FFNs with torch.compile
 
 
 class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in tuples, lists and dicts
-    """Of one batch, float32 scalars that add up over batches."""
+    """Float32 scalars of one batch that are summed over batches."""
 
-    cross_entropy: Tensor  # weighted; carries the gradient, as do the losses behind it
+    cross_entropy: Tensor  # weighted; it has a gradient, as the other losses do
     z_loss: Tensor
-    router_loss: Tensor  # a mean over layers, of this batch as a whole
+    router_loss: Tensor  # a mean over layers, for the whole batch
     weight: Tensor
-    correct: Tensor  # weight of the targets that have the largest logit
-    expert_load: Tensor  # int64 [n_layers, n_experts], tokens an expert was chosen for; [0, 0] without experts
-    grounding_loss: Tensor  # of the regions, times its weight; a mean over objects, of this batch as a whole
-    attention_loss: Tensor  # of the points, times its weight; a mean over points, of this batch as a whole
+    correct: Tensor  # weight of the targets with the largest logit
+    expert_load: Tensor  # int64 [n_layers, n_experts], tokens per expert; [0, 0] without experts
+    grounding_loss: Tensor  # on regions, times its weight; a mean over the objects of the batch
+    attention_loss: Tensor  # on points, times its weight; a mean over the points of the batch
 
 
 class Trainable(nn.Module):
-    """A Molmo whose forward pass gives `Sums`. The unit that FSDP wraps: every parameter is used inside of it."""
+    """A Molmo whose forward pass returns `Sums`. FSDP wraps it: all parameters are used inside of it."""
 
     def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
-        """names: the vocabulary that regions are numbered by, where there is a loss on them.
+        """names: the vocabulary of the regions; None without a loss on regions.
 
         Raises ForwardError for grouped experts with a PyTorch before 2.10, and for a model that training does not
         support: several ViTs, pooling across crops, image tokens that attend in both directions.
@@ -96,7 +96,7 @@ class Trainable(nn.Module):
             compile_parts(molmo)
 
     def forward(self, batch: Batch) -> Sums:
-        """The batch lies on the model's device. Training mode alone drops anything."""
+        """The batch has to be on the model's device. Dropout is active in training mode only."""
         features = self.features(batch) if batch.features is None else batch.features
         cells = self.molmo.connector(features, batch.masks)  # [c, cells^2, d]
         grounding = self._grounding(batch, features, cells)
@@ -148,7 +148,7 @@ class Trainable(nn.Module):
             self._attention_loss = supervised.weight * loss
 
     def features(self, batch: Batch) -> Tensor:
-        """Of all towers. The ViT as in VisionTransformer.forward, block by block."""
+        """Features of all towers, [c, patches^2, feature_dim]. The ViT runs block by block."""
         vision, tower = self.molmo.vision, self.molmo.conv_tower
         x = vision.begin(batch.crops)
         outputs = []
@@ -162,7 +162,7 @@ class Trainable(nn.Module):
         return torch.cat([features, sampled.to(features.dtype)], dim=-1)
 
     def _grounding(self, batch: Batch, features: Tensor, cells: Tensor) -> Tensor:
-        """The weighted loss on regions: heat maps, and the patch inside of each object's cell."""
+        """The weighted loss on regions: heat maps, and the patch within each object's cell."""
         if self.grounding is None or self.names is None or batch.heat is None or batch.centres is None:
             return torch.zeros((), device=cells.device)
         names = self.names.embed(self.molmo.decoder.embedding)
@@ -175,7 +175,7 @@ class Trainable(nn.Module):
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.config.recompute and torch.is_grad_enabled():
-            # Dropout draws from generators of its own: no state to restore.
+            # Dropout has its own generators: no random state has to be restored.
             return cast(Tensor, checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False))
         return cast(Tensor, block(*args))
 
@@ -190,7 +190,7 @@ class Trainable(nn.Module):
             else:
                 part = _answer_sums(head, *chunk)
             total = total + cast(Tensor, part)
-        ce, z, correct = (values.clone() for values in total.unbind())  # FSDP wants no views
+        ce, z, correct = (values.clone() for values in total.unbind())  # FSDP does not accept views
         return ce, z, correct.detach()
 
     def _router_loss(self, batch: Batch) -> Tensor:
@@ -214,7 +214,7 @@ class Trainable(nn.Module):
 
 
 def compile_parts(molmo: Molmo) -> None:
-    """What has no choices to make and many small operations, in place. Routing and dropout stay as they are."""
+    """Compile modules with many small operations, in place. Routing and dropout are not compiled."""
     for block in molmo.vision.running:
         block.compile(dynamic=True)  # the number of crops differs from batch to batch
     for module in molmo.decoder.modules():
@@ -231,9 +231,9 @@ def _answer_sums(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor)
 
 
 def expert_counts(experts: Tensor, real: Tensor, n_experts: int) -> Tensor:
-    """experts int [tokens, top_k], real bool [tokens] -> int64 [n_experts], how often real tokens chose each.
+    """experts int [tokens, top_k], real bool [tokens] -> int64 [n_experts], how many real tokens chose each expert.
 
-    On a GPU nothing waits for it, as it would for a count of values or of what a mask selects.
+    It does not synchronise with a GPU, unlike bincount or boolean indexing.
     """
     chosen = real[:, None].expand_as(experts).long()
     return torch.zeros(n_experts, dtype=torch.long, device=experts.device).scatter_add_(
@@ -242,11 +242,11 @@ def expert_counts(experts: Tensor, real: Tensor, n_experts: int) -> Tensor:
 
 
 def router_losses(logits: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Over the real tokens, (load balancing loss, z-loss) of a layer.
+    """(load balancing loss, z-loss) of a layer over the real tokens.
 
-    logits [tokens, n_experts], experts int [tokens, top_k], real bool [tokens]. Balancing is 1 where every expert gets
-    as many tokens and as much probability as any other (Switch Transformer, arXiv 2101.03961, eq. 4, for top_k
-    choices); z-loss is the mean squared logsumexp (ST-MoE, arXiv 2202.08906, eq. 5).
+    logits [tokens, n_experts], experts int [tokens, top_k], real bool [tokens]. The balancing loss is 1 if all experts
+    get equally many tokens and equal probability (Switch Transformer, arXiv 2101.03961, eq. 4, for top_k choices). The
+    z-loss is the mean squared logsumexp (ST-MoE, arXiv 2202.08906, eq. 5).
     """
     logits, n = logits.float(), logits.shape[1]
     tokens = real.sum()

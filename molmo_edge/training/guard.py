@@ -1,6 +1,6 @@
-"""Steps that would do harm are left out: gradients that are no numbers, and losses far above what they were.
+"""Skipping of harmful steps: non-finite losses or gradients, and spikes of the loss.
 
-Every rank sees the same loss and the same norms, summed over all of them, so every rank decides the same.
+The loss and the norms are summed over all ranks, so every rank makes the same decision.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from molmo_edge.errors import MolmoEdgeError
 
 
 class DivergedError(MolmoEdgeError):
-    """A run in which hardly a step is any good."""
+    """Too many steps in a row were skipped."""
 
 
 @dataclass
 class Guard:
-    """Knows the loss of the steps so far, as a running mean and variance."""
+    """Compares the loss of a step with a running mean and variance."""
 
-    deviations: float = 8.0  # above the mean: a spike
-    settled: int = 100  # steps before a spike is one; a young run falls and jumps
-    patience: int = 20  # steps left out in a row before the run ends
-    memory: float = 0.98  # of the running mean, a step
+    deviations: float = 8.0  # standard deviations above the mean that count as a spike
+    settled: int = 100  # steps before spikes are detected: early losses fall fast and vary
+    patience: int = 20  # steps skipped in a row before the run ends
+    memory: float = 0.98  # decay of the running mean per step
     mean: float = 0.0
     variance: float = 0.0
     seen: int = 0
@@ -32,9 +32,9 @@ class Guard:
     in_a_row: int = 0
 
     def judge(self, loss: float, norms: Iterable[float]) -> str | None:
-        """Why a step with this loss and these norms of its gradients shall be left out, or None.
+        """Why a step with this loss and these gradient norms is skipped, or None.
 
-        Raises DivergedError when too many are.
+        Raises DivergedError when `patience` steps in a row were skipped.
         """
         reason = self._reason(loss, norms)
         if reason is None:
@@ -47,7 +47,7 @@ class Guard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= self.patience:
             raise DivergedError(
-                f"{self.in_a_row} steps in a row were left out, the last because {reason}: go back to a checkpoint, "
+                f"{self.in_a_row} steps in a row were skipped, the last one because {reason}: go back to a checkpoint "
                 "and lower the learning rates"
             )
         return reason
@@ -59,7 +59,7 @@ class Guard:
             return f"its gradient's norm is {unsound[0]}"
         limit = self.mean + self.deviations * max(math.sqrt(self.variance), 0.01 * abs(self.mean))
         if self.seen >= self.settled and loss > limit:
-            return f"its loss {loss:.3f} is far above the {self.mean:.3f} of the steps before"
+            return f"its loss {loss:.3f} is far above the mean {self.mean:.3f} of earlier steps"
         return None
 
     def state(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Micro-batches of one rank, read ahead by workers, in the order of the mixture.
+"""Micro-batches of one rank, prepared by workers, in the order of the mixture.
 
-A damaged example is replaced by its neighbour, the same on every machine, and counted: one bad picture among millions
-must neither end a run nor let ranks go apart.
+A damaged example is replaced by its neighbour, and counted. The choice depends on the data alone, so that one damaged
+picture among millions neither ends a run nor makes ranks diverge.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from molmo_edge.training.features import FeatureError
 from molmo_edge.training.stopping import ignore_interrupts
 from molmo_edge.training.workers import Loader
 
-_TRIES = 20  # neighbours in a row that may be damaged
+_TRIES = 20  # damaged examples in a row before an error is raised
 
 
 class DataError(MolmoEdgeError):
-    """Data that cannot be trained on."""
+    """Data that cannot be used for training."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every step's batch that a rank computes."""
+    """The part of each step's batch that a rank computes."""
 
-    batch: int  # sequences of a step, over all ranks
-    micro: int  # sequences that go through the model at once
+    batch: int  # sequences per step, over all ranks
+    micro: int  # sequences per forward pass
     rank: int = 0
     ranks: int = 1
 
@@ -46,22 +46,22 @@ class Share:
 
     @property
     def steps(self) -> int:
-        """Micro-batches of a step on this rank."""
+        """Micro-batches per step on this rank."""
         return self.batch // (self.ranks * self.micro)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     batch: Batch
-    replaced: tuple[str, ...]  # why examples were left out
+    replaced: tuple[str, ...]  # why examples were replaced
 
     def pin_memory(self) -> MicroBatch:
-        """Called by a data loader that pins."""
+        """Called by a data loader with pin_memory."""
         return MicroBatch(self.batch.pin_memory(), self.replaced)
 
 
 class Samples(Dataset[Any]):
-    """Encoded samples by their draw. What is left to chance depends on (seed, data set, example, epoch) alone."""
+    """Encoded samples, indexed by their draw. Random choices depend on (seed, data set, example, epoch) alone."""
 
     def __init__(self, sets: Sequence[DataSet], encoder: Encoder, seed: int):
         self.sets, self.encoder, self.seed = list(sets), encoder, seed
@@ -74,7 +74,7 @@ class Samples(Dataset[Any]):
             rng = np.random.default_rng([self.seed, draw.source, index, draw.epoch])
             try:
                 return self.encoder(data.example(index, rng), rng), tuple(failures)
-            except FeatureError:  # no fault of the example
+            except FeatureError:  # not a fault of the example
                 raise
             except MolmoEdgeError as error:
                 failures.append(f"{data.name} {index}: {error}")
@@ -111,14 +111,15 @@ def open_loader(
     length: int | None = None,
     pin: bool = False,
 ) -> Loader[MicroBatch]:
-    """Micro-batches from `step` on. workers: processes that read ahead, 0 for none; their number changes nothing.
+    """Micro-batches from `step` on.
 
-    length: tokens that every batch is padded to; its own longest sequence when None. A worker that is stuck for
-    ten minutes ends the run with an error instead of letting all ranks wait.
+    workers: processes that prepare batches, or 0; their number does not change the batches. length: number of tokens
+    that each batch is padded to; None for that of its longest sequence. A worker that hangs for ten minutes ends the
+    run with an error instead of letting all ranks wait.
     """
     options: dict[str, Any] = {}
     if workers:
-        # Several batches ahead each, so that one slow picture is made up for before anyone waits.
+        # Several batches ahead, so that one slow picture does not make the run wait.
         options = {"prefetch_factor": 4, "timeout": 600, "worker_init_fn": ignore_interrupts}
     return Loader(
         samples,
@@ -131,9 +132,9 @@ def open_loader(
 
 
 def start(loader: Loader[MicroBatch]) -> Iterator[MicroBatch]:
-    """The loader's batches. Workers start at once, and read ahead before the first batch is asked for.
+    """The loader's batches. Workers start immediately, before the first batch is requested.
 
-    Raises DataError, from whichever process it comes, with its own message.
+    An error of a worker is raised here with its own message.
     """
     batches: Iterator[MicroBatch] = iter(loader)
     return batches

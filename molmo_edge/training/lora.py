@@ -1,10 +1,9 @@
-"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), in four bits if asked (QLoRA, arXiv 2305.14314).
+"""Low-rank adapters for frozen weights (LoRA, arXiv 2106.09685), optionally in 4 bits (QLoRA, arXiv 2305.14314).
 
-A matrix W answers W x + s b (a x); a and b alone are trained, and b begins as zero, so that a run begins with the
-checkpoint's own answers. In the end s b a is added to the weights of the checkpoint itself, tensor by tensor: after a
-run over four bits, too, whose rounding the merged model does not have.
-
-There is no dropout of an adapter's input: the residual dropout of a recipe does its work.
+The layer of a matrix W computes W x + s b (a x). Only a and b are trained; b starts at zero, so the model starts with
+the checkpoint's outputs. Merging adds s b a to the checkpoint's own weights, also after a run on 4-bit weights, so the
+merged model does not contain their rounding. There is no dropout of adapter inputs: the recipe's residual dropout
+serves the same purpose.
 """
 
 from __future__ import annotations
@@ -53,32 +52,32 @@ _WHOLE = ("connector", "vision")
 
 
 class LoraError(MolmoEdgeError):
-    """Adapters that cannot be made, or do not belong to a checkpoint."""
+    """Adapters that cannot be created, or that belong to another checkpoint."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What is trained. Everything else is frozen: routers, norms, embeddings and head among it."""
+    """Which weights are trained. All others are frozen, including routers, norms, embeddings and head."""
 
     rank: int = 16
-    # Of each expert's matrices. Eight experts of MolmoE's answer for a token, so its ranks add up.
+    # Rank for each expert's matrices. MolmoE uses eight experts per token, so their ranks add up.
     expert_rank: int = 4
-    alpha: float = 32.0  # an adapter's product counts alpha / rank times
-    # QLoRA found that every matrix of the decoder has to have one. "ffn" are those of dense models. The ViT is left
-    # out: a few hundred pictures tell it little that it has not seen.
+    alpha: float = 32.0  # an adapter's product is scaled by alpha / rank
+    # QLoRA found that every matrix of the decoder needs an adapter. "ffn" are those of dense models. The ViT has none
+    # by default: a few hundred pictures teach it little.
     targets: tuple[str, ...] = ("attention", "ffn", "experts")
-    # The connector is the bridge to pictures of a new kind, and 0.2 % of MolmoE's weights (1.4 % of the 7B-D's).
+    # The connector adapts to new kinds of pictures, and is 0.2 % of MolmoE's weights (1.4 % of the 7B-D's).
     whole: tuple[str, ...] = ("connector",)
 
     def __post_init__(self) -> None:
         """Raises LoraError."""
         for known, asked in ((tuple(_TARGETS), self.targets), (_WHOLE, self.whole)):
             if unknown := [name for name in asked if name not in known]:
-                raise LoraError(f'"{unknown[0]}" cannot be trained so; known are {", ".join(known)}')
+                raise LoraError(f'"{unknown[0]}" cannot be trained this way (known: {", ".join(known)})')
         if both := set(self.targets) & set(self.whole):
-            raise LoraError(f'"{both.pop()}" is to be trained whole and by adapters: choose one')
+            raise LoraError(f'"{both.pop()}" cannot be trained both as a whole and with adapters: choose one')
         if min(self.rank, self.expert_rank) < 1 or not self.alpha > 0:
-            raise LoraError("ranks have to be 1 or more, and alpha above 0")
+            raise LoraError("ranks must be at least 1, and alpha greater than 0")
 
     def scale(self, rank: int) -> float:
         return self.alpha / rank
@@ -96,7 +95,7 @@ def adapted(config: MolmoConfig, lora: LoraConfig) -> dict[str, int]:
             if re.fullmatch(_TARGETS[part], name) and _runs(name, config):
                 found[name] = rank
     if not found and not lora.whole:
-        raise LoraError(f"nothing of this model is trained: it has no {' or '.join(lora.targets) or 'targets'}")
+        raise LoraError(f"nothing in this model can be trained: it has no {' or '.join(lora.targets) or 'targets'}")
     return found
 
 
@@ -105,7 +104,7 @@ def trained_whole(config: MolmoConfig, lora: LoraConfig) -> list[str]:
 
 
 def count_values(config: MolmoConfig, lora: LoraConfig) -> tuple[int, int, int]:
-    """How many values a model with this configuration has in adapters, trained whole, and in all."""
+    """(values in adapters, values trained as a whole, all values) of a model with this configuration."""
     shapes, layout = hub_shapes(config), hub_layout(config)
     adapters = sum(rank * sum(sum(shapes[h]) for h in layout[n]) for n, rank in adapted(config, lora).items())
     own = sum(math.prod(shapes[hub]) for name in trained_whole(config, lora) for hub in layout[name])
@@ -113,13 +112,13 @@ def count_values(config: MolmoConfig, lora: LoraConfig) -> tuple[int, int, int]:
 
 
 def _runs(name: str, config: MolmoConfig) -> bool:
-    """Not so the last blocks of the ViT, whose outputs nobody uses."""
+    """Whether a parameter is used: the outputs of the ViT's last blocks are not."""
     block = re.match(r"vision\.blocks\.(\d+)\.", name)
     return block is None or int(block[1]) <= config.vision.last_layer
 
 
 def adapter_name(parameter: str) -> str:
-    """Where the adapter of a parameter is; its a and b are ".a" and ".b" of it."""
+    """The name of a parameter's adapter, whose matrices are `.a` and `.b`."""
     path, _, leaf = parameter.rpartition(".")
     return f"{path}.adapter" if leaf == "weight" else f"{path}.adapter.{leaf}"
 
@@ -131,7 +130,7 @@ class LowRank(nn.Module):
     """s b (a x): a [rank, in], b [out, rank], float32; of experts [experts, rank, in] and [experts, out, rank]."""
 
     def __init__(self, shape: tuple[int, ...], rank: int, scale: float, device: torch.device):
-        """shape: of the matrix it stands beside."""
+        """shape: of the adapted matrix."""
         super().__init__()
         *experts, n_out, n_in = shape
         self.a = nn.Parameter(torch.empty(*experts, rank, n_in, device=device))
@@ -144,10 +143,10 @@ class LowRank(nn.Module):
 
 
 def add_adapters(molmo: Molmo, lora: LoraConfig, seed: int = 0) -> list[str]:
-    """Freeze `molmo` but for what `lora` trains, in place; what it computes stays the same until a step is made.
+    """Freeze `molmo` and add adapters, in place. Its outputs do not change until the first update.
 
-    Returns the names of what is trained. On the meta device adapters have no values yet: see `init_adapters`. Raises
-    LoraError where nothing of the model is trained.
+    Returns the names of the trained parameters. On the meta device adapters have no values yet, see `init_adapters`.
+    Raises LoraError if nothing in the model can be trained.
     """
     molmo.requires_grad_(False)
     for name, rank in adapted(molmo.config, lora).items():
@@ -157,19 +156,19 @@ def add_adapters(molmo: Molmo, lora: LoraConfig, seed: int = 0) -> list[str]:
             inner = cast(nn.Linear, module.inner if isinstance(module, QuantizedLinear) else module)
             shape = (inner.out_features, inner.in_features)
             module.adapter = LowRank(shape, rank, lora.scale(rank), inner.weight.device)
-            module.register_forward_hook(_beside)  # no wrapper: parameters of the base keep their names
+            module.register_forward_hook(_beside)  # not a wrapper, so that parameters of the base keep their names
         else:
             _adapt_experts(cast(SparseFFN, module), molmo.config, leaf, rank, lora.scale(rank))
     for name in trained_whole(molmo.config, lora):
         parameter = molmo.get_parameter(name)
-        parameter.data = parameter.data.float()  # a step would be lost in bfloat16
+        parameter.data = parameter.data.float()  # bfloat16 would round updates away
         parameter.requires_grad_(True)
     init_adapters(molmo, seed)
     return [name for name, parameter in molmo.named_parameters() if parameter.requires_grad]
 
 
 def init_adapters(molmo: nn.Module, seed: int) -> None:
-    """Every a as PyTorch's linear layers begin, every b zero; the same for any device and number of ranks."""
+    """Initialise a like PyTorch's linear layers and b with zeros, identically on any device and number of ranks."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in molmo.named_parameters():
         if ".adapter." in name and not parameter.is_meta:
@@ -182,7 +181,7 @@ def init_adapters(molmo: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def set_values(parameter: Tensor, values: Tensor) -> None:
     values = values.to(parameter.device)
-    if isinstance(parameter, DTensor):  # every rank has all of them: nothing travels
+    if isinstance(parameter, DTensor):  # every rank has all values: nothing is sent
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(values)
 
@@ -201,7 +200,7 @@ def _adapt_experts(ffn: SparseFFN, config: MolmoConfig, leaf: str, rank: int, sc
 
 
 def _mix(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """As `SparseFFN.mix`, with adapters or over four bits. The kernel "wide" is for answers: it is a loop here."""
+    """Like `SparseFFN.mix`, with adapters or 4-bit weights. The kernel "wide" is replaced by a loop."""
     plain = isinstance(ffn.gate, nn.Parameter)
     if plain and (ffn.kernel == "grouped" or (ffn.kernel == "auto" and has_grouped_mm(ffn.gate))):
         return _grouped(ffn, x, weights, experts)
@@ -219,9 +218,9 @@ def _mix(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
 
 
 def _grouped(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """As decoder.py's, with two narrow products beside each wide one.
+    """Like the grouped kernel of decoder.py, with two narrow products for each adapter.
 
-    Merging first would be shorter, and needs the experts of a layer once more, with a gradient as large.
+    Merging the adapters first would be shorter, but needs a copy of a layer's experts and a gradient of that size.
     """
     dtype = working_dtype(ffn.gate)
 
@@ -231,7 +230,7 @@ def _grouped(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Ten
 
         def product(which: str, rows: Tensor) -> Tensor:
             adapter = cast(LowRank, cast(nn.ModuleDict, ffn.adapter)[which])
-            spare = -adapter.a.shape[1] % BLOCK  # narrow rows begin at 16 bytes, too
+            spare = -adapter.a.shape[1] % BLOCK  # narrow rows are aligned to 16 bytes, too
             narrow = times(rows, F.pad(adapter.a, (0, 0, 0, spare)))
             return times(rows, getattr(ffn, which)) + adapter.scale * times(narrow, F.pad(adapter.b, (0, spare)))
 
@@ -244,17 +243,17 @@ def _grouped(ffn: SparseFFN, x: Tensor, weights: Tensor, experts: Tensor) -> Ten
 
 
 def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfig, base: str = "auto") -> Trainable:
-    """As `trainer.build`, with adapters. base: what frozen weights are kept in, of BASES; "auto": what is fast here.
+    """Like `trainer.build`, with adapters. base: precision of the frozen weights, of BASES, or "auto".
 
-    On several ranks the base is float32 shards; four bits are for one rank. Raises LoraError, CheckpointError, and
-    PrecisionError where "nf4" is asked for and bitsandbytes is missing.
+    On several ranks the base is float32 shards; nf4 works on one rank only. Raises LoraError, CheckpointError, and
+    PrecisionError if "nf4" is requested and bitsandbytes is missing.
     """
-    if base == "auto":  # a CPU that multiplies bfloat16 fast is rare
+    if base == "auto":  # few CPUs multiply bfloat16 fast
         base = "bf16" if here.device.type == "cuda" else "fp32"
     if base not in BASES:
-        raise LoraError(f'the frozen weights cannot be kept in "{base}"; known are {", ".join(BASES)}')
+        raise LoraError(f'the frozen weights cannot be stored in "{base}" (known: {", ".join(BASES)})')
     if here.ranks > 1 and (base == "nf4" or (recipe.layout.experts > 1 and "experts" in lora.targets)):
-        what = "weights in four bits" if base == "nf4" else "experts with adapters"
+        what = "4-bit weights" if base == "nf4" else "experts with adapters"
         raise LoraError(f'{what} cannot be spread over ranks: use one rank, or base="bf16" and experts=1')
     config, source, where = read_config(checkpoint), open_tensors(checkpoint), str(checkpoint)
     if here.ranks == 1:
@@ -273,7 +272,7 @@ def build_adapted(checkpoint: Path, recipe: Recipe, here: World, lora: LoraConfi
 
 
 def open_base(config: MolmoConfig, source: TensorSource, where: str, base: str, device: torch.device) -> Molmo:
-    """As `build_model`, in eval mode, with gradients that flow through weights in four bits to their inputs."""
+    """Like `build_model`, in eval mode; gradients flow through 4-bit weights to their inputs."""
     if base != "nf4":
         return build_model(config, source, where=where, precision=base, device=device)
     check_tensors(config, source, where=where)
@@ -284,12 +283,12 @@ def open_base(config: MolmoConfig, source: TensorSource, where: str, base: str, 
         path, _, leaf = name.rpartition(".")
         tensors = (torch.tensor(source.get(hub)) for hub in slot)
         if not is_quantized(name, base):
-            (values,) = tensors  # several are experts, which are quantised
+            (values,) = tensors  # several tensors are experts, which are quantised
             dtype = storage_dtype(name, values.ndim, base, device.type)
             setattr(molmo.get_submodule(path), leaf, nn.Parameter(values.to(device, dtype)))
         elif leaf == "weight":
             quantizer.put(molmo, name, tensors)
-        else:  # still a SparseFFN: a trainer looks at its routing
+        else:  # it stays a SparseFFN: the trainer uses its routing
             ffn = cast(SparseFFN, molmo.get_submodule(path))
             delattr(ffn, leaf)
             ffn.add_module(leaf, nn.ModuleList(quantizer.linear(weight) for weight in tensors))
@@ -301,7 +300,7 @@ def open_base(config: MolmoConfig, source: TensorSource, where: str, base: str, 
 
 
 class _FourBits(Quantizer):
-    """Weights as they are stored: the layout that processors answer with has no backward pass, and no way back."""
+    """Keeps the stored layout: the layout that CPUs use for inference has no backward pass."""
 
     def linear(self, weight: Tensor) -> QuantizedLinear:
         layer = self._nf4(weight)

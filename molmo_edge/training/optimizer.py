@@ -1,7 +1,7 @@
-"""AdamW with a learning rate, a warm-up and a gradient norm of its own for each of Molmo's three parts.
+"""AdamW with a separate learning rate, warm-up and gradient clipping for each of Molmo's three parts.
 
 Reference: olmo/optim.py (get_multimodal_param_groups, MultimodalScheduler, clip_grads_and_collect_metrics). The states
-are fp32, PyTorch's own, or 8 bit, bitsandbytes' (arXiv 2110.02861), in a quarter of the memory.
+are PyTorch's in fp32, or bitsandbytes' in 8 bits (arXiv 2110.02861), which take a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _EIGHT_BIT = 4096  # parameters with fewer values keep fp32 states, as bitsandby
 
 
 class OptimizerError(MolmoEdgeError):
-    """An optimiser that is not known, or not here."""
+    """An unknown or unavailable optimizer."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Of one part."""
+    """The learning rate of one part."""
 
     peak: float
     warmup: int  # steps
@@ -47,12 +47,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
     weight_decay: float = 0.0
-    clip: float = 1.0  # of the gradient's norm, for each part apart: better captions than one norm for all (PAPER)
+    clip: float = 1.0  # of the gradient's norm, per part: better captions than one norm for all parts (PAPER)
     states: str = "fp32"  # or "8bit"
 
 
 def part_of(parameter: str) -> str:
-    """Which of PARTS a parameter of `modeling.Molmo` is of; the reference has new_embedding in the connector's."""
+    """Which of PARTS a parameter of `modeling.Molmo` is in; as in the reference, new_embedding is in the connector."""
     name = parameter.removeprefix("molmo.")
     if name == "decoder.new_embedding":
         return "connector"
@@ -61,7 +61,7 @@ def part_of(parameter: str) -> str:
 
 
 def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:
-    """Learning rate of step 1, 2, ..., `steps`: linear, then a cosine down to `floor`. Reference: CosWithWarmup."""
+    """Learning rate of step 1 to `steps`: linear warm-up, then a cosine down to `floor`. Reference: CosWithWarmup."""
     if step < rate.warmup:
         return rate.peak * step / rate.warmup
     if step >= steps:
@@ -71,19 +71,19 @@ def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:
 
 
 class Optimizer:
-    """Steps over the trainable parameters of a model, in whole or as shards of a rank."""
+    """Updates the trainable parameters of a model, or a rank's shards of them."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise OptimizerError("every part of the model is frozen: there is nothing to train")
-        self.updates = 0  # that were made, of all steps: what AdamW's bias correction counts
+            raise OptimizerError("every part of the model is frozen: nothing can be trained")
+        self.updates = 0  # steps that were not skipped, which AdamW's bias correction counts
         self._eight = config.states == "8bit"
         if config.states not in ("fp32", "8bit"):
-            raise OptimizerError(f'optimiser states "{config.states}" are not known; known are fp32 and 8bit')
-        # It steps over the part that lies here, which shares the parameter's memory: bitsandbytes knows no DTensor, and
-        # PyTorch's fused step none of several meshes.
+            raise OptimizerError(f'optimizer states cannot be "{config.states}" (known: fp32, 8bit)')
+        # It updates this rank's shards, which share the parameters' memory: bitsandbytes does not support DTensor, and
+        # PyTorch's fused step does not support several meshes.
         self._stepped = {n: nn.Parameter(local_part(p.detach())) for n, p in self.parameters.items()}
         names = {part: [n for n in self.parameters if part_of(n) == part] for part in PARTS}
         self._names = {part: mine for part, mine in names.items() if mine}  # of what is trained, by part
@@ -105,7 +105,7 @@ class Optimizer:
             self._inner = torch.optim.AdamW(groups, lr=0.0, fused=fused, **options)
 
     def step(self, step: int, steps: int) -> dict[str, float]:
-        """One update with the rates of `step`, from 1; returns them by part. Gradients are there and clipped."""
+        """Update with the rates of `step`, counted from 1, and the clipped gradients; return the rates by part."""
         rates = {}
         for group in self._inner.param_groups:
             part = group["part"]
@@ -122,13 +122,13 @@ class Optimizer:
             p.grad = None
 
     def norms(self) -> dict[str, Tensor]:
-        """The gradient's norm by part, over all ranks."""
+        """The norm of the gradient of each part, over all ranks."""
         sums = squared_sum([self._grads(part) for part in self._names])
         return dict(zip(self._names, sums.sqrt(), strict=True))
 
     @torch.no_grad()
     def clip(self, norms: Mapping[str, Tensor]) -> None:
-        """Shorten each part's gradient to `config.clip`."""
+        """Clip the gradient of each part to the norm `config.clip`."""
         for part, norm in norms.items():
             grads = [local_part(grad) for grad in self._grads(part)]
             torch._foreach_mul_(grads, (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -137,15 +137,15 @@ class Optimizer:
         grads = (self.parameters[name].grad for name in self._names[part])
         return [grad for grad in grads if grad is not None]
 
-    # --- states, as they go into checkpoints: float32 and shaped like their parameter, whatever the optimiser ---------
+    # --- states as checkpoints store them: float32, in the shape of their parameter, for either kind of states -------
 
     def states(self) -> dict[str, Tensor]:
-        """ "NAME.exp_avg" and "NAME.exp_avg_sq", zeros before the first update. With 8 bit they are copies."""
+        """ "NAME.exp_avg" and "NAME.exp_avg_sq", zeros before the first update. 8-bit states are returned as copies."""
         return {f"{name}.{which}": tensor for name, which, tensor in self._states()}
 
     @property
     def gives_copies(self) -> bool:
-        """Whether `states` are made for who asks, and nothing changes them."""
+        """Whether `states` returns copies, which later updates do not change."""
         return self._eight
 
     def _states(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -160,11 +160,11 @@ class Optimizer:
                     yield name, which, self._aside(_like(p, _widened(kept, i)))
 
     def _aside(self, state: Tensor) -> Tensor:
-        """Of one card that 8 bits were chosen for, fp32 copies of all states would not fit beside the model."""
+        """With 8-bit states on one card, fp32 copies of all states would not fit beside the model."""
         return state.cpu() if self._eight and not is_sharded(state) else state
 
     def load_states(self, states: Mapping[str, Tensor], updates: int) -> None:
-        """The inverse of `states`. `updates`: how many had been made."""
+        """The inverse of `states`. updates: the number of updates made before."""
         self.updates = updates
         for name, p in self.parameters.items():
             first, second = (states[f"{name}.{which}"] for which in STATES)

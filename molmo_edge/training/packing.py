@@ -1,8 +1,8 @@
-"""Every annotation of an image in one sequence, behind one image block.
+"""Packing: all annotations of an image in one sequence that starts with the image.
 
-Reference: olmo/data/model_preprocessor.py, MultiModalPreprocessor.__call__ (golden `packing`). A text token
-sees the image and its own annotation only, and each annotation's positions restart right after the image,
-so that training on the pack equals training on the annotations one by one at the price of one image.
+Reference: olmo/data/model_preprocessor.py, MultiModalPreprocessor.__call__ (golden `packing`). A text token attends to
+the image and to its own annotation only, and the positions of each annotation start after the image. Training on the
+packed sequence thus equals training on the annotations one by one, but the image is computed once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from molmo_edge.frontend.tokenizer import Tokenizer
 
-IMAGE_SEGMENT = 10000  # larger than any annotation's number: all annotations see the image, it sees none of them
+IMAGE_SEGMENT = 10000  # larger than any annotation's number: annotations attend to the image, not the reverse
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def pack(
 ) -> Packed:
     """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...) with their leading spaces.
 
-    image_tokens: int32 [m], without BOS; none of a text alone. Each annotation has at least one answer. weighting:
+    image_tokens: int32 [m], without BOS; empty for text alone. Each annotation has at least one answer. weighting:
     "root_subsegments" divides each annotation's loss weights by the square root of the number of annotations, "none"
-    leaves them as they are. weights: of each annotation, 1 unless given. separator: id of a token that follows each
-    annotation but the last, an input that nothing is to predict; the reference has none.
+    does not. weights: of each annotation, 1 by default. separator: id of a token that follows each annotation except
+    the last, as an input without a loss; the reference has none.
     """
     special = tokenizer.special
     ids = [special.bos, *image_tokens.tolist()]
@@ -81,6 +81,6 @@ def pack(
 
 
 def attention_mask(segments: np.ndarray) -> np.ndarray:
-    """bool [n, n]: may query i (row) see key j (column)? Causal, and never another annotation."""
+    """bool [n, n]: whether query i (row) attends to key j (column): causal, and never to another annotation."""
     n = len(segments)
     return np.asarray((segments[:, None] <= segments[None, :]) & np.tri(n, dtype=bool))

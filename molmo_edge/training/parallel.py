@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from molmo_edge.errors import MolmoEdgeError
 
@@ -26,12 +27,12 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 class ParallelError(MolmoEdgeError):
-    """Ranks that cannot be arranged as asked."""
+    """An impossible arrangement of ranks."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as torchrun started them, or this one alone."""
+    """The processes of a run that torchrun started, or this process alone."""
 
     rank: int
     ranks: int
@@ -39,22 +40,22 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank prints and writes what all have in common."""
+        """Whether this rank writes files and logs for all ranks."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.ranks > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 says."""
+        """The value of rank 0, on every rank."""
         if self.ranks == 1:
             return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def wait(self) -> None:
         if self.ranks > 1:
@@ -63,15 +64,15 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the run that torchrun started, or make one of this process. device: "auto", "cpu", "cuda".
+    """Join the run that torchrun started, or create one of this process alone. device: "auto", "cpu" or "cuda".
 
-    Raises ParallelError where a card is asked for and there is none.
+    Raises ParallelError for an unknown device, or for "cuda" without a CUDA device.
     """
     if device not in DEVICES:
-        raise ParallelError(f'training on "{device}" is not known; known are {", ".join(DEVICES)}')
+        raise ParallelError(f'"{device}" is not a device for training (known: {", ".join(DEVICES)})')
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise ParallelError('there is no CUDA device here: use device="cpu"')
+        raise ParallelError('no CUDA device was found: use the device "cpu"')
     rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     here = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -85,7 +86,7 @@ def world(device: str = "auto") -> Iterator[World]:
     try:
         yield World(rank, ranks, here)
     except BaseException:
-        # Others may wait in a collective, and taking leave of them would wait, too. A launcher sees this rank go.
+        # Other ranks may wait in a collective, and leaving would wait for them. The launcher sees this rank exit.
         if ranks == 1:
             _leave()
         raise
@@ -93,26 +94,26 @@ def world(device: str = "auto") -> Iterator[World]:
 
 
 def _leave() -> None:
-    """Destroy the process group now, with its threads.
+    """Destroy the process group and its threads immediately.
 
-    What `destroy_process_group` lets go of waits for the garbage collector. If that runs in a process that was forked
-    since, a DataLoader's worker for one, `~ProcessGroupGloo` waits there for threads that do not exist.
+    The objects that `destroy_process_group` releases wait for the garbage collector. If it runs in a process forked in
+    the meantime, such as a worker of a DataLoader, `~ProcessGroupGloo` waits there for threads that do not exist.
     """
     dist.destroy_process_group()
     gc.collect()
 
 
 def sum_gradients(unit: FSDPModule) -> None:
-    """Instead of averaging them over the ranks."""
+    """Sum gradients over the ranks instead of averaging them."""
     unit.set_gradient_divide_factor(1.0)
-    unit.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo knows no other
+    unit.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo supports nothing else
 
 
 def accumulate(model: nn.Module, last: bool) -> None:
-    """Before the backward pass of one of a step's micro-batches.
+    """Prepare the backward pass of one of a step's micro-batches.
 
-    Gradients are summed and sharded each time: whole ones would be kept until the last, as large as the model. Copies
-    of the model exchange theirs with the last alone.
+    Gradients are summed and sharded after each of them: unsharded gradients, as large as the model, would be kept until
+    the last. Copies of the model exchange their gradients only after the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
@@ -120,9 +121,9 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 
 def at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, those of several ranks as shards.
+    """Parameters by name, as shards on several ranks.
 
-    Behind a forward pass without a backward pass, what belongs to no block is still gathered.
+    After a forward pass without a backward pass, parameters outside the blocks are still gathered; they are sharded.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -132,7 +133,7 @@ def at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-# --- tensors that are whole, or shards ----------------------------------------------------------------------------
+# --- whole tensors and shards ----------------------------------------------------------------------------
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -140,12 +141,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What of `tensor` lies here, sharing its memory."""
+    """The part of `tensor` on this rank, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of `tensor`; every rank has to ask."""
+    """The whole `tensor`; all ranks have to call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -154,8 +155,7 @@ def squared_sum(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     sums = []
     for group in groups:
         local = [local_part(tensor) for tensor in group]
-        norms = torch._foreach_norm([t for t in local if t.numel()], dtype=torch.float32)
-        sums.append(torch.stack(norms).square().sum() if norms else local[0].new_zeros((), dtype=torch.float32))
+        sums.append(get_total_norm([t for t in local if t.numel()]).float().square().to(local[0].device))
     total = torch.stack(sums)
     copies = {_copies(tensor) for group in groups for tensor in group}
     assert len(copies) == 1, "parameters lie on different numbers of ranks"
@@ -165,7 +165,7 @@ def squared_sum(groups: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _copies(tensor: Tensor) -> int:
-    """How often a sum over all ranks counts what is in `tensor`."""
+    """How many times a sum over all ranks counts an element of `tensor`."""
     if not isinstance(tensor, DTensor):
         return 1
     pieces = math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())

@@ -1,7 +1,7 @@
-"""Base weights as their makers publish them: what their files hold, what their config.json says, and what is what.
+"""Pretrained decoders and towers in transformers' layouts: configuration, and the place of each tensor in a Molmo.
 
-Decoders: OLMoE, Qwen2 and OLMo-1024 (a preview of OLMo 2, whose names it has). Towers: CLIP and DINOv2. All in the
-layouts of transformers; which tensor becomes which is what Ai2's scripts/convert_hf_to_molmo.py says.
+Decoders: OLMoE, Qwen2 and OLMo-1024 (a preview of OLMo 2 with its tensor names). Towers: CLIP and DINOv2. The mapping
+of tensors is that of Ai2's scripts/convert_hf_to_molmo.py.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from molmo_edge.checkpoints.weight_files import PICKLE
 from molmo_edge.config import DecoderConfig, MolmoConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
 
-# The features that Molmo takes of each tower (launch_scripts/train_captioner.py).
+# The layers whose features Molmo uses (launch_scripts/train_captioner.py).
 CLIP_LAYERS, DINO_LAYERS = (-2, -9), (-3, -9)
 
 
 class BaseError(MolmoEdgeError):
-    """Base weights that no Molmo is made of, or not the one that was asked for."""
+    """Pretrained weights that do not fit the requested Molmo."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one tensor of a Molmo is made: `parts` of a base, one below the other, and random rows below them."""
+    """How one tensor of a Molmo is made: `parts` of a base, concatenated along the rows, and then random rows."""
 
     base: TensorSource | None = None  # None: no parts
     parts: tuple[tuple[str, Shape], ...] = ()  # name and shape of each
-    change: Callable[[np.ndarray], np.ndarray] | None = None  # of a part, on its way
-    std: float | None = None  # Normal(0, std) for the rows that no part fills; None: there may be none
+    change: Callable[[np.ndarray], np.ndarray] | None = None  # applied to each part
+    std: float | None = None  # Normal(0, std) for the remaining rows; None: no rows may remain
 
 
 def open_base(directory: Path) -> TensorSource:
-    """The float tensors in a directory of safetensors or pickles, whole or in shards. Raises CheckpointError.
+    """The float tensors in a directory of safetensors or pickle files, sharded or not. Raises CheckpointError.
 
-    CLIP's files hold integers as well: `position_ids`, 0, 1, 2, ...
+    Integer tensors are skipped: CLIP's files contain `position_ids`, 0, 1, 2, ...
     """
     for single, read in ((SAFETENSORS, read_header), (PICKLE, read_pickle)):
         if (directory / single).is_file():
@@ -54,12 +54,12 @@ def open_base(directory: Path) -> TensorSource:
         if index.is_file():
             shards = sorted(set(shards_of(index).values()))
             return FileSource({n: e for shard in shards for n, e in read(directory / shard, floats_only=True).items()})
-    raise CheckpointError(f"{directory} holds no weights: expected {SAFETENSORS} or {PICKLE}, or the index of either")
+    raise CheckpointError(f"{directory} contains no weights: expected {SAFETENSORS}, {PICKLE} or the index of either")
 
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of decoder: what is always so in it, and what its config.json leaves out where it is this."""
+    """A family of decoders: its fixed settings, and the default of its config.json."""
 
     always: dict[str, Any]
     norm_eps: float
@@ -72,7 +72,7 @@ _FAMILIES = {
 }
 _FAMILIES["olmo_1124"] = _FAMILIES["olmo2"]  # the name that OLMo-7B-1024-preview's config.json still has
 
-# A base that says otherwise would be converted, and compute something else.
+# A base with other values would be converted, but would compute something else.
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -84,17 +84,17 @@ _ONLY: dict[str, Any] = {
 
 
 def read_decoder(directory: Path) -> DecoderConfig:
-    """The decoder that a base's config.json describes. Raises BaseError, ConfigError.
+    """The decoder that a base's config.json describes. Raises BaseError and ConfigError.
 
-    As with Qwen2 in the reference, `vocab_size` counts the rows of its embedding, so that new ids fall behind them.
+    As with Qwen2 in the reference, `vocab_size` is the number of rows of its embedding, so that new ids follow them.
     """
     path, raw = _config(directory)
     kind = raw.get("model_type")
     if kind not in _FAMILIES:
-        raise BaseError(f'{path} describes a "{kind}"; decoders that are known are {", ".join(_FAMILIES)}')
+        raise BaseError(f'{path}: "{kind}" is not a supported decoder (supported: {", ".join(_FAMILIES)})')
     for key, value in _ONLY.items():
         if raw.get(key, value) != value:
-            raise BaseError(f"{path} has {key} {raw[key]!r}; a Molmo's decoder computes with {value!r} only")
+            raise BaseError(f"{path}: {key} is {raw[key]!r}, but a Molmo's decoder supports {value!r} only")
     rope = raw.get("rope_parameters") or {}  # since transformers 5
     if rope.get("rope_type", "default") != "default":
         raise BaseError(f"{path} has rope_type {rope['rope_type']!r}; a Molmo's decoder computes with 'default' only")
@@ -293,7 +293,7 @@ def _leaves(base: TensorSource, ours: str, theirs: str, rows: int, columns: int 
 
 
 def _blocks(v: VisionConfig, base: TensorSource, theirs: str, names: dict[str, str]) -> _Named:
-    """`names`: what the parts of a block are called in the base, layer `n` of which is `theirs`.n."""
+    """names: of the parts of a block in the base, whose layer `n` is `theirs`.n."""
     d = v.d_model
     for n in range(v.n_layers):
         for ours, name in names.items():

@@ -1,4 +1,4 @@
-"""A run in numbers, and the presets of Molmo's two stages.
+"""Recipes: the settings of a run, and the presets of Molmo's stages.
 
 Sources: launch_scripts/train_captioner.py and train_multitask_model.py of the reference; PAPER (arXiv 2409.17146),
 table 6, where models differ.
@@ -18,7 +18,7 @@ from molmo_edge.training.sharding import Layout
 
 
 class RecipeError(MolmoEdgeError):
-    """A stage or preset that does not exist."""
+    """An unknown stage or preset."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class ExpertSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a run but its model, its data and its machines' number."""
+    """All settings of a run except its model, its data and the number of ranks."""
 
     steps: int
-    batch: int  # sequences a step, over all ranks
+    batch: int  # sequences per step, over all ranks
     mixture: tuple[Group, ...]
-    micro: int = 4  # sequences that go through the model at once, on each rank
-    precision: str = "auto"  # of products: "bf16", "fp32", or bf16 on CUDA and else fp32; weights and sums are fp32
-    frozen: tuple[str, ...] = ()  # of "connector", "vision", "decoder"; the input embedding always is
+    micro: int = 4  # sequences per forward pass on each rank
+    precision: str = "auto"  # of matrix products: "bf16", "fp32"; "auto": bf16 on CUDA, else fp32
+    frozen: tuple[str, ...] = ()  # of "connector", "vision", "decoder"; the input embedding is always frozen
     seed: int = 6198
     encoding: Encoding = field(default_factory=Encoding)
     forward: ForwardConfig = field(default_factory=ForwardConfig)
@@ -55,13 +55,13 @@ class Recipe:
     layout: Layout = field(default_factory=Layout)
     experts: ExpertSchedule | None = None  # None: the checkpoint's top_k in every step
     max_crops: int | None = 12  # of training images; None: the checkpoint's own
-    pad: bool = False  # every sequence to the full length, as the reference does; else to the longest of its batch
+    pad: bool = False  # pad to the full length, as the reference does, instead of the longest sequence of the batch
     save_every: int = 1000
-    keep: int = 2  # checkpoints
+    keep: int = 2  # latest checkpoints
     log_every: int = 20
     validate_every: int = 1000
-    validation_batches: int = 16  # of a rank's micro-batches
-    workers: int = 4  # processes a rank that read ahead
+    validation_batches: int = 16  # micro-batches per rank
+    workers: int = 4  # processes per rank that prepare batches
 
     def image(self, config: MolmoConfig) -> ImageConfig:
         """The geometry of crops in training."""
@@ -77,7 +77,7 @@ _ACADEMIC: dict[str, int | None] = dict.fromkeys(
         "st_qa", "tally_qa", "pixmo_docs_charts", "pixmo_docs_tables", "pixmo_docs_other", "pixmo_docs_diagrams",
     )
 )  # fmt: skip
-# PAPER's table 7 has clocks at 5 %; the reference's script leaves them out, as "huge".
+# Table 7 of the paper has clocks at 5 %; the reference's script omits them as "huge".
 _ACADEMIC |= {"pixmo_clocks": 250_000, "dv_qa": 10_000, "figure_qa": 10_000, "plot_qa": 20_000}
 _POINTING = (
     "pixmo_points", "pixmo_count", "pixmo_points_high_freq", "pixmo_points_counting", "pixmo_points_high_freq_counting",
@@ -112,8 +112,8 @@ MULTITASK = Recipe(
     forward=ForwardConfig(residual_dropout=0.1, answer_dropout=0.0),
     optimizer=OptimizerConfig(Rate(5e-6, 200), Rate(5e-6, 200), Rate(1e-5, 200)),
 )
-# A few hundred pictures with points, an evening, one card. Adapters want ten times the rates of whole weights (QLoRA:
-# 2e-4 up to 13B); the connector, trained whole, keeps its own.
+# For a few hundred pictures with points, on one card. Adapters need ten times the learning rates of whole weights
+# (QLoRA: 2e-4 up to 13B); the connector is trained as a whole.
 POINTS = Recipe(
     steps=1000,
     batch=16,
@@ -131,7 +131,7 @@ _STAGES = {"caption": CAPTION, "multitask": MULTITASK, "points": POINTS}
 def recipe_for(stage: str, preset: str = "molmoe-1b") -> Recipe:
     """The recipe of a stage ("caption", "multitask", "points") for a model of the paper. Raises RecipeError."""
     if stage not in _STAGES:
-        raise RecipeError(f'stage "{stage}" does not exist; there are {", ".join(_STAGES)}')
+        raise RecipeError(f'"{stage}" is not a stage (known: {", ".join(_STAGES)})')
     recipe = _STAGES[stage]
     if stage == "caption" and preset == "molmo-72b":
         return replace(recipe, optimizer=replace(recipe.optimizer, decoder=Rate(1e-5, 2000)))

@@ -1,9 +1,9 @@
-"""Grounding as an auxiliary loss: every labelled object of every picture at once, before any question is asked.
+"""Grounding as an auxiliary loss: all labelled objects of a picture at once, without questions.
 
-For each name a heat map over the pooled cells: the query is the name's own embedding in the decoder, the keys are the
-connector's cells, so that any word can be asked for. Targets are CenterNet's (arXiv 1904.07850): 1 at the cell of an
-object's centre, less weight for negatives near to it. Inside a cell, the patch that holds the centre is chosen by a
-second dot product with the towers' features, as MolmoPoint chooses a subpatch (arXiv 2603.28069).
+For each name the model predicts a heat map over the pooled cells. The query is the name's embedding in the decoder and
+the keys are the connector's cells, so any word can be a query. Targets are CenterNet's (arXiv 1904.07850): 1 at the
+cell of an object's centre, and a smaller weight for negatives near it. Within a cell, a second dot product with the
+towers' features chooses the patch that contains the centre, as MolmoPoint chooses a subpatch (arXiv 2603.28069).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NEAR = 0.54 / 3  # standard deviation of a peak, as a share of the box's sides 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Of a picture's crops or, after `join`, of a batch's."""
+    """Targets of a picture's crops."""
 
     heat: np.ndarray  # int8 [n_crops, cells^2, n_names]: 0..PEAK, UNKNOWN
-    centres: np.ndarray  # int64 [m, 4]: crop, cell, name, patch of the cell (row by row), of each object and crop
+    centres: np.ndarray  # int64 [m, 4]: crop, cell, name and patch of the cell (row-major), per object and crop
 
 
 def cell_grid(config: ImageConfig, centres: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ def cell_grid(config: ImageConfig, centres: np.ndarray) -> np.ndarray:
 def make_targets(
     regions: Regions, config: ImageConfig, tiling: tuple[int, int], height: int, width: int, crops: Sequence[int]
 ) -> Targets:
-    """Targets of `crops` (numbers, 0 is the global view) of a picture of height x width pixels."""
+    """Targets of `crops` (indices, 0 is the global view) of a picture of height x width pixels."""
     patches, sides = patch_grid(config, tiling, height, width)
     patches, sides = 100 * patches[list(crops)], 100 * sides[list(crops)] * config.pool
     cells = cell_grid(config, patches)  # [n, cells^2, 2], percent
@@ -56,7 +56,7 @@ def make_targets(
     found = []
     for name, (x0, y0, x1, y1) in regions.objects:
         centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
-        # At least half a cell: an object smaller than that is still seen by the neighbours.
+        # At least a third of a cell: the neighbours of a smaller object see it, too.
         spread = np.maximum(_NEAR * np.array([x1 - x0, y1 - y0]), 0.35 * sides[:, None])  # [n, 1, 2]
         near = np.exp(-(((cells - centre) / spread) ** 2).sum(-1) / 2)
         near = np.minimum(np.round(PEAK * near), PEAK - 1).astype(np.int8)
@@ -71,13 +71,13 @@ def make_targets(
 
 
 def _overlap(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
-    """bool [n, cells^2]: cells that the box reaches into."""
+    """bool [n, cells^2]: cells that overlap the box."""
     low, high = cells - sides[:, None] / 2, cells + sides[:, None] / 2
     return np.asarray((low < box[2:]).all(-1) & (high > box[:2]).all(-1))
 
 
 def join(targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
-    """(heat int8 [crops, cells^2, n_names], centres int64 [m, 4]) of all pictures one after the other."""
+    """(heat int8 [crops, cells^2, n_names], centres int64 [m, 4]) of all pictures, concatenated."""
     first, centres = 0, []
     for one in targets:
         centres.append(one.centres + np.array([first, 0, 0, 0]))
@@ -86,7 +86,7 @@ def join(targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
 
 
 class GroundingHead(nn.Module):
-    """Names against cells, and against the patches inside of a cell."""
+    """Scores of names at cells, and at the patches within a cell."""
 
     def __init__(self, config: MolmoConfig, width: int = 256):
         super().__init__()
@@ -97,7 +97,7 @@ class GroundingHead(nn.Module):
         self.cell = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
         self.patch = nn.Sequential(nn.LayerNorm(config.feature_dim), nn.Linear(config.feature_dim, width))
         nn.init.zeros_(self.prior.weight)
-        nn.init.constant_(self.prior.bias, -4.6)  # of a hundred cells, one has the name (RetinaNet, arXiv 1708.02002)
+        nn.init.constant_(self.prior.bias, -4.6)  # a prior of 0.01 (RetinaNet, arXiv 1708.02002)
 
     def queries(self, names: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """names [n, d_model] -> queries of cells [n, width] and of patches [n, width], and a bias [n]."""
@@ -110,7 +110,7 @@ class GroundingHead(nn.Module):
         return cast(Tensor, self.cell(cells) @ queries.T / self.width**0.5 + prior)
 
     def patches(self, names: Tensor, features: Tensor, centres: Tensor) -> Tensor:
-        """Which patch of a cell: features [c, patches^2, feature_dim], centres int [m, 4] -> logits [m, pool^2]."""
+        """Patch within a cell: features [c, patches^2, feature_dim], centres int [m, 4] -> logits [m, pool^2]."""
         crop, cell, name, _ = centres.unbind(1)
         p, side = self.pool, self.side
         y, x = cell // side * p, cell % side * p
@@ -120,7 +120,7 @@ class GroundingHead(nn.Module):
 
 
 def heat_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """CenterNet's focal loss, a sum over everything known: logits [c, cells^2, n], heat int8 of that shape."""
+    """CenterNet's focal loss, summed over all known cells: logits [c, cells^2, n], heat int8 of that shape."""
     logits, target = logits.float(), heat.float() / PEAK
     positive = heat == PEAK
     p = logits.sigmoid()
@@ -131,7 +131,7 @@ def heat_loss(logits: Tensor, heat: Tensor) -> Tensor:
 
 
 class Names:
-    """A vocabulary of names as the decoder writes them; its embeddings are means over each name's tokens."""
+    """A vocabulary of names. The embedding of a name is the mean over its tokens in the decoder."""
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer):
         tokens = [tokenizer.encode(" " + name) for name in names]

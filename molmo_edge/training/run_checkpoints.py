@@ -1,8 +1,8 @@
-"""Checkpoints of a run: sharded, written in the background, whole or not there, and read on any number of ranks.
+"""Checkpoints of a run: sharded, written atomically in the background, and readable on any number of ranks.
 
-A checkpoint is a directory `step-00001000` of torch.distributed.checkpoint with model, optimiser states and the state
-of the run. It is written under another name and renamed when every rank is done, so a process that is killed meanwhile
-leaves the one before as the latest.
+A checkpoint is a directory `step-00001000` of torch.distributed.checkpoint with the model, the optimizer states and the
+state of the run. It is written under another name and renamed when all ranks are done, so if the process is killed in
+the meantime, the previous checkpoint remains the latest.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from molmo_edge.training.optimizer import Optimizer
 from molmo_edge.training.parallel import World, at_rest
 
 _NAME = re.compile(r"step-(\d{8})")
-_PART = ".part"  # of what is being written
+_PART = ".part"  # suffix of an incomplete checkpoint
 _STATE = "run.json"
-_FAILURES = (Exception, CheckpointException)  # which is no Exception
+_FAILURES = (Exception, CheckpointException)  # CheckpointException is not an Exception
 
 
 class ResumeError(MolmoEdgeError):
-    """A checkpoint that cannot be taken up."""
+    """A checkpoint that cannot be resumed from."""
 
 
 class SaveError(MolmoEdgeError):
-    """A checkpoint that cannot be written. The ones before it are as they were."""
+    """A checkpoint that cannot be written. Previous checkpoints are unchanged."""
 
 
 @dataclass
 class Checkpoints:
-    """Those of one run, in one directory that all ranks see."""
+    """The checkpoints of a run, in a directory that all ranks share."""
 
     directory: Path
     here: World
-    keep: int = 2  # the latest; older ones are removed
+    keep: int = 2  # number of latest checkpoints that are not removed
     _pending: tuple[Future[Any], Path] | None = field(default=None, repr=False)
     _group: Any = field(default=None, repr=False)
-    _bytes: int = field(default=0, repr=False)  # of the last one that was begun, all ranks together
+    _bytes: int = field(default=0, repr=False)  # of the last checkpoint, over all ranks
 
     def __post_init__(self) -> None:
         if self.here.first:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob(f"step-*{_PART}"):  # by a run that was killed
+            for left in self.directory.glob(f"step-*{_PART}"):  # by a killed run
                 shutil.rmtree(left)
         self.here.wait()
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """The newest complete checkpoint, or None."""
         found = sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)) if self.here.first else []
         return cast("Path | None", self.here.agree(found[-1] if found else None))
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Copy everything aside and write it in the background. The write before has to be done first."""
+        """Copy the state and write it in the background, after the previous write has finished."""
         self.finish()
         target = self.directory / f"step-{step:08}"
         part = target.with_name(target.name + _PART)
@@ -79,13 +79,13 @@ class Checkpoints:
         tensors, stager = _tensors(model, optimizer), None
         self._bytes = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         if self.here.ranks == 1:
-            # PyTorch's own copies copies, too: of MolmoE's 8-bit states, which come as some, that is 57 GB.
+            # PyTorch would also copy the copies: 57 GB for MolmoE's 8-bit states, which are returned as copies.
             tensors, stager = _copied(tensors, optimizer), _Copied()
         future = async_save(tensors, checkpoint_id=part, process_group=self._group, async_stager=stager)
         self._pending = (cast("Future[Any]", future), target)
 
     def poll(self) -> None:
-        """Give a checkpoint its name as soon as it is whole, without waiting for it. Called between steps."""
+        """Rename a checkpoint that is complete, without waiting for it. Called between steps."""
         if self._pending is not None and self._pending[0].done():
             self.finish()
 
@@ -98,31 +98,31 @@ class Checkpoints:
             future.result()
         except _FAILURES as error:  # of the storage: a full disk, a lost mount
             room = f"it takes {self._bytes / 1e9:.3g} GB"
-            with contextlib.suppress(OSError):  # the disk may be gone
+            with contextlib.suppress(OSError):  # the disk may be unavailable
                 room += f", {free_bytes(self.directory) / 1e9:.3g} GB were free"
             if self.here.first:
                 shutil.rmtree(target.with_name(target.name + _PART), ignore_errors=True)
             raise SaveError(f"the checkpoint {target} could not be written: {_because(error)}; {room}") from error
-        if self.here.first:  # its metadata is written last, when all ranks have reported
+        if self.here.first:  # the metadata is written last, after all ranks have reported
             target.with_name(target.name + _PART).rename(target)
             for old in sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name))[: -self.keep]:
                 shutil.rmtree(old)
 
     def state(self, path: Path) -> dict[str, Any]:
-        """What was saved as `state` of `path`. Raises ResumeError."""
+        """The `state` that was saved in `path`. Raises ResumeError."""
         try:
             return cast("dict[str, Any]", json.loads((path / _STATE).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise ResumeError(f"the checkpoint {path} cannot be taken up: {first_line(error)}") from error
+            raise ResumeError(f"cannot resume from the checkpoint {path}: {first_line(error)}") from error
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Fill model and optimiser from `path`. Raises ResumeError."""
+        """Load model and optimizer states from `path`. Raises ResumeError."""
         tensors = _tensors(model, optimizer)
         try:
             load(tensors, checkpoint_id=path)
         except _FAILURES as error:
             raise ResumeError(
-                f"the checkpoint {path} cannot be taken up: {_because(error)}. Is it of another model, or damaged?"
+                f"cannot resume from the checkpoint {path}: {_because(error)}. Is it of another model, or damaged?"
             ) from error
         optimizer.load_states(tensors["optimizer"], self.state(path)["updates"])
 
@@ -134,7 +134,7 @@ def _because(error: BaseException) -> str:
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What is trained. Frozen parameters come from the checkpoint that a run begins with, every time."""
+    """The trained tensors. Frozen parameters are read from the starting checkpoint at every start."""
     trained = {name: p.detach() for name, p in at_rest(model).items() if p.requires_grad}
     return {"model": trained, "optimizer": optimizer.states()}
 
@@ -148,7 +148,7 @@ def _copied(tensors: dict[str, dict[str, Tensor]], optimizer: Optimizer) -> dict
 
 
 class _Copied(BlockingAsyncStager):
-    """For tensors that nothing changes any more."""
+    """A stager for tensors that are copies already."""
 
     def stage(self, state_dict: Any) -> Any:
         return state_dict

@@ -23,17 +23,17 @@ from molmo_edge.training.parallel import ParallelError, World, sum_gradients
 class Layout:
     """How ranks are arranged."""
 
-    replicas: int = 1  # copies of the sharded model (HSDP): nodes that exchange gradients only
-    experts: int = 1  # ranks that share the experts of a layer among them: tokens travel instead of weights
-    gather: str = "bf16"  # dtype in which blocks travel, and their norms are used; "fp32": as on one rank
+    replicas: int = 1  # copies of the sharded model (HSDP), which only exchange gradients
+    experts: int = 1  # ranks that share the experts of a layer: tokens are sent instead of weights
+    gather: str = "bf16"  # dtype in which weights of blocks are gathered and norms are computed; "fp32": as on one rank
 
 
 def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype) -> Trainable:
-    """Spread `model` over the ranks, in place; on one rank it stays as it is. Raises ParallelError."""
+    """Shard `model` over the ranks, in place; a no-op on one rank. Raises ParallelError."""
     per_copy = here.ranks // layout.replicas
     if here.ranks % layout.replicas or per_copy % layout.experts:
         raise ParallelError(
-            f"{here.ranks} ranks cannot be {layout.replicas} copies of a model whose experts are on {layout.experts}"
+            f"{here.ranks} ranks cannot form {layout.replicas} copies of a model whose experts are on {layout.experts}"
         )
     if here.ranks == 1:
         return model
@@ -47,14 +47,14 @@ def shard(model: Trainable, layout: Layout, here: World, *, compute: torch.dtype
 
     if layout.experts > 1:
         if layout.replicas > 1:
-            raise ParallelError("experts on several ranks and several copies of the model do not go together")
+            raise ParallelError("experts on several ranks cannot be combined with several copies of the model")
         layers = sparse_layers(model)
         for ffn in layers:
             split(ffn.router)
         spread_experts(layers, kind, layout.experts, here.ranks, policy)
     for unit in (*model.molmo.vision.blocks, *model.molmo.decoder.blocks):
         split(unit)
-    # Embeddings, connector, last norm: few, and what is added to the residual stream.
+    # Embeddings, connector, last norm: few parameters, whose outputs enter the residual stream.
     split(model, MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
     return model
 

@@ -1,11 +1,11 @@
-"""The checkpoint that a Molmo's first stage starts from: a language model, a vision tower, a random connector.
+"""The checkpoint that stage 1 starts from: a pretrained language model, a pretrained tower and a random connector.
 
-What Ai2's scripts/convert_hf_to_molmo.py and olmo/model.py::Molmo.reset_with_pretrained_weights make of published base
-weights, tensor by tensor, in hub layout. Random, by the reference's defaults, are:
+The result is that of Ai2's scripts/convert_hf_to_molmo.py and olmo/model.py::Molmo.reset_with_pretrained_weights, built
+tensor by tensor, in hub layout. With the reference's defaults these weights are random:
 
-- the connector's matrices and `new_embedding`: Normal(0, 0.02), not truncated; its biases and `pad_embed`: zeros.
-- nothing else for the public Molmos. MolmoE's and 7B-O's special ids fall into rows that pad their base's embedding,
-  and start from what the base has there. A base with fewer rows than the preset gets Normal(0, 0.02) for the rest.
+- The connector's matrices and `new_embedding` are Normal(0, 0.02), not truncated; its biases and `pad_embed` are zeros.
+- Rows of the embedding that a base lacks are Normal(0, 0.02). The public Molmos have none: the special ids of MolmoE
+  and 7B-O use rows that pad their base's embedding.
 
     molmo-edge train start --decoder allenai/OLMoE-1B-7B-0924@fp32 --tower openai/clip-vit-large-patch14-336 \\
         --preset molmoe-1b --out molmoe-start
@@ -60,7 +60,7 @@ from molmo_edge.training.pretrained_layouts import (
 )
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")  # in the order of their ids
-AUTO = "auto"  # a preset: what the bases' own config.json say
+AUTO = "auto"  # a preset: the configuration of the bases' config.json files
 _STD = 0.02  # initializer_range, new_embedding_init_range and init_std of the reference
 
 
@@ -76,15 +76,15 @@ def build_base(
     overlap: float | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> MolmoConfig:
-    """Write the starting checkpoint to `out`, in hub layout; it must not exist yet, and appears whole or not at all.
+    """Write the starting checkpoint to `out`, in hub layout. `out` must not exist, and is written atomically.
 
-    `decoder` and `tower`: directories, or hub ids (`owner/name`, or `owner/name@revision`). `preset`: a name in
-    PRESETS, "auto" for any decoder and tower that are known, or a configuration. `precision`: "bf16" or "fp32".
-    `crop_size` in pixels and `overlap` as in `window_variant`. Equal seeds give equal files.
+    decoder, tower: directories, or hub ids (`owner/name` or `owner/name@revision`). preset: a name in PRESETS, "auto"
+    for any supported decoder and tower, or a configuration. precision: "bf16" or "fp32". crop_size, in pixels, and
+    overlap: as in `window_variant`. Equal seeds give equal files.
 
-    Memory holds one tensor. Raises ExportError for what cannot be asked for or does not fit on the disk, HubError,
-    ConfigError or TokenizerError, BaseError for a base of another Molmo, and CheckpointError for weights that are not
-    whole, all before any weight is read.
+    Memory holds one tensor. Raises ExportError for invalid arguments or a full disk, HubError, ConfigError or
+    TokenizerError, BaseError for a base of another Molmo, and CheckpointError for incomplete weights, all before any
+    weight is read.
     """
     out = Path(out)
     check_checkpoint_options(out, precision)
@@ -117,7 +117,7 @@ def _directory(base: str | Path) -> Path:
 
 
 def _choose(preset: str | MolmoConfig, decoder: Path, tower: Path) -> tuple[MolmoConfig, bool]:
-    """The configuration of the Molmo, checked against its bases, and whether the decoder's base ties its head."""
+    """The Molmo's configuration, checked against its bases, and whether the decoder's base ties its head."""
     text, eyes = read_decoder(decoder), read_tower(tower)
     if isinstance(preset, MolmoConfig):
         config = preset
@@ -135,7 +135,7 @@ def _choose(preset: str | MolmoConfig, decoder: Path, tower: Path) -> tuple[Molm
     return config, text.weight_tying
 
 
-# Of these a Molmo may have its own: rows are added, layers dropped, positions resampled, the head is copied.
+# A Molmo may differ from its bases in these: rows are added, layers dropped, positions resampled, the head copied.
 _ITS_OWN = ("vocab_size", "embedding_size", "additional_vocab_size", "weight_tying", "max_position_embeddings")
 _ITS_OWN_TOWER = ("n_layers", "n_pos", "layers")
 
@@ -143,7 +143,7 @@ _ITS_OWN_TOWER = ("n_layers", "n_pos", "layers")
 def _check_base(
     ours: DecoderConfig | VisionConfig, theirs: DecoderConfig | VisionConfig, directory: Path, asked: str
 ) -> None:
-    """Raise BaseError where a base computes otherwise than the Molmo that is `asked` for; shapes do not tell it all."""
+    """Raise BaseError if a base computes something else than the requested Molmo, even if the shapes match."""
     free = _ITS_OWN if isinstance(ours, DecoderConfig) else _ITS_OWN_TOWER
     differ = {
         f.name: (getattr(theirs, f.name), getattr(ours, f.name))
@@ -156,11 +156,11 @@ def _check_base(
         differ["weight_tying"] = (False, True)
     if differ:
         told = ", ".join(f"{name} {a} (not {b})" for name, (a, b) in differ.items())
-        raise BaseError(f"{directory} is not a base of {asked}. It has {told}")
+        raise BaseError(f"{directory} is not a base of {asked}: it has {told}")
 
 
 def _with_tower(image: ImageConfig, tower: VisionConfig, decoder: DecoderConfig, projector_dim: int) -> MolmoConfig:
-    """With a tower as Ai2 would take it: CLIP without its last layer; DINOv2 whole, its pictures resized its way."""
+    """With a tower as Ai2 uses it: CLIP without its last layer, DINOv2 with all layers and its resizing."""
     image = replace(image, patch_size=tower.patch_size)
     if tower.image_model_type == "dino":
         image = replace(image, resize="dino", mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -177,17 +177,19 @@ def _share(config: MolmoConfig) -> float:
 
 
 def window_variant(config: MolmoConfig, crop_size: int = 504, overlap: float = 0.30) -> MolmoConfig:
-    """`config` with crops of `crop_size` pixels, neighbours of which share the part `overlap` of a side, or nearly.
+    """`config` with crops of `crop_size` pixels that overlap by about the share `overlap` of a side.
 
-    The margins are whole pooled cells: of 504 pixels, 36 patches, 30 % would be 10.8, and 10 are shared, 4 dropped on
-    one side and 6 on the other. Molmo's own are 336 and 1/3. Raises ConfigError.
+    The margins are whole pooled cells: 30 % of 504 pixels are 10.8 of 36 patches, so 10 patches overlap, 4 dropped on
+    one side and 6 on the other. Molmo uses 336 pixels and 1/3. Raises ConfigError.
     """
     if not 0 <= overlap < 1:
-        raise ConfigError(f"the overlap is a part of a crop's side, from 0 up to 1; it is {overlap}")
+        raise ConfigError(f"overlap is a share of a crop's side, at least 0 and less than 1, not {overlap}")
     if crop_size <= 0 or crop_size % (config.image.patch_size * config.image.pool):
         cell = config.image.patch_size * config.image.pool
         below = max(crop_size // cell, 1) * cell
-        raise ConfigError(f"crops are whole cells of {cell} pixels: take {below} or {below + cell}, not {crop_size}")
+        raise ConfigError(
+            f"crop_size must be a multiple of {cell} pixels, such as {below} or {below + cell}, not {crop_size}"
+        )
     pool = config.image.pool
     cells = round(overlap * (crop_size // config.image.patch_size) / pool)
     margins = (pool * (cells // 2), pool * (cells - cells // 2))
@@ -198,8 +200,8 @@ def window_variant(config: MolmoConfig, crop_size: int = 504, overlap: float = 0
 def plan_base(config: MolmoConfig, decoder: Path, tower: Path, *, tied: bool = False) -> dict[str, Recipe]:
     """Hub name -> recipe, for every tensor of the Molmo. Only headers are read.
 
-    Raises CheckpointError naming file and tensor: one that is missing, has another shape than the configuration says,
-    or has no place in a Molmo and is not known to have none.
+    Raises CheckpointError with the file and the tensor if a tensor is missing, has another shape than the
+    configuration requires, or has no place in a Molmo and is not known to be unused.
     """
     sources = [(decoder, open_base(decoder)), (tower, open_base(tower))]
     plan = base_recipes(config, sources[0][1], sources[1][1], tied=tied)
@@ -212,7 +214,7 @@ def plan_base(config: MolmoConfig, decoder: Path, tower: Path, *, tied: bool = F
         _check_parts(where, base, parts)
         for name in base.names():
             if name not in parts and not is_left_out(name, config.vision, tied=tied):
-                raise CheckpointError(f"{base.file(name)}: tensor {name} would be lost; no Molmo has a place for it")
+                raise CheckpointError(f"{base.file(name)}: tensor {name} has no place in a Molmo and would be lost")
     for name, recipe in plan.items():
         rows = sum(shape[0] for _, shape in recipe.parts)
         if recipe.change is None and recipe.std is None and rows != shapes[name][0]:
@@ -228,11 +230,11 @@ def _check_parts(where: Path, base: TensorSource, parts: dict[str, Shape]) -> No
         if base.shape(part) != expected:
             raise CheckpointError(
                 f"{base.file(part)}: tensor {part} has shape {list(base.shape(part))}, "
-                f"but the configuration asks for {list(expected)}"
+                f"but the configuration requires {list(expected)}"
             )
 
 
-# Of what no base has, all that is not Normal(0, 0.02).
+# Tensors without a base that are not Normal(0, 0.02).
 _ZEROS = ("pad_embed", "bias")
 
 
@@ -252,7 +254,7 @@ def _made(recipe: Recipe, name: str, shape: Shape, dtype: str, seed: int) -> np.
         made[row : row + len(values)] = values
         row += len(values)
     if row < len(made) and recipe.std is not None:
-        # By name, so that a tensor's values depend on no other tensor.
+        # Seeded by name, so that a tensor's values do not depend on other tensors.
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         rest = random.standard_normal((len(made) - row, *shape[1:]), np.float32) * np.float32(recipe.std)
         made[row:] = rest if dtype == "F32" else round_to_bfloat16(rest)
@@ -270,9 +272,9 @@ def _part(base: TensorSource, name: str, recipe: Recipe, dtype: str) -> np.ndarr
 
 
 def molmo_tokenizer(path: Path, decoder: DecoderConfig) -> str:
-    """The text of a base's tokenizer.json with Molmo's five special tokens at the ids from `decoder.vocab_size` on.
+    """A base's tokenizer.json with Molmo's five special tokens at the ids from `decoder.vocab_size` on.
 
-    Where the base has fewer tokens, as Qwen2 has, |<EXTRA_TOKENS_n>| fill the ids between (olmo/tokenizer.py::
+    If the base has fewer tokens, as Qwen2 does, |<EXTRA_TOKENS_n>| fill the ids between (olmo/tokenizer.py::
     build_tokenizer). Raises TokenizerError.
     """
     try:
@@ -281,9 +283,9 @@ def molmo_tokenizer(path: Path, decoder: DecoderConfig) -> str:
         known = {**vocabulary, **{entry["content"]: entry["id"] for entry in added}}
         end = 1 + max(known.values())
     except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}. It is the decoder's tokenizer") from None
+        raise TokenizerError(f"{path}, the decoder's tokenizer, cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise TokenizerError(f"{path} is damaged, or not the tokenizer of a decoder that is known") from None
+        raise TokenizerError(f"{path} is damaged, or is not the tokenizer of a supported decoder") from None
     first = decoder.vocab_size
     if end > first:
         raise TokenizerError(f"{path} has the id {end - 1}, but Molmo's special ids begin at {first}")

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends its step, writes a checkpoint and goes: Ctrl-C, SIGTERM, and SIGUSR1 from Slurm."""
+"""Stop requests by signal (Ctrl-C, SIGTERM, Slurm's SIGUSR1): the run finishes its step and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 
 @dataclass
 class StopRequest:
-    number: int = 0  # of the signal that came; 0: none
+    number: int = 0  # of the received signal; 0: none
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """What signals ask for while the block runs. A second one ends it on the spot, as KeyboardInterrupt."""
+    """Record signals while the block runs. A second signal raises KeyboardInterrupt."""
     request = StopRequest()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -31,7 +31,7 @@ def stop_requests() -> Iterator[StopRequest]:
         request.number = number
         logger.warning("stopping after this step; a second signal stops at once, without a checkpoint")
 
-    if threading.current_thread() is not threading.main_thread():  # no other may listen
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield request
         return
     before: dict[int, Any] = {number: signal.signal(number, note) for number in _SIGNALS}
@@ -43,6 +43,6 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Of a data loader's worker: signals to the whole run reach it as well, and it has nothing to save."""
+    """For workers of a data loader: signals to the process group reach them too, and they have nothing to save."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

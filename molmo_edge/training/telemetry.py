@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a line for a person, a line of JSON, and TensorBoard where that is installed."""
+"""The log of a run: readable lines, lines of JSON, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOG = "log.jsonl"
 
 @dataclass
 class Window:
-    """What has gone by on this rank since the last line."""
+    """Counts of this rank since the last line of the log."""
 
-    device_flops: float  # a second, of all ranks
+    device_flops: float  # per second, of all ranks
     began: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    waited: float = 0.0  # seconds for data
+    waited: float = 0.0  # seconds spent waiting for data
     tokens: float = 0.0
     image_tokens: float = 0.0
     answers: float = 0.0
@@ -34,7 +34,7 @@ class Window:
     load: Tensor | None = None  # int64 [layers, experts]
 
     def figures(self, here: World) -> dict[str, float]:
-        """Of all ranks, per second and as shares; every rank has to ask. Waiting and memory are this rank's own."""
+        """Figures of all ranks, per second and as shares; waiting and memory are this rank's. All ranks call it."""
         seconds = time.perf_counter() - self.began
         own = [self.tokens, self.image_tokens, self.answers, self.flops, self.sequences, self.replaced]
         sums = here.sum(torch.tensor(own, dtype=torch.float64, device=here.device))
@@ -56,18 +56,18 @@ class Window:
 
 
 def expert_figures(load: Tensor) -> dict[str, float]:
-    """load int [layers, experts]: tokens of each expert -> how uneven it is, over layers."""
+    """How uneven the load of experts is: load int [layers, experts], tokens per expert."""
     share = load.double() / load.sum(1, keepdim=True).clamp(min=1)
     n = load.shape[1]
     return {
-        "expert_load_max": float(share.max(1).values.mean() * n),  # 1: all alike
+        "expert_load_max": float(share.max(1).values.mean() * n),  # 1: even
         "expert_load_min": float(share.min(1).values.mean() * n),
         "idle_experts": float((load == 0).sum()),
     }
 
 
 class Log:
-    """Of one run, written by one rank; lines of a run that is taken up again follow those before."""
+    """The log of a run, written by one rank. A resumed run appends to it."""
 
     def __init__(self, directory: Path, steps: int, *, tensorboard: bool = True):
         self.steps = steps
@@ -76,7 +76,7 @@ class Log:
         self._board = _summary_writer(directory) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers of step `step`, counted from 1."""
+        """Write the figures of step `step`, counted from 1."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -85,7 +85,7 @@ class Log:
         steps_log.info("%s", self._line(step, values))
 
     def note(self, step: int, text: str) -> None:
-        """Something out of the ordinary."""
+        """Write a message about an unusual event."""
         self._file.write(json.dumps({"step": step, "note": text}) + "\n")
         self._file.flush()
         steps_log.info("step %d/%d  %s", step, self.steps, text)

@@ -1,7 +1,7 @@
-"""A run: steps over the mixture, with everything that lets it go on for days and be taken up anywhere.
+"""The trainer: steps over the mixture, validation, checkpoints, and resumption at any step.
 
-Reference: olmo/train.py::Trainer. A step's loss is the weighted cross entropy over the weights of all micro-batches on
-all ranks, so that neither their number nor the padding changes it.
+Reference: olmo/train.py::Trainer. A step's loss is the sum of weighted cross entropies over the sum of weights of all
+micro-batches on all ranks, so neither their number nor padding changes it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from molmo_edge.training.telemetry import Log, Window
 
 SHARD_BYTES = 5_000_000_000
 VALIDATION_SEED = 0
-_TOLD = 20  # examples that are replaced, of which a run says why
+_MOST_REASONS = 20  # replaced examples whose reasons are logged
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to train on, and what to measure on."""
+    """Data sets for training, with their rates, and for validation."""
 
     sets: Sequence[DataSet]
     rates: Sequence[float]
@@ -58,10 +58,10 @@ class Data:
 def build(
     config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe, here: World, names: Names | None = None
 ) -> Trainable:
-    """The model on this rank's device, its shard of it where there are several, in training mode.
+    """The model, or this rank's shards of it, on the rank's device, in float32 and in training mode.
 
-    Weights are float32, whatever they are stored in. A rank never holds more than its shard and one parameter.
-    names: the vocabulary of the data sets' regions, where the recipe has a loss on them.
+    A rank never holds more than its shards and one whole parameter. names: the vocabulary of the data sets' regions, if
+    the recipe has a loss on them.
     """
     with torch.device("meta"):
         model = Trainable(Molmo(config), recipe.forward, names)
@@ -102,24 +102,24 @@ def cache_features(
 
 
 def freeze(molmo: Molmo, parts: Sequence[str]) -> None:
-    """Leave `parts` as they are, and the input embedding (reference: ft_embedding "lm_head"), in place."""
+    """Freeze `parts` and the input embedding (reference: ft_embedding "lm_head"), in place."""
     for name, parameter in molmo.named_parameters():
         parameter.requires_grad_(part_of(name) not in parts)
     if not molmo.config.decoder.weight_tying:
         molmo.decoder.embedding.requires_grad_(False)
-    for block in molmo.vision.blocks[molmo.config.vision.last_layer + 1 :]:  # these never run
+    for block in molmo.vision.blocks[molmo.config.vision.last_layer + 1 :]:  # their outputs are not used
         block.requires_grad_(False)
 
 
 def compute_dtype(recipe: Recipe, here: World) -> torch.dtype:
-    """Of products. Few CPUs multiply bfloat16 fast; on the others it is a hundred times slower than float32."""
+    """The dtype of matrix products. On most CPUs bfloat16 is a hundred times slower than float32."""
     if recipe.precision == "auto":
         return torch.bfloat16 if here.device.type == "cuda" else torch.float32
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 class Trainer:
-    """One run of a model in a directory; made again for the same directory, it goes on from its latest checkpoint."""
+    """A run in a directory. Constructed for a directory with checkpoints, it resumes from the latest one."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Trainer:
         self.dtype = compute_dtype(recipe, here)
         self.optimizer = Optimizer(model, recipe.optimizer)
         self.guard = Guard()
-        self.step = 0  # steps that are done
+        self.step = 0  # completed steps
         self._request = StopRequest()
         self.checkpoints = Checkpoints(directory / "checkpoints", here, recipe.keep)
         config = model.molmo.config
@@ -153,12 +153,12 @@ class Trainer:
         self.cost, self.passes = cost(config), passes(model)
         self.device_flops = here.ranks * device_flops(here.device, self.dtype)
         if (latest := self.checkpoints.latest()) is not None:
-            self._take_up(latest)
+            self._resume(latest)
 
     def train(self) -> Path:
-        """The steps that are left, then the model in hub layout under `directory`/model, which is returned.
+        """Run the remaining steps and write the model in hub layout to `directory`/model, which is returned.
 
-        Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run behind the step, with a checkpoint: SystemExit.
+        Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run after the step, with a checkpoint and SystemExit.
         """
         log = Log(self.directory, self.recipe.steps) if self.here.first else None
         try:
@@ -172,7 +172,7 @@ class Trainer:
         return model
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
-        """The model as it is now, in hub layout; every rank has to call."""
+        """Write the current model in hub layout; all ranks have to call."""
         parameters = {name.removeprefix("molmo."): p for name, p in at_rest(self.model).items()}
         if not self.here.first:
             for name in hub_layout(self.model.molmo.config):
@@ -204,9 +204,9 @@ class Trainer:
             values, reason, stop = self.update(micro, window)
             self.step += 1
             if log is not None and reason is not None:
-                log.note(self.step, f"left out: {reason}")
-            if log is not None and told < _TOLD:  # of this rank
-                for why in [why for one in micro for why in one.replaced][: _TOLD - told]:
+                log.note(self.step, f"skipped: {reason}")
+            if log is not None and told < _MOST_REASONS:  # of this rank
+                for why in [why for one in micro for why in one.replaced][: _MOST_REASONS - told]:
                     log.note(self.step, f"replaced {why}")
                     told += 1
             if self._is_due(recipe.log_every) or self.step == 1:
@@ -225,9 +225,9 @@ class Trainer:
                 self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
             if stop and self.step < recipe.steps:
                 self.checkpoints.finish()
-                self.here.wait()  # a launcher kills what is left as soon as one rank has gone
+                self.here.wait()  # a launcher kills the other ranks as soon as one exits
                 if log is not None:
-                    log.note(self.step, "stopped by a signal, with a checkpoint: the same command goes on from here")
+                    log.note(self.step, "stopped by a signal, with a checkpoint: the same command continues from here")
                 raise SystemExit(128 + (self._request.number or signal.SIGTERM))
             self._settle(log, self.checkpoints.poll)
         self.checkpoints.finish()
@@ -239,24 +239,24 @@ class Trainer:
                 ffn.top_k = schedule.at(self.step, self.recipe.steps, n_experts)
 
     def _settle(self, log: Log | None, write: Callable[[], None]) -> None:
-        """A disk that is full ends no run: the next checkpoint may find room."""
+        """Log an error of writing a checkpoint: the next one may find room on the disk."""
         try:
             write()
         except SaveError as error:
             if log is not None:
-                log.note(self.step, f"{error}; the run goes on")
+                log.note(self.step, f"{error}; the run continues")
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.steps
 
     def update(self, micro: Sequence[MicroBatch], window: Window) -> tuple[dict[str, float], str | None, bool]:
-        """Gradients, guard, update.
+        """Compute gradients and update the weights, unless the guard objects.
 
-        Returns figures of the step, why there was no update if there was none, and whether any rank is asked to stop.
+        Returns figures of the step, why it was skipped or None, and whether any rank was asked to stop.
         """
         weight = torch.tensor([float(sum(m.batch.weights.sum() for m in micro))], device=self.here.device)
         self.here.sum(weight)
-        weight = torch.where(weight > 0, weight, 1.0)  # of pictures with regions alone
+        weight = torch.where(weight > 0, weight, 1.0)  # batches without answers
         self.optimizer.zero_grad()
         totals, load = torch.zeros(7, device=self.here.device), None
         for i, one in enumerate(micro):
@@ -290,7 +290,7 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> Sums:
         kind = self.here.device.type
-        # Without its cache: each weight is used once a pass, and copies of all of them would stay until the end of it.
+        # Without autocast's cache: each weight is used once, and the cache would keep a copy of all of them.
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
             return cast(Sums, self.model(batch.to(self.here.device)))
 
@@ -330,7 +330,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss and hits over the same examples every time, without dropout."""
+        """Loss and accuracy on the same examples every time, without dropout."""
         sets, micro = self.data.validation, self.recipe.micro
         order = Order([len(s) for s in sets], [len(s) for s in sets], self.recipe.seed)
         share = Share(micro * self.here.ranks, micro, self.here.rank, self.here.ranks)
@@ -352,7 +352,7 @@ class Trainer:
         return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:
-        """What a run cannot go on without: the order of the samples hangs on it, and what is trained."""
+        """Settings that a resumed run has to share: the samples and the trained weights depend on them."""
         return {
             "seed": self.recipe.seed,
             "batch": self.recipe.batch,
@@ -364,12 +364,12 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {"step": self.step, "guard": self.guard.state(), "identity": self._identity()}
 
-    def _take_up(self, path: Path) -> None:
+    def _resume(self, path: Path) -> None:
         state = self.checkpoints.state(path)
         if differs := _difference(state["identity"], self._identity()):
             raise ResumeError(
-                f"{path} is of a run with another {differs}. Give the run what it began with, or begin another one "
-                "elsewhere"
+                f"{path} belongs to a run with different settings: {differs}. Use the settings that the run started "
+                "with, or another directory"
             )
         self.checkpoints.load(path, self.model, self.optimizer)
         self.step, self.guard = state["step"], Guard(**state["guard"])

@@ -1,4 +1,4 @@
-"""Data loaders whose workers report errors of this package as values, and never outlive the process."""
+"""Data loaders whose workers return this package's errors as values, and end with the process."""
 
 from __future__ import annotations
 
