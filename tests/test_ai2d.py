@@ -17,7 +17,7 @@ from molmo_edge.frontend.crops import load_image
 
 
 def asked(folder: Path, split: str | None = None) -> list[Question]:
-    return list(benchmark_questions("ai2d", local=folder, split=split, skipped=pytest.fail))
+    return list(benchmark_questions("ai2d", local=folder, split=split, on_skipped=pytest.fail))
 
 
 def official(folder: Path) -> Path:

@@ -124,8 +124,8 @@ def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_pa
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [
-        (["--suite", "nothing"], 1, 'no suite "nothing"'),
-        (["--suite", "photos"], 1, "names the folder"),
+        (["--suite", "nothing"], 1, '"nothing" is not a known suite'),
+        (["--suite", "photos"], 1, "needs a folder"),
         (["--noise", "luck"], 2, "luck"),
         (["--llama", "cache=q8_0"], 1, "none of these has one"),
         (["--report", "{file}"], 1, "is a file"),

@@ -191,7 +191,7 @@ def test_benchmark_rows_without_words_or_places_are_refused(
     copy: Write, task: str, row: dict[str, Any], change: dict[str, Any]
 ) -> None:
     def asked(**changed: Any) -> list[str]:
-        return [q.text for q in benchmark_questions(task, local=copy({**row, **changed}), skipped=pytest.fail)]
+        return [q.text for q in benchmark_questions(task, local=copy({**row, **changed}), on_skipped=pytest.fail)]
 
     (text,) = asked()
     assert "None" not in text

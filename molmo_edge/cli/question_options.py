@@ -36,7 +36,7 @@ class Asked:
 def open_suite(name: str, limit: int | None, data: Path | None, *, quiet: bool) -> list[Question]:
     from molmo_edge.evaluation.suites import load_suite
 
-    return load_suite(name, data=data, limit=limit, skipped=lambda why: note(f"skipped: {why}", quiet=quiet))
+    return load_suite(name, data=data, limit=limit, on_skipped=lambda why: note(f"skipped: {why}", quiet=quiet))
 
 
 def parse_precisions(text: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""The score of MMMU, equal to that of its official parser as the reference has it.
+"""The score of MMMU, equal to the reference's copy of the official parser, quirks included.
 
-An answer that names no option counts as a letter drawn at random, as MMMU's authors have it.
+An answer that names no option counts as a random letter, as in the official parser.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from string import ascii_uppercase
 
 _BEFORE_AN_ANSWER = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
-# Answers are lower-cased before numbers are looked for. One piece of text may be found by several of these.
+# Matched in lower-cased answers. Several of these can match the same text.
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # 1,200
     re.compile(r"-?\d+(?:\.\d+)?e[+-]?\d+"),  # 1.2e3
@@ -28,11 +28,14 @@ def mmmu_score(
     options: Sequence[str],
     rng: random.Random,
 ) -> float:
-    """1 if `response`, as `clean_answer` leaves it, gives one of the targets.
+    """1 if `response`, the result of `clean_answer`, gives one of the targets.
 
-    A "multiple-choice" target is a letter, A for the first option; `options` is not used for others. `rng` is asked
-    once for each choice that names no option: the reference has one generator for all questions, seeded with 42.
-    Reference: olmo/eval/vqa.py::mmmu_score.
+    Reference: olmo/eval/vqa.py::mmmu_score, which uses one generator for all questions, seeded with 42.
+
+    Args:
+        target: Of "multiple-choice" questions a letter, A for the first option.
+        options: Of "multiple-choice" questions; not used for others.
+        rng: Draws one letter for each response that names no option.
     """
     targets = [target] if isinstance(target, str) else list(target)
     if question_type == "multiple-choice":
@@ -42,7 +45,7 @@ def mmmu_score(
 
 
 def _letter(response: str, options: Sequence[str], rng: random.Random) -> str:
-    """The letter that stands last: "(B)", else " B ", else, in more than five words, the text of an option."""
+    """The last letter as "(B)", else as " B ", else, in more than five words, the last text of an option."""
     for mark in ",.!?;:'":
         response = response.strip(mark)
     response = f" {response} "
@@ -57,14 +60,14 @@ def _letter(response: str, options: Sequence[str], rng: random.Random) -> str:
 
 
 def _last_places(text: str, signs: dict[str, str]) -> dict[str, int]:
-    """Where each sign stands last; signs that are not in the text are left out."""
+    """The last index of each sign in the text, without signs that do not occur."""
     places = {letter: text.rfind(sign) for letter, sign in signs.items()}
     return {letter: place for letter, place in places.items() if place >= 0}
 
 
 def _answers(response: str) -> list[str]:
-    """The ends of lines that may be the answer, and the numbers in them; the whole response if no line has one."""
-    # The reference would also divide at sentences, but looks for their capitals in lower-cased text.
+    """Ends of lines that can be the answer, or the whole response if there are none, and the numbers in these."""
+    # The reference also splits at sentences, but never does: it looks for capitals in lower-cased text.
     lines = response.strip().strip(".").lower().split("\n")
     ends = list(_ends(lines)) or ["\n".join(lines)]
     return ends + [number for end in ends for pattern in _NUMBERS for number in pattern.findall(end)]
@@ -77,7 +80,7 @@ def _ends(lines: Sequence[str]) -> Iterator[str]:
         for sign in signs:
             if sign in line:
                 end = line.split(sign)[-1].strip()
-                # An end without text does not count as the shortest, but discards the one before it.
+                # An empty end does not count as the shortest, but discards the end before it.
                 if not shortest or len(end) < len(shortest):
                     shortest = end
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
@@ -85,7 +88,7 @@ def _ends(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _forms(text: str) -> list[str | float]:
-    """A number to two decimals, or lower-cased text; one character alone is two texts, with a space on either side."""
+    """A number rounded to two decimals, or lower-cased text; one character becomes two texts, " x" and "x "."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -94,8 +97,8 @@ def _forms(text: str) -> list[str | float]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _agree(said: str | float, known: Sequence[str | float]) -> bool:
-    """A number must be among the known forms, a text must hold one of them."""
-    if isinstance(said, str):
-        return any(isinstance(form, str) and form in said for form in known)
-    return said in known
+def _agree(answer: str | float, known: Sequence[str | float]) -> bool:
+    """Whether a number is among the known forms, or a text contains one of them."""
+    if isinstance(answer, str):
+        return any(isinstance(form, str) and form in answer for form in known)
+    return answer in known

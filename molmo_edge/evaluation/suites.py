@@ -1,11 +1,10 @@
-"""What is asked: annotated pictures as questions, and suites by name.
+"""Suites of questions by name, and the questions about an annotated image.
 
-nano-val            scenes drawn here, from pictures that come along
-nano-val:DIR        these and the validation photos of DIR
-photos:DIR          photos of DIR, in the annotations format of molmo_edge.data.annotated_photos; or plain photos
-without
-                    annotations, whose answers can be compared (loss) but not scored
-ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.benchmarks; `academic` is all of them
+nano-val            scenes drawn from the embedded sprites
+nano-val:DIR        these, and the validation photos of DIR
+photos:DIR          the photos of DIR, with annotations (molmo_edge.data.annotated_photos) or without; without them
+                    answers can be compared (loss) but not scored (eval)
+ai2d, chart_qa, ... the benchmarks of molmo_edge.evaluation.benchmarks; `academic` stands for all of them
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from molmo_edge.frontend.prompts import caption_question, count_question, point_
 
 _Thing = TypeVar("_Thing")
 
-SCENES = 60  # of nano-val
-PER_PICTURE = 3  # labels that are pointed at and counted
+SCENES = 60  # in nano-val
+PER_PICTURE = 3  # labels asked about for each image
 _FIELDS = {"total": "What is the total?", "date": "What is the date?", "company": "Which company is this from?"}
-_POINTS = 256  # new tokens; an answer of twelve points takes about 200
+_POINTS = 256  # max_new_tokens for answers with points: twelve points take about 200
 
 
 class SuiteError(MolmoEdgeError):
-    """A suite that does not exist, or has nothing to ask."""
+    """A suite that does not exist or has no questions."""
 
 
 def load_suite(
@@ -42,42 +41,48 @@ def load_suite(
     *,
     data: Path | None = None,
     limit: int | None = None,
-    skipped: Callable[[str], None] = lambda why: None,
+    on_skipped: Callable[[str], None] = lambda _: None,
 ) -> list[Question]:
-    """The questions of a suite, in a fixed order. Images are opened when they are asked about.
+    """The questions of a suite, in a fixed order. Images are opened when their questions are asked.
 
-    `data`: a folder with local copies of benchmarks, DATA/NAME each. `limit`: most pictures, or questions of a
-    benchmark, taken evenly from all of them. `skipped` hears of rows that cannot be had. Raises SuiteError,
-    PhotoError, and what a benchmark's loader raises.
+    Args:
+        data: A folder with local copies of benchmarks, DATA/NAME each.
+        limit: The most images, or questions of a benchmark, taken evenly from all of them.
+        on_skipped: Called with the reason for each row that is left out.
+
+    Raises:
+        SuiteError: The suite does not exist or has no questions.
+        PhotoError: Photos or their annotations cannot be read.
+        RowsError: The rows of a benchmark cannot be read.
     """
     kind, _, folder = name.partition(":")
     if kind in ("nano-val", "photos"):
         if kind == "photos" and not folder:
-            raise SuiteError("photos:DIR names the folder with the photos and their annotations.jsonl")
+            raise SuiteError("photos needs a folder: photos:DIR, with the photos and their annotations.jsonl")
         pictures = embedded_scenes(SCENES) if kind == "nano-val" else []
         if folder and not Path(folder).is_dir():
-            raise SuiteError(f"{name}: there is no folder {folder}")
+            raise SuiteError(f"{name}: the folder {folder} does not exist")
         if folder:
             pictures += folder_pictures(Path(folder))
         return _some_questions(name, evenly(pictures, limit))
     from molmo_edge.evaluation.benchmarks import TASKS, benchmark_questions
 
     if name not in TASKS:
-        raise SuiteError(f'there is no suite "{name}"; there are nano-val, photos:DIR, {", ".join(TASKS)}')
+        raise SuiteError(f'"{name}" is not a known suite (known: nano-val, photos:DIR, {", ".join(TASKS)})')
     local = data / name if data is not None and (data / name).exists() else None
-    found = list(benchmark_questions(name, local=local, limit=limit, skipped=skipped))
+    found = list(benchmark_questions(name, local=local, limit=limit, on_skipped=on_skipped))
     if not found:
-        raise SuiteError(f"{name} has no questions that can be asked")
+        raise SuiteError(f"{name} has no questions")
     return found
 
 
 def folder_pictures(folder: Path) -> list[Picture]:
-    """The annotated photos of a folder; of one without annotations all photos. Raises PhotoError."""
+    """The annotated photos of a folder, or all photos of one without annotations. Raises PhotoError."""
     return list(photo_pictures(folder)) if (folder / ANNOTATIONS).exists() else plain_pictures(folder)
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """The names, `academic` replaced by all benchmarks, each once."""
+    """The names without repetitions, with `academic` replaced by all benchmarks."""
     from molmo_edge.evaluation.benchmarks import TASKS
 
     return list(dict.fromkeys(one for name in names for one in (TASKS if name == "academic" else (name,))))
@@ -86,25 +91,25 @@ def expand(names: Sequence[str]) -> list[str]:
 def _some_questions(name: str, pictures: Sequence[Picture]) -> list[Question]:
     found = [question for picture in pictures for question in picture_questions(picture)]
     if not found:
-        raise SuiteError(f"{name} has nothing to ask: are its pictures annotated, and do some belong to val?")
+        raise SuiteError(f"{name} has no questions: check that photos are annotated, and some belong to the split val")
     return found
 
 
 def evenly(things: Sequence[_Thing], limit: int | None) -> list[_Thing]:
-    """At most `limit`, evenly over all of them."""
+    """At most `limit` of `things`, at even distances."""
     if limit is None or limit >= len(things):
         return list(things)
     return [things[i * len(things) // limit] for i in range(limit)]
 
 
 def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Iterator[Question]:
-    """Points and counts of some labels, one that is absent, a text, a clock, fields of a receipt, and a caption.
+    """Pointing and counting for some labels, an absent label, a text, a clock, the fields of a receipt, and a caption.
 
-    Of a picture that nothing is known of, what it is `asked`, without scores.
+    A picture without annotations has only its `asked` questions, without scores.
     """
     if picture.asked:
         for number, text in enumerate(picture.asked):
-            yield _question(picture, UNSCORED, str(number), text, _nothing, None)
+            yield _question(picture, UNSCORED, str(number), text, _unscored, None)
         return
     for label, boxes in picture.labels()[:per_picture]:
         yield _question(picture, "point", label, point_question(label), _point_score(boxes), boxes)
@@ -116,14 +121,14 @@ def picture_questions(picture: Picture, per_picture: int = PER_PICTURE) -> Itera
     if picture.group == RECEIPTS:
         fields = picture.annotation.get("fields", {})
         for key, text in _FIELDS.items():
-            if truth := fields.get(key, "").strip():  # answers are compared without the spaces around them
+            if truth := fields.get(key, "").strip():  # answers are compared without surrounding spaces
                 yield _question(picture, "read", key, text, _read_score(truth), truth)
     elif len(texts) == 1 and (text := texts[0]["text"].strip()):
         yield _question(picture, "read", "text", "What does the text say?", _read_score(text), text)
     if len(clocks) == 1:
         time = clocks[0]["time"]
         yield _question(picture, "clock", "time", "What time is it?", _clock_score(time), time)
-    yield _question(picture, "caption", "caption", caption_question(), _nothing, None)
+    yield _question(picture, "caption", "caption", caption_question(), _unscored, None)
 
 
 def _question(
@@ -176,11 +181,11 @@ def _clock_score(time: str) -> Callable[[str], dict[str, float]]:
     return functools.partial(clock_score, hour=hour % 12, minute=minute)
 
 
-def _nothing(text: str) -> dict[str, float]:
+def _unscored(_text: str) -> dict[str, float]:
     """Captions are compared with the reference's (molmo_edge.evaluation.comparison); plain photos have no scores."""
     return {}
 
 
 def unique(questions: Iterable[Question]) -> list[Question]:
-    """Each id once: suites may share photos."""
+    """The questions with distinct ids: suites can share photos."""
     return list({question.id: question for question in questions}.values())
