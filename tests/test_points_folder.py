@@ -280,7 +280,7 @@ def test_missing_and_damaged_pictures_are_told_at_once(folder: Path) -> None:
     said = str(error.value)
     assert "15 of the 16 pictures named in" in said
     assert "broken.png cannot be read: " in said
-    assert "damaged or cut short" in said or "not an image" in said
+    assert "damaged or truncated" in said or "not an image" in said
     assert "gone8.png does not exist" in said
     assert "gone9.png" not in said
     assert said.endswith("and 5 more")

@@ -220,7 +220,7 @@ def test_paths_that_look_like_base64_are_paths(tmp_path: Path, monkeypatch: pyte
         ("https://example.com/a.jpg", "download the image"),
         ("s3://bucket/a.jpg", "download the image"),
         ("file:///home/me/a.jpg", "without file://"),
-        ("data:image/png;base64,iVBORw0KGgo", "decode what follows the comma"),
+        ("data:image/png;base64,iVBORw0KGgo", "decode the part after the comma"),
     ],
 )
 def test_urls_are_not_fetched(url: str, says: str) -> None:
@@ -240,7 +240,7 @@ def test_urls_are_not_fetched(url: str, says: str) -> None:
         (b"PK\x03\x04\x14\0", "an? .*archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"https://example.com/a.jpg\n", "a URL"),
-        (b"\x00\x01 something else", "not an image of a kind"),
+        (b"\x00\x01 something else", "not an image that Pillow can read"),
     ],
 )
 def test_other_files_are_named(contents: bytes, says: str, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
             if type(error).__name__ == "NoSuchOption":
                 print_error('put "--" before a file name, a question or a label that begins with a dash')
             error.show()  # type: ignore[attr-defined]
-            return error.exit_code  # type: ignore[attr-defined]
+            return int(error.exit_code)  # type: ignore[attr-defined]
         if isinstance(error, typer.Abort):
             print_error("unexpected end of input")
             return 1

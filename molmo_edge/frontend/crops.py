@@ -1,11 +1,11 @@
-"""An RGB image -> overlapping crops, padding masks and the layout of its tokens.
+"""Convert an RGB image to overlapping crops, padding masks and image tokens.
 
-The image is seen twice: as one global view, and cut into crops that share margins with their neighbours, so
-that nothing is cut in half for every crop. After pooling, a cell in a shared margin is kept by one crop only;
-the kept cells tile the image exactly once.
+The model sees the image twice: as one global view, and as crops that overlap their neighbours, so that every object is
+complete in some crop. After pooling, a cell in an overlap is kept by one crop only; the kept cells cover the image
+exactly once.
 
 Follows the reference's MultiModalPreprocessor, crop mode "overlap-and-resize-c2"
-(olmo/data/model_preprocessor.py), quirks included: released weights were trained with them.
+(olmo/data/model_preprocessor.py) including its quirks, with which the released weights were trained.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DROPPED = -100  # token_index of a pooled cell that another crop keeps
 
 @dataclass(frozen=True, eq=False)
 class Overview:
-    """The whole picture for a convolutional tower, and where the patches of the crops lie in it."""
+    """The whole image for a convolutional tower, and the positions of the crops' patches in it."""
 
     pixels: np.ndarray  # float32 [3, h, w], normalised; sides are multiples of 32, padded with 0 below and to the right
     positions: np.ndarray  # float32 [n_crops, patches^2, 4, 2]: x and y of the centres of each patch's quarters, pixels
@@ -42,15 +42,13 @@ class Overview:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """What a runtime and a prompt need of an image. Crop 0 is the global view."""
+    """The input of the model for one image. Crop 0 is the global view."""
 
     crops: np.ndarray  # float32 [n_crops, patches^2, patch_size^2 * 3], normalised
-    masks: np.ndarray  # float32 [n_crops, patches^2]: share of image pixels in a patch; row k is crop k+1's, see below
+    masks: np.ndarray  # float32 [n_crops, patches^2]: fraction of image pixels in a patch; row k belongs to crop k+1
     tokens: np.ndarray  # int32 [n]: without BOS
-    token_index: (
-        np.ndarray
-    )  # int32 [n_crops, cells^2]: position in `tokens`, DROPPED (-100) where another crop keeps it
-    tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) where there is only the global view
+    token_index: np.ndarray  # int32 [n_crops, cells^2]: position in `tokens`, or DROPPED (-100)
+    tiling: tuple[int, int]  # (rows, columns) of crops; (0, 0) for the global view only
     overview: Overview | None = None  # if the configuration has one
     # If `config.pools_across_crops`: int64 [n_cells, pool^2], the patches of each cell in row-major order, as indices
     # into the patches of all crops, -1 for none. token_index is int32 [n_cells] then: no cell is dropped.
@@ -59,7 +57,7 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Turns images into crops and tokens. `special` has to come from the model's tokenizer; MolmoE's is the default."""
+    """Converts images to crops and tokens. `special`: the special ids of the model's tokenizer; default: MolmoE's."""
 
     config: ImageConfig = field(default_factory=ImageConfig)
     special: SpecialIds = MOLMOE_SPECIAL_IDS
@@ -74,15 +72,15 @@ class ImageProcessor:
             or not rgb.size
         ):
             got = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-            raise ImageError(f"crops are cut from uint8 [h, w, 3], not from {got}; use load_image first")
+            raise ImageError(f"the image must be uint8 [h, w, 3], not {got}; use load_image first")
         config = self.config
         tiling = select_tiling(rgb.shape[0], rgb.shape[1], config)
         rows, cols = tiling
         side = config.patches
         n_crops = 1 + rows * cols
         crops = np.empty((n_crops, side * side, config.patch_size**2 * 3), np.float32)
-        # The reference appends the global view's row of -1 at the END, although its crop comes first. So row k
-        # holds the mask of crop k+1, and the last crop counts as padded everywhere. The weights know no other way.
+        # The reference appends the global view's row of -1 at the END, although its crop comes first. Row k therefore
+        # has the mask of crop k+1, and the last crop counts as padded everywhere. The weights were trained with this.
         masks = np.full((n_crops, side * side), -1, np.float32)
 
         view, _ = _canvas(rgb, config.crop_size, config.crop_size, config)
@@ -99,7 +97,7 @@ class ImageProcessor:
         return PreparedImage(crops, masks, *self.layout(tiling), tiling, overview, pooling)
 
     def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """`tokens` and `token_index` of a PreparedImage with this tiling, see there."""
+        """`tokens` and `token_index` of a PreparedImage with this tiling."""
         return self._tokens(tiling), _token_index(self.config, tiling)
 
     def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
@@ -112,10 +110,10 @@ class ImageProcessor:
 
 
 def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """Choose (rows, columns) of crops for an image of height x width pixels; (0, 0) where max_crops is 0.
+    """Choose (rows, columns) of crops for an image of height x width pixels; (0, 0) if max_crops is 0.
 
-    The tiling that needs least enlarging wins, or least shrinking where all of them shrink; of equals the one
-    with fewer crops, then with fewer rows. Reference: `select_tiling`.
+    Chooses the tiling that enlarges the image least, or, if all of them shrink it, the one that shrinks it least; among
+    equals the one with fewer crops, then with fewer rows. Reference: `select_tiling`.
     """
     if not config.max_crops:
         return 0, 0
@@ -123,7 +121,7 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
     tilings = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
     tilings.sort(key=lambda t: (t[0] * t[1], t[0]))
     windows = np.array(tilings, np.float32) * np.float32(config.window * config.patch_size)  # [n, 2], pixels
-    # A side shorter than the margins comes out negative or 0. The reference lets it: such images end at (1, 1).
+    # Negative or 0 for a side shorter than the margins, as in the reference: such images get (1, 1).
     inner = np.array([height, width], np.float32) - np.float32(_margin(config))
     with np.errstate(divide="ignore"):
         scale = (windows / inner).min(axis=1)  # [n]
@@ -133,14 +131,14 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
 
 
 def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
-    """Tokens of an image with this tiling, BOS not counted."""
+    """Number of tokens of an image with this tiling, without BOS."""
     return sum(rows * (cols + 1) + 2 for rows, cols in config.cell_grids(tiling))
 
 
 def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the patches of each crop lie in a picture of height x width pixels, as shares of its sides.
+    """Positions of all patches in an image of height x width pixels, as fractions of its sides.
 
-    Returns the centres, float32 [n_crops, patches^2, 2] as x and y, and the sides of a patch of each crop, float32
+    Returns the centres (x, y), float32 [n_crops, patches^2, 2], and the size of a patch in each crop, float32
     [n_crops, 2]. Centres in the padding are below 0 or above 1.
     """
     rows, cols = tiling
@@ -173,12 +171,12 @@ def _overview(rgb: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> 
 
 
 def _margin(config: ImageConfig) -> int:
-    """Pixels of a canvas side beyond the windows."""
+    """Pixels of a canvas side in addition to the windows."""
     return sum(config.overlap_margins) * config.patch_size
 
 
 def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
-    """int32 [n_crops, cells^2]: where each pooled cell of each crop goes in the tokens, DROPPED where nowhere."""
+    """int32 [n_crops, cells^2]: position of each pooled cell of each crop in the tokens, or DROPPED."""
     if config.pools_across_crops:  # a block is im_start, then rows of cells that end in im_col, then im_end
         index, start = [], 1
         for rows, cols in config.cell_grids(tiling):
@@ -188,12 +186,12 @@ def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
     n = config.cells
     left, right = (m // config.pool for m in config.overlap_margins)
     cell = np.arange(n)
-    # A block is im_start, then rows of cells that end in im_col, then im_end.
+    # A block is im_start, then rows of cells that each end with im_col, then im_end.
     index = [1 + cell[:, None] * (n + 1) + cell]
     rows, cols = tiling
     if rows:
         _, (_, width) = config.cell_grids(tiling)
-        start = n * (n + 1) + 3  # behind the global block and the next im_start
+        start = n * (n + 1) + 3  # after the global block and the next im_start
         for i, j in np.ndindex(rows, cols):
             y, x = (k * (config.window // config.pool) + cell for k in (i, j))  # [n]: row, column in the stitched grid
             keep_y, keep_x = (
@@ -233,13 +231,13 @@ def cell_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
 def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
     """Resize onto a canvas and normalise.
 
-    Returns float32 [height, width, 3], and float32 [height / patch_size, width / patch_size], the share of
-    image pixels in each patch.
+    Returns float32 [height, width, 3], and float32 [height / patch_size, width / patch_size], the fraction of image
+    pixels in each patch.
     """
     patch = config.patch_size
     if config.resize == "dino":
-        # Stretched to fill the canvas. The reference's filter rounds to uint8 steps in between; this one stays
-        # in floats, at most half a step away.
+        # Stretched to fill the canvas. The reference's filter rounds intermediate results to uint8; this one uses
+        # floats, which differ by at most half a step.
         content = resize(rgb, height, width, cubic=True)
         top = left = 0
     else:
@@ -249,7 +247,7 @@ def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tu
     h, w = content.shape[:2]
     mean, std = (np.tile(np.array(v, np.float32), width) for v in (config.mean, config.std))  # [width * 3]
     canvas = np.empty((height, width * 3), np.float32)
-    canvas[:top], canvas[top + h :] = -mean / std, -mean / std  # padded with black, before normalising
+    canvas[:top], canvas[top + h :] = -mean / std, -mean / std  # padding is black before normalisation
     middle = canvas[top : top + h]
     middle[:, : left * 3], middle[:, (left + w) * 3 :] = 0, 0
     middle[:, left * 3 : (left + w) * 3] = content.reshape(h, w * 3)
@@ -261,10 +259,10 @@ def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tu
 
 
 def _fit(h: int, w: int, height: int, width: int) -> tuple[int, int]:
-    """Size of h x w, enlarged or shrunk to fit height x width.
+    """The size of an h x w image scaled to fit height x width.
 
-    In float32 and truncated, as the reference does: one side in forty loses a pixel by it. A very long
-    image could lose its short side altogether; the reference fails there, here one pixel stays.
+    Computed in float32 and truncated, as in the reference: one side in forty loses a pixel. The short side of a very
+    long image would become 0, which fails in the reference; here it is at least 1.
     """
     size = np.array([h, w], np.float32)
     scale = (np.array([height, width], np.float32) / size).min()
@@ -273,7 +271,7 @@ def _fit(h: int, w: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _per_patch(start: int, length: int, size: int, patch: int) -> np.ndarray:
-    """Along one side: pixels of start..start+length in each patch of `size` pixels."""
+    """Along one side of `size` pixels: the number of pixels of start..start+length in each patch."""
     edges = np.arange(0, size + 1, patch)
     inside = np.clip(edges - start, 0, length)
     return np.diff(inside)

@@ -1,4 +1,4 @@
-"""What a question looks like to the model: roles, style tags, turns; and the phrases the SDK asks with.
+"""Build the model's prompts: roles, style tags and turns; and the questions of point, count and caption.
 
 A sequence is BOS, the image tokens, then for each turn " User: {question} Assistant:" and " {answer}" EOS.
 Source: olmo/data/data_formatter.py::DataFormatter (message format "role", leading space always) and
@@ -18,21 +18,21 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 
 
 class PromptError(MolmoEdgeError):
-    """A question that is empty, or turns that do not alternate."""
+    """An empty question, or turns that do not end with a question."""
 
 
 class Prompt(NamedTuple):
-    """BOS and an image as ids for the decoder, and where the image's features go among them."""
+    """The ids of BOS and an image, and the positions of the image's features among them."""
 
     ids: np.ndarray  # int32 [n], BOS first
     token_index: np.ndarray  # int32 [n_crops, cells^2]: position in `ids`, negative where dropped
 
 
 def build_prompt(question: str, *, style: str | None = None) -> str:
-    """ " User: {question} Assistant:", the question as it is, behind "{style}: " if a style is given.
+    """ " User: {question} Assistant:", with "{style}: " before the question if a style is given.
 
-    Styles are the tags of the academic training sets ("vqa2", "chart_qa", "a_okvqa_mc", ...): with one the
-    model answers as that set does, without one it converses. Raises PromptError for an empty question.
+    Styles are the tags of the academic training sets ("vqa2", "chart_qa", "a_okvqa_mc", ...): with a style the model
+    answers as in that set, without one in full sentences. Raises PromptError for an empty question.
     """
     if not question.strip():
         raise PromptError("the question is empty")
@@ -41,30 +41,30 @@ def build_prompt(question: str, *, style: str | None = None) -> str:
 
 
 def build_caption_prompt(style: str = "long_caption", length: int | None = 65) -> str:
-    """The prompt of stage 1, which knew no roles: " long_caption 65:", or " transcript 40:".
+    """The prompt of stage 1, which has no roles: " long_caption 65:" or " transcript 40:".
 
-    `length` asks for an answer of about 15 times as many characters; None leaves it open. Reference:
-    `get_system_prompt`, "style_and_length"; its space in front of an open length's colon is kept.
+    `length` requests an answer of about 15 times as many characters; None leaves the length open. Reference:
+    `get_system_prompt`, "style_and_length", including its space before the colon of an open length.
     """
     return f" {style} {'' if length is None else length}:"
 
 
 def image_ids(tokenizer: Tokenizer, image: PreparedImage) -> Prompt:
-    """What every sequence begins with: BOS and the image; `text_ids` follow it."""
+    """The beginning of every sequence: BOS and the image. `text_ids` follow."""
     ids = np.concatenate([[tokenizer.special.bos], image.tokens]).astype(np.int32)
     return Prompt(ids, np.where(image.token_index < 0, image.token_index, image.token_index + 1).astype(np.int32))
 
 
 def text_ids(tokenizer: Tokenizer, turns: Sequence[str], *, style: str | None = None) -> np.ndarray:
-    """Ids of a conversation, int32 [n], without BOS and image: what follows a prefilled image.
+    """Ids of a conversation after BOS and image, int32 [n].
 
-    `turns` are the plain texts of user, assistant, user, ..., the user's last; `style` tags that last question.
-    EOS follows every answer. Special tokens typed into a text stay text.
+    `turns`: the texts of user, assistant, user, ..., ending with the user; `style` tags the last question. EOS follows
+    every answer. Special tokens in a text are encoded as plain text.
 
     Raises PromptError for an empty question, and for turns that do not end with a question.
     """
     if isinstance(turns, str) or len(turns) % 2 == 0:
-        raise PromptError("turns are a list of question, answer, question, ...: the last is the question to answer")
+        raise PromptError("turns must be a list of question, answer, question, ... that ends with a question")
     ids: list[int] = []
     for i, turn in enumerate(turns):
         if i % 2:
@@ -75,7 +75,7 @@ def text_ids(tokenizer: Tokenizer, turns: Sequence[str], *, style: str | None = 
 
 
 def point_question(label: str) -> str:
-    """ "Point to the dog." for "dog", "the dog" or "a dog"; "all dogs" and "my dog" keep their own words."""
+    """ "Point to the dog." for "dog", "the dog" or "a dog"; "all dogs" and "my dog" are kept."""
     return f"Point to {_with_article(_phrase(label))}."
 
 
@@ -87,7 +87,7 @@ def count_question(label: str) -> str:
 
 
 def caption_question() -> str:
-    """The plainest of the reference's caption prompts."""
+    """The simplest of the reference's caption prompts."""
     return "Describe this image."
 
 
@@ -101,10 +101,10 @@ _DETERMINERS = frozenset((
 
 
 def _phrase(label: str) -> str:
-    """`label` on one line and without the end of a sentence."""
+    """`label` on one line, without punctuation at its end."""
     phrase = " ".join(label.split()).rstrip(".?!,;: ")
     if not phrase:
-        raise PromptError('the label is empty: say what to look for, "the dog" for one')
+        raise PromptError('the label is empty: name what to look for, for example "the dog"')
     return phrase
 
 

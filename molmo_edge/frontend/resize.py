@@ -1,12 +1,11 @@
 """Antialiased resizing in numpy, equal to torch's `interpolate(..., antialias=True)` on floats.
 
-The filter is separable and its weights are a band matrix: an output pixel looks at a few neighbouring input
-pixels. The outputs are cut into blocks of rows that look at about the same inputs, and a block is one small
-dense matrix product, which BLAS does many times faster than gathering taps.
+The filter is separable and its weights are a band matrix: an output pixel depends on a few neighbouring input pixels.
+The outputs are split into blocks that depend on about the same inputs. Each block is a small dense matrix product,
+which BLAS computes many times faster than gathering taps.
 
-Source of the weights: ATen's `_upsample_bilinear2d_aa` and `_upsample_bicubic2d_aa` (a = -0.5). They are computed
-in float32 there; doing so here too keeps the result within 1e-6, where float64 centres would be off by 1e-4
-in wide images.
+Source of the weights: ATen's `_upsample_bilinear2d_aa` and `_upsample_bicubic2d_aa` (a = -0.5). ATen computes them in
+float32; doing the same keeps the result within 1e-6, while float64 centres would differ by 1e-4 in wide images.
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 8  # output pixels per product: the fewer, the less of it is zeros; fewer than 8 are slower again
-# OpenBLAS spreads larger products over threads. For these sizes that gains nothing, and where other work keeps the
-# cores busy, waiting for the threads made a resize take a second instead of 15 ms.
+_BLOCK = 8  # output pixels per product: larger blocks contain more zeros; smaller ones than 8 are slower, too
+# OpenBLAS uses threads for larger products. At these sizes that gains nothing, and while other work kept the cores
+# busy, waiting for the threads made a resize take a second instead of 15 ms.
 _MOST_MULTIPLICATIONS = 65536 * 4
 
 
 class _Band(NamedTuple):
-    """Outputs first..last of one axis, as a product with inputs start..stop."""
+    """The outputs first..last of one axis as a matrix product with the inputs start..stop."""
 
     first: int
     last: int
     start: int
     stop: int
-    rows: np.ndarray  # float32 [last - first, stop - start]: to be multiplied from the left, for the vertical axis
-    columns: np.ndarray  # float32 [3 * (stop - start), 3 * (last - first)]: from the right, on interleaved RGB
+    rows: np.ndarray  # float32 [last - first, stop - start]: multiplied from the left, for the vertical axis
+    columns: np.ndarray  # float32 [3 * (stop - start), 3 * (last - first)]: multiplied from the right, for RGB
 
 
 def resize(rgb: np.ndarray, height: int, width: int, *, cubic: bool = False) -> np.ndarray:
     """Resize `rgb`, uint8 [h, w, 3], to float32 [height, width, 3] in 0..1, clipped.
 
-    Bilinear, or bicubic where `cubic`. Sizes are pixels, at least 1.
+    Bilinear, or bicubic if `cubic`. Sizes are in pixels, at least 1.
     """
     h, w = rgb.shape[:2]
     flat = rgb.reshape(h, w * 3)
     squeezed = np.empty((height, w * 3), np.float32)
     for band in _bands(h, height, cubic):
-        # Converted block by block: a 12-megapixel photo never exists as 144 MB of floats.
+        # Converted block by block: a 12-megapixel photo would be 144 MB of floats.
         part = flat[band.start : band.stop].astype(np.float32)  # [stop - start, w * 3]
         step = max(_MOST_MULTIPLICATIONS // band.rows.size, 1)
         for i in range(0, w * 3, step):
@@ -66,7 +65,7 @@ def _bands(size: int, out_size: int, cubic: bool) -> tuple[_Band, ...]:
     bands = []
     for first in range(0, out_size, _BLOCK):
         last = min(first + _BLOCK, out_size)
-        # Taps past a pixel's own support have weight 0; they must not reach past the image either.
+        # Taps outside of a pixel's support have weight 0; they must not reach outside of the image.
         begin = int(start[first])
         stop = min(int(start[last - 1]) + weights.shape[1], size)
         rows = np.zeros((last - first, stop - begin), np.float32)
@@ -83,7 +82,7 @@ def _bands(size: int, out_size: int, cubic: bool) -> tuple[_Band, ...]:
 def _taps(size: int, out_size: int, cubic: bool) -> tuple[np.ndarray, np.ndarray]:
     """First input pixel (int64 [out_size]) and normalised weights (float32 [out_size, n_taps]) of each output."""
     scale = np.float32(size) / np.float32(out_size)
-    stretch = max(scale, np.float32(1))  # enlarging is plain interpolation, only shrinking widens the filter
+    stretch = max(scale, np.float32(1))  # only shrinking widens the filter
     support = np.float32(2 if cubic else 1) * stretch
     center = (np.float64(scale) * (np.arange(out_size) + 0.5)).astype(np.float32).astype(np.float64)
     start = np.maximum((center - support + 0.5).astype(np.int64), 0)

@@ -1,8 +1,7 @@
-"""tokenizer.json, plus the special ids that Molmo puts around images.
+"""Load tokenizer.json, with the special ids that Molmo uses for images.
 
-Text typed by a person must never become a special token: a question that contains "<im_patch>" would shift the
-image, one that contains "<|endoftext|>" would end the conversation. So `encode` treats such text as plain
-characters unless it is told otherwise.
+Text of a user must never become a special token: "<im_patch>" in a question would shift the image, "<|endoftext|>"
+would end the conversation. Therefore `encode` treats special tokens as plain text by default.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class TokenizerError(MolmoEdgeError):
-    """A tokenizer.json that cannot be used, or ids that are none."""
+    """A tokenizer.json that cannot be used, or invalid ids."""
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that no text can produce. None of Molmo's decoders has a BOS of its own: bos is eos."""
+    """Ids of the special tokens. Molmo's decoders have no separate BOS: bos equals eos."""
 
     bos: int
     eos: int
@@ -40,7 +39,7 @@ class SpecialIds:
     image: int
 
 
-# MolmoE's own added_tokens.json gives the ids of Molmo-7B-O: it is stale, tokenizer.json is right.
+# The added_tokens.json of MolmoE is outdated (it has the ids of Molmo-7B-O); its tokenizer.json is right.
 MOLMOE_SPECIAL_IDS = SpecialIds(
     bos=50279, eos=50279, im_start=50280, im_end=50281, im_patch=50282, im_col=50283, image=50284
 )
@@ -57,17 +56,17 @@ _NAMES = {
 
 
 class Tokenizer:
-    """A byte-level BPE. Safe to share between threads."""
+    """A byte-level BPE tokenizer. Thread-safe."""
 
     def __init__(self, definition: str, *, name: str = "tokenizer.json") -> None:
-        """`definition` is the text of a tokenizer.json, `name` stands for it in errors. Raises TokenizerError."""
+        """`definition`: the text of a tokenizer.json. `name`: its name in error messages. Raises TokenizerError."""
         try:
             parsed = json.loads(definition)
         except json.JSONDecodeError as error:
             raise TokenizerError(f"{name} is not valid JSON: {error}") from None
         decoder = parsed.get("decoder") if isinstance(parsed, dict) else None
         if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-            raise TokenizerError(f"{name} is not the tokenizer of a Molmo: those are byte-level BPE")
+            raise TokenizerError(f"{name} is not the tokenizer of a Molmo, which is a byte-level BPE")
         self.definition = definition  # the text of the tokenizer.json
         self._name = name
         self._text = self._load()
@@ -80,12 +79,12 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises TokenizerError where it is missing, damaged, or not a Molmo's."""
+        """Read a tokenizer.json. Raises TokenizerError if it is missing, damaged or not that of a Molmo."""
         try:
             definition = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise TokenizerError(
-                f"there is no tokenizer {path}: copy the tokenizer.json of the same model on the hub there"
+                f"there is no tokenizer {path}: copy the tokenizer.json of the same model from the hub to this path"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"the tokenizer {path} cannot be read: {error}") from None
@@ -96,39 +95,36 @@ class Tokenizer:
 
         try:
             return Bpe.from_str(self.definition)
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # the library raises Exception itself
             raise TokenizerError(f"{self._name} is damaged: {error}") from None
 
     @cached_property
     def _with_special(self) -> Bpe:
-        # A second instance: the switch is a property of the whole tokenizer, and other threads may be encoding.
+        # A second instance, because the setting applies to the whole tokenizer, which other threads may be using.
         return self._load()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, nothing added. Only with `allow_special` does "<im_patch>" and its like become one token."""
+        """Encode `text` without adding tokens. `allow_special`: encode "<im_patch>" etc. as special tokens."""
         bpe = self._with_special if allow_special else self._text
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise TokenizerError(
-                "the text has lone surrogates (broken UTF-16), which no tokenizer can encode"
-            ) from None
+            raise TokenizerError("the text contains lone surrogates (broken UTF-16), which cannot be encoded") from None
         return list(bpe.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD.
+        """Decode `ids`, including special tokens; invalid UTF-8 becomes U+FFFD.
 
-        Ids without a token (rows that only pad an embedding) decode to nothing. Raises TokenizerError
-        for negative ids.
+        Ids without a token (padding rows of the embedding) decode to nothing. Raises TokenizerError for negative ids.
         """
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token(self, token_id: int) -> str | None:
-        """The token as tokenizer.json writes it; None for an id that has none."""
+        """The token as written in tokenizer.json; None for an id without a token."""
         return self._text.id_to_token(int(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for: often a word, sometimes a part of a character."""
+        """The bytes of one token: often a word, sometimes a part of a character."""
         if token_id < 0:
             raise TokenizerError(f"{token_id} is not a token id")
         token = self.token(token_id)
@@ -137,7 +133,7 @@ class Tokenizer:
         table = _byte_of_char()
         try:
             return bytes(table[char] for char in token)
-        except KeyError:  # added tokens are written as they are, "   " for one
+        except KeyError:  # added tokens are written as plain text, for example "   "
             return token.encode("utf-8")
 
 
@@ -152,17 +148,17 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """Text that is complete with this id; "" while the bytes of a character are still missing."""
+        """The text that this id completes; "" while a character is incomplete."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed, else ""."""
+        """The remaining text: U+FFFD for an incomplete character, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 @lru_cache(maxsize=1)
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each byte. Printable bytes stand for themselves."""
+    """GPT-2's alphabet: a printable character for each byte; printable bytes represent themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}

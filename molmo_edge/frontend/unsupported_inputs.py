@@ -1,4 +1,4 @@
-"""What people pass as an image by mistake, told from its first bytes or characters: the fix differs for each."""
+"""Recognise what is passed as an image by mistake (URLs, base64, other file formats), to suggest the right fix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]")  # pathlib turns "https://" into "https:/"
 _DATA_URL = re.compile(r"data:[\w/+.-]*[;,]", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
-# The starts of JPEG, PNG, GIF, WebP and TIFF files in base64; the second form of JPEG is the URL-safe alphabet.
+# The first characters of JPEG (also in the URL-safe alphabet), PNG, GIF, WebP and TIFF files in base64.
 _BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGg", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-_LONGEST_NAME = 255  # characters; no file system allows more in one part of a path
+_LONGEST_NAME = 255  # characters; the limit of file systems for one part of a path
 
-HEAD = 512  # bytes of a file that `describe_contents` needs
+HEAD = 512  # number of bytes at the start of a file that `describe_contents` needs
 
 _CONTENTS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     (re.compile(start, re.IGNORECASE | re.DOTALL), says)
@@ -36,12 +36,12 @@ _CONTENTS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
 
 
 def describe_name(text: str) -> str | None:
-    """What `text`, which is not the path of a file, is instead, and what to do; None if it looks like a path."""
+    """Describe a `text` that is not the path of a file, and what to do about it; None if it looks like a path."""
     start = text.lstrip()
     if _DATA_URL.match(start):
-        return "is a data URL, and URLs are not fetched: decode what follows the comma, and pass those bytes"
+        return "is a data URL, and URLs are not fetched: decode the part after the comma, and pass the bytes"
     if start[:5].lower() == "file:" and _URL.match(start):
-        return "is a URL, and URLs are not fetched: pass the path alone, without file://"
+        return "is a URL, and URLs are not fetched: pass the path without file://"
     if _URL.match(start):
         return "is a URL, and URLs are not fetched: download the image and pass its path or bytes"
     if _is_base64(text):
@@ -50,12 +50,12 @@ def describe_name(text: str) -> str | None:
 
 
 def kind_of_contents(head: bytes) -> str | None:
-    """What a file that starts with `head` is, where that is known and not an image: "a web page (HTML)"."""
+    """The kind of a file that starts with `head`, if it is known and not an image: "a web page (HTML)"."""
     return next((says.partition(":")[0] for start, says in _CONTENTS if start.match(head)), None)
 
 
 def describe_contents(head: bytes) -> str | None:
-    """What a file that starts with `head` is, where Pillow does not know it, and what to do; None if unknown."""
+    """Describe a file that starts with `head`, and what to do about it; None if its kind is unknown."""
     for start, says in _CONTENTS:
         if start.match(head):
             return f"is {says}"
@@ -63,7 +63,7 @@ def describe_contents(head: bytes) -> str | None:
         text = head.decode("ascii")
     except UnicodeDecodeError:
         return None
-    # Of a text of one line, or of base64 with its line breaks.
+    # One line of text, or base64 with line breaks.
     return None if "\n" in text.strip() and not _is_base64(text) else describe_name(text)
 
 
@@ -73,6 +73,6 @@ def _is_base64(text: str) -> bool:
         return False
     if text.startswith(_BASE64_STARTS):
         return True
-    # Two letters (BMP), or none, are a weak sign: a name that no file can have is another one.
+    # The two letters of a BMP file, or none, are weak evidence: the text must also be too long for a file name.
     longest = max(map(len, re.split(r"[/\s]", text)))
     return longest > _LONGEST_NAME or (text.startswith("Qk") and len(text) > _LONGEST_NAME)
