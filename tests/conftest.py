@@ -17,7 +17,7 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.molmo import Molmo
 
 GOLDEN = Path(__file__).parent / "golden"
-sys.path.append(str(Path(__file__).parent.parent))  # last: recipes/ is not installed, everything else is
+sys.path.append(str(Path(__file__).parent.parent))  # last, for recipes/, which is not installed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -116,7 +116,7 @@ class FakeRuntime:
         assert cache.length <= cache.capacity
         cache.step = cache.step + 1 if len(embeddings) == 1 else 0
         logits = np.zeros(self.config.decoder.embedding_size, np.float32)
-        logits[-1] = 2.0  # a row that stands for no text: it must never be chosen
+        logits[-1] = 2.0  # a padding row, which must never be chosen
         logits[self.script[cache.step] if cache.step < len(self.script) else 499] = 1.0
         return logits
 

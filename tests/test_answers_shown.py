@@ -85,7 +85,7 @@ def test_an_answer_knows_its_model(tiny_bundle: Path, golden: Path, saying: Sayi
         assert answer.model == "tiny"
         assert answer.to_dict()["model"] == "tiny"
         assert molmo.chat(golden / "coffee.png").ask("What?", max_new_tokens=3).model == "tiny"
-    assert saying("ok").ask(PHOTO, "What?").to_dict()["model"] is None  # of no name
+    assert saying("ok").ask(PHOTO, "What?").to_dict()["model"] is None  # without a name
 
 
 def test_a_checkpoint_of_the_hubs_cache_has_the_hubs_name(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def molmo(request: pytest.FixtureRequest) -> Molmo:
 def test_a_batch_equals_one_at_a_time(molmo: Molmo) -> None:
     alone = [molmo.ask(image, question, max_new_tokens=12) for image, question in ASKS]
     batch = molmo.ask_batch(ASKS, max_new_tokens=12)
-    assert len({answer.usage.tokens.image for answer in alone}) > 2  # of different lengths, or nothing is padded
+    assert len({answer.usage.tokens.image for answer in alone}) > 2  # different lengths, so that padding takes part
     for one, other in zip(alone, batch, strict=True):
         assert one.token_ids == other.token_ids
         assert (one.text, one.points, one.count, one.complete) == (
@@ -128,7 +128,7 @@ def test_wrong_batches_are_refused(saying: Callable[..., Molmo], asks: Any, says
         (reported,) = saying("x").ask_batch(asks)
         assert type(reported) is type(caught.value)
         assert str(reported) == str(caught.value)
-    else:  # what is no list of pairs has no places
+    else:  # an argument that is not a list of pairs is refused as a whole
         with pytest.raises(QuestionError, match=says):
             saying("x").ask_batch(asks)
 

@@ -80,7 +80,7 @@ def test_stops_at_max_new_tokens_without_a_last_forward() -> None:
 
 def test_stops_where_the_context_ends() -> None:
     tokens, _, cache = run([1, 2, 3, 4, 5, 6], prompt=3, capacity=5)
-    assert tokens == [1, 2, 3]  # two fed back, the third read off the last logits
+    assert tokens == [1, 2, 3]  # two are fed back, the third comes from the last logits
     assert cache.length == 5
 
 
@@ -94,7 +94,7 @@ def test_rows_behind_the_vocabulary_are_never_chosen() -> None:
     logits[:VOCAB] = 0
     tokens = [next_token(logits[:VOCAB], Sampling(temperature=5.0), np.random.default_rng(s)) for s in range(50)]
     assert max(tokens) < VOCAB
-    assert run([3, EOS])[0] == [3]  # Scripted prefers row 10 all along
+    assert run([3, EOS])[0] == [3]  # Scripted always prefers row 10
 
 
 def test_nan_logits_are_an_error_and_not_a_token() -> None:

@@ -65,7 +65,7 @@ def test_a_character_without_a_font_is_spelled_out(monkeypatch: pytest.MonkeyPat
     for label, written in {
         "猫と犬": "[U+732B, U+3068, U+72AC]",
         "🐶 in a basket": "[dog face] in a basket",
-        "👍🏽": "[thumbs up sign]",  # its skin tone left out
+        "👍🏽": "[thumbs up sign]",  # without its skin tone
         "ａｂｃ": "abc",
         "ﾈｺ": "[U+FF88, U+FF7A]",
         "\ue000": "[U+E000]",
@@ -84,7 +84,7 @@ def test_a_system_font_that_has_the_character_is_found(monkeypatch: pytest.Monke
     installed = tmp_path / "deep" / "NotoSansCJK-Regular.ttf"
     installed.parent.mkdir()
     installed.write_bytes(lettering.EMBEDDED.read_bytes())
-    (tmp_path / "NotoSansArabic-Regular.ttf").write_bytes(b"no font")  # damaged: the next is taken
+    (tmp_path / "NotoSansArabic-Regular.ttf").write_bytes(b"no font")  # damaged: the next font is used
     plain = ImageFont.load_default(24)
     assert isinstance(plain, ImageFont.FreeTypeFont)
     (tmp_path / "own.ttf").write_bytes(plain.path.getvalue())  # type: ignore[union-attr]

@@ -49,9 +49,9 @@ class TestCaches:
 
     def test_many_copies_that_do_not_fit_into_one_memory(self) -> None:
         rows, text = self.rows[:200], self.rows[200:230]
-        base = self.engine.new_cache(256)  # which is what llama.cpp takes, too
+        base = self.engine.new_cache(256)  # a multiple of the size that llama.cpp rounds up to
         self.engine.forward(rows, base)
-        copies = [base.copy() for _ in range(20)]  # more than sequences, and their texts more than positions
+        copies = [base.copy() for _ in range(20)]  # more copies than sequences, and more tokens than positions
         contexts = [copy.context for copy in copies]
         assert sum(context is base.context for context in contexts) == 15
         exact = self.alone(rows, text)
@@ -137,7 +137,7 @@ class TestCaches:
 
         def slow(context: Any, batch: Any) -> int:
             started.set()
-            assert cache.context.abort.wait(10)  # so that there is something to stop, however small the model is
+            assert cache.context.abort.wait(10)  # so that there is a run to stop, however small the model is
             codes.append(decode(context, batch))
             return codes[-1]
 
@@ -150,7 +150,7 @@ class TestCaches:
             patch.setattr(llama_cpp, "llama_decode", slow)
             with pytest.raises(KeyboardInterrupt):
                 self.engine.forward(self.rows, cache)
-        assert codes == [2]  # llama.cpp's word for "aborted"
+        assert codes == [2]  # llama.cpp's code for "aborted"
         assert cache.length == len(self.text[0])
         logits = self.engine.forward(self.text[1], cache)
         assert relative(logits, self.alone(self.text[0], self.text[1])) < 1e-5
@@ -212,10 +212,10 @@ def test_closing_frees_the_model_at_once() -> None:
     cache = engine.new_cache(600)
     engine.forward(np.zeros((300, 32), np.float32), cache)
     model, context = weakref.ref(engine.model), weakref.ref(cache.context)
-    gc.disable()  # what only a collection would free is not freed at once
+    gc.disable()  # objects that need a collection are not freed at once
     try:
         engine.close()
-        assert model() is not None  # a cache is still held
+        assert model() is not None  # a cache still refers to it
         del cache, engine
         assert context() is None
         assert model() is None

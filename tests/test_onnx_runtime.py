@@ -158,7 +158,7 @@ def test_devices_that_are_not_there(device: str) -> None:
 def test_open_runtime_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="neither a bundle"):
         open_runtime(tmp_path)
-    with pytest.raises(EngineError, match="at least 1"):
+    with pytest.raises(EngineError, match="threads must be a positive integer"):
         open_runtime(bundle("qwen"), threads=0)
 
 
@@ -177,7 +177,7 @@ def test_closed_means_closed(engine_name: str) -> None:
     ):
         with pytest.raises(EngineError, match="this runtime was closed"):
             use()
-    if engine_name == "torch":  # on onnxruntime a cache keeps what it needs
+    if engine_name == "torch":  # on onnxruntime a cache keeps its session
         with pytest.raises(EngineError, match="this runtime was closed"):
             engine.forward(row, cache)
 
@@ -239,7 +239,7 @@ from pathlib import Path
 import numpy as np
 from molmo_edge.runtimes import onnx
 
-def memory():  # MB that are no file's
+def memory():  # MB of anonymous memory
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
 
 x = np.random.default_rng(1).normal(size=(1, 4096)).astype(np.float32)
@@ -262,11 +262,11 @@ def test_mapped_weights_stay_in_their_file(precision: Precision, tmp_path: Path)
     graph.output(graph.node("Identity", y, name="y"), np.float32, ["m", 4096])
     graph.save(tmp_path / "graph.onnx")
     taken, found = {}, {}
-    for mapped in (True, False):  # each in a process of its own: this one has freed memory to use again
+    for mapped in (True, False):  # each in a new process: this one could reuse freed memory
         y_file = tmp_path / f"{mapped}.npy"
         command = [sys.executable, "-c", _MEMORY, str(tmp_path / "graph.onnx"), str(mapped), str(y_file)]
         taken[mapped] = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
         found[mapped] = np.load(y_file)
     size = (tmp_path / "graph.onnx.data").stat().st_size >> 20
-    assert taken[False] - taken[True] > size / 2  # what both take is the session itself
+    assert taken[False] - taken[True] > size / 2  # both include the session itself
     assert relative(found[True], found[False]) < 0.02  # q8 multiplies unpacked weights in float

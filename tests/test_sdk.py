@@ -91,7 +91,7 @@ def test_image_features_are_added_at_the_patches_and_nowhere_else(saying: Saying
     ids, added = scene.embeddings[:, 0], scene.embeddings[:, 1]
     assert ids[0] == tokenizer.special.bos
     assert ((ids == tokenizer.special.im_patch) == (added > 0)).all()
-    assert len(set(added[added > 0])) == (added > 0).sum()  # each cell went to a place of its own
+    assert len(set(added[added > 0])) == (added > 0).sum()  # each cell went to its own position
     assert added[2] == 1  # BOS, im_start, then the global view's first cell
 
 
