@@ -85,7 +85,8 @@ class Positions:
     """The positions of a run's n tokens: values that the attention of every layer shares."""
 
     total: str  # int32 [1]: positions in the cache after these n
-    rope: list[tuple[str, str]]  # for each layer cos and sin, [max_position_embeddings, head_dim / 2]
+    cos: str  # [max_position_embeddings, head_dim / 2]
+    sin: str
     fused: str = ""  # total - 1, as GroupQueryAttention counts
     rows: str = ""  # plain: their positions, int64 [n]
     mask: str = ""  # plain: 0 for the keys that a position attends to, -inf for the others [n, total]
@@ -93,9 +94,14 @@ class Positions:
 
 def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image: str = "") -> Positions:
     """`image`: bool [n], for a decoder with `bidirectional_images`. Rotary tables are float32, as in the reference."""
-    rope = _rotary_tables(graph, d)
+    exponent = np.arange(0, d.head_dim, 2, dtype=np.float32) / np.float32(d.head_dim)
+    frequency = np.float32(1.0) / np.float32(d.rope_theta) ** exponent
+    angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequency
     if _fused(graph, d):
-        return Positions(total, rope, fused=graph.node("Sub", total, graph.constant([1], np.int32)))
+        angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))
+        cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
+        return Positions(total, cos, sin, fused=graph.node("Sub", total, graph.constant([1], np.int32)))
+    cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
     end = graph.node("Squeeze", graph.node("Cast", total, to=INT64), graph.ints(0))
     n = graph.node("Squeeze", graph.node("Shape", embeddings, start=1, end=2), graph.ints(0))
     one, zero = graph.constant(1, np.int64), graph.constant(0, np.int64)
@@ -109,29 +115,7 @@ def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image
         pairs = graph.node("And", graph.node("Unsqueeze", image, graph.ints(1)), images)
         visible = graph.node("Or", visible, pairs)
     mask = graph.node("Where", visible, graph.constant(0.0), graph.constant(float("-inf")))
-    return Positions(total, rope, rows=rows, mask=mask)
-
-
-def _rotary_tables(graph: Graph, d: DecoderConfig) -> list[tuple[str, str]]:
-    exponent = np.arange(0, d.head_dim, 2, dtype=np.float32) / np.float32(d.head_dim)
-    plain = np.float32(1.0) / np.float32(d.rope_theta) ** exponent
-    padding = (kernel_head_dim(d) - d.head_dim) // 2 if _fused(graph, d) else 0
-
-    def tables(name: str, frequency: np.ndarray, factor: float) -> tuple[str, str]:
-        angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequency
-        angles = np.pad(angles, ((0, 0), (0, padding)))
-        cos, sin = (np.float32(factor) * part for part in (np.cos(angles), np.sin(angles)))
-        return graph.weight(f"{name}.cos", cos), graph.weight(f"{name}.sin", sin)
-
-    def of(layer: int) -> tuple[str, str]:
-        if (scaling := d.rope_scaling) is None or not d.scales_rope(layer):
-            return tables("rope", plain, 1.0)
-        share = np.array(scaling.share(d.head_dim, d.rope_theta), np.float32)
-        scaled = plain * (1 - share) + plain / np.float32(scaling.factor) * share
-        return tables("rope.scaled", scaled, scaling.attention_factor)
-
-    first = {d.scales_rope(layer): of(layer) for layer in range(d.n_layers)}
-    return [first[d.scales_rope(layer)] for layer in range(d.n_layers)]
+    return Positions(total, cos, sin, rows=rows, mask=mask)
 
 
 def _fused(graph: Graph, d: DecoderConfig) -> bool:
@@ -158,11 +142,11 @@ def cached_attention(
     past = [graph.input(f"past_{part}.{layer}", number, buffer) for part in ("key", "value")]
     present = [f"present_{part}.{layer}" for part in ("key", "value")]
     if not fused:
-        h = _plain_cached(graph, d, qkv, past, present, where, where.rope[layer], width)
+        h = _plain_cached(graph, d, qkv, past, present, where, width)
     else:
         q, k, v = (_widen(graph, d, part) for part in qkv)
         q, k, v = (to_half(graph, part) if half else part for part in (q, k, v))
-        tables = [to_half(graph, part) if half else part for part in where.rope[layer]]
+        tables = [to_half(graph, part) if half else part for part in (where.cos, where.sin)]
         h, *present = graph.nodes(
             "GroupQueryAttention",
             *(q, k, v, *past, where.fused, where.total, *tables),
@@ -187,7 +171,6 @@ def _plain_cached(
     past: list[str],
     present: list[str],
     where: Positions,
-    rope: tuple[str, str],
     width: int,
 ) -> str:
     half, group = width == FLOAT16, d.n_heads // d.n_kv_heads
@@ -195,12 +178,12 @@ def _plain_cached(
         graph.node("Reshape", part, graph.ints(0, 0, heads, d.head_dim))
         for part, heads in zip(qkv, (d.n_heads, d.n_kv_heads, d.n_kv_heads), strict=True)
     )
-    q = graph.node("Mul", _rotate(graph, q, rope, where.rows), graph.constant(d.head_dim**-0.5))
+    q = graph.node("Mul", _rotate(graph, q, where), graph.constant(d.head_dim**-0.5))
     # [1, n, n_kv_heads, group, head_dim] -> [1, n_kv_heads, group, n, head_dim]
     q = graph.node("Reshape", q, graph.ints(0, 0, d.n_kv_heads, group, d.head_dim))
     q = graph.node("Transpose", q, perm=[0, 2, 3, 1, 4])
     seen = []
-    for part, old, new in ((_rotate(graph, k, rope, where.rows), past[0], present[0]), (v, past[1], present[1])):
+    for part, old, new in ((_rotate(graph, k, where), past[0], present[0]), (v, past[1], present[1])):
         part = graph.node("Transpose", part, perm=[0, 2, 1, 3])  # [1, n_kv_heads, n, head_dim]
         part = graph.node("Cast", part, to=width) if half else part
         whole = graph.node("ScatterND", old, _slots(graph, d, where), part, name=new)
@@ -228,13 +211,13 @@ def _slots(graph: Graph, d: DecoderConfig, where: Positions) -> str:
     return graph.memo["slots", where.rows]
 
 
-def _rotate(graph: Graph, x: str, rope: tuple[str, str], rows: str) -> str:
+def _rotate(graph: Graph, x: str, where: Positions) -> str:
     """x [1, n, heads, head_dim] rotated by its positions, in the rotate-half layout."""
-    for table in rope:
-        if (table, rows) not in graph.memo:
-            picked = graph.node("Gather", table, rows)  # [n, head_dim / 2]
-            graph.memo[table, rows] = graph.node("Unsqueeze", picked, graph.ints(1))
-    cos, sin = (graph.memo[table, rows] for table in rope)
+    if ("angles", where.rows) not in graph.memo:
+        for table, kind in ((where.cos, "angles"), (where.sin, "sines")):
+            picked = graph.node("Gather", table, where.rows)  # [n, head_dim / 2]
+            graph.memo[kind, where.rows] = graph.node("Unsqueeze", picked, graph.ints(1))
+    cos, sin = graph.memo["angles", where.rows], graph.memo["sines", where.rows]
     a, b = graph.nodes("Split", x, outputs=(f"{x}.first", f"{x}.second"), axis=-1, num_outputs=2)
     first = graph.node("Sub", graph.node("Mul", a, cos), graph.node("Mul", b, sin))
     second = graph.node("Add", graph.node("Mul", b, cos), graph.node("Mul", a, sin))

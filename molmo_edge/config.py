@@ -37,12 +37,9 @@ _MAY_BE_ZERO = ("max_crops", "overview", "n_experts", "top_k", "additional_vocab
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
-# Of fields that earlier versions did not have: JSON has their key only where the value is not the default.
-_ADDED = {"omit_default": True}
-
-
 def _added(default: Any) -> Any:
-    return field(default=default, metadata=_ADDED)
+    """A field that earlier versions did not have: JSON has its key only where it differs from the default."""
+    return field(default=default, metadata={"omit_default": True})
 
 
 def _check(config: Any) -> None:
@@ -236,34 +233,6 @@ class ConvTowerConfig:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """YaRN (arXiv 2309.00071): slow rotations are slowed further, for contexts longer than the pretrained model's."""
-
-    factor: float  # by which the slowest rotations are slowed
-    original_max_position_embeddings: int  # context of the pretrained model
-    attention_factor: float = 1.0  # cos and sin are multiplied by it
-    beta_fast: float = 32.0  # rotations that turn this often within the original context stay as they are
-    beta_slow: float = 1.0  # those that turn at most this often have the whole factor
-    layers: tuple[int, ...] = ()  # that are scaled; (): all
-
-    def __post_init__(self) -> None:
-        _check(self)
-        if self.beta_fast <= self.beta_slow:
-            raise ConfigError(f"beta_fast {self.beta_fast} must be larger than beta_slow {self.beta_slow}")
-
-    def share(self, head_dim: int, theta: float) -> list[float]:
-        """For each pair of dimensions how much of the scaled frequency it takes, 0 to 1."""
-
-        def pair(turns: float) -> float:  # the one that turns so often within the original context
-            wavelengths = self.original_max_position_embeddings / (2 * math.pi * turns)
-            return head_dim * math.log(wavelengths) / (2 * math.log(theta))
-
-        low = max(math.floor(pair(self.beta_fast)), 0)
-        high = min(math.ceil(pair(self.beta_slow)), head_dim - 1)
-        return [min(max((i - low) / max(high - low, 0.001), 0.0), 1.0) for i in range(head_dim // 2)]
-
-
-@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder: dense (Qwen2, Qwen3, OLMo2) or with sparse experts (OLMoE)."""
 
@@ -287,7 +256,6 @@ class DecoderConfig:
     head_dim_override: int = _added(0)  # 0: a head is d_model / n_heads wide; read `head_dim`
     qk_norm_per_head: bool = _added(False)  # False: over all heads together (OLMo), True: over each head (Qwen3)
     image_attention: str = _added("causal")  # or "bidirectional": in prefill, image tokens attend to each other
-    rope_scaling: RopeScaling | None = field(default=None, metadata=_ADDED)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -300,10 +268,6 @@ class DecoderConfig:
         if self.qk_norm_per_head and not self.qk_norm:
             raise ConfigError("qk_norm_per_head needs qk_norm")
         _check_word("image_attention", self.image_attention, ("causal", "bidirectional"))
-        if self.rope_scaling and not all(0 <= layer < self.n_layers for layer in self.rope_scaling.layers):
-            raise ConfigError(f"rope_scaling.layers {self.rope_scaling.layers} must be below {self.n_layers}")
-        if self.rope_scaling and self.rope_theta <= 1:
-            raise ConfigError(f"rope_scaling needs a rope_theta above 1, it is {self.rope_theta}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if bool(self.n_experts) != bool(self.top_k) or self.top_k > self.n_experts:
@@ -326,10 +290,6 @@ class DecoderConfig:
     @property
     def bidirectional_images(self) -> bool:
         return self.image_attention == "bidirectional"
-
-    def scales_rope(self, layer: int) -> bool:
-        scaling = self.rope_scaling
-        return scaling is not None and (not scaling.layers or layer in scaling.layers)
 
 
 @dataclass(frozen=True)
@@ -383,13 +343,10 @@ class MolmoConfig:
         extra = data.get("extra_vision", ())
         if not isinstance(extra, list | tuple):
             raise ConfigError(f"extra_vision must be a list of sections, it is {extra!r}")
-        decoder = data.get("decoder")
-        if isinstance(decoder, dict) and decoder.get("rope_scaling") is not None:
-            decoder = decoder | {"rope_scaling": from_json(RopeScaling, decoder["rope_scaling"])}
         return cls(
             image=from_json(ImageConfig, data.get("image")),
             vision=from_json(VisionConfig, data.get("vision")),
-            decoder=from_json(DecoderConfig, decoder),
+            decoder=from_json(DecoderConfig, data.get("decoder")),
             projector_dim=data.get("projector_dim", 1024),
             conv_tower=from_json(ConvTowerConfig, data["conv_tower"]) if data.get("conv_tower") else None,
             pad_embed=data.get("pad_embed", True),
@@ -398,7 +355,7 @@ class MolmoConfig:
 
 
 def to_json(config: Any) -> Any:
-    """A section, with its sections, as a dict; fields of `_ADDED` with their default are left out."""
+    """A section, with its sections, as a dict; fields of `_added` with their default are left out."""
     if isinstance(config, tuple):
         return tuple(to_json(item) for item in config)
     if not dataclasses.is_dataclass(config):
@@ -414,10 +371,7 @@ def from_json(kind: type, data: Any) -> Any:
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
     if unknown:
         raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}: was this made by a newer molmo-edge?")
-    try:
-        return kind(**{k: as_tuple(v) for k, v in data.items()})
-    except TypeError as error:  # a field without a default
-        raise ConfigError(f"{kind.__name__}: {error}") from None
+    return kind(**{k: as_tuple(v) for k, v in data.items()})
 
 
 def as_tuple(value: Any) -> Any:

@@ -37,7 +37,7 @@ class LayerRunner:
         start = self.layer
         while self.layer < layer:
             for i, (state, tables) in enumerate(zip(self._states, self._tables, strict=True)):
-                self._states[i] = self.block(state, *tables[self.layer], None, None)
+                self._states[i] = self.block(state, *tables, None, None)
             self.layer += 1
             del self.block  # before the next is loaded: a layer of MolmoE is 1.6 GB
             self.block = self._load(self.layer)
@@ -54,7 +54,7 @@ class LayerRunner:
         for state, tables in zip(self._states, self._tables, strict=True):
             hook = module.register_forward_pre_hook(stop)
             try:
-                self.block(state, *tables[self.layer], None, None)
+                self.block(state, *tables, None, None)
             except _StopForwardError:
                 yield captured.pop()
             finally:

@@ -24,7 +24,7 @@ from molmo_edge.checkpoints.bundle import default_bundle
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
-from molmo_edge.config import DecoderConfig, RopeScaling
+from molmo_edge.config import DecoderConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.precisions import GGUF_PRECISIONS
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -97,7 +97,6 @@ class TestExport:
             DecoderConfig(n_experts=8, top_k=2, qk_norm=True, qk_norm_per_head=True),
             replace(plain, head_dim_override=64),
             replace(plain, image_attention="bidirectional"),
-            replace(plain, rope_scaling=RopeScaling(2.0, 64)),
         ):
             with pytest.raises(NoGraphError, match="export to ONNX"):
                 gguf_layout.architecture(odd)

@@ -14,15 +14,7 @@ from exported import relative
 from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
-from molmo_edge.config import (
-    PRESETS,
-    ConfigError,
-    DecoderConfig,
-    ImageConfig,
-    MolmoConfig,
-    RopeScaling,
-    VisionConfig,
-)
+from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
@@ -30,7 +22,7 @@ from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import KVCache, Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.connector import Connector
-from molmo_edge.modeling.decoder import Decoder, image_attention_mask, rotary_tables
+from molmo_edge.modeling.decoder import Decoder, image_attention_mask
 from molmo_edge.runtimes import EngineError, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill
@@ -69,11 +61,6 @@ VARIANTS = {
     "odd_grid": replace(BASE, image=ODD, vision=replace(BASE.vision, n_pos=50)),
     "odd_grid_3x3": replace(BASE, image=replace(ODD, pool=3), vision=replace(BASE.vision, n_pos=50)),
     "bidirectional": replace(BASE, decoder=replace(DECODER, image_attention="bidirectional")),
-    "yarn": replace(BASE, decoder=replace(DECODER, rope_scaling=RopeScaling(8.0, 16, 1.2, beta_fast=8.0))),
-    "yarn_in_some_layers": replace(  # Molmo2-O-7B
-        BASE,
-        decoder=replace(DECODER, qk_norm=True, norm_after=True, rope_scaling=RopeScaling(4.0, 16, 1.1, layers=(1,))),
-    ),
     "molmo2": MolmoConfig(
         ODD,
         replace(SIGLIP, n_pos=49),
@@ -83,7 +70,7 @@ VARIANTS = {
     ),
 }
 TOLERANCE = 1e-4  # relative, as in tests/test_export.py
-ADDED = {"rope_scaling", "pad_embed", "extra_vision", "head_dim_override", "qk_norm_per_head", "image_attention"}
+ADDED = {"pad_embed", "extra_vision", "head_dim_override", "qk_norm_per_head", "image_attention"}
 
 
 def random_model(config: MolmoConfig) -> Molmo:
@@ -135,8 +122,8 @@ def test_files_of_earlier_models_stay_as_they_were(name: str) -> None:
     written = PRESETS[name].to_dict()
     assert not ADDED & {*written, *written["decoder"], *written["vision"], *written["image"]}
     raw, _ = to_hub_config(PRESETS[name])
-    assert not {"rope_scaling", "rope_scaling_layers", "head_dim", "qk_norm_type", "image_attention"} & set(raw)
-    assert not {"image_padding_embed", "pooling_attention_mask"} & set(raw)
+    added = {"head_dim", "qk_norm_type", "image_attention", "image_padding_embed", "pooling_attention_mask"}
+    assert not added & set(raw)
     assert "extra_vision" not in raw["vision_backbone"]
 
 
@@ -163,10 +150,6 @@ def test_a_head_dim_that_is_the_default_is_no_override() -> None:
         (DECODER, {"head_dim_override": -8}, "positive or 0"),
         (DECODER, {"qk_norm_per_head": True}, "needs qk_norm"),
         (DECODER, {"image_attention": "full"}, '"full" is not supported'),
-        (DECODER, {"rope_scaling": RopeScaling(2.0, 64, layers=(2,))}, "must be below 2"),
-        (DECODER, {"rope_scaling": RopeScaling(2.0, 64), "rope_theta": 1.0}, "needs a rope_theta above 1"),
-        (RopeScaling(2.0, 64), {"factor": 0.0}, "factor must be positive"),
-        (RopeScaling(2.0, 64), {"beta_slow": 40.0}, "larger than beta_slow"),
         (SIGLIP, {"image_model_type": "vit"}, '"vit" is not supported'),
         (SIGLIP, {"activation": "relu"}, '"relu" is not supported'),
         (BASE, {"vision": replace(SIGLIP, n_pos=17)}, "17 positions, but a crop has 16 patches$"),
@@ -278,23 +261,6 @@ def test_cached_equals_uncached(variant: tuple[Molmo, Path]) -> None:
     first = decoder(x[:, :16], mask=masks[1] if masks else None, cache=cache)
     pieces = [first, *(decoder(part, cache=cache) for part in x[:, 16:].split([7, 1], dim=1))]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=2e-5)
-
-
-def test_yarn_of_molmo2_o_7b() -> None:
-    """Heads of 128, theta 500,000, eight times 8192 positions: pairs 18 to 35 lie between plain and scaled."""
-    scaling = RopeScaling(8.0, 8192, attention_factor=0.1 * np.log(8) + 1, layers=(0,))
-    share = scaling.share(128, 5e5)
-    assert len(share) == 64
-    assert share[:19] == [0.0] * 19
-    assert share[35:] == [1.0] * 29
-    assert share[26] == pytest.approx(8 / 17)
-    config = replace(DECODER, head_dim_override=128, rope_theta=5e5, rope_scaling=scaling)
-    (cos, sin), (plain_cos, _) = rotary_tables(torch.tensor([3]), config)
-    factor = 1.2079441541679836
-    assert cos[0, 0, 0] == pytest.approx(factor * np.cos(3.0), abs=1e-6)
-    assert plain_cos[0, 0, 0] == pytest.approx(np.cos(3.0), abs=1e-6)
-    frequency = 5e5 ** (-2 * 26 / 128)
-    assert sin[0, 0, 26] == pytest.approx(factor * np.sin(3 * frequency * (9 / 17 + 8 / 17 / 8)), rel=1e-5)
 
 
 @torch.no_grad()

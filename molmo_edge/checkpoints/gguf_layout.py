@@ -46,7 +46,7 @@ def architecture(d: DecoderConfig) -> str:
     """llama.cpp's name of the graph that computes this decoder. Raises NoGraphError if there is none."""
     qk_norm = d.qk_norm and ("per head" if d.qk_norm_per_head else "full width")
     own_head_dim = d.q_dim != d.d_model
-    if not d.bidirectional_images and d.rope_scaling is None:
+    if not d.bidirectional_images:
         match bool(d.n_experts), d.norm_after, qk_norm, d.qkv_bias, own_head_dim:
             case True, False, "full width", False, False if d.n_kv_heads == d.n_heads:
                 return "olmoe"
@@ -64,7 +64,6 @@ def architecture(d: DecoderConfig) -> str:
         f"{d.n_heads} heads of {d.head_dim} for a width of {d.d_model}",
         f"{d.n_kv_heads} heads for keys",
         f"{d.image_attention} attention between image tokens",
-        f"{'no ' if d.rope_scaling is None else ''}scaling of its rotary positions",
     )
     raise NoGraphError(f"llama.cpp has no graph for a decoder with {', '.join(traits)}: export to ONNX instead")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from molmo_edge.config import (
     CLIP_MEAN,
@@ -21,7 +21,6 @@ from molmo_edge.config import (
     DecoderConfig,
     ImageConfig,
     MolmoConfig,
-    RopeScaling,
     VisionConfig,
     as_tuple,
     from_json,
@@ -202,17 +201,7 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
         head_dim_override=raw.get("head_dim") or 0,
         qk_norm_per_head=norm_type == "qwen3" and qk_norm,
         image_attention=raw.get("image_attention", "causal"),
-        rope_scaling=_rope_scaling(raw.get("rope_scaling"), raw.get("rope_scaling_layers")),
     )
-
-
-def _rope_scaling(raw: Any, layers: Any) -> RopeScaling | None:
-    if raw is None:
-        return None
-    if not isinstance(raw, dict) or raw.get("rope_type") != "yarn":
-        raise ConfigError(f"config.json has rope_scaling {raw!r}, but only the rope_type 'yarn' is supported")
-    values = {key: value for key, value in raw.items() if key != "rope_type"}
-    return cast(RopeScaling, from_json(RopeScaling, values | {"layers": layers or ()}))
 
 
 def _moe_sizes(raw: dict[str, Any]) -> dict[str, Any]:
@@ -291,10 +280,6 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     raw |= {"head_dim": d.head_dim} if d.head_dim_override else {}
     raw |= {"qk_norm_type": "qwen3"} if d.qk_norm_per_head else {}
     raw |= {"image_attention": d.image_attention} if d.bidirectional_images else {}
-    if d.rope_scaling is not None:
-        scaling = to_json(d.rope_scaling)
-        raw |= {"rope_scaling_layers": list(scaling.pop("layers")) or None}
-        raw |= {"rope_scaling": {"rope_type": "yarn", **scaling}}
     raw |= {"image_padding_embed": None} if not config.pad_embed else {}
     raw |= {"pooling_attention_mask": True} if i.pools_across_crops else {}
     preprocessor = {

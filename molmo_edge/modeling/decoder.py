@@ -45,21 +45,10 @@ class RMSNorm(Module):
         return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, config: DecoderConfig) -> list[tuple[Tensor, Tensor]]:
-    """For each layer cos and sin, float32 [..., 1, head_dim], for integer positions [...] (rotate-half layout)."""
+def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [..., 1, head_dim], for integer positions [...] (rotate-half layout)."""
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    plain = config.rope_theta ** (-half / config.head_dim)
-    tables = [_cos_sin(positions, plain)] * config.n_layers
-    if (scaling := config.rope_scaling) is not None:
-        share = torch.tensor(scaling.share(config.head_dim, config.rope_theta), device=positions.device)
-        frequencies = plain * (1 - share) + plain / scaling.factor * share
-        cos, sin = (scaling.attention_factor * table for table in _cos_sin(positions, frequencies))
-        tables = [(cos, sin) if config.scales_rope(n) else table for n, table in enumerate(tables)]
-    return tables
-
-
-def _cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    angles = positions[..., None].float() * frequencies
+    angles = positions[..., None].float() * config.rope_theta ** (-half / config.head_dim)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
     return angles.cos(), angles.sin()
 
@@ -394,7 +383,8 @@ class Decoder(Module):
         if mask is None and start:
             keys = torch.arange(start + n, device=x.device)
             mask = (keys[None] <= keys[start:, None])[None, None]
-        for block, (cos, sin) in zip(self.blocks, rotary_tables(positions, self.config), strict=True):
+        cos, sin = rotary_tables(positions, self.config)
+        for block in self.blocks:
             x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.length += n

@@ -126,9 +126,9 @@ class Trainable(nn.Module):
         mask = packed_mask(batch.segments, c.attention)
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
-        tables = rotary_tables(batch.positions, molmo.config.decoder)
+        cos, sin = rotary_tables(batch.positions, molmo.config.decoder)
         self._attended, self._recomputing = batch, False
-        for block, (cos, sin) in zip(molmo.decoder.blocks, tables, strict=True):
+        for block in molmo.decoder.blocks:
             x = self._run(block, x, cos, sin, mask, None, dropout)
         self._recomputing = True
         return molmo.decoder.ln_f(x)
