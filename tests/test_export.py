@@ -307,7 +307,7 @@ def test_precisions_mix(tmp_path: Path) -> None:
 
 def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "wrong", ffn_dim=40)
-    with pytest.raises(CheckpointError, match=r"ff_proj.weight has shape \[96, 32\], but its configuration asks"):
+    with pytest.raises(CheckpointError, match=r"ff_proj.weight has shape \[96, 32\], but the configuration requires"):
         export_bundle(tmp_path / "wrong", tmp_path / "bundle")
     tiny_checkpoint(tmp_path / "deeper", n_layers=3)
     with pytest.raises(CheckpointError, match=r"blocks\.2"):
@@ -364,7 +364,7 @@ def test_cut_checkpoints_are_refused(tmp_path: Path, name: str, keep: float) -> 
     source = GOLDEN / ("molmoe-pickle" if name.endswith(".bin") else "qwen") / name
     content = source.read_bytes()
     (tmp_path / name).write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(CheckpointError, match="download it again"):
+    with pytest.raises(CheckpointError, match=r"[Dd]ownload it again"):
         open_tensors(tmp_path)
 
 
@@ -374,6 +374,6 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "sprung",)
 
     torch.save({"a": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="not a plain"):
+    with pytest.raises(CheckpointError, match="not a complete PyTorch state dict"):
         open_tensors(tmp_path)
     assert not (tmp_path / "sprung").exists()
