@@ -43,15 +43,15 @@ class Knowing:
     def encode(self, rgb: np.ndarray) -> np.ndarray:
         return rgb
 
-    def point(self, scene: Any, label: str) -> Any:
+    def point(self, _scene: Any, label: str) -> Any:
         if self.wrong:
             return SimpleNamespace(points=(Point(0, 0),))
         return SimpleNamespace(points=[Point((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in self.boxes.get(label, [])])
 
-    def count(self, scene: Any, label: str) -> Any:
+    def count(self, _scene: Any, label: str) -> Any:
         return SimpleNamespace(count=None if self.wrong else len(self.boxes[label]))
 
-    def ask(self, scene: Any, question: str) -> Any:
+    def ask(self, _scene: Any, question: str) -> Any:
         return SimpleNamespace(text=" Stop" if "text" in question else "3:25")
 
 
@@ -67,7 +67,7 @@ def test_validation_of_a_model_that_knows_and_of_one_that_does_not(wrong: bool) 
         "clocks": [{"time": "3:25", "box": [10, 10, 20, 20]}],
     }
     case = Picture("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation)
-    report = evaluate(Knowing(annotation, wrong), [case], per_picture=3, progress=lambda line: None)  # type: ignore[arg-type]
+    report = evaluate(Knowing(annotation, wrong), [case], per_picture=3, progress=lambda _: None)  # type: ignore[arg-type]
     assert report["pointing"]["scenes"]["n"] == 1, "a crowd is not asked about"
     assert report["pointing"]["scenes"]["f1"] == (0 if wrong else 1)
     assert report["pointing"]["scenes"]["centre_guess_f1"] == pytest.approx(2 / 3, abs=1e-3)
