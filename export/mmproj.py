@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.tensor_names import BACKBONE, TRANSFORMER, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.gguf_writer import TensorEntry, open_writer, write_tensors
 from molmo_edge.frontend.tokenizer import Tokenizer
 
-_BACKBONE, _WTE = "model.vision_backbone", "model.transformer.wte"
-_VIT = f"{_BACKBONE}.image_vit"
+_VIT = f"{BACKBONE}.image_vit"
 _BLOCK = {
     "attention_norm": "ln1",
     "attention.wq": "attn_q",
@@ -76,7 +75,7 @@ def _entries(config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer) -
         rows = np.empty((len(ids), config.decoder.d_model), np.float32)
         for table, inside, first in (("embedding", ids < size, 0), ("new_embedding", ids >= size, size)):
             if inside.any():
-                rows[inside] = tensors.get(f"{_WTE}.{table}")[ids[inside] - first]
+                rows[inside] = tensors.get(f"{TRANSFORMER}.wte.{table}")[ids[inside] - first]
         return rows
 
     yield entry("v.patch_embd.weight", (v.d_model, 3, v.patch_size, v.patch_size), patch_kernel)
@@ -92,11 +91,11 @@ def _entries(config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer) -
             yield from copy_layer(f"v.blk.{n}.{name}", f"{block}.{hub}")
         for k in (1, 2) if dino else ():
             yield copy(f"v.blk.{n}.ls{k}.weight", f"{block}.lambda{k}")
-    yield copy("mm.pad_embd.weight", f"{_BACKBONE}.pad_embed", float32=True)
+    yield copy("mm.pad_embd.weight", f"{BACKBONE}.pad_embed", float32=True)
     for hub, name in _POOL.items():
-        yield from copy_layer(f"mm.pool.{name}", f"{_BACKBONE}.image_pooling_2d.{hub}")
+        yield from copy_layer(f"mm.pool.{name}", f"{BACKBONE}.image_pooling_2d.{hub}")
     for hub, name in _PROJECTOR.items():
-        yield copy(f"{name}.weight", f"{_BACKBONE}.image_projector.{hub}.weight")
+        yield copy(f"{name}.weight", f"{BACKBONE}.image_projector.{hub}.weight")
     rows = len(image_token_ids(tokenizer))
     yield entry("mm.token_embd.weight", (rows, config.decoder.d_model), token_rows, float32=True)
 

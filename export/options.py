@@ -19,6 +19,7 @@ from molmo_edge.export.precisions import (
     PARTS,
     PLAIN_PRECISIONS,
     gguf_bundle,
+    onnx_bundle,
 )
 from molmo_edge.export.targets import TARGETS, Target
 from molmo_edge.quantize import QuantizeError
@@ -168,7 +169,7 @@ def _resolve_precision(
         _check_name(f"precision for {engine}", name, GGUF_PRECISIONS if gguf else ONNX_PRECISIONS)
         if gguf:  # a target decides about the other components; the name is the decoder's
             return (defaults | {"decoder": name} if target else gguf_bundle(name)), {}
-        return dict(ONNX_PRECISIONS[name].bundle or dict.fromkeys(GRAPHS, name)), {}
+        return onnx_bundle(name), {}
     named = {component: name.lower() for component, name in given.items()}
     parts = {part: named.pop(part) for part in PARTS if part in named}
     if parts and gguf:

@@ -92,6 +92,11 @@ GGUF_PRECISIONS = (*GGUF_FLOATS, "q8_0", *GGUF_CALIBRATED)
 SAFETENSORS_PRECISIONS = {"bf16": "BF16", "fp32": "F32"}  # -> dtype in the file
 
 
+def onnx_bundle(name: str) -> dict[str, str]:
+    """The precision of every component when `name`, one of ONNX_PRECISIONS, is given for a whole bundle."""
+    return dict(ONNX_PRECISIONS[name].bundle or dict.fromkeys(GRAPHS, name))
+
+
 def gguf_bundle(decoder: str) -> dict[str, str]:
     """The precision of every component when `decoder`, one of GGUF_PRECISIONS, is given for a whole bundle.
 

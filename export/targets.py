@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molmo_edge.checkpoints.manifest import GRAPHS
-from molmo_edge.export.precisions import ONNX_PRECISIONS
+from molmo_edge.export.precisions import onnx_bundle
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Target:
     reason: str  # written into the manifest
 
 
-_MIXED, _Q4F16 = ONNX_PRECISIONS["mixed"].bundle, ONNX_PRECISIONS["q4f16"].bundle
-assert _MIXED is not None
-assert _Q4F16 is not None
+_MIXED, _Q4F16 = onnx_bundle("mixed"), onnx_bundle("q4f16")
 _ENCODERS = frozenset(("vision_encoder", "connector"))
 TARGETS = {
     target.name: target
