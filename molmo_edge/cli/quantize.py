@@ -13,6 +13,7 @@ from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.cli.question_options import Asked, bars, named, open_suites, parse_precisions
+from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.precision_search import SearchResult
@@ -33,7 +34,9 @@ def quantize(
         float | None,
         typer.Option(help="Find the smallest size within this mean KL (nats/token).", show_default=False),
     ] = None,
-    precisions: Annotated[str, typer.Option(help="Precisions to choose from, separated by commas.")] = "q8,int8,q4",
+    precisions: Annotated[str, typer.Option(help="Precisions to choose from, separated by commas.")] = ",".join(
+        QUANTIZED
+    ),
     suite: Asked.Suite = None,
     limit: Annotated[int, typer.Option(min=1, help=_LIMIT)] = 12,
     data: Asked.Data = None,
