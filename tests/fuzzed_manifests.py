@@ -1,4 +1,4 @@
-"""Edits of a manifest, one field each: what somebody changes by hand, or what files of two bundles mix up."""
+"""Edits of single fields of a manifest, as by hand or by mixing up two bundles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Place = tuple[str | int, ...]
 @dataclass(frozen=True)
 class Edit:
     place: Place
-    value: Any  # what stands there afterwards; None: the field is taken out
+    value: Any  # the new value; None: the field is removed
 
     def __str__(self) -> str:
         return (
@@ -36,15 +36,15 @@ class Edit:
 
 
 def edits(manifest: dict[str, Any], count: int, *, seed: int = 0, within: tuple[str, ...] = ()) -> list[Edit]:
-    """`count` edits of all that there are, every field of `manifest`, or of the sections named, about equally often."""
+    """Choose `count` edits, of every field of `manifest` (or of the sections `within`) about equally often."""
     chance = random.Random(seed)
     by_place: dict[Place, list[Edit]] = {}
     for place, value in _leaves(manifest):
         if within and place[0] not in within:
             continue
-        # A long list is one field: the ids of an answer would be most of them.
+        # A long list counts as one field, or most edits would be of the ids of an answer.
         field = place[:3] if place[0] == "check" else place
-        others = [other for other in _others(value, chance) if other != value]  # twice 0 is no edit
+        others = [other for other in _others(value, chance) if other != value]  # 2 * 0 is not an edit
         by_place.setdefault(field, []).extend(Edit(place, other) for other in [*others, None])
     chosen: list[Edit] = []
     for choices in by_place.values():
@@ -63,7 +63,7 @@ def read(bundle: Path) -> dict[str, Any]:
 
 
 def _leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Every field and every list, the manifest's own hash left out."""
+    """Every field and every list except the manifest's own hash."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if (*place, key) != ("sha256",):

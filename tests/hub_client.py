@@ -1,4 +1,4 @@
-"""The command line in a process of its own, against the stand-in for the hub."""
+"""Run the command line in a separate process with the fake hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ else:
 
 
 class Client:
-    """The command line in a process of its own, with a cache of its own: huggingface_hub reads its settings once."""
+    """The command line in a separate process with its own cache: huggingface_hub reads its settings once."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
         self.hub, self.home = hub, home
@@ -62,7 +62,7 @@ class Client:
         )
 
     def fetch(self, revision: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        """`fetch_model` alone, whose directory is printed: no model is opened, which takes seconds."""
+        """Call only `fetch_model` and print its directory: opening a model takes seconds."""
         return self("fetch", self.hub.name, revision, **environment)
 
     def ask(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +75,7 @@ class Client:
 
 
 def refused(process: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence that a failed command ends with."""
+    """The one-line message of a failed command."""
     assert process.returncode == 1, process.stderr
     assert "Traceback" not in process.stderr
     *_, last = process.stderr.strip().splitlines()
@@ -84,7 +84,7 @@ def refused(process: subprocess.CompletedProcess[str]) -> str:
 
 
 def with_large_weights(hub: Hub) -> bytes:
-    """The hub's model becomes the golden MolmoE, with more than fits into a piece of what is kept of a download."""
+    """Make the golden MolmoE the hub's model, larger than one block of a download."""
     shutil.rmtree(hub.directory)
     copy_pickled_molmoe(hub.directory)
     weights = hub.directory / "pytorch_model.bin"

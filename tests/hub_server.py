@@ -1,4 +1,4 @@
-"""A stand-in for the hub's HTTP API, on this machine: what huggingface_hub asks when it fetches a model."""
+"""A fake of the hub's HTTP API with the requests of huggingface_hub for downloading a model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Serves the files of a directory as the model `name`, and remembers what it was asked."""
+    """Serves the files of a directory as the model `name`, and records the requests."""
 
     name: str
     directory: Path
     url: str = ""
-    token: str | None = None  # what a client must send; None: anybody may read
+    token: str | None = None  # the token that clients must send; None: public
     gated: bool = False
-    sizes: dict[str, int] = field(default_factory=dict)  # what it claims of files, where that is not the truth
-    hashes: dict[str, str] = field(default_factory=dict)  # likewise
-    cut_after: int | None = None  # bytes of a weights file after which the connection breaks
+    sizes: dict[str, int] = field(default_factory=dict)  # wrong sizes to report, by file
+    hashes: dict[str, str] = field(default_factory=dict)  # wrong hashes to report
+    cut_after: int | None = None  # bytes of a weights file after which the connection is closed
     revisions: tuple[str, ...] = ("main",)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)  # file, and the Range header
 
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
 
     def _redirect(self, name: str) -> None:
-        """Weights lie elsewhere, and are known by their sha256."""
+        """Weights are on another host and have a sha256."""
         data = self.hub.files[name]
         self.send_response(302)
         self.send_header("Location", self.hub.url.replace("127.0.0.1", "localhost") + f"/cdn/{name}")  # another host

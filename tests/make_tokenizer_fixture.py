@@ -45,7 +45,7 @@ def texts() -> list[str]:
 
 
 def prune(whole: dict[str, Any]) -> dict[str, Any]:
-    """`whole` is a parsed tokenizer.json; returns one with the needed entries, and Molmo's special tokens."""
+    """Reduce `whole`, a parsed tokenizer.json, to the needed entries and Molmo's special tokens."""
     vocab: dict[str, int] = whole["model"]["vocab"]
     parts = {"".join(pair): pair for pair in (merge.split(" ") for merge in whole["model"]["merges"])}
     tokenizer = Tokenizer.from_str(json.dumps(whole))
@@ -61,7 +61,7 @@ def prune(whole: dict[str, Any]) -> dict[str, Any]:
         return {"id": token_id, "content": content, **flags, "special": True}
 
     added = whole["added_tokens"] + [special(FIRST_SPECIAL + i, name) for i, name in enumerate(SPECIAL)]
-    # Added tokens must stand in the vocabulary here, or they would be numbered anew behind the last of its few entries.
+    # Added tokens must be in this vocabulary, or they would get new ids after its last entry.
     ids = {token: vocab[token] for token in keep if token in vocab} | {entry["content"]: entry["id"] for entry in added}
     merges = [merge for merge in whole["model"]["merges"] if set(merge.split(" ")) | {merge.replace(" ", "")} <= keep]
     model = whole["model"] | {"vocab": dict(sorted(ids.items(), key=lambda item: item[1])), "merges": merges}

@@ -1,4 +1,4 @@
-"""The golden MolmoE as the hub has the real one: its weights in one pickle."""
+"""The golden MolmoE with its weights in one pickle, as the real one on the hub."""
 
 import shutil
 from pathlib import Path

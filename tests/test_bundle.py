@@ -1,4 +1,4 @@
-"""What is refused before any of it is used, and what is checked when."""
+"""Opening bundles: damaged and inconsistent ones are refused, and files are verified once per machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """As somebody would who also brings the manifest's own hash up to date."""
+    """Edit the manifest and update its hash."""
     manifest = json.loads((bundle / "molmo_edge.json").read_text())
     change(manifest)
     write_manifest(bundle, manifest)
@@ -72,7 +72,7 @@ def test_hashes_are_compared_once_a_machine(bundle: Path) -> None:
     path = bundle / "decoder.onnx"
     before = path.stat()
     flip_a_byte(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as no honest change would leave it
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the time of change stays the same
     open_bundle(bundle)
     with pytest.raises(BundleError, match="sha256"):
         open_bundle(bundle, hashes=True)
@@ -163,7 +163,7 @@ def test_a_manifest_that_is_none(bundle: Path, content: bytes) -> None:
 
 
 def test_a_manifest_is_written_as_it_was_read(bundle: Path) -> None:
-    """Byte for byte, with every optional field and without."""
+    """Byte for byte, with and without the optional fields."""
     path = bundle / "molmo_edge.json"
     assert json.dumps(read_manifest(bundle).to_dict(), indent=1) + "\n" == path.read_text()
     content = json.loads(path.read_text())
@@ -227,13 +227,13 @@ def test_the_checks_own_image_is_verified(bundle: Path) -> None:
     check = open_bundle(bundle).check
     assert check is not None
     flip_a_byte(bundle / check.image.file)
-    open_bundle(bundle)  # nothing looks at it here
+    open_bundle(bundle)  # does not verify the image
     with pytest.raises(BundleError, match="does not have the sha256"):
         check_bundle(bundle, threads=1)
 
 
 def test_another_models_answers_fail_the_check(bundle: Path, golden: Path, tmp_path: Path) -> None:
-    """Every file is as its manifest says, but one matrix was damaged before the export."""
+    """All files match the manifest, but one matrix was damaged before the export."""
     torch = pytest.importorskip("torch")
     from molmo_edge.export import export_bundle
     from molmo_edge.modeling import load_checkpoint, save_checkpoint
@@ -250,7 +250,7 @@ def test_another_models_answers_fail_the_check(bundle: Path, golden: Path, tmp_p
     assert not report.passed
     assert report.different is not None
     assert report.different.name == "logits"
-    edit(tmp_path / "other", lambda m: m["check"].pop("sums"))  # as older bundles are
+    edit(tmp_path / "other", lambda m: m["check"].pop("sums"))  # as in older bundles
     report = check_bundle(tmp_path / "other", threads=1)
     assert not report.passed
     assert report.gap is not None

@@ -1,4 +1,4 @@
-"""`molmo-edge chat` on a terminal: line editing, history, and what Ctrl-C does. The terminal is a real pty."""
+"""`molmo-edge chat` on a terminal (a pty): line editing, history and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest.importorskip("readline")
 
 TESTS = Path(__file__).parent
 PHOTO = TESTS / "golden" / "coffee.png"
-# A model that repeats each question, and goes on for ever about one that begins with "Long".
+# A model that repeats each question, endlessly if the question begins with "Long".
 CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
@@ -56,7 +56,7 @@ main()
 
 
 class Terminal:
-    """The command in a pty of its own."""
+    """The command in its own pty."""
 
     def __init__(self, home: Path, *arguments: object, context: int = 4096) -> None:
         self._master, slave = pty.openpty()
@@ -73,7 +73,7 @@ class Terminal:
             import termios
 
             os.setsid()
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes as a signal
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # so that Ctrl-C sends a signal
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         code = CHILD.format(tests=str(TESTS), context=context)
@@ -92,7 +92,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, text: str) -> str:
-        """What was shown until `text` came; what follows is left for the next call."""
+        """The output before `text`; the output after it is kept for the next call."""
         ends = time.monotonic() + 60
         while text not in self.shown:
             ready, _, _ = select.select([self._master], [], [], max(0.0, ends - time.monotonic()))
@@ -158,18 +158,19 @@ def terminal(tmp_path: Path) -> Iterator[Open]:
 
 
 def test_ctrl_c_cancels_the_answer_and_keeps_the_chat(terminal: Open) -> None:
-    chat = terminal("--max-new-tokens", 3000)  # half a minute of "Long"
+    chat = terminal("--max-new-tokens", 3000)  # takes half a minute
     chat.send("First?\r")
     chat.wait_for("So: First?")
     chat.wait_for("> ")
     chat.send("Long one\r")
-    chat.wait_for("So: Long one So: Long one")  # it is in the middle of it
+    chat.wait_for("So: Long one So: Long one")  # it is generating
     chat.send("\x03")
     chat.wait_for("cancelled")
     chat.wait_for("> ")
     chat.send("Second?\r")
     chat.wait_for("So: Second?")
-    # Run for it: the EOS that the first answer lacks in the cache, and the question. Nothing of the image or of "Long".
+    # Prefilled: the EOS of the first answer, which is not in the cache yet, and the question; nothing of image or
+    # "Long".
     read, whole = chat.wait_for(" tokens read").rsplit("\n", 1)[-1].split(" of ")
     assert int(read) == 1 + question_tokens("Second?")
     assert int(whole) > 150 + int(read)
@@ -225,7 +226,7 @@ def test_questions_can_be_kept_out_of_the_history(terminal: Open, tmp_path: Path
     chat.send("Secret?\r")
     chat.wait_for("So: Secret?")
     chat.wait_for("> ")
-    chat.send("\x1b[A\r")  # in this chat it is still there
+    chat.send("\x1b[A\r")  # it is still in the history of this chat
     chat.wait_for("So: Secret?")
     chat.wait_for("> ")
     chat.send("\x04")

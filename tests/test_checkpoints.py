@@ -1,4 +1,4 @@
-"""Checkpoints in and out: every public layout, and each that is damaged refused by file and tensor, nothing left."""
+"""Reading and writing checkpoints in every public layout; damaged ones are refused by file and tensor."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
 
 
 def as_reference(checkpoint: Path, out: Path) -> None:
-    """The checkpoint as the reference's tarballs hold it, written from what is known of that layout."""
+    """Write the checkpoint in the layout of the reference's tarballs."""
     config, tensors = read_config(checkpoint), tensors_of(checkpoint)
     d, state = config.decoder, {}
     for name, values in tensors.items():
@@ -72,7 +72,7 @@ def as_reference(checkpoint: Path, out: Path) -> None:
 
 
 def _moe_dialect(config: MolmoConfig) -> dict[str, Any]:
-    """A dense decoder in the words of the reference's ModelConfig, which the hub uses for MolmoE alone."""
+    """A dense decoder with the keys of the reference's ModelConfig, which the hub uses only for MolmoE."""
     d = config.decoder
     return {
         "d_model": d.d_model, "n_layers": d.n_layers, "n_heads": d.n_heads, "n_kv_heads": d.n_kv_heads,
@@ -128,7 +128,7 @@ def test_the_references_folders_are_the_same_model(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_conversion_keeps_every_value(name: str, precision: str, tmp_path: Path) -> None:
-    """The golden weights are bfloat16 exactly, so neither precision may change one; both loaders read the result."""
+    """The golden weights are exact in bfloat16, so neither precision changes them; both loaders read the result."""
     files = export_checkpoint(GOLDEN / name, tmp_path / "out", precision, shard_bytes=100_000)
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -179,7 +179,7 @@ def test_conversion_says_how_far_it_is(tmp_path: Path) -> None:
     assert progress[-1][0] == progress[-1][1] == sum(v.size for v in tensors_of(GOLDEN / "qwen").values())
 
 
-# What a damaged checkpoint is refused with, before or while it is converted.
+# Damages of a checkpoint, and the errors before or during its conversion.
 
 
 def _edit_index(directory: Path, change: Callable[[dict[str, str]], None]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: what goes where, exit statuses, and one line for every bad input."""
+"""The command line: stdout and stderr, exit statuses, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_chat(tiny_bundle: Path, photo: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 1, run.stderr  # a question failed, and nobody sat there to ask it again
+    assert run.returncode == 1, run.stderr  # a question failed, and stdin is not a terminal
     assert len(run.stdout.splitlines()) == 2
     assert "must end in" in run.stderr
     assert "wrote" in run.stderr
@@ -332,7 +332,7 @@ def test_chat_survives_bytes_that_are_no_text(tiny_bundle: Path, photo: Path) ->
 def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
     command = [*COMMAND, "ask", str(photo), "What?", "-m", str(tiny_bundle), "-q", "--max-new-tokens", "3"]
     read, write = os.pipe()
-    os.close(read)  # nobody will ever read
+    os.close(read)  # closes the reading end
     run = subprocess.run(command, env=ENV, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert run.returncode == 1
@@ -342,7 +342,7 @@ def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
 def test_an_interrupt_is_quiet(tiny_bundle: Path, photo: Path) -> None:
     command = [*COMMAND, "chat", str(photo), "-m", str(tiny_bundle)]
-    # A shell starts its background jobs with interrupts ignored, and the tests may run in one.
+    # Background jobs of a shell ignore interrupts, and the tests may run in one.
     ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -350,7 +350,7 @@ def test_an_interrupt_is_quiet(tiny_bundle: Path, photo: Path) -> None:
         signal.signal(signal.SIGINT, ours)
     assert process.stdin is not None
     assert process.stderr is not None
-    assert "a question" in process.stderr.readline()  # it waits for one now
+    assert "a question" in process.stderr.readline()  # it is ready for input
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130

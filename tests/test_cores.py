@@ -1,4 +1,4 @@
-"""Threads and memory respect the container: its quota is the default; more threads than cores are refused."""
+"""Threads and memory respect the limits of a container; more threads than cores are refused."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ V1 = "12:cpu,cpuacct:/docker/ab\n5:memory:/docker/ab\n1:name=systemd:/docker/ab\
     [
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
         ("0::/\n", {"cpu.max": "max 100000\n"}, None),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),  # of the group around it
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),  # of the parent group
         ("0::/../b\n", {"cpu.max": "200000 100000\n"}, 2.0),  # as seen from a namespace
-        ("0::/host/only\n", {"cpu.max": "200000 100000\n"}, 2.0),  # a path that the container does not see
+        ("0::/host/only\n", {"cpu.max": "200000 100000\n"}, 2.0),  # a path outside of the container
         ("0::/\n", {}, None),
         (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3.0),
         (V1, {"cpu/docker/ab/cpu.cfs_quota_us": "50000\n", "cpu/docker/ab/cpu.cfs_period_us": "100000\n"}, 0.5),
@@ -172,4 +172,4 @@ print(len(os.listdir("/proc/self/task")))
         text=True,
         check=True,
     )
-    assert int(done.stdout) == 1  # a session that is allowed one thread runs in the caller's
+    assert int(done.stdout) == 1  # a session with one thread runs in the calling thread

@@ -1,4 +1,4 @@
-"""A missing optional package is one line that names the extra with it; the extras are those of pyproject.toml."""
+"""A missing optional package gives a one-line error that names its extra; the extras match pyproject.toml."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRAINING = ("--from", GOLDEN / "qwen", "--out", "run", "--device", "cpu", "--ste
 
 
 def run(folder: Path, blocked: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, in `folder`."""
+    """Run the command line in a separate process in `folder`."""
     return subprocess.run(
         [sys.executable, "-c", BLOCKED.format(packages=blocked), *map(str, arguments)],
         cwd=folder,
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
-    # what is missing, the extra, the command
+    # missing package, extra, command
     ("torch", "train", ("train", "points", "points", *TRAINING)),
     ("torch", "train", ("train", "caption", "--data", "data", *TRAINING)),
     ("torch", "train", ("train", "multitask", "--data", "data", *TRAINING)),

@@ -1,4 +1,4 @@
-"""The head of a GGUF: read as another reader reads it, and whatever is wrong with it named. Needs no llama.cpp."""
+"""Reading GGUF headers: results equal those of the gguf package, and every error is named. Needs no llama.cpp."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENIZER = Tokenizer.from_file(GOLDEN / "molmoe" / "tokenizer.json")
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden MolmoE's decoder; how its texts are cut is llama.cpp's to say, which is not asked here."""
+    """The decoder of the golden MolmoE, without llama.cpp's pre-tokenizer."""
     out = tmp_path_factory.mktemp("gguf") / "decoder.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_vocab, "find_pretokenizer", lambda *_: "olmo")
@@ -41,7 +41,7 @@ def content(path: Path) -> bytes:
 
 
 def as_type(content: bytes, tensor: bytes, kind: int) -> bytes:
-    """The tensor's type behind its name, number of dimensions and dimensions."""
+    """Change the type of a tensor, which follows its name and dimensions."""
     at = content.index(tensor) + len(tensor)
     (dimensions,) = struct.unpack_from("<I", content, at)
     at += 4 + 8 * dimensions
@@ -128,7 +128,7 @@ def test_types_that_are_not_known_and_tensors_that_overlap(tmp_path: Path) -> No
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_gets_past_with_another_error(data: st.DataObject, content: bytes, tmp_path: Path) -> None:
-    """Bytes changed or cut off anywhere in the header: named, or harmless (a name, a merge)."""
+    """Changed or missing bytes anywhere in the header are reported, or are harmless (a name, a merge)."""
     end = content.index(b"output_norm.weight") + 64
     damaged = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):

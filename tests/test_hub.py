@@ -1,4 +1,4 @@
-"""Models by hub id, against a stand-in for the hub: fetched, resumed, cached, and refused in one sentence."""
+"""Models by hub id, with a fake hub: downloads, resumed downloads, the cache, and one-line errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINT_FILES = {"config.json", "preprocessor_config.json", "tokenizer.json"}
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with the golden Qwen2-style model, in shards, and the Python code that real checkpoints bring."""
+    """A hub with the golden Qwen2-style model, in shards, and Python code as in real checkpoints."""
     directory = tmp_path / "served"
     export_checkpoint(GOLDEN / "qwen", directory, shard_bytes=150_000)
     (directory / "modeling_molmo.py").write_text("raise SystemExit('code of the hub was run')")
@@ -79,13 +79,13 @@ def test_a_pickle_is_fetched_where_there_is_nothing_else(hub: Hub, client: Clien
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, client: Client) -> None:
-    """The client itself throws away what it has of a file."""
+    """huggingface_hub itself discards a partial file."""
     large = with_large_weights(hub)
     hub.cut_after = 35_000_000
-    assert "goes on where it stopped" in refused(client.ask(HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    assert "it resumes where it stopped" in refused(client.ask(HF_HUB_DOWNLOAD_TIMEOUT="1"))
     hub.cut_after = None
     hub.downloads.clear()
-    # Room for the rest and for what stays free, not for the whole file once more.
+    # Space for the rest of the file and the spare space, but not for the whole file again.
     process = client.ask(FREE="540000000")
     assert process.returncode == 0, process.stderr
     starts = [int(wanted.removeprefix("bytes=").split("-")[0]) for file, wanted in hub.downloads if wanted]
@@ -99,20 +99,20 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, client: Clie
 def test_what_arrives_damaged_is_thrown_away(hub: Hub, client: Client) -> None:
     with_large_weights(hub)
     hub.hashes["pytorch_model.bin"] = "0" * 64
-    assert "pytorch_model.bin of someone/a-model arrived damaged" in refused(client.ask())
+    assert "pytorch_model.bin of someone/a-model was damaged" in refused(client.ask())
     assert not [p for p in (client.home / "hub").rglob("blobs/*") if p.stat().st_size > 1_000_000]
 
 
 @pytest.mark.parametrize("left", [b"x" * 70_000_000, b"x" * 20_000_000])
 def test_what_an_attempt_left_is_not_trusted(hub: Hub, client: Client, left: bytes) -> None:
-    """Longer than the file: begun anew. Of other contents: thrown away, and fetched anew the next time."""
+    """A partial file that is too long is restarted; one with other contents is discarded and downloaded again."""
     large = with_large_weights(hub)
     sha256 = hashlib.sha256(large).hexdigest()
     blobs = client.home / "hub" / "models--someone--a-model" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{sha256}.part").write_bytes(left)
     if len(left) < len(large):
-        assert "arrived damaged" in refused(client.ask())
+        assert "was damaged during the download" in refused(client.ask())
     assert client.ask().returncode == 0
     assert (blobs / sha256).read_bytes() == large
 

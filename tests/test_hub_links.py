@@ -1,4 +1,4 @@
-"""The hub's cache without symlinks: large files lie on the disk once, and are fetched once."""
+"""The hub's cache without symlinks: large files are stored once and downloaded once."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def folder(client: Client) -> Path:
 
 
 def on_disk(client: Client, size: int) -> list[Path]:
-    """The files of `size` bytes in the cache, each once however many names it has."""
+    """The files of `size` bytes in the cache, each listed once even if it has several names."""
     found = {p.stat().st_ino: p for p in client.home.rglob("*") if p.is_file() and not p.is_symlink()}
     return [p for p in found.values() if p.stat().st_size == size]
 
 
 def fetched(client: Client, revision: str = "", **environment: str) -> Path:
-    """The directory that the model is in."""
+    """The directory of the model."""
     run = client.fetch(revision, **environment)
     assert run.returncode == 0, run.stderr
     assert "symlinks" not in run.stderr
@@ -65,7 +65,7 @@ def fetched(client: Client, revision: str = "", **environment: str) -> Path:
 def test_large_files_lie_on_the_disk_once_and_are_fetched_once(hub: Hub, client: Client, how: dict[str, str]) -> None:
     size = (hub.directory / WEIGHTS).stat().st_size
     snapshot = folder(client) / "snapshots" / COMMIT
-    # Room for the file once, and what stays free.
+    # Space for one copy of the file and the spare space.
     assert fetched(client, **how, FREE=str(size + 510_000_000)) == snapshot
     assert not any(p.is_symlink() for p in client.home.rglob("*"))
     assert on_disk(client, size) == [snapshot / WEIGHTS]
@@ -95,7 +95,7 @@ def test_what_is_written_is_what_the_disk_check_counts(hub: Hub, client: Client)
 def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, client: Client) -> None:
     size = (hub.directory / WEIGHTS).stat().st_size
     hub.cut_after = 35_000_000
-    assert "goes on where it stopped" in refused(client.fetch(**WITHOUT, HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    assert "it resumes where it stopped" in refused(client.fetch(**WITHOUT, HF_HUB_DOWNLOAD_TIMEOUT="1"))
     hub.cut_after = None
     hub.downloads.clear()
     fetched(client, **WITHOUT, FREE="540000000")
@@ -117,7 +117,7 @@ def test_what_an_older_version_left_under_its_hash_is_moved(hub: Hub, client: Cl
 
 
 def test_a_new_commit_fetches_only_what_has_changed(hub: Hub, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without symlinks the client knows nothing of the files of other revisions."""
+    """Without symlinks huggingface_hub does not reuse the files of other revisions."""
     size = (hub.directory / WEIGHTS).stat().st_size
     fetched(client, **WITHOUT)
     later = COMMIT[::-1]
@@ -131,7 +131,7 @@ def test_a_new_commit_fetches_only_what_has_changed(hub: Hub, client: Client, mo
     for commit in (COMMIT, later):
         assert (folder(client) / "snapshots" / commit / WEIGHTS).stat().st_size == size
     assert len(on_disk(client, size)) == 1
-    # On file systems without hard links it is fetched, and counted.
+    # Without hard links it is downloaded, and its size is checked.
     monkeypatch.setattr(hub_server, "COMMIT", "f" * 40)
     assert "GB more" in refused(client.fetch(**WITHOUT, NO_HARD_LINKS="1", FREE="510000000"))
     assert fetched(client, **WITHOUT, NO_HARD_LINKS="1").name == "f" * 40
@@ -139,12 +139,12 @@ def test_a_new_commit_fetches_only_what_has_changed(hub: Hub, client: Client, mo
 
 
 def test_a_blob_that_links_point_to_stays(hub: Hub, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Developer mode was on, and is off now: what was fetched before goes on to work."""
+    """After developer mode was switched off, earlier downloads still work."""
     before = fetched(client)
     (blob,) = on_disk(client, (hub.directory / WEIGHTS).stat().st_size)
     assert blob.parent.name == "blobs"
     monkeypatch.setattr(hub_server, "COMMIT", COMMIT[::-1])
-    assert "GB more" in refused(client.fetch(**WITHOUT, FREE="510000000"))  # a copy has to be made
+    assert "GB more" in refused(client.fetch(**WITHOUT, FREE="510000000"))  # a copy is needed
     assert fetched(client, **WITHOUT).name == COMMIT[::-1]
     assert (folder(client) / "snapshots" / COMMIT / WEIGHTS).resolve() == blob.resolve()
     assert fetched(client, COMMIT, HF_HUB_OFFLINE="1") == before

@@ -47,7 +47,7 @@ def _saved(kind: str, mode: str, orientation: int = 1, **options: Any) -> bytes:
         exif = Image.Exif()
         exif[0x0112] = orientation
         options["exif"] = exif
-    if (kind, mode) == ("PPM", "I;16"):  # older Pillows do not write it
+    if (kind, mode) == ("PPM", "I;16"):  # older Pillows cannot write it
         return b"P5 23 37 65535\n" + np.asarray(_picture(mode)).astype(">u2").tobytes()
     file = io.BytesIO()
     try:
@@ -91,7 +91,7 @@ def _flip(data: bytearray, random: np.random.Generator) -> str:
 
 
 def _header(data: bytearray, random: np.random.Generator) -> str:
-    """Where sizes, counts, offsets and types are: extreme values there."""
+    """Extreme values in place of sizes, counts, offsets and types."""
     place = int(random.integers(2, min(len(data), 120) - 4))
     value = [0, 1, 0x7F, 0x80, 0xFFFF, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF, 40000][random.integers(9)]
     width = [1, 2, 4][random.integers(3)]
@@ -114,7 +114,7 @@ DAMAGES: list[Callable[[bytearray, np.random.Generator], str]] = [_flip, _header
 
 
 def plainly(data: bytes) -> np.ndarray | None:
-    """What Pillow makes of the bytes, without the code under test; None where it refuses them."""
+    """Decode the bytes with Pillow alone; None if it refuses them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -135,7 +135,7 @@ def plainly(data: bytes) -> np.ndarray | None:
 
 def loaded_or_refused(data: bytes) -> np.ndarray | str:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning would arrive as an error of another kind
+        warnings.simplefilter("error")  # a warning would become an unexpected error
         warnings.filterwarnings("default", category=Image.DecompressionBombWarning)
         try:
             return load_image(data)
@@ -156,7 +156,7 @@ def test_damage_is_refused_or_decoded_as_the_file_says(kind: int) -> None:
     expected = plainly(data)
     assert expected is not None
     assert np.array_equal(whole, expected)
-    if name not in ("ICO", "ICNS"):  # which have sizes of their own
+    if name not in ("ICO", "ICNS"):  # which resize images
         assert whole.shape == ((23, 37, 3) if orientation > 4 else (37, 23, 3))
     random = np.random.default_rng(kind)
     for round_ in range(8):
@@ -187,7 +187,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 @functools.cache
 def bombs() -> dict[str, bytes]:
-    """Small files that would take gigabytes, in pixels or beside them."""
+    """Small files that would need gigabytes, for pixels or other data."""
     zeros = zlib.compressobj(1)
     packed = b"".join(zeros.compress(bytes(1 << 20)) for _ in range(256)) + zeros.flush()  # 256 MB in 1 MB
 
@@ -203,7 +203,7 @@ def bombs() -> dict[str, bytes]:
         tiff += struct.pack("<HHII", tag, 4, 1, value)
     return {
         "png": png(30000, 30000),
-        "almost": png(13000, 13000),  # of which Pillow only warns
+        "almost": png(13000, 13000),  # Pillow only warns
         "png text": png(8, 8, _chunk(b"zTXt", b"comment\0\0" + packed)),
         "png profile": png(8, 8, _chunk(b"iCCP", b"profile\0\0" + packed)),
         "ico": struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(icon), 22) + icon,

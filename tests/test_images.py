@@ -72,7 +72,7 @@ def test_equals_the_reference(name):
     assert rgb.shape == (expected["height"], expected["width"], 3)
     prepared = ImageProcessor(ImageConfig(max_crops=int(max_crops)))(rgb)
     assert len(prepared.crops) == expected["n_crops"]
-    # The golden sequence has BOS in front and a question behind.
+    # The golden sequence has BOS before the image and a question after it.
     tokens = ARRAYS[f"{name}.tokens"]
     assert len(tokens) == expected["n_tokens"]
     assert np.array_equal(prepared.tokens, tokens[1 : 1 + len(prepared.tokens)])

@@ -1,4 +1,4 @@
-"""Loading: every mode and dtype, EXIF, and a clear sentence for everything that is no image."""
+"""Loading images: every mode and dtype, EXIF, and a clear error for everything that is not an image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path):
     data = encoded(Image.fromarray(RGB))
     path.write_bytes(data)
     with open(path, "rb") as file, Image.open(path) as image:
-        file.read(10)  # wherever it stands
+        file.read(10)  # loading starts at the beginning anyway
         sources = [path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), file, image, RGB]
         for source in sources:
             loaded = load_image(source)
@@ -77,7 +77,7 @@ def test_modes_follow_convert(mode):
     grey_first = {"PA": "P", "RGBa": "RGBA", "La": "LA"}
     image = Image.fromarray(RGB)
     image = image.convert(grey_first.get(mode, mode)).convert(mode)
-    via = {"RGBa": "RGBA", "La": "LA"}  # what Pillow itself cannot turn into RGB in one step
+    via = {"RGBa": "RGBA", "La": "LA"}  # modes that Pillow cannot convert to RGB in one step
     expected = image.convert(via[mode]).convert("RGB") if mode in via else image.convert("RGB")
     assert np.array_equal(load_image(image), np.asarray(expected))
 
@@ -108,7 +108,7 @@ def test_16_bits_are_scaled_not_clipped(kind):
 
 
 def test_modes_without_a_way_to_rgb_are_refused(monkeypatch):
-    def convert(*_):  # older Pillows have no way for LAB, newer ones do
+    def convert(*_):  # as in older Pillows, which cannot convert LAB
         raise ValueError("conversion from LAB to RGB not supported")
 
     monkeypatch.setattr(Image.Image, "convert", convert)
@@ -223,7 +223,7 @@ def test_corrupted_files_never_raise_anything_else(kind):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size; the pixels it carries are few."""
+    """A PNG whose header claims a size, with few pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -248,7 +248,7 @@ def test_bombs_are_refused_before_decoding(warnings_are, monkeypatch):
         for width, height in ((30000, 30000), (12000, 12000)):
             with pytest.raises(ImageError, match=rf"too large.*{width * height}"):
                 load_image(png_header(width, height))
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # an app that lifted Pillow's limit
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as an app without Pillow's limit
             with pytest.raises(ImageError, match=f"{width} x {height} .* {MAX_PIXELS}"):
                 load_image(png_header(width, height))
             monkeypatch.undo()

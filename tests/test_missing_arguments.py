@@ -1,4 +1,4 @@
-"""What is said about an argument that was left out, and the exit status of questions over a pipe."""
+"""Errors for missing arguments, and the exit status of a chat over a pipe."""
 
 from __future__ import annotations
 

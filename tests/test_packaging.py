@@ -1,4 +1,4 @@
-"""Every package is listed; and wheel, sdist, editable and a plain install started in the checkout all work."""
+"""Every package is listed, and wheel, sdist, editable and plain installs work, also from within the checkout."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_means_all() -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without what earlier builds left: setuptools would take stale files from build/ into a wheel."""
+    """A copy without build/: setuptools would include its stale files in a wheel."""
     junk = shutil.ignore_patterns(
         ".git", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".venv", ".hypothesis", "golden"
     )
@@ -79,7 +79,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 
 def fresh_python(directory: Path) -> Path:
-    """A virtual environment that sees what is installed in this one, molmo-edge itself left out."""
+    """A virtual environment with the packages of this one except molmo-edge."""
     run(sys.executable, "-m", "venv", "--without-pip", str(directory))
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     dependencies = directory / "dependencies"
@@ -141,7 +141,7 @@ def test_installed_from_the_wheel(artefacts: Path, source: Path, tmp_path: Path)
     empty.mkdir()
     assert Path(run(str(python), "-c", PROBE, cwd=empty)).is_relative_to(tmp_path / "venv")
     assert script(python).startswith("molmo-edge ")
-    # Started in the checkout, Python finds the checkout's molmo_edge first, and its siblings with it.
+    # Started in the checkout, Python finds the checkout's molmo_edge and its sibling folders first.
     assert Path(run(str(python), "-c", PROBE, cwd=source)).is_relative_to(source)
 
 

@@ -65,7 +65,7 @@ def test_formatting_equals_the_reference_exactly(case):
 
 
 def reference_scan(text: str) -> Counter:
-    """The reference's four patterns as published, in percent; Click's second finding left out."""
+    """The reference's four patterns as published, in percent, without the second match of Click."""
     found: Counter = Counter()
     for pattern, unit in (
         (r"\(([0-9]+\.[0-9]),? ?([0-9]+\.[0-9])\)", 1),
@@ -104,7 +104,7 @@ def test_points_come_as_soon_as_their_tag_closes():
     assert parser.feed("/point> and Click(1.0, 2.0)") == []
     assert parser.feed(" t") == [Point(1.0, 2.0)]
     assert parser.feed('hen <points x1="5.0" y1="6.0" x2="7.0" y2="8.0" alt="a"') == []
-    assert parser.close() == [Point(5.0, 6.0, "a"), Point(7.0, 8.0, "a")]  # cut off: better than nothing
+    assert parser.close() == [Point(5.0, 6.0, "a"), Point(7.0, 8.0, "a")]  # of a truncated answer
     assert parser.close() == []
 
 
@@ -135,7 +135,7 @@ def test_labels(text, label):
 def test_formatted_points_parse_back(points, label):
     quoted = '">' in "".join(label.split()) or re.search(
         r"[\d=(]", label
-    )  # would be read as the tag's end, or as a point
+    )  # would be parsed as the end of the tag, or as a point
     parsed = parse_points(format_points(points, label))
     assert [(p.x, p.y) for p in parsed][: len(points)] == sorted(points, key=lambda xy: xy[0] * 10000 + xy[1])
     if not quoted:
@@ -147,7 +147,7 @@ def test_formatting_of_none_and_of_counts():
     assert format_count([Point(1, 2), (3, 4)], "cups") == (
         'Counting the <points x1="1.0" y1="2.0" x2="3.0" y2="4.0" alt="cups">cups</points> shows a total of 2.'
     )
-    # -0 would be written with its sign, which no pattern reads.
+    # -0 would be formatted with its sign, which no pattern matches.
     text = format_points([(-0.0, 2), (-0.04, 3)], "ear")
     assert text == '<points x1="0.0" y1="2.0" x2="0.0" y2="3.0" alt="ear">ear</points>'
     assert format_points([(1, 2)], "ear", alt="left ear") == '<point x="1.0" y="2.0" alt="left ear">ear</point>'
@@ -203,7 +203,7 @@ def test_hostile_text_takes_linear_time(text):
         ("twenty.", 20),
         ("Counting the <points ...>cups</points> shows a total of 14.", 14),
         ("It shows a total of 5 cups on the table", 5),
-        ("There are none.", 0),  # the reference means to score this as 0 and does not
+        ("There are none.", 0),  # the reference intends 0 but does not find it
         ("None of them are cups", 0),
         ("zero", 0),
         ("-3", None),

@@ -17,9 +17,9 @@ import molmo_edge
 
 ROOT = Path(molmo_edge.__file__).parent.parent
 SILENCED = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "HF_UPDATE_DOWNLOAD_COUNTS")
-# The first, and every other variable that would switch reports off by itself.
+# The variables of SWITCHES, and others that switch reports off.
 OTHERS = ("DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_RUNNING_UNIT_TESTS")
-UNWRITABLE = "/dev/null/home"  # no directory can be made there, not even by root
+UNWRITABLE = "/dev/null/home"  # not even root can create a directory there
 
 ASK = """
 import sys, time
@@ -27,7 +27,7 @@ import numpy as np
 from molmo_edge import Molmo
 Molmo().ask(np.zeros((64, 64, 3), np.uint8), "What?", max_new_tokens=2)
 """
-# Both libraries ask their host when they are used, not when they are imported.
+# Both libraries contact their host when they are used, not when they are imported.
 READ_ROWS = """
 import molmo_edge
 from huggingface_hub.utils import build_hf_headers
@@ -36,7 +36,7 @@ import pyarrow, pyarrow.parquet, datasets
 pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), "rows.parquet")
 datasets.load_dataset("parquet", data_files={"train": ["rows.parquet"]}, split="train", cache_dir="cache")
 """
-# onnxruntime and its kind resolve names in C, where a patch of `socket` sees nothing.
+# onnxruntime resolves names in C, which a patch of `socket` does not record.
 RECORDER = r"""
 #include <fcntl.h>
 #include <netdb.h>
@@ -64,7 +64,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """A library that records each name that a process looks up; None where it cannot be built."""
+    """A library that records each host name that a process looks up; None if it cannot be built."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
@@ -76,7 +76,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 @pytest.fixture
 def run(tmp_path: Path, recorder: Path | None) -> Callable[..., Run]:
-    """Run Python in a fresh home, as on a user's machine."""
+    """Run Python with an empty home directory."""
 
     def start(*arguments: str, stdin: str = "", home: str | None = None, **variables: str) -> Run:
         fresh = tmp_path / "home"
@@ -168,7 +168,7 @@ def test_the_switches_are_set_before_any_library_is_loaded(first: str, run: Call
         ({"ORT_DISABLE_TELEMETRY": "0"}, ("0", "1", "0")),
         ({"HF_HUB_DISABLE_TELEMETRY": "0", "HF_UPDATE_DOWNLOAD_COUNTS": "AUTO"}, ("1", "0", "AUTO")),
         ({"DO_NOT_TRACK": "0"}, ("1", None, "0")),
-        ({"ORT_DISABLE_TELEMETRY": ""}, ("1", "1", "0")),  # an empty value is none
+        ({"ORT_DISABLE_TELEMETRY": ""}, ("1", "1", "0")),  # an empty value counts as unset
     ],
 )
 def test_a_value_that_the_user_set_wins(

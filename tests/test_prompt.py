@@ -1,4 +1,4 @@
-"""Prompts: the golden sequences of whole checkpoints, turns, and the SDK's phrases."""
+"""Prompts: golden sequences of whole checkpoints, turns, and the questions of the SDK."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_turns_equal_the_golden_ones(checkpoint):
 def test_texts():
     assert build_prompt("Point to the dog.") == " User: Point to the dog. Assistant:"
     assert build_prompt("How many?", style="vqa2") == " User: vqa2: How many? Assistant:"
-    assert build_prompt("two\nlines ") == " User: two\nlines  Assistant:"  # as it is: the reference strips nothing
+    assert build_prompt("two\nlines ") == " User: two\nlines  Assistant:"  # unchanged, as in the reference
     assert build_caption_prompt(length=83) == " long_caption 83:"
     assert build_caption_prompt("transcript", 40) == " transcript 40:"
     assert build_caption_prompt(length=None) == " long_caption :"

@@ -1,4 +1,4 @@
-"""What an export leaves behind when it is killed, and who may write where: folders of work in progress, and stamps."""
+"""Temporary folders of killed exports, locks between processes, full disks, and stamps of verified files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from molmo_edge.system.cache import cache_directory
 
 Cli = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parent / "golden"
-WAIT = 120  # seconds that a child may take to begin
+WAIT = 120  # seconds until a child must have started
 
-# An export that says when it has begun and then waits, as one of a large model would work on.
+# An export that reports its start and then waits, as a long-running one.
 CHILD = """
 import sys, time
 from molmo_edge.export import {function}
@@ -51,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def begin(cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`begin(CHECKPOINT, out)` starts an export of a golden checkpoint and returns when it is in the middle."""
+    """`begin(CHECKPOINT, out)` starts an export of a golden checkpoint and returns when it is running."""
     children: list[subprocess.Popen[str]] = []
 
     def start(kind: dict[str, str], out: Path) -> subprocess.Popen[str]:
@@ -92,14 +92,14 @@ def test_the_next_export_removes_what_a_killed_one_left(
     place = tmp_path / "place"
     place.mkdir()
     end(begin(kind, place / "model"), signal.SIGKILL)
-    assert inside(place)  # it could not clean up
+    assert inside(place)  # the killed process could not clean up
     export_checkpoint(GOLDEN / "qwen", place / "model")
     assert inside(place) == ["model"]
     end(begin(kind, place / "other"), signal.SIGKILL)
     export_checkpoint(GOLDEN / "qwen", place / "third")
     assert inside(place) == ["model", "third"]
     end(begin(kind, place / "other"), signal.SIGKILL)
-    export_checkpoint(GOLDEN / "qwen", tmp_path / "elsewhere")  # it knows where others worked
+    export_checkpoint(GOLDEN / "qwen", tmp_path / "elsewhere")  # removes recorded folders of other directories
     assert inside(place) == ["model", "third"]
 
 
@@ -136,7 +136,7 @@ def test_two_exports_to_one_place(begin: Callable[..., subprocess.Popen[str]], t
     assert err == f"molmo-edge: {said}\n"
     export_checkpoint(GOLDEN / "qwen", place / "beside")
     assert first.poll() is None
-    end(first, signal.SIGTERM)  # and its place is free again
+    end(first, signal.SIGTERM)  # releases the lock
     export_checkpoint(GOLDEN / "qwen", place / "model")
     assert inside(place) == ["beside", "model"]
 
@@ -185,14 +185,14 @@ def test_a_disk_that_fills_up_says_how_much_was_needed(tmp_path: Path, monkeypat
         export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model")
     assert inside(tmp_path / "out") == []
     monkeypatch.setitem(component_graphs.BUILDERS, "decoder", lambda *_: os.stat("/nowhere/at/all"))
-    with pytest.raises(FileNotFoundError):  # any other failure is what it is
+    with pytest.raises(FileNotFoundError):  # other errors are not converted
         export_bundle(GOLDEN / "molmoe", tmp_path / "out" / "model")
 
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """In a namespace of its own, where every user may mount a small file system."""
+    """In a new namespace, in which every user may mount a small file system."""
     script = f"""
     mount -t tmpfs -o size=150k tmpfs {tmp_path} && exec {sys.executable} -c '
 from molmo_edge.export import export_checkpoint, staging
@@ -253,14 +253,14 @@ def test_a_file_system_without_locks_asks_for_the_process(tmp_path: Path, monkey
     (tmp_path / ".y.molmo-edge-partial").mkdir()
     host = os.uname().nodename
     (tmp_path / ".y.molmo-edge-lock").write_text(f"{gone.pid} elsewhere")
-    assert remove_stale([tmp_path]) == []  # a machine that cannot be asked
+    assert remove_stale([tmp_path]) == []  # of another machine
     (tmp_path / ".y.molmo-edge-lock").write_text(f"{gone.pid} {host}")
     assert [stale.folder.name for stale in remove_stale([tmp_path])] == [".y.molmo-edge-partial"]
 
 
 @pytest.mark.usefixtures("cache")
 def test_temporary_folders_are_found_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparisons build models of many gigabytes in the system's folder for temporary files."""
+    """Comparisons build models of many gigabytes in the system's temporary directory."""
     from molmo_edge.system.scratch import temporary_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -286,7 +286,7 @@ def test_stamps_of_verified_files_are_pruned(cache: Path, tiny_bundle: Path, mon
     for n in range(30):
         (stamps / f"{n:064x}").touch()
         os.utime(stamps / f"{n:064x}", (1e9, 1e9))  # 2001
-    open_bundle(tiny_bundle)  # nothing new: nothing is looked through
+    open_bundle(tiny_bundle)  # nothing new to record: no pruning
     assert len(inside(stamps)) == 30 + len(mine)
     open_bundle(tiny_bundle, hashes=True)
     assert set(inside(stamps)) == mine
@@ -304,7 +304,7 @@ def test_a_stamp_in_use_stays(cache: Path, tiny_bundle: Path) -> None:
     stamps = list((cache / "verified").iterdir())
     for stamp in stamps:
         os.utime(stamp, (1e9, 1e9))
-    open_bundle(tiny_bundle)  # compares no hash, and notes the use
+    open_bundle(tiny_bundle)  # computes no hash, but updates the stamps
     assert all(stamp.stat().st_mtime > 1.6e9 for stamp in stamps)
 
 

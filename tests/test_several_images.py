@@ -21,7 +21,7 @@ Cli = Callable[..., tuple[int, str, str]]  # the fixture of conftest.py
 
 @pytest.fixture
 def photos(tmp_path: Path, golden: Path) -> Path:
-    """a.png, B.JPG, c.gif and what is no picture."""
+    """A folder with a.png, B.JPG, c.gif and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("a.png", "B.JPG", "c.gif"):
@@ -65,7 +65,7 @@ def test_a_folder_is_its_pictures_by_name(cli: Cli, photos: Path) -> None:
     assert [Path(json.loads(line)["image"]).name for line in out.splitlines()] == ["B.JPG", "a.png", "c.gif"]
     (photos / "only").mkdir()
     (photos / "a.png").rename(photos / "only" / "a.png")
-    (line,) = cli("ask", photos / "only", "Where?", "--json")[1].splitlines()  # one object a line, however many
+    (line,) = cli("ask", photos / "only", "Where?", "--json")[1].splitlines()  # one object per line
     assert json.loads(line)["image"].endswith("a.png")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer: golden ids, no special token out of plain text, streamed against whole, damaged files."""
+"""Tokenizer: golden ids, no special tokens from plain text, streamed against whole, damaged files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENIZERS = {name: Tokenizer.from_file(path) for name, path in FILES.items()}
 SPECIAL_TEXTS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>", "<|endoftext|>", "<|padding|>")
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
-# Pieces of special tokens, so that whole ones come together often.
+# Parts of special tokens, which often combine to whole ones.
 tricky_texts = st.lists(
     st.sampled_from([*SPECIAL_TEXTS, "<", "|", "im_", "patch>", " ", "|<EXTRA_TOKENS_0>|"]) | st.text()
 ).map("".join)
@@ -43,7 +43,7 @@ def test_special_ids():
     assert TOKENIZERS["pruned"].special == MOLMOE_SPECIAL_IDS
     special = TOKENIZERS["molmoe"].special
     assert (special.bos, special.eos, special.im_start, special.image) == (499, 499, 500, 504)
-    # Molmo-7B-D's specials stand behind padding ids, in the rows of new_embedding.
+    # Molmo-7B-D's special ids follow padding ids, in the rows of new_embedding.
     assert TOKENIZERS["qwen"].special.im_start > 504
 
 
@@ -64,7 +64,7 @@ def test_text_that_looks_special_survives(tokenizer):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(ids=st.lists(st.integers(0, 504) | st.sampled_from([50254, 50276, 50279, 50282, 22692, 223, 224])))
 def test_streamed_equals_whole_equals_the_library(name, ids):
-    """Any ids, also those that break characters in two or make no characters at all."""
+    """Any ids, including incomplete and invalid characters."""
     tokenizer = TOKENIZERS[name]
     decoder = StreamDecoder(tokenizer)
     assert "".join(decoder.feed(i) for i in ids) + decoder.flush() == tokenizer.decode(ids)
@@ -79,7 +79,7 @@ def test_no_piece_holds_half_a_character():
     pieces = [decoder.feed(i) for i in tokenizer.encode(text)]
     assert "\ufffd" not in "".join(pieces)
     assert "".join(pieces) == text
-    assert "" in pieces  # some waited
+    assert "" in pieces  # some characters were incomplete
     assert decoder.flush() == ""
     first, *_ = tokenizer.encode("🌍")
     assert decoder.feed(first) == ""

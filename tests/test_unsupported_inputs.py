@@ -1,4 +1,4 @@
-"""What is no image, or not the image that it seems: 16 bits of black, closed files, base64, URLs, other formats."""
+"""Inputs that are not images, or not the image they seem to be: black 16-bit images, closed files, base64, URLs, ..."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_16(values: np.ndarray, colour: int) -> bytes:
-    """A PNG with 16 bits a channel; Pillow writes none with colours. colour: 2 RGB, 4 grey with alpha, 6 RGBA."""
+    """A PNG with 16 bits per channel, which Pillow cannot write in colour. colour: 2 RGB, 4 grey with alpha, 6 RGBA."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -48,7 +48,7 @@ def png_16(values: np.ndarray, colour: int) -> bytes:
 
 
 def tiff_16(values: np.ndarray) -> bytes:
-    """A TIFF with 16 bits a channel, uncompressed."""
+    """An uncompressed TIFF with 16 bits per channel."""
     height, width, _ = values.shape
     tags = ((256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 140), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 146),
             (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, values.nbytes))  # fmt: skip
@@ -99,7 +99,7 @@ def test_8_bit_values_in_16_bits_are_refused_not_black(image: Any) -> None:
 
 
 def test_other_16_bit_images_are_read(tmp_path: Path) -> None:
-    assert not load_image(np.zeros((2, 3), np.uint16)).any()  # black, whichever way it was meant
+    assert not load_image(np.zeros((2, 3), np.uint16)).any()  # black in either interpretation
     assert load_image(np.full((2, 3), 256, np.uint16)).tolist() == [[[1] * 3] * 3] * 2
     path = tmp_path / "deep.png"
     path.write_bytes(png_16(DEEP * 257, 2))
@@ -148,7 +148,7 @@ def test_closed_images_and_files_are_called_closed() -> None:
 
 
 class Odd:
-    """A file object that does nothing but read, as a response of a server."""
+    """A file object that can only read, such as an HTTP response."""
 
     def __init__(self, data: bytes, answer: Any = b"") -> None:
         self._data, self._answer = io.BytesIO(data), answer
@@ -299,13 +299,13 @@ def test_a_png_with_a_wrong_checksum_is_refused() -> None:
             load_image(whole[:100] + whole[100 + left_out :])
     assert np.array_equal(load_image(whole[:-12]), RGB), "all pixels and their checksum are there"
     commented = bytearray(whole)
-    comment = b"\0\0\0\x05tEXta\0b c" + bytes(4)  # its checksum is wrong, and decides on no pixel
+    comment = b"\0\0\0\x05tEXta\0b c" + bytes(4)  # a wrong checksum that affects no pixel
     commented[commented.index(b"IEND") - 4 : commented.index(b"IEND") - 4] = comment
     assert np.array_equal(load_image(bytes(commented)), RGB)
 
 
 def test_a_large_photo_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow warns above 89 million pixels; what may be read is MAX_PIXELS' to say, or an app's that set its own."""
+    """Pillow warns above 89 million pixels; MAX_PIXELS, or a limit of the app, decides what is read."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     data = encoded(Image.fromarray(RGB))
     with warnings.catch_warnings(record=True) as caught:

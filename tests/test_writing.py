@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; errors name the file that was asked for."""
+"""Atomic writes, and errors that name the requested file."""
 
 from __future__ import annotations
 

@@ -13,10 +13,9 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.interrupts import settle_interrupt
 from molmo_edge.cli.open_model import open_molmo
-from molmo_edge.cli.output import check_save, note, print_stream, progress, save_image
+from molmo_edge.cli.output import check_save, note, note_cut_off, print_stream, progress, save_image
 from molmo_edge.cli.pictures import STDIN, PictureError, is_folder, open_picture
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.answer import Answer
@@ -106,11 +105,8 @@ def _converse(
 def _note_turn(answer: Answer, chat: Chat, *, quiet: bool) -> None:
     if chat.full:
         note(_FULL, quiet=quiet)
-    elif not answer.complete:
-        note(
-            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: raise --max-new-tokens",
-            quiet=quiet,
-        )
+    else:
+        note_cut_off(answer, quiet=quiet)
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
     note(
         f"{tokens.prefilled} of {tokens.image + tokens.prompt} tokens read, {tokens.generated} out; "

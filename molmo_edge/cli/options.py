@@ -20,20 +20,18 @@ if TYPE_CHECKING:
     from molmo_edge.runtimes import LlamaOptions
 
 
-def _known_device(device: str) -> str:
-    from molmo_edge.config import DEVICES
+def _one_of(kind: str) -> Callable[[str], str]:
+    """A callback that accepts a known device or precision."""
 
-    if device not in DEVICES:
-        raise typer.BadParameter(f'"{device}" is not a known device (known: {", ".join(DEVICES)})')
-    return device
+    def check(value: str) -> str:
+        from molmo_edge.config import DEVICES, PRECISIONS
 
+        known = DEVICES if kind == "device" else PRECISIONS
+        if value not in known:
+            raise typer.BadParameter(f'"{value}" is not a known {kind} (known: {", ".join(known)})')
+        return value
 
-def _known_precision(precision: str) -> str:
-    from molmo_edge.config import PRECISIONS
-
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f'"{precision}" is not a known precision (known: {", ".join(PRECISIONS)})')
-    return precision
+    return check
 
 
 def _enough_cores(threads: int | None) -> int | None:
@@ -105,8 +103,8 @@ _LLAMA = (
 )
 Model = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")]
-Device = Annotated[str, typer.Option(help=_DEVICE, callback=_known_device)]
-Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_known_precision)]
+Device = Annotated[str, typer.Option(help=_DEVICE, callback=_one_of("device"))]
+Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_one_of("precision"))]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help=_MAX_CROPS)]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]

@@ -110,11 +110,7 @@ def print_points(answer: Answer) -> None:
 
 def note_usage(answer: Answer, *, quiet: bool) -> None:
     """Print the crops, tokens and seconds that an answer took, and whether it was cut off."""
-    if not answer.complete:
-        note(
-            f"cut off after {counted(answer.usage.tokens.generated, 'token')}: raise --max-new-tokens",
-            quiet=quiet,
-        )
+    note_cut_off(answer, quiet=quiet)
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
     first = seconds.load + seconds.total - seconds.decode
     note(
@@ -123,6 +119,13 @@ def note_usage(answer: Answer, *, quiet: bool) -> None:
         f"first token after {first:.2f} s, all after {first + seconds.decode:.2f} s",
         quiet=quiet,
     )
+
+
+def note_cut_off(answer: Answer, *, quiet: bool) -> None:
+    """Print a note if the answer did not end by itself."""
+    if not answer.complete:
+        tokens = counted(answer.usage.tokens.generated, "token")
+        note(f"cut off after {tokens}: raise --max-new-tokens", quiet=quiet)
 
 
 def is_file(path: Path) -> bool:
