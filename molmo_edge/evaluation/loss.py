@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.evaluation.suites import evenly
 from molmo_edge.frontend.prompts import text_ids
-from molmo_edge.runtimes import LlamaOptions, PartedRuntime, check_model_room, open_runtime
+from molmo_edge.runtimes import LlamaOptions, check_model_room, open_runtime
 from molmo_edge.runtimes.prompt_embeddings import with_features
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.memory import available_memory
@@ -196,18 +196,19 @@ def measure_loss(
             candidates=(),
         )
         if noise != "none":
-            name = f"noise ({noise})"
-            on_answer = on_model(name, len(outputs.answers))
+            varied = replace(reference, name=f"noise ({noise})", threads=1 if noise == "threads" else reference.threads)
+            on_answer = on_model(varied.name, len(outputs.answers))
             if noise == "threads":
-                single = replace(reference, threads=1, name=name)
-                measured = _measure_model(single, outputs, routing, max_crops, on_answer, perturbed=True)
+                opened = varied.opened(max_crops, perturbed=True)
+                measured = _measure_model(varied, opened, outputs, on_answer, routing)
             else:
-                measured = _measure_bf16(replace(reference, name=name), outputs, max_crops, on_answer)
+                measured = _measure_model(varied, _opened_in_bf16(varied.directory, max_crops), outputs, on_answer)
             loss = replace(loss, noise=measured)
             on_measured(loss)
         for candidate in candidates:
             on_answer = on_model(candidate.info.name, len(outputs.answers) + len(_one_per_image(outputs).answers))
-            measured = _measure_model(candidate, outputs, routing, max_crops, on_answer)
+            opened = candidate.opened(max_crops)
+            measured = _measure_model(candidate, opened, outputs, on_answer, routing, break_down=True)
             loss = replace(loss, candidates=(*loss.candidates, measured))
             on_measured(loss)
     return loss
@@ -215,19 +216,19 @@ def measure_loss(
 
 def _measure_model(
     spec: ModelSpec,
+    opened: AbstractContextManager[ModelUnderTest],
     outputs: ReferenceOutputs,
-    routing: _Routing,
-    max_crops: int | None,
     on_answer: Callable[[], None],
+    routing: _Routing | None = None,
     *,
-    perturbed: bool = False,
+    break_down: bool = False,
 ) -> ModelLoss:
-    """One model against the reference's recorded outputs. `perturbed`: it is the noise, without a breakdown."""
-    with spec.opened(max_crops, perturbed=perturbed) as model:
+    """Compare one model with the reference's recorded outputs."""
+    with opened as model:
         comparison, engine = compare(outputs, model, on_answer=on_answer), model.runtime.engine
-        breakdown = None if perturbed else _break_down(outputs, model, comparison, on_answer)
-        prompts = routing.prompts(model)
-    metrics = compute_metrics(comparison, routing.agreement(spec, prompts))
+        breakdown = _break_down(outputs, model, comparison, on_answer) if break_down else None
+        prompts = routing.prompts(model) if routing else []
+    metrics = compute_metrics(comparison, routing.agreement(spec, prompts) if routing else None)
     return ModelLoss(spec.info, engine, comparison, metrics, compare_scores(comparison.answers), breakdown)
 
 
@@ -285,19 +286,8 @@ def _choose_bf16(config: MolmoConfig, reading: int = 0) -> str:
     return choose_precision(config, "bf16", "cpu", None if free is None else free - reading)
 
 
-def _measure_bf16(
-    spec: ModelSpec, outputs: ReferenceOutputs, max_crops: int | None, on_answer: Callable[[], None]
-) -> ModelLoss:
-    runtime = _bf16_runtime(spec.directory)
-    try:
-        model = ModelUnderTest(runtime, load_tokenizer(spec.directory), max_crops)
-        comparison, engine = compare(outputs, model, on_answer=on_answer), runtime.engine
-    finally:
-        runtime.close()
-    return ModelLoss(spec.info, engine, comparison, compute_metrics(comparison), compare_scores(comparison.answers))
-
-
-def _bf16_runtime(directory: Path) -> PartedRuntime:
+@contextmanager
+def _opened_in_bf16(directory: Path, max_crops: int | None) -> Iterator[ModelUnderTest]:
     """The weights in bfloat16 on PyTorch; a bundle's are read back from its graphs."""
     from molmo_edge.export.source import open_source
     from molmo_edge.modeling.weights import build_model
@@ -305,7 +295,11 @@ def _bf16_runtime(directory: Path) -> PartedRuntime:
 
     config, tensors = open_source(directory)
     precision = _choose_bf16(config)
-    return TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision=precision))
+    runtime = TorchRuntime.from_model(build_model(config, tensors, where=str(directory), precision=precision))
+    try:
+        yield ModelUnderTest(runtime, load_tokenizer(directory), max_crops)
+    finally:
+        runtime.close()
 
 
 class _Routing:
