@@ -351,7 +351,7 @@ def test_a_picture_that_was_turned_after_it_was_annotated(folder: Path) -> None:
 
 def test_errors_in_labelme(folder: Path) -> None:
     for shape, match in (
-        ({"label": "cup", "shape_type": "mask", "points": [[1, 1]]}, r'shape 1 of .*a\.json is a "mask" with 1 points'),
+        ({"label": "cup", "shape_type": "mask", "points": [[1, 1]]}, r'shape 1 of .*a\.json is a "mask" with 1 point:'),
         (
             {"label": "cup", "shape_type": "point", "points": [[1]]},
             r"shape 1 of .*a\.json does not follow the LabelMe format",

@@ -122,7 +122,7 @@ def test_csv_with_spaces_quotes_and_more_columns(folder: Path) -> None:
         ('{"image": "a.png", "label": "cup", "points": [{"x": true, "y": 2}]}', "line 1 of .*: x is True, not a num"),
         ('{"image": "a.png", "label": "cup", "points": [{"x": NaN, "y": 2}]}', "line 1 of .*: x is nan, not a number"),
         ('{"image": "a.png", "label": "c", "points": [{"x": 1' + "0" * 400 + ', "y": 2}]}', "line 1 .* x is 10+"),
-        ('{"image": "a.png", "label": "cup", "points": [{"x": 1, "y": 2}], "count": 2}', "the count 2 and 1 points"),
+        ('{"image": "a.png", "label": "cup", "points": [{"x": 1, "y": 2}], "count": 2}', "the count 2 and 1 point:"),
         ('{"image": "a.png", "label": 5, "points": []}', "line 1 of .* has the label 5, which is not a text"),
         ('{"image": "a.png", "label": "\\ud800", "points": []}', "line 1 of .*: the label is damaged"),
         ('{"image": "\\udcff.png", "label": "cup", "points": []}', "line 1 of .*: the picture's name is damaged"),

@@ -16,6 +16,7 @@ from molmo_edge.cli import train_options as options
 from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
 from molmo_edge.config import PRESETS
+from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.extras import with_extra
 
 if TYPE_CHECKING:
@@ -198,8 +199,9 @@ def _run(
         trainer = Trainer(model, tokenizer, data, recipe, out, here, cache)
         if here.first:
             note("training on " + ", ".join(f"{s.name} ({len(s)})" for s in data.sets))
-            done = f"{trainer.step} steps are done, " if trainer.step else ""
-            note(f"{done}{max(0, recipe.steps - trainer.step)} steps of {recipe.batch} sequences are left")
+            done = f"{counted(trainer.step, 'step')} done, " if trainer.step else ""
+            left = counted(max(0, recipe.steps - trainer.step), "step")
+            note(f"{done}{left} of {counted(recipe.batch, 'sequence')} left")
         written = trainer.train()
         if here.first:
             note(f"the model is in {written}: ask it, or export it")

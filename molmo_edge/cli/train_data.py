@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from molmo_edge.cli.output import note
+from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.data.downloads import Counts
@@ -70,7 +71,7 @@ def draw(
     from molmo_edge.data.drawn.generate import generate
 
     drawn = generate(kind, count, out, seed=seed, fonts=fonts, sprites=sprites, jobs=jobs)
-    note(f"{drawn} pictures drawn, {count} in {out}")
+    note(f"drew {counted(drawn, 'picture')}, {count} in {out}")
 
 
 def fetch(

@@ -99,7 +99,7 @@ def points(
             model, tokenizer, data, recipe, out, here, checkpoint=directory, lora=lora, merged_in=merged_in
         )
         if here.first and trainer.step >= recipe.steps:
-            note(f"{trainer.step} steps are done: nothing is left to train")
+            note(f"{counted(trainer.step, 'step')} done: nothing is left to train")
         written = trainer.train()
         if here.first:
             note(f"the model is in {written}, its adapters alone beside it: ask it, or export it")

@@ -8,6 +8,7 @@ from typing import Any
 
 from molmo_edge.data.json_files import read_json
 from molmo_edge.data.points_records import Frame, PictureRecord, PointsError, Records, number, shown
+from molmo_edge.sdk.readable_text import counted
 
 Corners = Sequence[tuple[float, float]]
 
@@ -119,7 +120,7 @@ def read_labelme(path: Path, records: Records) -> None:
             records.skip(picture, label, where, f"is a {kind}, which has no single position")
             continue
         if len(corners) < _PLACED[kind]:
-            raise PointsError(f'{where} is a "{kind}" with {len(corners)} points: it needs {_PLACED[kind]}')
+            raise PointsError(f'{where} is a "{kind}" with {counted(len(corners), "point")}: it needs {_PLACED[kind]}')
         placed = corners[:1] if kind in _BY_FIRST_POINT else corners
         records.add(picture, label, _middle(placed, where), frame, where, (kind, *corners))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from molmo_edge.data.json_files import json_lines, read_text
 from molmo_edge.data.points_records import PERCENT, SHOWN, PointsError, Records, label_of, number, shown, text_of
+from molmo_edge.sdk.readable_text import counted
 
 _PIXELS, _PERCENTS = ("x", "y"), ("x_percent", "y_percent")
 
@@ -97,7 +98,7 @@ def _check_count(count: Any, points: Sequence[Any], where: str) -> None:
     if count is None:
         return
     if number(count, where, "count") != len(points):
-        has = f"{len(points)} points" if points else "no points"
+        has = counted(len(points), "point") if points else "no points"
         raise PointsError(f"{where} has the count {shown(count)} and {has}: give all points, or omit the count")
 
 
