@@ -153,7 +153,7 @@ class TestCommandLine:
         photo = GOLDEN / "coffee.png"
         status, _, said = cli("ask", photo, "What?", "--llama", "cache=q9")
         assert status == 2
-        assert "'q9' is not known" in " ".join(said.split())
+        assert "'q9' is not a supported cache type" in " ".join(said.split())
         status, _, said = cli("ask", photo, "What?", "--llama", "cache=f16")  # nano is no GGUF
         assert status == 1
         assert "apply to bundles with a GGUF decoder" in said
