@@ -17,6 +17,7 @@ from molmo_edge.answer import Answer
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
+from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.streaming import Stream, finished, generate_pieces
@@ -53,7 +54,7 @@ class Chat(NotCopied):
         forks.on_fork(self)
         if scene.prefilled is None:
             cache = self._make_room(len(scene.embeddings))
-            engine.runtime.forward(scene.embeddings, cache)
+            prefill(engine.runtime, scene.embeddings, scene.image_flags(), cache)
             self._kept = cache.length
 
     def forked(self) -> None:
@@ -149,7 +150,8 @@ class Chat(NotCopied):
             self._check(turn)
             cache = self._make_room(capacity)
             rows = self._rows(ids)
-        pieces = generate_pieces(self._engine, rows, cache, sampling, capacity=capacity, began=began)
+        image = self.scene.image_flags(len(ids))[-len(rows) :]
+        pieces = generate_pieces(self._engine, rows, image, cache, sampling, capacity=capacity, began=began)
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time
                 self._check(turn)

@@ -22,6 +22,7 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import Molmo
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.generate import GenerationError, likeliest
+from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.runtimes.protocol import Cache, Runtime
 from molmo_edge.sdk.engine import Engine, check_text
 from molmo_edge.sdk.stage_checksums import (
@@ -179,10 +180,11 @@ def logit_gaps(
     rows = np.concatenate([scene.embeddings, runtime.embed(prompt)])
     cache = runtime.new_cache(len(rows) + max(0, len(given) - 1))
     gaps: list[float] = []
+    image = scene.image_flags(len(prompt))
     for token in given:  # the last id is compared with the logits and never fed back
-        logits = runtime.forward(rows, cache)[:size]
+        logits = prefill(runtime, rows, image, cache)[:size]
         gaps.append(float(logits[likeliest(logits)] - logits[token]))
-        rows = runtime.embed(np.array([token]))
+        rows, image = runtime.embed(np.array([token])), np.zeros(1, bool)
     return gaps
 
 
@@ -208,7 +210,12 @@ class _FirstLogits:
         return self._inner.engine
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
-        logits = self._inner.forward(embeddings, cache)
+        return self._keep(self._inner.forward(embeddings, cache))
+
+    def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
+        return self._keep(prefill(self._inner, embeddings, image, cache))
+
+    def _keep(self, logits: np.ndarray) -> np.ndarray:
         if not self.first.size:
             self.first = logits
         return logits

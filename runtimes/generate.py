@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.runtimes.prompt_embeddings import prefill
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
@@ -77,17 +78,20 @@ def generate(
     eos_id: int,
     vocab_size: int,
     capacity: int,
+    image: np.ndarray | None = None,
 ) -> Iterator[int]:
     """Append `embeddings` (float32 [n, d_model], n >= 1) to `cache`, then yield token ids.
 
     Ends at `eos_id` (which is not yielded), after `max_new_tokens` ids, or when `capacity` positions of the cache are
-    filled. Ids of `vocab_size` and above only pad the head and are never chosen.
+    filled. Ids of `vocab_size` and above only pad the head and are never chosen. `image`: bool [n], which embeddings
+    are image tokens (see `prefill`); None: none of them.
 
     Raises GenerationError, before anything runs, for a prompt that does not fit, and for NaN or infinite logits.
     """
     most = most_new_tokens(sampling, cache.length + len(embeddings), capacity)
     random = np.random.default_rng(sampling.seed)
-    logits = runtime.forward(embeddings, cache)  # [embedding_size]
+    # [embedding_size]
+    logits = runtime.forward(embeddings, cache) if image is None else prefill(runtime, embeddings, image, cache)
     for step in range(most):
         token = next_token(logits[:vocab_size], sampling, random)
         if token == eos_id:

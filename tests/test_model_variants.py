@@ -15,7 +15,7 @@ from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
 from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
-from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
 from molmo_edge.frontend.prompts import image_ids
@@ -27,6 +27,7 @@ from molmo_edge.runtimes import EngineError, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill
 from molmo_edge.runtimes.torch import TorchRuntime
+from molmo_edge.selfcheck import check_bundle
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "molmoe" / "tokenizer.json"
@@ -353,17 +354,26 @@ def test_rounded_exports(name: str, precision: str, bound: float, tmp_path: Path
     assert relative(*logits) < bound
 
 
-def test_questions_about_images_pooled_across_crops(tmp_path: Path) -> None:
-    """From a photo to the same answer on both engines."""
-    model = random_model(VARIANTS["odd_grid"])
+@pytest.mark.parametrize("name", ["odd_grid", "bidirectional", "molmo2"])
+def test_questions_in_every_way(name: str, tmp_path: Path) -> None:
+    """From a photo to the same answer on both engines, with the image prefilled before, in a chat and in a batch."""
+    model = random_model(VARIANTS[name])
     save_checkpoint(model, TOKENIZER, tmp_path / "checkpoint")
-    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "fp32")
-    answers = []
+    export_bundle(
+        tmp_path / "checkpoint", tmp_path / "bundle", "fp32", check=CheckPhoto(GOLDEN / "coffee.png", "Why?", 8)
+    )
+    image, question, answers = GOLDEN / "coffee.png", "What is this?", []
     for path in (tmp_path / "checkpoint", tmp_path / "bundle"):
         with Sdk(path, threads=1) as molmo:
-            answers.append(molmo.ask(GOLDEN / "coffee.png", "What is this?", max_new_tokens=8).token_ids)
+            answers += [
+                molmo.ask(image, question, max_new_tokens=8).token_ids,
+                molmo.ask(molmo.encode(image), question, max_new_tokens=8).token_ids,
+                molmo.chat(image).ask(question, max_new_tokens=8).token_ids,
+                molmo.ask_batch([(image, question)], max_new_tokens=8)[0].token_ids,
+            ]
     assert len(answers[0]) > 0
-    assert answers[0] == answers[1]
+    assert answers == answers[:1] * 8
+    assert check_bundle(tmp_path / "bundle").passed
 
 
 def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:

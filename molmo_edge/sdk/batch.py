@@ -38,7 +38,8 @@ def ask_batch(
     """See `Molmo.ask_batch`."""
     results: dict[int, Answer | MolmoEdgeError] = {}
     prompts: list[_Prompt] = []
-    batch_runtime = cast("BatchRuntime", engine.runtime) if hasattr(engine.runtime, "prefill_batch") else None
+    batched = hasattr(engine.runtime, "prefill_batch") and not engine.config.decoder.bidirectional_images
+    batch_runtime = cast("BatchRuntime", engine.runtime) if batched else None
     for index, (image, question) in enumerate(_pairs(asks, errors)):
         try:
             if batch_runtime is not None:

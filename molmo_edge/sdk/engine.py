@@ -14,7 +14,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.system.log import logger
@@ -45,6 +45,11 @@ class Scene(NotCopied):
     born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
 
     _instead = "pass its image on, and encode it there"
+
+    def image_flags(self, text: int = 0) -> np.ndarray:
+        """Which positions of the scene and of `text` positions after it are image tokens: all of the scene but BOS."""
+        at = np.arange(len(self.embeddings) + text)
+        return (at > 0) & (at < len(self.embeddings))
 
     @property
     def prefilled(self) -> Cache | None:
@@ -117,7 +122,7 @@ class Engine:
         """Return `scene` with a filled cache that has `room` free positions, or what the context allows."""
         started = time.perf_counter()
         cache = self.runtime.new_cache(min(len(scene.embeddings) + room, self.context))
-        self.runtime.forward(scene.embeddings, cache)
+        prefill(self.runtime, scene.embeddings, scene.image_flags(), cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene, seconds=seconds, cache=cache)
 

@@ -86,16 +86,25 @@ def _answer(
     else:
         cache = engine.runtime.new_cache(capacity)
         embeddings = np.concatenate([scene.embeddings, embeddings])
-    generated = yield from generate_pieces(engine, embeddings, cache, sampling, capacity=capacity, began=began)
+    image = scene.image_flags(len(ids))[-len(embeddings) :]
+    generated = yield from generate_pieces(engine, embeddings, image, cache, sampling, capacity=capacity, began=began)
     result.append(finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings)))
 
 
 def generate_pieces(
-    engine: Engine, embeddings: np.ndarray, cache: Cache, sampling: Sampling, *, capacity: int, began: float
+    engine: Engine,
+    embeddings: np.ndarray,
+    image: np.ndarray,
+    cache: Cache,
+    sampling: Sampling,
+    *,
+    capacity: int,
+    began: float,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream`.
 
-    `capacity`: positions of `cache` that may be filled. `began`: time.perf_counter() when the prefill began.
+    `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
+    time.perf_counter() when the prefill began.
     """
     decoder, parser = StreamDecoder(engine.tokenizer), StreamParser()
     generated = Generated()
@@ -108,6 +117,7 @@ def generate_pieces(
         eos_id=engine.tokenizer.special.eos,
         vocab_size=engine.config.decoder.vocab_size,
         capacity=capacity,
+        image=image,
     )
     while True:
         token = next(tokens, None)
