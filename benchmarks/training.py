@@ -1,11 +1,11 @@
-"""A training step at full size: time, tokens a second, memory, utilisation, and what each choice is worth.
+"""A training step at full size: time, tokens per second, memory and utilisation, by configuration.
 
-    python benchmarks/training.py                     # MolmoE-1B on a CUDA device: all that RESULTS.md asks for
-    python benchmarks/training.py --model small       # the same, small, on a CPU
+    python benchmarks/training.py                     # MolmoE-1B on a CUDA device, as in RESULTS.md
+    python benchmarks/training.py --model small       # a small model on a CPU
 
-Weights are random, the data a picture of 1024x768 in 12 crops with several annotations: sequences of 2304 tokens.
-Utilisation counts the products of forward and backward pass of the active parameters, without what is computed again,
-against the rate that large products reach on the same device in the same run: bfloat16 on CUDA, float32 on a CPU.
+Weights are random. The data is a picture of 1024 x 768 pixels in 12 crops with several annotations: sequences of 2304
+tokens. Utilisation is the rate of the matrix products of active parameters, without recomputation, relative to the rate
+of large matrix products on the same device in the same run: bfloat16 on CUDA, float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Case:
     forward: ForwardConfig
     states: str = "8bit"
     micro: int = 1
-    packed: bool = True  # all annotations behind one image, or each behind its own
+    packed: bool = True  # all annotations in one sequence, or each with its own image
 
 
 def cases(device: torch.device, micro: int) -> Iterator[Case]:
@@ -123,7 +123,7 @@ def make(config: MolmoConfig, forward: ForwardConfig, device: torch.device) -> T
 
 
 def measure(config: MolmoConfig, case: Case, device: torch.device, length: int, annotations: int, steps: int) -> dict:
-    """Of one case: `steps` steps behind one that warms up, each an update of all parameters."""
+    """Measure a case: `steps` updates of all parameters, after a warm-up step."""
     model = make(config, case.forward, device)
     optimizer = Optimizer(model, OptimizerConfig(states=case.states))
     samples = sequences(config, length, annotations, case.packed)
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cases", default="", help="names with commas between; without it all")
-    parser.add_argument("--seconds", type=float, default=540.0, help="begin no case behind these")
+    parser.add_argument("--seconds", type=float, default=540.0, help="start no case after this time")
     parser.add_argument("--out", default=None, help="a JSON file")
     args = parser.parse_args()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`molmo-edge train caption`, `multitask`, `points`: Molmo's two stages, and adapters for one's own points."""
+"""`molmo-edge train caption`, `multitask`, `points`: Molmo's two stages, and adapters for your own points."""
 
 from __future__ import annotations
 

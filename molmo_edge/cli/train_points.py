@@ -1,4 +1,4 @@
-"""`molmo-edge train points`: adapters for a checkpoint, from a folder of one's own pictures with points."""
+"""`molmo-edge train points`: adapters for a checkpoint, trained on a folder of pictures with points."""
 
 from __future__ import annotations
 

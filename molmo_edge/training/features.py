@@ -119,7 +119,7 @@ def write_features(
     loader = Loader(
         _Missing(sets, seed, numbers, cache, image), batch_size=batch, num_workers=workers, collate=_without_nothing
     )
-    started = told = time.monotonic()
+    started = logged = time.monotonic()
     written = 0
     for n, group in enumerate(loader, start=1):
         if group:
@@ -129,11 +129,11 @@ def write_features(
             for (path, _), own in zip(group, torch.split(features, counts), strict=True):
                 cache.write(path, own)
             written += len(group)
-        if time.monotonic() - told > _LOG_EVERY:
-            told = time.monotonic()
+        if time.monotonic() - logged > _LOG_EVERY:
+            logged = time.monotonic()
             steps_log.info(
                 "features: %d of %d pictures read, %d encoded, %.1f a second",
-                min(n * batch, len(numbers)), len(numbers), written, written / (told - started),
+                min(n * batch, len(numbers)), len(numbers), written, written / (logged - started),
             )  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def _narrow(kept: dict[str, Any], i: int, values: Tensor) -> None:
 
 
 def _like(p: Tensor, local: Tensor) -> Tensor:
-    """`local`, the part of `p`'s shape that lies here, as a tensor that is distributed as `p` is."""
+    """`local`, this rank's part of a tensor of the shape of `p`, as a tensor that is distributed like `p`."""
     if not isinstance(p, DTensor):
         return local
     return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)

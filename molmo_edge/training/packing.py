@@ -20,7 +20,7 @@ IMAGE_SEGMENT = 10000  # larger than any annotation's number: annotations attend
 
 @dataclass(frozen=True)
 class Packed:
-    """One training sequence of n tokens; arrays are int32 [n] unless said otherwise."""
+    """One training sequence of n tokens; arrays are int32 [n] unless stated otherwise."""
 
     input_ids: np.ndarray
     targets: np.ndarray  # the next token

@@ -158,7 +158,7 @@ def squared_sum(groups: Sequence[Sequence[Tensor]]) -> Tensor:
         sums.append(get_total_norm([t for t in local if t.numel()]).float().square().to(local[0].device))
     total = torch.stack(sums)
     copies = {_copies(tensor) for group in groups for tensor in group}
-    assert len(copies) == 1, "parameters lie on different numbers of ranks"
+    assert len(copies) == 1, "parameters are on different numbers of ranks"
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total / copies.pop()

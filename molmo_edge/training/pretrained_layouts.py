@@ -167,7 +167,7 @@ def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
 def base_recipes(config: MolmoConfig, decoder: TensorSource, tower: TensorSource, *, tied: bool) -> dict[str, Recipe]:
     """Hub name -> recipe, of every tensor that a base gives. `tied`: the decoder's head is its embedding.
 
-    Raises CheckpointError where a base lacks the tensor by which its names are told.
+    Raises CheckpointError if a base lacks the tensor that identifies its naming scheme.
     """
     vision = _clip(config.vision, tower) if config.vision.image_model_type == "openai" else _dino(config.vision, tower)
     hub = "model.vision_backbone.image_vit"
@@ -243,7 +243,7 @@ def _ffn(d: DecoderConfig, base: TensorSource, theirs: str, block: str) -> _Name
     def of(home: str, *parts: str) -> Recipe:
         return Recipe(base, tuple((f"{home}.{p}_proj.weight", shapes[p]) for p in parts))
 
-    # "Post attention" is the norm behind the attention in OLMo 2, and in the others the one before the FFN.
+    # "Post attention" is the norm after the attention in OLMo 2, and the norm before the FFN in the others.
     norm = "post_feedforward_layernorm" if d.norm_after else "post_attention_layernorm"
     yield f"{ours}.ff_norm.weight", Recipe(base, ((f"{theirs}.{norm}.weight", (d.d_model,)),))
     if not d.n_experts:

@@ -195,7 +195,7 @@ class Trainer:
 
     def _steps(self, log: Log | None) -> None:
         recipe = self.recipe
-        batches, window, told = self.batches(), Window(self.device_flops), 0
+        batches, window, reasons = self.batches(), Window(self.device_flops), 0
         while self.step < recipe.steps:
             self._activate_experts()
             waiting = time.perf_counter()
@@ -205,10 +205,10 @@ class Trainer:
             self.step += 1
             if log is not None and reason is not None:
                 log.note(self.step, f"skipped: {reason}")
-            if log is not None and told < _MOST_REASONS:  # of this rank
-                for why in [why for one in micro for why in one.replaced][: _MOST_REASONS - told]:
+            if log is not None and reasons < _MOST_REASONS:  # of this rank
+                for why in [why for one in micro for why in one.replaced][: _MOST_REASONS - reasons]:
                     log.note(self.step, f"replaced {why}")
-                    told += 1
+                    reasons += 1
             if self._is_due(recipe.log_every) or self.step == 1:
                 figures = window.figures(self.here)
                 if log is not None:

@@ -19,14 +19,14 @@ T = TypeVar("T", covariant=True)
 
 
 class Loader(DataLoader[T]):
-    """A DataLoader that raises a MolmoEdgeError of its data set or of `collate` as it is, whatever `num_workers` is.
+    """A DataLoader that raises a MolmoEdgeError of its data set or of `collate` unchanged, for any `num_workers`.
 
     PyTorch's own replaces the message of an error in a worker by the worker's traceback. Here the worker returns the
     error in place of the batch, and the iterator raises it. Other exceptions are faults of the program and keep the
     traceback.
 
     Args:
-        data: Maps an index (or whatever `batch_sampler` draws) to an item.
+        data: Maps an index, or what `batch_sampler` draws, to an item.
         collate: Makes a batch from a list of items.
         options: Those of `torch.utils.data.DataLoader`.
     """
@@ -35,7 +35,7 @@ class Loader(DataLoader[T]):
         super().__init__(_Items(data), collate_fn=_Batches(collate), **options)
 
     def __iter__(self) -> Any:
-        """The batches. Workers start here; they are killed when this process exits, whatever ended it.
+        """The batches. Workers start here, and are killed when this process exits for any reason.
 
         Workers may ignore SIGTERM (see `ignore_interrupts`), by which multiprocessing ends them at exit and then
         waits: without this, a run that fails while a traceback holds the iterator would never exit.

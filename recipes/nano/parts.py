@@ -27,13 +27,13 @@ LAYERS = (0, 1, 2, 27, 28, 29)  # of SmolLM2's 30: of the subsets tried, the one
 
 
 def load_vit(model: Molmo, onnx_path: str | Path) -> None:
-    """Copy the ViT's weights; the 37x37 position grid is resampled to the crop's grid (bicubic, as DINOv2 does)."""
+    """Load the ViT's weights. The 37 x 37 position grid is resampled to the crop's grid (bicubic, as in DINOv2)."""
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(str(onnx_path)).graph
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    # The exporter renamed the matrices; the MatMul that uses one still says which it is. They are [in, out].
+    # The exporter renamed the matrices; they are identified by the MatMul that uses them. They are [in, out].
     matrices = {n.name: arrays[n.input[1]].T for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
     vit = model.vision
     embeddings = "backbone.embeddings"
@@ -86,7 +86,7 @@ def read_gguf(path: str | Path) -> tuple[Callable[[str], np.ndarray], list[str],
 
 
 def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's row order of q and k (rotation pairs side by side) -> rotate-half order."""
+    """From llama.cpp's row order of q and k (rotation pairs adjacent) to the rotate-half order."""
     rows, columns = matrix.shape
     return matrix.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -94,13 +94,13 @@ def unpermute(matrix: np.ndarray, heads: int) -> np.ndarray:
 def load_decoder(
     model: Molmo, get: Callable[[str], np.ndarray], rows: list[list[int]], layers: tuple[int, ...] = LAYERS
 ) -> None:
-    """Fill the decoder. rows: for each of our token ids, the SmolLM2 ids whose embeddings are averaged."""
+    """Load the decoder. rows: for each token id, the SmolLM2 ids whose embeddings are averaged."""
     c, decoder = model.config.decoder, model.decoder
     heads, kv_heads, e = 9, 3, c.n_experts
     table = get("token_embd.weight")
     embedding = torch.from_numpy(np.stack([table[ids].mean(0) for ids in rows]))
     decoder.embedding.copy_(embedding)
-    decoder.head.weight.copy_(embedding)  # tied in SmolLM2, apart from here on
+    decoder.head.weight.copy_(embedding)  # tied in SmolLM2, separate here
     decoder.new_embedding.normal_(std=float(table.std()))
     decoder.ln_f.weight.copy_(torch.from_numpy(get("output_norm.weight")))
 
@@ -127,8 +127,8 @@ def load_decoder(
 def fit_qk_norms(model: Molmo, ids: Tensor) -> None:
     """Set each q_norm and k_norm to the root mean square that its input has on `ids` [batch, n].
 
-    SmolLM2 has no such norms. With a constant weight equal to the usual size of its input, the norm
-    changes as little as a norm can; training heals the rest. Layer by layer, as each changes the next.
+    SmolLM2 has no such norms. With a constant weight equal to the typical size of its input, a norm changes little, and
+    training corrects the rest. Layers are fitted in order, because each changes the input of the next.
     """
     for block in model.decoder.blocks:
         for norm, which in ((block.attn.q_norm, 0), (block.attn.k_norm, 1)):
@@ -142,10 +142,10 @@ def fit_qk_norms(model: Molmo, ids: Tensor) -> None:
 
 
 def make_tokenizer(tokens: list[str], merges: list[str], size: int) -> tuple[dict[str, Any], list[list[int]]]:
-    """SmolLM2's byte-level BPE cut to `size` entries, as tokenizer.json; and for each id the ids it came from.
+    """SmolLM2's byte-level BPE reduced to `size` entries, as tokenizer.json, and the source ids of each id.
 
-    Merges are in order of priority, so that a prefix of them is a tokenizer of its own. SmolLM2 lacks
-    21 of the 256 bytes; they are added (their embeddings start as the mean), so that any text encodes.
+    Merges are in order of priority, so that a prefix of them is a valid tokenizer. SmolLM2 lacks 21 of the 256 bytes;
+    they are added, with the mean embedding, so that any text can be encoded.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 

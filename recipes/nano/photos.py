@@ -1,9 +1,8 @@
-"""Annotated photographs as pictures with regions: what is known about which name, and augmentation that keeps it true.
+"""Annotated photographs as pictures with regions: which names are known in them, and augmentation.
 
-The folders are those of `molmo_edge.data.annotated_photos`, with two keys more: `pseudo` (boxes with scores that a
-detector
-found) and `difficult`. A name is asked about only where something is known: its true boxes where the source labels
-every instance, boxes of the detector at 0.42 and above, and absence where the detector has seen nothing at all.
+The folders have the format of `molmo_edge.data.annotated_photos`, with two more keys: `pseudo`, a detector's boxes with
+scores, and `difficult`. A name is known if its source labels all instances of it, or from the detector: boxes with a
+score of at least 0.42 are objects, boxes below are unsure, and a name without any box is absent.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from molmo_edge.data.examples import Example
 from molmo_edge.data.regions import Box, Regions
 from recipes.nano.detector import COCO_NAMES
 
-SURE = 0.42  # score from which a detector's box counts as an object; below it nothing is known there
-# Sources that show little beside what they are about: names of other sources are absent there.
+SURE = 0.42  # minimum score of a detector's box that counts as an object; below it the area is unsure
+# Sources whose photographs show little else: the names of other sources are absent in them.
 NARROW = frozenset(
     ("bccd", "cards", "raccoon", "road_signs", "clothing", "receipts", "chess", "gym", "vehicles", "vehicles2", "cans")
 )
@@ -29,7 +28,7 @@ NARROW = frozenset(
 
 @dataclass
 class Picture:
-    """A photograph with what is known about names in it. Boxes are percent of width and height."""
+    """A photograph and the names known in it. Boxes are in percent of width and height."""
 
     rgb: np.ndarray  # uint8 [h, w, 3]
     objects: list[tuple[str, Box]]
@@ -38,7 +37,7 @@ class Picture:
 
 
 class Vocabulary:
-    """All names that the photographs of some folders have, and which are labelled exhaustively in which source."""
+    """All names in the photographs of some folders, and which source labels which of them exhaustively."""
 
     def __init__(self, photos: list[Photo], roots: list[Path]):
         self.exhaustive: dict[str, set[str]] = {}
@@ -60,9 +59,11 @@ class Vocabulary:
         self._of = labels
 
     def picture(self, photo: Photo) -> Picture:
-        """The photograph as it is."""
+        """The photograph without augmentation."""
         a, source = photo.annotation, photo.annotation["source"]
-        objects, unsure, known = [], [], set()
+        objects: list[tuple[str, Box]] = []
+        unsure: list[tuple[str, Box]] = []
+        known: set[str] = set()
         if "objects" in a:
             known |= self.exhaustive.get(source, set())
         if "pseudo" in a:
@@ -71,14 +72,14 @@ class Vocabulary:
             known |= self._others - self._of.get(source, set())
         labelled = {o["label"] for o in a.get("objects", ())}
         for o in a.get("objects", ()):
-            objects += [(o["label"], tuple(box)) for box in o["boxes"]]
+            objects += [(o["label"], _box(box)) for box in o["boxes"]]
             if o.get("crowd") or o["label"] not in self.exhaustive.get(source, set()):
                 known.discard(o["label"])
         for found in a.get("pseudo", ()):
             if found["label"] in labelled:
                 continue
             for box, score in zip(found["boxes"], found["scores"], strict=True):
-                (objects if score >= SURE else unsure).append((found["label"], tuple(box)))
+                (objects if score >= SURE else unsure).append((found["label"], _box(box)))
         return Picture(photo.rgb(), objects, unsure, known & self.numbers.keys())
 
     def regions(self, picture: Picture) -> Regions:
@@ -93,14 +94,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Augmentation:
-    mosaic: float = 0.25  # share of pictures that are four in one
-    crop: float = 0.6  # share of the others that are cut
-    least: float = 0.45  # of a side that a crop keeps
-    kept: float = 0.5  # share of a box that has to stay for its object to stay
+    mosaic: float = 0.25  # share of pictures made of four photographs
+    crop: float = 0.6  # share of photographs that are cropped
+    least: float = 0.45  # minimum share of a side that a crop keeps
+    kept: float = 0.5  # minimum share of a box within the crop for its object to remain
 
 
 class RegionPhotos:
-    """A data set of the trainer: photographs with regions, and no questions."""
+    """A data set of photographs with regions, without questions."""
 
     def __init__(self, photos: list[Photo], vocabulary: Vocabulary, augmentation: Augmentation | None, name: str):
         self.photos, self.vocabulary, self.augmentation, self.name = photos, vocabulary, augmentation, name
@@ -109,7 +110,7 @@ class RegionPhotos:
         return len(self.photos)
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Without augmentation nothing is left to chance."""
+        """Without augmentation, an example does not depend on `rng`."""
         if self.augmentation is None:
             picture = self.vocabulary.picture(self.photos[index])
         elif rng.random() < self.augmentation.mosaic:
@@ -133,7 +134,7 @@ class RegionPhotos:
 
 
 def cut(picture: Picture, window: Box, kept: float) -> Picture:
-    """The part `window` of a picture. Objects that lose more than they may are unsure there."""
+    """The part `window` of a picture. Objects of which less than the share `kept` remains become unsure."""
     h, w = picture.rgb.shape[:2]
     left, right = round(w * window[0] / 100), max(round(w * window[2] / 100), round(w * window[0] / 100) + 1)
     top, bottom = round(h * window[1] / 100), max(round(h * window[3] / 100), round(h * window[1] / 100) + 1)
@@ -146,8 +147,13 @@ def cut(picture: Picture, window: Box, kept: float) -> Picture:
             if share > 0:
                 moved = (np.array(inner).reshape(2, 2) - low) / size * 100
                 target = cut_to.objects if sure and share >= kept else cut_to.unsure
-                target.append((name, tuple(float(v) for v in moved.reshape(-1))))
+                target.append((name, _box(moved)))
     return cut_to
+
+
+def _box(values: object) -> Box:
+    x0, y0, x1, y1 = (float(v) for v in np.asarray(values).reshape(-1))
+    return x0, y0, x1, y1
 
 
 def _clipped(box: Box, low: np.ndarray, high: np.ndarray) -> tuple[Box, float]:
@@ -158,7 +164,7 @@ def _clipped(box: Box, low: np.ndarray, high: np.ndarray) -> tuple[Box, float]:
 
 
 def flip(picture: Picture) -> Picture:
-    """Mirrored left to right."""
+    """Mirror a picture left to right."""
 
     def mirrored(boxes: list[tuple[str, Box]]) -> list[tuple[str, Box]]:
         return [(name, (100 - x1, y0, 100 - x0, y1)) for name, (x0, y0, x1, y1) in boxes]
@@ -167,7 +173,7 @@ def flip(picture: Picture) -> Picture:
 
 
 def mosaic(pictures: list[Picture], rng: np.random.Generator, side: int = 512) -> Picture:
-    """Four pictures as one. What is known of a name in some of them alone is unsure in the others."""
+    """Four pictures as one. A name that is known in only some of them is unsure in the others."""
     middle = rng.uniform(0.35, 0.65, 2)
     x, y = (round(side * share) for share in middle)
     canvas = np.empty((side, side, 3), np.uint8)
@@ -180,14 +186,14 @@ def mosaic(pictures: list[Picture], rng: np.random.Generator, side: int = 512) -
         for boxes, target in ((picture.objects, out.objects), (picture.unsure, out.unsure)):
             for name, box in boxes:
                 moved = np.array(box).reshape(2, 2) * size + 100 * low
-                target.append((name, tuple(float(v) for v in moved.reshape(-1))))
-        whole = tuple(float(v) for v in 100 * np.concatenate([low, low + size]))
+                target.append((name, _box(moved)))
+        whole = _box(100 * np.concatenate([low, low + size]))
         out.unsure += [(name, whole) for name in sorted(out.known - picture.known)]
     return out
 
 
 def recolour(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, a gain for each channel and sometimes grey; through a table for each channel."""
+    """Change brightness, contrast and the gain of each channel; make some pictures grey."""
     if rng.random() < 0.05:
         rgb = np.repeat(rgb.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
     mean = rgb[::8, ::8].mean((0, 1))
@@ -198,6 +204,6 @@ def recolour(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def read(roots: list[Path], split: str) -> list[Photo]:
-    """Photographs with something known about names, of all folders."""
+    """The photographs of all folders that have annotated objects or boxes of a detector."""
     photos = [photo for root in roots for photo in load_photos(root, split)]
     return [p for p in photos if any(p.annotation.get(key) for key in ("objects", "pseudo"))]

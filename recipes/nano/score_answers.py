@@ -1,7 +1,7 @@
 """Scores of a model that answers: pointing, counting, absence, reading and clocks, on photos and on drawn scenes.
 
-Each figure stands beside the baseline of a model that does not look: one point in the centre, the most frequent count,
-the most frequent answer.
+Each score comes with the baseline of a model that ignores the picture: one point in the centre, the most frequent
+count, the most frequent answer.
 """
 
 from __future__ import annotations

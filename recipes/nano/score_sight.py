@@ -1,9 +1,9 @@
-"""How well a model sees before it can answer: points from its heat maps on annotated photographs, beside the detector.
+"""Scores of stage 1: points from heat maps on annotated photographs, compared with the detector.
 
-Questions are all names that are in a picture and as many that are not. A point counts inside a box of its name, matched
-one to one. F1 is the mean over the questions about names that are there; `pooled` is over all points and boxes of all
-questions; `none` is the share of absent names that get no point. The threshold is the one that is best on the same
-photographs, for both alike.
+The questions of a picture are all names in it and as many absent names. A point is a hit if it is in a box of its name;
+points and boxes are matched one to one. `f1` is the mean over questions about names in the picture, `pooled` the F1
+over all points and boxes of all questions, and `none` the share of absent names without a point. Model and detector
+both use the threshold that is best on these photographs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Found = tuple[np.ndarray, np.ndarray]  # points float [n, 2] in percent, and the
 @dataclass(frozen=True)
 class Question:
     name: str
-    boxes: tuple[Box, ...]  # none of an absent name
+    boxes: tuple[Box, ...]  # empty for an absent name
 
 
 def questions(photo: Photo, vocabulary: Vocabulary, rng: np.random.Generator) -> list[Question]:
-    """Every name that is there and can be counted, and as many that are not."""
+    """All names in the picture that can be counted, and as many absent names."""
     picture = vocabulary.picture(photo)
     boxes: dict[str, list[Box]] = {}
     for o in photo.annotation.get("objects", ()):
@@ -53,7 +53,7 @@ def questions(photo: Photo, vocabulary: Vocabulary, rng: np.random.Generator) ->
 
 
 def heat_points(model: Trainable, names: Names, processor: ImageProcessor) -> Callable[[np.ndarray], list[Found]]:
-    """rgb -> for every name its peaks: cells that no neighbour exceeds, each at the patch chosen inside of it."""
+    """A function from rgb to the points of each name: local maxima of its heat map, at the chosen patch of a cell."""
     molmo, head = model.molmo, model.grounding
     assert head is not None
     table = names.embed(molmo.decoder.embedding)
@@ -80,7 +80,7 @@ def heat_points(model: Trainable, names: Names, processor: ImageProcessor) -> Ca
 
 
 def stitched(token_index: np.ndarray, tiling: tuple[int, int], config: ImageConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept cells of the crops (of the global view where there are none) row by row: their grid, crop and cell."""
+    """The kept cells of the crops, or of the global view without crops, row by row: their grid, crop and cell."""
     rows = tiling[0]
     shape = config.cell_grids(tiling)[-1]
     crop, cell = (token_index[1:] >= 0).nonzero() if rows else (token_index >= 0).nonzero()
@@ -91,7 +91,7 @@ def stitched(token_index: np.ndarray, tiling: tuple[int, int], config: ImageConf
 
 
 def local_maxima(heat: Tensor) -> Tensor:
-    """heat [n, rows, columns] -> bool: no neighbour is hotter."""
+    """heat [n, rows, columns] -> bool: whether no neighbour is larger."""
     return heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]
 
 
@@ -99,13 +99,13 @@ def _patch_points(config: ImageConfig, patches: np.ndarray, centres: Tensor, ins
     side, p = config.cells, config.pool
     crop, cell = centres[:, 0].numpy(), centres[:, 1].numpy()
     y, x = cell // side * p + inside.numpy() // p, cell % side * p + inside.numpy() % p
-    return 100 * patches[crop, y * side * p + x]
+    return np.asarray(100 * patches[crop, y * side * p + x])
 
 
 def detector_points(
     tower: ConvTower, scores: Sequence[tuple[Tensor, Tensor]], boxes: Sequence[tuple[Tensor, Tensor]], size: int
 ) -> Callable[[np.ndarray], list[Found]]:
-    """The detector alone: rgb -> for each of COCO_NAMES the centres of its boxes after suppression, with scores."""
+    """The detector alone: a function from rgb to the centres of each name's boxes after suppression, with scores."""
     plain = ImageConfig(
         crop_size=224, max_crops=0, overview=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
@@ -122,7 +122,7 @@ def detector_points(
         ):
             x = level[0].permute(1, 2, 0)  # [h, w, dim]
             y0, x0 = torch.meshgrid(*(torch.arange(n) + 0.5 for n in x.shape[:2]), indexing="ij")
-            bins = F.linear(x, bw, bb).unflatten(-1, (4, -1)).softmax(-1)
+            bins = torch.unflatten(F.linear(x, bw, bb), -1, (4, -1)).softmax(-1)
             distance = (bins * torch.arange(bins.shape[-1])).sum(-1)  # left, top, right, bottom in strides
             centre = torch.stack([x0, y0, x0, y0], -1)
             every.append(((centre + distance * torch.tensor([-1.0, -1.0, 1.0, 1.0])) * stride).flatten(0, 1))
@@ -139,7 +139,7 @@ def detector_points(
 
 
 def suppress(boxes: Tensor, scores: Tensor, least: float, overlap: float = 0.6) -> Tensor:
-    """Indices of boxes [n, 4] with a score above `least` that overlap no better one, best first."""
+    """Non-maximum suppression: indices of boxes [n, 4] with a score above `least`, best first."""
     order = [int(i) for i in scores.argsort(descending=True)[: int((scores > least).sum())]]
     kept: list[int] = []
     for i in order:
@@ -160,7 +160,7 @@ def evaluate(
     thresholds: Sequence[float] = tuple(np.arange(0.1, 0.6, 0.025)),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores of one group of photographs at the threshold with the best F1."""
+    """Scores of a group of photographs at the best threshold."""
     asked: list[tuple[Question, Found]] = []
     for number, photo in enumerate(photos):
         found = find(photo.rgb())
@@ -192,9 +192,9 @@ def _scores(asked: list[tuple[Question, Found]], threshold: float) -> dict[str, 
 def report(
     photos: Sequence[Photo], vocabulary: Vocabulary, find: Callable[[np.ndarray], list[Found]]
 ) -> dict[str, Any]:
-    """`evaluate` for each of GROUPS, of photographs with true boxes."""
-    told = {}
+    """`evaluate` for each of GROUPS, on photographs with annotated boxes."""
+    scores = {}
     for group, sources in GROUPS.items():
         chosen = [p for p in photos if p.annotation["source"] in sources and p.annotation.get("objects")]
-        told[group] = evaluate(chosen, vocabulary, find)
-    return told
+        scores[group] = evaluate(chosen, vocabulary, find)
+    return scores

@@ -1,6 +1,6 @@
-"""Stage 1: the connector learns to see. Every labelled object of every photograph at once, as heat maps of names.
+"""Stage 1: the connector learns heat maps of names, from all labelled objects of annotated photographs.
 
-The towers are frozen; the decoder gives the names' embeddings and does not run.
+The towers are frozen. The decoder provides the embeddings of the names, but does not run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECIPE = Recipe(
     frozen=("vision", "decoder"),
     encoding=Encoding(crops=1),
     forward=ForwardConfig(grounding=1.0, recompute=False),
-    # A constant rate: how long the stage lasts is decided while it runs. `FINISH` lowers it.
+    # A constant rate, because the length of the stage is decided while it runs.
     optimizer=OptimizerConfig(connector=Rate(1e-3, 100), floor=1.0, weight_decay=0.01),
     max_crops=None,
     save_every=100,
@@ -47,7 +47,7 @@ RECIPE = Recipe(
 
 
 def precision() -> str:
-    """Of products: bfloat16 on a GPU, and on a CPU where it has it in hardware, measured."""
+    """The precision of matrix products: bfloat16 on a GPU, and on a CPU if a measurement shows that it is faster."""
     if torch.cuda.is_available():
         return "bf16"
     cpu = torch.device("cpu")
@@ -63,7 +63,7 @@ def data(roots: Sequence[Path]) -> tuple[Data, Vocabulary, list[Photo]]:
 
 
 def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path:
-    """The stage, taken up where `run` has got to; returns the checkpoint it ends with."""
+    """Run the stage, from where `run` has got to; returns the checkpoint it ends with."""
     sets, vocabulary, _ = data(roots)
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
@@ -73,7 +73,7 @@ def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path
 
 
 def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detector: Path) -> dict[str, object]:
-    """What the latest checkpoint of `run` and the detector alone score on the photographs of validation."""
+    """Scores of the latest checkpoint of `run` and of the detector alone on the validation photographs."""
     sets, vocabulary, held_out = data(roots)
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
@@ -82,12 +82,12 @@ def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detecto
         trainer = Trainer(model, tokenizer, sets, recipe, run, here)
     model.eval()
     find = heat_points(model, names, ImageProcessor(config.image, tokenizer.special))
-    told: dict[str, object] = {"step": trainer.step, "nano": report(held_out, vocabulary, find)}
+    scores: dict[str, object] = {"step": trainer.step, "nano": report(held_out, vocabulary, find)}
     tower = model.molmo.conv_tower
     assert tower is not None
     assert vocabulary.names[: len(COCO_NAMES)] == COCO_NAMES
     alone = detector_points(tower, score_layers(detector), box_layers(detector), config.image.overview)
-    told["detector"] = report(held_out, vocabulary, alone)
+    scores["detector"] = report(held_out, vocabulary, alone)
     with (run / "scores.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(told) + "\n")
-    return told
+        file.write(json.dumps(scores) + "\n")
+    return scores

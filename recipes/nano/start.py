@@ -22,7 +22,7 @@ from recipes.nano.detector import tower_state
 from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
 
 _OLD = PRESETS["nano"]
-# The ViT's last two blocks are left out: they cost a sixth of its time, which the tower takes a part of.
+# Without the ViT's last two blocks: they take a sixth of its time, and the convolutional tower takes less.
 CONFIG: MolmoConfig = replace(
     _OLD,
     image=replace(_OLD.image, overview=416),
@@ -64,10 +64,10 @@ def make_start(vit: Path, lm: Path, detector: Path, photos: list[Photo], out: Pa
 
 @torch.no_grad()
 def scale_connector(model: Molmo, pictures: list[np.ndarray], generator: torch.Generator) -> None:
-    """Random weights that see standardised features, and cells as large as token embeddings.
+    """Initialise the connector for standardised features, with outputs as large as token embeddings.
 
-    DINOv2's block outputs have a few channels hundreds of times larger than the rest; without this they are all that
-    the connector sees for its first thousands of steps.
+    A few channels of DINOv2's block outputs are hundreds of times larger than the others. Without scaling they would
+    dominate the connector for thousands of steps.
     """
     processor = ImageProcessor(replace(model.config.image, max_crops=0))
     prepared = [processor(picture) for picture in pictures]
