@@ -125,6 +125,19 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
 
 
 @pytest.mark.slow
+def test_two_ranks_with_cached_features_and_the_attention_loss(small_molmoe: Path, tmp_path: Path) -> None:
+    for ranks, name in ((1, "one"), (2, "two")):
+        options = ("--pointed", "--features", str(tmp_path / f"features-{name}"), "--validate")
+        run(small_molmoe, tmp_path / name, *options, ranks=ranks)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
+    for step, line in one.items():
+        for name in ("loss", "attention_loss", "norm_connector", "norm_decoder"):
+            assert line[name] == pytest.approx(two[step][name], rel=1e-4), (step, name)
+    assert one[STEPS]["attention_loss"] < one[1]["attention_loss"]
+
+
+@pytest.mark.slow
 def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Path) -> None:
     run(small_molmoe, tmp_path, "--steps", "5")
     process = start(small_molmoe, tmp_path, "--few", "8")

@@ -17,15 +17,17 @@ import numpy as np
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.system.log import shown
+from molmo_edge.training.attention_loss import AttentionLoss
 from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.sharding import Layout
-from molmo_edge.training.trainer import Data, Trainer, build
+from molmo_edge.training.trainer import Data, Trainer, build, cache_features
 
 WORDS = ("red", "blue", "a cup", "two dogs", "nothing")
 
@@ -37,6 +39,7 @@ class Noise:
     name: str
     size: int
     annotations: int
+    pointed: bool = False  # each answer is a point, with the box of its object
 
     def __len__(self) -> int:
         return self.size
@@ -47,6 +50,10 @@ class Noise:
             Annotation("user_qa", (f"What is {k}?", f"{WORDS[(index + k) % len(WORDS)]}, {rng.integers(10)}."))
             for k in range(1 + index % self.annotations)
         ]
+        if self.pointed:
+            x, y = (float(v) for v in np.random.default_rng([1, index]).integers(10, 90, 2))
+            answer = format_points([Point(x, y)], "it")
+            asked = [Annotation("user_qa", ("Point to it.", answer), boxes=((x - 10, y - 10, x + 10, y + 10),))]
         return Example(picture, tuple(asked))
 
 
@@ -60,6 +67,8 @@ def main() -> None:
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--few", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pointed", action="store_true")
+    parser.add_argument("--features", type=Path)
     parser.add_argument("--experts", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--states", default="fp32")
@@ -82,13 +91,20 @@ def main() -> None:
         validate_every=5,
         validation_batches=2,
     )
+    if args.features:
+        recipe = dataclasses.replace(recipe, frozen=("vision",))
+    if args.pointed:
+        forward = dataclasses.replace(recipe.forward, attention_loss=AttentionLoss(1.0, layer=1, heads=2))
+        recipe = dataclasses.replace(recipe, forward=forward)
     start = args.checkpoint
     with world("cpu") as here:
-        model = build(read_config(start), open_tensors(start), str(start), recipe, here)
+        config, source = read_config(start), open_tensors(start)
+        model = build(config, source, str(start), recipe, here)
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
-        few = Noise("few", args.few, 1)
-        data = Data([few, Noise("many", 12, 3)], [0.4, 0.6], [few] if args.validate else ())
-        trainer = Trainer(model, tokenizer, data, recipe, args.directory, here)
+        few = Noise("few", args.few, 1, args.pointed)
+        data = Data([few, Noise("many", 12, 3, args.pointed)], [0.4, 0.6], [few] if args.validate else ())
+        cache = cache_features(args.features, config, source, data, recipe, here) if args.features else None
+        trainer = Trainer(model, tokenizer, data, recipe, args.directory, here, cache)
         if args.kill_at:
             one = trainer.update
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from molmo_edge.training.workers import Loader
 
 TOWERS = ("vision", "extra_vision", "conv_tower")  # parts of a `Molmo`
 _LOG_EVERY = 30.0  # seconds
+_WAIT_EVERY = 32  # batches
 
 
 class FeatureError(MolmoEdgeError):
@@ -106,15 +107,20 @@ def write_features(
     *,
     rank: int = 0,
     ranks: int = 1,
+    wait: Callable[[], None] | None = None,
     batch: int = 8,
     workers: int = 0,
 ) -> None:
     """Encode the pictures of `sets` that `cache` does not hold yet, those of one rank.
 
     Every example is read once to find what is missing, drawn with `seed` as `loader.Samples` draws it. Damaged examples
-    are skipped: the run replaces them.
+    are skipped: the run replaces them. wait: a barrier of the ranks, called now and then, so that none has to wait for
+    another at the end for longer than a process group allows.
     """
-    numbers = [(s, i) for s, data in enumerate(sets) for i in range(len(data))][rank::ranks]
+    every = [(s, i) for s, data in enumerate(sets) for i in range(len(data))]
+    numbers = every[rank::ranks]
+    if len(numbers) * ranks < len(every):  # all ranks have equally many batches
+        numbers.append(every[0])
     towers = load_towers(config, source, device)
     loader = Loader(
         _Missing(sets, seed, numbers, cache, image), batch_size=batch, num_workers=workers, collate=_without_nothing
@@ -129,6 +135,8 @@ def write_features(
             for (path, _), own in zip(group, torch.split(features, counts), strict=True):
                 cache.write(path, own)
             written += len(group)
+        if wait is not None and n % _WAIT_EVERY == 0:
+            wait()
         if time.monotonic() - logged > _LOG_EVERY:
             logged = time.monotonic()
             steps_log.info(

@@ -94,7 +94,7 @@ def cache_features(
     cache = open_features(root, config, source, image, compute_dtype(recipe, here))
     for sets, seed in ((data.sets, recipe.seed), (data.validation, VALIDATION_SEED)):
         write_features(
-            cache, config, source, image, sets, seed, here.device, rank=here.rank, ranks=here.ranks,
+            cache, config, source, image, sets, seed, here.device, rank=here.rank, ranks=here.ranks, wait=here.wait,
             workers=min(recipe.workers, available_cores()),
         )  # fmt: skip
     here.wait()
