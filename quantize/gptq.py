@@ -60,7 +60,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         factor = torch.linalg.cholesky(damped)
         del damped, diagonal
         inverse: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError as error:
         raise QuantizeError("the calibration's inputs are NaN or Inf: check the checkpoint") from error
     return inverse
 

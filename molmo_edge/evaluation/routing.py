@@ -229,7 +229,6 @@ def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Pro
     api, read = load_library(), tensor_reader()
     seen: dict[int, list[np.ndarray]] = defaultdict(list)
 
-    @api.ggml_backend_sched_eval_callback
     def watch(tensor: int, ask: bool, _: object) -> bool:
         name, values = read(tensor, not ask)
         shown = _SHOWN.fullmatch(name)
@@ -237,7 +236,8 @@ def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Pro
             seen[int(shown[1])].append(values.reshape(-1, d.n_experts))
         return shown is not None or not ask
 
-    new_cache = open_watched(bundle, watch, threads=threads, options=options)
+    callback = api.ggml_backend_sched_eval_callback(watch)
+    new_cache = open_watched(bundle, callback, threads=threads, options=options)
 
     def probabilities(rows: np.ndarray) -> np.ndarray:
         seen.clear()

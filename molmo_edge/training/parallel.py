@@ -81,7 +81,7 @@ def world(device: str = "auto") -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=20), **alone)
     try:
         yield World(rank, ranks, here)
