@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def test_a_question_may_begin_with_a_dash(
         assert out == "ok\n"
         assert text in asked[-1]
     shown = " ".join(cli(verb, "--help")[1].split())
-    assert 'After "--" it may begin with a dash: photo.jpg -- "-5' in shown
+    assert re.search('Put "--" before a (question|label) that begins with a dash: photo.jpg -- "-5', shown)
 
 
 @pytest.mark.parametrize("verb", ["ask", "point", "count", "caption", "chat"])
@@ -173,4 +174,4 @@ def test_a_photo_may_begin_with_a_dash(
     status, out, err = cli(verb, "-q", "--", "-1.png", *question)
     assert (status, out, err) == (0, "" if verb == "chat" else "ok\n", "")
     shown = " ".join(cli(verb, "--help")[1].split())
-    assert 'After "--" its name may begin with a dash' in shown
+    assert 'Put "--" before a name that begins with a dash' in shown
