@@ -1,4 +1,4 @@
-"""Parts of a decoder in precisions of their own, what each costs, and a search that keeps to a size or a loss."""
+"""Precisions of parts of a decoder, the cost of each, and the search within a budget of size or loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parts(bench: Bench) -> list[AblationResult]:
 
 @pytest.mark.parametrize("part", ["attention", "experts", "router", "head"])
 @pytest.mark.parametrize("word", ["int8", "q8", "q4"])
-def test_a_part_alone_is_rounded_and_nothing_else(part: str, word: str, tmp_path: Path) -> None:
+def test_only_the_named_part_is_quantized(part: str, word: str, tmp_path: Path) -> None:
     manifest = export_bundle(GOLDEN / "molmoe", tmp_path / "b", {part: word}, measure=True)
     decoder = manifest["components"]["decoder"]
     assert {tensor_part(f"{name}.weight") for name in decoder["weight_errors"]} == {part}
@@ -56,7 +56,7 @@ def test_a_part_alone_is_rounded_and_nothing_else(part: str, word: str, tmp_path
     assert 0 < relative(found, exact) < 0.5
 
 
-def test_parts_on_top_of_a_word(tmp_path: Path) -> None:
+def test_parts_override_the_precision_of_the_decoder(tmp_path: Path) -> None:
     manifest = export_bundle(
         GOLDEN / "qwen", tmp_path / "b", {"decoder": "q4", "attention": "fp32", "head": "int8"}, measure=False
     )
@@ -74,7 +74,9 @@ def test_parts_on_top_of_a_word(tmp_path: Path) -> None:
         ({"head": "q8"}, {"calibrate": GOLDEN}, "a calibration is for a decoder in q4"),
     ],
 )
-def test_parts_that_cannot_be_had(precision: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_precisions_of_parts_are_refused(
+    precision: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=message):
         export_bundle(GOLDEN / "molmoe", tmp_path / "b", precision, **options)
 
@@ -86,7 +88,7 @@ def test_every_tensor_belongs_to_one_part(architecture: str) -> None:
     assert found == set(PARTS) - (set() if config.decoder.n_experts else {"router"})
 
 
-def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, parts: list[AblationResult]) -> None:
+def test_every_part_is_measured_in_every_precision_it_supports(bench: Bench, parts: list[AblationResult]) -> None:
     assert [(p.part, p.precision) for p in parts] == [
         (part, word) for part in PARTS for word in ("q8", "q4") if word in precisions_of(part, bench.config)
     ]
@@ -100,7 +102,7 @@ def test_every_part_is_measured_in_every_precision_it_can_have(bench: Bench, par
     assert by_name["experts", "q4"].saved > by_name["experts", "q8"].saved > 0
 
 
-def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[AblationResult]) -> None:
+def test_search_within_a_size_takes_the_cheapest_parts_first(bench: Bench, parts: list[AblationResult]) -> None:
     whole, all_of_it = sum(map(size_of, bench.files.values())), greedy_path(parts)[-1].saved
     some, less = whole - all_of_it // 3, whole - 9 * all_of_it // 10
     found = search(bench, parts, max_bytes=some)
@@ -111,7 +113,7 @@ def test_a_size_is_kept_with_the_cheapest_parts_first(bench: Bench, parts: list[
         search(bench, parts, max_bytes=whole // 100)
 
 
-def test_a_loss_is_kept_as_measured(bench: Bench, parts: list[AblationResult]) -> None:
+def test_search_within_a_loss_uses_the_measured_loss(bench: Bench, parts: list[AblationResult]) -> None:
     dearest = max(part.kl for part in parts)
     found = search(bench, parts, max_kl=dearest / 4)
     assert 0 < found.kl <= dearest / 4
@@ -131,7 +133,7 @@ def ablated(part: str, word: str, saved: int, kl: float) -> AblationResult:
     return AblationResult(part, word, saved, {"kl_mean": Estimate(kl, kl, kl, 1)})
 
 
-def test_steps_are_taken_by_loss_for_a_byte_saved() -> None:
+def test_steps_are_ordered_by_loss_per_byte_saved() -> None:
     found = greedy_path(
         [
             ablated("head", "q8", 100, 0.1),

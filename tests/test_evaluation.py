@@ -34,7 +34,7 @@ def test_character_error_is_edit_distance_over_length() -> None:
 
 
 class Knowing:
-    """Answers from the annotation; `wrong` makes it point at the corner and miscount."""
+    """Answers from the annotation; if `wrong`, it points at the corner and miscounts."""
 
     def __init__(self, annotation: dict[str, Any], wrong: bool = False):
         self.boxes = {o["label"]: o["boxes"] for o in annotation["objects"]}

@@ -1,4 +1,4 @@
-"""A loss on the golden MolmoE: nothing of a copy, something of four bits, and a damaged expert found by name."""
+"""Loss on the golden MolmoE: a copy loses nothing, four bits lose something, and a damaged expert is found by name."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ CROPS = 1
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
-    """Of three scenes. Random weights find no end: answers are cut."""
+    """About three scenes. Answers are cut: random weights do not generate the end token."""
     return [replace(question, max_new_tokens=16) for question in load_suite("nano-val", limit=3)]
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden MolmoE as a bundle, one matrix of one expert turned upside down."""
+    """The golden MolmoE as a bundle, with one matrix of one expert flipped."""
     folder = tmp_path_factory.mktemp("damaged")
     model = load_checkpoint(GOLDEN / "molmoe")[0]
     ffn = model.decoder.blocks[1].ffn
@@ -65,7 +65,7 @@ def test_a_copy_loses_exactly_nothing(loss: Loss) -> None:
         none = METRICS[name].lossless
         assert figure.value == none, name
         assert figure.n > 0, name
-        if name not in ("same_answer", "same_points"):  # Wilson knows better than to be sure
+        if name not in ("same_answer", "same_points"):  # Wilson's interval has a width
             assert figure.low == figure.high == none, name
     assert "first_divergence" not in copy.metrics
     for group, by_name in copy.scores.items():
@@ -88,13 +88,13 @@ def test_four_bits_lose_something_and_say_how_much(loss: Loss) -> None:
     assert q4["same_answer"].n == loss.questions
 
 
-def test_noise_lies_far_below_the_loss(loss: Loss) -> None:
+def test_noise_is_far_below_the_loss(loss: Loss) -> None:
     assert loss.noise is not None
     assert 0 < loss.noise.metrics["kl_mean"].value < 1e-3 * loss.candidates[1].metrics["kl_mean"].value
     assert 0 < loss.noise.metrics["vision"].value < 1e-6
 
 
-def test_a_damaged_expert_shows_in_at_least_three_figures(loss: Loss) -> None:
+def test_a_damaged_expert_changes_at_least_three_metrics(loss: Loss) -> None:
     damaged, noise = loss.candidates[2].metrics, loss.noise
     assert noise is not None
     assert damaged["vision"].value == damaged["image"].value == 0, "the image's part is sound"
@@ -123,8 +123,8 @@ def test_a_damaged_expert_is_named(questions: list[Question], damaged: Path) -> 
     ]
 
 
-def test_a_calibration_that_moved_gains_accuses_nobody(questions: list[Question], tmp_path: Path) -> None:
-    """The router is float32 in both: that its norm and its matrix share a scale otherwise is no fault of it."""
+def test_gains_moved_by_a_calibration_are_not_a_fault(questions: list[Question], tmp_path: Path) -> None:
+    """The router is float32 in both models; only the split of a scale between its norm and its matrix differs."""
     export_bundle(GOLDEN / "molmoe", tmp_path / "b", {"decoder": "int8"}, calibrate=GOLDEN, measure=False)
     with Bench(bundle("molmoe"), questions[:6], max_crops=CROPS) as bench:
         kl = {part.part: part.kl for part in swap_parts(bench, tmp_path / "b")}
@@ -136,7 +136,7 @@ def test_a_calibration_that_moved_gains_accuses_nobody(questions: list[Question]
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.transformer.blocks.1.attn.att_proj.weight"])
 @pytest.mark.parametrize("factor", [-20.0, float("nan")])
-def test_a_damaged_matrix_without_its_like_is_named(
+def test_a_damaged_matrix_without_similar_ones_is_named(
     name: str, factor: float, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = BundleTensors.get
@@ -147,8 +147,8 @@ def test_a_damaged_matrix_without_its_like_is_named(
     assert [(m.name, m.is_outlier) for m in found] == [(name, True)]
 
 
-def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
-    measured = loss.candidates[1]  # random weights give no points: these are written here
+def test_the_report_is_self_contained(loss: Loss, tmp_path: Path) -> None:
+    measured = loss.candidates[1]  # random weights give no points, so the test adds some
     answers = measured.comparison.answers
     answers[0] = replace(
         answers[0],
@@ -172,7 +172,7 @@ def test_the_report_stands_alone(loss: Loss, tmp_path: Path) -> None:
     assert data["candidates"][0]["figures"]["kl_mean"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": loss.tokens}
 
 
-def test_a_checkpoint_on_pytorch_is_its_bundle(questions: list[Question]) -> None:
+def test_a_checkpoint_on_pytorch_equals_its_bundle(questions: list[Question]) -> None:
     found = measure_loss(
         ModelSpec(GOLDEN / "molmoe", precision="fp32"),
         [ModelSpec(bundle("molmoe"))],
@@ -190,13 +190,13 @@ def test_a_checkpoint_on_pytorch_is_its_bundle(questions: list[Question]) -> Non
     assert found.noise.metrics["kl_mean"].value > 1e3 * figures["kl_mean"].value
 
 
-def test_nothing_to_ask_is_said(questions: list[Question]) -> None:
+def test_questions_without_images_are_refused(questions: list[Question]) -> None:
     for asked in ([], [replace(questions[0], words_alone=True)]):
         with pytest.raises(NoQuestionsError, match="nothing to compare"):
             measure_loss(ModelSpec(bundle("molmoe")), [], asked)
 
 
-def test_models_of_other_prompts_are_refused() -> None:
+def test_models_with_different_prompts_are_refused() -> None:
     with pytest.raises(LossError, match="another tokenizer"):
         check_comparable(bundle("molmoe"), bundle("qwen"))
     with pytest.raises(LossError, match="noise"):

@@ -16,7 +16,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def photos(tmp_path: Path, golden: Path) -> Path:
-    """One photo, with what is asked of it kept short: an answer of random weights finds no end."""
+    """One photo with short answers: random weights do not generate the end token."""
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "coffee.png").write_bytes((golden / "coffee.png").read_bytes())
@@ -50,7 +50,7 @@ def test_eval_writes_answers_and_results(cli: Cli, photos: Path, tmp_path: Path)
     assert "another run (max_crops: 0 there, 1 here)" in stderr
 
 
-def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_runs_in_shards(cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["eval", bundle("molmoe"), "--tasks", f"photos:{photos}", "--max-crops", 0, "--out", tmp_path / "run"]
     for shard in ("1/2", "2/2"):
         status, stdout, stderr = cli(*arguments, "--shard", shard)
@@ -65,7 +65,7 @@ def test_eval_is_shared_out(cli: Cli, photos: Path, tmp_path: Path, monkeypatch:
     assert "7 here" in stderr, "another number of threads may round to other answers"
 
 
-def test_a_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [shard_environment("cuda", i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["3", "5", "3"]
     assert shard_environment("cpu", 1)["CUDA_VISIBLE_DEVICES"] == "3,5"
@@ -88,7 +88,7 @@ def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> No
 
 
 def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_path: Path) -> None:
-    """No annotations, no scores, all other figures: whether the two models answer alike needs nobody's truth."""
+    """Without annotations there are no scores; all other metrics need no true answers."""
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "coffee.png").write_bytes((golden / "coffee.png").read_bytes())
@@ -133,7 +133,7 @@ def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_pa
         (["--limit", "0"], 2, "limit"),
     ],
 )
-def test_what_cannot_be_measured_is_said_first(
+def test_errors_are_reported_before_measuring(
     cli: Cli, tmp_path: Path, more: list[str], status: int, message: str
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -143,7 +143,7 @@ def test_what_cannot_be_measured_is_said_first(
     assert message in stderr
 
 
-def test_other_wrong_uses(cli: Cli, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(cli: Cli, tmp_path: Path) -> None:
     for arguments, status, message in (
         (["eval", "nano", "--tasks", "nano-val", "--shard", "1/2", "--processes", "2"], 2, "--processes"),
         (["eval", tmp_path / "nothing"], 1, "nothing"),
@@ -155,7 +155,7 @@ def test_other_wrong_uses(cli: Cli, tmp_path: Path) -> None:
         assert message in stderr, (arguments, stderr)
 
 
-def test_a_report_that_cannot_be_written_costs_no_table(cli: Cli, photos: Path, tmp_path: Path) -> None:
+def test_tables_are_printed_if_the_report_cannot_be_written(cli: Cli, photos: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     (report / "loss.json").mkdir(parents=True)  # a rename onto it fails
     (report / "loss.json" / "full").touch()
@@ -169,7 +169,7 @@ def test_a_report_that_cannot_be_written_costs_no_table(cli: Cli, photos: Path, 
     assert [path.name for path in report.iterdir()] == ["loss.json"]
 
 
-def test_results_that_cannot_be_written_cost_no_table(cli: Cli, photos: Path, tmp_path: Path) -> None:
+def test_tables_are_printed_if_results_cannot_be_written(cli: Cli, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "results.json" / "full").mkdir(parents=True)
     status, stdout, stderr = cli(

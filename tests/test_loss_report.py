@@ -1,4 +1,4 @@
-"""A loss leads with what a user asks: same points, how far they drift, which part costs it; tokens come after."""
+"""A loss report starts with what users ask: same points, drift, the part that causes the loss; tokens come later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTIONS = ("Same points?", "How far do points drift?", "Same answers, word for
 
 @pytest.fixture(scope="module")
 def loss(tmp_path_factory: pytest.TempPathFactory) -> Loss:
-    """Of a copy, and of bundles with one component each in four bits."""
+    """The loss of a copy, and of bundles with one component in four bits each."""
     folder = tmp_path_factory.mktemp("candidates")
     candidates = {"copy": bundle("molmoe")}
     for part in ("vision_encoder", "connector", "decoder"):
@@ -36,7 +36,7 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> Loss:
 
 
 def pointed(measured: ModelLoss) -> ModelLoss:
-    """Random weights give no points: two of its answers get some, one with a point that moved."""
+    """With points in two answers, one of which moved: random weights give none."""
     answers = list(measured.comparison.answers)
     for i, drift in enumerate(((12.5,), (0.0,))):
         text = format_points([(20.0, 30.0)], "dog")
@@ -51,13 +51,13 @@ def page_of(loss: Loss, folder: Path) -> str:
 
 
 def rows_of(page: str) -> dict[str, list[str]]:
-    """{heading: the cells beside it} of the page's first table."""
+    """{title: cells} of the page's first table."""
     table = page[page.index("<table") : page.index("</table>")]
     rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in table.split("<tr>")[1:]]
     return {row[0]: [html.unescape(cell) for cell in row[1:]] for row in rows}
 
 
-def test_the_page_leads_with_points_and_ends_with_tokens(loss: Loss, tmp_path: Path) -> None:
+def test_the_page_starts_with_points_and_ends_with_tokens(loss: Loss, tmp_path: Path) -> None:
     page = page_of(replace(loss, candidates=tuple(map(pointed, loss.candidates))), tmp_path / "report")
     places = [page.index(word) for word in (*QUESTIONS, "Rings are", "drift of a point", "KL per token, mean")]
     assert places == sorted(places)
@@ -65,14 +65,14 @@ def test_the_page_leads_with_points_and_ends_with_tokens(loss: Loss, tmp_path: P
     assert "nats" not in page[: page.index("Rings are")]
 
 
-def test_it_says_whether_the_points_are_the_same_and_how_far_they_drift(loss: Loss, tmp_path: Path) -> None:
+def test_the_summary_gives_same_points_and_drift(loss: Loss, tmp_path: Path) -> None:
     one = replace(loss, noise=None, candidates=(pointed(loss.candidates[3]),))
     said = rows_of(page_of(one, tmp_path / "report"))
     assert said["Same points?"][0].startswith("1 of 2 answers with points")
     assert said["How far do points drift?"][0].startswith("6.2 % of the diagonal")
 
 
-def test_it_says_which_part_costs_it(loss: Loss, tmp_path: Path) -> None:
+def test_the_summary_names_the_part_that_causes_the_loss(loss: Loss, tmp_path: Path) -> None:
     noise, copy, vision, connector, decoder = rows_of(page_of(loss, tmp_path / "report"))["Which part causes the loss?"]
     assert (noise, copy) == ("", "nothing is lost")
     assert vision.startswith("the vision tower and connector")
@@ -91,7 +91,7 @@ def test_a_loss_no_larger_than_noise_is_called_noise(loss: Loss, tmp_path: Path)
     assert rows_of(page_of(again, tmp_path / "report"))["Which part causes the loss?"][4] == "no more than noise"
 
 
-def test_one_candidate_has_no_plot_of_sizes(loss: Loss, tmp_path: Path) -> None:
+def test_a_single_candidate_has_no_size_plot(loss: Loss, tmp_path: Path) -> None:
     alone = replace(loss, candidates=loss.candidates[3:])
     page = page_of(alone, tmp_path / "report")
     assert "MB of weights" not in page
@@ -116,8 +116,8 @@ def test_parts_are_ranked_with_points_first(cli: Cli, monkeypatch: pytest.Monkey
     assert stdout.index("same points %") < stdout.index("drift %") < stdout.index("KL per token")
 
 
-def test_an_export_prints_no_number_that_says_nothing(cli: Cli, tmp_path: Path) -> None:
-    """The decoder's output on made-up ids differs by more than half in four bits, and its answers hardly."""
+def test_an_export_refers_to_loss_instead_of_printing_output_errors(cli: Cli, tmp_path: Path) -> None:
+    """In four bits the decoder's output on random ids differs by more than half, but its answers hardly differ."""
     status, _, stderr = cli("export", bundle("molmoe"), "--precision", "q4", "--out", tmp_path / "q4")
     assert status == 0
     assert "decoder_q4.onnx" in stderr

@@ -68,7 +68,7 @@ def check_message(message: str, about: object) -> None:
 
 
 @pytest.mark.parametrize("time", ["25:00", "12:60", "1:5", "１２:25"])
-def test_a_time_that_no_clock_shows_is_refused(tmp_path: Path, time: str) -> None:
+def test_impossible_times_are_refused(tmp_path: Path, time: str) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "annotations.jsonl").write_text(json.dumps({"image": "a.png", "clocks": [{"time": time}]}))
     with pytest.raises(PhotoError, match="the time of a clock must be written as"):

@@ -1,4 +1,4 @@
-"""The experts that routers choose: the same on every engine where the weights are, and read where they are chosen."""
+"""The experts that routers choose: equal on every engine for equal weights, and read where they are chosen."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, 
 def prompts() -> list[np.ndarray]:
     """One longer than a chunk of 512, one shorter than the sequences of a llama_context, one of a single row.
 
-    The seed is one without near ties: nowhere is the last that is chosen less than 3e-4 likelier than the next, where
-    the engines differ by 5e-7 in float32.
+    The seed gives no near ties: the last chosen expert is always at least 3e-4 more likely than the next, while the
+    engines differ by 5e-7 in float32.
     """
     rng = np.random.default_rng(35)
     rows = [runtime("molmoe").embed(rng.integers(0, 500, n)) for n in (600, 3, 1)]
@@ -72,7 +72,7 @@ def test_choices_are_top_k_experts_of_every_layer_and_position() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
-def test_pytorch_s_choices_are_those_that_its_experts_run_by(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_runs_the_experts_that_are_read(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_by = []
 
     def watched(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,9 +100,7 @@ def test_an_onnx_decoder_in_fp32_chooses_as_pytorch_does(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "q4"])
-def test_weights_in_a_sidecar_are_used_where_they_lie(
-    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_external_weights_are_used_in_place(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(component_graphs, "SIDECAR_ABOVE", 10_000)
     monkeypatch.setattr("molmo_edge.export.graph_builder.INLINE_BELOW", 256)
     export_bundle(MOLMOE, tmp_path / "bundle", {"decoder": precision}, measure=False)
@@ -121,7 +119,7 @@ def test_weights_in_a_sidecar_are_used_where_they_lie(
 
 # ModelLoss: 0.993, 0.993, 0.977, 0.936.
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.985), ("q8", 0.985), ("mixed", 0.965), ("q4", 0.92)])
-def test_a_rounded_onnx_decoder_chooses_nearly_the_same(precision: str, least: float) -> None:
+def test_a_quantized_onnx_decoder_chooses_nearly_the_same(precision: str, least: float) -> None:
     decoder = open_bundle(bundle("molmoe", precision)).path("decoder")
     fused = sum(node.op_type == "QMoE" for node in onnx.load(decoder).graph.node)
     assert fused == (CONFIG.n_layers if precision in ("mixed", "q4") else 0)
@@ -129,7 +127,7 @@ def test_a_rounded_onnx_decoder_chooses_nearly_the_same(precision: str, least: f
 
 
 def own_top_k(path: Path, rows: np.ndarray) -> np.ndarray:
-    """What the TopK nodes of a decoder give, sorted: [n_layers, n, top_k]."""
+    """The sorted outputs of a decoder's TopK nodes: [n_layers, n, top_k]."""
     model = onnx.load(path)
     names = [node.output[1] for node in model.graph.node if node.op_type == "TopK"]
     assert len(names) == CONFIG.n_layers
@@ -145,14 +143,14 @@ def own_top_k(path: Path, rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16", "q4f16"])
-def test_an_onnx_decoder_s_choices_are_those_that_its_experts_run_by(precision: str) -> None:
+def test_an_onnx_decoder_runs_the_experts_that_are_read(precision: str) -> None:
     rows = prompts()[0][:100]
     found = router_choices(bundle("molmoe", precision), [rows], threads=2)
     assert found is not None
     np.testing.assert_array_equal(found[0], own_top_k(open_bundle(bundle("molmoe", precision)).path("decoder"), rows))
 
 
-def test_qmoe_picks_by_what_is_read() -> None:
+def test_qmoe_uses_the_probabilities_that_are_read() -> None:
     path = open_bundle(bundle("molmoe", "q4")).path("decoder")
     nodes = onnx.load(path).graph.node
     made_by = {output: node for node in nodes for output in node.output}
@@ -166,7 +164,7 @@ def four_bits(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndar
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("linear", [fp32_linear, int8_linear, q8_linear, four_bits])
-def test_a_router_is_found_whatever_its_matrix_was_rounded_to(linear: Linear, plain: bool, tmp_path: Path) -> None:
+def test_a_router_is_found_in_every_precision(linear: Linear, plain: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     path, d = routers(tmp_path, linear, plain=plain), dataclasses.replace(CONFIG, n_layers=2)
     serialized, outputs = with_router_outputs(path, d)
@@ -179,7 +177,7 @@ def test_a_router_is_found_whatever_its_matrix_was_rounded_to(linear: Linear, pl
 
 
 def routers(directory: Path, linear: Linear, *, plain: bool = False, softmaxes: int = 1) -> Path:
-    """A graph of two routers, the second's matrix first, with a softmax in front as attention has one."""
+    """A graph of two routers in reverse order, after a softmax like that of attention."""
     rng = np.random.default_rng(0)
     graph = Graph("decoder", plain=plain)
     x = graph.input("x", np.float32, [1, "n", CONFIG.d_model])
@@ -210,12 +208,12 @@ def test_a_gguf_in_f32_chooses_as_pytorch_does() -> None:
 # ModelLoss: 0.994, 0.978.
 @needs_llama
 @pytest.mark.parametrize(("precision", "least"), [("q8_0", 0.985), ("q4_k_m", 0.965)])
-def test_a_rounded_gguf_chooses_nearly_the_same(precision: str, least: float) -> None:
+def test_a_quantized_gguf_chooses_nearly_the_same(precision: str, least: float) -> None:
     assert least < agreement(exact()[0], choices(gguf_bundle("molmoe", precision))[0]) < 1
 
 
 @needs_llama
-def test_a_gguf_s_choices_are_those_that_its_experts_run_by() -> None:
+def test_a_gguf_runs_the_experts_that_are_read() -> None:
     """llama.cpp's own top_k: the first columns of a sorted matrix of ids, [n, n_experts] in memory."""
     from molmo_edge.runtimes.llama import open_watched
     from molmo_edge.runtimes.llama_library import load_library
@@ -282,7 +280,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
                 router_choices(model, [rows])
 
 
-def test_what_is_not_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_and_packages_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MolmoEdgeError, match="neither a bundle"):
         router_choices(tmp_path, prompts())
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -290,7 +288,7 @@ def test_what_is_not_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         router_choices(bundle("molmoe"), prompts())
 
 
-def test_of_equally_likely_experts_the_lower_ids_are_chosen() -> None:
+def test_ties_choose_the_lower_ids() -> None:
     probabilities = np.array([[[0.2, 0.3, 0.2, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]]], np.float32)
     assert top_experts(probabilities, 2).tolist() == [[[0, 1], [0, 1]]]
     assert top_experts(probabilities, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]

@@ -1,4 +1,4 @@
-"""Scores of answers: equal to the reference's on its golden rows, and by hand where there are none."""
+"""Scores of answers: equal to the reference's on golden rows, or computed by hand."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ALL = {"precision": 1.0, "recall": 1.0, "f1": pytest.approx(1.0, abs=1e-9)}
 
 
 def mmmu_rows() -> list[float]:
-    """One generator walks the rows in the file's order, as it did in the reference.
+    """One generator for all rows in the file's order, as in the reference.
 
     The reference seeds itself with 42, but gives these rows when it is seeded with 0, and not with 42: whoever made
     them must have seeded it again. 12 of them are drawn.
@@ -142,7 +142,7 @@ def test_vqa_score_is_a_third_for_each_that_agrees() -> None:
     assert vqa_score("a dog", "a dog") == 0, "a single target is not normalised, the prediction is"
 
 
-def test_texts_that_are_empty_or_at_the_threshold() -> None:
+def test_empty_texts_and_the_threshold_of_anls() -> None:
     assert anls("", "") == 1
     assert anls("", "a") == 0
     assert anls("ab", "aB") == 1
@@ -150,7 +150,7 @@ def test_texts_that_are_empty_or_at_the_threshold() -> None:
     assert anls("ab", "ac", threshold=0.6) == pytest.approx(0.5)
 
 
-def test_numbers_are_relaxed_texts_are_not() -> None:
+def test_relaxed_correctness_is_for_numbers_only() -> None:
     assert relaxed_correctness("100", "105") == 1
     assert relaxed_correctness("100", "105.1") == 0
     assert relaxed_correctness("-50%", "-0.5") == 1
@@ -159,13 +159,13 @@ def test_numbers_are_relaxed_texts_are_not() -> None:
     assert relaxed_correctness("1,000", "1000") == 0
 
 
-def test_exact_match_ignores_case_alone() -> None:
+def test_exact_match_ignores_only_case() -> None:
     assert exact_match(["A dog", "cat"], "CAT") == 1
     assert exact_match(["A dog"], "dog") == 0
 
 
 @pytest.mark.parametrize("options", [["cat", " Cat"], []])
-def test_options_that_cannot_be_told_apart_are_an_error(options: list[str]) -> None:
+def test_equal_or_missing_options_are_an_error(options: list[str]) -> None:
     with pytest.raises(MolmoEdgeError, match="Correct the question's options"):
         select_option("cat", options)
 
@@ -261,7 +261,7 @@ def test_mmmu_takes_the_last_letter_and_draws_none(response: str, letter: str) -
     assert rng.getstate() == state
 
 
-def test_mmmu_draws_once_where_no_letter_is_said() -> None:
+def test_mmmu_draws_once_if_no_letter_is_given() -> None:
     rng, same = random.Random(7), random.Random(7)
     asked: dict[str, Any] = {"question_type": "multiple-choice", "options": ["cat", "dog"], "rng": rng}
     for _ in range(20):
@@ -311,7 +311,7 @@ def test_a_ring_is_hit_on_its_band_and_not_in_its_centre() -> None:
     assert score_in_masks(pairs((57.5, 50)), [(200, 100)], ring, 400, 200) == ALL
 
 
-def test_two_masks_and_three_points_lose_precision_alone() -> None:
+def test_an_extra_point_lowers_only_precision() -> None:
     masks = [disc(100, 100, 20), disc(300, 100, 20)]
     text = '<points x1="25.0" y1="50.0" x2="74.0" y2="50.0" x3="76.0" y3="52.0" alt="cup">cup</points>'
     score = score_in_masks(text, [(100, 100), (300, 100)], masks, 400, 200)
@@ -320,14 +320,14 @@ def test_two_masks_and_three_points_lose_precision_alone() -> None:
     assert one == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
 
 
-def test_a_point_in_another_match_s_mask_is_no_hit() -> None:
+def test_a_point_in_the_mask_of_another_match_is_not_a_hit() -> None:
     # By distance the one place belongs to the small mask's point, though it lies in the wide mask only.
     masks, truths = [disc(200, 100, 60), disc(260, 100, 3)], [(200.0, 100.0), (260.0, 100.0)]
     assert score_in_masks(pairs((60, 50)), truths, masks, 400, 200) == NOTHING
     assert score_in_masks(pairs((52, 50)), truths, masks, 400, 200)["precision"] == 1
 
 
-def test_truths_in_percent_are_matched_as_they_are_as_the_reference_does() -> None:
+def test_true_points_in_percent_are_not_converted_as_in_the_reference() -> None:
     masks, text = [disc(40, 100, 10), disc(60, 100, 10)], pairs((10, 50))
     assert score_in_masks(text, [(40, 100), (60, 100)], masks, 400, 200)["precision"] == 1
     assert score_in_masks(text, [(10, 50), (15, 50)], masks, 400, 200) == NOTHING, "(40, 100) is nearer to (15, 50)"
@@ -343,14 +343,14 @@ def test_the_edge_of_the_image() -> None:
     assert score_in_masks(pairs((99.9, 50)), [(399, 100)], everything, 400, 200) == NOTHING
 
 
-def test_half_a_pixel_is_rounded_to_even() -> None:
+def test_half_pixels_round_to_even() -> None:
     column = np.zeros((10, 10), bool)
     column[:, 2] = True
     hits = [score_in_masks(pairs((x, 50)), [(2, 5)], [column], 10, 10)["recall"] for x in (15, 25, 35)]
     assert hits == [1, 1, 0]
 
 
-def test_right_points_in_an_invalid_format_score_nothing() -> None:
+def test_right_points_in_an_invalid_format_score_zero() -> None:
     tag = '<point x="25.0" y="50.0" alt="cup">cup</point>'
     mask, truth = [disc(100, 100, 20)], [(100, 100)]
     assert score_in_masks(f" {tag}\n", truth, mask, 400, 200) == ALL
@@ -360,19 +360,19 @@ def test_right_points_in_an_invalid_format_score_nothing() -> None:
     assert score_in_masks(tag.replace("25.0", "125.0"), truth, mask, 400, 200) == NOTHING
 
 
-def test_nothing_to_find() -> None:
+def test_scores_without_masks() -> None:
     for text, score in (("There are none.", 1.0), ("", 1.0), (pairs((1, 1)), 0.0), ("I see (1.0, 1.0)", 0.0)):
         assert score_in_masks(text, [], [], 400, 200) == dict.fromkeys(NOTHING, score), text
 
 
-def test_boxes_are_matched_as_often_as_possible() -> None:
+def test_the_number_of_matched_boxes_is_maximal() -> None:
     left, right = [0, 0, 40, 100], [30, 0, 100, 100]
     assert score_points([Point(35, 50), Point(10, 50), Point(38, 9)], [left, right]) == Pointing(2, points=3, boxes=2)
     assert score_points([Point(100, 100), Point(100.1, 50)], [right]).f1 == pytest.approx(2 / 3)
     assert score_points([], [left]).f1 == 0
 
 
-def test_a_hostile_point_answer_is_judged_in_linear_time() -> None:
+def test_hostile_point_answers_take_linear_time() -> None:
     started = time.process_time()
     assert not is_valid_point_answer('<point x="1" y="2" alt="' + '"></point>' * 200_000 + "x")
     assert not is_valid_point_answer("<points " + 'x1="1" y1="2"   ' * 100_000)
@@ -385,7 +385,7 @@ def test_a_hostile_point_answer_is_judged_in_linear_time() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (3, 3), (2, 5), (5, 3), (5, 5)])
-def test_the_matching_is_the_cheapest_of_all(shape: tuple[int, int]) -> None:
+def test_the_assignment_has_the_least_cost(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(shape)
     rows, columns = shape
     for kind in range(40):

@@ -1,4 +1,4 @@
-"""What annotated pictures are asked, and how right answers score."""
+"""The questions about annotated pictures, and the scores of right answers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_receipts_are_asked_for_their_fields() -> None:
     assert read == ["What is the total?", "Which company is this from?"]
 
 
-def test_scenes_are_the_same_at_every_run_and_hold_every_kind() -> None:
+def test_scenes_are_reproducible_and_have_every_kind() -> None:
     scenes = embedded_scenes(24)
     first, again = (embedded_scenes(3) for _ in range(2))
     assert all((a.rgb() == b.rgb()).all() and a.annotation == b.annotation for a, b in zip(first, again, strict=True))
@@ -89,7 +89,7 @@ def write_photos(folder: Path, *annotations: dict[str, Any]) -> None:
     (folder / "annotations.jsonl").write_text("\n".join(lines))
 
 
-def test_photos_of_ones_own_need_no_split_and_no_source(tmp_path: Path) -> None:
+def test_photos_need_no_split_and_no_source(tmp_path: Path) -> None:
     cat = {"label": "cat", "boxes": [[0, 0, 50, 50]], "points": [[25, 25]]}
     none = {"label": "dog", "boxes": [], "points": []}
     write_photos(
@@ -103,7 +103,7 @@ def test_photos_of_ones_own_need_no_split_and_no_source(tmp_path: Path) -> None:
     assert found[0].image().shape == (30, 40, 3)
 
 
-def test_suites_that_cannot_be_asked(tmp_path: Path) -> None:
+def test_unknown_and_empty_suites_are_refused(tmp_path: Path) -> None:
     for name, error, message in (
         ("nothing", SuiteError, '"nothing" is not a known suite'),
         ("photos", SuiteError, "needs a folder"),
@@ -157,7 +157,7 @@ def test_annotations_that_cannot_be_asked_are_named_first(
         load_suite(f"photos:{tmp_path}")
 
 
-def test_the_line_that_is_named_is_the_one_at_fault(tmp_path: Path) -> None:
+def test_errors_name_the_faulty_line(tmp_path: Path) -> None:
     fine = {"objects": [{"label": "cup", "boxes": [[0, 0, 100, 100]]}]}
     write_photos(tmp_path, fine, fine, {"objects": [{"label": "cup", "boxes": [[0, 0, 40, 101]]}]})
     with pytest.raises(PhotoError, match=r"line 3 of .*annotations\.jsonl: .*\[0, 0, 40, 101\] of \"cup\""):
@@ -218,14 +218,14 @@ def test_plain_photos_are_asked_common_questions_without_scores(tmp_path: Path) 
         load_suite(f"photos:{tmp_path}")
 
 
-def test_academic_is_all_benchmarks_each_once() -> None:
+def test_academic_stands_for_all_benchmarks() -> None:
     names = expand(["ai2d", "academic", "nano-val"])
     assert len(names) == 13
     assert names[0] == "ai2d"
     assert names[-1] == "nano-val"
 
 
-def test_a_limit_is_spread_over_all() -> None:
+def test_a_limit_selects_evenly() -> None:
     assert evenly(range(10), 3) == [0, 3, 6]
     assert evenly(range(3), None) == evenly(range(3), 9) == [0, 1, 2]
 
@@ -235,7 +235,7 @@ def test_questions_that_suites_share_are_asked_once() -> None:
     assert unique([*questions, *questions]) == questions
 
 
-def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match=r"the folder .* does not exist"):
         load_suite(f"photos:{tmp_path / 'dog'}")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Runs that are killed, shared out and started again."""
+"""Runs that are killed, resumed and split into shards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def whole(molmo: Molmo, folder: Path) -> bytes:
     return (folder / "suite.jsonl").read_bytes()
 
 
-def test_a_run_is_a_line_for_each_question_in_order(saying: Saying, tmp_path: Path) -> None:
+def test_a_run_has_one_line_per_question_in_order(saying: Saying, tmp_path: Path) -> None:
     data = whole(saying("A cat."), tmp_path)
     lines = [json.loads(line) for line in data.splitlines()]
     assert [line["id"] for line in lines] == [q.id for q in QUESTIONS]
@@ -68,7 +68,7 @@ def test_a_run_is_a_line_for_each_question_in_order(saying: Saying, tmp_path: Pa
 
 
 @pytest.mark.parametrize("stopped_after", [1, 4, 13])
-def test_a_run_that_breaks_off_goes_on_to_the_same_bytes(saying: Saying, tmp_path: Path, stopped_after: int) -> None:
+def test_a_resumed_run_has_the_same_bytes(saying: Saying, tmp_path: Path, stopped_after: int) -> None:
     expected = whole(saying("A cat."), tmp_path / "whole")
     folder = tmp_path / "broken"
     claim_folder(folder, {"model": "m"})
@@ -83,7 +83,7 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_bytes(saying: Saying, tmp_pat
         ask_shard(saying("A cat."), QUESTIONS, folder, "suite", on_answer=stop)
     (part,) = folder.glob("suite.part-*")
     with part.open("a") as file:
-        file.write('{"id": "q/13", "answ')  # what a kill in the middle of a write leaves
+        file.write('{"id": "q/13", "answ')  # as a kill in the middle of a write leaves it
     assert count_answered(folder, "suite") == stopped_after
     assert merge_shards(QUESTIONS, folder, "suite") is None
     again = saying("A cat.")
@@ -93,18 +93,18 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_bytes(saying: Saying, tmp_pat
     assert (folder / "suite.jsonl").read_bytes() == expected
 
 
-def test_shards_give_the_same_bytes_whatever_their_number(saying: Saying, tmp_path: Path) -> None:
+def test_any_number_of_shards_gives_the_same_bytes(saying: Saying, tmp_path: Path) -> None:
     expected = whole(saying("A cat."), tmp_path / "whole")
     folder = tmp_path / "shards"
     claim_folder(folder, {"model": "m"})
     molmo = saying("A cat.")
     ask_shard(molmo, QUESTIONS, folder, "suite", Shard(2, 3))
-    ask_shard(molmo, QUESTIONS, folder, "suite", Shard.parse("1/2"))  # others are started instead of the rest
+    ask_shard(molmo, QUESTIONS, folder, "suite", Shard.parse("1/2"))  # with another number of shards for the rest
     assert merge_shards(QUESTIONS, folder, "suite") is None
     ask_shard(molmo, QUESTIONS, folder, "suite", Shard.parse("2/2"))
     merge_shards(QUESTIONS, folder, "suite")
     assert (folder / "suite.jsonl").read_bytes() == expected
-    assert molmo.fake.images == 5, "each picture is encoded by one shard, once"  # type: ignore[attr-defined]
+    assert molmo.fake.images == 5, "each image is encoded once, by one shard"  # type: ignore[attr-defined]
 
 
 def test_a_finished_run_asks_nothing(saying: Saying, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_finished_run_asks_nothing(saying: Saying, tmp_path: Path) -> None:
     assert merge_shards(QUESTIONS, tmp_path, "suite")
 
 
-def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+def test_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
     claim_folder(tmp_path, {"model": "typo", "limit": 3})
     claim_folder(tmp_path, {"model": "a", "limit": 3})  # nothing was asked yet
     (tmp_path / "suite.part-1-of-1.jsonl").write_text("")
@@ -127,7 +127,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
         claim_folder(tmp_path, {"model": "a", "limit": 3})
 
 
-def test_names_with_brackets_are_names(saying: Saying, tmp_path: Path) -> None:
+def test_names_may_contain_brackets(saying: Saying, tmp_path: Path) -> None:
     claim_folder(tmp_path, {})
     ask_shard(saying("A cat."), QUESTIONS, tmp_path, "photos:/x/set[1]")
     assert merge_shards(QUESTIONS, tmp_path, "photos:/x/set[1]")
@@ -143,7 +143,7 @@ def test_answers_of_another_suite_are_refused(saying: Saying, tmp_path: Path) ->
         merge_shards(QUESTIONS, tmp_path, "suite")
 
 
-def test_a_question_in_words_alone_sees_no_image(saying: Saying, tmp_path: Path) -> None:
+def test_a_question_without_an_image_encodes_none(saying: Saying, tmp_path: Path) -> None:
     molmo = saying("A cat.")
     alone = [question(0, 0, words_alone=True)]
     ask_shard(molmo, alone, tmp_path, "suite")
