@@ -336,7 +336,7 @@ def test_a_reference_folder_becomes_a_bundle(tmp_path: Path) -> None:
         answers = [m.ask(GOLDEN / "coffee.png", "What?", max_new_tokens=6).token_ids for m in (ours, theirs)]
     assert answers[0] == answers[1]
     (tmp_path / "in" / "tokenizer.json").unlink()
-    with pytest.raises(TokenizerError, match=r"copy the tokenizer\.json of the same model on the hub"):
+    with pytest.raises(TokenizerError, match=r"copy the tokenizer\.json of the same model from the hub to this path"):
         load_checkpoint(tmp_path / "in")
 
 

@@ -210,7 +210,7 @@ class TestForeign:
         directory = tmp_path / "bundle"
         shutil.copytree(gguf_bundle("molmoe", "f32"), directory)
         gguf_bundle("qwen", "f32")  # made now, while llama.cpp may be used
-        monkeypatch.setattr(llama, "_Model", lambda *arguments: given.append(arguments))
+        monkeypatch.setattr(llama, "LlamaModel", lambda *arguments: given.append(arguments))
 
         def make(content: bytes) -> Path:
             path = directory / "decoder-f32.gguf"
