@@ -79,7 +79,7 @@ def test_a_run_from_a_checkpoint_to_a_merged_one(small_checkpoints: dict[str, Pa
         for (name, one), other in zip(ours.named_parameters(), again.model.molmo.parameters(), strict=True):
             assert torch.equal(one, other), name
         stranger = write_checkpoint(tmp_path / "stranger", "experts", seed=3)
-        with pytest.raises(ResumeError, match="another base"):
+        with pytest.raises(ResumeError, match="different settings: base"):
             a_trainer(stranger, tmp_path, a_recipe(), here, base)
 
 
