@@ -1,4 +1,4 @@
-"""Images for Molmo: load them, and cut them into overlapping crops. The import path for apps."""
+"""Public import path for loading images and cutting them into overlapping crops."""
 
 from molmo_edge.frontend.crops import (
     ImageProcessor,

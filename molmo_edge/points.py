@@ -1,4 +1,4 @@
-"""Molmo's points: read from an answer's text, and written. The import path for apps."""
+"""Public import path for parsing points from the text of an answer and formatting them."""
 
 from molmo_edge.frontend.points import (
     Point,
