@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from molmo_edge.evaluation.loss import Loss, ModelLoss
 from molmo_edge.evaluation.metrics import METRICS
+from molmo_edge.sdk.readable_text import counted
 
 _MOST, _LITTLE = 2 / 3, 1 / 3  # shares of the KL divergence above and below which one side is named
 _ABOVE_NOISE = 3.0  # times the noise; a smaller divergence is not counted as a loss
@@ -40,10 +41,10 @@ def columns(loss: Loss) -> list[ModelLoss]:
 def summary_rows(loss: Loss) -> list[Row]:
     """A row for each question that a user asks; rows without an answer are left out."""
     answers: dict[str, Callable[[ModelLoss], str]] = {
-        "Same points?": lambda m: _share(m, "same_points", "answers with points"),
+        "Same points?": lambda m: _share(m, "same_points", " with points"),
         "How far do points drift?": _drift,
         "Points that only one model gives?": _unmatched,
-        "Same answers, word for word?": lambda m: _share(m, "same_answer", "answers"),
+        "Same answers, word for word?": lambda m: _share(m, "same_answer"),
         "Better or worse scores?": _changed_scores,
         "Which part causes the loss?": lambda m: which_part(m, loss.noise),
         "Size?": lambda m: "" if m is loss.noise else _size(m, loss),
@@ -117,10 +118,10 @@ def which_part(model: ModelLoss, noise: ModelLoss | None = None) -> str:
     return f"{part} (decoder alone: KL {decoder:.2g} of {whole:.2g})"
 
 
-def _share(model: ModelLoss, name: str, noun: str) -> str:
+def _share(model: ModelLoss, name: str, which: str = "") -> str:
     if (e := model.metrics.get(name)) is None:
         return ""
-    return _join(f"{round(e.value * e.n)} of {e.n} {noun}", e.interval(METRICS[name].format))
+    return _join(f"{round(e.value * e.n)} of {counted(e.n, 'answer')}{which}", e.interval(METRICS[name].format))
 
 
 def _drift(model: ModelLoss) -> str:

@@ -6,6 +6,8 @@ import io
 import logging
 from typing import TYPE_CHECKING, Any
 
+from molmo_edge.sdk.readable_text import counted
+
 if TYPE_CHECKING:
     from molmo_edge.evaluation.loss import Loss
 
@@ -46,7 +48,8 @@ def plot_drift(loss: Loss) -> str:
     most = max((d for distances in moved for d in distances), default=0.0)
     edges = [most * i / 30 for i in range(31)] if most else [0, 1]
     for (m, colour), distances in zip(shown, moved, strict=True):
-        label = f"{m.info.name}: {sum(d == 0 for d in distances)} of {len(distances)} points did not move"
+        unmoved = sum(distance == 0 for distance in distances)
+        label = f"{m.info.name}: {unmoved} of {counted(len(distances), 'point')} did not move"
         axes.hist(distances, bins=edges, histtype="step", linewidth=1.6, color=colour, label=label)
     axes.set_yscale("symlog")
     highest = axes.get_ylim()[1]
