@@ -189,7 +189,7 @@ def _part(model: Molmo, component: str) -> nn.Module:
     if component == "embed_tokens":
         # One table: Decoder.embed branches on the ids, and a trace keeps one branch only.
         table = torch.cat([model.decoder.embedding, model.decoder.new_embedding])
-        embedding: nn.Embedding = nn.Embedding.from_pretrained(table)  # type: ignore[no-untyped-call]
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(table)
         return embedding
     if component == "decoder_without_cache":
         return model.decoder
