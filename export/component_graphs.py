@@ -57,7 +57,7 @@ def build_component(
 def count_weights(component: str, config: MolmoConfig, tensors: TensorSource) -> int:
     prefixes = _HUB_PREFIXES[component]
     if component == "decoder":
-        prefixes += (head_name(config.decoder),)  # with tied weights the head is a second copy of the embedding
+        prefixes += (head_name(config),)  # with tied weights the head is a second copy of the embedding
     return sum(math.prod(tensors.shape(name)) for name in tensors.names() if name.startswith(prefixes))
 
 

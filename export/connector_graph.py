@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from molmo_edge.checkpoints.tensor_names import BACKBONE
+from molmo_edge.checkpoints.tensor_names import BACKBONE, connector_name
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.graph_builder import FLOAT, Graph, Precision
@@ -29,7 +29,7 @@ def connector(graph: Graph, config: MolmoConfig, tensors: TensorSource, precisio
     else:
         x, there = _group(graph, config, x), None  # [n * cells^2, pool^2, feature_dim]
     x = _pool(graph, config, tensors, precision, x, there)  # [n * cells^2, vision d_model]
-    x = _project(graph, tensors, precision, x)  # [n * cells^2, d_model]
+    x = _project(graph, config, tensors, precision, x)  # [n * cells^2, d_model]
     shape: list[int | str] = ["m", d_model] if i.pools_across_crops else ["n", i.cells**2, d_model]
     shape_of = graph.ints(-1, *(size for size in shape[1:] if isinstance(size, int)))
     graph.output(graph.node("Reshape", x, shape_of, name="image_features"), np.float32, shape)
@@ -70,20 +70,21 @@ def _pool(
 ) -> str:
     """Attention with one query, the mean, over the few patches of a cell: products and sums, not matrix products."""
     v = config.vision
-    name = f"{BACKBONE}.image_pooling_2d"
+    name, n_heads = f"{connector_name(config)}.image_pooling_2d", config.pooling_heads or v.n_heads
+    head_dim = v.d_model // n_heads
 
     def linear(y: str, part: str) -> str:
         weight, bias = tensors.get(f"{name}.{part}.weight"), tensors.get(f"{name}.{part}.bias")
         return precision.linear(graph, y, f"{name}.{part}", weight, bias)
 
-    heads = graph.ints(0, -1, v.n_heads, v.head_dim)
+    heads = graph.ints(0, -1, n_heads, head_dim)
     if there is None:
         query = graph.node("ReduceMean", x, graph.ints(1), keepdims=1)
     else:  # absent patches are zeros
         total = graph.node("ReduceSum", x, graph.ints(1), keepdims=1)
         query = graph.node("Div", total, graph.node("ReduceSum", there, graph.ints(1), keepdims=1))
     q = graph.node("Reshape", linear(query, "wq"), heads)  # [m, 1, n_heads, head_dim]
-    q = graph.node("Mul", q, graph.constant(v.head_dim**-0.5))
+    q = graph.node("Mul", q, graph.constant(head_dim**-0.5))
     k, value = (graph.node("Reshape", linear(x, w), heads) for w in ("wk", "wv"))  # [m, pool^2, n_heads, head_dim]
     scores = graph.node("ReduceSum", graph.node("Mul", q, k), graph.ints(3), keepdims=1)  # [m, pool^2, n_heads, 1]
     if there is not None:  # weights of absent patches underflow to 0
@@ -92,12 +93,12 @@ def _pool(
     weights = graph.node("Softmax", scores, axis=1)
     pooled = graph.node("ReduceSum", graph.node("Mul", weights, value), graph.ints(1), keepdims=0)
     pooled = graph.node("Reshape", pooled, graph.ints(-1, v.d_model))
-    return linear(pooled, "wo")
+    return linear(pooled, "wo") if config.pooling_output else pooled
 
 
-def _project(graph: Graph, tensors: TensorSource, precision: Precision, x: str) -> str:
+def _project(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision, x: str) -> str:
     def linear(y: str, part: str) -> str:
-        name = f"{BACKBONE}.image_projector.{part}"
+        name = f"{connector_name(config)}.image_projector.{part}"
         return precision.linear(graph, y, name, tensors.get(f"{name}.weight"), None)
 
     return linear(graph.node("Mul", silu(graph, linear(x, "w1")), linear(x, "w3")), "w2")

@@ -45,37 +45,43 @@ def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision:
     image = graph.input("image", np.bool_, ["n"]) if d.bidirectional_images else ""
     where = positions(graph, d, x, total, image)
     for layer in range(d.n_layers):
-        x = _block(graph, d, tensors, precision, x, layer, where)
+        x = _block(graph, config, tensors, precision, x, layer, where)
+    if config.point_head:
+        graph.output(graph.node("Identity", x, name="states"), np.float32, [1, "n", d.d_model])
     x = graph.node("Gather", x, graph.constant(-1, np.int64), axis=1)  # [1, d_model]
     x = rms_norm(graph, x, f"{TRANSFORMER}.ln_f", tensors.get(f"{TRANSFORMER}.ln_f.weight"), d.norm_eps)
-    name = head_name(d)
+    name = head_name(config)
     logits = precision.linear(graph, x, name.removesuffix(".weight"), tensors.get(name), None)
-    graph.output(graph.node("Identity", logits, name="logits"), np.float32, [1, d.embedding_size])
+    if d.additional_head:
+        name = "lm_head.new_output_embeddings"
+        more = precision.linear(graph, x, name, tensors.get(name), None)
+        logits = graph.node("Concat", logits, more, axis=-1)
+    graph.output(graph.node("Identity", logits, name="logits"), np.float32, [1, d.n_logits])
 
 
 def _block(
     graph: Graph,
-    d: DecoderConfig,
+    config: MolmoConfig,
     tensors: TensorSource,
     precision: Precision,
     x: str,
     layer: int,
     where: Positions,
 ) -> str:
-    attention, ffn = block_names(d, layer)
+    d, names = config.decoder, block_names(config, layer)
 
     def norm(y: str, name: str) -> str:
         return rms_norm(graph, y, name, tensors.get(f"{name}.weight"), d.norm_eps)
 
-    h = x if d.norm_after else norm(x, f"{attention}.attn_norm")
-    h = _attention(graph, d, tensors, precision, h, attention, layer, where)
-    h = norm(h, f"{attention}.attn_norm") if d.norm_after else h
+    h = x if d.norm_after else norm(x, names.attention_norm)
+    h = _attention(graph, d, tensors, precision, h, names.attention, layer, where)
+    h = norm(h, names.attention_norm) if d.norm_after else h
     x = graph.node("Add", x, h)
 
-    h = x if d.norm_after else norm(x, f"{ffn}.ff_norm")
+    h = x if d.norm_after else norm(x, names.ffn_norm)
     feed_forward = experts_ffn if d.n_experts else dense_ffn
-    h = feed_forward(graph, d, tensors, precision, h, ffn)
-    h = norm(h, f"{ffn}.ff_norm") if d.norm_after else h
+    h = feed_forward(graph, d, tensors, precision, h, names.ffn)
+    h = norm(h, names.ffn_norm) if d.norm_after else h
     return graph.node("Add", x, h, name=f"{TRANSFORMER}.blocks.{layer}")
 
 

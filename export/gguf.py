@@ -49,7 +49,7 @@ def export_decoder(
     ExportError if the disk is too small.
     """
     path = directory / f"decoder-{precision}.gguf"
-    layout = list(decoder_tensors(config.decoder))
+    layout = list(decoder_tensors(config))
     weights = sum(tensor.weights for tensor in layout)
     if precision in GGUF_FLOATS:
         check_disk(directory, _bytes_per_weight(precision) * weights)
@@ -82,12 +82,14 @@ def write_decoder(
     file_type = LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"]
     with open_writer(path, architecture=architecture(d), content="model", name=name, file_type=file_type) as writer:
         for key, value in shape_metadata(d).items():
-            if isinstance(value, float):
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, float):
                 writer.add_float32(key, value)
             else:
                 writer.add_uint32(key, value)
         add_vocabulary(writer, tokenizer, d)
-        write_tensors(writer, [_entry(tensor, tensors, dtype) for tensor in decoder_tensors(d)])
+        write_tensors(writer, [_entry(tensor, tensors, dtype) for tensor in decoder_tensors(config)])
 
 
 def _bytes_per_weight(dtype: str) -> int:

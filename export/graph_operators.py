@@ -4,8 +4,7 @@ The fused operators ("com.microsoft", and SimplifiedLayerNormalization, which is
 Runtime. The plain form (`Graph.plain`) runs on every reader of ONNX: TensorRT, CoreML, onnx's reference evaluator.
 Inputs, outputs and caches of a graph are the same in both forms, except for the padding of narrow heads.
 
-GroupQueryAttention is causal, and its attention_bias can hide keys, but not show later ones. So the attention of a
-decoder with `bidirectional_images` always has the plain form.
+In a decoder with `bidirectional_images`, GroupQueryAttention is not causal, and its attention_bias has the whole mask.
 
 With `half` the products of attention, and so the caches, are float16; softmax, norms and sums stay float32.
 """
@@ -18,6 +17,7 @@ import numpy as np
 
 from molmo_edge.config import DecoderConfig
 from molmo_edge.export.graph_builder import FLOAT, FLOAT16, INT64, MICROSOFT, Graph
+from molmo_edge.modeling.rotary import rotary_frequencies
 
 _HEAD_UNIT = 16  # GroupQueryAttention needs heads of a multiple of this width
 
@@ -85,23 +85,20 @@ class Positions:
     """The positions of a run's n tokens: values that the attention of every layer shares."""
 
     total: str  # int32 [1]: positions in the cache after these n
-    cos: str  # [max_position_embeddings, head_dim / 2]
-    sin: str
+    tables: tuple[tuple[str, str], ...]  # cos and sin [max_position_embeddings, head_dim / 2]: plain, stretched (YaRN)
     fused: str = ""  # total - 1, as GroupQueryAttention counts
     rows: str = ""  # plain: their positions, int64 [n]
-    mask: str = ""  # plain: 0 for the keys that a position attends to, -inf for the others [n, total]
+    mask: str = ""  # 0 for the keys that a position attends to, -inf for the others [n, total]; "": causal
 
 
 def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image: str = "") -> Positions:
     """`image`: bool [n], for a decoder with `bidirectional_images`. Rotary tables are float32, as in the reference."""
-    exponent = np.arange(0, d.head_dim, 2, dtype=np.float32) / np.float32(d.head_dim)
-    frequency = np.float32(1.0) / np.float32(d.rope_theta) ** exponent
-    angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequency
-    if _fused(graph, d):
-        angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))
-        cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
-        return Positions(total, cos, sin, fused=graph.node("Sub", total, graph.constant([1], np.int32)))
-    cos, sin = graph.weight("rope.cos", np.cos(angles)), graph.weight("rope.sin", np.sin(angles))
+    tables = [_rotary_tables(graph, d, "rope", stretched=False)]
+    if d.yarn is not None:
+        tables.append(_rotary_tables(graph, d, "rope.stretched", stretched=True))
+    fused = "" if graph.plain else graph.node("Sub", total, graph.constant([1], np.int32))
+    if fused and not image:
+        return Positions(total, tuple(tables), fused)
     end = graph.node("Squeeze", graph.node("Cast", total, to=INT64), graph.ints(0))
     n = graph.node("Squeeze", graph.node("Shape", embeddings, start=1, end=2), graph.ints(0))
     one, zero = graph.constant(1, np.int64), graph.constant(0, np.int64)
@@ -115,12 +112,17 @@ def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image
         pairs = graph.node("And", graph.node("Unsqueeze", image, graph.ints(1)), images)
         visible = graph.node("Or", visible, pairs)
     mask = graph.node("Where", visible, graph.constant(0.0), graph.constant(float("-inf")))
-    return Positions(total, cos, sin, rows=rows, mask=mask)
+    return Positions(total, tuple(tables), fused, rows, mask)
 
 
-def _fused(graph: Graph, d: DecoderConfig) -> bool:
-    """Whether the decoder's attention is GroupQueryAttention."""
-    return not graph.plain and not d.bidirectional_images
+def _rotary_tables(graph: Graph, d: DecoderConfig, name: str, *, stretched: bool) -> tuple[str, str]:
+    frequencies = rotary_frequencies(d, stretched=stretched)
+    angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+    scale = np.float32(d.yarn.attention_factor if stretched and d.yarn else 1.0)
+    if not graph.plain:
+        angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))
+    cos, sin = (graph.weight(f"{name}.{part}", scale * of(angles)) for part, of in (("cos", np.cos), ("sin", np.sin)))
+    return cos, sin
 
 
 def kernel_head_dim(d: DecoderConfig) -> int:
@@ -137,24 +139,30 @@ def cached_attention(
     to a multiple of 16 if the operator is fused). The outputs are `present_*`, to be bound to the same memory.
     """
     number, width = (np.float16, FLOAT16) if half else (np.float32, FLOAT)
-    fused = _fused(graph, d)
+    fused = not graph.plain
+    table = where.tables[d.yarn is not None and layer in d.yarn.layers]
     buffer: list[int | str] = [1, d.n_kv_heads, "capacity", kernel_head_dim(d) if fused else d.head_dim]
     past = [graph.input(f"past_{part}.{layer}", number, buffer) for part in ("key", "value")]
     present = [f"present_{part}.{layer}" for part in ("key", "value")]
     if not fused:
-        h = _plain_cached(graph, d, qkv, past, present, where, width)
+        h = _plain_cached(graph, d, qkv, past, present, where, table, width)
     else:
         q, k, v = (_widen(graph, d, part) for part in qkv)
         q, k, v = (to_half(graph, part) if half else part for part in (q, k, v))
-        tables = [to_half(graph, part) if half else part for part in (where.cos, where.sin)]
+        tables = [to_half(graph, part) if half else part for part in table]
+        masked: tuple[str, ...] = ()
+        if where.mask:  # after an input that is left out: position_ids
+            graph.need(1, 32)
+            masked = ("", _attention_bias(graph, where, half))
         h, *present = graph.nodes(
             "GroupQueryAttention",
-            *(q, k, v, *past, where.fused, where.total, *tables),
+            *(q, k, v, *past, where.fused, where.total, *tables, *masked),
             outputs=(f"{name}.attention", *present),
             domain=MICROSOFT,
             num_heads=d.n_heads,
             kv_num_heads=d.n_kv_heads,
             scale=d.head_dim**-0.5,
+            causal=0 if where.mask else None,
             do_rotary=1,
             rotary_interleaved=0,
         )
@@ -164,6 +172,14 @@ def cached_attention(
     return h
 
 
+def _attention_bias(graph: Graph, where: Positions, half: bool) -> str:
+    """[1, 1, n, total], one for all layers."""
+    if ("bias", where.mask) not in graph.memo:
+        graph.memo["bias", where.mask] = graph.node("Unsqueeze", where.mask, graph.ints(0, 1))
+    bias = graph.memo["bias", where.mask]
+    return to_half(graph, bias) if half else bias
+
+
 def _plain_cached(
     graph: Graph,
     d: DecoderConfig,
@@ -171,6 +187,7 @@ def _plain_cached(
     past: list[str],
     present: list[str],
     where: Positions,
+    table: tuple[str, str],
     width: int,
 ) -> str:
     half, group = width == FLOAT16, d.n_heads // d.n_kv_heads
@@ -178,12 +195,12 @@ def _plain_cached(
         graph.node("Reshape", part, graph.ints(0, 0, heads, d.head_dim))
         for part, heads in zip(qkv, (d.n_heads, d.n_kv_heads, d.n_kv_heads), strict=True)
     )
-    q = graph.node("Mul", _rotate(graph, q, where), graph.constant(d.head_dim**-0.5))
+    q = graph.node("Mul", _rotate(graph, q, where, table), graph.constant(d.head_dim**-0.5))
     # [1, n, n_kv_heads, group, head_dim] -> [1, n_kv_heads, group, n, head_dim]
     q = graph.node("Reshape", q, graph.ints(0, 0, d.n_kv_heads, group, d.head_dim))
     q = graph.node("Transpose", q, perm=[0, 2, 3, 1, 4])
     seen = []
-    for part, old, new in ((_rotate(graph, k, where), past[0], present[0]), (v, past[1], present[1])):
+    for part, old, new in ((_rotate(graph, k, where, table), past[0], present[0]), (v, past[1], present[1])):
         part = graph.node("Transpose", part, perm=[0, 2, 1, 3])  # [1, n_kv_heads, n, head_dim]
         part = graph.node("Cast", part, to=width) if half else part
         whole = graph.node("ScatterND", old, _slots(graph, d, where), part, name=new)
@@ -211,13 +228,13 @@ def _slots(graph: Graph, d: DecoderConfig, where: Positions) -> str:
     return graph.memo["slots", where.rows]
 
 
-def _rotate(graph: Graph, x: str, where: Positions) -> str:
+def _rotate(graph: Graph, x: str, where: Positions, table: tuple[str, str]) -> str:
     """x [1, n, heads, head_dim] rotated by its positions, in the rotate-half layout."""
-    if ("angles", where.rows) not in graph.memo:
-        for table, kind in ((where.cos, "angles"), (where.sin, "sines")):
-            picked = graph.node("Gather", table, where.rows)  # [n, head_dim / 2]
-            graph.memo[kind, where.rows] = graph.node("Unsqueeze", picked, graph.ints(1))
-    cos, sin = graph.memo["angles", where.rows], graph.memo["sines", where.rows]
+    for part in table:
+        if ("rows of", part) not in graph.memo:
+            picked = graph.node("Gather", part, where.rows)  # [n, head_dim / 2]
+            graph.memo["rows of", part] = graph.node("Unsqueeze", picked, graph.ints(1))
+    cos, sin = (graph.memo["rows of", part] for part in table)
     a, b = graph.nodes("Split", x, outputs=(f"{x}.first", f"{x}.second"), axis=-1, num_outputs=2)
     first = graph.node("Sub", graph.node("Mul", a, cos), graph.node("Mul", b, sin))
     second = graph.node("Add", graph.node("Mul", b, cos), graph.node("Mul", a, sin))

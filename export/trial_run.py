@@ -22,7 +22,9 @@ def check_runs(config: MolmoConfig, files: dict[str, Path]) -> None:
     runtime = open_files(config, files, mapped=True)
     try:
         i = config.image
-        blank = ImageProcessor(dataclasses.replace(i, max_crops=0))(np.zeros((i.crop_size, i.crop_size, 3), np.uint8))
+        blank = ImageProcessor(dataclasses.replace(i, max_crops=0, layout="molmo"))(
+            np.zeros((i.crop_size, i.crop_size, 3), np.uint8)
+        )
         features = runtime.encode_image(blank.crops, np.ones_like(blank.masks), blank.overview, blank.pooling)
         rows = features.reshape(i.cells**2, -1) + runtime.embed(np.zeros(1, np.int64))
         logits = prefill(runtime, rows, np.ones(len(rows), bool), runtime.new_cache(len(rows)))

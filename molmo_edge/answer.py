@@ -104,7 +104,9 @@ class Answer:
 
         Points are in percent and, if the answer holds its image, also in pixels.
         """
-        points: list[dict[str, Any]] = [{"x": p.x, "y": p.y, "label": p.label} for p in self.points]
+        points: list[dict[str, Any]] = [
+            {name: value for name, value in dataclasses.asdict(p).items() if value is not None} for p in self.points
+        ]
         if self.image is not None:
             for point, (x, y) in zip(points, self.pixels(), strict=True):
                 point["pixel"] = [round(x, 1), round(y, 1)]

@@ -126,9 +126,9 @@ class Chat(NotCopied):
     def _stream(self, question: str, sampling: Sampling) -> Stream:
         check_text(question)
         context = self._engine.context
-        own = text_ids(self._engine.tokenizer, [question])
         with self._lock:
-            ids = np.concatenate([self._ids, own])
+            turns = [turn for asked, answer in self._answers for turn in (asked, answer.token_ids)]
+            ids = text_ids(self._engine.tokenizer, [*turns, question])
             filled = len(self.scene.embeddings) + len(ids)
             if self._answers and filled > context:
                 raise ConversationFull(
@@ -148,6 +148,10 @@ class Chat(NotCopied):
         capacity = len(self.scene.embeddings) + len(ids) + most - 1
         with self._lock:
             self._check(turn)
+            # Molmo2's template writes an answered turn differently from one to be answered.
+            same = np.flatnonzero(ids[: len(self._ids)] != self._ids)
+            if len(same):
+                self._kept = min(self._kept, len(self.scene.embeddings) + int(same[0]))
             cache = self._make_room(capacity)
             rows = self._rows(ids)
         image = self.scene.image_flags(len(ids))[-len(rows) :]

@@ -33,13 +33,24 @@ class ConfigError(MolmoEdgeError):
     """A configuration that cannot be read, or that contradicts itself."""
 
 
-_MAY_BE_ZERO = ("max_crops", "overview", "n_experts", "top_k", "additional_vocab_size", "head_dim_override")
+_MAY_BE_ZERO = (
+    "max_crops",
+    "overview",
+    "n_experts",
+    "top_k",
+    "additional_vocab_size",
+    "head_dim_override",
+    "pooling_heads",
+)
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+_OMIT_DEFAULT = {"omit_default": True}
 
 
 def _added(default: Any) -> Any:
     """A field that earlier versions did not have: JSON has its key only where it differs from the default."""
-    return field(default=default, metadata={"omit_default": True})
+    return field(default=default, metadata=_OMIT_DEFAULT)
 
 
 def _check(config: Any) -> None:
@@ -89,10 +100,14 @@ class ImageConfig:
     pool: int = 2  # patches per pooled cell, along each side
     overlap_margins: tuple[int, int] = (4, 4)  # patches dropped at the left/top and right/bottom inner sides
     max_crops: int = 12  # maximum number of crops besides the global view; 0: the global view only
-    resize: str = "default"  # "default": bilinear, aspect kept, padded; "dino": bicubic, stretched to the canvas
+    # "default": bilinear, aspect kept, padded; "dino": bicubic, "siglip": bilinear without antialiasing, both stretched
+    resize: str = "default"
     overview: int = 0  # longest side, pixels, of the whole image as a convolutional tower sees it; 0: no such tower
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    layout: str = _added(
+        "molmo"
+    )  # of the tokens of an image; or "molmo2", "molmo_point", see frontend/molmo2_prompt.py
 
     def __post_init__(self) -> None:
         _check(self)
@@ -113,7 +128,8 @@ class ImageConfig:
             )
         if not min(self.std) > 0:
             raise ConfigError(f"std must be positive, it is {self.std}")
-        _check_word("resize", self.resize, ("default", "dino"))
+        _check_word("resize", self.resize, ("default", "dino", "siglip"))
+        _check_word("layout", self.layout, ("molmo", "molmo2", "molmo_point"))
 
     @property
     def patches(self) -> int:
@@ -233,6 +249,21 @@ class ConvTowerConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """Rotary embeddings stretched for a longer context in some layers (YaRN, arXiv 2309.00071)."""
+
+    factor: float = 8.0  # how many times longer the context became
+    original_positions: int = 8192  # the context of pre-training
+    attention_factor: float = 1.0  # multiplies cos and sin
+    beta_fast: float = 32.0  # turns in the original context from which on a dimension is left as it is
+    beta_slow: float = 1.0  # turns below which a dimension is stretched by the whole factor
+    layers: tuple[int, ...] = ()  # the layers that are stretched
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder: dense (Qwen2, Qwen3, OLMo2) or with sparse experts (OLMoE)."""
 
@@ -255,6 +286,8 @@ class DecoderConfig:
     max_position_embeddings: int = 4096
     head_dim_override: int = _added(0)  # 0: a head is d_model / n_heads wide; read `head_dim`
     qk_norm_per_head: bool = _added(False)  # False: over all heads together (OLMo), True: over each head (Qwen3)
+    additional_head: bool = _added(False)  # whether the head has rows for the ids of new_embedding, too (MolmoPoint)
+    yarn: YarnConfig | None = field(default=None, metadata=_OMIT_DEFAULT)
     image_attention: str = _added("causal")  # or "bidirectional": in prefill, image tokens attend to each other
 
     def __post_init__(self) -> None:
@@ -288,8 +321,29 @@ class DecoderConfig:
         return self.n_kv_heads * self.head_dim
 
     @property
+    def n_logits(self) -> int:
+        """Ids that the head has a logit for."""
+        return self.embedding_size + (self.additional_vocab_size if self.additional_head else 0)
+
+    @property
     def bidirectional_images(self) -> bool:
         return self.image_attention == "bidirectional"
+
+
+@dataclass(frozen=True)
+class PointHeadConfig:
+    """MolmoPoint's grounding head, and the tokens that its grounding tokens are embedded as."""
+
+    patch_token: int
+    subpatch_token: int
+    location_token: int
+    dim: int = 512  # of queries and keys
+    rope_theta: float = 50000.0
+    n_locations: int = 9  # in a subpatch
+    no_more_class: bool = True  # whether "no more points" can be chosen in place of a patch
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -305,8 +359,11 @@ class MolmoConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector_dim: int = 1024  # inner width of the connector's SwiGLU
     conv_tower: ConvTowerConfig | None = None
+    pooling_heads: int = _added(0)  # of the connector's attention; 0: as many as `vision` has
+    pooling_output: bool = _added(True)  # whether that attention has an output projection (not in MolmoPoint)
     pad_embed: bool = _added(True)  # learned vectors are added to patches that are padding (Molmo v1)
     extra_vision: tuple[VisionConfig, ...] = _added(())
+    point_head: PointHeadConfig | None = field(default=None, metadata=_OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -349,8 +406,11 @@ class MolmoConfig:
             decoder=from_json(DecoderConfig, data.get("decoder")),
             projector_dim=data.get("projector_dim", 1024),
             conv_tower=from_json(ConvTowerConfig, data["conv_tower"]) if data.get("conv_tower") else None,
+            pooling_heads=data.get("pooling_heads", 0),
+            pooling_output=data.get("pooling_output", True),
             pad_embed=data.get("pad_embed", True),
             extra_vision=tuple(from_json(VisionConfig, vit) for vit in extra),
+            point_head=from_json(PointHeadConfig, data["point_head"]) if data.get("point_head") else None,
         )
 
 
@@ -371,7 +431,10 @@ def from_json(kind: type, data: Any) -> Any:
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
     if unknown:
         raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}: was this made by a newer molmo-edge?")
-    return kind(**{k: as_tuple(v) for k, v in data.items()})
+    sections = {"yarn": YarnConfig}
+    return kind(
+        **{k: from_json(sections[k], v) if k in sections and v is not None else as_tuple(v) for k, v in data.items()}
+    )
 
 
 def as_tuple(value: Any) -> Any:

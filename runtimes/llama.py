@@ -22,12 +22,13 @@ from molmo_edge.checkpoints.gguf_header import check_decoder
 from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
+from molmo_edge.frontend.crops import image_token_count
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, load_library, on_gpu
 from molmo_edge.runtimes.llama_native import CHUNK, LlamaContext, LlamaModel, wait_for
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
-from molmo_edge.runtimes.protocol import Cache, check_capacity, check_copy, check_rows
+from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, check_copy, check_rows
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
 
@@ -39,7 +40,7 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
     """Open a verified bundle. Raises BundleError for a GGUF of another model, EngineError or Unavailable."""
     load_library()
     gpu = on_gpu(device) and options.gpu_layers != 0
-    check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
+    check_decoder(bundle.path("decoder"), bundle.config, load_tokenizer(bundle.directory))
     parts = [name for name in GRAPHS if name != "decoder"]
     check_components(bundle, parts)
     # If this onnxruntime lacks the device, the graphs run on the CPU: on a Jetson, llama.cpp with CUDA is easier to
@@ -66,7 +67,7 @@ def open_watched(
     when `ask` is false, or llama.cpp silently skips the rest of the run. Raises as `open_llama_runtime` does.
     """
     load_library()
-    check_decoder(bundle.path("decoder"), bundle.config.decoder, load_tokenizer(bundle.directory))
+    check_decoder(bundle.path("decoder"), bundle.config, load_tokenizer(bundle.directory))
     options = dataclasses.replace(options, repack=choose_repack(bundle, options, gpu=False))
     model = LlamaModel(
         bundle.path("decoder"), choose_threads(threads) or physical_cores(), False, options, threading.Event()
@@ -99,7 +100,7 @@ class LlamaRuntime:
         self.config, self._graphs = config, graphs
         self._stop = threading.Event()
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
-        given = (decoder, choose_threads(threads) or physical_cores(), gpu, options, self._stop)
+        given = (decoder, choose_threads(threads) or physical_cores(), gpu, options, self._stop, _image_block(config))
         self._loading: Future[LlamaModel] | None = loader.submit(LlamaModel, *given)
         self._born = forks.generation()
         forks.watch_load(self._loading)
@@ -128,7 +129,32 @@ class LlamaRuntime:
         embeddings = check_rows(embeddings, cache)
         if embeddings.shape[1] != self.config.decoder.d_model:
             raise EngineError(f"embeddings must be {self.config.decoder.d_model} wide, not {embeddings.shape[1]}")
+        check_causal(self.config, cache)
         return cache.append(embeddings)
+
+    def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`.
+
+        Raises EngineError for several images with text between them: llama.cpp can make one run of positions attend to
+        each other in both directions, but not two runs with causal positions in between.
+        """
+        if not isinstance(cache, LlamaCache):
+            raise EngineError("this cache belongs to another runtime")
+        where = np.flatnonzero(image)
+        if not len(where) or not self.config.decoder.bidirectional_images:
+            return cache.append(check_rows(embeddings, cache))
+        first, end = int(where[0]), int(where[-1]) + 1
+        if end - first != len(where):
+            raise EngineError(
+                "llama.cpp has no attention mask for several images, or the frames of a video, in one prompt: "
+                "ask about one image, or export the decoder to ONNX"
+            )
+        rows = check_rows(embeddings, cache)
+        logits = np.empty(0, np.float32)
+        for part, block in ((rows[:first], False), (rows[first:end], True), (rows[end:], False)):
+            if len(part):
+                logits = cache.append(part, block=block)
+        return logits
 
     def close(self) -> None:
         """Release model and sessions. A cache that is still referenced keeps the model in memory."""
@@ -143,6 +169,15 @@ class LlamaRuntime:
         if (loading := self._loading) is None:
             raise EngineError("this runtime was closed")
         return wait_for(loading)
+
+
+def _image_block(config: MolmoConfig) -> int:
+    """The most positions of an image that attend to each other in both directions; 0 for a causal decoder."""
+    if not config.decoder.bidirectional_images:
+        return 0
+    most = config.image.max_crops
+    tilings = ((rows, most // rows) for rows in range(1, most + 1))
+    return max((image_token_count(config.image, tiling) for tiling in tilings), default=0)
 
 
 class LlamaCache:
@@ -174,14 +209,17 @@ class LlamaCache:
             return twin
         return LlamaCache(*self._elsewhere(room), self.length)
 
-    def append(self, embeddings: np.ndarray) -> np.ndarray:
-        """Run [n, d_model] at the end; -> logits [embedding_size]. `length` changes only if the whole run succeeds."""
+    def append(self, embeddings: np.ndarray, *, block: bool = False) -> np.ndarray:
+        """Run [n, d_model] at the end; -> logits [embedding_size]. `length` changes only if the whole run succeeds.
+
+        `block`: the rows attend to each other in both directions; they run at once.
+        """
         self._forget_rest()
-        done = self.length
-        for start in range(0, len(embeddings), CHUNK):
-            part = embeddings[start : start + CHUNK]
+        done, size = self.length, len(embeddings) if block else CHUNK
+        for start in range(0, len(embeddings), size):
+            part = embeddings[start : start + size]
             self._filled = done + len(part)  # set before the run: an interrupted run may leave some
-            logits = self._run(part, done)
+            logits = self._run(part, done, block)
             done += len(part)
         self.length = done
         return logits
@@ -199,11 +237,11 @@ class LlamaCache:
             raise EngineError(f"this state does not hold {length} positions")
         self.length = self._filled = length
 
-    def _run(self, part: np.ndarray, start: int) -> np.ndarray:
-        logits = self.context.run(self._sequence, part, start)
+    def _run(self, part: np.ndarray, start: int, block: bool) -> np.ndarray:
+        logits = self.context.run(self._sequence, part, start, block=block)
         if logits is None:  # the sequences that share the context have filled it
             self._move_out()
-            logits = self.context.run(self._sequence, part, start)
+            logits = self.context.run(self._sequence, part, start, block=block)
         if logits is None:
             raise EngineError("llama.cpp has no room for these positions")
         return logits

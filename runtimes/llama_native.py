@@ -89,11 +89,15 @@ class LlamaContext:
         if read != len(state):
             raise EngineError(f"these keys and values are not of this model, or do not fit: {take_errors()}")
 
-    def run(self, sequence: int, embeddings: np.ndarray, start: int) -> np.ndarray | None:
-        """Append [n, d_model] at position `start`; -> logits [n_vocab] of the last one, or None without room."""
+    def run(self, sequence: int, embeddings: np.ndarray, start: int, *, block: bool = False) -> np.ndarray | None:
+        """Append [n, d_model] at position `start`; -> logits [n_vocab] of the last one, or None without room.
+
+        `block`: the rows attend to each other in both directions.
+        """
         with self._lock:
             self._collect()
             take_errors()
+            self._api.llama_set_causal_attn(self._pointer, not block)
             code = self._decode(_batch(self._api, sequence, embeddings, start, every=self.watch is not None))
             if code == _NO_ROOM:
                 return None
@@ -146,8 +150,12 @@ def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int, *, every
 class LlamaModel:
     """A llama_model. Makes its contexts."""
 
-    def __init__(self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event) -> None:
+    def __init__(
+        self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event, block: int = 0
+    ) -> None:
+        """`block`: positions that attend to each other in both directions, and so have to run at once."""
         self.api = load_library()
+        self._at_once = max(CHUNK, block)
         self._threads, self._gpu, self._options = threads, gpu, options
         params = self.api.llama_model_default_params()
         layers = -1 if options.gpu_layers is None else options.gpu_layers
@@ -173,7 +181,7 @@ class LlamaModel:
         """Return the pointer of a new llama_context. Raises EngineError without memory for it."""
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
-        params.n_batch = params.n_ubatch = min(CHUNK, capacity)
+        params.n_batch = params.n_ubatch = min(self._at_once, capacity)
         params.n_seq_max = params.n_outputs_max = _SEQUENCES
         if watch is not None:
             params.cb_eval = watch

@@ -270,7 +270,7 @@ class OnnxRuntime:
 
     def new_cache(self, capacity: int) -> OnnxCache:
         check_capacity(capacity, self.config)
-        session, logits = self._session("decoder"), self.config.decoder.embedding_size
+        session, logits = self._session("decoder"), self.config.decoder.n_logits
         make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache)
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be out of memory
 

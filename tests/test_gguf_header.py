@@ -49,7 +49,7 @@ def as_type(content: bytes, tensor: bytes, kind: int) -> bytes:
 
 
 def test_it_reads_what_another_reader_reads(path: Path) -> None:
-    header, reader = check_decoder(path, CONFIG.decoder, TOKENIZER), GGUFReader(path)
+    header, reader = check_decoder(path, CONFIG, TOKENIZER), GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     for name, value in fields.items():
         assert header.metadata[name] == value or np.allclose(header.metadata[name], value), name
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_named(change: object, why: str, content: bytes, tmp_pa
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(change(content))  # type: ignore[operator]
     with pytest.raises(BundleError, match=why) as error:
-        check_decoder(bad, CONFIG.decoder, TOKENIZER)
+        check_decoder(bad, CONFIG, TOKENIZER)
     assert str(bad) in str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_another_tokenizer_s_file_is_refused(path: Path) -> None:
     text = (GOLDEN / "molmoe" / "tokenizer.json").read_text("utf-8")
     text = text.replace("<im_col>", "<im_x>").replace("<im_start>", "<im_col>").replace("<im_x>", "<im_start>")
     with pytest.raises(BundleError, match="another tokenizer: token 500 is '<im_start>', this model's is '<im_col>'"):
-        check_decoder(path, CONFIG.decoder, Tokenizer(text))
+        check_decoder(path, CONFIG, Tokenizer(text))
 
 
 def test_types_that_are_not_known_and_tensors_that_overlap(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_no_damage_gets_past_with_another_error(data: st.DataObject, content: by
     bad.write_bytes(damaged[:cut])
     refused = None
     try:
-        check_decoder(bad, CONFIG.decoder, TOKENIZER)
+        check_decoder(bad, CONFIG, TOKENIZER)
     except BundleError as error:
         refused = str(error)
     assert cut is None if refused is None else str(bad) in refused

@@ -12,9 +12,9 @@ import torch
 from exported import relative
 
 from molmo_edge import Molmo as Sdk
-from molmo_edge.checkpoints.gguf_layout import NoGraphError
+from molmo_edge.checkpoints.gguf_layout import NoGraphError, architecture
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
-from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig, YarnConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
@@ -391,9 +391,8 @@ def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
         runtime.prefill_batch([rows], 1)
     cache = runtime.new_cache(len(rows))
     assert np.isfinite(runtime.prefill_image(rows, flags, cache)).all()
-    save_checkpoint(runtime.model, TOKENIZER, tmp_path / "checkpoint")
-    with pytest.raises(NoGraphError, match="bidirectional attention between image tokens"):
-        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "f32", engine="gguf")
+    with pytest.raises(NoGraphError, match="YaRN in layers 0"):
+        architecture(replace(config.decoder, yarn=YarnConfig(layers=(0,))))
     save_checkpoint(random_model(VARIANTS["siglip"]), TOKENIZER, tmp_path / "siglip")
     with pytest.raises(ExportError, match="leave mmproj out"):
         export_bundle(tmp_path / "siglip", tmp_path / "bundle", "f32", engine="gguf", mmproj=True)

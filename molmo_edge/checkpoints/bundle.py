@@ -153,7 +153,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return Tokenizer.from_file(directory / TOKENIZER)
     manifest = read_manifest(directory)
     _verify(directory, manifest.components["tokenizer"], None)
-    tokenizer = Tokenizer.from_file(directory / TOKENIZER)
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER, bos=manifest.special_ids.bos)
     found, expected = dataclasses.asdict(tokenizer.special), dataclasses.asdict(manifest.special_ids)
     if wrong := next((name for name in expected if found[name] != expected[name]), None):
         raise BundleError(

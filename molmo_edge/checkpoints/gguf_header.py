@@ -15,7 +15,7 @@ from typing import Any
 
 from molmo_edge.checkpoints.gguf_layout import architecture, decoder_tensors, shape_metadata, token_names
 from molmo_edge.checkpoints.manifest import BundleError
-from molmo_edge.config import DecoderConfig
+from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 
 _MAGIC, _F32 = b"GGUF", 0
@@ -61,22 +61,26 @@ def read_header(path: Path) -> GgufHeader:
         raise _damaged(path, str(error)) from None
 
 
-def check_decoder(path: Path, d: DecoderConfig, tokenizer: Tokenizer) -> GgufHeader:
-    """Read the header of a GGUF of decoder `d` for `tokenizer`. Raises BundleError that names what does not match."""
-    header = read_header(path)
+def check_decoder(path: Path, config: MolmoConfig, tokenizer: Tokenizer) -> GgufHeader:
+    """Read the header of a GGUF of this model's decoder. Raises BundleError that names what does not match."""
+    d, header = config.decoder, read_header(path)
     found = header.metadata.get("general.architecture")
     if found != architecture(d):
         raise _foreign(path, f'its architecture is "{found}", this model needs "{architecture(d)}"')
     for key, value in shape_metadata(d).items():
         found = header.metadata.get(key)
-        if not isinstance(found, (int, float)) or not math.isclose(found, value, rel_tol=1e-6):
+        if isinstance(value, str):
+            same = found == value
+        else:
+            same = isinstance(found, (int, float)) and math.isclose(found, value, rel_tol=1e-6)
+        if not same:
             raise _foreign(path, f"its {key} is {found}, this model's is {value}")
     # Additional keys of the architecture change the computation, and some abort the process.
     if more := sorted(
         key for key in header.metadata if key.startswith(f"{architecture(d)}.") and key not in shape_metadata(d)
     ):
         raise _foreign(path, f"it has the key {more[0]}, which this model does not have")
-    wanted = {tensor.name: tensor for tensor in decoder_tensors(d)}
+    wanted = {tensor.name: tensor for tensor in decoder_tensors(config)}
     for name, tensor in wanted.items():
         found = header.tensors.get(name)
         if found is None:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from molmo_edge.checkpoints.tensor_names import TRANSFORMER, block_names, head_name
-from molmo_edge.config import DecoderConfig
+from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.tokenizer import Tokenizer
+
+_PERIOD = 4  # every fourth layer of llama.cpp's olmo2 has no sliding window
 
 
 class NoGraphError(MolmoEdgeError):
@@ -46,16 +48,15 @@ def architecture(d: DecoderConfig) -> str:
     """llama.cpp's name of the graph that computes this decoder. Raises NoGraphError if there is none."""
     qk_norm = d.qk_norm and ("per head" if d.qk_norm_per_head else "full width")
     own_head_dim = d.q_dim != d.d_model
-    if not d.bidirectional_images:
-        match bool(d.n_experts), d.norm_after, qk_norm, d.qkv_bias, own_head_dim:
-            case True, False, "full width", False, False if d.n_kv_heads == d.n_heads:
-                return "olmoe"
-            case False, True, "full width", False, False:
-                return "olmo2"
-            case False, False, "per head", False, _:
-                return "qwen3"
-            case False, False, False, _, False:
-                return "qwen2"
+    match bool(d.n_experts), d.norm_after, qk_norm, d.qkv_bias, own_head_dim, _yarn_kind(d):
+        case True, False, "full width", False, False, "none" if d.n_kv_heads == d.n_heads:
+            return "olmoe"
+        case False, True, "full width", False, False, "none" | "every fourth layer":
+            return "olmo2"
+        case False, False, "per head", False, _, "none":
+            return "qwen3"
+        case False, False, False, _, False, "none":
+            return "qwen2"
     traits = (
         f"{d.n_experts or 'no'} experts",
         f"norms {'after' if d.norm_after else 'before'} the branches",
@@ -63,14 +64,23 @@ def architecture(d: DecoderConfig) -> str:
         f"{'' if d.qkv_bias else 'no '}biases",
         f"{d.n_heads} heads of {d.head_dim} for a width of {d.d_model}",
         f"{d.n_kv_heads} heads for keys",
-        f"{d.image_attention} attention between image tokens",
+        f"YaRN in {_yarn_kind(d)}",
     )
     raise NoGraphError(f"llama.cpp has no graph for a decoder with {', '.join(traits)}: export to ONNX instead")
 
 
-def shape_metadata(d: DecoderConfig) -> dict[str, int | float]:
+def _yarn_kind(d: DecoderConfig) -> str:
+    """The layers that YaRN stretches, in the words of `architecture`."""
+    if d.yarn is None:
+        return "none"
+    usual = math.isclose(d.yarn.attention_factor, 0.1 * math.log(d.yarn.factor) + 1, rel_tol=1e-6)
+    fourth = d.yarn.layers == tuple(range(_PERIOD - 1, d.n_layers, _PERIOD))
+    return "every fourth layer" if fourth and usual else f"layers {', '.join(map(str, d.yarn.layers))}"
+
+
+def shape_metadata(d: DecoderConfig) -> dict[str, int | float | str]:
     """The GGUF's metadata on the decoder's shape, by key."""
-    values: dict[str, int | float] = {
+    values: dict[str, int | float | str] = {
         "vocab_size": d.embedding_size,
         "context_length": d.max_position_embeddings,
         "embedding_length": d.d_model,
@@ -85,6 +95,17 @@ def shape_metadata(d: DecoderConfig) -> dict[str, int | float]:
         values |= {"expert_count": d.n_experts, "expert_used_count": d.top_k}
     if d.head_dim_override:
         values |= {"attention.key_length": d.head_dim, "attention.value_length": d.head_dim}
+    if d.yarn is not None:
+        # llama.cpp does not stretch layers with a sliding window: one as wide as the context has no other effect.
+        values |= {
+            "attention.sliding_window": d.max_position_embeddings,
+            "attention.sliding_window_pattern": _PERIOD,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(d.yarn.factor),
+            "rope.scaling.original_context_length": d.yarn.original_positions,
+            "rope.scaling.yarn_beta_fast": float(d.yarn.beta_fast),
+            "rope.scaling.yarn_beta_slow": float(d.yarn.beta_slow),
+        }
     return {f"{architecture(d)}.{key}": value for key, value in values.items()}
 
 
@@ -97,7 +118,7 @@ def token_names(tokenizer: Tokenizer, d: DecoderConfig) -> list[str]:
     return [tokenizer.token(i) or f"[PAD{i}]" for i in range(d.embedding_size)]
 
 
-def decoder_tensors(d: DecoderConfig) -> Iterator[GgufTensor]:
+def decoder_tensors(config: MolmoConfig) -> Iterator[GgufTensor]:
     """Every tensor of the GGUF, in file order. Raises NoGraphError as `architecture` does."""
 
     def matrix(name: str, rows: int, columns: int, *parts: Part) -> GgufTensor:
@@ -107,13 +128,15 @@ def decoder_tensors(d: DecoderConfig) -> Iterator[GgufTensor]:
     def vector(name: str, size: int, part: Part) -> GgufTensor:
         return GgufTensor(name, (size,), (part,), exact=True)
 
+    d = config.decoder
     architecture(d)
     w, q, kv = d.d_model, d.q_dim, d.kv_dim
     yield matrix("token_embd", d.embedding_size, w, Part(f"{TRANSFORMER}.wte.embedding"))
-    yield matrix("output", d.embedding_size, w, Part(head_name(d)))
+    yield matrix("output", d.embedding_size, w, Part(head_name(config)))
     yield vector("output_norm.weight", w, Part(f"{TRANSFORMER}.ln_f.weight"))
     for n in range(d.n_layers):
-        ours, (attention, ffn) = f"blk.{n}", block_names(d, n)
+        ours, names = f"blk.{n}", block_names(config, n)
+        attention, ffn = names.attention, names.ffn
         for which, start, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
             yield matrix(f"{ours}.attn_{which}", rows, w, Part(f"{attention}.att_proj.weight", start, rows))
             if d.qkv_bias:
@@ -124,8 +147,8 @@ def decoder_tensors(d: DecoderConfig) -> Iterator[GgufTensor]:
                 width = d.head_dim if d.qk_norm_per_head else width
                 yield vector(f"{ours}.attn_{which}_norm.weight", width, Part(f"{attention}.{which}_norm.weight"))
         norms = ("post_attention_norm", "post_ffw_norm") if d.norm_after else ("attn_norm", "ffn_norm")
-        yield vector(f"{ours}.{norms[0]}.weight", w, Part(f"{attention}.attn_norm.weight"))
-        yield vector(f"{ours}.{norms[1]}.weight", w, Part(f"{ffn}.ff_norm.weight"))
+        yield vector(f"{ours}.{norms[0]}.weight", w, Part(f"{names.attention_norm}.weight"))
+        yield vector(f"{ours}.{norms[1]}.weight", w, Part(f"{names.ffn_norm}.weight"))
         if d.n_experts:
             router = (Part(f"{ffn}.gate.weight"),)
             yield GgufTensor(f"{ours}.ffn_gate_inp.weight", (d.n_experts, w), router, exact=True)

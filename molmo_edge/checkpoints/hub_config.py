@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.checkpoints.molmo2_config import read_molmo2
 from molmo_edge.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -147,7 +148,7 @@ def _read_molmo(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfi
     )
 
 
-_READERS = {"molmo": _read_molmo}
+_READERS = {"molmo": _read_molmo, "molmo2": read_molmo2, "molmo_point": read_molmo2}
 
 
 def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:

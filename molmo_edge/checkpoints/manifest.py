@@ -180,7 +180,7 @@ class Manifest:
             "name": self.name,
             "created_by": self.created_by,
             "model": self.config.to_dict(),
-            "special_ids": dataclasses.asdict(self.special_ids),
+            "special_ids": {k: v for k, v in dataclasses.asdict(self.special_ids).items() if v is not None},
             "components": {name: component.to_dict() for name, component in self.components.items()},
         }
         if self.source is not None:
@@ -273,7 +273,8 @@ def _check_format(content: Any) -> None:
 
 def _from_dict(content: dict[str, Any], default_name: str) -> Manifest:
     model, special, components = content["model"], content["special_ids"], content["components"]
-    names = [field.name for field in dataclasses.fields(SpecialIds)]
+    # Ids of Molmo2's tokens are absent in Molmo v1.
+    names = [f.name for f in dataclasses.fields(SpecialIds) if f.name in special or f.default is dataclasses.MISSING]
     source, target, check = content.get("source"), content.get("target"), content.get("check")
     return Manifest(
         name=_optional(content, "name", str, default_name),

@@ -8,8 +8,9 @@ convolutional tower, are this project's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from molmo_edge.config import ConvTowerConfig, DecoderConfig, MolmoConfig, VisionConfig
+from molmo_edge.config import ConvTowerConfig, MolmoConfig, VisionConfig
 
 TRANSFORMER, BACKBONE = "model.transformer", "model.vision_backbone"
 
@@ -30,21 +31,42 @@ def hub_shapes(config: MolmoConfig) -> dict[str, Shape]:
 
 def vit_names(config: MolmoConfig) -> list[tuple[VisionConfig, str, str]]:
     """For each ViT its configuration, its module in `modeling.Molmo` and the prefix of its hub tensors."""
+    first = "model.vit" if config.image.layout == "molmo_point" else f"{BACKBONE}.image_vit"
     extra = [(vit, f"extra_vision.{n}", f"{BACKBONE}.image_vit.extra.{n}") for n, vit in enumerate(config.extra_vision)]
-    return [(config.vision, "vision", f"{BACKBONE}.image_vit"), *extra]
+    return [(config.vision, "vision", first), *extra]
 
 
-def block_names(d: DecoderConfig, layer: int) -> tuple[str, str]:
-    """The hub prefixes of a block's attention and of its FFN; MolmoE's remote code nests what the others keep flat."""
+def connector_name(config: MolmoConfig) -> str:
+    """The prefix of the connector's hub tensors."""
+    return "model.connector" if config.image.layout == "molmo_point" else BACKBONE
+
+
+class BlockNames(NamedTuple):
+    """The prefixes of a decoder block's hub tensors."""
+
+    attention: str
+    attention_norm: str
+    ffn: str
+    ffn_norm: str
+
+
+def block_names(config: MolmoConfig, layer: int) -> BlockNames:
+    """Dense Molmo v1 has a block's parts flat, MolmoE's remote code nests them, Molmo2 nests all but the norms."""
     block = f"{TRANSFORMER}.blocks.{layer}"
-    return (f"{block}.attn", f"{block}.mlp") if d.n_experts else (block, block)
+    if config.image.layout != "molmo":
+        return BlockNames(f"{block}.self_attn", f"{block}.attn_norm", f"{block}.mlp", f"{block}.ff_norm")
+    attention, ffn = (f"{block}.attn", f"{block}.mlp") if config.decoder.n_experts else (block, block)
+    return BlockNames(attention, f"{attention}.attn_norm", ffn, f"{ffn}.ff_norm")
 
 
-def head_name(d: DecoderConfig) -> str:
-    """The hub name of the output head; the remote code of MolmoE moved it to the top level."""
-    if d.weight_tying:
-        return "model.transformer.wte.embedding"
-    return "lm_head.weight" if d.n_experts else "model.transformer.ff_out.weight"
+def head_name(config: MolmoConfig) -> str:
+    """The hub name of the output head; Molmo v1's dense models have it in the transformer."""
+    if config.decoder.weight_tying:
+        return f"{TRANSFORMER}.wte.embedding"
+    if config.image.layout == "molmo_point":
+        return "lm_head.output_embeddings"
+    nested = config.decoder.n_experts or config.image.layout == "molmo2"
+    return "lm_head.weight" if nested else f"{TRANSFORMER}.ff_out.weight"
 
 
 def _lines(config: MolmoConfig) -> Iterator[_Line]:
@@ -53,6 +75,7 @@ def _lines(config: MolmoConfig) -> Iterator[_Line]:
     yield from _conv_tower(config)
     yield from _connector(config)
     yield from _decoder(config)
+    yield from _point_head(config)
 
 
 def _vision(v: VisionConfig, module: str, hub: str) -> Iterator[_Line]:
@@ -106,15 +129,35 @@ def tower_shapes(config: ConvTowerConfig) -> dict[str, Shape]:
 
 
 def _connector(config: MolmoConfig) -> Iterator[_Line]:
-    hub, d, width = BACKBONE, config.vision.d_model, config.feature_dim
+    hub, d, width = connector_name(config), config.vision.d_model, config.feature_dim
     if config.pad_embed:
         yield "connector.pad_embed", (f"{hub}.pad_embed",), (2, width)
-    for w, columns in (("wq", width), ("wk", width), ("wv", width), ("wo", d)):
+    output = [("wo", d)] if config.pooling_output else []
+    for w, columns in (("wq", width), ("wk", width), ("wv", width), *output):
         for leaf, shape in (("weight", (d, columns)), ("bias", (d,))):
             yield f"connector.pooling.{w}.{leaf}", (f"{hub}.image_pooling_2d.{w}.{leaf}",), shape
     inner, out = config.projector_dim, config.decoder.d_model
     for w, shape in (("w1", (inner, d)), ("w2", (out, inner)), ("w3", (inner, d))):
         yield f"connector.projector.{w}.weight", (f"{hub}.image_projector.{w}.weight",), shape
+
+
+def _point_head(config: MolmoConfig) -> Iterator[_Line]:
+    point = config.point_head
+    if point is None:
+        return
+    hub, d, features, dim = "model.point_predictor", config.decoder.d_model, config.feature_dim, point.dim
+    yield "point_head.x_norm.weight", (f"{hub}.x_norm.weight",), (d,)
+    for ours, theirs, rows, columns in (
+        ("patch_q", f"{hub}.patch_q", dim, d),
+        ("patch_k", f"{hub}.patch_k", dim, d),
+        ("subpatch_q", f"{hub}.subpatch_q", dim, d),
+        ("subpatch_k", f"{hub}.subpatch_k", dim, features),
+        ("location", f"{hub}.subpatch_loc_k", point.n_locations, d),
+        ("patch_embedding", "model.build_vit_embedding", d, features),
+    ):
+        yield f"point_head.{ours}.weight", (f"{theirs}.weight",), (rows, columns)
+        yield f"point_head.{ours}.bias", (f"{theirs}.bias",), (rows,)
+    yield "point_head.no_more", (f"{hub}.add_no_point_class_embed.vector",), (dim,)
 
 
 def _decoder(config: MolmoConfig) -> Iterator[_Line]:
@@ -125,18 +168,21 @@ def _decoder(config: MolmoConfig) -> Iterator[_Line]:
         yield "decoder.new_embedding", (f"{hub}.wte.new_embedding",), (d.additional_vocab_size, width)
     yield "decoder.ln_f.weight", (f"{hub}.ln_f.weight",), (width,)
     if not d.weight_tying:
-        yield "decoder.head.weight", (head_name(d),), (d.embedding_size, width)
+        yield "decoder.head.weight", (head_name(config),), (d.embedding_size, width)
+    if d.additional_head:
+        yield "decoder.new_head.weight", ("lm_head.new_output_embeddings",), (d.additional_vocab_size, width)
     attention: dict[str, Shape] = {"att_proj.weight": (qkv, width), "attn_out.weight": (width, d.q_dim)}
     attention |= {"att_proj.bias": (qkv,)} if d.qkv_bias else {}
     if d.qk_norm:
         q_norm, k_norm = (d.head_dim, d.head_dim) if d.qk_norm_per_head else (d.q_dim, d.kv_dim)
         attention |= {"q_norm.weight": (q_norm,), "k_norm.weight": (k_norm,)}
     for n in range(d.n_layers):
-        ours, (inner, mlp) = f"decoder.blocks.{n}", block_names(d, n)
+        ours, names = f"decoder.blocks.{n}", block_names(config, n)
+        inner, mlp = names.attention, names.ffn
         for leaf, shape in attention.items():
             yield f"{ours}.attn.{leaf}", (f"{inner}.{leaf}",), shape
-        yield f"{ours}.attn_norm.weight", (f"{inner}.attn_norm.weight",), (width,)
-        yield f"{ours}.ff_norm.weight", (f"{mlp}.ff_norm.weight",), (width,)
+        yield f"{ours}.attn_norm.weight", (f"{names.attention_norm}.weight",), (width,)
+        yield f"{ours}.ff_norm.weight", (f"{names.ffn_norm}.weight",), (width,)
         if d.n_experts:
             yield f"{ours}.ffn.router.weight", (f"{mlp}.gate.weight",), (d.n_experts, width)
             for part, shape in (("gate", (d.ffn_dim, width)), ("up", (d.ffn_dim, width)), ("down", (width, d.ffn_dim))):

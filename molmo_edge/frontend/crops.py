@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from molmo_edge.config import OVERVIEW_UNIT, ImageConfig
+from molmo_edge.frontend.bilinear import resize_bilinear
 from molmo_edge.frontend.image_files import MAX_PIXELS, ImageError, load_image
 from molmo_edge.frontend.resize import resize
 from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
@@ -83,14 +84,14 @@ class ImageProcessor:
         # has the mask of crop k+1, and the last crop counts as padded everywhere. The weights were trained with this.
         masks = np.full((n_crops, side * side), -1, np.float32)
 
-        view, _ = _canvas(rgb, config.crop_size, config.crop_size, config)
-        _cut(view, 0, 0, config, out=crops[0])
+        view, _ = fill_canvas(rgb, config.crop_size, config.crop_size, config)
+        cut_crop(view, 0, 0, config, out=crops[0])
         if rows:
             height, width = (n * config.window * config.patch_size + _margin(config) for n in tiling)
-            canvas, filled = _canvas(rgb, height, width, config)
+            canvas, filled = fill_canvas(rgb, height, width, config)
             for k in range(rows * cols):
                 y, x = (n * config.window for n in divmod(k, cols))  # in patches
-                _cut(canvas, y, x, config, out=crops[1 + k])
+                cut_crop(canvas, y, x, config, out=crops[1 + k])
                 masks[k] = filled[y : y + side, x : x + side].reshape(-1)
         overview = _overview(rgb, tiling, config) if config.overview else None
         pooling = cell_patches(config, tiling) if config.pools_across_crops else None
@@ -101,12 +102,26 @@ class ImageProcessor:
         return self._tokens(tiling), _token_index(self.config, tiling)
 
     def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
-        s = self.special
-        blocks = []
-        for rows, cols in self.config.cell_grids(tiling):
-            row = [s.im_patch] * cols + [s.im_col]
-            blocks.append(np.array([s.im_start, *row * rows, s.im_end], np.int32))
+        s, blocks = self.special, []
+        for number, (rows, cols) in enumerate(self.config.cell_grids(tiling)):
+            start, patch = s.im_start, s.im_patch
+            if number == 0 and self.config.layout != "molmo":
+                start = _required(s.low_res_im_start, "<low_res_im_start>")
+                patch = patch if self.config.layout == "molmo2" else _required(s.im_low, "<im_low>")
+            row = [patch] * cols + [s.im_col] * _column_tokens(self.config, number)
+            blocks.append(np.array([start, *row * rows, s.im_end], np.int32))
         return np.concatenate(blocks)
+
+
+def _column_tokens(config: ImageConfig, block: int) -> int:
+    """Tokens at the end of a row of cells: 1, but 0 in the global view (block 0) of Molmo2."""
+    return int(block > 0 or config.layout == "molmo")
+
+
+def _required(token: int | None, name: str) -> int:
+    if token is None:
+        raise ImageError(f"the model's images need the token {name}, which its tokenizer does not have")
+    return token
 
 
 def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
@@ -132,7 +147,8 @@ def select_tiling(height: int, width: int, config: ImageConfig) -> tuple[int, in
 
 def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
     """Number of tokens of an image with this tiling, without BOS."""
-    return sum(rows * (cols + 1) + 2 for rows, cols in config.cell_grids(tiling))
+    blocks = enumerate(config.cell_grids(tiling))
+    return sum(rows * (cols + _column_tokens(config, number)) + 2 for number, (rows, cols) in blocks)
 
 
 def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +166,7 @@ def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width:
         views += [(*canvas, i * stride, j * stride) for i, j in np.ndindex(rows, cols)]
     centres, sides = [], []
     for canvas_h, canvas_w, y, x in views:
-        h, w = (canvas_h, canvas_w) if config.resize == "dino" else _fit(height, width, canvas_h, canvas_w)
+        h, w = (canvas_h, canvas_w) if config.resize in ("dino", "siglip") else _fit(height, width, canvas_h, canvas_w)
         ys = (inside + y - (canvas_h - h) // 2) / h
         xs = (inside + x - (canvas_w - w) // 2) / w
         centres.append(np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2))
@@ -179,9 +195,10 @@ def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
     """int32 [n_crops, cells^2]: position of each pooled cell of each crop in the tokens, or DROPPED."""
     if config.pools_across_crops:  # a block is im_start, then rows of cells that end in im_col, then im_end
         index, start = [], 1
-        for rows, cols in config.cell_grids(tiling):
-            index.append(start + np.arange(rows)[:, None] * (cols + 1) + np.arange(cols))
-            start += rows * (cols + 1) + 2
+        for number, (rows, cols) in enumerate(config.cell_grids(tiling)):
+            width = cols + _column_tokens(config, number)
+            index.append(start + np.arange(rows)[:, None] * width + np.arange(cols))
+            start += rows * width + 2
         return np.concatenate([block.reshape(-1) for block in index]).astype(np.int32)
     n = config.cells
     left, right = (m // config.pool for m in config.overlap_margins)
@@ -204,31 +221,41 @@ def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
 
 
 def cell_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
-    """`pooling` of a PreparedImage with this tiling. Incomplete cells are at the bottom and the right of a grid."""
+    """`pooling` of a PreparedImage with this tiling."""
+    grids = [np.arange(config.patches**2).reshape(config.patches, -1)]
+    if tiling[0]:
+        grids.append(stitched_patches(config, tiling))
+    return np.concatenate([group_patches(grid, config.pool).reshape(-1, config.pool**2) for grid in grids])
+
+
+def stitched_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+    """The patches that tile the image, int64 [rows, cols], as indices into the patches of all crops."""
     n, stride = config.patches, config.window
     patch = np.arange(n * n).reshape(n, n)
-    grids = [patch]
-    if tiling[0]:
-        (_, (height, width)), (left, right) = config.grids(tiling), config.overlap_margins
-        stitched = np.empty((height, width), np.int64)
-        for k, (i, j) in enumerate(np.ndindex(*tiling)):
-            # Inner sides lose their margin to the neighbour, outer sides keep it.
-            (y0, y1), (x0, x1) = (
-                (left if at else 0, n - (right if at < last - 1 else 0))
-                for at, last in zip((i, j), tiling, strict=True)
-            )
-            y, x = i * stride, j * stride
-            stitched[y + y0 : y + y1, x + x0 : x + x1] = (k + 1) * n * n + patch[y0:y1, x0:x1]
-        grids.append(stitched)
-    p, cells = config.pool, []
-    for grid, (rows, cols) in zip(grids, config.cell_grids(tiling), strict=True):
-        padded = np.full((rows * p, cols * p), -1, np.int64)
-        padded[: grid.shape[0], : grid.shape[1]] = grid
-        cells.append(padded.reshape(rows, p, cols, p).transpose(0, 2, 1, 3).reshape(-1, p * p))
-    return np.concatenate(cells)
+    (_, (height, width)), (left, right) = config.grids(tiling), config.overlap_margins
+    stitched = np.empty((height, width), np.int64)
+    for k, (i, j) in enumerate(np.ndindex(*tiling)):
+        # Inner sides lose their margin to the neighbour, outer sides keep it.
+        (y0, y1), (x0, x1) = (
+            (left if at else 0, n - (right if at < last - 1 else 0)) for at, last in zip((i, j), tiling, strict=True)
+        )
+        y, x = i * stride, j * stride
+        stitched[y + y0 : y + y1, x + x0 : x + x1] = (k + 1) * n * n + patch[y0:y1, x0:x1]
+    return stitched
 
 
-def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+def group_patches(grid: np.ndarray, side: int) -> np.ndarray:
+    """Group a grid of patches into cells of side x side: int [h, w] -> int64 [rows, cols, side^2], in row-major order.
+
+    Incomplete cells, at the bottom and the right, have -1 for what is missing.
+    """
+    rows, cols = (-(-length // side) for length in grid.shape)
+    padded = np.full((rows * side, cols * side), -1, np.int64)
+    padded[: grid.shape[0], : grid.shape[1]] = grid
+    return padded.reshape(rows, side, cols, side).transpose(0, 2, 1, 3).reshape(rows, cols, side * side)
+
+
+def fill_canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
     """Resize onto a canvas and normalise.
 
     Returns float32 [height, width, 3], and float32 [height / patch_size, width / patch_size], the fraction of image
@@ -239,6 +266,9 @@ def _canvas(rgb: np.ndarray, height: int, width: int, config: ImageConfig) -> tu
         # Stretched to fill the canvas. The reference's filter rounds intermediate results to uint8; this one uses
         # floats, which differ by at most half a step.
         content = resize(rgb, height, width, cubic=True)
+        top = left = 0
+    elif config.resize == "siglip":
+        content = resize_bilinear(rgb, height, width).astype(np.float32) / np.float32(255)
         top = left = 0
     else:
         h, w = _fit(rgb.shape[0], rgb.shape[1], height, width)
@@ -277,7 +307,7 @@ def _per_patch(start: int, length: int, size: int, patch: int) -> np.ndarray:
     return np.diff(inside)
 
 
-def _cut(canvas: np.ndarray, y: int, x: int, config: ImageConfig, *, out: np.ndarray) -> None:
+def cut_crop(canvas: np.ndarray, y: int, x: int, config: ImageConfig, *, out: np.ndarray) -> None:
     """Copy the crop at patch (y, x) of `canvas` into `out`, float32 [patches^2, patch_size^2 * 3]."""
     p, n, size = config.patch_size, config.patches, config.crop_size
     crop = canvas[y * p : y * p + size, x * p : x * p + size]

@@ -1,11 +1,13 @@
 """Parse Molmo's points from text, also while it streams, and format them.
 
-There are four notations for points (reference: olmo/util.py::extract_points). Coordinates are percent of the image's
-width and height:
+Molmo v1 has four notations for points (reference: olmo/util.py::extract_points). Coordinates are percent of the
+image's width and height:
 
     <point x="10.5" y="20.0" alt="cup">cup</point>      <points x1="1.0" y1="2.0" x2=... alt="cups">cups</points>
     Click(10.5, 20.0)                                   (10.5, 20.0)
     <point p=105,200 alt="cup">cup</point>              1=105,200 2=...        tenths of a percent
+
+Molmo2 writes `<points coords="1 1 105 200 2 ...">cups</points>`, see coords_points.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from molmo_edge.frontend.coords_points import CoordsPoint, CoordsScanner
+
 NONE = "There are none."  # Molmo's answer if the requested object is not in the image
 
 
@@ -27,6 +31,8 @@ class Point:
     x: float  # 0 to 100
     y: float  # 0 to 100
     label: str = ""
+    image: int | None = None  # number of the image in the prompt, from 1, where the model names it (Molmo2)
+    time: float | None = None  # seconds from the start of a video, where the model names it (Molmo2)
 
     def pixel(self, width: float, height: float) -> tuple[float, float]:
         """(x, y) in pixels of an image of width x height."""
@@ -44,7 +50,7 @@ _TENTHS = re.compile(r"[\dp]\s*=\s*([0-9]{3})\s*,\s*([0-9]{3})")
 _LAST_OUTSIDE = re.compile(r'.*[^\d\sxyp=",.()]', re.DOTALL)
 _OUTSIDE = re.compile(r'[^\d\sxyp=",.()]')
 
-_TAG = "<point"  # of <points, too
+_TAGS = ("<point", "<tracks")  # the first of <points, too
 _ALT = re.compile(r'\balt="([^"]*)"')
 # A label may contain quotes and ">"; the tag ends with `">`, whose quote is a closing one: not preceded by "=".
 _INNER = re.compile(r'(?<!=)"\s*>(.*)', re.DOTALL)
@@ -81,6 +87,7 @@ class StreamParser:
     def __init__(self) -> None:
         self._pending: list[str] = []  # text that may be the beginning of a point or a tag
         self._in_tag = False
+        self._coords = CoordsScanner()
 
     def feed(self, piece: str) -> list[Point]:
         self._pending.append(piece)
@@ -97,32 +104,44 @@ class StreamParser:
         points: list[Point] = []
         start = 0
         while start < len(text):
-            is_tag = text.startswith(_TAG, start)
-            if not is_tag and not final and _TAG.startswith(text[start : start + len(_TAG)]):
+            is_tag = text.startswith(_TAGS, start)
+            if not is_tag and not final and any(tag.startswith(text[start : start + len(tag)]) for tag in _TAGS):
                 break  # "<poi": undecided
             # A tag and its label end at the next "<".
             end = text.find("<", start + 1)
             if end < 0 and final:
                 end = len(text)
-            elif end < 0 and not is_tag:
+            elif end < 0 and not is_tag and not self._coords.inside:
                 match = _LAST_OUTSIDE.match(text, start)
                 end = match.end() if match else -1
             if end <= start:
                 break
             part = text[start:end]
             label = _label(part) if is_tag else ""
-            points += [Point(x, y, label) for x, y in _coordinates(part)]
+            points += self._points(part, label)
             start = end
         rest = text[start:]
         self._pending = [rest]
-        self._in_tag = rest.startswith(_TAG)
+        self._in_tag = rest.startswith(_TAGS) or self._coords.inside
         return points
 
+    def _points(self, part: str, label: str) -> list[Point]:
+        """All points in `part` in order."""
+        patterns = (_PAIR, _ATTRIBUTES, _TENTHS)
+        found = [(at, Point(x, y, label)) for pattern in patterns for at, x, y in _matches(pattern, part)]
+        for tag in self._coords.scan(part):
+            found += [(tag.end, _coords_point(point, label or _label(part))) for point in tag.points]
+        return [point for _, point in sorted(found, key=lambda pair: pair[0])]
 
-def _coordinates(text: str) -> list[tuple[float, float]]:
-    """(x, y) of all points in `text` in order."""
-    found = sorted(match for pattern in (_PAIR, _ATTRIBUTES, _TENTHS) for match in _matches(pattern, text))
-    return [(x, y) for _, x, y in found]
+
+def _coords_point(point: CoordsPoint, label: str) -> Point:
+    x, y = point.x / 10, point.y / 10
+    if "." not in point.frame:
+        return Point(x, y, label, image=int(point.frame))
+    try:
+        return Point(x, y, label, time=float(point.frame))
+    except ValueError:  # "1.5.2": the reference raises here
+        return Point(x, y, label)
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, float, float]]:

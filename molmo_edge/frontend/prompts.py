@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.chatml import chat_ids
 from molmo_edge.frontend.crops import PreparedImage
 from molmo_edge.frontend.tokenizer import Tokenizer
 
@@ -55,21 +56,27 @@ def image_ids(tokenizer: Tokenizer, image: PreparedImage) -> Prompt:
     return Prompt(ids, np.where(image.token_index < 0, image.token_index, image.token_index + 1).astype(np.int32))
 
 
-def text_ids(tokenizer: Tokenizer, turns: Sequence[str], *, style: str | None = None) -> np.ndarray:
+def text_ids(tokenizer: Tokenizer, turns: Sequence[str | Sequence[int]], *, style: str | None = None) -> np.ndarray:
     """Ids of a conversation after BOS and image, int32 [n].
 
-    `turns`: the texts of user, assistant, user, ..., ending with the user; `style` tags the last question. EOS follows
-    every answer. Special tokens in a text are encoded as plain text.
+    `turns`: the texts of user, assistant, user, ..., ending with the user; an answer may also be given as the ids that
+    were generated. `style` tags the last question. EOS follows every answer. Special tokens in a text are encoded as
+    plain text.
 
     Raises PromptError for an empty question, and for turns that do not end with a question.
     """
     if isinstance(turns, str) or len(turns) % 2 == 0:
         raise PromptError("turns must be a list of question, answer, question, ... that ends with a question")
+    if any(isinstance(turn, str) and not turn.strip() for turn in turns[::2]):
+        raise PromptError("the question is empty")
+    if tokenizer.special.chat_markup:
+        return np.array(chat_ids(tokenizer, turns, style=style), np.int32)
     ids: list[int] = []
     for i, turn in enumerate(turns):
         if i % 2:
-            ids += [*tokenizer.encode(f" {turn}"), tokenizer.special.eos]
+            ids += [*(tokenizer.encode(f" {turn}") if isinstance(turn, str) else turn), tokenizer.special.eos]
         else:
+            assert isinstance(turn, str)
             ids += tokenizer.encode(build_prompt(turn, style=style if i == len(turns) - 1 else None))
     return np.array(ids, np.int32)
 

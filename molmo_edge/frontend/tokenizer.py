@@ -28,7 +28,7 @@ class TokenizerError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the special tokens. Molmo's decoders have no separate BOS: bos equals eos."""
+    """Ids of the special tokens. In Molmo v1, bos equals eos. The last four are those of Molmo2, None in Molmo v1."""
 
     bos: int
     eos: int
@@ -37,7 +37,24 @@ class SpecialIds:
     im_patch: int
     im_col: int
     image: int
+    low_res_im_start: int | None = None
+    im_low: int | None = None
+    frame_start: int | None = None
+    frame_end: int | None = None
 
+    @property
+    def chat_markup(self) -> bool:
+        """Whether conversations are written in ChatML, as in Molmo2."""
+        return self.low_res_im_start is not None
+
+    @property
+    def image_block(self) -> tuple[int, ...]:
+        """The tokens of images, which attend to each other in both directions in Molmo2."""
+        names = ("im_start", "im_end", "im_patch", "im_col", *_MOLMO2_NAMES)
+        return tuple(token for token in (getattr(self, name) for name in names) if token is not None)
+
+
+_MOLMO2_NAMES = {name: f"<{name}>" for name in ("low_res_im_start", "im_low", "frame_start", "frame_end")}
 
 # The added_tokens.json of MolmoE is outdated (it has the ids of Molmo-7B-O); its tokenizer.json is right.
 MOLMOE_SPECIAL_IDS = SpecialIds(
@@ -55,11 +72,17 @@ _NAMES = {
 }
 
 
+CHAT_END = "<|im_end|>"  # ends the turns of a Molmo2
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer. Thread-safe."""
 
-    def __init__(self, definition: str, *, name: str = "tokenizer.json") -> None:
-        """`definition`: the text of a tokenizer.json. `name`: its name in error messages. Raises TokenizerError."""
+    def __init__(self, definition: str, *, name: str = "tokenizer.json", bos: str | int | None = None) -> None:
+        """`definition`: the text of a tokenizer.json. `name`: its name in error messages. Raises TokenizerError.
+
+        `bos`: the BOS of a Molmo2, a token or an id, which tokenizer.json does not tell. Default: that of its EOS.
+        """
         try:
             parsed = json.loads(definition)
         except json.JSONDecodeError as error:
@@ -75,11 +98,19 @@ class Tokenizer:
         missing = sorted({token for field, token in _NAMES.items() if ids[field] is None})
         if missing:
             raise TokenizerError(f"{name} lacks {', '.join(missing)}: it is not the tokenizer of a Molmo")
+        more = {field: self._text.token_to_id(token) for field, token in _MOLMO2_NAMES.items()}
+        end = self._text.token_to_id(CHAT_END)
+        if end is not None and more["low_res_im_start"] is not None:
+            first = self._text.token_to_id(bos) if isinstance(bos, str) else bos
+            ids |= {"bos": end if first is None else first, "eos": end} | more
         self.special = SpecialIds(**ids)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises TokenizerError if it is missing, damaged or not that of a Molmo."""
+    def from_file(cls, path: str | Path, *, bos: int | None = None) -> Tokenizer:
+        """Read a tokenizer.json. Raises TokenizerError if it is missing, damaged or not that of a Molmo.
+
+        `bos`: as in `Tokenizer`; default: what a tokenizer_config.json beside it says.
+        """
         try:
             definition = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -88,7 +119,7 @@ class Tokenizer:
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"the tokenizer {path} cannot be read: {error}") from None
-        return cls(definition, name=str(path))
+        return cls(definition, name=str(path), bos=_bos_token(Path(path)) if bos is None else bos)
 
     def _load(self) -> Bpe:
         from tokenizers import Tokenizer as Bpe
@@ -135,6 +166,16 @@ class Tokenizer:
             return bytes(table[char] for char in token)
         except KeyError:  # added tokens are written as plain text, for example "   "
             return token.encode("utf-8")
+
+
+def _bos_token(tokenizer: Path) -> str | None:
+    """The BOS token that the tokenizer_config.json beside `tokenizer` names, if there is one."""
+    try:
+        token = json.loads(tokenizer.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("bos_token")
+    except (OSError, ValueError, AttributeError):  # not there, or not of this kind: tokenizer.json alone decides
+        return None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 class StreamDecoder:

@@ -32,7 +32,9 @@ class Connector(Module):
         super().__init__()
         self.image, vision = config.image, config.vision
         self.pad_embed = nn.Parameter(torch.zeros(2, config.feature_dim)) if config.pad_embed else None
-        self.pooling = VisionAttention(config.feature_dim, vision.d_model, vision.n_heads)
+        self.pooling = VisionAttention(
+            config.feature_dim, vision.d_model, config.pooling_heads or vision.n_heads, output=config.pooling_output
+        )
         self.projector = Projector(vision.d_model, config.projector_dim, config.decoder.d_model)
 
     def forward(self, features: Tensor, masks: Tensor, pooling: Tensor | None = None) -> Tensor:

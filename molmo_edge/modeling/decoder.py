@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from molmo_edge.config import DecoderConfig
 from molmo_edge.modeling.linear import Linear, Module, match, working_dtype
+from molmo_edge.modeling.rotary import rotary_frequencies
 
 grouped_mm: Any = getattr(F, "grouped_mm", None)  # one product for all experts, since PyTorch 2.10
 
@@ -45,12 +46,17 @@ class RMSNorm(Module):
         return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [..., 1, head_dim], for integer positions [...] (rotate-half layout)."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * config.rope_theta ** (-half / config.head_dim)
+def rotary_tables(positions: Tensor, config: DecoderConfig, *, stretched: bool = False) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [..., 1, head_dim], for integer positions [...] (rotate-half layout).
+
+    stretched: those of the layers of `config.yarn`.
+    """
+    frequencies, scale = torch.from_numpy(rotary_frequencies(config, stretched=stretched)), 1.0
+    if stretched and config.yarn is not None:
+        scale = config.yarn.attention_factor
+    angles = positions[..., None].float() * frequencies.to(positions.device)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -352,6 +358,8 @@ class Decoder(Module):
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         if not config.weight_tying:
             self.head = Linear(config.d_model, config.embedding_size, bias=False)
+        if config.additional_head:
+            self.new_head = Linear(config.d_model, config.additional_vocab_size, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [...] -> float32 [..., d_model], looked up in embedding followed by new_embedding.
@@ -372,7 +380,17 @@ class Decoder(Module):
         mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape.
+        """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape; the rest as `states`."""
+        return cast(Tensor, self.ln_f(self.states(x, positions, mask, cache)))
+
+    def states(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Embeddings [batch, n, d_model] -> hidden states before ln_f, same shape.
 
         positions: int [batch, n]; if None, they continue those of the cache. mask: see `Mask`; a model with
         `bidirectional_images` needs `image_attention_mask` for the prefill of its images.
@@ -383,19 +401,28 @@ class Decoder(Module):
         if mask is None and start:
             keys = torch.arange(start + n, device=x.device)
             mask = (keys[None] <= keys[start:, None])[None, None]
-        cos, sin = rotary_tables(positions, self.config)
-        for block in self.blocks:
-            x = block(x, cos, sin, mask, cache)
+        tables = [rotary_tables(positions, self.config)]
+        stretched = self.config.yarn.layers if self.config.yarn else ()
+        if stretched:
+            tables.append(rotary_tables(positions, self.config, stretched=True))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, *tables[layer in stretched], mask, cache)
         if cache is not None:
             cache.length += n
-        return self.ln_f(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d_model] -> [..., embedding_size].
+        """[..., d_model] -> [..., embedding_size], and additional_vocab_size more if the head has rows for them.
 
         A head in bfloat16 gives bfloat16 logits, of which the largest often tie: the _EXACT largest are computed again
         in float32.
         """
+        logits = self._base_logits(hidden)
+        if not self.config.additional_head:
+            return logits
+        return torch.cat([logits, self.new_head(hidden).to(logits.dtype)], dim=-1)
+
+    def _base_logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding if self.config.weight_tying else self.head.weight
         logits = F.linear(match(hidden, weight), weight)
         if weight.dtype == torch.float32:

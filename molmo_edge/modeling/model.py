@@ -12,6 +12,7 @@ from molmo_edge.modeling.connector import Connector
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.modeling.decoder import Decoder
 from molmo_edge.modeling.linear import Module
+from molmo_edge.modeling.point_head import PointHead
 from molmo_edge.modeling.vision import VisionTransformer
 
 
@@ -27,6 +28,7 @@ class Molmo(Module):
         self.conv_tower = ConvTower(config.conv_tower) if config.conv_tower else None
         self.connector = Connector(config)
         self.decoder = Decoder(config.decoder)
+        self.point_head = PointHead(config, config.point_head) if config.point_head else None
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> Molmo:
         """Normal(0, std) for matrices, ones for norms and LayerScale, zeros for biases."""

@@ -32,13 +32,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class VisionAttention(Module):
     """Multi-head attention of the blocks and, with separate queries, of the connector's pooling."""
 
-    def __init__(self, input_dim: int, d_model: int, n_heads: int):
+    def __init__(self, input_dim: int, d_model: int, n_heads: int, *, output: bool = True):
         super().__init__()
         self.n_heads = n_heads
         self.wq = Linear(input_dim, d_model)
         self.wk = Linear(input_dim, d_model)
         self.wv = Linear(input_dim, d_model)
-        self.wo = Linear(d_model, d_model)
+        self.wo = Linear(d_model, d_model) if output else None
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x [n, q, input_dim] attends to memory [n, k, input_dim] (x if None) -> [n, q, d_model].
@@ -49,7 +49,8 @@ class VisionAttention(Module):
         q, k, v = self._split(self.wq(x)), self._split(self.wk(memory)), self._split(self.wv(memory))
         mask = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [n, heads, q, head_dim]
-        return self.wo(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        return out if self.wo is None else self.wo(out)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.n_heads, x.shape[-1] // self.n_heads).transpose(1, 2)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-_TAG = re.compile(r'<points? [^<]*?"\s*>|</points?>')
-_BEGINNINGS = ("<point ", "<points ", "</point>", "</points>")
+_TAG = re.compile(r'<(?:points?|tracks) [^<]*?"\s*/?>|</(?:points?|tracks)>')
+_OPENING = ("<point ", "<points ", "<tracks ")
+_BEGINNINGS = (*_OPENING, "</point>", "</points>", "</tracks>")
 
 
 def counted(number: int, noun: str) -> str:
@@ -52,4 +53,4 @@ class TagStripper:
 
 
 def _may_become_tag(text: str) -> bool:
-    return text.startswith(("<point ", "<points ")) or any(begin.startswith(text) for begin in _BEGINNINGS)
+    return text.startswith(_OPENING) or any(begin.startswith(text) for begin in _BEGINNINGS)

@@ -171,7 +171,7 @@ def base_recipes(config: MolmoConfig, decoder: TensorSource, tower: TensorSource
     """
     vision = _clip(config.vision, tower) if config.vision.image_model_type == "openai" else _dino(config.vision, tower)
     hub = "model.vision_backbone.image_vit"
-    return {f"{hub}.{name}": recipe for name, recipe in vision} | dict(_decoder(config.decoder, decoder, tied))
+    return {f"{hub}.{name}": recipe for name, recipe in vision} | dict(_decoder(config, decoder, tied))
 
 
 _LEFT_OUT = re.compile(
@@ -201,7 +201,8 @@ def _root(base: TensorSource, anchor: str) -> str:
     return roots[0]
 
 
-def _decoder(d: DecoderConfig, base: TensorSource, tied: bool) -> _Named:
+def _decoder(config: MolmoConfig, base: TensorSource, tied: bool) -> _Named:
+    d = config.decoder
     root, hub, width = _root(base, "embed_tokens.weight"), "model.transformer", d.d_model
 
     def table(name: str) -> Recipe:
@@ -214,7 +215,7 @@ def _decoder(d: DecoderConfig, base: TensorSource, tied: bool) -> _Named:
 
     yield f"{hub}.wte.embedding", table(f"{root}embed_tokens.weight")
     if not d.weight_tying:  # a copy where the base ties them: the reference trains the head, not the embedding
-        yield head_name(d), table(f"{root}embed_tokens.weight" if tied else "lm_head.weight")
+        yield head_name(config), table(f"{root}embed_tokens.weight" if tied else "lm_head.weight")
     yield f"{hub}.ln_f.weight", Recipe(base, ((f"{root}norm.weight", (width,)),))
     for n in range(d.n_layers):
         yield from _attention(d, base, f"{root}layers.{n}", f"{hub}.blocks.{n}")

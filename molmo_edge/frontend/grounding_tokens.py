@@ -1,0 +1,114 @@
+"""Grounding tokens of MolmoPoint: a point is a patch, a subpatch and a location, chosen by the model one after another.
+
+Their ids follow the vocabulary and depend on the prompt: as many patches as its images have tokens, then "no more
+points", the slots of a patch's pooling window, and the 3 x 3 locations within a subpatch. In text each is written
+`<POINT_k>`. Source: `hf_model/modeling_molmo_point.py` of allenai/molmo2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+_TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
+_CELL = 0.33  # of a patch: the reference's step from one location to the next
+
+
+@dataclass(frozen=True)
+class GroundingIds:
+    """The ids of one prompt's grounding tokens."""
+
+    first: int  # the first id after the vocabulary and its additional tokens
+    n_patches: int  # rows of the pooling array, all images together
+    n_slots: int  # patches in a pooling window: 4 of an image, 9 of a video
+    n_locations: int = 9
+    no_more_class: bool = True
+
+    @property
+    def no_more(self) -> int | None:
+        """ "No more points", after which the model only writes text."""
+        return self.first + self.n_patches if self.no_more_class else None
+
+    @property
+    def slots(self) -> int:
+        """The first subpatch."""
+        return self.first + self.n_patches + self.no_more_class
+
+    @property
+    def locations(self) -> int:
+        """The first location."""
+        return self.slots + self.n_slots
+
+    @property
+    def end(self) -> int:
+        """The first id after all of them."""
+        return self.locations + self.n_locations
+
+    def token(self, token_id: int) -> str:
+        """`<POINT_k>`, how a grounding token is written."""
+        return f"<POINT_{token_id - self.first}>"
+
+    def allowed(
+        self, history: Sequence[int], *, repeats: bool = False, patch_order: bool = True, slot_order: bool = True
+    ) -> list[tuple[int, int]]:
+        """The ids that may follow `history`, as half-open intervals.
+
+        A patch is followed by a subpatch, that by a location. With `patch_order` patches ascend through the answer,
+        with `slot_order` subpatches ascend within a patch, and without `repeats` no subpatch is chosen twice.
+        """
+        last, finished = history[-1], history[:-2]
+        patch = next((i for i in reversed(finished) if self.first <= i < self.slots), None)
+        slot = next((i for i in reversed(finished) if self.slots <= i < self.locations), None)
+        if self.no_more in history:
+            return [(0, self.first)]
+        if self.first <= last < self.slots:
+            start = self.slots
+            if slot_order and patch == last and slot is not None:
+                start = slot if repeats else slot + 1
+            return [(start, self.locations)]
+        if self.slots <= last < self.locations:
+            return [(self.locations, self.end)]
+        start = self.first
+        closed = slot_order and not repeats and slot == self.locations - 1 and patch is not None
+        if patch_order and patch is not None:
+            start = patch + closed
+        elif closed and patch is not None and patch > self.first:
+            return [(0, patch), (patch + 1, self.slots)]
+        return [(0, self.slots)] if start == self.first else [(0, self.first), (start, self.slots)]
+
+
+class GroundedPoint(NamedTuple):
+    """One decoded point."""
+
+    id: int  # of the object, as the model numbered it
+    frame: int  # index of the image, or of the video's frame
+    x: float  # 0 to 1 from the left edge
+    y: float  # 0 to 1 from the upper edge
+
+
+def decode_grounding(
+    text: str, pooling: np.ndarray, grids: Sequence[np.ndarray], *, no_more_class: bool = True, strict: bool = False
+) -> Iterator[GroundedPoint]:
+    """The points that the grounding tokens in `text` stand for.
+
+    `pooling`: int32 [n_patches, n_slots], patches of each token, numbered through all images. `grids`: for each image
+    or frame int32 [rows, cols], the same numbers. Points in no grid (the low-resolution view, padding) are skipped. Ids
+    out of range are skipped as well; with `strict` they index as in the reference, which may raise IndexError.
+    """
+    n_patches, n_slots = pooling.shape
+    places = {int(v): (i, y, x) for i, grid in enumerate(grids) for (y, x), v in np.ndenumerate(grid)}
+    for match in _TRIPLE.finditer(text):
+        patch, slot, location, name = map(int, match.groups())
+        slot -= n_patches + no_more_class
+        location -= n_patches + no_more_class + n_slots
+        if not strict and not (patch < n_patches and 0 <= slot < n_slots and 0 <= location < 9):
+            continue
+        if place := places.get(int(pooling[patch, slot])):
+            frame, row, col = place
+            x = (col + (location // 3 + 0.5) * _CELL) / grids[frame].shape[1]
+            y = (row + (location % 3 + 0.5) * _CELL) / grids[frame].shape[0]
+            yield GroundedPoint(name, frame, x, y)

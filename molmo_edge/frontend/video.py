@@ -1,0 +1,53 @@
+"""Frames of a video for Molmo2: which ones the model sees, and how they become crops and tokens.
+
+Source: `hf_model/video_processing_molmo2.py` of allenai/molmo2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from molmo_edge.config import ImageConfig
+from molmo_edge.frontend.crops import cut_crop, fill_canvas, group_patches
+
+POOL = 3  # patches a side that one token of a frame stands for
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedVideo:
+    """What a runtime and a prompt need of a video."""
+
+    crops: np.ndarray  # float32 [n_frames, patches^2, patch_size^2 * 3], normalised
+    pooling: np.ndarray  # int64 [n_frames * cells, POOL^2]: indices into the patches of all frames, -1 for none
+    grid: tuple[int, int]  # rows and columns of tokens of one frame
+    times: tuple[float, ...]  # seconds from the start of the video
+    size: tuple[int, int]  # height and width of a frame in pixels
+
+
+def prepare_video(frames: Sequence[np.ndarray], times: Sequence[float], config: ImageConfig) -> PreparedVideo:
+    """Prepare frames, uint8 [h, w, 3] each, shown at `times` (seconds)."""
+    side, n = config.crop_size, config.patches
+    crops = np.empty((len(frames), n * n, config.patch_size**2 * 3), np.float32)
+    for frame, out in zip(frames, crops, strict=True):
+        cut_crop(fill_canvas(frame, side, side, config)[0], 0, 0, config, out=out)
+    cells = group_patches(np.arange(n * n).reshape(n, n), POOL)
+    slots = cells.reshape(-1, POOL * POOL)
+    offsets = n * n * np.arange(len(frames))[:, None, None]
+    pooling = np.where(slots < 0, -1, slots + offsets).reshape(-1, POOL * POOL)
+    return PreparedVideo(crops, pooling, cells.shape[:2], tuple(times), frames[0].shape[:2])
+
+
+def sample_frames(total: int, fps: float, *, max_frames: int, max_fps: float = 2.0) -> list[int]:
+    """The frames that the reference shows the model: `max_fps` a second and the last, at most `max_frames` in all.
+
+    Source: "uniform_last_frame" of `video_processing_molmo2.py` in allenai/molmo2. A video of fewer than `max_fps`
+    frames a second has frames repeated, as there.
+    """
+    last = total - 1
+    if last / fps > (max_frames - 1) / max_fps:
+        return np.linspace(0, last, max_frames).astype(int).tolist()
+    frames = np.round(np.arange(0.0, max(last, 1), fps / max_fps)).astype(int).tolist()
+    return frames if frames[-1] == last else [*frames, last]

@@ -1,0 +1,157 @@
+"""Decoding with MolmoPoint's grounding tokens: the logits and the embeddings that depend on the prompt's images.
+
+A `Grounding` belongs to one sequence. The sampling loop passes each new token's text logits and state through it and
+embeds tokens with it; it knows no engine. Source: hf_model/modeling_molmo_point.py in allenai/molmo2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from molmo_edge.config import PointHeadConfig
+from molmo_edge.frontend.grounding_tokens import GroundingIds
+
+_CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
+_UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
+
+
+class PointHeadRuntime(Protocol):
+    """The projections of `modeling.point_head.PointHead` on some engine, and the embedding table."""
+
+    def project(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+
+    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass
+class Grounding:
+    """The cache of one sequence's grounding tokens, made at prefill."""
+
+    head: PointHeadRuntime
+    config: PointHeadConfig
+    ids: GroundingIds
+    patch_keys: np.ndarray  # float32 [n_patches (+ 1), dim], rotated; the last is "no more points"
+    positions: (
+        np.ndarray
+    )  # int [n_patches]: of each patch in the order of those that can be chosen, -1 before the first
+    selectable: np.ndarray  # bool [n_patches (+ 1)]
+    slot_features: np.ndarray  # float32 [n_patches, n_slots, feature_dim], zero for missing patches
+    slots: np.ndarray  # bool [n_patches, n_slots]: False for missing patches
+    features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
+    history: list[int] = field(default_factory=list)
+
+    def logits(self, text: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The logits of all ids after the last token of `history`.
+
+        `text`: float32 [ids.first], the language model's logits; `state`: float32 [d_model], the last token's state
+        before the final norm. Returns float32 [ids.end], -inf for ids that the order of grounding tokens rules out.
+        """
+        ids, config = self.ids, self.config
+        out = np.full(ids.end, _UNSET, np.float32)
+        out[: ids.first] = text
+        for token in (config.patch_token, config.subpatch_token, config.location_token):
+            out[token] = _UNSET
+        if self.history:  # the first new token is never a grounding token
+            patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
+            scores = self._patch_scores(patch_query)
+            out[ids.first + int(scores.argmax())] = text[config.patch_token]
+            last = self.history[-1]
+            if ids.first <= last < ids.first + ids.n_patches:
+                out[ids.slots : ids.locations] = self._slot_scores(slot_query, last - ids.first)
+            elif ids.slots <= last < ids.locations:
+                out[ids.locations : ids.end] = location
+        allowed = np.full(ids.end, -np.inf, np.float32)
+        for start, stop in ids.allowed(self.history) if self.history else [(0, ids.slots)]:
+            allowed[start:stop] = out[start:stop]
+        return allowed
+
+    def embed(self, token: int) -> np.ndarray:
+        """The embedding of the new token `token`, float32 [1, d_model], which becomes the last of `history`."""
+        self.history.append(token)
+        ids, config = self.ids, self.config
+        if token < ids.first:
+            return self.head.embed(np.array([token]))
+        if ids.slots <= token < ids.locations:
+            features = self.slot_features[self._last_patch(), token - ids.slots]
+            return self.head.project_features(features[None])[1]
+        row = self.head.embed(np.array([config.patch_token if token < ids.slots else config.location_token]))
+        return row + self.features[token - ids.first] if token < ids.first + ids.n_patches else row
+
+    def _last_patch(self) -> int | None:
+        """The last patch in `history`."""
+        ids = self.ids
+        found = (
+            token - ids.first for token in reversed(self.history) if ids.first <= token < ids.first + ids.n_patches
+        )
+        return next(found, None)
+
+    def _patch_scores(self, query: np.ndarray) -> np.ndarray:
+        # The query turns with the last patch before the current token.
+        earlier = [t - self.ids.first for t in self.history[:-1] if 0 <= t - self.ids.first < self.ids.n_patches]
+        if earlier:
+            query = rotate(query[None], self.positions[earlier[-1:]], self.config.rope_theta)[0]
+        scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
+        return np.where(self.selectable, scores, _CLOSED)
+
+    def slot_logits(self, state: np.ndarray) -> np.ndarray:
+        """The logits of the slots of the patch that is the last of `history`, float32 [n_slots]."""
+        return self._slot_scores(self.head.project(state[None])[2][0], self.history[-1] - self.ids.first)
+
+    def _slot_scores(self, query: np.ndarray, patch: int) -> np.ndarray:
+        keys = self.head.project_features(self.slot_features[patch])[0]
+        scores = keys @ query / np.sqrt(np.float32(len(query)))
+        return np.where(self.slots[patch], scores, _UNSET)
+
+
+def make_grounding(
+    head: PointHeadRuntime,
+    config: PointHeadConfig,
+    no_more: np.ndarray,
+    first_id: int,
+    prompt_ids: np.ndarray,
+    feature_positions: np.ndarray,
+    indexable: int,
+    states: np.ndarray,
+    patch_features: np.ndarray,
+    pooling: np.ndarray,
+    features: np.ndarray,
+) -> Grounding:
+    """The cache of a prompt that was prefilled.
+
+    no_more: float32 [dim], the key of "no more points". prompt_ids: int [n]; feature_positions: int [n_patches], the
+    image tokens in it; indexable: the id of those that can be chosen (`<im_patch>`). states: float32 [n, d_model]
+    before the final norm. patch_features: float32 [crops * patches, feature_dim] of the ViT; pooling: int
+    [n_patches, n_slots]; features: float32 [n_patches, d_model] of the connector.
+    """
+    chosen = prompt_ids[feature_positions] == indexable
+    positions = np.cumsum(chosen) - 1
+    keys = rotate(head.project(states[feature_positions])[1], positions, config.rope_theta)
+    if config.no_more_class:
+        keys, chosen = np.concatenate([keys, no_more[None]]), np.append(chosen, True)
+    there = pooling >= 0
+    return Grounding(
+        head,
+        config,
+        GroundingIds(first_id, *pooling.shape, config.n_locations, config.no_more_class),
+        keys,
+        positions,
+        chosen,
+        patch_features[np.maximum(pooling, 0)] * there[..., None],
+        there,
+        features,
+    )
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
+    """Rotary embedding of x, float32 [n, dim], in the rotate-half layout."""
+    dim = x.shape[-1]
+    frequency = np.float32(theta) ** -(np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    angles = positions[:, None].astype(np.float32) * frequency
+    cos, sin = np.cos(angles), np.sin(angles)
+    a, b = x[:, : dim // 2], x[:, dim // 2 :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

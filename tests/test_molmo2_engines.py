@@ -1,0 +1,126 @@
+"""Molmo2 on every engine against golden values: features, logits, greedy ids."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from molmo2_golden import GOLDEN2, inputs_of, read
+from safetensors.numpy import load_file
+
+from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.errors import EngineError
+from molmo_edge.export import export_bundle
+from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes.llama_options import LlamaOptions
+from molmo_edge.runtimes.protocol import ImageBlockRuntime
+
+MODELS = ("molmo2_qwen3", "molmo2_olmo3")
+CASES = ("square", "landscape", "wide_text", "tall", "two_images", "video", "chat", "text_only")
+TOLERANCE = 5e-5  # relative to the largest value, with exact pixels (tests/golden2/README.md)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("molmo2")
+
+    @functools.cache
+    def make(model: str, kind: str) -> Path:
+        if kind == "torch":
+            return GOLDEN2 / model
+        engine, precision = ("gguf", "f32") if kind == "gguf" else ("onnx", "fp32")
+        export_bundle(GOLDEN2 / model, directory / f"{model}-{kind}", precision, engine=engine, plain=kind == "plain")
+        return directory / f"{model}-{kind}"
+
+    return make
+
+
+def _relative(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["torch", "onnx", "plain"])
+@pytest.mark.parametrize("model", MODELS)
+def test_an_engine_equals_the_reference(bundles: Any, model: str, kind: str, name: str) -> None:
+    _compare(cast(ImageBlockRuntime, open_runtime(bundles(model, kind), threads=1)), model, name)
+
+
+def _compare(runtime: Any, model: str, name: str) -> None:
+    case, tensors = read(f"{model}/expected.json")["cases"][name], load_file(GOLDEN2 / model / "expected.safetensors")
+    inputs = inputs_of(model, name)
+    rows = np.array(runtime.embed(inputs.ids), np.float32)
+    if inputs.crops is not None and inputs.pooling is not None:
+        patches = runtime.encode_crops(inputs.crops)
+        assert _relative(patches[:, ::101], tensors[f"{name}.vit_features"]) < TOLERANCE
+        features = runtime.connect(patches, np.empty(0), inputs.pooling)
+        assert _relative(features[::23], tensors[f"{name}.image_features"]) < TOLERANCE
+        rows[inputs.positions] += features
+    assert _relative(rows[::41], tensors[f"{name}.inputs_embeds"]) < TOLERANCE
+    cache = runtime.new_cache(len(rows) + 24)
+    logits = runtime.prefill_image(rows, inputs.block, cache)
+    assert _relative(logits, tensors[f"{name}.logits_last"]) < TOLERANCE
+    ids = []
+    for _ in case["generated_ids"]:
+        ids.append(int(logits.argmax()))
+        logits = runtime.forward(runtime.embed(np.array(ids[-1:])), cache)
+    assert ids == case["generated_ids"]
+    runtime.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pytorch_equals_the_reference_at_every_stored_position(name: str) -> None:
+    from molmo_edge.modeling import load_checkpoint
+    from molmo_edge.modeling.decoder import image_attention_mask
+
+    for model in MODELS:
+        molmo, _, _ = load_checkpoint(GOLDEN2 / model)
+        case, tensors = (
+            read(f"{model}/expected.json")["cases"][name],
+            load_file(GOLDEN2 / model / "expected.safetensors"),
+        )
+        inputs = inputs_of(model, name)
+        with torch.inference_mode():
+            rows = molmo.decoder.embed(torch.from_numpy(inputs.ids).long()[None])
+            if inputs.crops is not None and inputs.pooling is not None:
+                patches = molmo.vit_features(torch.from_numpy(inputs.crops))
+                cells = molmo.connector(patches, torch.empty(0), torch.from_numpy(inputs.pooling).long())
+                rows[0, torch.from_numpy(inputs.positions).long()] += cells
+            mask = image_attention_mask(torch.from_numpy(inputs.block)[None])
+            hidden = molmo.decoder(rows, mask=mask)[0]
+            logits = molmo.decoder.logits(hidden[torch.tensor(case["positions"])]).numpy()
+        assert _relative(hidden[::41].numpy(), tensors[f"{name}.hidden_last"]) < TOLERANCE
+        assert _relative(logits, tensors[f"{name}.logits_at"]) < TOLERANCE
+        assert logits.argmax(-1).tolist() == case["argmax_at_positions"]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("two_images", "video")])
+def test_llama_cpp_equals_the_reference(bundles: Any, name: str) -> None:
+    pytest.importorskip("llama_cpp")
+    options = LlamaOptions(cache="f32", flash_attention=False)
+    runtime = open_runtime(bundles("molmo2_qwen3", "gguf"), threads=1, engine_options=options)
+    _compare(runtime, "molmo2_qwen3", name)
+
+
+@pytest.mark.parametrize("name", ["two_images", "video"])
+def test_llama_cpp_refuses_images_with_text_between_them(bundles: Any, name: str) -> None:
+    pytest.importorskip("llama_cpp")
+    runtime = cast(ImageBlockRuntime, open_runtime(bundles("molmo2_qwen3", "gguf"), threads=1))
+    inputs = inputs_of("molmo2_qwen3", name)
+    rows = np.zeros((len(inputs.ids), runtime.config.decoder.d_model), np.float32)
+    with pytest.raises(EngineError, match="export the decoder to ONNX"):
+        runtime.prefill_image(rows, inputs.block, runtime.new_cache(len(rows)))
+    runtime.close()
+
+
+def test_only_layers_in_use_are_built_and_negative_numbers_count_the_declared_ones() -> None:
+    config = read_config(GOLDEN2 / "molmo2_qwen3")  # declares 6 layers, stores 4, uses -3 and -5
+    assert config.vision.n_layers == 4
+    assert config.vision.layers == (3, 1)
