@@ -109,6 +109,8 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
+    if config.point_head is not None:
+        raise ExportError("MolmoPoint cannot be exported yet: a bundle has no graph for its grounding tokens")
     if plan.calibration is not None and config.decoder.bidirectional_images:
         raise ExportError("a calibration does not support bidirectional attention among image tokens: leave it out")
     check = check or _check_of(checkpoint)

@@ -137,7 +137,7 @@ def make_grounding(
     return Grounding(
         head,
         config,
-        GroundingIds(first_id, *pooling.shape, config.n_locations, config.no_more_class),
+        GroundingIds(first_id, pooling.shape[0], pooling.shape[1], config.n_locations, config.no_more_class),
         keys,
         positions,
         chosen,

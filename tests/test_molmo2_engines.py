@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +17,14 @@ import torch
 from molmo2_golden import GOLDEN2, inputs_of, read
 from safetensors.numpy import load_file
 
+from molmo_edge import Molmo
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.weight_files import open_tensors
+from molmo_edge.config import PRESETS, MolmoConfig
 from molmo_edge.errors import EngineError
-from molmo_edge.export import export_bundle
+from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.protocol import ImageBlockRuntime
@@ -124,3 +131,40 @@ def test_only_layers_in_use_are_built_and_negative_numbers_count_the_declared_on
     config = read_config(GOLDEN2 / "molmo2_qwen3")  # declares 6 layers, stores 4, uses -3 and -5
     assert config.vision.n_layers == 4
     assert config.vision.layers == (3, 1)
+
+
+@pytest.mark.parametrize("model", [*MODELS, "molmo_point"])
+def test_a_checkpoint_is_written_as_it_was_read(tmp_path: Path, model: str) -> None:
+    from molmo_edge.modeling import load_checkpoint, save_checkpoint
+
+    molmo, tokenizer, config = load_checkpoint(GOLDEN2 / model)
+    save_checkpoint(molmo, GOLDEN2 / model / "tokenizer.json", tmp_path)
+    again, same, written = load_checkpoint(tmp_path)
+    assert written == config
+    assert same.special == tokenizer.special
+    for (name, before), (_, after) in zip(molmo.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(before, after), name
+    assert MolmoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_weights_come_back_from_a_bundle(bundles: Any) -> None:
+    for model in MODELS:
+        source, copy = open_tensors(GOLDEN2 / model), BundleTensors(bundles(model, "onnx"))
+        assert sorted(copy.names()) == sorted(name for name in source.names())
+        for name in copy.names():
+            np.testing.assert_array_equal(copy.get(name), source.get(name), err_msg=name)
+
+
+@pytest.mark.parametrize("preset", ["molmo2-4b", "molmo2-8b", "molmo2-o-7b"])
+def test_presets_have_the_published_sizes(preset: str) -> None:
+    shapes = hub_shapes(PRESETS[preset])
+    billions = sum(math.prod(shape) for shape in shapes.values()) / 1e9
+    assert billions == pytest.approx({"molmo2-4b": 4.85, "molmo2-8b": 8.66, "molmo2-o-7b": 7.77}[preset], abs=0.15)
+    assert shapes["model.vision_backbone.image_vit.positional_embedding"] == (729, 1152)
+
+
+def test_molmo_point_is_refused_where_its_grounding_tokens_would_be_lost(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="grounding tokens"):
+        Molmo(GOLDEN2 / "molmo_point", threads=1)
+    with pytest.raises(ExportError, match="grounding tokens"):
+        export_bundle(GOLDEN2 / "molmo_point", tmp_path / "bundle", "fp32")

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.molmo2_config import read_molmo2
+from molmo_edge.checkpoints.molmo2_config import read_molmo2, to_molmo2_config
 from molmo_edge.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -239,6 +239,8 @@ def _dense_sizes(raw: dict[str, Any]) -> dict[str, Any]:
 def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The inverse of `from_hub_config`: config.json and preprocessor_config.json with the keys of such a decoder."""
     d, v, i = config.decoder, config.vision, config.image
+    if i.layout != "molmo":
+        return to_molmo2_config(config)
     raw = _moe_keys(config) if d.n_experts else _dense_keys(d)
     raw |= {
         "model_type": "molmo",

@@ -1,4 +1,4 @@
-"""The `config.json` of Molmo2 and MolmoPoint as a MolmoConfig.
+"""The `config.json` of Molmo2 and MolmoPoint as a MolmoConfig, and back.
 
 Source: `hf_model/configuration_molmo2.py` and `configuration_molmo_point.py` of allenai/molmo2.
 """
@@ -126,6 +126,7 @@ def _decoder(text: dict[str, Any], *, additional_head: bool) -> DecoderConfig:
         rope_theta=text["rope_theta"],
         max_position_embeddings=text["max_position_embeddings"],
         head_dim_override=text["head_dim"],
+        weight_tying=text.get("tie_word_embeddings") or False,
         qk_norm_per_head=text["qk_norm_type"] == "qwen3",
         yarn=_yarn(text),
         additional_head=additional_head,
@@ -148,3 +149,88 @@ def _yarn(text: dict[str, Any]) -> YarnConfig | None:
         beta_slow=scaling.get("beta_slow", 1.0),
         layers=tuple(range(text["num_hidden_layers"])) if layers is None else as_tuple(layers),
     )
+
+
+def to_molmo2_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inverse of `read_molmo2`: config.json and preprocessor_config.json."""
+    d, v, i, yarn = config.decoder, config.vision, config.image, config.decoder.yarn
+    raw: dict[str, Any] = {
+        "model_type": i.layout,
+        "text_config": {
+            "hidden_size": d.d_model,
+            "num_hidden_layers": d.n_layers,
+            "num_attention_heads": d.n_heads,
+            "num_key_value_heads": d.n_kv_heads,
+            "head_dim": d.head_dim,
+            "intermediate_size": d.ffn_dim,
+            "vocab_size": d.vocab_size,
+            "additional_vocab_size": d.additional_vocab_size,
+            "hidden_act": "silu",
+            "qkv_bias": d.qkv_bias,
+            "use_qk_norm": d.qk_norm,
+            "qk_norm_type": "qwen3" if d.qk_norm_per_head else "olmo",
+            "norm_after": d.norm_after,
+            "layer_norm_eps": d.norm_eps,
+            "rope_theta": d.rope_theta,
+            "rope_scaling": None if yarn is None else _yarn_keys(yarn),
+            "rope_scaling_layers": None if yarn is None else list(yarn.layers),
+            "max_position_embeddings": d.max_position_embeddings,
+            "tie_word_embeddings": d.weight_tying,
+        },
+        "vit_config": {
+            "hidden_size": v.d_model,
+            "num_hidden_layers": v.n_layers,
+            "num_attention_heads": v.n_heads,
+            "num_key_value_heads": v.n_heads,
+            "head_dim": v.head_dim,
+            "intermediate_size": v.mlp_dim,
+            "hidden_act": v.activation,
+            "layer_norm_eps": v.norm_eps,
+            "image_default_input_size": [i.crop_size, i.crop_size],
+            "image_patch_size": v.patch_size,
+            "image_num_pos": v.n_pos,
+        },
+        "adapter_config": {
+            "vit_layers": list(v.layers),
+            "hidden_size": v.d_model,
+            "num_attention_heads": config.pooling_heads or v.n_heads,
+            "num_key_value_heads": config.pooling_heads or v.n_heads,
+            "head_dim": v.d_model // (config.pooling_heads or v.n_heads),
+            "intermediate_size": config.projector_dim,
+            "text_hidden_size": d.d_model,
+            "hidden_act": "silu",
+            "pooling_attention_mask": True,
+            "attention_pooling_out_layer": config.pooling_output,
+        },
+        "tie_word_embeddings": d.weight_tying,
+    }
+    if (point := config.point_head) is not None:
+        raw |= _POINT_HEAD | {
+            "patch_token_id": point.patch_token,
+            "subpatch_token_id": point.subpatch_token,
+            "location_token_id": point.location_token,
+            "patch_embed_dim": point.dim,
+            "token_prediction_rotary_theta": point.rope_theta,
+            "no_more_points_class": point.no_more_class,
+        }
+    preprocessor = {
+        "image_mean": list(i.mean),
+        "image_std": list(i.std),
+        "max_crops": i.max_crops,
+        "overlap_margins": list(i.overlap_margins),
+        "patch_size": i.patch_size,
+        "pooling_size": [i.pool, i.pool],
+        "size": {"height": i.crop_size, "width": i.crop_size},
+    }
+    return raw, preprocessor
+
+
+def _yarn_keys(yarn: YarnConfig) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_positions,
+        "attention_factor": yarn.attention_factor,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }

@@ -48,6 +48,6 @@ def sample_frames(total: int, fps: float, *, max_frames: int, max_fps: float = 2
     """
     last = total - 1
     if last / fps > (max_frames - 1) / max_fps:
-        return np.linspace(0, last, max_frames).astype(int).tolist()
-    frames = np.round(np.arange(0.0, max(last, 1), fps / max_fps)).astype(int).tolist()
+        return [int(frame) for frame in np.linspace(0, last, max_frames)]
+    frames = [round(frame) for frame in np.arange(0.0, max(last, 1), fps / max_fps).tolist()]
     return frames if frames[-1] == last else [*frames, last]

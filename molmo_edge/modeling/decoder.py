@@ -381,7 +381,7 @@ class Decoder(Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Embeddings [batch, n, d_model] -> final hidden states (after ln_f), same shape; the rest as `states`."""
-        return cast(Tensor, self.ln_f(self.states(x, positions, mask, cache)))
+        return self.ln_f(self.states(x, positions, mask, cache))
 
     def states(
         self,

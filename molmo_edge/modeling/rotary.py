@@ -16,7 +16,7 @@ def rotary_frequencies(config: DecoderConfig, *, stretched: bool) -> np.ndarray:
     """
     dim, theta = config.head_dim, config.rope_theta
     half = np.arange(0, dim, 2, dtype=np.float32)
-    plain = np.float32(theta) ** (-half / np.float32(dim))
+    plain: np.ndarray = np.float32(theta) ** (-half / np.float32(dim))
     if not stretched or config.yarn is None:
         return plain
     yarn = config.yarn
@@ -28,4 +28,5 @@ def rotary_frequencies(config: DecoderConfig, *, stretched: bool) -> np.ndarray:
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
     high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
-    return (plain * (1 - ramp) + plain / yarn.factor * ramp).astype(np.float32)
+    scaled: np.ndarray = (plain * (1 - ramp) + plain / yarn.factor * ramp).astype(np.float32)
+    return scaled

@@ -150,6 +150,8 @@ def write_tensors(
     directory.mkdir(parents=True, exist_ok=True)
     write_hub_config(config, directory)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
+    if (bos := Path(tokenizer_json).with_name("tokenizer_config.json")).is_file():  # it names the BOS of a Molmo2
+        (directory / bos.name).write_text(bos.read_text(encoding="utf-8"), encoding="utf-8")
     for old in (*directory.glob("model*.safetensors"), directory / INDEX):
         old.unlink(missing_ok=True)
     with ShardWriter(directory, shapes, dtype, shard_bytes) as writer:

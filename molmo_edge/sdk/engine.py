@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molmo_edge.answer import Seconds
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.errors import EngineError, MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.runtimes import forks
@@ -76,6 +76,12 @@ class Engine:
         started: float | None = None,
     ) -> None:
         """`name`: the model's, for answers. `started`: time.perf_counter() when loading began, None: now."""
+        if runtime.config.point_head is not None:
+            runtime.close()
+            raise EngineError(
+                "Molmo does not decode the grounding tokens of a MolmoPoint yet: load the checkpoint with "
+                "molmo_edge.modeling.load_checkpoint, and decode them with molmo_edge.runtimes.grounding"
+            )
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
         image = runtime.config.image
