@@ -7,7 +7,6 @@ who build one on ggml, without PyTorch and without a pickle. docs/gguf.md docume
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def write_mmproj(path: Path, config: MolmoConfig, tensors: TensorSource, tokeniz
 
 def image_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of Molmo's image tokens, in the order of the rows of mm.token_embd.weight."""
-    return {name: i for name, i in dataclasses.asdict(tokenizer.special).items() if name not in ("bos", "eos")}
+    return {name: i for name, i in tokenizer.special.to_dict().items() if name not in ("bos", "eos")}
 
 
 def _entries(config: MolmoConfig, tensors: TensorSource, tokenizer: Tokenizer) -> Iterator[TensorEntry]:

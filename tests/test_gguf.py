@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def test_special_rows_survive() -> None:
     for architecture in ARCHITECTURES:
         engine = gguf_runtime(architecture, "q4_k_m" if architecture != "olmo" else "bf16")
         model, tokenizer, _ = load_checkpoint(GOLDEN / architecture)
-        ids = np.array([*asdict(tokenizer.special).values(), 0, 7])
+        ids = np.array([*tokenizer.special.to_dict().values(), 0, 7])
         with torch.inference_mode():
             exact = model.decoder.embed(torch.from_numpy(ids)).numpy()
         assert np.array_equal(engine.embed(ids), exact), architecture

@@ -180,7 +180,7 @@ class Manifest:
             "name": self.name,
             "created_by": self.created_by,
             "model": self.config.to_dict(),
-            "special_ids": {k: v for k, v in dataclasses.asdict(self.special_ids).items() if v is not None},
+            "special_ids": self.special_ids.to_dict(),
             "components": {name: component.to_dict() for name, component in self.components.items()},
         }
         if self.source is not None:

@@ -70,7 +70,7 @@ def read_molmo2(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfi
         vision,
         _decoder(text, additional_head=raw["model_type"] == "molmo_point"),
         projector_dim=adapter["intermediate_size"],
-        pooling_heads=adapter["num_attention_heads"],
+        pooling_heads=0 if adapter["num_attention_heads"] == vision.n_heads else adapter["num_attention_heads"],
         pooling_output=adapter.get("attention_pooling_out_layer", raw["model_type"] == "molmo2"),
         pad_embed=False,
         point_head=_point_head(raw) if raw["model_type"] == "molmo_point" else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ class SpecialIds:
     im_low: int | None = None
     frame_start: int | None = None
     frame_end: int | None = None
+
+    def to_dict(self) -> dict[str, int]:
+        """The ids by name, without those that the model does not have."""
+        return {name: token for name, token in asdict(self).items() if token is not None}
 
     @property
     def chat_markup(self) -> bool:
