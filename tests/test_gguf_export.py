@@ -24,7 +24,7 @@ from molmo_edge.checkpoints.bundle import default_bundle
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
-from molmo_edge.config import DecoderConfig
+from molmo_edge.config import PRESETS, DecoderConfig, YarnConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.precisions import GGUF_PRECISIONS
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -89,6 +89,9 @@ class TestExport:
     def test_decoders_without_a_graph(self) -> None:
         plain = DecoderConfig(n_kv_heads=16)
         assert gguf_layout.architecture(plain) == "qwen2"
+        assert gguf_layout.architecture(replace(plain, image_attention="bidirectional")) == "qwen2"
+        olmo3 = replace(plain, qk_norm=True, norm_after=True, yarn=PRESETS["molmo2-o-7b"].decoder.yarn, n_layers=32)
+        assert gguf_layout.architecture(olmo3) == "olmo2"
         for odd in (
             replace(plain, qk_norm=True),
             replace(plain, norm_after=True),
@@ -96,7 +99,7 @@ class TestExport:
             DecoderConfig(n_experts=8, top_k=2, qk_norm=True, n_kv_heads=4),
             DecoderConfig(n_experts=8, top_k=2, qk_norm=True, qk_norm_per_head=True),
             replace(plain, head_dim_override=64),
-            replace(plain, image_attention="bidirectional"),
+            replace(plain, yarn=YarnConfig(layers=(0,))),
         ):
             with pytest.raises(NoGraphError, match="export to ONNX"):
                 gguf_layout.architecture(odd)
