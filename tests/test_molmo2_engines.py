@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,3 +169,34 @@ def test_molmo_point_is_refused_where_its_grounding_tokens_would_be_lost(tmp_pat
         Molmo(GOLDEN2 / "molmo_point", threads=1)
     with pytest.raises(ExportError, match="grounding tokens"):
         export_bundle(GOLDEN2 / "molmo_point", tmp_path / "bundle", "fp32")
+
+
+def test_llama_cpp_stretches_every_fourth_layer(tmp_path: Path) -> None:
+    """YaRN as Molmo2-O-7B has it. The golden model stretches other layers, which llama.cpp has no graph for."""
+    pytest.importorskip("llama_cpp")
+    from molmo_edge.checkpoints.gguf_layout import NoGraphError
+    from molmo_edge.modeling import load_checkpoint, save_checkpoint
+
+    with pytest.raises(NoGraphError, match="YaRN in layers 0, 1, 3"):
+        export_bundle(GOLDEN2 / "molmo2_olmo3", tmp_path / "no", "f32", engine="gguf")
+    molmo, _, config = load_checkpoint(GOLDEN2 / "molmo2_olmo3")
+    assert config.decoder.yarn is not None
+    fourth = replace(config.decoder, yarn=replace(config.decoder.yarn, layers=(3,)))
+    molmo.config = replace(config, decoder=fourth)
+    molmo.decoder.config = fourth
+    save_checkpoint(molmo, GOLDEN2 / "molmo2_olmo3" / "tokenizer.json", tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "f32", engine="gguf")
+    options = LlamaOptions(cache="f32", flash_attention=False)
+    runtime = open_runtime(tmp_path / "bundle", threads=1, engine_options=options)
+    exact = open_runtime(tmp_path / "checkpoint", threads=1)
+    plain = open_runtime(GOLDEN2 / "molmo2_olmo3", threads=1)
+    rows = np.random.default_rng(0).standard_normal((200, fourth.d_model)).astype(np.float32)
+    flags = np.zeros(len(rows), bool)
+    found, expected, other = (
+        cast(ImageBlockRuntime, one).prefill_image(rows, flags, one.new_cache(len(rows)))
+        for one in (runtime, exact, plain)
+    )
+    assert _relative(found, expected) < TOLERANCE
+    assert _relative(found, other) > 0.1, "the layers matter"
+    for one in (runtime, exact, plain):
+        one.close()
