@@ -1,4 +1,4 @@
-"""The layers of the package, and which module imports which. Used by test_import_rule.py and by docs/draw_architecture.py."""
+"""The layers of the package and the imports of its modules, for test_import_rule.py and docs/draw_architecture.py."""
 
 from __future__ import annotations
 
