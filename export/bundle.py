@@ -15,6 +15,7 @@ from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
 from molmo_edge.checkpoints.manifest import (
     GRAPHS,
     MANIFEST,
+    POINT_HEAD,
     TOKENIZER,
     TOLERANCE,
     Check,
@@ -30,7 +31,7 @@ from molmo_edge.export.activation_ranges import measure_ranges, overflows
 from molmo_edge.export.component_errors import measure_errors
 from molmo_edge.export.component_graphs import build_component, count_weights, fits_float32
 from molmo_edge.export.errors import ExportError
-from molmo_edge.export.graph_builder import Graph
+from molmo_edge.export.graph_builder import FP32, Graph
 from molmo_edge.export.int4_graph import Int4
 from molmo_edge.export.options import ExportOptions, ExportPlan, check_options
 from molmo_edge.export.source import open_source
@@ -109,8 +110,8 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
-    if config.point_head is not None:
-        raise ExportError("MolmoPoint cannot be exported yet: a bundle has no graph for its grounding tokens")
+    if config.point_head is not None and engine == "gguf":
+        raise ExportError("the GGUF of a MolmoPoint would lose its grounding tokens: export it to ONNX")
     if plan.calibration is not None and config.decoder.bidirectional_images:
         raise ExportError("a calibration does not support bidirectional attention among image tokens: leave it out")
     check = check or _check_of(checkpoint)
@@ -173,12 +174,14 @@ class _BundleExport:
                 tensors, int4 = self.tensors, self.plan.int4
             self._write_graph(component, tensors, int4, ranges.get(component, {}))
             del tensors, int4  # a calibration holds a layer of the decoder
+        if self.config.point_head is not None:  # small, and what it decides cannot be corrected later: in float32
+            self._write_graph(POINT_HEAD, self.tensors, self.plan.int4, {})
         if self.plan.engine == "gguf":
             self._write_gguf()
 
     def _write_graph(self, component: str, tensors: TensorSource, int4: Int4, ranges: dict[str, float]) -> None:
         keep_fp32 = overflows(ranges)
-        precision = self.plan.graph_precision(component, int4, keep_fp32)
+        precision = FP32 if component == POINT_HEAD else self.plan.graph_precision(component, int4, keep_fp32)
         path, plain = self.directory / f"{component}{precision.suffix}.onnx", component in self.plan.plain
         graph = build_component(component, path, self.config, tensors, precision, plain=plain)
         self.components[component] = Component.from_file(

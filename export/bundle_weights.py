@@ -16,8 +16,8 @@ import onnx
 from onnx import numpy_helper
 
 from molmo_edge.checkpoints.bundle import open_bundle
-from molmo_edge.checkpoints.manifest import GRAPHS
-from molmo_edge.checkpoints.tensor_names import BACKBONE, TRANSFORMER, hub_shapes, vit_names
+from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
+from molmo_edge.checkpoints.tensor_names import BACKBONE, TRANSFORMER, head_name, hub_shapes, vit_names
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.errors import ExportError
@@ -46,7 +46,7 @@ class BundleTensors:
         self._directory, self._dither = bundle.directory, dither
         self._arrays: dict[str, np.ndarray] = {}
         self._blocks: dict[str, tuple[int, int]] = {}  # matrix in blocks -> bits, and inputs without padding
-        for component in GRAPHS:
+        for component in (*GRAPHS, *([POINT_HEAD] if self.config.point_head else [])):
             if bundle.components[component].engine != "onnx":
                 raise ExportError(f"{directory}: the weights of {component} cannot be read back from a GGUF")
             graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
@@ -141,6 +141,9 @@ class BundleTensors:
         if self.config.pad_embed:
             pad_embed = [f"{BACKBONE}.pad_embed.{k}" for k in (0, 1)]
             read[f"{BACKBONE}.pad_embed"] = lambda: np.stack([self._arrays[name] for name in pad_embed])
+        for name in (head_name(self.config), "lm_head.new_output_embeddings"):
+            if f"{name}.weight" in self._arrays:  # matrices that the hub has without ".weight"
+                read[name] = partial(self._last, f"{name}.weight")
         if d.additional_vocab_size:
             read[f"{TABLE}.new_embedding"] = lambda: self._last(TABLE)[d.embedding_size :]
         for vit, _, hub in vit_names(self.config):

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from molmo_edge.checkpoints.manifest import POINT_HEAD
 from molmo_edge.checkpoints.tensor_names import head_name
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.export.connector_graph import connector
 from molmo_edge.export.decoder_graph import decoder, embed_tokens
 from molmo_edge.export.graph_builder import Graph, Precision
+from molmo_edge.export.point_head_graph import point_head
 from molmo_edge.export.vision_graph import vision_encoder
 
 Builder = Callable[[Graph, MolmoConfig, TensorSource, Precision], None]
@@ -20,6 +22,7 @@ BUILDERS: dict[str, Builder] = {
     "connector": connector,
     "embed_tokens": embed_tokens,
     "decoder": decoder,
+    POINT_HEAD: point_head,
 }
 # Bytes. An .onnx file cannot exceed 2 GB, and weights inside it are held twice, as read and as packed.
 SIDECAR_ABOVE = 100_000_000
@@ -27,10 +30,11 @@ SIDECAR_ABOVE = 100_000_000
 MEASURED_BELOW = 4_000_000_000
 
 _HUB_PREFIXES = {
-    "vision_encoder": ("model.vision_backbone.image_vit.", "model.vision_backbone.conv_tower."),
-    "connector": ("model.vision_backbone.image_p", "model.vision_backbone.pad_embed"),
+    "vision_encoder": ("model.vision_backbone.image_vit.", "model.vision_backbone.conv_tower.", "model.vit."),
+    "connector": ("model.vision_backbone.image_p", "model.vision_backbone.pad_embed", "model.connector."),
     "embed_tokens": ("model.transformer.wte.",),
     "decoder": ("model.transformer.blocks.",),
+    POINT_HEAD: ("model.point_predictor.", "model.build_vit_embedding."),
 }
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from molmo_edge.answer import Answer
+from molmo_edge.frontend.grounding_tokens import written_out
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
@@ -55,6 +56,7 @@ class Chat(NotCopied):
         if scene.prefilled is None:
             cache = self._make_room(len(scene.embeddings))
             prefill(engine.runtime, scene.embeddings, scene.image_flags(), cache)
+            self.scene = scene.ran(cache)
             self._kept = cache.length
 
     def forked(self) -> None:
@@ -127,7 +129,7 @@ class Chat(NotCopied):
         check_text(question)
         context = self._engine.context
         with self._lock:
-            turns = [turn for asked, answer in self._answers for turn in (asked, answer.token_ids)]
+            turns = [turn for asked, answer in self._answers for turn in (asked, self._said(answer))]
             ids = text_ids(self._engine.tokenizer, [*turns, question])
             filled = len(self.scene.embeddings) + len(ids)
             if self._answers and filled > context:
@@ -155,7 +157,10 @@ class Chat(NotCopied):
             cache = self._make_room(capacity)
             rows = self._rows(ids)
         image = self.scene.image_flags(len(ids))[-len(rows) :]
-        pieces = generate_pieces(self._engine, rows, image, cache, sampling, capacity=capacity, began=began)
+        grounding = self.scene.grounding
+        pieces = generate_pieces(
+            self._engine, rows, image, cache, sampling, capacity=capacity, began=began, grounding=grounding
+        )
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time
                 self._check(turn)
@@ -173,6 +178,16 @@ class Chat(NotCopied):
             self._ids, self._kept = np.concatenate([ids, ended]), cache.length
             self._answers.append((question, answer))
         result.append(answer)
+
+    def _said(self, answer: Answer) -> Sequence[int] | str:
+        """An earlier answer, as the ids that were generated.
+
+        Grounding tokens have no meaning in a later prompt: such an answer is given as text, with its points as numbers.
+        """
+        grounding = self.scene.grounding
+        if grounding is None or all(token < grounding.token_ids.first for token in answer.token_ids):
+            return answer.token_ids
+        return written_out(answer.text, answer.points)
 
     def _check(self, turn: int) -> None:
         if turn != self._turn:

@@ -17,6 +17,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.runtimes.prompt_embeddings import prefill
 
 if TYPE_CHECKING:
+    from molmo_edge.runtimes.grounding import GroundingInputs
     from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
 
 
@@ -79,12 +80,14 @@ def generate(
     vocab_size: int,
     capacity: int,
     image: np.ndarray | None = None,
+    grounding: GroundingInputs | None = None,
 ) -> Iterator[int]:
     """Append `embeddings` (float32 [n, d_model], n >= 1) to `cache`, then yield token ids.
 
     Ends at `eos_id` (which is not yielded), after `max_new_tokens` ids, or when `capacity` positions of the cache are
     filled. Ids of `vocab_size` and above only pad the head and are never chosen. `image`: bool [n], which embeddings
-    are image tokens (see `prefill`); None: none of them.
+    are image tokens (see `prefill`); None: none of them. `grounding`: of the images in the prompt, for a model that
+    points by grounding tokens; their ids follow those of the vocabulary.
 
     Raises GenerationError, before anything runs, for a prompt that does not fit, and for NaN or infinite logits.
     """
@@ -92,13 +95,22 @@ def generate(
     random = np.random.default_rng(sampling.seed)
     # [embedding_size]
     logits = runtime.forward(embeddings, cache) if image is None else prefill(runtime, embeddings, image, cache)
+    grounded = None if grounding is None else grounding.begin(_states(cache))
     for step in range(most):
-        token = next_token(logits[:vocab_size], sampling, random)
+        scores = logits[:vocab_size] if grounded is None else grounded.logits(logits, _states(cache)[-1])
+        token = next_token(scores, sampling, random)
         if token == eos_id:
             return
         yield token
         if step + 1 < most:  # the logits after the last id are not needed
-            logits = runtime.forward(runtime.embed(np.array([token], dtype=np.int64)), cache)
+            row = runtime.embed(np.array([token], dtype=np.int64)) if grounded is None else grounded.embed(token)
+            logits = runtime.forward(row, cache)
+
+
+def _states(cache: Any) -> np.ndarray:
+    """The hidden states of the last run, see `PointRuntime`."""
+    states: np.ndarray = cache.states
+    return states
 
 
 def generate_batch(

@@ -6,33 +6,28 @@ embeds tokens with it; it knows no engine. Source: hf_model/modeling_molmo_point
 
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from molmo_edge.config import PointHeadConfig
-from molmo_edge.frontend.grounding_tokens import GroundingIds
+from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding
+from molmo_edge.frontend.points import Point
+from molmo_edge.runtimes.protocol import PointRuntime
+
+_CLOSED_TAG = re.compile(r'<(points|tracks)\b.*?"\s*>(?P<label>[^<]*)</\1>', re.DOTALL)
 
 _CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 _UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
-
-
-class PointHeadRuntime(Protocol):
-    """The projections of `modeling.point_head.PointHead` on some engine, and the embedding table."""
-
-    def project(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
-
-    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def embed(self, token_ids: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass
 class Grounding:
     """The cache of one sequence's grounding tokens, made at prefill."""
 
-    head: PointHeadRuntime
+    head: PointRuntime
     config: PointHeadConfig
     ids: GroundingIds
     patch_keys: np.ndarray  # float32 [n_patches (+ 1), dim], rotated; the last is "no more points"
@@ -108,43 +103,70 @@ class Grounding:
         return np.where(self.slots[patch], scores, _UNSET)
 
 
-def make_grounding(
-    head: PointHeadRuntime,
-    config: PointHeadConfig,
-    no_more: np.ndarray,
-    first_id: int,
-    prompt_ids: np.ndarray,
-    feature_positions: np.ndarray,
-    indexable: int,
-    states: np.ndarray,
-    patch_features: np.ndarray,
-    pooling: np.ndarray,
-    features: np.ndarray,
-) -> Grounding:
-    """The cache of a prompt that was prefilled.
+@dataclass(frozen=True, eq=False)
+class GroundingInputs:
+    """What the grounding tokens of a prompt depend on; `begin` makes the cache when the prompt has run."""
 
-    no_more: float32 [dim], the key of "no more points". prompt_ids: int [n]; feature_positions: int [n_patches], the
-    image tokens in it; indexable: the id of those that can be chosen (`<im_patch>`). states: float32 [n, d_model]
-    before the final norm. patch_features: float32 [crops * patches, feature_dim] of the ViT; pooling: int
-    [n_patches, n_slots]; features: float32 [n_patches, d_model] of the connector.
-    """
-    chosen = prompt_ids[feature_positions] == indexable
-    positions = np.cumsum(chosen) - 1
-    keys = rotate(head.project(states[feature_positions])[1], positions, config.rope_theta)
-    if config.no_more_class:
-        keys, chosen = np.concatenate([keys, no_more[None]]), np.append(chosen, True)
-    there = pooling >= 0
-    return Grounding(
-        head,
-        config,
-        GroundingIds(first_id, pooling.shape[0], pooling.shape[1], config.n_locations, config.no_more_class),
-        keys,
-        positions,
-        chosen,
-        patch_features[np.maximum(pooling, 0)] * there[..., None],
-        there,
-        features,
-    )
+    head: PointRuntime
+    ids: np.ndarray  # int [n], from the beginning of the prompt to its last image
+    positions: np.ndarray  # int [n_patches]: of the image tokens in `ids`
+    indexable: int  # the id of those that can be chosen, `<im_patch>`
+    patch_features: np.ndarray  # float32 [crops * patches, feature_dim] of the ViT
+    pooling: np.ndarray  # int [n_patches, n_slots], the patches of each image token, -1 for none
+    features: np.ndarray  # float32 [n_patches, d_model] of the connector
+    grids: tuple[np.ndarray, ...]  # of each image int [rows, cols], the patches that tile it
+    states: np.ndarray | None = None  # float32 [n, d_model] before the final norm, once `ids` have run
+
+    @property
+    def token_ids(self) -> GroundingIds:
+        """The ids of the grounding tokens."""
+        config, (patches, slots) = self._config, self.pooling.shape
+        return GroundingIds(self.head.config.decoder.n_logits, patches, slots, config.n_locations, config.no_more_class)
+
+    @property
+    def _config(self) -> PointHeadConfig:
+        config = self.head.config.point_head
+        assert config is not None
+        return config
+
+    def begin(self, states: np.ndarray) -> Grounding:
+        """`states`: float32 [n, d_model] of `ids` and more, before the final norm, if `self.states` is None."""
+        config, there = self._config, self.pooling >= 0
+        states = states if self.states is None else self.states
+        chosen = self.ids[self.positions] == self.indexable
+        positions = np.cumsum(chosen) - 1
+        keys = rotate(self.head.project(states[self.positions])[1], positions, config.rope_theta)
+        if config.no_more_class:
+            keys, chosen = np.concatenate([keys, self.head.no_more[None]]), np.append(chosen, True)
+        slot_features = self.patch_features[np.maximum(self.pooling, 0)] * there[..., None]
+        return Grounding(
+            self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features
+        )
+
+    def points(self, text: str, label: str) -> list[Point]:
+        """The points of the grounding tokens in `text`."""
+        found = decode_grounding(text, self.pooling, self.grids, no_more_class=self._config.no_more_class)
+        return [Point(100 * p.x, 100 * p.y, label, image=p.frame + 1) for p in found]
+
+
+class GroundedParser:
+    """Parses the points of grounding tokens from text that arrives in pieces, as `StreamParser` those of text."""
+
+    def __init__(self, inputs: GroundingInputs) -> None:
+        self._inputs, self._text = inputs, ""
+
+    def feed(self, piece: str) -> list[Point]:
+        """The points of the tags that this piece closes."""
+        self._text += piece
+        points: list[Point] = []
+        while ">" in piece and (tag := _CLOSED_TAG.search(self._text)):
+            points += self._inputs.points(tag[0], html.unescape(tag["label"].strip()))
+            self._text = self._text[tag.end() :]
+        return points
+
+    def close(self) -> list[Point]:
+        """The points of a tag that a truncated answer left open."""
+        return self._inputs.points(self._text, "")
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle
-from molmo_edge.checkpoints.manifest import GRAPHS
+from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
@@ -42,11 +42,15 @@ _SMALL_CROPS = 8  # crops per run of a small vision tower
 
 def open_bundle_runtime(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> OnnxRuntime:
     """Open a verified bundle. Raises EngineError or Unavailable."""
-    check_components(bundle, GRAPHS)
+    check_components(bundle, (*GRAPHS, *_point_head(bundle)))
     placement = place_bundle(bundle, device)
     check_bundle_room(bundle, placement)
-    files = {name: bundle.path(name) for name in GRAPHS}
+    files = {name: bundle.path(name) for name in (*GRAPHS, *_point_head(bundle))}
     return OnnxRuntime(bundle.config, files, threads=threads, placement=placement)
+
+
+def _point_head(bundle: Bundle) -> tuple[str, ...]:
+    return () if bundle.config.point_head is None else (POINT_HEAD,)
 
 
 def check_components(bundle: Bundle, names: Sequence[str]) -> None:
@@ -142,6 +146,8 @@ class OnnxCache:
             self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
             self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
         self._binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(self._logits))
+        self.states: np.ndarray | None = None  # see PointRuntime
+        self._has_states = any(value.name == "states" for value in session.get_outputs())
 
     @classmethod
     def empty(cls, session: Any, capacity: int, logits: int, device: str) -> OnnxCache:
@@ -168,7 +174,11 @@ class OnnxCache:
         self._binding.bind_cpu_input("total_length", np.array([total], np.int32))
         if self._bidirectional:
             self._binding.bind_cpu_input("image", np.zeros(len(embeddings), bool) if image is None else image)
+        if self._has_states:  # bound anew, because its shape differs between runs; it is the last of the bound outputs
+            self._binding.bind_output("states", "cpu")
         self._session.run_with_iobinding(self._binding)
+        if self._has_states:
+            self.states = self._binding.get_outputs()[-1].numpy()[0]
         self.length = total
         logits: np.ndarray = self._logits[0].copy()
         return logits
@@ -286,13 +296,43 @@ class OnnxRuntime:
         if not isinstance(cache, OnnxCache):
             raise EngineError("this cache belongs to another runtime")
         embeddings = check_rows(embeddings, cache)
-        first = 0
+        first, states = 0, []
         if image is not None and self.config.decoder.bidirectional_images and image.any():
             first = int(np.flatnonzero(image)[-1]) + 1  # image tokens attend to each other: they run in one chunk
             logits = _guard("decoder", functools.partial(cache.append, embeddings[:first], image[:first]))
+            states.append(cache.states)
         for start in range(first, len(embeddings), _CHUNK):
             logits = _guard("decoder", functools.partial(cache.append, embeddings[start : start + _CHUNK]))
+            states.append(cache.states)
+        if len(states) > 1 and self.config.point_head is not None:
+            cache.states = np.concatenate([part for part in states if part is not None])
         return logits
+
+    @property
+    def no_more(self) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._run_point_head(("no_more",))[0]
+
+    def project(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        query, key, slot_query, location = self._run_point_head(
+            ("patch_query", "patch_key", "slot_query", "location"), states=states
+        )
+        return query, key, slot_query, location
+
+    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        keys, rows = self._run_point_head(("slot_key", "embedding"), features=features)
+        return keys, rows
+
+    def _run_point_head(self, outputs: Sequence[str], **given: np.ndarray) -> list[np.ndarray]:
+        widths = {"states": self.config.decoder.d_model, "features": self.config.feature_dim}
+        inputs = {name: np.empty((0, width), np.float32) for name, width in widths.items()}
+        inputs |= {name: np.ascontiguousarray(rows, np.float32) for name, rows in given.items()}
+        found: list[np.ndarray] = _guard(
+            POINT_HEAD, functools.partial(self._session(POINT_HEAD).run, list(outputs), inputs)
+        )
+        return found
 
     def close(self) -> None:
         """Release the sessions. A cache that is still referenced keeps the decoder's session alive.

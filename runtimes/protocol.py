@@ -99,6 +99,26 @@ class ImageBlockRuntime(Runtime, Protocol):
         ...
 
 
+class PointRuntime(Runtime, Protocol):
+    """A runtime for models with a grounding head (MolmoPoint). Its caches have `states`.
+
+    `states` are the hidden states before the final norm of the positions of the last run, [n, d_model].
+    """
+
+    @property
+    def no_more(self) -> np.ndarray:
+        """The key of "no more points", [dim]."""
+        ...
+
+    def project(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """States [n, d_model] -> queries and keys of patches, queries of slots [n, dim], location logits [n, 9]."""
+        ...
+
+    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ViT features of patches [n, feature_dim] -> keys [n, dim], embeddings as tokens [n, d_model]."""
+        ...
+
+
 class BatchRuntime(Runtime, Protocol):
     """A runtime that decodes several prompts in one batch (`molmo_edge.runtimes.torch.TorchRuntime`)."""
 

@@ -19,6 +19,7 @@ from molmo_edge.errors import EngineError, Unavailable
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.modeling import KVCache, Molmo
 from molmo_edge.modeling.decoder import image_attention_mask
+from molmo_edge.modeling.point_head import PointHead
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
 from molmo_edge.runtimes import forks
@@ -68,6 +69,7 @@ class TorchCache:
     """A `modeling.KVCache` of batch 1 as a `molmo_edge.runtimes.Cache`."""
 
     inner: KVCache
+    states: np.ndarray | None = None  # see PointRuntime
 
     @property
     def capacity(self) -> int:
@@ -221,8 +223,35 @@ class TorchRuntime:
 
     def _append(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> np.ndarray:
         rows = self._tensor(check_rows(embeddings, cache))
-        hidden = self.model.decoder(rows[None], mask=mask, cache=cache.inner)
-        return self._logits(hidden[0, -1])
+        decoder = self.model.decoder
+        states = decoder.states(rows[None], mask=mask, cache=cache.inner)[0]
+        if self.config.point_head is not None:
+            cache.states = states.float().cpu().numpy()
+        return self._logits(decoder.ln_f(states[-1]))
+
+    @property
+    def no_more(self) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._point_head.no_more.detach().float().cpu().numpy()
+
+    @_inference
+    def project(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        query, key, slot_query, location = self._point_head.project(self._tensor(states))
+        return tuple(part.float().cpu().numpy() for part in (query, key, slot_query, location))  # type: ignore[return-value]
+
+    @_inference
+    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        keys, rows = self._point_head.project_features(self._tensor(features))
+        return keys.float().cpu().numpy(), rows.float().cpu().numpy()
+
+    @property
+    def _point_head(self) -> PointHead:
+        head = self.model.point_head
+        if head is None:
+            raise EngineError("this model has no grounding head")
+        return head
 
     @_inference
     def prefill_batch(self, prompts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, TorchBatch]:

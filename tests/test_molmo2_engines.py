@@ -18,13 +18,12 @@ import torch
 from molmo2_golden import GOLDEN2, inputs_of, read
 from safetensors.numpy import load_file
 
-from molmo_edge import Molmo
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import PRESETS, MolmoConfig
 from molmo_edge.errors import EngineError
-from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.export import export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
@@ -162,13 +161,6 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     billions = sum(math.prod(shape) for shape in shapes.values()) / 1e9
     assert billions == pytest.approx({"molmo2-4b": 4.85, "molmo2-8b": 8.66, "molmo2-o-7b": 7.77}[preset], abs=0.15)
     assert shapes["model.vision_backbone.image_vit.positional_embedding"] == (729, 1152)
-
-
-def test_molmo_point_is_refused_where_its_grounding_tokens_would_be_lost(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="grounding tokens"):
-        Molmo(GOLDEN2 / "molmo_point", threads=1)
-    with pytest.raises(ExportError, match="grounding tokens"):
-        export_bundle(GOLDEN2 / "molmo_point", tmp_path / "bundle", "fp32")
 
 
 def test_llama_cpp_stretches_every_fourth_layer(tmp_path: Path) -> None:

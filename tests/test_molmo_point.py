@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from molmo2_golden import GOLDEN2, inputs_of, read
+from molmo2_golden import GOLDEN2, inputs_of, picture, read
 from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
 
 import torch
 
+from molmo_edge import Molmo, Point
+from molmo_edge.checkpoints.weight_files import open_tensors
+from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import stitched_patches
-from molmo_edge.frontend.grounding_tokens import decode_grounding
-from molmo_edge.modeling import KVCache, Molmo, load_checkpoint
-from molmo_edge.modeling.decoder import image_attention_mask
-from molmo_edge.runtimes.grounding import Grounding, make_grounding
+from molmo_edge.frontend.grounding_tokens import decode_grounding, written_out
+from molmo_edge.modeling import load_checkpoint
+from molmo_edge.runtimes.grounding import GroundedParser, Grounding, GroundingInputs
+from molmo_edge.runtimes.torch import TorchCache, TorchRuntime
 
 NAME = "molmo_point"
 EXPECTED = read(f"{NAME}/expected.json")
@@ -40,30 +46,20 @@ def _model() -> Any:
 
 
 @dataclass
-class Head:
-    """The projections of the PyTorch model as numpy functions."""
-
-    model: Molmo
-
-    def project(self, states: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(part.numpy() for part in self.model.point_head.project(torch.from_numpy(states)))
-
-    def project_features(self, features: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(part.numpy() for part in self.model.point_head.project_features(torch.from_numpy(features)))
-
-    def embed(self, token_ids: np.ndarray) -> np.ndarray:
-        return self.model.decoder.embed(torch.from_numpy(token_ids).long()).numpy()
-
-
-@dataclass
 class Run:
     """A prompt, prefilled, and what follows."""
 
     grounding: Grounding
     pooling: np.ndarray
     grids: list[np.ndarray]
-    cache: KVCache
-    state: np.ndarray  # of the last position, before the final norm
+    runtime: TorchRuntime
+    cache: TorchCache
+
+    @property
+    def state(self) -> np.ndarray:
+        """Of the last position, before the final norm."""
+        assert self.cache.states is not None
+        return self.cache.states[-1]
 
 
 def _prefill(name: str) -> Run:
@@ -78,29 +74,26 @@ def _prefill(name: str) -> Run:
     for image in inputs.images:
         grids.append(stitched_patches(config.image, image.tiling) + offset)
         offset += image.crops.shape[0] * image.crops.shape[1]
-    patches = model.vit_features(torch.from_numpy(inputs.crops))
-    index = inputs.pooling
-    cells = model.connector(patches, torch.empty(0), torch.from_numpy(index).long())
-    rows = model.decoder.embed(torch.from_numpy(inputs.ids).long()[None])
-    rows[0, torch.from_numpy(inputs.positions).long()] += cells
-    cache = KVCache.empty(config.decoder, 1, len(inputs.ids) + 60, rows)
-    mask = image_attention_mask(torch.from_numpy(inputs.block)[None])
-    states = model.decoder.states(rows, mask=mask, cache=cache)[0].numpy()
-    assert _relative(cells[::23].numpy(), TENSORS[f"{name}.image_features"]) < TOLERANCE
-    grounding = make_grounding(
-        Head(model),
-        config.point_head,
-        model.point_head.no_more.numpy(),
-        config.decoder.n_logits,
+    runtime = TorchRuntime.from_model(model, threads=1)
+    patches = runtime.encode_crops(inputs.crops)
+    features = runtime.connect(patches, np.empty(0), inputs.pooling)
+    rows = runtime.embed(inputs.ids)
+    rows[inputs.positions] += features
+    cache = runtime.new_cache(len(inputs.ids) + 60)
+    runtime.prefill_image(rows, inputs.block, cache)
+    assert _relative(features[::23], TENSORS[f"{name}.image_features"]) < TOLERANCE
+    assert cache.states is not None
+    grounding = GroundingInputs(
+        runtime,
         inputs.ids,
         inputs.positions,
         tokenizer.special.im_patch,
-        states,
-        patches.flatten(0, 1).numpy(),
-        index,
-        cells.numpy(),
-    )
-    return Run(grounding, index, grids, cache, states[-1])
+        patches.reshape(-1, patches.shape[-1]),
+        inputs.pooling,
+        features,
+        tuple(grids),
+    ).begin(cache.states)
+    return Run(grounding, inputs.pooling, grids, runtime, cache)
 
 
 def _relative(got: np.ndarray, expected: np.ndarray) -> float:
@@ -113,9 +106,7 @@ def _text_logits(run: Run) -> np.ndarray:
 
 
 def _step(run: Run, token: int) -> None:
-    model = _model()[0]
-    row = torch.from_numpy(run.grounding.embed(token))
-    run.state = model.decoder.states(row[None], cache=run.cache)[0, -1].numpy()
+    run.runtime.forward(run.grounding.embed(token), run.cache)
 
 
 CASES = list(EXPECTED["cases"])
@@ -183,3 +174,94 @@ def test_points_are_those_of_the_reference(name: str) -> None:
         sizes = case["image_sizes"]
         got = [[p.id, p.frame, p.x * sizes[p.frame][0], p.y * sizes[p.frame][1]] for p in points]
     np.testing.assert_allclose(np.reshape(got, (-1, 4)), np.reshape(case["points"], (-1, 4)), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx")
+    directory = tmp_path_factory.mktemp("molmo_point") / "bundle"
+    export_bundle(GOLDEN2 / NAME, directory, "fp32")
+    return directory
+
+
+@pytest.fixture(scope="module", params=["pytorch", "onnx"])
+def molmo(request: pytest.FixtureRequest, bundle: Path) -> Molmo:
+    return Molmo(GOLDEN2 / NAME if request.param == "pytorch" else bundle, threads=1)
+
+
+def test_weights_come_back_from_a_bundle(bundle: Path) -> None:
+    source, copy = open_tensors(GOLDEN2 / NAME), BundleTensors(bundle)
+    assert sorted(copy.names()) == sorted(source.names())
+    for name in copy.names():
+        np.testing.assert_array_equal(copy.get(name), source.get(name), err_msg=name)
+
+
+@pytest.mark.parametrize("precision", ["int8", "q4", "mixed", "fp16"])
+def test_a_rounded_bundle_still_points(tmp_path: Path, precision: str) -> None:
+    export_bundle(GOLDEN2 / NAME, tmp_path / "bundle", precision)
+    case = EXPECTED["cases"]["one_image"]
+    answer = Molmo(tmp_path / "bundle", threads=1).ask(picture("coffee.png"), case["question"], max_new_tokens=12)
+    exact = Molmo(GOLDEN2 / NAME, threads=1).ask(picture("coffee.png"), case["question"], max_new_tokens=12)
+    assert answer.points
+    if precision in ("int8", "fp16"):  # four bits change the choices of a random model
+        assert answer.points[0] == exact.points[0]
+
+
+@pytest.mark.parametrize("name", ["one_image", "square"])
+def test_the_sdk_answers_as_the_reference(molmo: Molmo, name: str) -> None:
+    case = EXPECTED["cases"][name]
+    photo, question, ids = picture(case["images"][0]), case["question"], case["generated_ids"]
+    answer = molmo.ask(photo, question, max_new_tokens=len(ids))
+    assert list(answer.token_ids) == ids
+    text = case["generated_text"]
+    assert answer.text == text.lstrip()
+    (size,) = case["image_sizes"]
+    got = [[*point.pixel(*size)] for point in answer.points]
+    np.testing.assert_allclose(got, [[x, y] for _, _, x, y in case["points"]], rtol=0, atol=1e-4)
+    scene = molmo.encode(photo)
+    assert molmo.ask(scene, question, max_new_tokens=len(ids)) == answer
+    assert molmo.ask(scene, question, max_new_tokens=len(ids)) == answer, "a question leaves the scene as it was"
+
+
+def test_a_chat_gives_earlier_points_as_numbers(molmo: Molmo) -> None:
+    case = EXPECTED["cases"]["one_image"]
+    chat = molmo.chat(picture(case["images"][0]))
+    first = chat.ask(case["question"], max_new_tokens=20)
+    assert first.points
+    second = chat.ask("And now?", max_new_tokens=8)
+    history = [(case["question"], written_out(first.text, first.points))]
+    assert "<POINT_" not in history[0][1]
+    again = molmo.ask(chat.scene, "And now?", history=history, max_new_tokens=8)
+    assert second.token_ids == again.token_ids
+
+
+def test_points_come_as_their_tag_closes(molmo: Molmo) -> None:
+    scene = molmo.encode(picture("coffee.png"))
+    assert scene.grounding is not None
+    parser = GroundedParser(scene.grounding)
+    triple = "<POINT_300><POINT_727><POINT_734>1<POINT_500><POINT_728><POINT_738>2<POINT_725>"
+    found = []
+    for piece in (
+        'Two: <points coords="',
+        *re.findall("<[^>]*>|.", triple),
+        '">a &amp; b',
+        "</poi",
+        "nts>",
+        " and text",
+    ):
+        found.append(parser.feed(piece))
+    assert [len(points) for points in found[-4:]] == [0, 0, 2, 0]
+    assert {point.label for point in found[-2]} == {"a & b"}
+    assert parser.close() == []
+    assert written_out(f'<points coords="{triple}">x</points>', found[-2]) == (
+        f'<points coords="{";".join(_numbers(n, p) for n, p in enumerate(found[-2], 1))}">x</points>'
+    )
+
+
+def _numbers(number: int, point: Point) -> str:
+    return f"1 {number} {round(10 * point.x):03d} {round(10 * point.y):03d}"
+
+
+def test_a_gguf_is_refused_because_its_grounding_tokens_would_be_lost(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="grounding tokens"):
+        export_bundle(GOLDEN2 / NAME, tmp_path / "bundle", "f32", engine="gguf")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from molmo_edge.frontend.points import Point
+
 _TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
 _CELL = 0.33  # of a patch: the reference's step from one location to the next
 
@@ -112,3 +114,10 @@ def decode_grounding(
             x = (col + (location // 3 + 0.5) * _CELL) / grids[frame].shape[1]
             y = (row + (location % 3 + 0.5) * _CELL) / grids[frame].shape[0]
             yield GroundedPoint(name, frame, x, y)
+
+
+def written_out(text: str, points: Sequence[Point]) -> str:
+    """`text` with its grounding tokens replaced by the coordinates of `points`, in the grammar of Molmo2."""
+    numbers = (f"{p.image or 1} {i} {round(10 * p.x):03d} {round(10 * p.y):03d}" for i, p in enumerate(points, start=1))
+    replaced = _TRIPLE.sub(lambda _: next(numbers, "") + ";", text)
+    return re.sub(r"<POINT_[0-9]+>", "", replaced).replace(';"', '"')

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from molmo_edge.answer import Seconds
-from molmo_edge.errors import EngineError, MolmoEdgeError
-from molmo_edge.frontend.crops import ImageProcessor, load_image
-from molmo_edge.frontend.prompts import image_ids
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, load_image, stitched_patches
+from molmo_edge.frontend.prompts import Prompt, image_ids
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill
+from molmo_edge.runtimes.grounding import GroundingInputs
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill, with_features
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.system.log import logger
@@ -22,7 +23,10 @@ from molmo_edge.system.log import logger
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.tokenizer import Tokenizer
-    from molmo_edge.runtimes.protocol import Cache, Runtime
+    from molmo_edge.runtimes.protocol import Cache, PartedRuntime, PointRuntime, Runtime
+
+    class PointedRuntime(PartedRuntime, PointRuntime, Protocol): ...
+
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
@@ -42,6 +46,7 @@ class Scene(NotCopied):
     seconds: Seconds  # what encoding took
     cache: Cache | None  # prefilled with `embeddings`; each question uses a copy
     engine: Engine = field(repr=False)
+    grounding: GroundingInputs | None = field(default=None, repr=False)  # of a model that points by grounding tokens
     born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
 
     _instead = "pass its image on, and encode it there"
@@ -50,6 +55,12 @@ class Scene(NotCopied):
         """Which positions of the scene and of `text` positions after it are image tokens: all of the scene but BOS."""
         at = np.arange(len(self.embeddings) + text)
         return (at > 0) & (at < len(self.embeddings))
+
+    def ran(self, cache: Any) -> Scene:
+        """Return the scene with what its grounding tokens need of the run that filled `cache` with it."""
+        if self.grounding is None:
+            return self
+        return dataclasses.replace(self, grounding=dataclasses.replace(self.grounding, states=cache.states))
 
     @property
     def prefilled(self) -> Cache | None:
@@ -76,12 +87,6 @@ class Engine:
         started: float | None = None,
     ) -> None:
         """`name`: the model's, for answers. `started`: time.perf_counter() when loading began, None: now."""
-        if runtime.config.point_head is not None:
-            runtime.close()
-            raise EngineError(
-                "Molmo does not decode the grounding tokens of a MolmoPoint yet: load the checkpoint with "
-                "molmo_edge.modeling.load_checkpoint, and decode them with molmo_edge.runtimes.grounding"
-            )
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
         image = runtime.config.image
@@ -115,9 +120,30 @@ class Engine:
                 f"the image takes {len(prompt.ids)} of the model's {self.context} positions: lower max_crops"
             )
         cropped = time.perf_counter()
-        embeddings = image_embeddings(self.runtime, prepared, prompt)
+        if self.config.point_head is None:
+            embeddings, grounding = image_embeddings(self.runtime, prepared, prompt), None
+        else:
+            embeddings, grounding = self._grounded(prepared, prompt)
         seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
-        return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self)
+        return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self, grounding)
+
+    def _grounded(self, image: PreparedImage, prompt: Prompt) -> tuple[np.ndarray, GroundingInputs]:
+        """The embeddings of an image, and what its grounding tokens depend on."""
+        runtime = cast("PointedRuntime", self.runtime)
+        assert image.pooling is not None
+        patches = runtime.encode_crops(image.crops)
+        features = runtime.connect(patches, image.masks, image.pooling)
+        inputs = GroundingInputs(
+            head=runtime,
+            ids=prompt.ids,
+            positions=prompt.token_index,
+            indexable=self.tokenizer.special.im_patch,
+            patch_features=patches.reshape(-1, patches.shape[-1]),
+            pooling=image.pooling,
+            features=features,
+            grids=(stitched_patches(self.process.config, image.tiling),),
+        )
+        return with_features(runtime, prompt, features), inputs
 
     def no_image(self) -> Scene:
         """Return a Scene for questions without an image, as some benchmarks ask them."""
@@ -130,7 +156,7 @@ class Engine:
         cache = self.runtime.new_cache(min(len(scene.embeddings) + room, self.context))
         prefill(self.runtime, scene.embeddings, scene.image_flags(), cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
-        return dataclasses.replace(scene, seconds=seconds, cache=cache)
+        return dataclasses.replace(scene.ran(cache), seconds=seconds, cache=cache)
 
 
 def check_text(text: str, name: str = "question") -> str:

@@ -15,6 +15,7 @@ from molmo_edge.frontend.points import Point, StreamParser, parse_count
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
+from molmo_edge.runtimes.grounding import GroundedParser, GroundingInputs
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.system.log import logger
@@ -87,7 +88,9 @@ def _answer(
         cache = engine.runtime.new_cache(capacity)
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
-    generated = yield from generate_pieces(engine, embeddings, image, cache, sampling, capacity=capacity, began=began)
+    generated = yield from generate_pieces(
+        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, grounding=scene.grounding
+    )
     result.append(finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings)))
 
 
@@ -100,13 +103,15 @@ def generate_pieces(
     *,
     capacity: int,
     began: float,
+    grounding: GroundingInputs | None = None,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
-    time.perf_counter() when the prefill began.
+    time.perf_counter() when the prefill began. `grounding`: of the scene, see `generate`.
     """
-    decoder, parser = StreamDecoder(engine.tokenizer), StreamParser()
+    decoder = StreamDecoder(engine.tokenizer)
+    parser: StreamParser | GroundedParser = StreamParser() if grounding is None else GroundedParser(grounding)
     generated = Generated()
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
@@ -118,13 +123,17 @@ def generate_pieces(
         vocab_size=engine.config.decoder.vocab_size,
         capacity=capacity,
         image=image,
+        grounding=grounding,
     )
     while True:
         token = next(tokens, None)
         steps.append(time.perf_counter() - began)
         if token is not None:
             generated.token_ids.append(token)
-        piece = decoder.flush() if token is None else decoder.feed(token)
+        if grounding is not None and token is not None and token >= grounding.token_ids.first:
+            piece = decoder.flush() + grounding.token_ids.token(token)
+        else:
+            piece = decoder.flush() if token is None else decoder.feed(token)
         if not generated.text:
             piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
         generated.text += piece
