@@ -141,7 +141,7 @@ def test_points_of_ones_own(small_molmoe: Path, tmp_path: Path, base: str, capsy
     options = ["--from", small_molmoe, "--out", run, *SMALL, "--base", base, "--rank", "4"]
     assert command("train", "points", folder, *options) == 0
     said = capsys.readouterr()
-    assert "11 pictures to train on, 1 to validate with" in said.err
+    assert "11 pictures for training, 1 for validation" in said.err
     assert "validation: loss" in said.out
     assert (run / "adapters.safetensors").stat().st_size < 500_000
     answer = Sdk(run / "model").ask(folder / "3.png", "Point to the cup.", max_new_tokens=5)

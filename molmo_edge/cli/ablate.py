@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import AblationResult
     from molmo_edge.evaluation.fault_localization import WeightDifference
 
-_CANDIDATE = "A copy of the reference to find a fault in. Without it: measure what quantizing each part costs."
-_LIMIT = "Use at most this many images. Each is asked about once for every part and precision."
+_CANDIDATE = "A faulty copy of the reference, to find the faulty part. Without it, quantizing each part is measured."
+_LIMIT = "Maximum number of images. Every part and precision is measured on each of them."
 _SHOWN = 8  # weight differences
 
 
@@ -34,7 +34,7 @@ def ablate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what quantizing each part of a model costs, or find the faulty part of a copy."""
+    """Measure the loss from quantizing each part of a model, or find the faulty part of a copy."""
     import onnx  # noqa: F401 (report a missing package now rather than after hours of measuring)
 
     from molmo_edge.evaluation.ablation import Bench, ablate

@@ -39,7 +39,7 @@ def answer_command(
 ) -> None:
     """Answer `question` about each image and print each answer as it is generated.
 
-    If there are several images, one that cannot be read is reported in its place, and the exit status is 1 at the end.
+    With several images, an unreadable image is reported in its place, and the exit status is 1 at the end.
     A single image that cannot be read is an error.
     """
     quiet = output.quiet

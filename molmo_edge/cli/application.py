@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help starts in half the time
 )
-# Commands in the order of --help, each with the extra that was made for it.
+# Commands in the order of --help, each with the extra that it needs.
 _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("ask", ask, None),
     ("point", point, None),
@@ -94,7 +94,7 @@ def run(arguments: Sequence[str] | None, interrupts: Interrupts) -> int:
 
 
 def _end(number: int, _frame: object) -> None:
-    """Exit like Ctrl-C does, so that the command removes its temporary folders and ends its own processes."""
+    """Exit as on Ctrl-C, so that the command removes its temporary folders and ends its own processes."""
     sys.exit(128 + number)
 
 

@@ -37,7 +37,10 @@ def chat(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep the questions, for arrow-up in later chats.")
+        bool,
+        typer.Option(
+            "--history/--no-history", help="Save the questions, so that arrow-up recalls them in later chats."
+        ),
     ] = True,
     quiet: options.Quiet = False,
 ) -> None:

@@ -46,7 +46,9 @@ def eval(
     data: Asked.Data = None,
     out: Annotated[Path | None, typer.Option(help=_OUT, show_default=False)] = None,
     processes: Annotated[int, typer.Option(min=1, help="Number of parallel processes; with CUDA, one per GPU.")] = 1,
-    shard: Annotated[str | None, typer.Option(help='Answer one part only, such as "2/4", for a cluster.')] = None,
+    shard: Annotated[
+        str | None, typer.Option(help='Answer only one part, such as "2/4", to use several machines.')
+    ] = None,
     revision: options.Revision = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -75,12 +77,12 @@ def eval(
 
     mine = Shard.parse(shard) if shard else Shard()
     if shard and processes > 1:
-        raise typer.BadParameter("--shard and --processes exclude each other", param_hint="--processes")
+        raise typer.BadParameter("--shard and --processes cannot be used together", param_hint="--processes")
     names = expand([name.strip() for name in tasks.split(",") if name.strip()])
     if len({file_stem(name) for name in names}) < len(names):
         raise typer.BadParameter("two tasks would write the same file: rename one of the folders", param_hint="--tasks")
     if not names:
-        raise typer.BadParameter("no task is named", param_hint="--tasks")
+        raise typer.BadParameter("the list is empty: name at least one task", param_hint="--tasks")
     directory = find_model(bundle, revision=revision, quiet=quiet)
     folder = out or Path(f"{directory.resolve().name}-eval")
     if threads is None and not _on_gpu(device):  # rounding depends on it, so it is a setting of the run

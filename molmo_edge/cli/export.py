@@ -21,14 +21,15 @@ from molmo_edge.system.key_values import parse_key_values
 _PRECISION = (
     f"Precision of the weights. onnx: {', '.join(f'{p.name} ({p.meaning})' for p in ONNX_PRECISIONS.values())}, "
     f"or by component, decoder=q4,...; gguf: the decoder in {', '.join(GGUF_PRECISIONS)}; "
-    f"torch: {', '.join(SAFETENSORS_PRECISIONS)}. Default: the target's, else fp32, f16 and bf16."
+    f"torch: {', '.join(SAFETENSORS_PRECISIONS)}. Default: that of --target, else "
+    "fp32 (onnx), f16 (gguf) or bf16 (torch)."
 )
-_TARGET = f"Kind of machine to choose precisions and operators for: {', '.join(TARGETS)}."
+_TARGET = f"Kind of machine for which to choose precisions and operators: {', '.join(TARGETS)}."
 _CALIBRATE = (
-    "Folder of photos to round the decoder with, using PyTorch: slower, and closer to fp32. onnx: GPTQ for 4-bit "
-    "weights, smoothing for int8; gguf: an importance matrix."
+    "Folder of calibration photos for quantizing the decoder: slower, but closer to fp32. Needs PyTorch. onnx: GPTQ "
+    "for 4-bit weights, smoothing for int8; gguf: an importance matrix."
 )
-_MMPROJ = "gguf: also write vision and connector as a GGUF, for developers on ggml."
+_MMPROJ = "gguf: also write vision and connector as a GGUF, for developers who use ggml."
 
 
 class Engine(str, Enum):
@@ -58,13 +59,17 @@ def export(
     block: Annotated[
         int | None, typer.Option(help="Number of 4-bit weights that share a scale: 32, 64 or 128.", show_default=False)
     ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each block.")] = False,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Asymmetric 4-bit quantization: a zero point for each block.")
+    ] = False,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
     mmproj: Annotated[bool, typer.Option("--mmproj", help=_MMPROJ)] = False,
     revision: options.Revision = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest. Default: that of --out.")] = None,
-    check_image: Annotated[Path | None, typer.Option(help="Photo of the check to record in the bundle.")] = None,
-    check_question: Annotated[str, typer.Option(help="Question of the check.")] = "Describe this image.",
+    check_image: Annotated[
+        Path | None, typer.Option(help="Photo of the self-check, which is recorded in the bundle.")
+    ] = None,
+    check_question: Annotated[str, typer.Option(help="Question of the self-check.")] = "Describe this image.",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -43,7 +43,7 @@ def loss(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what smaller models lose, on the same prompts.
+    """Measure what smaller models lose compared with a reference, on the same prompts.
 
     An image that cannot be read is reported and left out, and the exit status is 1.
     """
@@ -80,8 +80,8 @@ def loss(
         if report is not None:
             try:
                 write_data(so_far, report)
-            except OSError as error:  # it is written again at the end: do not lose hours of measuring
-                note(f"{error.filename} is not up to date: {error.strerror}", quiet=quiet)
+            except OSError as error:  # the report is written again at the end: continue measuring
+                note(f"{error.filename} could not be updated: {error.strerror}", quiet=quiet)
 
     skipped: list[str] = []
 

@@ -94,7 +94,7 @@ _DEVICE = (
     '"auto", "cpu" or "cuda". Checkpoints also run on "mps", ONNX bundles on "tensorrt" and "coreml", GGUF bundles on '
     '"mps" and "vulkan".'
 )
-_PRECISION = 'Precision of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4". A bundle has its own.'
+_PRECISION = 'Precision of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4". That of a bundle is fixed.'
 _MAX_CROPS = "Maximum number of crops. Fewer crops are faster but lose detail. Default: the model's own."
 _THREADS = "Number of CPU threads. Default: the physical cores, or the quota of the container."
 _LLAMA = (
@@ -113,7 +113,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of
 _TEMPERATURE = "Sampling temperature. 0 always takes the most likely token."
 _TOP_K = "Sample only from the K most likely tokens; 0 for no limit."
 _TOP_P = "Sample only from the most likely tokens whose probabilities add up to this value."
-_SEED = "Random seed, which makes a sampled answer repeatable. Default: another answer each time."
+_SEED = "Random seed for reproducible sampling. Default: a different answer each time."
 Temperature = Annotated[float, typer.Option(min=0.0, help=_TEMPERATURE, callback=_finite)]
 TopK = Annotated[int, typer.Option(min=0, help=_TOP_K)]
 TopP = Annotated[float, typer.Option(help=_TOP_P, callback=_share)]

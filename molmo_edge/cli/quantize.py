@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from molmo_edge.evaluation.stats import Estimate
 
 _LIMIT = "Maximum number of images. Every part and precision is measured on each of them."
-_CALIBRATE = "Folder of photos to round the decoder with (see export --calibrate)."
+_CALIBRATE = "Folder of calibration photos for quantizing the decoder (see export --calibrate)."
 
 
 def quantize(
@@ -28,11 +28,11 @@ def quantize(
     *,
     out: Annotated[Path, typer.Option(help="Bundle directory to create; it must not exist.", show_default=False)],
     max_mb: Annotated[
-        float | None, typer.Option(help="Find the least loss within this size, MB of graphs.", show_default=False)
+        float | None, typer.Option(help="Minimize the loss within this size of the graphs in MB.", show_default=False)
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Find the smallest size within this mean KL (nats/token).", show_default=False),
+        typer.Option(help="Minimize the size within this mean KL divergence (nats per token).", show_default=False),
     ] = None,
     precisions: Annotated[str, typer.Option(help="Precisions to choose from, separated by commas.")] = ",".join(
         QUANTIZED
@@ -46,7 +46,7 @@ def quantize(
 ) -> None:
     """Choose the precision of each part by its measured loss, and write the bundle."""
     if (max_mb is None) == (max_kl is None):
-        raise typer.BadParameter("give either --max-mb or --max-kl")
+        raise typer.BadParameter("give one of --max-mb and --max-kl")
     import onnx  # noqa: F401 (a missing package is reported before hours of measuring)
 
     from molmo_edge.checkpoints.bundle import open_bundle

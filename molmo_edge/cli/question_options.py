@@ -62,7 +62,7 @@ def open_suites(
 
     listed = expand([name.strip() for name in (names or "nano-val").split(",") if name.strip()])
     if not listed:
-        raise typer.BadParameter("no suite is named", param_hint="--suite")
+        raise typer.BadParameter("the list is empty: name at least one suite", param_hint="--suite")
     with progress("loading the questions", quiet=quiet):
         asked = [question for name in listed for question in open_suite(name, limit, data, quiet=quiet)]
     return listed, unique(asked)

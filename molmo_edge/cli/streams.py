@@ -12,7 +12,7 @@ from molmo_edge.cli.output import OutputError
 
 
 class ClosedOutput(io.TextIOBase):
-    """Replaces a closed stdout, and fails on output that would be lost silently."""
+    """Replacement for a closed stdout that raises an error instead of losing output silently."""
 
     def write(self, text: str) -> int:
         if text:

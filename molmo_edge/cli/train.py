@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data sets of the stage's mixture are used."""
+    """The data sets of a run."""
 
     sets: Annotated[
         str | None, typer.Option(help="Data sets, separated by commas. Default: those of the mixture in --data.")
@@ -37,7 +37,7 @@ class DataOptions:
     hub: Annotated[bool, typer.Option("--hub", help="Download sets that are not in --data from the hub.")] = False
     features: Annotated[
         Path | None,
-        typer.Option(help="Folder for cached features of the vision part, which has to be frozen. Default: none."),
+        typer.Option(help="Folder in which vision features are cached; needs --freeze vision. Default: no cache."),
     ] = None
 
     def choose(self, recipe: Recipe) -> Recipe:
@@ -77,19 +77,20 @@ class DataOptions:
         if len(here) < len(names):
             others = int(os.environ.get("RANK", "0")) > 0  # of the same run
             missing = ", ".join(name for name in names if name not in here)
-            note(f"without {missing}: {folder} has no copies", quiet=others)
+            note(f"data sets left out: {missing} ({folder} has no copies of them)", quiet=others)
         return here
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Regularisation and auxiliary losses."""
+    """Dropout, separators and auxiliary losses."""
 
     residual_dropout: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="Dropout of the residual stream. Default: the stage's.")
     ] = None
     answer_dropout: Annotated[
-        float | None, typer.Option(min=0, max=0.9, help="The same at positions that predict a token of an answer.")
+        float | None,
+        typer.Option(min=0, max=0.9, help="Dropout at positions that predict an answer token. Default: the stage's."),
     ] = None
     separator: Annotated[bool, typer.Option("--separator", help="Put <im_end> between packed annotations.")] = False
     balance_loss: Annotated[float, typer.Option(min=0, help="Weight of the experts' load balancing loss.")] = 0.0
@@ -98,24 +99,27 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a step is computed; none of them changes its result beyond rounding."""
+    """How a step is computed. These options do not change its result, except for rounding."""
 
     attention: Annotated[
         Literal["auto", "flex", "sdpa"], typer.Option(help="Attention kernel; auto: FlexAttention on CUDA.")
     ] = "auto"
     experts: Annotated[
-        Literal["auto", "grouped", "loop", "wide"], typer.Option(help="Matrix products of the experts.")
+        Literal["auto", "grouped", "loop", "wide"],
+        typer.Option(help="Kernel of the experts: one grouped product, a loop, or one wide FFN."),
     ] = "auto"
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="Keep activations instead of recomputing them.")
     ] = False
     compile_: Annotated[bool, typer.Option("--compile", help="Compile ViT, norms and dense FFNs.")] = False
-    expert_ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts of a layer.")] = 1
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the sharded model.")] = 1
+    expert_ranks: Annotated[
+        int, typer.Option(min=1, help="Expert parallelism: ranks that share the experts of a layer.")
+    ] = 1
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the sharded model (HSDP).")] = 1
     gather: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of weights sent between ranks.")] = "bf16"
 
 
-app = typer.Typer(help="Train a Molmo: on one card, or on many through torchrun.", no_args_is_help=True)
+app = typer.Typer(help="Train a Molmo on one GPU, or on several with torchrun.", no_args_is_help=True)
 for _command in (train_data.start, train_data.draw, train_data.fetch):
     app.command()(with_extra(_command, f"train {_command.__name__}", "train"))
 app.command()(with_extra(expand_options(train_points.points), "train points", "train"))
@@ -131,7 +135,9 @@ def _add_stage(stage: str, summary: str) -> None:
             Path, typer.Option(help="Folder of the data sets: DATA/NAME each, and DATA/images.", show_default=False)
         ],
         out: options.Out,
-        preset: Annotated[str, typer.Option(help=f"Model whose recipe is used: {', '.join(PRESETS)}.")] = "molmoe-1b",
+        preset: Annotated[
+            str, typer.Option(help=f"Model whose training recipe to use: {', '.join(PRESETS)}.")
+        ] = "molmoe-1b",
         sets: DataOptions,
         freeze: options.Freeze = "",
         run: options.RunOptions,
@@ -142,7 +148,7 @@ def _add_stage(stage: str, summary: str) -> None:
         from molmo_edge.training.recipe import recipe_for
 
         if preset not in PRESETS:
-            raise typer.BadParameter(f'preset "{preset}" is not known; known are {", ".join(PRESETS)}')
+            raise typer.BadParameter(f'"{preset}" is not a known preset (known: {", ".join(PRESETS)})')
         recipe = _with_forward(run.changed(recipe_for(stage, preset), freeze), losses, compute)
         recipe = sets.choose(recipe)
         _run(start, recipe, lambda: sets.open(recipe, data), out, device, sets.features)
@@ -151,10 +157,8 @@ def _add_stage(stage: str, summary: str) -> None:
     app.command(stage)(with_extra(expand_options(command), f"train {stage}", "train"))
 
 
-_add_stage(
-    "caption", "Stage 1: captions, all parts, from a language model and a ViT (train start makes the checkpoint)."
-)
-_add_stage("multitask", "Stage 2: the mixture of pointing, conversation and academic sets.")
+_add_stage("caption", "Stage 1: train all parts on captions, from the checkpoint that `train start` builds.")
+_add_stage("multitask", "Stage 2: train on the mixture of pointing, conversation and academic data sets.")
 
 
 def _with_forward(recipe: Recipe, losses: LossOptions, compute: ComputeOptions) -> Recipe:
@@ -204,4 +208,4 @@ def _run(
             note(f"{done}{left} of {counted(recipe.batch, 'sequence')} left")
         written = trainer.train()
         if here.first:
-            note(f"the model is in {written}: ask it, or export it")
+            note(f"wrote the model to {written}")

@@ -36,7 +36,7 @@ def start(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the connector's weights.")] = 0,
 ) -> None:
-    """Make the checkpoint that stage 1 starts from: a language model, a ViT and a random connector."""
+    """Build the starting checkpoint of stage 1 from a language model, a ViT and a random connector."""
     from molmo_edge.training.starting_checkpoint import build_base
 
     build_base(
@@ -49,7 +49,7 @@ def start(
         crop_size=crop_size,
         overlap=overlap,
     )
-    note(f"the starting checkpoint is in {out}")
+    note(f"wrote the starting checkpoint to {out}")
 
 
 def draw(
@@ -67,7 +67,7 @@ def draw(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
 ) -> None:
-    """Draw a data set whose answers are exact, in the columns of the PixMo set of that kind."""
+    """Generate a synthetic data set with exact answers, in the format of the PixMo set of that kind."""
     from molmo_edge.data.drawn.generate import generate
 
     drawn = generate(kind, count, out, seed=seed, fonts=fonts, sprites=sprites, jobs=jobs)
@@ -83,7 +83,7 @@ def fetch(
         bool, typer.Option("--retry-failed", help="Also retry pictures that failed permanently.")
     ] = False,
 ) -> None:
-    """Download the pictures of PixMo. A stopped download continues where it was."""
+    """Download the pictures of PixMo. Running the command again resumes a stopped download."""
     from molmo_edge.data.catalog import fetch_pictures
 
     manifest = fetch_pictures(sets, data, jobs=jobs, retry_failed=retry_failed, progress=_Progress())

@@ -1,4 +1,4 @@
-"""Options that the commands of `molmo-edge train` share, and the recipe that they make of a stage's."""
+"""Options that the commands of `molmo-edge train` share, and how they change a stage's recipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class TrainError(MolmoEdgeError):
-    """Options that make no run."""
+    """Options from which a run cannot start."""
 
 
 _PARTS = '"connector", "vision", "decoder", separated by commas.'
-_STATES = "Precision of AdamW's states: 8 bit (bitsandbytes) take a quarter of the memory."
+_STATES = "Precision of the AdamW states; 8bit (bitsandbytes) takes a quarter of the memory."
 Start = Annotated[str, typer.Option("--from", help="Checkpoint directory or hub id to start from.", show_default=False)]
 Out = Annotated[
     Path, typer.Option(help="Directory of the run: log, checkpoints and, at the end, model/.", show_default=False)
@@ -37,7 +37,7 @@ class RunOptions:
     steps: Annotated[int | None, typer.Option(min=1, help="Total steps. Default: the stage's.")] = None
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences per step, over all ranks.")] = None
     micro: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per forward pass on each rank: as many as fit in memory.")
+        int | None, typer.Option(min=1, help="Micro-batch size: sequences per forward pass on each rank.")
     ] = None
     sequence: Annotated[
         int | None, typer.Option(min=64, help="Maximum length of a sequence in tokens, image included.")
@@ -63,7 +63,7 @@ class RunOptions:
 
         frozen = names(freeze)
         if unknown := [part for part in frozen if part not in PARTS]:
-            raise typer.BadParameter(f"--freeze takes {_PARTS} Not {', '.join(unknown)}")
+            raise typer.BadParameter(f"{', '.join(unknown)} cannot be frozen. --freeze takes {_PARTS}")
         peaks = _peaks(self.rates or "")
         shorter = min(1.0, (self.steps or recipe.steps) / recipe.steps)  # warm-ups keep their share of a run
         parts: dict[str, Any] = {}
@@ -94,8 +94,8 @@ def starting_checkpoint(start: str, out: Path) -> Path:
     directory = find_model(start, revision=None, quiet=False)
     if is_bundle(directory):
         raise TrainError(
-            f"{start} is a bundle, but training starts from a checkpoint: molmo-edge export {start} --engine torch "
-            "--out DIR makes one of it"
+            f"{start} is a bundle, but training starts from a checkpoint: convert it with "
+            f"`molmo-edge export {start} --engine torch --out DIR`"
         )
     if out.resolve() == directory.resolve():
         raise TrainError(f"--out {out} is the checkpoint itself: choose another directory for the run")

@@ -22,12 +22,14 @@ class AdapterOptions:
 
     base: Annotated[
         Literal["auto", "fp32", "bf16", "nf4"],
-        typer.Option(help="Precision of the frozen weights: nf4 takes a third of bf16's memory (QLoRA)."),
+        typer.Option(help="Precision of the frozen weights; nf4 (QLoRA) takes a third of the memory of bf16."),
     ] = "auto"
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16
     expert_rank: Annotated[int, typer.Option(min=1, help="Rank of each expert's adapters.")] = 4
     targets: Annotated[str, typer.Option(help=_TARGETS)] = "attention,ffn,experts"
-    whole: Annotated[str, typer.Option(help='Parts trained as a whole: "connector", "vision", or none.')] = "connector"
+    whole: Annotated[
+        str, typer.Option(help='Parts trained in full, without adapters: "connector", "vision", or "" for none.')
+    ] = "connector"
     merge_dtype: Annotated[
         Literal["keep", "fp32", "bf16", "fp16"],
         typer.Option(help="Data type of the merged model; keep: that of each tensor of the checkpoint."),
@@ -39,10 +41,14 @@ class FolderOptions:
     """How the folder's points become questions."""
 
     complete: Annotated[
-        bool, typer.Option("--complete", help="Annotations are exhaustive: also train on absent labels.")
+        bool, typer.Option("--complete", help="Annotations are exhaustive: train also on labels that a picture lacks.")
     ] = False
-    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the pictures held out.")] = 0.1
-    annotations: Annotated[int, typer.Option(min=1, help="Maximum number of questions packed with a picture.")] = 8
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the pictures held out for validation.")
+    ] = 0.1
+    annotations: Annotated[
+        int, typer.Option(min=1, help="Maximum number of questions in one sequence with a picture.")
+    ] = 8
 
 
 def points(
@@ -55,7 +61,7 @@ def points(
     run: options.RunOptions,
     device: options.Device = "auto",
 ) -> None:
-    """Train a checkpoint on your own points: adapters on one card (LoRA), merged into a model that can be exported."""
+    """Train LoRA adapters for a checkpoint on your own points on one GPU, and merge them into a model for export."""
     from molmo_edge.data.points_folder import PointsError, open_points
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.adapters import MERGED_IN, LoraTrainer
@@ -81,7 +87,7 @@ def points(
                 note=left_out.append,
             )
     except PointsError:
-        for each in left_out:  # what was skipped may be why nothing is left
+        for each in left_out:  # the skipped annotations may explain the error
             note(each)
         raise
     directory = options.starting_checkpoint(start, out)
@@ -90,7 +96,7 @@ def points(
         if here.first:
             for each in left_out:
                 note(each)
-            note(f"{counted(len(train), 'picture')} to train on, {len(held_back)} to validate with")
+            note(f"{counted(len(train), 'picture')} for training, {len(held_back)} for validation")
             note(f"{counted(recipe.steps, 'step')} of {counted(recipe.batch, 'sequence')}")
         model = build_adapted(directory, recipe, here, lora, adapters.base)
         data = Data([train], [1.0], [held_back] if len(held_back) else ())
@@ -102,4 +108,4 @@ def points(
             note(f"{counted(trainer.step, 'step')} done: nothing is left to train")
         written = trainer.train()
         if here.first:
-            note(f"the model is in {written}, its adapters alone beside it: ask it, or export it")
+            note(f"wrote the merged model to {written} and the adapters next to it")

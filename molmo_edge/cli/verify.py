@@ -35,7 +35,7 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check that a bundle is intact and answers as it should."""
+    """Check that a bundle is intact and reproduces its recorded answer."""
     directory = find_model(bundle, revision=revision, quiet=quiet)
     with progress("checking hashes and asking the bundle's question", quiet=quiet):
         from molmo_edge.selfcheck import check_bundle
