@@ -113,7 +113,7 @@ def export_bundle(
     if config.point_head is not None and engine == "gguf":
         raise ExportError("the GGUF of a MolmoPoint would lose its grounding tokens: export it to ONNX")
     if plan.calibration is not None and config.decoder.bidirectional_images:
-        raise ExportError("a calibration does not support bidirectional attention among image tokens: leave it out")
+        raise ExportError("calibrate does not support bidirectional attention of image tokens: leave calibrate out")
     check = check or _check_of(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, plan, measure=measure)) as scratch:
@@ -269,9 +269,9 @@ class _BundleExport:
 
 def _check_mmproj(config: MolmoConfig) -> None:
     if config.conv_tower is not None or config.extra_vision:
-        raise ExportError("an mmproj holds one vision tower, and this model has several: leave mmproj out")
+        raise ExportError("mmproj supports one vision tower, but this model has several: leave mmproj out")
     if config.vision.image_model_type == "siglip" or config.image.pools_across_crops or not config.pad_embed:
-        raise ExportError("an mmproj holds the vision tower and the connector of Molmo v1: leave mmproj out")
+        raise ExportError("mmproj supports only the vision tower and the connector of Molmo v1: leave mmproj out")
 
 
 def _weight_errors(graph: Graph) -> dict[str, tuple[float, float]]:

@@ -48,7 +48,9 @@ class BundleTensors:
         self._blocks: dict[str, tuple[int, int]] = {}  # matrix in blocks -> bits, and inputs without padding
         for component in (*GRAPHS, *([POINT_HEAD] if self.config.point_head else [])):
             if bundle.components[component].engine != "onnx":
-                raise ExportError(f"{directory}: the weights of {component} cannot be read back from a GGUF")
+                raise ExportError(
+                    f"{directory}: the weights of {component} cannot be read back from a GGUF: use the checkpoint"
+                )
             graph = onnx.load(str(Path(directory) / bundle.components[component].file)).graph
             self._arrays |= {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
             for node in graph.node:

@@ -86,11 +86,11 @@ def export_with_optimum(
             "DIRECTORY` writes the checkpoint in hub layout"
         )
     if config.conv_tower is not None:
-        raise ExportError(f"{checkpoint} has a convolutional tower, which export_bundle writes and optimum does not")
+        raise ExportError(f"optimum cannot export the convolutional tower of {checkpoint}: use export_bundle")
     if config.extra_vision or config.image.pools_across_crops or config.decoder.bidirectional_images:
         raise ExportError(
-            f"{checkpoint} has several ViTs, pooling across crops or bidirectional images, which export_bundle writes "
-            "and optimum does not"
+            f"{checkpoint} has several ViTs, pooling across crops or bidirectional images, which optimum cannot "
+            "export: use export_bundle"
         )
     tensors = open_tensors(checkpoint)
     check_tensors(config, tensors, where=checkpoint)

@@ -97,23 +97,26 @@ def check_options(options: ExportOptions) -> ExportPlan:
     if options.engine == "gguf":
         return _gguf_plan(options, precision, target)
     if options.mmproj:
-        raise ExportError("an mmproj is a GGUF: it needs the engine gguf")
+        raise ExportError("mmproj writes a GGUF: choose the engine gguf, or leave mmproj out")
     plain = frozenset(GRAPHS) if options.plain else target.plain if target else frozenset()
     if isinstance(options.precision, str) and options.precision.lower() == "int8" and "connector" in plain:
         precision["connector"] = "int8"  # its default, q8, needs blocks, which standard ONNX does not have
     _check_plain(plain, precision)
     if parts and ("decoder" in plain or ONNX_PRECISIONS[precision["decoder"]].half):
         raise ExportError(
-            "the parts of a decoder cannot be chosen one by one in standard ONNX operators, nor in float16"
+            "the parts of a decoder have one common precision in standard ONNX operators and in float16: leave "
+            f"{', '.join(parts)} out"
         )
     formats = [format_ for name in precision.values() for format_ in ONNX_PRECISIONS[name].formats.values()]
     if (options.block or options.asymmetric) and "q4" not in (*formats, *parts.values()):
-        raise ExportError("blocks and zero points are for four-bit weights: q4, mixed or q4f16")
+        raise ExportError("block and asymmetric apply to 4-bit weights: choose q4, mixed or q4f16, or leave them out")
     if options.calibrate is not None:
         decoder = precision["decoder"]
         formats = [*ONNX_PRECISIONS[decoder].formats.values(), *parts.values()]
         if not {"q4", "int8"} & set(formats):
-            raise ExportError(f"a calibration is for a decoder in q4, mixed, q4f16 or int8, not in {decoder}")
+            raise ExportError(
+                f"calibrate applies to a decoder in q4, mixed, q4f16 or int8, not in {decoder}: leave calibrate out"
+            )
     int4 = Int4(options.block, options.asymmetric)
     return ExportPlan("onnx", precision, target, plain, int4, _prompts(options), parts=parts)
 
@@ -122,10 +125,10 @@ def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target
     plain = frozenset(GRAPHS) - {"decoder"} if options.plain else target.plain if target else frozenset()
     _check_plain(plain, precision)
     if options.block or options.asymmetric:
-        raise ExportError("blocks and zero points are for four-bit weights in ONNX: llama.cpp's types define their own")
+        raise ExportError("block and asymmetric apply to ONNX only: leave them out (llama.cpp's types fix both)")
     if options.calibrate is not None and precision["decoder"] not in GGUF_CALIBRATED:
         raise ExportError(
-            f"llama.cpp makes {precision['decoder']} without a calibration: leave it out, or choose one of "
+            f"llama.cpp uses no calibration for {precision['decoder']}: leave calibrate out, or choose one of "
             f"{', '.join(GGUF_CALIBRATED)}"
         )
     from molmo_edge.runtimes.llama_library import install_command, load_library
@@ -173,7 +176,7 @@ def _resolve_precision(
     named = {component: name.lower() for component, name in given.items()}
     parts = {part: named.pop(part) for part in PARTS if part in named}
     if parts and gguf:
-        raise ExportError(f"{next(iter(parts))} cannot be chosen in a GGUF: llama.cpp's types decide about the parts")
+        raise ExportError(f"the precision of {next(iter(parts))} cannot be chosen in a GGUF: leave it out")
     for component in named:
         _check_name("component", component, (*GRAPHS, *PARTS))
     for component, name in named.items():
@@ -192,7 +195,7 @@ def _prompts(options: ExportOptions) -> list[Prompt] | None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ExportError(f"a calibration runs on PyTorch: {pip_command('torch')}") from None
+        raise ExportError(f"calibrate needs PyTorch: {pip_command('torch')}") from None
     try:
         return find_prompts(options.calibrate)
     except QuantizeError as error:

@@ -47,7 +47,7 @@ def export_checkpoint(
     checkpoint, out = Path(checkpoint), Path(out)
     check_checkpoint_options(out, precision)
     if shard_bytes <= 0:
-        raise ExportError(f"a shard of {shard_bytes} bytes is not possible: shard_bytes must be positive")
+        raise ExportError(f"shard_bytes must be positive, not {shard_bytes}")
     dtype = SAFETENSORS_PRECISIONS[precision]
     config, tensors = open_source(checkpoint)
     Tokenizer.from_file(checkpoint / TOKENIZER)

@@ -43,7 +43,7 @@ def staged(out: Path, needed: int, *, free: Free = free_bytes) -> Iterator[Path]
 
 def publish(result: Path, out: Path) -> None:
     """Move `result` to `out`. Raises ExportError if `out` exists by now."""
-    taken = f"{out} was made by another process while this export ran and is left unchanged: choose another directory"
+    taken = f"another process created {out} during this export, so it is left unchanged: choose another directory"
     if out.exists():  # a rename would replace an empty directory
         raise ExportError(taken)
     try:

@@ -38,32 +38,32 @@ TARGETS = {
             "cpu",
             _MIXED,
             frozenset(),
-            "as for x86: on an emulated processor ids differ as rarely as they do on x86 when rounding does; its speed "
-            "was not measured",
+            "as for x86; on an emulated processor token ids differ as rarely as between x86 processors; speed not "
+            "measured",
         ),
         Target(
             "cuda",
             "cuda",
             _Q4F16,
             frozenset(),
-            "float16 products, which CUDA's attention and experts ask for, four-bit weights for the decoder, which "
-            "reads each of them for every token; not measured on a GPU",
+            "float16 products, which the CUDA kernels of attention and experts require; 4-bit weights for the decoder, "
+            "whose speed is limited by reading them for every token; not measured on a GPU",
         ),
         Target(
             "tensorrt",
             "tensorrt",
             _Q4F16,
             _ENCODERS,
-            "TensorRT knows ONNX's own operators alone: the vision tower and the connector are made of them, the "
-            "decoder runs through CUDA; not measured on a GPU",
+            "TensorRT supports only standard ONNX operators: the vision tower and the connector use these, and the "
+            "decoder runs on CUDA; not measured on a GPU",
         ),
         Target(
             "coreml",
             "coreml",
             dict(zip(GRAPHS, ("fp16", "fp16", "int8", "mixed"), strict=True)),
             _ENCODERS,
-            "Core ML has no attention with a cache and no four-bit products: it gets the vision tower and the "
-            "connector in ONNX's own operators, the CPU the decoder; not measured on a Mac",
+            "Core ML supports neither attention with a cache nor 4-bit products: it runs the vision tower and the "
+            "connector in standard ONNX operators, and the CPU runs the decoder; not measured on a Mac",
         ),
     )
 }

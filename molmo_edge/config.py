@@ -120,7 +120,7 @@ class ImageConfig:
             raise ConfigError(f"pool {self.pool} is larger than a crop of {self.patches} x {self.patches} patches")
         if left + right >= self.patches:
             raise ConfigError(
-                f"overlap_margins {self.overlap_margins} leave nothing of a crop of {self.patches} patches"
+                f"overlap_margins {self.overlap_margins} must sum to less than the {self.patches} patches of a crop"
             )
         if self.overview % OVERVIEW_UNIT:
             raise ConfigError(
@@ -195,7 +195,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check(self)
         if not self.layers or not all(-self.n_layers <= layer < self.n_layers for layer in self.layers):
-            raise ConfigError(f"vision layers {self.layers} are not all among the ViT's {self.n_layers}")
+            raise ConfigError(f"vision layers {self.layers} must be indices of the ViT's {self.n_layers} layers")
         if self.d_model % self.n_heads:
             raise ConfigError(f"vision d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         _check_word("vision type", self.image_model_type, _VITS)
@@ -304,7 +304,7 @@ class DecoderConfig:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if bool(self.n_experts) != bool(self.top_k) or self.top_k > self.n_experts:
-            raise ConfigError(f"top_k {self.top_k} does not fit n_experts {self.n_experts}")
+            raise ConfigError(f"top_k {self.top_k} must be 1 to n_experts {self.n_experts}, or both 0")
 
     @property
     def head_dim(self) -> int:
@@ -368,7 +368,7 @@ class MolmoConfig:
     def __post_init__(self) -> None:
         _check(self)
         if bool(self.conv_tower) != bool(self.image.overview):
-            raise ConfigError("conv_tower and image.overview go together: the tower sees the overview")
+            raise ConfigError("conv_tower and image.overview must be set together: the tower takes the overview")
         for vit in self.vits:
             patches, class_token = self.image.patches**2, " and a class token" if vit.parts.class_token else ""
             if vit.n_patches != patches:

@@ -71,7 +71,7 @@ def test_parts_override_the_precision_of_the_decoder(tmp_path: Path) -> None:
         ({"head": "fp16"}, {}, "'fp16' is not a supported precision for head"),
         ({"decoder": "q4f16", "head": "q8"}, {}, "nor in float16"),
         ({"head": "int8"}, {"plain": True}, "in standard ONNX operators"),
-        ({"head": "q8"}, {"calibrate": GOLDEN}, "a calibration is for a decoder in q4"),
+        ({"head": "q8"}, {"calibrate": GOLDEN}, "calibrate applies to a decoder in q4"),
     ],
 )
 def test_unsupported_precisions_of_parts_are_refused(
@@ -109,7 +109,7 @@ def test_search_within_a_size_takes_the_cheapest_parts_first(bench: Bench, parts
     assert less < found.bytes <= some
     assert found.kl > 0
     assert found.kl < search(bench, parts, max_bytes=less).kl
-    with pytest.raises(ExportError, match="nothing fits"):
+    with pytest.raises(ExportError, match="no precisions fit into"):
         search(bench, parts, max_bytes=whole // 100)
 
 

@@ -53,7 +53,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 
 
 def test_tower_and_overview_go_together() -> None:
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="must be set together"):
         dataclasses.replace(CONFIG, conv_tower=None)
     with pytest.raises(ConfigError, match="multiple of 32"):
         dataclasses.replace(CONFIG.image, overview=100)

@@ -253,7 +253,7 @@ def test_pages_instead_of_pictures_are_missing(
     site: Site, tmp_path: Path, body: bytes, says: str, sha256: str | None
 ) -> None:
     site.answers["/1"] = [Answer(200, body, {"Content-Type": "image/png"})]
-    with pytest.raises(FetchError, match=f"/1 gives {says} instead of a picture"):
+    with pytest.raises(FetchError, match=f"/1 returns {says} instead of a picture"):
         fetch_image(f"{site.url}/1", sha256, tmp_path)
     assert not list(tmp_path.iterdir())
     manifest = fetch_images([(f"{site.url}/1", sha256)], tmp_path)
@@ -292,7 +292,7 @@ def test_known_placeholders_are_missing(site: Site, tmp_path: Path, monkeypatch:
 
 def test_another_picture_is_still_another_picture(site: Site, tmp_path: Path) -> None:
     site.answers["/1"] = [Answer(200, picture(9))]
-    with pytest.raises(OtherFileError, match="gives another file than expected"):
+    with pytest.raises(OtherFileError, match="returns a different file than expected"):
         fetch_image(f"{site.url}/1", SHA, tmp_path)
     site.answers["/2"] = [Answer(503, b"")]
     with pytest.raises(NoAnswerError) as caught:

@@ -70,7 +70,7 @@ class TestExport:
         ):
             with pytest.raises(ExportError, match=message):
                 export_bundle(GOLDEN / "molmoe", tmp_path / "no", engine="gguf", **options)  # type: ignore[arg-type]
-        with pytest.raises(ExportError, match="needs the engine gguf"):
+        with pytest.raises(ExportError, match="choose the engine gguf"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "no", mmproj=True)
         with pytest.raises(ExportError, match="q4_k_m' is not a supported precision for onnx"):
             export_bundle(GOLDEN / "molmoe", tmp_path / "no", "q4_k_m")
@@ -267,5 +267,5 @@ class TestForeign:
         vocab = vocab[:i] + swap[first] + vocab[i + len(first) : j] + swap[second] + vocab[j + len(second) :]
         other, config = Tokenizer(head + vocab), read_config(checkpoint)
         write_decoder(tmp_path / "other.gguf", other, config, open_tensors(checkpoint), "f32", "other")
-        with pytest.raises(BundleError, match="has another tokenizer: token"):
+        with pytest.raises(BundleError, match="its tokenizer differs: token"):
             open_runtime(swapped((tmp_path / "other.gguf").read_bytes()))

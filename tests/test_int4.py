@@ -267,8 +267,8 @@ def test_other_blocks_and_zero_points(architecture: str, options: dict[str, Any]
     ("options", "message"),
     [
         ({"precision": "q4", "block": 48}, "a block of 48 weights is not supported .supported: 32, 64, 128"),
-        ({"precision": "int8", "block": 64}, "four-bit weights"),
-        ({"precision": {"vision_encoder": "q4"}, "calibrate": "."}, "for a decoder in .*, not in fp32"),
+        ({"precision": "int8", "block": 64}, "4-bit weights"),
+        ({"precision": {"vision_encoder": "q4"}, "calibrate": "."}, "to a decoder in .*, not in fp32"),
         ({"precision": "q4", "calibrate": "no/such"}, "is not a folder"),
     ],
 )

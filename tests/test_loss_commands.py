@@ -47,7 +47,7 @@ def test_eval_writes_answers_and_results(cli: Cli, photos: Path, tmp_path: Path)
     assert found["results"][f"photos:{photos}"]["read/receipts"]["anls"]["n"] == 3
     status, _, stderr = cli(*[*arguments[:-3], 1, "--out", out])
     assert status == 1
-    assert "another run (max_crops: 0 there, 1 here)" in stderr
+    assert "another run (max_crops: 0 in the folder, 1 now)" in stderr
 
 
 def test_eval_runs_in_shards(cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

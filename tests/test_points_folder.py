@@ -372,7 +372,7 @@ def test_a_folder_says_it_in_one_way(folder: Path) -> None:
     write_csv(folder)
     (folder / "settings.json").write_text("[1]")  # of another program
     assert len(open_points(folder)[0]) == 2
-    with pytest.raises(PointsError, match="a share below 1"):
+    with pytest.raises(PointsError, match="at least 0 and below 1, not"):
         open_points(folder, validation=1)
     write_labelme(folder)
     with pytest.raises(PointsError, match=r"in several formats, points\.csv, LabelMe's a\.json: keep one of them"):

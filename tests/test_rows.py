@@ -226,7 +226,7 @@ def test_a_picture_is_fetched_once_and_kept(web: Web, tmp_path: Path) -> None:
 
 def test_another_picture_than_once_is_refused(web: Web, tmp_path: Path) -> None:
     web.answers["/1"] = [(200, b"a placeholder")]
-    with pytest.raises(FetchError, match=rf"/1 gives another file than expected: its SHA-256 is not {SHA}"):
+    with pytest.raises(FetchError, match=rf"/1 returns a different file than expected: its SHA-256 is not {SHA}"):
         fetch_image(f"{web.url}/1", SHA, tmp_path)
     assert len(web.asked) == 1
     assert not list(tmp_path.iterdir())

@@ -120,7 +120,9 @@ def test_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
     claim_folder(tmp_path, {"model": "a", "limit": 3})  # nothing was asked yet
     (tmp_path / "suite.part-1-of-1.jsonl").write_text("")
     claim_folder(tmp_path, {"model": "a", "limit": 3})
-    with pytest.raises(RunError, match=r"another run \(limit: 3 there, 4 here, model: 'a' there, 'b' here\)"):
+    with pytest.raises(
+        RunError, match=r"another run \(limit: 3 in the folder, 4 now, model: 'a' in the folder, 'b' now\)"
+    ):
         claim_folder(tmp_path, {"model": "b", "limit": 4})
     (tmp_path / "run.json").unlink()
     with pytest.raises(RunError, match=r"no valid run\.json"):

@@ -54,7 +54,7 @@ def test_multitask_on_drawn_pictures(
     assert command("train", "multitask", *options) == 0
     said = capsys.readouterr()
     assert "step 3/3" in said.out
-    assert "without pixmo_ask_model_anything" in said.err
+    assert "data sets left out: pixmo_ask_model_anything" in said.err
     lines = log(run)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     last = lines[-2]
@@ -109,7 +109,7 @@ def test_it_says_what_is_wrong(small_molmoe: Path, data: Path, tmp_path: Path, c
     assert "has none of the stage's data sets" in complaint(1, "--data", tmp_path)
     assert "unknown data sets: vqa9" in complaint(1, "--sets", "pixmo_cap,vqa9")
     assert "has no copies of pixmo_cap" in complaint(1, "--sets", "pixmo_cap,pixmo_points")
-    assert 'preset "molmo-9b"' in complaint(2, "--preset", "molmo-9b")
+    assert '"molmo-9b" is not a known preset' in complaint(2, "--preset", "molmo-9b")
     assert "--rates takes connector=NUMBER" in complaint(2, "--rates", "decoder=fast")
     assert "--freeze takes" in complaint(2, "--freeze", "head")
     assert "not a multiple of 1 ranks x 3" in complaint(1, "--micro", "3")
@@ -205,7 +205,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(small_molmoe: Path, data: Path,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "stopped by a signal, with a checkpoint" in out
+    assert "stopped by a signal after saving a checkpoint" in out
     (checkpoint,) = (run / "checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert log(run)[-1]["step"] == stopped < 400

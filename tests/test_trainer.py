@@ -169,7 +169,7 @@ def test_sigterm_through_torchrun_leaves_a_checkpoint(small_molmoe: Path, tmp_pa
         time.sleep(0.1)
     process.terminate()
     out, _ = process.communicate(timeout=100)
-    assert "stopped by a signal, with a checkpoint" in out, out
+    assert "stopped by a signal after saving a checkpoint" in out, out
     stopped = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert (tmp_path / "checkpoints" / f"step-{stopped:08}").is_dir()
 

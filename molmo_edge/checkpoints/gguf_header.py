@@ -103,7 +103,7 @@ def _check_tokens(path: Path, metadata: dict[str, Any], d: DecoderConfig, tokeni
         raise _foreign(path, f"its tokenizer has {len(tokens)} tokens, this model has {d.embedding_size}")
     for i, (found, wanted) in enumerate(zip(tokens, token_names(tokenizer, d), strict=True)):
         if found != wanted:
-            raise _foreign(path, f"it has another tokenizer: token {i} is {found!r}, this model's is {wanted!r}")
+            raise _foreign(path, f"its tokenizer differs: token {i} is {found!r}, this model's is {wanted!r}")
     for key in ("bos_token_id", "eos_token_id"):
         if (found := metadata.get(f"tokenizer.ggml.{key}")) != tokenizer.special.eos:
             raise _foreign(path, f"its {key} is {found}, this tokenizer's is {tokenizer.special.eos}")

@@ -199,7 +199,7 @@ class Manifest:
         """Read a manifest from its JSON object.
 
         Raises BundleError for another format or a newer version, an incomplete or malformed manifest, and content
-        that does not have the hash that it says; the messages do not name the file.
+        that does not match its hash; the messages do not name the file.
         """
         _check_format(content)
         try:
@@ -207,12 +207,12 @@ class Manifest:
         except ConfigError as error:
             raise BundleError(str(error)) from None
         except KeyError as error:
-            raise BundleError(f"no {error.args[0]!r}: the manifest is incomplete") from None
+            raise BundleError(f"the manifest is incomplete: {error.args[0]!r} is missing") from None
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise BundleError(f"malformed manifest: {error}") from None
         missing = [name for name in (*GRAPHS, "tokenizer") if name not in manifest.components]
         if missing:
-            raise BundleError(f"no component {', '.join(missing)}: the manifest is incomplete")
+            raise BundleError(f"the manifest is incomplete: it lacks the component {', '.join(missing)}")
         if (file := manifest.components["tokenizer"].file) != TOKENIZER:
             raise BundleError(f"the tokenizer's file must be {TOKENIZER}, got {file}")
         hashed = content.get(HASH)
@@ -220,7 +220,7 @@ class Manifest:
         required = hashed is not None or (manifest.check is not None and manifest.check.sums is not None)
         if required and hashed != content_sha256(content):
             raise BundleError(
-                "the manifest was changed after it was written: its content does not have the sha256 that it says. "
+                "the manifest was changed after it was written: its content does not match its sha256. "
                 "Restore it, or fetch or export the bundle again"
             )
         return manifest

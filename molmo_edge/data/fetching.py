@@ -88,13 +88,13 @@ def _check_contents(url: str, data: bytes, came_from: str, sha256: str | None) -
     if whose is None and came_from != url and _PLACEHOLDER_URLS.search(came_from):
         whose = "its host's"
     if whose is not None:
-        raise FetchError(f"{url} gives {whose} placeholder for a deleted picture")
+        raise FetchError(f"{url} returns {whose} placeholder for a deleted picture")
     if found == sha256:
         return
     if kind := kind_of_contents(data[:HEAD]):
-        raise FetchError(f"{url} gives {kind} instead of a picture")
+        raise FetchError(f"{url} returns {kind} instead of a picture")
     if sha256 is not None:
-        raise OtherFileError(f"{url} gives another file than expected: its SHA-256 is not {sha256}")
+        raise OtherFileError(f"{url} returns a different file than expected: its SHA-256 is not {sha256}")
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

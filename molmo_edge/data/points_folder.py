@@ -105,7 +105,8 @@ def open_points(
         raise PointsError(f"there is no folder {folder}: check the path")
     if not 0 <= validation < 1 or max_annotations < 1:
         raise PointsError(
-            f"validation is {validation} and max_annotations {max_annotations}: use a share below 1 and 1 or more"
+            f"validation must be at least 0 and below 1, not {validation}, and max_annotations at least 1, not "
+            f"{max_annotations}"
         )
     records, found = Records(folder), _formats(folder)
     if len(found) > 1:

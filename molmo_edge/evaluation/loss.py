@@ -254,10 +254,10 @@ def _break_down(
 def check_comparable(reference: Path, candidate: Path) -> None:
     """Raise LossError if the models differ in tokenizer, crops or decoder size, so that prompts would differ."""
     if load_tokenizer(reference).definition != load_tokenizer(candidate).definition:
-        raise LossError(f"{candidate} has another tokenizer than {reference}: their answers cannot be compared")
+        raise LossError(f"{candidate} and {reference} have different tokenizers: their answers cannot be compared")
     a, b = _config(reference), _config(candidate)
     if a.image != b.image:
-        raise LossError(f"{candidate} crops images differently from {reference}: their answers cannot be compared")
+        raise LossError(f"{candidate} and {reference} crop images differently: their answers cannot be compared")
     if (a.decoder.n_experts, a.decoder.n_layers) != (b.decoder.n_experts, b.decoder.n_layers):
         raise LossError(f"{candidate} is not a smaller form of {reference}: their decoders differ in layers or experts")
 

@@ -103,10 +103,10 @@ def search(
                     return _measure(bench, choice, files, on_try)
                 _delete(bench, files)
         smallest = (_float32_bytes(bench) - path[-1].saved) / 1e6
-        raise ExportError(f"nothing fits {max_bytes / 1e6:.1f} MB: the smallest choice takes {smallest:.1f} MB")
+        raise ExportError(f"no precisions fit into {max_bytes / 1e6:.1f} MB: the smallest take {smallest:.1f} MB")
     assert max_kl is not None
     if len(path) == 1:
-        raise ExportError("none of these precisions makes the model smaller: keep it as it is")
+        raise ExportError("none of these precisions makes the model smaller: keep the model unchanged")
     low, high = 1, len(path) - 1  # the loss grows along the path
     best = nearest = None
     while low <= high:
@@ -120,7 +120,7 @@ def search(
         assert nearest is not None
         raise ExportError(
             f"even {_describe(nearest.choice)} alone loses {nearest.kl:.2g} nats per token, more than {max_kl:g}: keep "
-            "the model as it is, or allow a larger loss"
+            "the model unchanged, or allow a larger loss"
         )
     return best
 

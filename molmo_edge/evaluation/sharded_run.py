@@ -69,7 +69,7 @@ def claim_folder(folder: Path, what: Line) -> None:
         mine.unlink(missing_ok=True)
     if before != json.loads(text):
         changed = sorted(key for key in {*before, *what} if before.get(key) != what.get(key))
-        differences = ", ".join(f"{key}: {before.get(key)!r} there, {what.get(key)!r} here" for key in changed)
+        differences = ", ".join(f"{key}: {before.get(key)!r} in the folder, {what.get(key)!r} now" for key in changed)
         raise RunError(f"{folder} holds another run ({differences}): choose another folder or remove this one")
 
 

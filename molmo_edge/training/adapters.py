@@ -75,10 +75,12 @@ class AdaptersFile:
     def check(self, config: MolmoConfig, source: TensorSource, where: str | Path) -> None:
         """Raise LoraError if they belong to another checkpoint or are incomplete."""
         if self.base != base_identity(config, source):
-            raise LoraError(f"the adapters {self.path} were trained for another checkpoint than {where}")
+            raise LoraError(
+                f"the adapters {self.path} were trained for a different checkpoint than {where}: use that checkpoint"
+            )
         names = [f"{adapter_name(n)}.{leaf}" for n in adapted(config, self.lora) for leaf in "ab"]
         if self.names != {*names, *trained_whole(config, self.lora)}:
-            raise LoraError(f"{self.path} holds other adapters than its header says: it was damaged")
+            raise LoraError(f"{self.path} is damaged: its adapters do not match its header")
 
     def get(self, name: str) -> Tensor:
         with safe_open(self.path, "pt") as file:

@@ -47,8 +47,8 @@ class Guard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= self.patience:
             raise DivergedError(
-                f"{self.in_a_row} steps in a row were skipped, the last one because {reason}: go back to a checkpoint "
-                "and lower the learning rates"
+                f"{self.in_a_row} steps in a row were skipped, the last one because {reason}: resume from an "
+                "earlier checkpoint with lower learning rates"
             )
         return reason
 

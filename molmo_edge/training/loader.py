@@ -78,7 +78,7 @@ class Samples(Dataset[Any]):
                 raise
             except MolmoEdgeError as error:
                 failures.append(f"{data.name} {index}: {error}")
-        raise DataError(f"{_TRIES} examples in a row cannot be used, the last is {failures[-1]}")
+        raise DataError(f"{_TRIES} examples in a row cannot be used. The last one: {failures[-1]}")
 
 
 class MicroBatches(Sampler[list[Draw]]):

@@ -131,7 +131,7 @@ def read_tower(directory: Path) -> VisionConfig:
     else:
         kind = str(raw.get("model_type"))
     if kind not in ("clip_vision_model", "dinov2") or raw.get("use_swiglu_ffn"):
-        raise BaseError(f'{path} describes a "{kind}"; towers that are known are CLIP\'s, and DINOv2 without SwiGLU')
+        raise BaseError(f'{path}: "{kind}" is not a supported tower (supported: CLIP, and DINOv2 without SwiGLU)')
     clip = kind == "clip_vision_model"
     width, size = raw.get("hidden_size", 768), raw.get("image_size", 224)  # what is left out is transformers' default
     patch = raw.get("patch_size", 32 if clip else 14)
@@ -197,7 +197,7 @@ def _root(base: TensorSource, anchor: str) -> str:
     roots = [name.removesuffix(anchor) for name in base.names() if name == anchor or name.endswith(f".{anchor}")]
     if len(roots) != 1:
         where = base.file(base.names()[0]).parent if base.names() else "the base"
-        raise CheckpointError(f"{where} has {len(roots)} tensors called {anchor}, but one tells where the others are")
+        raise CheckpointError(f"{where} has {len(roots)} tensors called {anchor}, expected 1, whose prefix all share")
     return roots[0]
 
 
@@ -209,7 +209,7 @@ def _decoder(config: MolmoConfig, base: TensorSource, tied: bool) -> _Named:
         rows = base.shape(name)[0] if name in base.names() else d.embedding_size
         if rows > d.embedding_size:
             raise CheckpointError(
-                f"{base.file(name)}: {name} has {rows} rows, but the Molmo's embedding only {d.embedding_size}"
+                f"{base.file(name)}: {name} has {rows} rows, more than the {d.embedding_size} of the Molmo's embedding"
             )
         return Recipe(base, ((name, (rows, width)),), std=0.02)
 
@@ -277,7 +277,7 @@ def _positions(v: VisionConfig, base: TensorSource, name: str, before: Shape) ->
     count = base.shape(name)[-2] if name in base.names() and len(base.shape(name)) > 1 else v.n_pos
     if round((count - 1) ** 0.5) ** 2 != count - 1:
         raise CheckpointError(
-            f"{base.file(name)}: {name} has {count} positions, not those of a square and a class token"
+            f"{base.file(name)}: {name} has {count} positions, expected a square number plus a class token"
         )
     shape = (*before, count, v.d_model)
     return Recipe(base, ((name, shape),), lambda values: _on_grid(values.reshape(count, v.d_model), v.n_pos))

@@ -128,7 +128,7 @@ def _choose(preset: str | MolmoConfig, decoder: Path, tower: Path) -> tuple[Molm
         if config.vision.image_model_type != eyes.image_model_type:
             config = _with_tower(config.image, eyes, config.decoder, config.projector_dim)
     else:
-        raise ConfigError(f'there is no preset "{preset}"; known are {", ".join((*PRESETS, AUTO))}')
+        raise ConfigError(f'"{preset}" is not a known preset (known: {", ".join((*PRESETS, AUTO))})')
     asked = f'the preset "{preset}"' if isinstance(preset, str) else "this configuration"
     _check_base(config.decoder, text, decoder, asked)
     _check_base(config.vision, eyes, tower, asked)
@@ -155,8 +155,8 @@ def _check_base(
     if isinstance(ours, DecoderConfig) and ours.weight_tying and not getattr(theirs, "weight_tying", False):
         differ["weight_tying"] = (False, True)
     if differ:
-        told = ", ".join(f"{name} {a} (not {b})" for name, (a, b) in differ.items())
-        raise BaseError(f"{directory} is not a base of {asked}: it has {told}")
+        told = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in differ.items())
+        raise BaseError(f"{directory} does not match {asked}: it has {told}")
 
 
 def _with_tower(image: ImageConfig, tower: VisionConfig, decoder: DecoderConfig, projector_dim: int) -> MolmoConfig:
@@ -214,7 +214,9 @@ def plan_base(config: MolmoConfig, decoder: Path, tower: Path, *, tied: bool = F
         _check_parts(where, base, parts)
         for name in base.names():
             if name not in parts and not is_left_out(name, config.vision, tied=tied):
-                raise CheckpointError(f"{base.file(name)}: tensor {name} has no place in a Molmo and would be lost")
+                raise CheckpointError(
+                    f"{base.file(name)}: tensor {name} is not a parameter of a Molmo and would be lost"
+                )
     for name, recipe in plan.items():
         rows = sum(shape[0] for _, shape in recipe.parts)
         if recipe.change is None and recipe.std is None and rows != shapes[name][0]:

@@ -29,7 +29,7 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.number:
             raise KeyboardInterrupt
         request.number = number
-        logger.warning("stopping after this step; a second signal stops at once, without a checkpoint")
+        logger.warning("stopping after this step. A second signal stops immediately, without a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield request

@@ -227,7 +227,7 @@ class Trainer:
                 self.checkpoints.finish()
                 self.here.wait()  # a launcher kills the other ranks as soon as one exits
                 if log is not None:
-                    log.note(self.step, "stopped by a signal, with a checkpoint: the same command continues from here")
+                    log.note(self.step, "stopped by a signal after saving a checkpoint: run the same command to resume")
                 raise SystemExit(128 + (self._request.number or signal.SIGTERM))
             self._settle(log, self.checkpoints.poll)
         self.checkpoints.finish()
