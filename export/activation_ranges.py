@@ -1,4 +1,4 @@
-"""The largest absolute value that enters or leaves each matrix: what float16 has to hold."""
+"""The largest absolute input or output of each matrix product, to find those that exceed float16's range."""
 
 from __future__ import annotations
 

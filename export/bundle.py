@@ -1,4 +1,4 @@
-"""Export a bundle: ONNX graphs, or three of them and a GGUF, the tokenizer, and the manifest."""
+"""Export a bundle: four ONNX graphs (or three and a GGUF decoder), the tokenizer, and the manifest."""
 
 from __future__ import annotations
 
@@ -88,16 +88,16 @@ def export_bundle(
         plain: use standard ONNX operators only, for engines without ONNX Runtime's; fp32, fp16 or int8.
         block: number of four-bit weights that share a scale: 32, 64 or 128.
         asymmetric: store a zero point for each of these blocks.
-        calibrate: a folder of photos (molmo_edge.quantize.calibration.find_prompts) to round the decoder with: GPTQ for
-            four-bit weights, smoothing for int8, an importance matrix for a GGUF. Slower, and closer to fp32.
+        calibrate: a folder of photos (molmo_edge.quantize.calibration.find_prompts) to calibrate the decoder with: GPTQ
+            for four-bit weights, smoothing for int8, an importance matrix for a GGUF. Slower, but closer to fp32.
         mmproj: with "gguf", also write the vision tower and the connector as a GGUF (molmo_edge.export.mmproj).
         name: in the manifest; default: that of `out`.
-        check: a photo and a question to record in the bundle. Default: those of a `checkpoint` that is a bundle with a
-            check, answered anew.
+        check: a photo and a question to record in the bundle. Default: those of `checkpoint`, if it is a
+            bundle with a check; they are answered again.
         measure: compare quantised components with their fp32 form and write the errors into the manifest. Decoders of
             more than 4 GB in fp32 are left out. Errors of rounded weights are always written.
 
-    `out` appears complete or not at all. Memory holds one component while its graph is written; of components over
+    `out` is created atomically. Memory holds one component while its graph is written; of components over
     100 MB one matrix and a few copies, the whole table of embeddings, and all experts of a layer (537 MB in MolmoE-1B).
     A calibration holds one layer in float32. `measure` and `check` hold the finished bundle.
 

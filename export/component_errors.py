@@ -50,7 +50,7 @@ def _compare(config: MolmoConfig, exact: dict[str, Path], files: dict[str, Path]
     Every component gets the exact outputs of the one before it. The image is synthetic, the text random ids; the
     decoder's logits are compared after both.
 
-    Memory holds `files`, and of `exact` only weights that are not in sidecars.
+    Memory holds all weights of `files`, but only those of `exact` that are not in sidecars.
     """
     a, b = open_files(config, exact, mapped=True), open_files(config, files)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The decoder and its embedding as ONNX graphs, by DecoderConfig alone.
+"""The decoder and its embedding as ONNX graphs, determined by DecoderConfig alone.
 
 Keys and values live in buffers of a fixed capacity that the caller binds both as input and as output, so that a token
 costs no copy: GroupQueryAttention writes at `total_length - n` and reads up to `total_length`.
@@ -19,8 +19,8 @@ from molmo_edge.export.graph_operators import Positions, cached_attention, posit
 def embed_tokens(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision) -> None:
     """ids int64 [n] -> embeddings float32 [n, d_model], looked up in concat(embedding, new_embedding).
 
-    Special ids below `embedding_size` select padding rows of the first table; the released weights were trained so
-    (reference: Embedding.forward).
+    Special ids below `embedding_size` select padding rows of the first table; the released weights were trained this
+    way (reference: Embedding.forward).
     """
     d = config.decoder
     ids = graph.input("ids", np.int64, ["n"])

@@ -1,6 +1,6 @@
 """OLMoE's experts in a graph, in one of three forms.
 
-The router is float32 unless the precision has another for it, and the chosen probabilities are not renormalised
+The router is float32 unless the precision sets another type for it, and the selected probabilities are not renormalised
 (OLMoE: norm_topk_prob false).
 """
 

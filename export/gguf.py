@@ -1,7 +1,7 @@
 """The decoder as a GGUF for llama.cpp's own graphs: olmoe, qwen2 and olmo2.
 
 The tensors are written in 16 or 32 bits; molmo_edge.quantize.llama_quantize makes smaller types of them. The file is a
-complete language model with its tokenizer: any program on llama.cpp can chat with it in text. Images enter as
+complete language model with its tokenizer: any program that uses llama.cpp can chat with it in text. Images enter as
 embeddings from the graphs beside it (molmo_edge.runtimes.llama).
 """
 

@@ -37,7 +37,7 @@ _TEXTS = (
     "1 12 123 1234 12345 123456 1234567",
     "<|endoftext|> <im_patch> typed by a person",
 )
-# Molmo has no system prompt, and nothing closes a user's turn but the assistant's.
+# Molmo has no system prompt, and a user's turn ends where the assistant's begins.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %} User: {{ message['content'] }} Assistant:"

@@ -1,8 +1,8 @@
 """The vision tower, the connector and the image tokens' embeddings as a GGUF, of the kind llama.cpp calls mmproj.
 
 No program runs it yet: llama.cpp has no graph for Molmo's crops, pooling and additive features. It is for developers
-who build one on ggml, without PyTorch and without a pickle. docs/gguf.md documents every name; llama.cpp's own names
-(of its CLIP towers) are used where they fit.
+who implement Molmo with ggml, without PyTorch and without pickles. docs/gguf.md documents every name; llama.cpp's own
+names (of its CLIP towers) are used where they fit.
 """
 
 from __future__ import annotations

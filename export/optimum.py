@@ -66,7 +66,7 @@ def export_with_optimum(
     being written. Weights of 2 GB or more go to `<component>.onnx_data`.
 
     Every graph must agree with PyTorch within 1e-4 of the largest value, on inputs of another size than traced. `out`
-    appears complete or not at all. Returns the files by component. Raises ExportError, ConfigError or CheckpointError.
+    is created atomically. Returns the files by component. Raises ExportError, ConfigError or CheckpointError.
 
     Source: optimum.exporters.onnx.main_export, with `fn_get_submodels` and `custom_onnx_configs`.
     """

@@ -1,4 +1,4 @@
-"""The options of an export, and the plan that they amount to: checked before a checkpoint is downloaded."""
+"""The options of an export, and the plan they resolve to. They are checked before a checkpoint is downloaded."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _resolve_precision(
     if isinstance(given, str):
         name = given.lower()
         _check_name(f"precision for {engine}", name, GGUF_PRECISIONS if gguf else ONNX_PRECISIONS)
-        if gguf:  # a target decides about the other components; the name is the decoder's
+        if gguf:  # a target sets the precision of the other components; the name is the decoder's
             return (defaults | {"decoder": name} if target else gguf_bundle(name)), {}
         return onnx_bundle(name), {}
     named = {component: name.lower() for component, name in given.items()}

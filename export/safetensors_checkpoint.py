@@ -38,7 +38,7 @@ def export_checkpoint(
 ) -> list[Path]:
     """Convert a checkpoint directory, in hub layout or the reference's own, or a bundle to safetensors in hub layout.
 
-    `precision`: "bf16" or "fp32". `out` must not exist yet, and appears complete or not at all. `on_progress` is called
+    `precision`: "bf16" or "fp32". `out` must not exist yet, and is created atomically. `on_progress` is called
     with the number of values written and their total. Returns the weight files.
 
     Raises ExportError for unknown options or a disk that is too small, and CheckpointError, ConfigError or

@@ -18,7 +18,7 @@ __all__ = ["Answer", "DrawError", "Point", "Seconds", "Tokens", "Usage", "draw_p
 
 
 class DrawError(MolmoEdgeError):
-    """Raised for drawing an answer that does not hold its image."""
+    """An answer without its image cannot be drawn."""
 
 
 @dataclass(frozen=True)

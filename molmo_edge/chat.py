@@ -80,7 +80,7 @@ class Chat(NotCopied):
 
     @property
     def capacity(self) -> int:
-        """Positions that fit into the present cache; it grows as the conversation needs it."""
+        """Positions that fit into the current cache, which grows with the conversation."""
         return 0 if self._cache is None else self._cache.capacity
 
     @property
@@ -108,7 +108,7 @@ class Chat(NotCopied):
     ) -> Answer:
         """Ask the next question. `usage.tokens.prefilled` is the number of positions that were run for it.
 
-        Raises ConversationFull if it does not fit after the earlier turns, and what `Molmo.ask` raises.
+        Raises ConversationFull if it does not fit after the earlier turns, and the errors of `Molmo.ask`.
         """
         return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed)).answer
 

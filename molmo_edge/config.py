@@ -1,8 +1,8 @@
 """The configuration of a Molmo: image geometry, vision towers, connector and decoder, and presets by name.
 
 The sections are frozen dataclasses that validate themselves. A model family is a preset here, a reader of its
-config.json (checkpoints/hub_config.py) and its tensor names (checkpoints/tensor_names.py); what the families differ
-in are fields of these sections.
+config.json (checkpoints/hub_config.py) and its tensor names (checkpoints/tensor_names.py). The differences between
+families are fields of these sections.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _OMIT_DEFAULT = {"omit_default": True}
 
 
 def _added(default: Any) -> Any:
-    """A field that earlier versions did not have: JSON has its key only where it differs from the default."""
+    """A field added in a later version: its key is written to JSON only if the value differs from the default."""
     return field(default=default, metadata=_OMIT_DEFAULT)
 
 
 def _check(config: Any) -> None:
     """Raise ConfigError for a field of the wrong type, and for a size that is not positive.
 
-    Manifests and config.json are untrusted input: an error here names the field, a division by zero later would not.
+    Manifests and config.json are untrusted input: an error here names the field; a later division by zero would not.
     """
     for f in dataclasses.fields(config):
         name, value = f"{type(config).__name__}.{f.name}", getattr(config, f.name)
@@ -179,7 +179,7 @@ _VITS = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT over one crop. `image_model_type` is the reference's name of the pretrained ViT whose parts it has."""
+    """A ViT over one crop. `image_model_type`, the reference's name of a pretrained ViT, selects its parts."""
 
     image_model_type: str = "openai"
     d_model: int = 1024
@@ -394,7 +394,7 @@ class MolmoConfig:
 
     @classmethod
     def from_dict(cls, data: Any) -> MolmoConfig:
-        """The inverse of `to_dict`. Raises ConfigError for anything else."""
+        """The inverse of `to_dict`. Raises ConfigError for invalid data."""
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration is {type(data).__name__}, not an object with sections")
         extra = data.get("extra_vision", ())
@@ -438,7 +438,7 @@ def from_json(kind: type, data: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of parsed JSON as a tuple; anything else is left for the section's own check."""
+    """Convert a list of parsed JSON to a tuple; other values are returned unchanged and checked by the section."""
     return tuple(value) if isinstance(value, list) else value
 
 

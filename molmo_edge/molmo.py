@@ -40,8 +40,8 @@ class Molmo(NotCopied):
     id, with `revision` a branch, tag or commit; None for the embedded nano. `device`: one of
     `molmo_edge.config.DEVICES`; "auto" picks the best available. `precision`: of a checkpoint's weights: "fp32",
     "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory.
-    `max_crops`: a lower limit than the model's own is faster and shows it less detail. `threads`: CPU threads, at
-    most the cores available to this process; None: the physical cores, or a container's quota. `engine_options`:
+    `max_crops`: a lower limit than the model's own is faster, but the model sees less detail. `threads`: CPU threads,
+    at most the cores available to this process; None: the physical cores, or a container's quota. `engine_options`:
     LlamaOptions for a bundle with a GGUF decoder.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
@@ -99,7 +99,7 @@ class Molmo(NotCopied):
         return self.engine.config
 
     def close(self) -> None:
-        """Free the engine's memory. The object cannot be asked afterwards."""
+        """Free the engine's memory. The object cannot be used afterwards."""
         self.engine.runtime.close()
 
     def __enter__(self) -> Molmo:
@@ -109,9 +109,9 @@ class Molmo(NotCopied):
         self.close()
 
     def encode(self, image: Any, *, room: int = 512) -> Scene:
-        """Encode and prefill `image` once; pass the Scene wherever an image goes. Returns a Scene as it is.
+        """Encode and prefill `image` once; pass the Scene wherever an image goes. A Scene is returned unchanged.
 
-        `room`: positions to keep free for question and answer. A longer exchange works too, but prefills the image
+        `room`: positions to keep free for question and answer. If question and answer need more, the image is prefilled
         again.
         """
         if not isinstance(room, Integral) or room < 0:
@@ -140,8 +140,8 @@ class Molmo(NotCopied):
     ) -> Answer:
         """Ask `question` about `image`.
 
-        `temperature` 0 is greedy: the same answer each time. Above 0, `top_k` (0: all) and `top_p` restrict the draw,
-        and `seed` repeats it. `history`: earlier (question, answer) turns about the same image.
+        `temperature` 0 is greedy: the same answer each time. Above 0, `top_k` (0: all) and `top_p` restrict the
+        sampling, and `seed` makes it reproducible. `history`: earlier (question, answer) turns about the same image.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
         return stream_answer(self.engine, image, question, sampling, history).answer
@@ -255,7 +255,7 @@ class Molmo(NotCopied):
         Failures of the engine or the model, and invalid sampling settings, always raise.
 
         A checkpoint on PyTorch decodes the pairs as one batch; other engines take them one after the other. In a
-        batch, products may round differently (in float32 no answer has changed yet), memory grows with the number of
-        pairs, and `usage.seconds` gives prefill and decode of the whole batch.
+        batch, matrix products may round differently (in float32 this changed no answer in tests), memory grows with the
+        number of pairs, and `usage.seconds` gives prefill and decode of the whole batch.
         """
         return ask_batch(self.engine, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors)

@@ -1,9 +1,9 @@
-"""Verify a copy of a bundle: its files and manifest are as written, and it computes what it computed at its export.
+"""Verify a copy of a bundle: its files are unchanged, and it gives the same results as when it was exported.
 
 Checksums of the stages (molmo_edge/sdk/stage_checksums.py) are compared one by one, then the answer. Processors round
 differently, and where two ids are nearly tied (two digits of a coordinate, for example) rounding decides, and all
 following ids differ. A different answer is therefore not an error by itself: each id of the recorded answer must be
-the likeliest on this machine, or nearly.
+the most likely one on this machine, or nearly tied with it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CheckReport:
     token_ids: tuple[int, ...] = ()  # of the answer on this machine
     drift: float | None = None  # percent of a side, the largest over the points; None if their number differs
     stopped: bool = True  # this answer stopped where the recorded one did
-    gap: float | None = None  # logits: the largest gap of a recorded id to the likeliest; None if not needed
+    gap: float | None = None  # logits: the largest gap of a recorded id to the most likely id; None if not needed
     parts: tuple[Part, ...] = ()  # stages in order, up to the first that differs; () without recorded checksums
 
     @property
@@ -79,7 +79,7 @@ class CheckReport:
         """Whether all stages are as recorded, and rounding explains any difference between the ids.
 
         Equal ids must give the recorded points; other points need a near tie where the ids diverge. True for a bundle
-        without a check: its files are intact, or `check_bundle` would have raised.
+        without a check: its files are intact, or `check_bundle` would have raised an error.
         """
         if self.check is None:
             return True
@@ -166,7 +166,7 @@ def record_check(directory: str | Path, file: str, question: str, max_new_tokens
 def logit_gaps(
     engine: Engine, image: Any, question: str, token_ids: Sequence[int], *, complete: bool = True
 ) -> list[float]:
-    """Return how far each id of a given answer is below the likeliest id at its place, in logits; 0.0 if it is that.
+    """Return, for each id of a given answer, the gap in logits to the most likely id at its position (0.0: no gap).
 
     `complete`: include the stop token after the ids. Raises GenerationError for ids outside the vocabulary and for
     logits that are not finite.

@@ -1,4 +1,4 @@
-"""Quantisers and calibration: they work on arrays and know nothing of graphs (imported as `molmo_edge.quantize`)."""
+"""Quantisers and calibration: they work on arrays and do not depend on graphs (imported as `molmo_edge.quantize`)."""
 
 from molmo_edge.errors import MolmoEdgeError
 

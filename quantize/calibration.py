@@ -1,6 +1,6 @@
 """GPTQ with calibration prompts: a `Round` (molmo_edge.quantize.rounding) for the matrices of a decoder.
 
-Layers are rounded in order, each on the outputs of the rounded layers before it, as in use.
+Layers are rounded in order, each on the outputs of the rounded layers before it, as at inference.
 """
 
 from __future__ import annotations

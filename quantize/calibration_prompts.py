@@ -1,7 +1,8 @@
-"""Folders of photos as prompts: what `--calibrate` rounds a decoder with, and what a loss can be measured on.
+"""Folders of photos as prompts, for `--calibrate` and for measuring a loss.
 
-A Molmo prompt is mostly image, and embeddings of images look nothing like those of text, so a calibration on text
-alone rounds for the wrong inputs. Each prompt here is a photo, a question, and an answer if there is one.
+A Molmo prompt is mostly image, and image embeddings are distributed differently from text embeddings, so a
+calibration on text alone optimizes for the wrong inputs. Each prompt here is a photo, a question, and an answer if
+there is one.
 
 Nothing here needs PyTorch.
 """

@@ -4,9 +4,9 @@ Symmetric: the scale is the largest value (with its sign) over -8, which uses al
 does; it is a seventh finer than max|w| / 7. Asymmetric: the sixteen levels span the smallest to the largest value, with
 a zero point, so that 0 stays exactly 0.
 
-In blocks of more than 32 weights narrower ranges are tried as well, which clip the few largest weights and round all
-others finer; each block keeps the range with the least error. That saves 6 % of the error in blocks of 128. In blocks
-of 32 it saves 2 % and is left out.
+In blocks of more than 32 weights narrower ranges are tried as well, which clip the few largest weights and round the
+others more finely; each block keeps the range with the least error. That saves 6 % of the error in blocks of 128. In
+blocks of 32 it saves 2 % and is left out.
 """
 
 from __future__ import annotations

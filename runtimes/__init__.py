@@ -1,6 +1,6 @@
 """Engines behind one protocol (imported as `molmo_edge.runtimes`): numpy in, numpy out.
 
-A runtime does not know questions, and the SDK does not know tensor libraries. Names load on first use, so that
+Runtimes do not depend on the SDK, and the SDK does not depend on tensor libraries. Names load on first use, so that
 importing this package imports neither numpy nor an engine.
 """
 

@@ -71,7 +71,7 @@ def open_runtime(
 def check_model_room(directory: str | Path, *, device: str = "auto", precision: str = "auto") -> None:
     """Raise MolmoEdgeError if a bundle or a checkpoint does not fit into free memory.
 
-    `open_runtime` includes this check; it serves commands that check several models before they open the first.
+    `open_runtime` includes this check. Call it separately to check several models before the first is opened.
     """
     if is_bundle(directory):
         from molmo_edge.runtimes.onnx import check_bundle_room, place_bundle
@@ -86,7 +86,7 @@ def open_files(config: MolmoConfig, files: dict[str, Path], *, mapped: bool = Fa
     """Open the component files of an unfinished bundle, without verification.
 
     `files`: by component; the decoder may be a .gguf, or missing if it is not used. `mapped`: leave weights in
-    their files: slower, with next to no memory.
+    their files: slower, but uses almost no memory.
     """
     from molmo_edge.runtimes.onnx import OnnxRuntime
 

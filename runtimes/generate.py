@@ -1,6 +1,6 @@
 """The sampling loop over any runtime: embeddings in, logits out.
 
-Greedy is the default, and what parity tests compare. Temperature, top-k and top-p draw from one numpy Generator: a
+Greedy decoding is the default, and parity tests use it. Temperature, top-k and top-p draw from one numpy Generator: a
 seed gives the same answer on every machine whose logits agree.
 """
 
@@ -138,17 +138,17 @@ def generate_batch(
                 answers[i].append(token)
             if token == eos_id or len(answers[i]) == most[i]:
                 unfinished.discard(i)
-        if unfinished:  # finished prompts run along; their logits are ignored
+        if unfinished:  # finished prompts stay in the batch; their logits are ignored
             last = np.array([ids[-1] if ids else eos_id for ids in answers], dtype=np.int64)
             logits = runtime.forward_batch(runtime.embed(last), batch)
     return answers
 
 
 def likeliest(logits: np.ndarray) -> int:
-    """Return the id of the largest of `logits` (float [vocab_size]), the lowest of equal ones.
+    """Return the id of the largest of `logits` (float [vocab_size]); on a tie, the lowest id.
 
-    Raises GenerationError for NaN or +inf anywhere, or -inf everywhere. Single -inf are valid: such ids are never
-    chosen.
+    Raises GenerationError for NaN or +inf anywhere, or -inf everywhere. Individual values of -inf are valid: these ids
+    are never chosen.
     """
     best = int(np.argmax(logits))  # argmax returns the first NaN, if there is one
     if not np.isfinite(logits[best]):

@@ -1,6 +1,6 @@
 """A bundle with a GGUF decoder: vision, connector and embeddings on ONNX Runtime, the decoder on llama.cpp.
 
-llama.cpp gets embeddings for image and text alike, so it needs no knowledge of Molmo. Embeddings come from the
+llama.cpp gets embeddings for both image and text, so it does not have to support Molmo. Embeddings come from the
 bundle's own table in full precision: the GGUF's table is quantised, and may lack Molmo's image tokens.
 """
 
@@ -76,7 +76,7 @@ def open_watched(
 
 
 class LlamaRuntime:
-    """A runtime of three graphs and a GGUF, which loads in the background.
+    """A runtime of three ONNX graphs and a GGUF decoder, which load in the background.
 
     In a forked child the decoder raises EngineError: llama.cpp's threads do not exist there.
     """
@@ -181,7 +181,7 @@ def _image_block(config: MolmoConfig) -> int:
 
 
 class LlamaCache:
-    """A sequence. Copies share a context, and what they have in common in it, until its memory is full."""
+    """A sequence. Copies share a context, and their common prefix in it, until its memory is full."""
 
     def __init__(self, context: LlamaContext, sequence: int | None = None, length: int = 0) -> None:
         """`sequence`: of `context`, with `length` positions; None: a new one of a new context."""

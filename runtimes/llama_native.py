@@ -1,4 +1,4 @@
-"""llama.cpp's model and context, by ctypes: the objects under `molmo_edge.runtimes.llama`.
+"""llama.cpp's model and context through ctypes, for `molmo_edge.runtimes.llama`.
 
 The rest of the package uses no other part of llama.cpp's C API.
 """
@@ -148,7 +148,7 @@ def _batch(api: Any, sequence: int, embeddings: np.ndarray, start: int, *, every
 
 
 class LlamaModel:
-    """A llama_model. Makes its contexts."""
+    """A llama_model, which creates its contexts."""
 
     def __init__(
         self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event, block: int = 0
@@ -178,7 +178,7 @@ class LlamaModel:
         self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
 
     def new_context(self, capacity: int, watch: Any = None) -> Any:
-        """Return the pointer of a new llama_context. Raises EngineError without memory for it."""
+        """Return the pointer of a new llama_context. Raises EngineError if there is not enough memory."""
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
         params.n_batch = params.n_ubatch = min(self._at_once, capacity)
@@ -216,7 +216,7 @@ def wait_for(running: Future[_T]) -> _T:
 
 
 def _wait_until_idle(runner: ThreadPoolExecutor) -> None:
-    """Wait until the one thread of `runner` has done all its work, however often Ctrl-C is pressed."""
+    """Wait until the thread of `runner` has finished, even if Ctrl-C is pressed again."""
     last: Future[int] | None = None
     while True:
         try:

@@ -201,7 +201,7 @@ class OnnxRuntime:
         mapped: bool = False,
         placement: Placement = Placement(),  # noqa: B008 (frozen)
     ) -> None:
-        """`mapped`: leave weights in their files: slower, with next to no memory."""
+        """`mapped`: leave weights in their files, which is slower but uses almost no memory."""
         self.config = config
         self._files, self._mapped, self._placement = files, mapped, placement
         self._threads = choose_threads(threads)

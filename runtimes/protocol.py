@@ -93,8 +93,8 @@ class ImageBlockRuntime(Runtime, Protocol):
     def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Any) -> np.ndarray:
         """As `forward`; `image`, bool [n], is True for image tokens: they attend to each other, the rest is causal.
 
-        All images of a prompt belong in one call, because an image token does not attend to those of a later call;
-        text follows by `forward`. For a causal decoder this is `forward`.
+        Pass all images of a prompt in one call, because an image token does not attend to those of a later call.
+        Append text with `forward`. For a causal decoder this method is equal to `forward`.
         """
         ...
 

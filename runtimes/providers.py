@@ -44,8 +44,8 @@ def place(device: str, made_for: str, available: Collection[str], config: MolmoC
     """Choose providers for `device`. Raises Unavailable if this onnxruntime does not have them.
 
     `made_for`: the device of the bundle's target, which "auto" selects if it is available. `available`: providers of
-    this onnxruntime. `identity`: of the weights; providers cache compiled engines by file name, and must not use those
-    of another bundle.
+    this onnxruntime. `identity`: a hash of the weights. Providers cache compiled engines by file name, and must not use
+    those of another bundle.
     """
     if device == "auto":
         likely = (made_for, "cuda") if made_for == "tensorrt" else (made_for,)

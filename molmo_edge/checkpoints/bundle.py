@@ -92,7 +92,7 @@ def is_bundle(directory: str | Path) -> bool:
 
 
 def is_hub_id(model: object) -> bool:
-    """Whether a model argument is a hub id `owner/name`, and not an existing path."""
+    """Whether a model argument is a hub id `owner/name` rather than an existing path."""
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
@@ -182,7 +182,7 @@ def _verify(directory: Path, component: Component, hashes: bool | None) -> None:
 
 
 def _refuse_unlisted_weights(bundle: Bundle) -> None:
-    """An engine reads weights next to a graph (decoder.onnx.data, decoder.onnx_data) even if they are not listed."""
+    """Raise BundleError for unlisted weights next to a graph (decoder.onnx.data), which an engine would read."""
     listed = {component.file for component in bundle.components.values()}
     for name in GRAPHS:
         path = bundle.path(name)

@@ -1,6 +1,6 @@
-"""The decoder in llama.cpp's terms: its graph, its metadata, and how its tensors are made of those of the hub.
+"""The decoder as llama.cpp represents it: its graph, its metadata, and how its tensors are built from hub tensors.
 
-The exporter writes a GGUF by this, and the runtime rejects a GGUF of another model by it.
+The exporter uses this to write a GGUF, and the runtime to reject a GGUF of another model.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _list(hub_id: str, revision: str | None) -> dict[str, HubFile]:
     except Exception as error:  # httpx or requests errors, depending on the version of huggingface_hub
         raise _Unreachable(error) from error
     files = {}
-    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # these strings become paths: trust no other forms
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # these strings become paths: accept no other forms
         raise HubError(
             f"the hub reports {info.sha!r} as the commit of {hub_id}, which is not a commit: try again later"
         )

@@ -30,7 +30,7 @@ from molmo_edge.config import (
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
 
-# The values that this package implements. With other ones a checkpoint would load, and give wrong answers.
+# The values that this package implements. A checkpoint with others would load but give wrong answers.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("swiglu",),
     "clip_qkv": (None,),

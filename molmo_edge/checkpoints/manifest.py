@@ -1,7 +1,7 @@
 """`molmo_edge.json`, the manifest of a bundle, as dataclasses that are read from it and written to it.
 
-A manifest may come from anybody: `read_manifest` checks every field that this program uses. The SHA-256 that the
-manifest holds of its own content shows edits; it is no protection against an author with bad intentions.
+Manifests are untrusted input: `read_manifest` checks every field that this package uses. The SHA-256 of the
+manifest's own content detects edits, but does not protect against a malicious author.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class ShardWriter:
 
     Writes one file `model.safetensors` if everything fits into `shard_bytes`, else
     `model-00001-of-0000n.safetensors`, ... and an index. `dtype`: one of DTYPES for all tensors, or one for each; wider
-    dtypes must come first, so that all values are aligned. A thread writes while the caller reads the next tensor. Use
-    it as a context manager; after an error the caller removes the directory.
+    dtypes must come first, so that all values are aligned. A background thread writes while the caller reads the next
+    tensor. Use it as a context manager; after an error the caller removes the directory.
     """
 
     def __init__(

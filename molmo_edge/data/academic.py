@@ -141,7 +141,7 @@ def _with_picture(rows: Rows, _split: str) -> list[int]:
 
 
 def _not_difficult(rows: Rows, split: str) -> list[int]:
-    """Some of A-OKVQA's questions have no scored direct answers: they are used for training only."""
+    """Some of A-OKVQA's questions have no scored direct answers; they are used for training only."""
     if split == "train":
         return list(range(len(rows)))
     return [row for row, difficult in enumerate(rows.column("difficult_direct_answer")) if not difficult]

@@ -1,9 +1,9 @@
 """AI2D from its authors' files: diagrams, questions, and letters drawn over labels.
 
 A third of the questions refer to letters that must be drawn over the labels, in an opaque box, or in a transparent one
-through which the label can be read. The latter is much easier, and the paper's table is about it (MolmoE-1B: 86.4; 75.7
-with opaque boxes). Reference: olmo/hf_datasets/ai2d.py, except for the font: Arial, which is not free, is replaced by
-Pillow's.
+through which the label can be read. The latter is much easier, and is what the paper's table reports (MolmoE-1B: 86.4;
+75.7 with opaque boxes). Reference: olmo/hf_datasets/ai2d.py, except for the font: Arial, which is not free, is replaced
+by Pillow's.
 """
 
 from __future__ import annotations

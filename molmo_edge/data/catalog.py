@@ -84,7 +84,7 @@ def at_hand(mixture: Sequence[Group], data: Path) -> list[str]:
 def fetch_pictures(
     names: Iterable[str], data: Path, *, jobs: int, retry_failed: bool, progress: Callable[[Counts], None] | None
 ) -> Manifest:
-    """Download the pictures of PixMo sets into DATA/images. A repeated call continues. Raises CatalogError."""
+    """Download the pictures of PixMo sets into DATA/images. Calling it again resumes. Raises CatalogError."""
     names = list(names)
     if unknown := [name for name in names if name not in PIXMO]:
         raise CatalogError(f"{', '.join(unknown)} have no pictures to download (PixMo sets: {', '.join(PIXMO)})")

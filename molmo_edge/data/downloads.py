@@ -1,4 +1,4 @@
-"""Download the pictures of a data set by URL: in parallel, politely, and each only once.
+"""Download the pictures of a data set by URL: in parallel, with few requests per host, and each only once.
 
 A download of a million pictures takes days and will be interrupted. The outcome of each URL is therefore appended to
 the folder's manifest at once, as a line of JSON. The next run continues from it, and data sets read which pictures they

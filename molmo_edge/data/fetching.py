@@ -1,4 +1,4 @@
-"""Download a picture by URL: politely, and only if the response is a picture.
+"""Download a picture by URL: respecting Retry-After, and only if the response is a picture.
 
 urllib instead of a library, because the rules for retries, waiting and unusual addresses are most of the work.
 """

@@ -1,7 +1,8 @@
 """Questions and answers about an annotated image, drawn scene or photograph, in Molmo's grammar.
 
-Questions have certain answers only: no counts of crowds, no absence of what a backdrop may show, no places on the
-border of two regions. As in Molmo, the answer uses the question's name for an object.
+Only questions with unambiguous answers are asked: crowds are not counted, objects that a backdrop may show are not
+called absent, and objects on the border of two regions are not located. As in Molmo, the answer uses the question's
+name for an object.
 """
 
 from __future__ import annotations

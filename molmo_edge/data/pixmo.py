@@ -128,8 +128,8 @@ def open_pixmo(
 def wanted_images(name: str, *, split: str = "train", local: Path | None) -> Iterator[tuple[str, str | None]]:
     """(URL, sha256) of each row's picture, for `fetch_images`; "train" includes "validation".
 
-    The hash is None if the set has none, or if the reference accepts any file. Empty for a set or copy that includes
-    its pictures. Raises RowsError.
+    The hash is None if the set has no hashes, or if the reference accepts any file. Empty for a set or copy that
+    includes its pictures. Raises RowsError.
     """
     spec = _known(name, split)
     rows = _load(spec, split, local)

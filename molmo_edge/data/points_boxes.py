@@ -46,7 +46,7 @@ def read_coco(path: Path, records: Records) -> None:
             crowd = each.get("iscrowd")
             if crowd not in (None, 0, 1):
                 raise PointsError(f"{where}: iscrowd is {shown(crowd)}, neither 0 nor 1")
-            if crowd:  # too many to tell apart: the label can be neither counted nor denied
+            if crowd:  # too many to tell apart: the label can be neither counted nor called absent
                 records.crowd(picture, label, where)
                 continue
             corners = _coco_corners(each, where)

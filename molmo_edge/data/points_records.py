@@ -150,7 +150,7 @@ class Records:
         picture.unsure.add(label_of(label, where))
 
     def skip(self, picture: PictureRecord, label: Any, where: str, why: str) -> None:
-        """Skip an instance of `label` that has no point. The label can then be neither counted nor denied."""
+        """Skip an instance of `label` that has no point. The label can then be neither counted nor called absent."""
         name = label_of(label, where)
         picture.unsure.add(name)
         self._skipped.append(f'{where} {why}: it is skipped, and nothing is asked about "{name}" in {picture.name}')

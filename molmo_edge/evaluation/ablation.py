@@ -79,7 +79,7 @@ class Bench:
         dither: bool = True,
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dither`: move a bundle's quantized weights off their grid, or quantizing them again would seem free
+        """`dither`: move a bundle's quantized weights off their grid; otherwise quantizing them again shows no error
         (molmo_edge.export.bundle_weights.BundleTensors)."""
         from molmo_edge.export.source import open_source
 

@@ -49,7 +49,7 @@ class Picture:
 
     @property
     def id(self) -> str:
-        """Equal in every run and for every copy of the folder."""
+        """An id that is equal in every run and for every copy of the folder."""
         return f"{self.group}/{zlib.crc32(json.dumps(self.annotation, sort_keys=True).encode()):08x}"
 
     def absent(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The tables of a loss, for the command line and the report: first what users ask, then scores, then all metrics."""
+"""The tables of a loss, for the command line and the report: first a summary, then scores, then all metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def columns(loss: Loss) -> list[ModelLoss]:
 
 
 def summary_rows(loss: Loss) -> list[Row]:
-    """A row for each question that a user asks; rows without an answer are left out."""
+    """The rows of the summary; rows without data are left out."""
     answers: dict[str, Callable[[ModelLoss], str]] = {
         "Same points?": lambda m: _share(m, "same_points", " with points"),
         "How far do points drift?": _drift,

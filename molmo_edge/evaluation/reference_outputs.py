@@ -1,7 +1,7 @@
 """The reference's features, logits and answers, recorded on disk to compare candidates with.
 
 They are on disk because the logits of a vocabulary of 50,000 take 0.2 MB per token, and in float32 so that a copy of
-the reference differs by exactly nothing.
+the reference has a difference of exactly 0.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def render(loss: Loss) -> str:
-    """The page. It leads with what users ask; tokens and features come last."""
+    """The page. It starts with the summary; tokens and features come last."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(
         (files("molmo_edge.evaluation") / "report.html.jinja").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """An evaluation as JSON lines on disk, which can be interrupted, resumed and split into shards.
 
 A run's folder holds `run.json` (what is evaluated), a file for each shard while the run goes on
-(`SUITE.part-2-of-4.jsonl`), and `SUITE.jsonl` when all are answered. Its lines are in the suite's order and hold
-no times: interruptions and shards do not change its bytes.
+(`SUITE.part-2-of-4.jsonl`), and `SUITE.jsonl` when all are answered. Its lines are in the suite's order and
+contain no timings, so interruptions and shards do not change its bytes.
 """
 
 from __future__ import annotations

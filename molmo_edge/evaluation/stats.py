@@ -30,7 +30,7 @@ class Estimate:
         return asdict(self)
 
     def interval(self, number: Callable[[float], str]) -> str:
-        """ "[low, high]", "" for an interval of no width, "[?]" for an unknown one; `number` formats the ends."""
+        """ "[low, high]", "" for an interval of width 0, "[?]" for an unknown one; `number` formats the ends."""
         if self.low == self.high:
             return ""
         return "[?]" if math.isnan(self.low) else f"[{number(self.low)}, {number(self.high)}]"

@@ -27,7 +27,7 @@ from molmo_edge.frontend.prompts import caption_question, count_question, point_
 _Thing = TypeVar("_Thing")
 
 SCENES = 60  # in nano-val
-PER_PICTURE = 3  # labels asked about for each image
+PER_PICTURE = 3  # number of labels per image in questions
 _FIELDS = {"total": "What is the total?", "date": "What is the date?", "company": "Which company is this from?"}
 _POINTS = 256  # max_new_tokens for answers with points: twelve points take about 200
 

@@ -173,7 +173,7 @@ def math_vista_score(
 ) -> float:
     """MathVista without extraction of answers by GPT-4, with which published figures are higher.
 
-    `response` is the whole answer, not cleaned; the other arguments are columns of the data set.
+    `response` is the whole answer, without `clean_answer`; the other arguments are columns of the data set.
     Reference: olmo/eval/vqa.py::math_vista_score with use_api=False, olmo/eval/math_vista_utils.py.
     """
     if question_type == "multi_choice":

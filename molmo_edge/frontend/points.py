@@ -60,7 +60,7 @@ def parse_points(text: str) -> list[Point]:
     """All points in `text` in order, with the labels of their tags. Points above 100 percent are dropped.
 
     Finds the same points as the reference, but each only once: the reference finds Click(...) twice, because its
-    pattern for plain pairs matches inside, too. Takes linear time, also for hostile text.
+    pattern for plain pairs matches inside, too. Takes linear time, even for adversarial text.
     """
     parser = StreamParser()
     return parser.feed(text) + parser.close()

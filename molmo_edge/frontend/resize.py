@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 8  # output pixels per product: larger blocks contain more zeros; smaller ones than 8 are slower, too
+_BLOCK = 8  # output pixels per product: larger blocks contain more zeros, and blocks below 8 are slower too
 # OpenBLAS uses threads for larger products. At these sizes that gains nothing, and while other work kept the cores
 # busy, waiting for the threads made a resize take a second instead of 15 ms.
 _MOST_MULTIPLICATIONS = 65536 * 4

@@ -1,6 +1,6 @@
 """Load tokenizer.json, with the special ids that Molmo uses for images.
 
-Text of a user must never become a special token: "<im_patch>" in a question would shift the image, "<|endoftext|>"
+User text must never become a special token: "<im_patch>" in a question would shift the image, "<|endoftext|>"
 would end the conversation. Therefore `encode` treats special tokens as plain text by default.
 """
 

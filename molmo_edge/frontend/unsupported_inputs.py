@@ -1,4 +1,4 @@
-"""Recognise what is passed as an image by mistake (URLs, base64, other file formats), to suggest the right fix."""
+"""Recognise inputs that are not images (URLs, base64, other file formats), to suggest the right fix."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def _is_base64(text: str) -> bool:
         return False
     if text.startswith(_BASE64_STARTS):
         return True
-    # The two letters of a BMP file, or none, are weak evidence: the text must also be too long for a file name.
+    # The two letters of a BMP file are weak evidence, and so is no prefix: the text must also exceed a file name.
     longest = max(map(len, re.split(r"[/\s]", text)))
     return longest > _LONGEST_NAME or (text.startswith("Qk") and len(text) > _LONGEST_NAME)

@@ -1,4 +1,4 @@
-"""Several questions at once. An error in one pair takes that pair's place, and the others are answered."""
+"""Several questions at once. An error in one pair is returned in its place, and the others are answered."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Scene(NotCopied):
 
 
 class Engine:
-    """A loaded model. For tools and tests that need more than `Molmo` offers; it may change between versions."""
+    """A loaded model, for tools and tests that need more than `Molmo` offers. It may change between versions."""
 
     def __init__(
         self,
@@ -106,7 +106,10 @@ class Engine:
         return self.config.decoder.max_position_embeddings
 
     def scene(self, image: Any) -> Scene:
-        """Load, crop and encode `image`, without prefill. Returns a Scene as it is; raises QuestionError if foreign."""
+        """Load, crop and encode `image`, without prefill. A Scene is returned unchanged.
+
+        Raises QuestionError for a Scene of another Molmo.
+        """
         if isinstance(image, Scene):
             if image.engine is not self:
                 raise QuestionError("this scene belongs to another Molmo: encode the image with the one you ask")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class _Serial:
     """Runs one call of `runtime` at a time, whichever methods it has.
 
-    The lock covers a call, not an answer: two streams advance side by side.
+    The lock covers one call, not a whole answer, so two streams can interleave.
     """
 
     def __init__(self, runtime: Runtime) -> None:

@@ -1,8 +1,8 @@
 """Checksums of the stages between a photo and the first token, recorded in a bundle for `molmo-edge verify`.
 
-File hashes show that a bundle is as it was written, but not that manifest, graphs and this installation still compute
-the same: a changed mean, a tiling with one more crop, graphs of another export. Each stage is compared by itself, in
-the order of the data, so that the first difference names its cause:
+File hashes show that a bundle is unchanged, but not that this installation computes the same results with it: a mean
+may have changed, a tiling may have one more crop, or graphs may be of another export. Each stage is compared
+separately, in the order of the data, so that the first difference shows the cause:
 
 - settings: a hash of the manifest's `model` and `special_ids`.
 - layout: a hash of tilings, image tokens and the prompt's ids; integers, equal on every machine.
@@ -11,7 +11,8 @@ the order of the data, so that the first difference names its cause:
 - logits: those of the first token; likewise.
 
 An array is stored as `_N_SUMS` sums of all its values with random signs. The relative distance of two sets of sums
-estimates that of the arrays to about an eighth (Johnson and Lindenstrauss), so any change counts by its size.
+estimates that of the arrays to about an eighth (Johnson and Lindenstrauss), so the comparison reflects the size of a
+change.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Training data for the nano model: sprites with names, drawn scenes, annotated photos, and questions about them."""
+"""Training: encoding and packing of examples, the trainer, LoRA adapters, sharding and checkpoints."""

@@ -46,7 +46,7 @@ MERGED_IN = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # dtypes of a merged
 
 @dataclass(frozen=True)
 class AdaptersFile:
-    """Adapters of a run, and the parameters that it trained whole, by their names in a `Molmo`."""
+    """Adapters of a run, and the parameters that it trained in full, by their names in a `Molmo`."""
 
     path: Path
     lora: LoraConfig
@@ -55,7 +55,7 @@ class AdaptersFile:
 
     @classmethod
     def open(cls, path: Path) -> AdaptersFile:
-        """Read the header alone. Raises LoraError, and CheckpointError for a damaged file."""
+        """Read only the header. Raises LoraError, and CheckpointError for a damaged file."""
         if not path.is_file():
             raise LoraError(f"{path} does not exist: check the path of the adapters")
         try:
@@ -102,14 +102,14 @@ def base_identity(config: MolmoConfig, source: TensorSource) -> str:
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in a `Molmo`, whole tensor) for each trained parameter; all ranks have to iterate over all of them."""
+    """(name in a `Molmo`, whole tensor) for each trained parameter. Collective: all ranks must exhaust it."""
     for name, parameter in at_rest(model).items():
         if parameter.requires_grad:
             yield name.removeprefix("molmo."), whole(parameter.detach())
 
 
 def save_adapters(model: Trainable | Molmo, path: Path, lora: LoraConfig, base: str, here: World | None = None) -> None:
-    """Write the trained parameters as float32 safetensors. All ranks of `here` have to call; the first one writes."""
+    """Write the trained parameters as float32 safetensors. Collective over `here`: rank 0 writes."""
     tensors = {name: values.cpu().float() for name, values in trained(model)}
     if here is not None and not here.first:
         return
@@ -196,7 +196,7 @@ class LoraTrainer(Trainer):
         super().__init__(model, tokenizer, data, recipe, directory, here)
 
     def write_model(self, directory: Path, dtype: str | None = None) -> None:
-        """Write the current adapters and the merged model; all ranks have to call."""
+        """Write the current adapters and the merged model. Collective: all ranks must call it."""
         save_adapters(self.model, self.directory / ADAPTERS, self.lora, self.base, self.here)
         if self.here.first:
             merge(self.checkpoint, self.directory / ADAPTERS, directory, dtype or self.merged_in)

@@ -1,7 +1,7 @@
 """Settings of glibc's allocator for training on a CPU.
 
 By default it returns each large tensor to the system and requests it again, which makes a step five times slower. The
-settings are read when a process starts, so a process without them restarts itself.
+settings are read when a process starts, so a process that was started without them restarts itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention supervision: the token that precedes a point's coordinates attends to the object that the point is for.
 
-Answers alone teach grammar and priors long before they teach where things are. This auxiliary loss is -log of the
+From answers alone a model learns grammar and priors long before it learns locations. This auxiliary loss is -log of the
 attention of some heads of one layer that falls on the image tokens inside the object's box.
 """
 
@@ -22,7 +22,7 @@ from molmo_edge.training.packing import Packed
 class AttentionLoss:
     weight: float
     layer: int  # of the decoder
-    heads: int  # the first so many of the layer
+    heads: int  # number of supervised heads, the first ones of the layer
 
 
 @dataclass(frozen=True, eq=False)

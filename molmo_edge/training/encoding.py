@@ -72,7 +72,7 @@ class Encoder:
     tokenizer: Tokenizer
     image: ImageConfig
     encoding: Encoding
-    cache: FeatureCache | None = None  # read in place of crops
+    cache: FeatureCache | None = None  # read instead of crops
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
         """Encode an example. Raises EncodingError if no answer fits into the sequence, and ImageError."""

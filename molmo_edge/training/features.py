@@ -2,7 +2,7 @@
 
 One safetensors file per picture, ROOT/FINGERPRINT/ab/abcdef....safetensors. The fingerprint is a hash of the towers'
 weights, of the configuration of towers and crops, and of the dtype; a file is named by a hash of the picture's pixels.
-A file is written whole or not at all, so a stopped run continues where it was. In float32 a run on cached features
+Files are written atomically, so an interrupted run can be resumed. In float32 a run on cached features
 equals a run without them up to the rounding of matrix products of another batch size; in bfloat16 the features are
 rounded to bfloat16. A convolutional tower sees each picture alone, as at inference; a batch without cached features
 pads smaller pictures.
@@ -49,7 +49,7 @@ class FeatureError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """The features of one pair of towers, for one geometry of crops and one dtype."""
+    """The cached features of a model's towers, for one crop geometry and one dtype."""
 
     directory: Path  # with the fingerprint as its name
     shape: tuple[int, int]  # patches^2, feature_dim
@@ -114,8 +114,8 @@ def write_features(
     """Encode the pictures of `sets` that `cache` does not hold yet, those of one rank.
 
     Every example is read once to find what is missing, drawn with `seed` as `loader.Samples` draws it. Damaged examples
-    are skipped: the run replaces them. wait: a barrier of the ranks, called now and then, so that none has to wait for
-    another at the end for longer than a process group allows.
+    are skipped: the run replaces them. wait: a barrier over the ranks, called regularly, so that no
+    rank exceeds the timeout of the process group at the end.
     """
     every = [(s, i) for s, data in enumerate(sets) for i in range(len(data))]
     numbers = every[rank::ranks]

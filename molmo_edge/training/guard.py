@@ -32,7 +32,7 @@ class Guard:
     in_a_row: int = 0
 
     def judge(self, loss: float, norms: Iterable[float]) -> str | None:
-        """Why a step with this loss and these gradient norms is skipped, or None.
+        """Return the reason to skip a step with this loss and these gradient norms, or None.
 
         Raises DivergedError when `patience` steps in a row were skipped.
         """

@@ -1,7 +1,7 @@
 """Micro-batches of one rank, prepared by workers, in the order of the mixture.
 
-A damaged example is replaced by its neighbour, and counted. The choice depends on the data alone, so that one damaged
-picture among millions neither ends a run nor makes ranks diverge.
+A damaged example is replaced by its neighbour, and counted. The choice depends only on the data, so that one damaged
+picture among millions neither stops a run nor makes ranks diverge.
 """
 
 from __future__ import annotations

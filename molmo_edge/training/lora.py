@@ -300,7 +300,7 @@ def open_base(config: MolmoConfig, source: TensorSource, where: str, base: str, 
 
 
 class _FourBits(Quantizer):
-    """Keeps the stored layout: the layout that CPUs use for inference has no backward pass."""
+    """A 4-bit layer that keeps the stored layout, because the CPU layout for inference has no backward pass."""
 
     def linear(self, weight: Tensor) -> QuantizedLinear:
         layer = self._nf4(weight)

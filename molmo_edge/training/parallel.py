@@ -1,4 +1,4 @@
-"""The processes of a run, and tensors that are whole or shards on them.
+"""Process groups of a run, and conversion between whole tensors and shards.
 
 Gradients are summed, not averaged: a step's loss is already divided by the weight of all ranks together.
 """
@@ -32,7 +32,7 @@ class ParallelError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run that torchrun started, or this process alone."""
+    """The processes of a run: those that torchrun started, or only this one."""
 
     rank: int
     ranks: int
@@ -146,7 +146,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole `tensor`; all ranks have to call."""
+    """The whole `tensor`. Collective: all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

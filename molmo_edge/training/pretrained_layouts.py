@@ -70,7 +70,7 @@ _FAMILIES = {
     "qwen2": _Family({"qkv_bias": True}, 1e-6),
     "olmo2": _Family({"qk_norm": True, "norm_after": True}, 1e-5),
 }
-_FAMILIES["olmo_1124"] = _FAMILIES["olmo2"]  # the name that OLMo-7B-1024-preview's config.json still has
+_FAMILIES["olmo_1124"] = _FAMILIES["olmo2"]  # the older name, as in OLMo-7B-1024-preview's config.json
 
 # A base with other values would be converted, but would compute something else.
 _ONLY: dict[str, Any] = {
@@ -133,7 +133,7 @@ def read_tower(directory: Path) -> VisionConfig:
     if kind not in ("clip_vision_model", "dinov2") or raw.get("use_swiglu_ffn"):
         raise BaseError(f'{path}: "{kind}" is not a supported tower (supported: CLIP, and DINOv2 without SwiGLU)')
     clip = kind == "clip_vision_model"
-    width, size = raw.get("hidden_size", 768), raw.get("image_size", 224)  # what is left out is transformers' default
+    width, size = raw.get("hidden_size", 768), raw.get("image_size", 224)  # missing keys have transformers' defaults
     patch = raw.get("patch_size", 32 if clip else 14)
     return VisionConfig(
         image_model_type="openai" if clip else "dino",
@@ -165,7 +165,7 @@ def _config(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def base_recipes(config: MolmoConfig, decoder: TensorSource, tower: TensorSource, *, tied: bool) -> dict[str, Recipe]:
-    """Hub name -> recipe, of every tensor that a base gives. `tied`: the decoder's head is its embedding.
+    """Hub name -> recipe, for every tensor that comes from a base. `tied`: the decoder's head is its embedding.
 
     Raises CheckpointError if a base lacks the tensor that identifies its naming scheme.
     """
@@ -183,7 +183,7 @@ _TOWER_LAYER = re.compile(r"(?:vision_model\.|dinov2\.)?encoder\.layers?\.(\d+)\
 
 
 def is_left_out(name: str, vision: VisionConfig, *, tied: bool) -> bool:
-    """Whether a tensor of a base has no place in a Molmo: the text half of CLIP, its last layer, its last norm, ..."""
+    """Whether a tensor of a base is not used in a Molmo: the text half of CLIP, its last layer, its last norm, ..."""
     layer = _TOWER_LAYER.fullmatch(name)
     beyond = layer is not None and int(layer[1]) >= vision.n_layers
     return beyond or bool(_LEFT_OUT.fullmatch(name)) or (tied and name == "lm_head.weight")
@@ -193,7 +193,7 @@ _Named = Iterator[tuple[str, Recipe]]
 
 
 def _root(base: TensorSource, anchor: str) -> str:
-    """What stands before the names of a base: "model.", "vision_model.", or nothing."""
+    """The common prefix of a base's tensor names: "model.", "vision_model.", or ""."""
     roots = [name.removesuffix(anchor) for name in base.names() if name == anchor or name.endswith(f".{anchor}")]
     if len(roots) != 1:
         where = base.file(base.names()[0]).parent if base.names() else "the base"
@@ -263,7 +263,7 @@ def _flat_kernel(kernel: np.ndarray) -> np.ndarray:
 
 
 def _on_grid(positions: np.ndarray, n_pos: int) -> np.ndarray:
-    """[1 + side^2, d] -> [n_pos, d]: the class token's position is kept, the grid resampled where it is another.
+    """[1 + side^2, d] -> [n_pos, d]: the class token's position is kept, and a grid of another size is resampled.
 
     As transformers does today; Ai2's script adds 0.1 to the new side, which shifts the grid by a fraction of a patch.
     """
@@ -273,7 +273,7 @@ def _on_grid(positions: np.ndarray, n_pos: int) -> np.ndarray:
 
 
 def _positions(v: VisionConfig, base: TensorSource, name: str, before: Shape) -> Recipe:
-    """`before`: sizes of the dimensions before the positions'."""
+    """`before`: the leading dimensions, before the number of positions."""
     count = base.shape(name)[-2] if name in base.names() and len(base.shape(name)) > 1 else v.n_pos
     if round((count - 1) ** 0.5) ** 2 != count - 1:
         raise CheckpointError(

@@ -90,7 +90,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises SaveError where it could not be, on every rank."""
+        """Wait for the checkpoint that is being written. If that fails, every rank raises SaveError."""
         if self._pending is None:
             return
         (future, target), self._pending = self._pending, None

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks (FSDP2, PyTorch's `fully_shard`).
+"""Sharding of a model over ranks (FSDP2, PyTorch's `fully_shard`).
 
 Each block of the decoder and of the ViT is a unit: its parameters are gathered for its forward and its backward pass
 and are shards in between. The whole model is a unit too, for embeddings, connector and head.

@@ -83,8 +83,8 @@ def build_base(
     overlap: as in `window_variant`. Equal seeds give equal files.
 
     Memory holds one tensor. Raises ExportError for invalid arguments or a full disk, HubError, ConfigError or
-    TokenizerError, BaseError for a base of another Molmo, and CheckpointError for incomplete weights, all before any
-    weight is read.
+    TokenizerError, BaseError for a base that does not match the configuration, and CheckpointError for incomplete
+    weights, all before any weight is read.
     """
     out = Path(out)
     check_checkpoint_options(out, precision)
@@ -143,7 +143,7 @@ _ITS_OWN_TOWER = ("n_layers", "n_pos", "layers")
 def _check_base(
     ours: DecoderConfig | VisionConfig, theirs: DecoderConfig | VisionConfig, directory: Path, asked: str
 ) -> None:
-    """Raise BaseError if a base computes something else than the requested Molmo, even if the shapes match."""
+    """Raise BaseError if a base differs from the requested Molmo in what it computes, even if the shapes match."""
     free = _ITS_OWN if isinstance(ours, DecoderConfig) else _ITS_OWN_TOWER
     differ = {
         f.name: (getattr(theirs, f.name), getattr(ours, f.name))
@@ -201,7 +201,7 @@ def plan_base(config: MolmoConfig, decoder: Path, tower: Path, *, tied: bool = F
     """Hub name -> recipe, for every tensor of the Molmo. Only headers are read.
 
     Raises CheckpointError with the file and the tensor if a tensor is missing, has another shape than the
-    configuration requires, or has no place in a Molmo and is not known to be unused.
+    configuration requires, or is not a parameter of a Molmo and not known to be unused.
     """
     sources = [(decoder, open_base(decoder)), (tower, open_base(tower))]
     plan = base_recipes(config, sources[0][1], sources[1][1], tied=tied)

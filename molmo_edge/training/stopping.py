@@ -43,6 +43,6 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """For workers of a data loader: signals to the process group reach them too, and they have nothing to save."""
+    """For data loader workers: signals to the process group reach them too, but only the main process saves."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """The trainer: steps over the mixture, validation, checkpoints, and resumption at any step.
 
 Reference: olmo/train.py::Trainer. A step's loss is the sum of weighted cross entropies over the sum of weights of all
-micro-batches on all ranks, so neither their number nor padding changes it.
+micro-batches on all ranks, so it depends neither on the number of micro-batches and ranks nor on padding.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def check_frozen(recipe: Recipe) -> None:
 def cache_features(
     root: Path, config: MolmoConfig, source: TensorSource, data: Data, recipe: Recipe, here: World
 ) -> FeatureCache:
-    """The cache below `root` for `Trainer`, with the features of all pictures of `data`; every rank has to call."""
+    """The cache below `root` for `Trainer`, with the features of all pictures of `data`. Collective over the ranks."""
     image = recipe.image(config)
     cache = open_features(root, config, source, image, compute_dtype(recipe, here))
     for sets, seed in ((data.sets, recipe.seed), (data.validation, VALIDATION_SEED)):
@@ -119,7 +119,7 @@ def compute_dtype(recipe: Recipe, here: World) -> torch.dtype:
 
 
 class Trainer:
-    """A run in a directory. Constructed for a directory with checkpoints, it resumes from the latest one."""
+    """A run in a directory. In a directory with checkpoints it resumes from the latest one."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Trainer:
         here: World,
         features: FeatureCache | None = None,
     ):
-        """features: of `cache_features`, read in place of crops; the vision part has to be frozen."""
+        """features: the result of `cache_features`, read instead of crops; the vision part must be frozen."""
         if features is not None:
             check_frozen(recipe)
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
@@ -172,7 +172,7 @@ class Trainer:
         return model
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
-        """Write the current model in hub layout; all ranks have to call."""
+        """Write the current model in hub layout. Collective: all ranks must call it."""
         parameters = {name.removeprefix("molmo."): p for name, p in at_rest(self.model).items()}
         if not self.here.first:
             for name in hub_layout(self.model.molmo.config):
@@ -352,7 +352,7 @@ class Trainer:
         return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:
-        """Settings that a resumed run has to share: the samples and the trained weights depend on them."""
+        """Settings that must be equal in a resumed run: the samples and the trained weights depend on them."""
         return {
             "seed": self.recipe.seed,
             "batch": self.recipe.batch,

@@ -1,4 +1,4 @@
-"""Data loaders whose workers return this package's errors as values, and end with the process."""
+"""Data loaders whose workers return this package's errors as values and exit together with the main process."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Loader(DataLoader[T]):
     def __iter__(self) -> Any:
         """The batches. Workers start here, and are killed when this process exits for any reason.
 
-        Workers may ignore SIGTERM (see `ignore_interrupts`), by which multiprocessing ends them at exit and then
-        waits: without this, a run that fails while a traceback holds the iterator would never exit.
+        Workers may ignore SIGTERM (see `ignore_interrupts`), which multiprocessing sends at exit before it
+        waits for them: without this, a run that fails while a traceback holds the iterator would never exit.
         """
         before = set(multiprocessing.active_children())
         batches = super().__iter__()
