@@ -283,7 +283,7 @@ def _disk_needed(config: MolmoConfig, tensors: TensorSource, plan: ExportPlan, *
     """An upper estimate in bytes, with graphs in float32 for measurements and without scales of rounded weights."""
     weights = {component: count_weights(component, config, tensors) for component in GRAPHS}
     written = sum(weights[component] * plan.graph_precision(component).bytes_per_weight for component in plan.graphs)
-    if plan.engine == "gguf":  # quantised types are made of a 16-bit file, see molmo_edge.export.gguf
+    if plan.engine == "gguf":  # quantised types are made from a 16-bit file, see molmo_edge.export.gguf
         written += weights["decoder"] * {"f32": 4, "f16": 2, "bf16": 2}.get(plan.precision["decoder"], 3)
         written += 2 * (weights["vision_encoder"] + weights["connector"]) * plan.mmproj
     float32 = sum(4 * count for name, count in weights.items() if fits_float32(name, config, tensors))

@@ -45,8 +45,8 @@ def export_decoder(
 ) -> Path:
     """Write the decoder to `directory` in `precision`, one of GGUF_PRECISIONS.
 
-    Quantised types are made of a 16-bit file in `scratch`. Raises as `write_decoder` and `quantize_gguf` do, and
-    ExportError if the disk is too small.
+    Quantised types are made from a 16-bit file in `scratch`. Raises the errors of `write_decoder` and `quantize_gguf`,
+    and ExportError if the disk is too small.
     """
     path = directory / f"decoder-{precision}.gguf"
     layout = list(decoder_tensors(config))

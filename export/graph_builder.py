@@ -137,7 +137,7 @@ class Graph:
         )
 
     def save(self, path: Path) -> None:
-        """Write the graph to `path`; its sidecar must stay beside it under the same name."""
+        """Write the graph to `path`; its sidecar must stay in the same directory under the same name."""
         opsets = [helper.make_opsetid("", OPSET)] + ([] if self.plain else [helper.make_opsetid(MICROSOFT, 1)])
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values()))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="molmo-edge")
@@ -164,7 +164,7 @@ ExpertPart = Callable[[str, int], np.ndarray]
 """("gate", "up" or "down", expert) -> its matrix [out, in]"""
 Experts = Callable[[Graph, DecoderConfig, str, str, str, ExpertPart], "str | None"]
 """(graph, config, x [1, n, d], router's probabilities [1, n, n_experts], hub name, part) -> [1, n, d], or None if
-these sizes are not supported and the experts have to be written as separate matrices"""
+these sizes are not supported and the experts must be written as separate matrices"""
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:

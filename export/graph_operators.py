@@ -1,4 +1,4 @@
-"""The operators of the towers and the decoder, each in two forms: fused for ONNX Runtime, or standard ONNX alone.
+"""The operators of the towers and the decoder, each in two forms: fused for ONNX Runtime, or only standard ONNX.
 
 The fused operators ("com.microsoft", and SimplifiedLayerNormalization, which is not standard either) are fast on ONNX
 Runtime. The plain form (`Graph.plain`) runs on every reader of ONNX: TensorRT, CoreML, onnx's reference evaluator.

@@ -125,7 +125,7 @@ def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target
     plain = frozenset(GRAPHS) - {"decoder"} if options.plain else target.plain if target else frozenset()
     _check_plain(plain, precision)
     if options.block or options.asymmetric:
-        raise ExportError("block and asymmetric apply to ONNX only: leave them out (llama.cpp's types fix both)")
+        raise ExportError("block and asymmetric apply to ONNX: leave them out (llama.cpp's types define their own)")
     if options.calibrate is not None and precision["decoder"] not in GGUF_CALIBRATED:
         raise ExportError(
             f"llama.cpp uses no calibration for {precision['decoder']}: leave calibrate out, or choose one of "

@@ -1,4 +1,4 @@
-"""The folder that an export writes to until it is complete: beside its target, on a disk with enough space."""
+"""The temporary folder of an export, next to its target, on a disk with enough space."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SPARE_BYTES = 200_000_000  # left free on the disk
 
 @contextmanager
 def staged(out: Path, needed: int, *, free: Free = free_bytes) -> Iterator[Path]:
-    """An empty folder beside `out`: write into it, then `publish` the result. Creates the parent directory of `out`.
+    """Yield an empty folder next to `out`: write into it, then `publish` the result. Creates the parent of `out`.
 
     `needed`: an upper estimate in bytes. `free`: how to find the free bytes. Raises ExportError if the disk is too
-    small, at once or when it fills up, and if another process exports to `out`.
+    small, immediately or when it fills up, and if another process exports to `out`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

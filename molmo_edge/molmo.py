@@ -67,7 +67,7 @@ class Molmo(NotCopied):
         from molmo_edge.runtimes import open_runtime
 
         started = time.perf_counter()
-        # Check the arguments before an engine opens: it would go on loading after an error.
+        # Check the arguments before an engine opens, because it would continue to load after an error.
         if max_crops is not None:
             ImageConfig(max_crops=max_crops)
         if precision not in PRECISIONS:

@@ -2,7 +2,7 @@
 
 Checksums of the stages (molmo_edge/sdk/stage_checksums.py) are compared one by one, then the answer. Processors round
 differently, and where two ids are nearly tied (two digits of a coordinate, for example) rounding decides, and all
-following ids differ. A different answer is therefore not an error by itself: each id of the recorded answer must be
+following ids differ. A different answer is therefore not necessarily an error: each id of the recorded answer must be
 the most likely one on this machine, or nearly tied with it.
 """
 

@@ -56,14 +56,14 @@ def find_prompts(folder: str | Path) -> list[Prompt]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise QuantizeError(f"{folder} is not a folder of photos to calibrate with")
+        raise QuantizeError(f"{folder} is not a folder of calibration photos")
     listed = folder / PROMPTS
     if listed.is_file():
         prompts = _spread(read_prompts(listed))
     else:
         prompts = [Prompt(path, QUESTIONS[i % len(QUESTIONS)]) for i, path in enumerate(_spread(photos_in(folder)))]
     if not prompts:
-        raise QuantizeError(f"{folder} holds neither photos to calibrate with nor a {PROMPTS}")
+        raise QuantizeError(f"{folder} contains neither calibration photos nor a {PROMPTS}")
     for prompt in prompts:  # fail now rather than after an hour
         load_image(prompt.image)
     return prompts

@@ -31,8 +31,8 @@ class Sampling:
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: greedy; otherwise the logits are divided by it
-    top_k: int = 0  # draw from the k likeliest ids; 0: all
-    top_p: float = 1.0  # draw from the likeliest ids that together have this probability
+    top_k: int = 0  # sample only from the k most likely ids; 0: all
+    top_p: float = 1.0  # sample only from the most likely ids whose probabilities add up to this value
     seed: int | None = None  # None: a different answer each time
 
     def __post_init__(self) -> None:
@@ -160,12 +160,12 @@ def likeliest(logits: np.ndarray) -> int:
 
 
 def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Choose an id from `logits` (float [vocab_size]). Raises GenerationError as `likeliest` does."""
+    """Choose an id from `logits` (float [vocab_size]). Raises GenerationError for the same logits as `likeliest`."""
     best = likeliest(logits)
     temperature = float(sampling.temperature)  # a Fraction or a numpy scalar would change the dtype of the arrays
     if temperature == 0.0:
         return best
-    order = np.argsort(-logits, kind="stable")  # likeliest first
+    order = np.argsort(-logits, kind="stable")  # most likely first
     if sampling.top_k:
         order = order[: sampling.top_k]
     with np.errstate(over="ignore"):  # a tiny temperature gives -inf, and exp(-inf) is 0 as it should be
@@ -173,7 +173,7 @@ def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generat
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1.0:
-        # Keep an id while the probability of all likelier ones is below top_p; the likeliest always stays.
+        # Keep an id while the probability of all more likely ones is below top_p; the most likely one always stays.
         keep = np.cumsum(probabilities) - probabilities < sampling.top_p
         order, probabilities = order[keep], probabilities[keep]
         probabilities /= probabilities.sum()

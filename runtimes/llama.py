@@ -64,7 +64,7 @@ def open_watched(
     """Open only the decoder of a verified bundle, on the CPU; return a function from a capacity to a new cache.
 
     `watch`: a `llama_cpp.ggml_backend_sched_eval_callback` that is called during the caches' runs. It must return True
-    when `ask` is false, or llama.cpp silently skips the rest of the run. Raises as `open_llama_runtime` does.
+    when `ask` is false, or llama.cpp silently skips the rest of the run. Raises the errors of `open_llama_runtime`.
     """
     load_library()
     check_decoder(bundle.path("decoder"), bundle.config, load_tokenizer(bundle.directory))
@@ -268,7 +268,7 @@ class LlamaCache:
 
 
 def choose_repack(bundle: Bundle, options: LlamaOptions, *, gpu: bool) -> bool:
-    """Decide whether to repack weights for the CPU's kernels, which takes a second copy beside the mapped file.
+    """Decide whether to repack weights for the CPU's kernels, which takes a second copy in addition to the mapped file.
 
     Raises EngineError if `options` request it and it would crash the process (see `has_amx`).
     """

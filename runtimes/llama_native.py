@@ -116,7 +116,7 @@ class LlamaContext:
             return code
         except BaseException:
             self.abort.set()
-            _wait_until_idle(self.model.runner)  # the batch lies in the memory of this frame
+            _wait_until_idle(self.model.runner)  # the batch is in the memory of this frame
             raise
         finally:
             self.abort.clear()

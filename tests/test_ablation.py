@@ -69,7 +69,7 @@ def test_parts_override_the_precision_of_the_decoder(tmp_path: Path) -> None:
     ("precision", "options", "message"),
     [
         ({"head": "fp16"}, {}, "'fp16' is not a supported precision for head"),
-        ({"decoder": "q4f16", "head": "q8"}, {}, "nor in float16"),
+        ({"decoder": "q4f16", "head": "q8"}, {}, "and in float16: leave head out"),
         ({"head": "int8"}, {"plain": True}, "in standard ONNX operators"),
         ({"head": "q8"}, {"calibrate": GOLDEN}, "calibrate applies to a decoder in q4"),
     ],

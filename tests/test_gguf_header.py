@@ -104,7 +104,8 @@ def test_what_is_wrong_is_named(change: object, why: str, content: bytes, tmp_pa
 def test_another_tokenizer_s_file_is_refused(path: Path) -> None:
     text = (GOLDEN / "molmoe" / "tokenizer.json").read_text("utf-8")
     text = text.replace("<im_col>", "<im_x>").replace("<im_start>", "<im_col>").replace("<im_x>", "<im_start>")
-    with pytest.raises(BundleError, match="another tokenizer: token 500 is '<im_start>', this model's is '<im_col>'"):
+    differs = "its tokenizer differs: token 500 is '<im_start>', this model's is '<im_col>'"
+    with pytest.raises(BundleError, match=differs):
         check_decoder(path, CONFIG, Tokenizer(text))
 
 

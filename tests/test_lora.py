@@ -216,10 +216,10 @@ def test_adapters_of_another_base_are_refused(small_checkpoints: dict[str, Path]
             merge(stranger, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     fresh, _, _ = load_checkpoint(other)
-    with pytest.raises(LoraError, match="for another checkpoint"):
+    with pytest.raises(LoraError, match="for a different checkpoint"):
         load_adapters(fresh, path, other)
     merge(checkpoint, path, tmp_path / "merged")
-    with pytest.raises(LoraError, match="for another checkpoint"):  # they would count twice
+    with pytest.raises(LoraError, match="for a different checkpoint"):  # they would count twice
         merge(tmp_path / "merged", path, tmp_path / "out")
     narrow = write_checkpoint(tmp_path / "narrow", "experts", dtype="BF16")
     merge(narrow, path, tmp_path / "out")  # the same weights, stored otherwise

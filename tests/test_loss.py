@@ -197,7 +197,7 @@ def test_questions_without_images_are_refused(questions: list[Question]) -> None
 
 
 def test_models_with_different_prompts_are_refused() -> None:
-    with pytest.raises(LossError, match="another tokenizer"):
+    with pytest.raises(LossError, match="have different tokenizers"):
         check_comparable(bundle("molmoe"), bundle("qwen"))
     with pytest.raises(LossError, match="noise"):
         measure_loss(ModelSpec(bundle("molmoe")), [], [], noise="luck")

@@ -1,8 +1,8 @@
 """Find and open bundles: directories with a manifest, model graphs, a tokenizer and a self-check.
 
 `molmo_edge.json` lists every file with its size and SHA-256, and holds a SHA-256 of its own content. Opening a bundle
-always verifies that hash and the sizes, and the hashes of the files once per machine. Damaged, edited and foreign
-files, and bundles of newer versions, are refused by name before an engine reads them.
+always verifies that hash and the sizes, and the hashes of the files once per machine. Damaged, edited and
+unlisted files, and bundles of newer versions, are refused before an engine reads them; the error names them.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def token_names(tokenizer: Tokenizer, d: DecoderConfig) -> list[str]:
 
 
 def decoder_tensors(config: MolmoConfig) -> Iterator[GgufTensor]:
-    """Every tensor of the GGUF, in file order. Raises NoGraphError as `architecture` does."""
+    """Every tensor of the GGUF, in file order. Raises the errors of `architecture`."""
 
     def matrix(name: str, rows: int, columns: int, *parts: Part) -> GgufTensor:
         shape = (rows, columns) if len(parts) == 1 else (len(parts), rows, columns)

@@ -55,7 +55,7 @@ class Component:
 
     @classmethod
     def from_file(cls, path: Path, **fields: Any) -> Component:
-        """Describe the file at `path`, which lies in the bundle's directory itself. Raises OSError."""
+        """Describe the file at `path`, which is directly in the bundle's directory. Raises OSError."""
         return cls(path.name, path.stat().st_size, sha256_of(path), **fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Check:
     image: Component
     question: str
     token_ids: tuple[int, ...]
-    complete: bool  # whether the answer stopped by itself after `token_ids`
+    complete: bool  # whether the answer ended with a stop token after `token_ids`
     points: tuple[tuple[float, float], ...] = ()  # x, y in percent of a side
     tolerance: float = TOLERANCE  # percent of a side that a point may move
     sums: dict[str, Any] | None = None  # see molmo_edge/sdk/stage_checksums.py; None in bundles of early versions

@@ -1,6 +1,6 @@
 """The tensor names and shapes of the public checkpoints, and the parameters of `modeling.Molmo` that they fill.
 
-MolmoE's remote code names the blocks differently and stores each expert by itself; a parameter of `modeling.Molmo`
+MolmoE's remote code names the blocks differently and stores each expert separately; a parameter of `modeling.Molmo`
 stacks the experts along a new first dimension. The names of a second ViT and of a
 convolutional tower, which no public checkpoint has, are defined here.
 """

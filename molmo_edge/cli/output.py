@@ -122,7 +122,7 @@ def note_usage(answer: Answer, *, quiet: bool) -> None:
 
 
 def note_cut_off(answer: Answer, *, quiet: bool) -> None:
-    """Print a note if the answer did not end by itself."""
+    """Print a note if the answer was cut off."""
     if not answer.complete:
         tokens = counted(answer.usage.tokens.generated, "token")
         note(f"cut off after {tokens}: raise --max-new-tokens", quiet=quiet)

@@ -107,7 +107,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def _micro(batch: int, most: int) -> int:
-    """The largest number of sequences per pass, up to `most`, that divides a rank's share of the batch."""
+    """The largest number of sequences per pass, up to `most`, that divides the batch size per rank."""
     share, rest = divmod(batch, int(os.environ.get("WORLD_SIZE", "1")))
     if rest or not share:  # the trainer raises an error with the numbers
         return most

@@ -103,7 +103,7 @@ def ai2d(row: Row) -> list[Asked]:
 
 
 def tabwmp(row: Row) -> list[Asked]:
-    """The answer alone. Choices are not shown."""
+    """Only the answer. Choices are not shown."""
     return [Asked(row.text("question"), (_said(row, row["answer"]),))]
 
 

@@ -1,9 +1,9 @@
 """Download the pictures of a data set by URL: in parallel, with few requests per host, and each only once.
 
 A download of a million pictures takes days and will be interrupted. The outcome of each URL is therefore appended to
-the folder's manifest at once, as a line of JSON. The next run continues from it, and data sets read which pictures they
-have. Reference: olmo/data/download_urls.py::download_pixmo_urls, which writes the reason of a failure to a file in the
-picture's place.
+the folder's manifest immediately, as a line of JSON. The next run continues from it, and data sets read which pictures
+they have. Reference: olmo/data/download_urls.py::download_pixmo_urls, which writes the reason of a failure to a file in
+the picture's place.
 """
 
 from __future__ import annotations

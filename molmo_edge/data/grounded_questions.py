@@ -49,7 +49,7 @@ _RECEIPT = {"total": "What is the total?", "date": "What is the date?", "company
 _GARMENT = ("What kind of clothing is this?", "Which garment is this?", "What is in this image?")
 _GARMENTS = {"longsleeve": "long-sleeved shirt", "outwear": "jacket"}
 
-# Labels of which a source annotates every instance, so that labels without a box are absent.
+# Labels whose instances a source annotates exhaustively, so that a label without a box is absent.
 _CLOSED = {
     "cards": frozenset({"king", "ace", "nine", "ten", "jack", "queen"}),
     "road_signs": frozenset({"green traffic light", "yellow traffic light", "red traffic light", "parking sign"}),

@@ -337,7 +337,7 @@ def _clock(read: Reading) -> Iterator[Annotation]:
 def _points(row: Row, value: Any, unit: tuple[float, float] = (1.0, 1.0)) -> Points:
     """Points in percent, from dicts with x and y, from a dict of two lists, or from pairs.
 
-    Points beside the picture are moved to its edge, as in Molmo 2. Raises RowsError for coordinates that are not
+    Points outside the picture are moved to its edge, as in Molmo 2. Raises RowsError for coordinates that are not
     finite numbers.
     """
     if isinstance(value, dict):

@@ -30,7 +30,7 @@ from molmo_edge.system.memory import available_memory
 from molmo_edge.system.scratch import temporary_folder
 
 ROUTING_QUESTIONS = 16  # whose expert choices are compared
-BREAKDOWN_IMAGES = 16  # asked again with the reference's image features, to measure the decoder alone
+BREAKDOWN_IMAGES = 16  # asked again with the reference's image features, to measure only the decoder
 NOISES = ("threads", "bf16", "none")
 
 

@@ -1,8 +1,8 @@
 """The experts that an OLMoE decoder's routers choose for given inputs, on every engine.
 
-Quantization changes an answer in two ways: an expert computes something else, or another expert is chosen. This reads
-each router's softmax over all experts, which every engine computes in float32, and takes the top k by the same rule,
-so that engines that break ties differently still agree.
+Quantization changes an answer in two ways: an expert computes a different result, or a different expert is chosen. This
+reads each router's softmax over all experts, which every engine computes in float32, and takes the top k by the same
+rule, so that engines that break ties differently still agree.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoders: Qwen2, Qwen3, OLMo2 (post-norm) and OLMoE, by DecoderConfig alone.
+"""The decoders: Qwen2, Qwen3, OLMo2 (post-norm) and OLMoE, determined by DecoderConfig alone.
 
 Reference: olmo/model.py, OLMoSequentialBlock and OLMoEBlock.
 """
@@ -70,7 +70,7 @@ def image_attention_mask(image: Tensor, start: int = 0) -> Tensor:
     """The mask of a prefill in which image tokens attend to each other, and everything else is causal.
 
     image: bool [batch, n], True for image tokens. start: positions in the cache, which all of the n attend to; their
-    own attention is not changed, so all images of a prompt have to be in one prefill.
+    own attention is not changed, so all images of a prompt must be in one prefill.
     Returns bool [batch, 1, n, start + n].
     """
     n = image.shape[1]
@@ -414,7 +414,7 @@ class Decoder(Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., embedding_size], and additional_vocab_size more if the head has rows for them.
 
-        A head in bfloat16 gives bfloat16 logits, of which the largest often tie: the _EXACT largest are computed again
+        A head in bfloat16 returns bfloat16 logits, whose maximum is often tied, so the _EXACT largest are recomputed
         in float32.
         """
         logits = self._base_logits(hidden)

@@ -1,4 +1,4 @@
-"""The ViT over one crop: CLIP, DINOv2 or SigLIP, by VisionConfig alone.
+"""The ViT over one crop: CLIP, DINOv2 or SigLIP, determined by VisionConfig alone.
 
 Reference: olmo/image_vit.py, VisionTransformer, DinoVisionTransformer and SiglipVisionTransformer.
 """

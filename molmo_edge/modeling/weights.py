@@ -46,7 +46,7 @@ def build_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> Molmo:
-    """A `Molmo` in eval mode with the parameters of `source`, of which one hub tensor is in memory at a time."""
+    """A `Molmo` in eval mode with the parameters of `source`, read one hub tensor at a time."""
     shapes = check_tensors(config, source, where=where)
     with torch.device("meta"):
         model = Molmo(config)

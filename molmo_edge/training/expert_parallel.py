@@ -26,7 +26,7 @@ from molmo_edge.training.parallel import ParallelError, local_part, sum_gradient
 def spread_experts(layers: Sequence[SparseFFN], kind: str, ways: int, ranks: int, policy: MixedPrecisionPolicy) -> None:
     """Give each of `ways` neighbouring ranks its share of the experts of every layer, in place; routers are not split.
 
-    The routers have to be FSDP units already. Raises ParallelError if the experts cannot be divided evenly.
+    The routers must already be FSDP units. Raises ParallelError if the experts cannot be divided evenly.
     """
     shape = layers[0].gate.shape if layers else torch.Size((0, 0, 0))  # experts, ffn, d
     pieces = (ways, ranks // ways, ranks // ways)

@@ -146,7 +146,7 @@ def write_features(
 
 
 def load_towers(config: MolmoConfig, source: TensorSource, device: torch.device) -> Molmo:
-    """A `Molmo` of which only the towers have weights; everything else stays on the meta device."""
+    """A `Molmo` in which only the towers have weights; everything else stays on the meta device."""
     with torch.device("meta"):
         molmo = Molmo(config)
     for part in TOWERS:

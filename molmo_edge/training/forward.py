@@ -96,7 +96,7 @@ class Trainable(nn.Module):
             compile_parts(molmo)
 
     def forward(self, batch: Batch) -> Sums:
-        """The batch has to be on the model's device. Dropout is active in training mode only."""
+        """The batch must be on the model's device. Dropout is active only in training mode."""
         features = self.features(batch) if batch.features is None else batch.features
         cells = self.molmo.connector(features, batch.masks)  # [c, cells^2, d]
         grounding = self._grounding(batch, features, cells)

@@ -41,7 +41,8 @@ class Share:
     def __post_init__(self) -> None:
         if self.batch % (self.ranks * self.micro):
             raise DataError(
-                f"a batch of {self.batch} is not a multiple of {self.ranks} ranks x {self.micro} sequences at once"
+                f"a batch of {self.batch} is not a multiple of {self.ranks} ranks x {self.micro} sequences per forward "
+                "pass"
             )
 
     @property

@@ -160,7 +160,7 @@ class Optimizer:
                     yield name, which, self._aside(_like(p, _widened(kept, i)))
 
     def _aside(self, state: Tensor) -> Tensor:
-        """With 8-bit states on one card, fp32 copies of all states would not fit beside the model."""
+        """Move 8-bit states to the CPU: fp32 copies of all states would not fit next to the model on one GPU."""
         return state.cpu() if self._eight and not is_sharded(state) else state
 
     def load_states(self, states: Mapping[str, Tensor], updates: int) -> None:

@@ -68,7 +68,7 @@ def pack(
         answer_starts.append(start)
         segments += [number] * (len(ids) - first)
         positions += range(head, head + len(ids) - first)
-    # One shift over the whole sequence, as the reference does it: an annotation's EOS stays an input, whose
+    # One shift over the whole sequence, as in the reference: an annotation's EOS stays an input, whose
     # target, the next annotation's first token, has no weight.
     return Packed(
         np.array(ids[:-1], np.int32),

@@ -64,7 +64,7 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the run that torchrun started, or create one of this process alone. device: "auto", "cpu" or "cuda".
+    """Join the run that torchrun started, or create one of only this process. device: "auto", "cpu" or "cuda".
 
     Raises ParallelError for an unknown device, or for "cuda" without a CUDA device.
     """
@@ -77,7 +77,7 @@ def world(device: str = "auto") -> Iterator[World]:
     here = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
-    # gloo beside NCCL: asynchronous checkpoints are coordinated on the CPU.
+    # gloo in addition to NCCL: asynchronous checkpoints are coordinated on the CPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:

@@ -72,7 +72,7 @@ _FAMILIES = {
 }
 _FAMILIES["olmo_1124"] = _FAMILIES["olmo2"]  # the older name, as in OLMo-7B-1024-preview's config.json
 
-# A base with other values would be converted, but would compute something else.
+# A base with other values would be converted, but would give different results.
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,

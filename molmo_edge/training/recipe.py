@@ -112,7 +112,7 @@ MULTITASK = Recipe(
     forward=ForwardConfig(residual_dropout=0.1, answer_dropout=0.0),
     optimizer=OptimizerConfig(Rate(5e-6, 200), Rate(5e-6, 200), Rate(1e-5, 200)),
 )
-# For a few hundred pictures with points, on one card. Adapters need ten times the learning rates of whole weights
+# For a few hundred pictures with points, on one GPU. Adapters need ten times the learning rates of whole weights
 # (QLoRA: 2e-4 up to 13B); the connector is trained as a whole.
 POINTS = Recipe(
     steps=1000,
