@@ -206,7 +206,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="not in UTF-8"):
         find_prompts(tmp_path)
     file.write_text("")
-    with pytest.raises(QuantizeError, match="holds neither photos"):
+    with pytest.raises(QuantizeError, match="contains neither calibration photos"):
         find_prompts(tmp_path)
     file.write_text('{"image": "a.png", "question": " "}')
     with pytest.raises(PromptError):

@@ -109,7 +109,7 @@ def _report(manifest: dict[str, Any], checkpoint: str, out: Path, *, json: bool,
     note(f"wrote {out}", quiet=quiet)
     # The manifest's relative errors are of activations on synthetic inputs: they do not measure its answers.
     if any({"relative_error", "weight_errors"} & component.keys() for component in manifest["components"].values()):
-        note(f"measure the loss of quantisation: molmo-edge loss {checkpoint} {out}", quiet=quiet)
+        note(f"to measure the loss from quantization: molmo-edge loss {checkpoint} {out}", quiet=quiet)
 
 
 def _safetensors(checkpoint: Path, out: Path, precision: str, *, json: bool, quiet: bool) -> None:

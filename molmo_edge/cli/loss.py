@@ -132,7 +132,10 @@ def _print(found: Loss) -> None:
     ):
         if rows:
             print_table([*titles, *heads], [row.texts() for row in rows], lines=lines)
-    print("Brackets: 95 % confidence intervals. Scores: the candidate's and its change. Noise: the reference varied.")
+    print(
+        "Brackets: 95 % confidence intervals. Scores: the candidate's and its change. "
+        "Noise: the reference with slightly changed inputs or precision."
+    )
 
 
 def _head(model: ModelLoss, found: Loss) -> str:

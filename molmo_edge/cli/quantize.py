@@ -93,6 +93,6 @@ def _print(found: SearchResult, figures: Mapping[str, Estimate]) -> None:
     for part, precision in found.choice.precisions.items():
         print(f"{part:15} {precision}")
     print(
-        f"{found.bytes / 1e6:.2f} MB; as written: KL {kl.format(lambda v: f'{v:.2g}')} "
-        f"nats per token, same likeliest token {100 * same.value:.1f} % (sum of parts: {found.choice.predicted:.2g})"
+        f"{found.bytes / 1e6:.2f} MB; measured: KL {kl.format(lambda v: f'{v:.2g}')} "
+        f"nats per token, same most likely token {100 * same.value:.1f} % (predicted KL: {found.choice.predicted:.2g})"
     )

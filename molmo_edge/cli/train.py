@@ -205,7 +205,7 @@ def _run(
             note("training on " + ", ".join(f"{s.name} ({len(s)})" for s in data.sets))
             done = f"{counted(trainer.step, 'step')} done, " if trainer.step else ""
             left = counted(max(0, recipe.steps - trainer.step), "step")
-            note(f"{done}{left} of {counted(recipe.batch, 'sequence')} left")
+            note(f"{done}{left} left; {counted(recipe.batch, 'sequence')} per step")
         written = trainer.train()
         if here.first:
             note(f"wrote the model to {written}")

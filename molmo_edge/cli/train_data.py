@@ -71,7 +71,7 @@ def draw(
     from molmo_edge.data.drawn.generate import generate
 
     drawn = generate(kind, count, out, seed=seed, fonts=fonts, sprites=sprites, jobs=jobs)
-    note(f"drew {counted(drawn, 'picture')}, {count} in {out}")
+    note(f"drew {counted(drawn, 'picture')}; {out} now has {count}")
 
 
 def fetch(

@@ -97,7 +97,7 @@ def points(
             for each in left_out:
                 note(each)
             note(f"{counted(len(train), 'picture')} for training, {len(held_back)} for validation")
-            note(f"{counted(recipe.steps, 'step')} of {counted(recipe.batch, 'sequence')}")
+            note(f"{counted(recipe.steps, 'step')}; {counted(recipe.batch, 'sequence')} per step")
         model = build_adapted(directory, recipe, here, lora, adapters.base)
         data = Data([train], [1.0], [held_back] if len(held_back) else ())
         merged_in = MERGED_IN.get(adapters.merge_dtype)
@@ -105,7 +105,7 @@ def points(
             model, tokenizer, data, recipe, out, here, checkpoint=directory, lora=lora, merged_in=merged_in
         )
         if here.first and trainer.step >= recipe.steps:
-            note(f"{counted(trainer.step, 'step')} done: nothing is left to train")
+            note(f"{counted(trainer.step, 'step')} done: the run is complete")
         written = trainer.train()
         if here.first:
             note(f"wrote the merged model to {written} and the adapters next to it")

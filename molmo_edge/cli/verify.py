@@ -96,10 +96,10 @@ def _verdict(report: CheckReport) -> str:
         points = f"points differ by at most {report.drift:.1f} percent (tolerance {check.tolerance:.1f})"
     if report.exact:
         same = "check question: answered with the same tokens"
-        return same if report.same_points else f"{same}, but the manifest records different points for them: {points}"
+        return same if report.same_points else f"{same}, but the manifest has other points for these: {points}"
     if report.passed:
         return f"check question: same answer up to rounding (at most {report.gap:.2f} logits; {points})"
-    end = "" if report.stopped else ", and the answer does not stop where it should"
+    end = "" if report.stopped else ", and the answer stops at a different token"
     return f"check question: tokens differ from the recorded ones by {report.gap:.2f} logits; {points}{end}"
 
 

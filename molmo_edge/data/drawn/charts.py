@@ -1,6 +1,6 @@
 """Charts: columns, bars, lines, pies and scatter plots, with questions whose answers are computed.
 
-Every value can be read exactly: it is written next to its mark, or lies on a grid line or midway between two.
+Every value can be read exactly: it is written next to its mark, or is on a grid line or midway between two.
 """
 
 from __future__ import annotations

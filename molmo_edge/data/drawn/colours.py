@@ -6,7 +6,7 @@ import numpy as np
 
 Colour = tuple[int, int, int]
 
-# Ten colours that a person tells apart and names at once.
+# Ten colours that a person distinguishes and names easily.
 COLOURS: dict[str, Colour] = {
     "red": (211, 47, 47), "orange": (245, 133, 24), "yellow": (250, 208, 44), "green": (56, 142, 60),
     "teal": (0, 150, 145), "blue": (33, 102, 200), "purple": (123, 50, 165), "pink": (240, 110, 170),

@@ -7,7 +7,7 @@ Each kind has the columns of a PixMo set, so that the same loader reads both:
   charts, tables, documents, diagrams, code       allenai/pixmo-docs, with what was drawn in "data" (JSON text)
   points                                          allenai/pixmo-points, with "image" instead of a URL; percent
   count                                           allenai/pixmo-count, with "image" instead of a URL; pixels
-Picture i depends only on kind, seed, i, fonts and sprites. An interrupted run continues where it stopped.
+Picture i depends only on kind, seed, i, fonts and sprites. An interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LOG_EVERY = 1000  # pictures between two progress messages
 
 
 class GenerateError(MolmoEdgeError):
-    """A data set that cannot be drawn as asked."""
+    """A data set cannot be drawn with the given arguments."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 _TABLE = Path(__file__).with_name("sprite_names.txt")
 
 # Broad names and the narrower names whose pictures they also describe. A scene with one of a pair neither shows the
-# other nor denies it.
+# other nor calls it absent.
 BROADER: dict[str, tuple[str, ...]] = {
     "traffic light": ("green traffic light", "yellow traffic light", "red traffic light"),
     "stop sign": ("bus stop sign",),
