@@ -65,7 +65,7 @@ class TestExport:
             ({"precision": {"decoder": "mixed"}}, "'mixed' is not a supported precision for decoder"),
             ({"precision": "q4_k_m", "block": 64}, "define their own"),
             ({"precision": "f16", "calibrate": GOLDEN}, "uses no calibration for f16"),
-            ({"precision": "q8_0", "calibrate": GOLDEN}, "makes q8_0 without"),
+            ({"precision": "q8_0", "calibrate": GOLDEN}, "uses no calibration for q8_0"),
             ({"precision": "q8_0", "plain": True}, "cannot be int8 in|cannot be q8 in standard"),
         ):
             with pytest.raises(ExportError, match=message):
