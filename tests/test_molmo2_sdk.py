@@ -109,3 +109,22 @@ def test_commands(cli: Callable[..., Any], tmp_path: Path) -> None:
     )
     assert status == 0
     assert Molmo(tmp_path / "copy", threads=1).engine.tokenizer.special == tokenizer_of("molmo2_qwen3").special
+
+
+def test_loss_and_ablation_measure_a_molmo2(cli: Callable[..., Any], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("synth_378x378", "coffee.png"):
+        Image.fromarray(picture(name)).save(photos / f"{name.removesuffix('.png')}.png")
+    for precision in ("fp32", "q4"):
+        export_bundle(GOLDEN2 / "molmo2_qwen3", tmp_path / precision, precision)
+    suite = ("--suite", f"photos:{photos}", "--limit", 2)
+    status, out, err = cli("loss", GOLDEN2 / "molmo2_qwen3", tmp_path / "fp32", tmp_path / "q4", *suite, "--json")
+    assert status == 0, err
+    exact, rounded = json.loads(out)["candidates"]
+    assert exact["figures"]["kl_mean"]["value"] < 1e-6 < rounded["figures"]["kl_mean"]["value"]
+    status, out, err = cli("ablate", GOLDEN2 / "molmo2_qwen3", *suite, "--precisions", "q4", "--json")
+    assert status == 0, err
+    status, _, err = cli("loss", GOLDEN2 / "molmo_point", GOLDEN2 / "molmo_point", *suite)
+    assert status == 1
+    assert "grounding tokens" in err

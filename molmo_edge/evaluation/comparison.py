@@ -93,7 +93,7 @@ def compare(
         own_cells = cells
         if encode_images:
             own_patches = model.runtime.encode_crops(inputs.crops, inputs.overview)
-            own_cells = model.runtime.connect(own_patches, inputs.masks)
+            own_cells = model.runtime.connect(own_patches, inputs.masks, inputs.pooling)
             used = inputs.prompt.token_index >= 0  # the decoder sees no other cells: crops overlap
             compared = ComparedImage(
                 question.image_id, _distance(patches, own_patches), _distance(cells[used], own_cells[used])

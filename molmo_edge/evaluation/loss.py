@@ -332,6 +332,7 @@ class _Routing:
 
 def _decoder_inputs(model: ModelUnderTest, answer: ReferenceAnswer) -> np.ndarray:
     runtime, inputs = model.runtime, model.prepare(answer.question)
-    image = with_features(runtime, inputs.prompt, runtime.encode_image(inputs.crops, inputs.masks, inputs.overview))
+    features = runtime.encode_image(inputs.crops, inputs.masks, inputs.overview, inputs.pooling)
+    image = with_features(runtime, inputs.prompt, features)
     ids = np.concatenate([text_ids(model.tokenizer, [answer.question.text]), answer.targets[:-1]])
     return np.concatenate([image, runtime.embed(ids)])

@@ -21,13 +21,17 @@ from molmo_edge.frontend.prompts import Prompt, image_ids, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import Cache, PartedRuntime, Runtime
 from molmo_edge.runtimes.generate import likeliest
-from molmo_edge.runtimes.prompt_embeddings import with_features
+from molmo_edge.runtimes.prompt_embeddings import prefill, with_features
 
 _PERTURBATION = 1e-6  # relative, of each pixel: less than the difference between two resizing libraries
 
 
 class NoQuestionsError(MolmoEdgeError):
     """There is nothing to compare."""
+
+
+class UnsupportedModelError(MolmoEdgeError):
+    """A model that this kind of measurement does not support."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class ImageInputs:
     prompt: Prompt
     size: tuple[int, int]  # width and height of the image, pixels
     overview: Overview | None = None
+    pooling: np.ndarray | None = None  # see PreparedImage
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class ModelUnderTest:
     tokenizer: Tokenizer
     max_crops: int | None = None
     perturbed: bool = False  # pixels are changed by a millionth, to measure noise
+
+    def __post_init__(self) -> None:
+        if self.runtime.config.point_head is not None:
+            raise UnsupportedModelError(
+                "losses of a MolmoPoint are not measured yet: its grounding tokens would be left out"
+            )
 
     def prepare(self, question: Question) -> ImageInputs:
         """The question's image as model inputs. Raises ImageError."""
@@ -58,7 +69,8 @@ class ModelUnderTest:
             noise = np.random.default_rng(0).uniform(-_PERTURBATION, _PERTURBATION, crops.shape)
             crops = (crops * (1 + noise)).astype(np.float32)
         size = rgb.shape[1], rgb.shape[0]
-        return ImageInputs(crops, prepared.masks, image_ids(self.tokenizer, prepared), size, prepared.overview)
+        prompt = image_ids(self.tokenizer, prepared)
+        return ImageInputs(crops, prepared.masks, prompt, size, prepared.overview, prepared.pooling)
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ def record_reference(
             on_skipped(str(error))
             continue
         patches = runtime.encode_crops(inputs.crops, inputs.overview)
-        cells = runtime.connect(patches, inputs.masks)
+        cells = runtime.connect(patches, inputs.masks, inputs.pooling)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
         prefilled = PrefilledImage(runtime, tokenizer, with_features(runtime, inputs.prompt, cells), group)
@@ -137,7 +149,7 @@ class PrefilledImage:
         most = runtime.config.decoder.max_position_embeddings
         room = max(len(self._ids(question)) + question.max_new_tokens for question in questions)
         self._cache = runtime.new_cache(min(most, len(rows) + room))
-        runtime.forward(rows, self._cache)
+        prefill(runtime, rows, np.arange(len(rows)) > 0, self._cache)  # all but BOS are image tokens
 
     def begin(self, question: Question) -> tuple[np.ndarray, Cache]:
         """The logits [vocab_size] of the first answer token, and a cache that holds the image and the question.
