@@ -174,7 +174,7 @@ class _BundleExport:
                 tensors, int4 = self.tensors, self.plan.int4
             self._write_graph(component, tensors, int4, ranges.get(component, {}))
             del tensors, int4  # a calibration holds a layer of the decoder
-        if self.config.point_head is not None:  # small, and what it decides cannot be corrected later: in float32
+        if self.config.point_head is not None:  # in float32: it is small, and its choices cannot be corrected later
             self._write_graph(POINT_HEAD, self.tensors, self.plan.int4, {})
         if self.plan.engine == "gguf":
             self._write_gguf()

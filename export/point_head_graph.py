@@ -1,4 +1,4 @@
-"""MolmoPoint's grounding head as an ONNX graph: its projections. molmo_edge.runtimes.grounding does the rest."""
+"""MolmoPoint's grounding head as an ONNX graph: its projections. molmo_edge.runtimes.grounding implements the rest."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Chat(NotCopied):
         capacity = len(self.scene.embeddings) + len(ids) + most - 1
         with self._lock:
             self._check(turn)
-            # Molmo2's template writes an answered turn differently from one to be answered.
+            # Molmo2's template formats an answered turn differently from an unanswered one.
             same = np.flatnonzero(ids[: len(self._ids)] != self._ids)
             if len(same):
                 self._kept = min(self._kept, len(self.scene.embeddings) + int(same[0]))
@@ -182,7 +182,7 @@ class Chat(NotCopied):
     def _said(self, answer: Answer) -> Sequence[int] | str:
         """An earlier answer, as the ids that were generated.
 
-        Grounding tokens have no meaning in a later prompt: such an answer is given as text, with its points as numbers.
+        Grounding tokens have no meaning in a later prompt: an answer with them becomes text with numeric points.
         """
         grounding = self.scene.grounding
         if grounding is None or all(token < grounding.token_ids.first for token in answer.token_ids):

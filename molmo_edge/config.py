@@ -105,9 +105,7 @@ class ImageConfig:
     overview: int = 0  # longest side, pixels, of the whole image as a convolutional tower sees it; 0: no such tower
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    layout: str = _added(
-        "molmo"
-    )  # of the tokens of an image; or "molmo2", "molmo_point", see frontend/molmo2_prompt.py
+    layout: str = _added("molmo")  # of the tokens of an image; or "molmo2", "molmo_point", see frontend/crops.py
 
     def __post_init__(self) -> None:
         _check(self)
@@ -252,11 +250,11 @@ class ConvTowerConfig:
 class YarnConfig:
     """Rotary embeddings stretched for a longer context in some layers (YaRN, arXiv 2309.00071)."""
 
-    factor: float = 8.0  # how many times longer the context became
+    factor: float = 8.0  # ratio of the extended context to the original one
     original_positions: int = 8192  # the context of pre-training
     attention_factor: float = 1.0  # multiplies cos and sin
-    beta_fast: float = 32.0  # turns in the original context from which on a dimension is left as it is
-    beta_slow: float = 1.0  # turns below which a dimension is stretched by the whole factor
+    beta_fast: float = 32.0  # dimensions with at least this many turns in the original context are unchanged
+    beta_slow: float = 1.0  # dimensions with fewer turns are stretched by the full factor
     layers: tuple[int, ...] = ()  # the layers that are stretched
 
     def __post_init__(self) -> None:
@@ -322,7 +320,7 @@ class DecoderConfig:
 
     @property
     def n_logits(self) -> int:
-        """Ids that the head has a logit for."""
+        """Number of ids for which the head returns a logit."""
         return self.embedding_size + (self.additional_vocab_size if self.additional_head else 0)
 
     @property
@@ -332,7 +330,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class PointHeadConfig:
-    """MolmoPoint's grounding head, and the tokens that its grounding tokens are embedded as."""
+    """MolmoPoint's grounding head, and the tokens whose embeddings its grounding tokens use."""
 
     patch_token: int
     subpatch_token: int
@@ -340,7 +338,7 @@ class PointHeadConfig:
     dim: int = 512  # of queries and keys
     rope_theta: float = 50000.0
     n_locations: int = 9  # in a subpatch
-    no_more_class: bool = True  # whether "no more points" can be chosen in place of a patch
+    no_more_class: bool = True  # whether "no more points" can be chosen instead of a patch
 
     def __post_init__(self) -> None:
         _check(self)
@@ -454,7 +452,7 @@ _QWEN3: dict[str, Any] = {
 
 
 def _molmo2(decoder: DecoderConfig) -> MolmoConfig:
-    """A Molmo2 with its SigLIP2 tower, of whose 27 layers the last two are not used."""
+    """A Molmo2 with its SigLIP2 tower, which has 27 layers; the last two are not used."""
     half = (0.5, 0.5, 0.5)
     return MolmoConfig(
         image=ImageConfig(crop_size=378, max_crops=8, resize="siglip", mean=half, std=half, layout="molmo2"),

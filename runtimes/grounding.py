@@ -1,7 +1,7 @@
 """Decoding with MolmoPoint's grounding tokens: the logits and the embeddings that depend on the prompt's images.
 
 A `Grounding` belongs to one sequence. The sampling loop passes each new token's text logits and state through it and
-embeds tokens with it; it knows no engine. Source: hf_model/modeling_molmo_point.py in allenai/molmo2.
+embeds tokens with it. It does not depend on an engine. Source: hf_model/modeling_molmo_point.py in allenai/molmo2.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Grounding:
     config: PointHeadConfig
     ids: GroundingIds
     patch_keys: np.ndarray  # float32 [n_patches (+ 1), dim], rotated; the last is "no more points"
-    positions: (
-        np.ndarray
-    )  # int [n_patches]: of each patch in the order of those that can be chosen, -1 before the first
+    positions: np.ndarray  # int [n_patches]: index of each patch among the selectable ones, -1 before the first
     selectable: np.ndarray  # bool [n_patches (+ 1)]
     slot_features: np.ndarray  # float32 [n_patches, n_slots, feature_dim], zero for missing patches
     slots: np.ndarray  # bool [n_patches, n_slots]: False for missing patches
@@ -44,7 +42,8 @@ class Grounding:
         """The logits of all ids after the last token of `history`.
 
         `text`: float32 [ids.first], the language model's logits; `state`: float32 [d_model], the last token's state
-        before the final norm. Returns float32 [ids.end], -inf for ids that the order of grounding tokens rules out.
+        before the final norm. Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding
+        tokens.
         """
         ids, config = self.ids, self.config
         out = np.full(ids.end, _UNSET, np.float32)
@@ -105,7 +104,7 @@ class Grounding:
 
 @dataclass(frozen=True, eq=False)
 class GroundingInputs:
-    """What the grounding tokens of a prompt depend on; `begin` makes the cache when the prompt has run."""
+    """The inputs of a prompt's grounding tokens. `begin` creates the cache after the prompt has run."""
 
     head: PointRuntime
     ids: np.ndarray  # int [n], from the beginning of the prompt to its last image

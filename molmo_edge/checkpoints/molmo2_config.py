@@ -18,7 +18,7 @@ from molmo_edge.config import (
     as_tuple,
 )
 
-# The values that this package implements. With other ones a checkpoint would load, and give wrong answers.
+# The values that this package implements. A checkpoint with others would load but give wrong answers.
 _SUPPORTED: dict[str, dict[str, Any]] = {
     "text_config": {"hidden_act": "silu", "use_qk_norm": True, "qkv_bias": False},
     "vit_config": {"hidden_act": "gelu_pytorch_tanh"},
@@ -39,7 +39,7 @@ def read_molmo2(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfi
                 )
     text, vit, adapter = raw["text_config"], raw["vit_config"], raw["adapter_config"]
     layers = as_tuple(adapter["vit_layers"])
-    # Only the layers up to the last one used are stored, but negative numbers count from the declared ones.
+    # Only the layers up to the last used one are stored, but negative indices count from the declared number.
     used = tuple(layer % vit["num_hidden_layers"] for layer in layers)
     vision = VisionConfig(
         image_model_type="siglip",

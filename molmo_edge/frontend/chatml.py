@@ -1,4 +1,4 @@
-"""Conversations as Molmo2 and MolmoPoint see them: ChatML turns after the images or the frames of a video.
+"""The conversation format of Molmo2 and MolmoPoint: ChatML turns after the images or the frames of a video.
 
 Source: the chat template in `hf_model/convert_molmo2_to_hf.py`, and `hf_model/processing_molmo2.py`, of allenai/molmo2.
 """
@@ -31,7 +31,7 @@ _UNWRITTEN_STYLES = frozenset((
 def chat_ids(tokenizer: Tokenizer, turns: Sequence[str | Sequence[int]], *, style: str | None = None) -> list[int]:
     """Ids of the turns, and of the beginning of the answer. For the arguments see `prompts.text_ids`.
 
-    The template writes a space in front of an earlier answer's `<|im_start|>`, and none in front of the new one's.
+    The template writes a space in front of an earlier answer's `<|im_start|>`, but not in front of the new answer's.
     """
     ids: list[int] = []
     for number, turn in enumerate(turns):

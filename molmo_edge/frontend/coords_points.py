@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 Mode = Literal["point", "point_then_count", "count_then_point"]
 
-# The patterns of the reference, taken apart so that no text takes more than linear time.
+# The patterns of the reference, split up so that any text takes linear time.
 _TAG = re.compile(r"<(?:points|tracks)")
 _COORDS = re.compile(r' coords="([0-9\t:;, .]+)"/?>')
 _GROUP = re.compile(r"(?:^|\t|:|,|;)([0-9.]+) ([0-9. ]+)")
@@ -109,7 +109,7 @@ def extract_image_points(
 
 
 class Track(NamedTuple):
-    """The objects of one moment of a video."""
+    """The objects at one time of a video."""
 
     time: float  # seconds
     frame: int  # time * fps, rounded
@@ -119,7 +119,7 @@ class Track(NamedTuple):
 def extract_tracks(text: str, width: float, height: float, fps: float) -> list[Track]:
     """Points by time, sorted, as the reference's reader returns them.
 
-    Of an object with two points at one time, the first is kept.
+    If an object has two points at the same time, the first is kept.
     """
     moments: dict[float, dict[str, tuple[float, float]]] = {}
     for time, name, x, y in extract_image_points(text, width, height):
@@ -135,7 +135,7 @@ def format_coords(
     mode: Mode = "point",
     separator: str = ";",
 ) -> str:
-    """Write points as Molmo2 is trained to.
+    """Format points as in Molmo2's training data.
 
     `frames`: of each image ("1", "2", ...) or time ("0.5"), points as fractions of width and height, 0 to 1. They are
     sorted by x, then y, after rounding. `separator` is ";" in the format of the released models, a tab in the format of
@@ -162,7 +162,7 @@ def format_tracks(
     alt: str | None = None,
     separator: str = ";",
 ) -> str:
-    """Write tracks as Molmo2 is trained to. `moments`: of each time in seconds, (x, y) from 0 to 1 of visible objects.
+    """Format tracks as in Molmo2's training data. `moments`: by time in seconds, (x, y) from 0 to 1 of visible objects.
 
     Objects are numbered in the order of their first point, those of one moment by x, then y.
     """

@@ -1,4 +1,4 @@
-"""Grounding tokens of MolmoPoint: a point is a patch, a subpatch and a location, chosen by the model one after another.
+"""Grounding tokens of MolmoPoint: a point is a patch, a subpatch and a location, chosen by the model in this order.
 
 Their ids follow the vocabulary and depend on the prompt: as many patches as its images have tokens, then "no more
 points", the slots of a patch's pooling window, and the 3 x 3 locations within a subpatch. In text each is written
@@ -32,7 +32,7 @@ class GroundingIds:
 
     @property
     def no_more(self) -> int | None:
-        """ "No more points", after which the model only writes text."""
+        """The id of "no more points", after which the model generates only text."""
         return self.first + self.n_patches if self.no_more_class else None
 
     @property
@@ -47,11 +47,11 @@ class GroundingIds:
 
     @property
     def end(self) -> int:
-        """The first id after all of them."""
+        """The first id after the grounding tokens."""
         return self.locations + self.n_locations
 
     def token(self, token_id: int) -> str:
-        """`<POINT_k>`, how a grounding token is written."""
+        """The text of a grounding token, `<POINT_k>`."""
         return f"<POINT_{token_id - self.first}>"
 
     def allowed(
@@ -59,7 +59,7 @@ class GroundingIds:
     ) -> list[tuple[int, int]]:
         """The ids that may follow `history`, as half-open intervals.
 
-        A patch is followed by a subpatch, that by a location. With `patch_order` patches ascend through the answer,
+        A patch is followed by a subpatch and then a location. With `patch_order`, patches ascend through the answer;
         with `slot_order` subpatches ascend within a patch, and without `repeats` no subpatch is chosen twice.
         """
         last, finished = history[-1], history[:-2]
@@ -86,7 +86,7 @@ class GroundingIds:
 class GroundedPoint(NamedTuple):
     """One decoded point."""
 
-    id: int  # of the object, as the model numbered it
+    id: int  # number that the model gave the object
     frame: int  # index of the image, or of the video's frame
     x: float  # 0 to 1 from the left edge
     y: float  # 0 to 1 from the upper edge
@@ -95,7 +95,7 @@ class GroundedPoint(NamedTuple):
 def decode_grounding(
     text: str, pooling: np.ndarray, grids: Sequence[np.ndarray], *, no_more_class: bool = True, strict: bool = False
 ) -> Iterator[GroundedPoint]:
-    """The points that the grounding tokens in `text` stand for.
+    """Decode the points of the grounding tokens in `text`.
 
     `pooling`: int32 [n_patches, n_slots], patches of each token, numbered through all images. `grids`: for each image
     or frame int32 [rows, cols], the same numbers. Points in no grid (the low-resolution view, padding) are skipped. Ids

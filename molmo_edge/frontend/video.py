@@ -1,4 +1,4 @@
-"""Frames of a video for Molmo2: which ones the model sees, and how they become crops and tokens.
+"""Frames of a video for Molmo2: selection, and conversion to crops and tokens.
 
 Source: `hf_model/video_processing_molmo2.py` of allenai/molmo2.
 """
@@ -13,12 +13,12 @@ import numpy as np
 from molmo_edge.config import ImageConfig
 from molmo_edge.frontend.crops import cut_crop, fill_canvas, group_patches
 
-POOL = 3  # patches a side that one token of a frame stands for
+POOL = 3  # side, in patches, of the pooling window of one token
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedVideo:
-    """What a runtime and a prompt need of a video."""
+    """A video as input of a runtime and of a prompt."""
 
     crops: np.ndarray  # float32 [n_frames, patches^2, patch_size^2 * 3], normalised
     pooling: np.ndarray  # int64 [n_frames * cells, POOL^2]: indices into the patches of all frames, -1 for none
@@ -41,10 +41,10 @@ def prepare_video(frames: Sequence[np.ndarray], times: Sequence[float], config: 
 
 
 def sample_frames(total: int, fps: float, *, max_frames: int, max_fps: float = 2.0) -> list[int]:
-    """The frames that the reference shows the model: `max_fps` a second and the last, at most `max_frames` in all.
+    """The frames that the reference selects: `max_fps` per second and the last one, at most `max_frames`.
 
-    Source: "uniform_last_frame" of `video_processing_molmo2.py` in allenai/molmo2. A video of fewer than `max_fps`
-    frames a second has frames repeated, as there.
+    Source: "uniform_last_frame" of `video_processing_molmo2.py` in allenai/molmo2. As in the reference, frames of a
+    video with fewer than `max_fps` frames per second are repeated.
     """
     last = total - 1
     if last / fps > (max_frames - 1) / max_fps:

@@ -1,7 +1,7 @@
 """MolmoPoint's grounding head: projections that choose a patch, a subpatch and a location by dot products.
 
-Reference: PointPredictor of hf_model/modeling_molmo_point.py in allenai/molmo2. What becomes of the projections is
-engine-independent, see molmo_edge/runtimes/grounding.py.
+Reference: PointPredictor of hf_model/modeling_molmo_point.py in allenai/molmo2. The computation after the projections
+does not depend on the engine: see runtimes/grounding.py.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ class PointHead(Module):
         return self.patch_q(normed), self.patch_k(normed), self.subpatch_q(normed), self.location(state)
 
     def project_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """ViT features of single patches [n, feature_dim] -> keys [n, dim], and embeddings as tokens [n, d_model]."""
+        """ViT features of single patches [n, feature_dim] -> keys [n, dim], and token embeddings [n, d_model]."""
         return self.subpatch_k(features), self.patch_embedding(features)

@@ -10,7 +10,7 @@ from molmo_edge.config import DecoderConfig
 
 
 def rotary_frequencies(config: DecoderConfig, *, stretched: bool) -> np.ndarray:
-    """Radians a position of each pair of dimensions, float32 [head_dim / 2].
+    """Angle in radians per position for each pair of dimensions, float32 [head_dim / 2].
 
     Reference: transformers, _compute_yarn_parameters.
     """
@@ -22,7 +22,7 @@ def rotary_frequencies(config: DecoderConfig, *, stretched: bool) -> np.ndarray:
     yarn = config.yarn
 
     def dimension(turns: float) -> float:
-        """The pair of dimensions that turns so often within the original context."""
+        """The (fractional) index of the pair of dimensions that makes `turns` turns in the original context."""
         return dim * math.log(yarn.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
