@@ -52,6 +52,8 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Usage:
+    """What an answer cost: positions of the context, crops and seconds."""
+
     tokens: Tokens = Tokens()
     crops: int = 0  # including the global view
     seconds: Seconds = field(default=Seconds(), compare=False)

@@ -201,14 +201,17 @@ class VisionConfig:
 
     @property
     def parts(self) -> _VitParts:
+        """Which optional parts this kind of ViT has."""
         return _VITS[self.image_model_type]
 
     @property
     def n_patches(self) -> int:
+        """Patches of a crop: the positions without the class token."""
         return self.n_pos - self.parts.class_token
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.d_model // self.n_heads
 
     @property
@@ -306,6 +309,7 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.head_dim_override or self.d_model // self.n_heads
 
     @property
@@ -325,6 +329,7 @@ class DecoderConfig:
 
     @property
     def bidirectional_images(self) -> bool:
+        """Whether image tokens attend to each other in both directions in prefill."""
         return self.image_attention == "bidirectional"
 
 
@@ -378,6 +383,7 @@ class MolmoConfig:
 
     @property
     def vits(self) -> tuple[VisionConfig, ...]:
+        """All ViTs, in the order in which their features are concatenated."""
         return (self.vision, *self.extra_vision)
 
     @property

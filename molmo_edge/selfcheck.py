@@ -46,6 +46,8 @@ _TIE = 0.25
 
 @dataclass(frozen=True)
 class CheckReport:
+    """The result of checking a bundle on this machine."""
+
     bundle: Bundle
     check: Check | None  # None: the bundle has no check, only its files were compared
     token_ids: tuple[int, ...] = ()  # of the answer on this machine

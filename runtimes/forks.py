@@ -28,6 +28,8 @@ _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Forkable(Protocol):
+    """An object that has to be told when the process was forked."""
+
     def forked(self) -> None:
         """Called in the child, where no other thread runs."""
         ...

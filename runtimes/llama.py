@@ -109,6 +109,7 @@ class LlamaRuntime:
         self.embed = graphs.embed
 
     def new_cache(self, capacity: int) -> LlamaCache:
+        """Implement `Runtime.new_cache`."""
         check_capacity(capacity, self.config)
         return LlamaCache(LlamaContext(self.model, capacity))
 
@@ -124,6 +125,7 @@ class LlamaRuntime:
         return cache
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """Implement `Runtime.forward`."""
         if not isinstance(cache, LlamaCache):
             raise EngineError("this cache belongs to another runtime")
         embeddings = check_rows(embeddings, cache)

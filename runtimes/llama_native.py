@@ -59,18 +59,22 @@ class LlamaContext:
             self._free.append(sequence)
 
     def share(self, sequence: int, other: int, length: int) -> None:
+        """Let `other` share the first `length` positions of `sequence`."""
         with self._lock:
             self._api.llama_memory_seq_cp(self._memory, sequence, other, 0, length)
 
     def forget(self, sequence: int, length: int) -> None:
+        """Remove the positions of `sequence` from `length` on."""
         with self._lock:
             self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def positions(self, sequence: int) -> int:
+        """The number of positions that `sequence` holds."""
         with self._lock:
             return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def state(self, sequence: int) -> bytearray:
+        """Copy the keys and values of `sequence` in llama.cpp's format. Raises EngineError."""
         with self._lock:
             size = self._api.llama_state_seq_get_size(self._pointer, sequence)
             state = bytearray(size)
@@ -81,6 +85,7 @@ class LlamaContext:
         return state
 
     def restore(self, sequence: int, state: bytes | bytearray) -> None:
+        """Load what `state` returned into `sequence`. Raises EngineError if it does not fit."""
         array = ctypes.c_uint8 * len(state)
         buffer = array.from_buffer(state) if isinstance(state, bytearray) else array.from_buffer_copy(state)
         with self._lock:

@@ -151,6 +151,7 @@ class OnnxCache:
 
     @classmethod
     def empty(cls, session: Any, capacity: int, logits: int, device: str) -> OnnxCache:
+        """Return an empty cache of `capacity` positions on `device`; `logits`: their number."""
         buffers = {}
         for past in session.get_inputs():
             if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
@@ -250,6 +251,7 @@ class OnnxRuntime:
         overview: Overview | None = None,
         pooling: np.ndarray | None = None,
     ) -> np.ndarray:
+        """Implement `Runtime.encode_image`."""
         return self.connect(self.encode_crops(crops, overview), masks, pooling)
 
     def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
@@ -272,6 +274,7 @@ class OnnxRuntime:
         return self._run("connector", inputs)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """Implement `Runtime.embed`. Raises EngineError for ids outside the embedding."""
         ids = np.ascontiguousarray(token_ids, np.int64)
         rows = self.config.decoder.embedding_size + self.config.decoder.additional_vocab_size
         if ids.size and (ids.min() < 0 or ids.max() >= rows):
@@ -279,12 +282,14 @@ class OnnxRuntime:
         return self._run("embed_tokens", {"ids": ids})
 
     def new_cache(self, capacity: int) -> OnnxCache:
+        """Implement `Runtime.new_cache`."""
         check_capacity(capacity, self.config)
         session, logits = self._session("decoder"), self.config.decoder.n_logits
         make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache)
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be out of memory
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """Implement `Runtime.forward`."""
         check_causal(self.config, cache)
         return self._append(embeddings, None, cache)
 
@@ -372,6 +377,7 @@ _BROKEN = "onnxruntime is installed but does not load ({}): pip install --force-
 
 
 def import_onnxruntime() -> Any:
+    """Return the module onnxruntime. Raises Unavailable if it is missing or does not load."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

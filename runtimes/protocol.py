@@ -36,7 +36,9 @@ class Runtime(Protocol):
     """A loaded model. Arrays are float32 unless stated otherwise."""
 
     @property
-    def config(self) -> MolmoConfig: ...
+    def config(self) -> MolmoConfig:
+        """The configuration of the model."""
+        ...
 
     @property
     def engine(self) -> str:
@@ -72,7 +74,9 @@ class Runtime(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the model. Later calls raise EngineError."""
+        ...
 
 
 class PartedRuntime(Runtime, Protocol):

@@ -73,10 +73,12 @@ class TorchCache:
 
     @property
     def capacity(self) -> int:
+        """The number of positions that fit."""
         return self.inner.keys.shape[3]
 
     @property
     def length(self) -> int:
+        """The number of filled positions; lowering it forgets the last ones."""
         return self.inner.length
 
     @length.setter
@@ -144,6 +146,7 @@ class TorchRuntime:
 
     @property
     def engine(self) -> str:
+        """The engine and the precision of the weights, to display."""
         return f"pytorch {self.precision}"
 
     @property
@@ -203,6 +206,7 @@ class TorchRuntime:
         return self.model.decoder.embed(ids).cpu().numpy()
 
     def new_cache(self, capacity: int) -> TorchCache:
+        """Implement `Runtime.new_cache`."""
         forks.check(self.born, "this checkpoint")
         check_capacity(capacity, self.config)
         return TorchCache(self._cache(1, capacity))

@@ -50,18 +50,22 @@ class Bundle:
 
     @property
     def name(self) -> str:
+        """The model's name, for answers."""
         return self.manifest.name
 
     @property
     def config(self) -> MolmoConfig:
+        """The configuration of the model."""
         return self.manifest.config
 
     @property
     def components(self) -> Mapping[str, Component]:
+        """The files of the bundle, by component."""
         return self.manifest.components
 
     @property
     def check(self) -> Check | None:
+        """The recorded check question; None if the bundle has none."""
         return self.manifest.check
 
     @property
@@ -88,6 +92,7 @@ def default_bundle() -> Path:
 
 
 def is_bundle(directory: str | Path) -> bool:
+    """Whether `directory` holds a manifest, and so a bundle."""
     return (Path(directory) / MANIFEST).is_file()
 
 

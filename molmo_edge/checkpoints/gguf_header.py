@@ -35,6 +35,8 @@ TYPE_SIZES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """One tensor of a GGUF, as its header describes it."""
+
     shape: tuple[int, ...]  # in numpy's order
     kind: int  # ggml's number for its type
     offset: int  # bytes after the header
@@ -43,6 +45,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
+    """The metadata and the tensors that the header of a GGUF lists."""
+
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 

@@ -41,6 +41,7 @@ class GgufTensor:
 
     @property
     def weights(self) -> int:
+        """The number of values in the tensor."""
         return math.prod(self.shape)
 
 

@@ -20,6 +20,8 @@ LARGE = 50_000_000  # bytes; only files of at least this size are resumed and re
 
 @dataclass(frozen=True)
 class HubFile:
+    """A file of a model repository, as the hub's API lists it."""
+
     name: str
     size: int  # bytes
     commit: str

@@ -34,9 +34,13 @@ class CheckpointError(MolmoEdgeError):
 class TensorSource(Protocol):
     """A source of weights by hub name ("model.transformer...")."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """The hub names of all tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor. Raises CheckpointError for an unknown name."""
+        ...
 
     def dtype(self, name: str, /) -> str:
         """The type that the tensor is stored in, one of DTYPES."""
@@ -63,21 +67,27 @@ class Changed:
     change: Callable[[str], np.ndarray]
 
     def names(self) -> list[str]:
+        """Implement `TensorSource.names`."""
         return self.tensors.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Implement `TensorSource.shape`."""
         return self.tensors.shape(name)
 
     def dtype(self, _name: str, /) -> str:
+        """Implement `TensorSource.dtype`: changed tensors are float32."""
         return "F32"
 
     def file(self, name: str) -> Path:
+        """Implement `TensorSource.file`."""
         return self.tensors.file(name)
 
     def raw(self, name: str) -> np.ndarray:
+        """Implement `TensorSource.raw`: the changed tensor in float32."""
         return self.get(name)
 
     def get(self, name: str) -> np.ndarray:
+        """Implement `TensorSource.get`: the changed tensor."""
         return np.asarray(self.change(name), np.float32)
 
 
@@ -99,18 +109,23 @@ class FileSource:
         self._entries = entries
 
     def names(self) -> list[str]:
+        """Implement `TensorSource.names`."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Implement `TensorSource.shape`."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
+        """Implement `TensorSource.dtype`."""
         return self._entry(name).dtype
 
     def file(self, name: str) -> Path:
+        """Implement `TensorSource.file`."""
         return self._entry(name).path
 
     def raw(self, name: str) -> np.ndarray:
+        """Implement `TensorSource.raw`."""
         # Read, not mapped: pages of a mapped file count as memory of the process, and Linux refuses to map a file for
         # writing, as torch.load does, that is larger than the machine's memory.
         e = self._entry(name)
@@ -125,6 +140,7 @@ class FileSource:
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, e.shape, [size * step for step in strides]))
 
     def get(self, name: str) -> np.ndarray:
+        """Implement `TensorSource.get`."""
         return widen(self.raw(name), self._entry(name).dtype)
 
     def _entry(self, name: str) -> Entry:

@@ -90,6 +90,7 @@ class StreamParser:
         self._coords = CoordsScanner()
 
     def feed(self, piece: str) -> list[Point]:
+        """Add a piece of text; return the points that it completes."""
         self._pending.append(piece)
         # Most pieces complete nothing; joining the text for each of them would take quadratic time in a long tag.
         if "<" not in piece if self._in_tag else not _OUTSIDE.search(piece):
@@ -97,6 +98,7 @@ class StreamParser:
         return self._take(final=False)
 
     def close(self) -> list[Point]:
+        """End the text; return the points that it left incomplete."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> list[Point]:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.runtimes.protocol import Cache, PartedRuntime, PointRuntime, Runtime
 
-    class PointedRuntime(PartedRuntime, PointRuntime, Protocol): ...
+    class PointedRuntime(PartedRuntime, PointRuntime, Protocol):
+        """A runtime with a grounding head that also runs vision tower and connector separately."""
+
+        ...
 
 
 MAX_QUESTION_CHARS = 20_000
@@ -98,6 +101,7 @@ class Engine:
 
     @property
     def config(self) -> MolmoConfig:
+        """The configuration of the model."""
         return self.runtime.config
 
     @property

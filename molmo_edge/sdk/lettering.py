@@ -89,6 +89,7 @@ def line(text: str, size: float, width: float | None = None) -> Line:
 
 
 def embedded_font(size: float) -> ImageFont.FreeTypeFont:
+    """The font in the package, at `size` pixels."""
     return _load(EMBEDDED, size)
 
 
@@ -137,6 +138,7 @@ def _name(character: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def font_with(cluster: str) -> Path | None:
+    """The first font file that has all characters of `cluster`; None if there is none."""
     return next((path for path in (EMBEDDED, *system_fonts()) if _has(path, cluster)), None)
 
 
@@ -179,6 +181,7 @@ def system_fonts() -> tuple[Path, ...]:
 
 
 def font_folders() -> list[Path]:
+    """The folders in which this system keeps its fonts."""
     home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         local = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))

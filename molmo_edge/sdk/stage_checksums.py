@@ -58,6 +58,7 @@ class Part:
 
 
 def settings_sum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the model configuration and the special ids of a manifest."""
     return content_sha256({name: manifest[name] for name in ("model", "special_ids")})
 
 
