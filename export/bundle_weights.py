@@ -73,21 +73,27 @@ class BundleTensors:
                     self._read[unused] = partial(self._zeros, name)
 
     def names(self) -> list[str]:
+        """Return the hub names of the bundle's tensors, in the order of `hub_shapes`."""
         return [name for name in hub_shapes(self.config) if name in self._read]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of tensor `name`, which is read for it."""
         return self.get(name).shape
 
     def dtype(self, _name: str) -> str:
+        """Return "F32": tensors are restored to float32."""
         return "F32"
 
     def file(self, _name: str) -> Path:
+        """Return the directory of the bundle."""
         return self._directory
 
     def raw(self, name: str) -> np.ndarray:
+        """Return tensor `name` as float32: the same values as `get`."""
         return np.asarray(self.get(name), np.float32)
 
     def get(self, name: str) -> np.ndarray:
+        """Return tensor `name` restored to float32. Raises CheckpointError if the bundle does not have it."""
         if name not in self._read:
             raise CheckpointError(f'the bundle has no tensor "{name}"')
         return self._read[name]()

@@ -23,6 +23,8 @@ _COMPARED_TOKENS = 8  # the last ones of them
 
 @dataclass(frozen=True)
 class ComponentError:
+    """The difference between the outputs of a quantised component and of the same component in fp32."""
+
     largest: float  # largest absolute difference
     relative: float  # norm of the difference / norm of the fp32 output
 

@@ -59,6 +59,7 @@ def build_component(
 
 
 def count_weights(component: str, config: MolmoConfig, tensors: TensorSource) -> int:
+    """Return the number of weights of a component; for the decoder the head counts, even if it is tied."""
     prefixes = _HUB_PREFIXES[component]
     if component == "decoder":
         prefixes += (head_name(config),)  # with tied weights the head is a second copy of the embedding

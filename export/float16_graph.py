@@ -19,6 +19,7 @@ from molmo_edge.export.graph_operators import from_half, to_half
 
 
 def float16_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+    """Multiply x [..., in] by a weight [out, in] in float16, and return float32 [..., out]. The bias is float32."""
     half = weight.T.astype(np.float16)
     graph.rounded(name, weight, half.T.astype(np.float32))
     y = graph.node("MatMul", to_half(graph, x), graph.weight(f"{name}.weight", half))
@@ -26,6 +27,7 @@ def float16_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np
 
 
 def float16_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
+    """Look up rows of a table [rows, d], stored in float16, and return float32 [n, d]."""
     half = table.astype(np.float16)
     graph.rounded(name, table, half.astype(np.float32))
     return from_half(graph, graph.node("Gather", graph.weight(name, half), ids))

@@ -16,6 +16,8 @@ from molmo_edge.system.version import __version__
 
 @dataclass(frozen=True)
 class TensorEntry:
+    """A tensor to write, whose values are loaded when their turn comes."""
+
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -23,6 +25,7 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
+        """Size of the values in the file."""
         values, size = GGML_QUANT_SIZES[self.type]  # of a block
         return math.prod(self.shape) // values * size
 
@@ -44,6 +47,7 @@ def open_writer(
 
 
 def write_header(writer: GGUFWriter) -> None:
+    """Write the header, the metadata and the list of tensors that were added to `writer`."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

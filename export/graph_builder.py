@@ -74,10 +74,12 @@ class Graph:
             sidecar.write_bytes(b"")
 
     def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
+        """Add an input and return its name. Strings in `shape` name axes of free size."""
         self._inputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], shape))
         return name
 
     def output(self, value: str, dtype: type, shape: Sequence[int | str]) -> None:
+        """Make `value`, a tensor of the graph, an output. Strings in `shape` name axes of free size."""
         self._outputs.append(helper.make_tensor_value_info(value, _TYPES[np.dtype(dtype)], shape))
 
     def weight(self, name: str, array: np.ndarray) -> str:
@@ -168,16 +170,19 @@ these sizes are not supported and the experts must be written as separate matric
 
 
 def fp32_linear(graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+    """Multiply x [..., in] by a weight [out, in] in float32; see `Linear`."""
     # Stored transposed, [in, out], as MatMul needs it.
     y = graph.node("MatMul", x, graph.weight(f"{name}.weight", weight.T))
     return add_bias(graph, y, name, bias)
 
 
 def fp32_table(graph: Graph, ids: str, name: str, table: np.ndarray) -> str:
+    """Look up rows of a float32 table; see `Table`."""
     return graph.node("Gather", graph.weight(name, table), ids)
 
 
 def add_bias(graph: Graph, y: str, name: str, bias: np.ndarray | None) -> str:
+    """Add a bias [out] to y [..., out]; None returns y unchanged."""
     return y if bias is None else graph.node("Add", y, graph.weight(f"{name}.bias", bias))
 
 

@@ -23,6 +23,7 @@ _HEAD_UNIT = 16  # GroupQueryAttention needs heads of a multiple of this width
 
 
 def rms_norm(graph: Graph, x: str, name: str, weight: np.ndarray, eps: float) -> str:
+    """Normalise x [..., d] by its root mean square and multiply it by `weight` [d]; same shape."""
     scale = graph.weight(f"{name}.weight", weight)
     if not graph.plain:
         return graph.node("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=eps, stash_type=1)
@@ -32,10 +33,12 @@ def rms_norm(graph: Graph, x: str, name: str, weight: np.ndarray, eps: float) ->
 
 
 def silu(graph: Graph, x: str) -> str:
+    """x * sigmoid(x), elementwise."""
     return graph.node("Mul", x, graph.node("Sigmoid", x))
 
 
 def quick_gelu(graph: Graph, x: str) -> str:
+    """x * sigmoid(1.702 x), elementwise: CLIP's approximation of GELU."""
     if not graph.plain:
         return graph.node("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
     return graph.node("Mul", x, graph.node("Sigmoid", graph.node("Mul", x, graph.constant(1.702))))
@@ -72,6 +75,7 @@ def to_half(graph: Graph, x: str) -> str:
 
 
 def from_half(graph: Graph, x: str, half: bool = True) -> str:
+    """x cast from float16 to float32; unchanged unless `half`."""
     return graph.node("Cast", x, to=FLOAT) if half else x
 
 

@@ -50,6 +50,10 @@ class Int4:
     def linear(
         self, graph: Graph, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None, *, half: bool = False
     ) -> str:
+        """Multiply x [..., in] by a weight [out, in] rounded to four bits (MatMulNBits) -> float32 [..., out].
+
+        With `half` the product is computed in float16; otherwise ONNX Runtime may round x to int8 for it.
+        """
         n_out, n_in = weight.shape
         block = self.block or _BLOCK
         padded = np.pad(weight, ((0, 0), (0, -n_in % block)))

@@ -43,6 +43,7 @@ class MolmoForExport:
 
     @classmethod
     def from_pretrained(cls, _directory: str, *, config: MolmoHubConfig, **_: Any) -> MolmoForExport:
+        """Return the model for `config`; nothing is read from the directory."""
         return cls(config)
 
 
@@ -65,33 +66,45 @@ class Component(nn.Module):
 
 
 class VisionEncoder(Component):
+    """The vision tower: crops -> features."""
+
     weights, inputs, outputs = ("vision.",), {"crops": {0: "n"}}, {"features": {0: "n"}}
 
     def forward(self, crops: Tensor) -> Any:
+        """crops [n, patches^2, 3 * patch_size^2] -> features [n, patches^2, feature_dim]."""
         return self.part(crops)
 
 
 class Connector(Component):
+    """The connector: features and masks -> image features."""
+
     weights = ("connector.",)
     inputs, outputs = {"features": {0: "n"}, "masks": {0: "n"}}, {"image_features": {0: "n"}}
 
     def forward(self, features: Tensor, masks: Tensor) -> Any:
+        """features [n, patches^2, feature_dim], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
         return self.part(features, masks)
 
 
 class EmbedTokens(Component):
+    """The embedding table, with the rows of additional tokens at its end."""
+
     weights = ("decoder.embedding", "decoder.new_embedding")
     inputs, outputs = {"ids": {0: "n"}}, {"embeddings": {0: "n"}}
 
     def forward(self, ids: Tensor) -> Any:
+        """ids int64 [n] -> embeddings [n, d_model]."""
         return self.part(ids)
 
 
 class DecoderWithoutCache(Component):
+    """The decoder, which processes the whole sequence at every call."""
+
     weights = ("decoder.",)
     inputs, outputs = {"embeddings": {1: "n"}}, {"logits": {}}
 
     def forward(self, embeddings: Tensor) -> Any:
+        """embeddings [1, n, d_model] -> logits [1, vocabulary] of the last position."""
         return self.part.logits(self.part(embeddings)[:, -1])
 
 
@@ -144,10 +157,12 @@ class ComponentOnnxConfig(OnnxConfig):  # type: ignore[misc]
 
     @property
     def inputs(self) -> Axes:
+        """The component's inputs and their axes of free size."""
         return COMPONENTS[self.component].inputs
 
     @property
     def outputs(self) -> Axes:
+        """The component's outputs and their axes of free size."""
         return COMPONENTS[self.component].outputs
 
     def generate_dummy_inputs(self, framework: str = "pt", *, n: int = 2, **_: Any) -> dict[str, Any]:

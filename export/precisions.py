@@ -19,6 +19,8 @@ BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "q8": 1.1, "q4": 0.6}
 
 @dataclass(frozen=True)
 class OnnxPrecision:
+    """A precision of ONNX components: its storage formats, and the preset that it names for a bundle."""
+
     name: str
     meaning: str  # shown by `molmo-edge export --help`
     formats: Mapping[str, str]  # decoder part -> storage format; other components store all matrices as "experts"
@@ -29,6 +31,7 @@ class OnnxPrecision:
 
     @property
     def bytes_per_weight(self) -> float:
+        """Approximate size of a weight of the experts (or of the FFN), scales included."""
         return BYTES_PER_WEIGHT[self.formats["experts"]]
 
 

@@ -50,6 +50,7 @@ def _vit(graph: Graph, v: VisionConfig, tensors: TensorSource, precision: Precis
 
 
 def layer_norm(graph: Graph, x: str, name: str, tensors: TensorSource, eps: float) -> str:
+    """Normalise x [..., d] over its last axis with the tensors NAME.weight and NAME.bias; same shape."""
     weight, bias = (graph.weight(f"{name}.{leaf}", tensors.get(f"{name}.{leaf}")) for leaf in ("weight", "bias"))
     return graph.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)
 

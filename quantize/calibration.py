@@ -37,6 +37,7 @@ class Calibration:
 
     @torch.inference_mode()
     def __call__(self, name: str, weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:
+        """Implement `rounding.Round`: GPTQ where inputs of the matrix are available, otherwise round to nearest."""
         match = _NAME.search(name)
         if match is None:  # all experts as one matrix, or the head: their inputs are not available here
             return nearest(name, weight, block, asymmetric)

@@ -43,6 +43,8 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Prompt:
+    """A photo and a question about it."""
+
     image: Path
     question: str
     answer: str = ""  # part of the prompt if there is one

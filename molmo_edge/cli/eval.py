@@ -230,6 +230,8 @@ def _report(results: Results, folder: Path, directory: Path, *, json: bool, quie
 
 
 def print_scores(results: Results) -> None:
+    """Print a table of the scores, in percent, with their 95 % intervals and sample sizes."""
+
     def percent(value: float) -> str:
         return f"{100 * value:.1f}"
 

@@ -33,6 +33,8 @@ _MMPROJ = "gguf: also write vision and connector as a GGUF, for developers who u
 
 
 class Engine(str, Enum):
+    """The engines that --engine accepts."""
+
     onnx = "onnx"
     gguf = "gguf"
     torch = "torch"

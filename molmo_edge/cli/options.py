@@ -181,6 +181,7 @@ class ImagesAndText(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse like TyperCommand, but report a missing text if the only argument is an image. Raises BadParameter."""
         given = list(args)  # the parser empties `args`
         try:
             return super().parse_args(ctx, args)

@@ -34,6 +34,7 @@ class Asked:
 
 
 def open_suite(name: str, limit: int | None, data: Path | None, *, quiet: bool) -> list[Question]:
+    """Return the questions of a suite; unless `quiet`, note on stderr which rows are left out. Raises SuiteError."""
     from molmo_edge.evaluation.suites import load_suite
 
     return load_suite(name, data=data, limit=limit, on_skipped=lambda why: note(f"skipped: {why}", quiet=quiet))

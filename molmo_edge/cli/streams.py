@@ -15,6 +15,7 @@ class ClosedOutput(io.TextIOBase):
     """Replacement for a closed stdout that raises an error instead of losing output silently."""
 
     def write(self, text: str) -> int:
+        """Return 0 for an empty text. Raises OutputError for any other."""
         if text:
             raise OutputError(
                 "stdout is closed, so the answer cannot be printed: redirect it to a file, or do not close it"
@@ -22,6 +23,7 @@ class ClosedOutput(io.TextIOBase):
         return 0
 
     def writable(self) -> bool:
+        """Return True: `write` raises the error."""
         return True
 
 

@@ -52,6 +52,7 @@ class DataOptions:
         return dataclasses.replace(recipe, mixture=(*groups, *([Group(1.0, rest)] if rest else [])))
 
     def open(self, recipe: Recipe, folder: Path) -> Data:
+        """Open the sets of the recipe with their rates, and the validation sets. Raises TrainError or CatalogError."""
         from molmo_edge.data.catalog import open_sets
         from molmo_edge.data.mixture import mixture_rates
         from molmo_edge.training.trainer import Data

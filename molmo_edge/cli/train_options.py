@@ -103,6 +103,7 @@ def starting_checkpoint(start: str, out: Path) -> Path:
 
 
 def given(**values: Any) -> dict[str, Any]:
+    """Return the arguments that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -33,6 +33,7 @@ class Source:
     validation: str = "validation"
 
     def split(self, name: str) -> str:
+        """The repository's name of the split "train" or "validation"; "" if it has none."""
         return self.train if name == "train" else self.validation
 
 
@@ -63,6 +64,7 @@ class AcademicSet:
 
     @property
     def name(self) -> str:
+        """Implement `DataSet.name`."""
         return self.spec.name
 
     def __len__(self) -> int:

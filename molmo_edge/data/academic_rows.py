@@ -71,19 +71,23 @@ def okvqa(row: Row) -> list[Asked]:
 
 
 def chart_qa(row: Row) -> list[Asked]:
+    """Columns `query` and `label`, the answers."""
     return [Asked(row.text("query"), _answers(row, "label"))]
 
 
 def chart_qa_weighted(row: Row) -> list[Asked]:
+    """`chart_qa` with HUMAN_WEIGHT for questions written by people and MACHINE_WEIGHT for the others."""
     human = row["human_or_machine"] in (0, "human")
     return [Asked(row.text("query"), _answers(row, "label"), weight=HUMAN_WEIGHT if human else MACHINE_WEIGHT)]
 
 
 def a_okvqa_mc(row: Row) -> list[Asked]:
+    """The multiple choice task of A-OKVQA: `choices` and `correct_choice_idx`."""
     return [_choice(row, row.text("question"), text_list(row, "choices"), row["correct_choice_idx"])]
 
 
 def a_okvqa_da(row: Row) -> list[Asked]:
+    """The direct answer task of A-OKVQA: `direct_answers`."""
     return [Asked(row.text("question"), _answers(row, "direct_answers"))]
 
 
@@ -97,6 +101,7 @@ def science_qa(row: Row) -> list[Asked]:
 
 
 def ai2d(row: Row) -> list[Asked]:
+    """Options without empty and repeated ones; options which are letters in the diagram keep their names."""
     options = text_list(row, "options")
     options, right = prune(options, _right(row, row["answer"], len(options)))
     return [_diagram(row, row.text("question"), options, right)]

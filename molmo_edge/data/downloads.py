@@ -58,6 +58,7 @@ class Counts:
 
     @property
     def done(self) -> int:
+        """Number of URLs that this run is finished with."""
         return self.fetched + self.failed + self.other_file + self.known + self.busy
 
 

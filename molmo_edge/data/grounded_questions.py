@@ -60,6 +60,8 @@ _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 @dataclass(frozen=True)
 class QA:
+    """A question about an annotated picture, with its answer."""
+
     question: str
     answer: str
     kind: str  # of KINDS

@@ -24,6 +24,7 @@ _BY_FIRST_POINT = ("point", "circle")
 
 
 def read_coco(path: Path, records: Records) -> None:
+    """Add the points of a COCO file to `records`; crowds are marked as uncountable. Raises PointsError."""
     content, where = read_json(path, PointsError), str(path)
     try:
         categories, images, annotations = (
@@ -99,6 +100,7 @@ def is_labelme(path: Path, *, whole: bool) -> bool:
 
 
 def read_labelme(path: Path, records: Records) -> None:
+    """Add the points of a LabelMe file to `records`; shapes without a position are skipped. Raises PointsError."""
     content = read_json(path, PointsError)
     picture = records.picture(content.get("imagePath"), str(path), beside=path.parent)
     frame = records.frame(picture, content.get("imageWidth"), content.get("imageHeight"), str(path))

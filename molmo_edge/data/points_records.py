@@ -142,6 +142,7 @@ class Records:
             picture.none[name] = where
 
     def add_question(self, picture: PictureRecord, question: str, answer: str, where: str) -> None:
+        """Add a question about a picture, unless the picture has the same question with the same answer."""
         if self._is_new(picture, ("question", question, answer), where):
             picture.questions.append((question, answer))
 

@@ -103,6 +103,7 @@ def _check_count(count: Any, points: Sequence[Any], where: str) -> None:
 
 
 def read_questions(path: Path, records: Records) -> None:
+    """Add questions to `records` from JSON lines with an image, a question and an answer. Raises PointsError."""
     for where, row in json_lines(path, PointsError):
         picture = records.picture(row.get("image"), where)
         needs = 'a "question" and an "answer", both texts'

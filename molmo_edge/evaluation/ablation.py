@@ -50,6 +50,7 @@ class AblationResult:
 
     @property
     def kl(self) -> float:
+        """Mean KL divergence from the reference, nats per token."""
         return self.metrics["kl_mean"].value
 
     @property
@@ -58,6 +59,7 @@ class AblationResult:
         return self.kl / (self.saved / 1e6) if self.saved > 0 else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON. `kl_per_megabyte` is None if nothing is saved."""
         return {
             "part": self.part,
             "precision": self.precision,
@@ -178,6 +180,7 @@ def ablate(
 
 
 def component_of(part: str) -> str:
+    """The component that contains a part: the decoder for DECODER_PARTS, otherwise the part itself."""
     return "decoder" if part in DECODER_PARTS else part
 
 

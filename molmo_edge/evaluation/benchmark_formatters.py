@@ -107,6 +107,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 
 def chart_qa(benchmark: Benchmark, row: Row) -> Question:
+    """ChartQA: relaxed correctness, also by part (human or augmented), and exact match."""
     answers = text_list(row, "label")
     # A class label: 0 is human, 1 is machine. The reference takes 1 for human, so its two parts differ from these.
     part = "human" if row["human_or_machine"] in (0, "human") else "augmented"
@@ -116,6 +117,7 @@ def chart_qa(benchmark: Benchmark, row: Row) -> Question:
 
 
 def vqa2(benchmark: Benchmark, row: Row) -> Question:
+    """VQAv2: VQA score. Without scores where the answers are not public."""
     answers = [text_in(row, each["answer"], "answer", blank=True) for each in row["answers"] or ()]
     score = _scored(answers, {"vqa": vqa_score})
     return _question(
@@ -124,6 +126,7 @@ def vqa2(benchmark: Benchmark, row: Row) -> Question:
 
 
 def text_vqa(benchmark: Benchmark, row: Row) -> Question:
+    """TextVQA: VQA score. Without scores in the test split."""
     answers = text_list(row, "answers")
     if not any(answers):  # empty texts in the test split
         answers = []
@@ -134,6 +137,7 @@ def text_vqa(benchmark: Benchmark, row: Row) -> Question:
 
 
 def doc_qa(benchmark: Benchmark, row: Row) -> Question:
+    """DocVQA and InfographicVQA: ANLS and exact match."""
     answers = text_list(row, "answers")
     if benchmark.name == "doc_qa":
         image_id = f"{row['ucsf_document_id']}_{row['ucsf_document_page_no']}"
@@ -144,6 +148,7 @@ def doc_qa(benchmark: Benchmark, row: Row) -> Question:
 
 
 def real_world_qa(benchmark: Benchmark, row: Row) -> Question:
+    """RealWorldQA: accuracy of short answers and of options. Raises RowsError for an unknown instruction."""
     text, answer = _text(row, "question"), _text(row, "answer")
     short = "Please answer directly with a single word or number." in text
     if not short and "Please answer directly with only the letter of the correct option and nothing else." not in text:
@@ -160,6 +165,7 @@ def real_world_qa(benchmark: Benchmark, row: Row) -> Question:
 
 
 def mmmu(benchmark: Benchmark, row: Row) -> Question:
+    """MMMU: accuracy. Shows the first image only, or none where several options are images."""
     id, question, answer, kind = row["id"], _text(row, "question"), row["answer"], row["question_type"]
     options = text_list(row, "options")
     # Rows on the hub write "<image 2>" for an option that is an image, which the reference does not look for: it then
@@ -194,6 +200,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def math_vista(benchmark: Benchmark, row: Row) -> Question:
+    """MathVista: accuracy as in the reference, and with numbers rounded. Without scores in the test split."""
     answer, kind = row["answer"], row["question_type"]
     choices = None if row["choices"] is None else text_list(row, "choices")
     text = _text(row, "question").split("Question:")[-1].split("Hint:")[0].strip()
@@ -228,6 +235,7 @@ def math_vista(benchmark: Benchmark, row: Row) -> Question:
 
 
 def ai2d(benchmark: Benchmark, row: Row) -> Question:
+    """AI2D: multiple choice accuracy; for the authors' files also by opaque and transparent boxes."""
     options, answer = prune(text_list(row, "options"), int(row["answer"]))
     full = "abc_label" in row  # the authors' files, with both kinds of boxes
     names = letter_names(row, options)
@@ -253,6 +261,7 @@ def ai2d(benchmark: Benchmark, row: Row) -> Question:
 
 
 def countbench_qa(benchmark: Benchmark, row: Row) -> Question | None:
+    """CountBenchQA: scores of the count. None for missing images and those with a single channel."""
     from PIL import Image
 
     data = row.image("image")
@@ -267,6 +276,7 @@ def countbench_qa(benchmark: Benchmark, row: Row) -> Question | None:
 
 
 def pixmo_count(benchmark: Benchmark, row: Row) -> Question:
+    """PixMo-Count: scores of the count. Raises FetchError if the image cannot be downloaded."""
     count = int(row["count"])
     image, image_id = _pixmo_image(row)
     return _question(
@@ -282,6 +292,7 @@ def pixmo_count(benchmark: Benchmark, row: Row) -> Question:
 
 
 def pixmo_points(benchmark: Benchmark, row: Row) -> Question:
+    """PixMo-Points: scores of points in masks, see `score_in_masks`. Raises FetchError as `pixmo_count`."""
     points = [(number_in(row, point["x"], "x"), number_in(row, point["y"], "y")) for point in row["points"]]
     image, image_id = _pixmo_image(row)
 

@@ -36,6 +36,8 @@ class FeatureDistance:
 
 @dataclass(frozen=True)
 class ComparedImage:
+    """The distances between two models' features of an image."""
+
     image_id: str
     patches: FeatureDistance | None  # of the vision encoder; None where the reference's features were used
     cells: FeatureDistance | None  # of the connector
@@ -60,15 +62,19 @@ class ComparedAnswer:
 
     @property
     def reference_points(self) -> list[Point]:
+        """The points in the reference's answer."""
         return parse_points(self.reference_text)
 
     @property
     def points(self) -> list[Point]:
+        """The points in the candidate's answer."""
         return parse_points(self.text)
 
 
 @dataclass
 class Comparison:
+    """What `compare` measures for each image and each question."""
+
     images: list[ComparedImage] = field(default_factory=list)
     answers: list[ComparedAnswer] = field(default_factory=list)
 

@@ -51,11 +51,13 @@ class ModelSpec:
 
     @property
     def info(self) -> ModelInfo:
+        """Name, precision and size. Raises BundleError for a damaged bundle."""
         info = model_info(self.directory, self.precision)
         return replace(info, name=self.name or info.name)
 
     @contextmanager
     def opened(self, max_crops: int | None = None, *, perturbed: bool = False) -> Iterator[ModelUnderTest]:
+        """Load the model, and close it at the end of the block. `perturbed`: see `ModelUnderTest`."""
         runtime = open_runtime(
             self.directory,
             device=self.device,
@@ -88,6 +90,7 @@ class LossBreakdown:
     decoder: dict[str, Estimate] | None  # with the reference's features; None where the candidate's are identical
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)
 
 
@@ -103,6 +106,7 @@ class ModelLoss:
     breakdown: LossBreakdown | None = None  # of a candidate
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: metrics as "figures", the breakdown as "parts"; without the compared answers."""
         return {
             **asdict(self.info),
             "engine": self.engine,
@@ -117,6 +121,8 @@ class ModelLoss:
 
 @dataclass(frozen=True)
 class Loss:
+    """The losses of all candidates against one reference, and the noise to compare them with."""
+
     reference: ModelInfo
     engine: str
     suites: tuple[str, ...]

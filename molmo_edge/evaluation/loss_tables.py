@@ -15,6 +15,8 @@ _ABOVE_NOISE = 3.0  # times the noise; a smaller divergence is not counted as a 
 
 @dataclass(frozen=True)
 class Cell:
+    """A model's entry in a row."""
+
     text: str
     detail: str = ""  # the interval and sample size, in smaller type where there is one
     verdict: str = ""  # "worse" or "better" where a score changed significantly
@@ -25,11 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
+    """A row of one of the tables."""
+
     title: str
     leading: tuple[str, ...]  # values that all models share, such as n
     cells: tuple[Cell, ...]  # one for each of `columns`
 
     def texts(self) -> list[str]:
+        """The texts of all columns: the title, the leading values and the cells."""
         return [self.title, *self.leading, *map(str, self.cells)]
 
 

@@ -14,6 +14,8 @@ from molmo_edge.evaluation.stats import Estimate, mean, quantile, score_mean, tr
 
 @dataclass(frozen=True)
 class Metric:
+    """How a metric is named and printed, and its best value."""
+
     title: str
     format: Callable[[float], str]
     lossless: float  # the value where nothing is lost

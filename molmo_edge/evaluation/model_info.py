@@ -14,6 +14,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.pt")
 
 @dataclass(frozen=True)
 class ModelInfo:
+    """A model's name, precision and size."""
+
     name: str
     precision: str  # of the weights, by component where they differ
     bytes: int  # of all files with weights

@@ -26,6 +26,7 @@ class Choice:
     saved: int = 0  # bytes, the sum over the parts
 
     def with_part(self, new: AblationResult, old: AblationResult | None) -> Choice:
+        """Return the choice with a part changed to the result `new` from `old` (None: float32)."""
         predicted = self.predicted + new.kl - (old.kl if old else 0.0)
         saved = self.saved + new.saved - (old.saved if old else 0)
         return Choice({**self.precisions, new.part: new.precision}, predicted, saved)
@@ -37,15 +38,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class SearchResult:
+    """A choice with its measured size and loss."""
+
     choice: Choice
     bytes: int  # of the graphs
     metrics: dict[str, Estimate]
 
     @property
     def kl(self) -> float:
+        """Mean KL divergence from the reference, nats per token."""
         return self.metrics["kl_mean"].value
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the predicted and the measured loss."""
         return {
             "precision": self.choice.to_precision(),
             "bytes": self.bytes,

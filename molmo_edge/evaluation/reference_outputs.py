@@ -36,6 +36,8 @@ class UnsupportedModelError(MolmoEdgeError):
 
 @dataclass(frozen=True)
 class ImageInputs:
+    """The inputs of the vision tower and the connector for one image, and its part of the prompt."""
+
     crops: np.ndarray  # float32 [n, patches^2, 588]
     masks: np.ndarray  # float32 [n, patches^2]
     prompt: Prompt
@@ -46,6 +48,8 @@ class ImageInputs:
 
 @dataclass(frozen=True)
 class ModelUnderTest:
+    """A loaded model and the settings of its image inputs. Raises UnsupportedModelError for a MolmoPoint."""
+
     runtime: PartedRuntime
     tokenizer: Tokenizer
     max_crops: int | None = None
@@ -75,6 +79,8 @@ class ModelUnderTest:
 
 @dataclass(frozen=True)
 class ReferenceAnswer:
+    """The reference's answer to a question, with the logits on disk."""
+
     question: Question
     image: int  # index of the image among those recorded
     size: tuple[int, int]  # width and height of the image, pixels
@@ -85,6 +91,8 @@ class ReferenceAnswer:
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
+    """What `record_reference` wrote to `folder`."""
+
     folder: Path
     answers: tuple[ReferenceAnswer, ...]  # grouped by image
 
@@ -93,6 +101,7 @@ class ReferenceOutputs:
         return np.load(self.folder / f"patches-{image}.npy"), np.load(self.folder / f"cells-{image}.npy")
 
     def by_image(self) -> Iterator[list[ReferenceAnswer]]:
+        """Yield the answers about each image."""
         for _, group in groupby(self.answers, key=lambda answer: answer.image):
             yield list(group)
 

@@ -27,6 +27,7 @@ class Estimate:
     n: int
 
     def to_dict(self) -> dict[str, float | int]:
+        """For JSON: value, low, high and n."""
         return asdict(self)
 
     def interval(self, number: Callable[[float], str]) -> str:

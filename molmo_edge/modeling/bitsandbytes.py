@@ -38,6 +38,7 @@ class QuantizedLinear(Module):
         self.bias: nn.Parameter | None = None  # float32; set after the weight is loaded
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] of any float dtype -> bfloat16 [..., out]."""
         if self.dtype == torch.float16:  # int8: rows that would overflow float16, or whose products would, are scaled
             scale = (x.abs().amax(-1, keepdim=True).float() / _FLOAT16_INPUT).clamp(min=1.0)
             y = cast(Tensor, self.inner((x / scale).to(self.dtype))) * scale
@@ -61,6 +62,7 @@ class QuantizedExperts(Module):
         return by_expert(flat, weights, experts, self.n_experts, self.expert).view_as(x)
 
     def expert(self, x: Tensor, e: int) -> Tensor:
+        """SwiGLU of expert `e` alone: x [n, d] -> bfloat16 [n, d]."""
         x = x.to(torch.bfloat16)
         return cast(Tensor, self.down[e](nn.functional.silu(self.gate[e](x)) * self.up[e](x)))
 

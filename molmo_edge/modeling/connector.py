@@ -24,10 +24,13 @@ class Projector(Module):
         self.w3 = Linear(input_dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., input_dim] -> [..., output_dim]."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Connector(Module):
+    """Pools the features of each cell's patches by attention and projects them to the decoder's width."""
+
     def __init__(self, config: MolmoConfig):
         super().__init__()
         self.image, vision = config.image, config.vision

@@ -33,6 +33,7 @@ class Stage(Module):
         self.last = nn.Conv2d(width, width, 3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [n, width, h, w] -> [n, 2 * width, h / stride, w / stride]."""
         x = y = _act(self.first(x))
         for narrowing, refining in cast("Iterable[nn.ModuleList]", self.steps):
             narrow = _act(narrowing(y))
@@ -41,6 +42,8 @@ class Stage(Module):
 
 
 class ConvTower(Module):
+    """A convolutional network with a feature pyramid, sampled at the patches of the crops."""
+
     def __init__(self, config: ConvTowerConfig):
         super().__init__()
         self.config = config

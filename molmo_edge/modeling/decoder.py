@@ -41,6 +41,7 @@ class RMSNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> the same shape and dtype."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * normed.to(x.dtype)
@@ -111,6 +112,8 @@ class KVCache:
 
 
 class Attention(Module):
+    """Self-attention with rotary positions and grouped keys and values."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
@@ -135,6 +138,7 @@ class Attention(Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        """x [batch, n, d_model] -> the same shape. cos, sin: of `rotary_tables`; k and v are appended to `cache`."""
         q, k, v = self.queries_keys_values(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -149,12 +153,15 @@ class Attention(Module):
 
 
 class DenseFFN(Module):
+    """SwiGLU whose up and gate projections are one matrix."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.ff_proj = Linear(config.d_model, 2 * config.ffn_dim, bias=False)  # rows: up, gate
         self.ff_out = Linear(config.ffn_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> the same shape."""
         up, gate = self.ff_proj(x).chunk(2, dim=-1)
         return self.ff_out(F.silu(gate) * up)
 
@@ -317,6 +324,8 @@ def _scatter(out: Tensor, weights: Tensor, order: Tensor, token: Tensor, tokens:
 
 
 class Block(Module):
+    """A decoder layer: attention and FFN, each with a norm before it or, with `norm_after`, after it."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.norm_after = config.norm_after
@@ -334,6 +343,10 @@ class Block(Module):
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
+        """x [batch, n, d_model] -> the same shape; the other arguments as in `Attention`.
+
+        dropout: applied to the output of each branch, with the branch's number: 2 * layer, and 1 more for the FFN.
+        """
         drop = dropout or _keep
         number = 2 * self.attn.layer
         if self.norm_after:
@@ -348,6 +361,8 @@ def _keep(branch: Tensor, _number: int) -> Tensor:
 
 
 class Decoder(Module):
+    """The language model: embeddings, blocks, the final norm and the head."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config

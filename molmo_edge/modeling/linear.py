@@ -18,11 +18,16 @@ class Module(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            """Return the output of `forward`."""
+            ...
 
 
 class Linear(Module, nn.Linear):
+    """nn.Linear in the dtype of its weight."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in the dtype of the weight, or that of autocast."""
         w = self.weight
         return F.linear(match(x, w), w, None if self.bias is None else match(self.bias, w))
 

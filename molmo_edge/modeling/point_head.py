@@ -15,6 +15,8 @@ from molmo_edge.modeling.linear import Linear, Module
 
 
 class PointHead(Module):
+    """The projections of the grounding head, and the key `no_more` that ends an answer's points."""
+
     def __init__(self, config: MolmoConfig, point: PointHeadConfig):
         super().__init__()
         d, features = config.decoder.d_model, config.feature_dim

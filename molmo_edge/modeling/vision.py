@@ -57,6 +57,8 @@ class VisionAttention(Module):
 
 
 class VisionMLP(Module):
+    """Two linear layers with the activation of `config` between them."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.w1 = Linear(config.d_model, config.mlp_dim)
@@ -64,6 +66,7 @@ class VisionMLP(Module):
         self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> the same shape."""
         return self.w2(self.act(self.w1(x)))
 
 
@@ -82,6 +85,7 @@ class VisionBlock(Module):
             self.lambda2 = nn.Parameter(torch.ones(config.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [n, n_pos, d_model] -> the same shape."""
         attended = self.attention(self.attention_norm(x))
         x = x + (attended * self.lambda1 if self.layer_scale else attended)
         fed = self.feed_forward(self.ffn_norm(x))
@@ -89,6 +93,8 @@ class VisionBlock(Module):
 
 
 class VisionTransformer(Module):
+    """A ViT such as CLIP, SigLIP or DINOv2, without its final norm; `config.parts` names its optional parts."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config

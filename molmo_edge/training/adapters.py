@@ -83,6 +83,7 @@ class AdaptersFile:
             raise LoraError(f"{self.path} is damaged: its adapters do not match its header")
 
     def get(self, name: str) -> Tensor:
+        """Read the tensor `name`, float32, on the CPU."""
         with safe_open(self.path, "pt") as file:
             return cast(Tensor, file.get_tensor(name))
 

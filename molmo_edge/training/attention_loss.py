@@ -20,6 +20,8 @@ from molmo_edge.training.packing import Packed
 
 @dataclass(frozen=True)
 class AttentionLoss:
+    """The settings of attention supervision."""
+
     weight: float
     layer: int  # of the decoder
     heads: int  # number of supervised heads, the first ones of the layer

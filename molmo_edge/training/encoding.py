@@ -159,6 +159,7 @@ class Batch:
     attended: Tensor | None = None  # bool [q, n]
 
     def to(self, device: torch.device) -> Batch:
+        """Return a copy on `device`; from pinned memory it is asynchronous."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:

@@ -78,6 +78,7 @@ class FeatureCache:
             raise FeatureError(f"{path} cannot be read ({error}): delete it, and start the run again") from None
 
     def write(self, path: Path, features: Tensor) -> None:
+        """Write features [n_crops, patches^2, feature_dim] to `path` atomically, in the dtype of the cache."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             part.write_bytes(save({"features": features.to(self.dtype).cpu().contiguous()}))

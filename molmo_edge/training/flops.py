@@ -27,6 +27,7 @@ class Cost:
     cells: int  # of the connector, per crop
 
     def forward(self, batch: Batch) -> float:
+        """FLOPs of the forward pass of a batch, without padding and, with cached features, without the ViTs."""
         real = batch.segments >= 0
         tokens, answers = float(real.sum()), float((batch.weights > 0).sum())
         pairs = 0.0

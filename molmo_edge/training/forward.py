@@ -119,6 +119,7 @@ class Trainable(nn.Module):
         return Sums(ce, z, router, weights.sum(), correct, self._load(batch), grounding, attention)
 
     def hidden(self, batch: Batch, cells: Tensor) -> Tensor:
+        """Final hidden states [b, n, d] (after the last norm); cells [c, cells^2, d] are the image features."""
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
         cells = cells.flatten(0, 1)  # [c * cells^2, d]

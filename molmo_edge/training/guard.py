@@ -63,4 +63,5 @@ class Guard:
         return None
 
     def state(self) -> dict[str, Any]:
+        """The fields as a dict, for checkpoints."""
         return asdict(self)

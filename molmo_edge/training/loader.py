@@ -53,6 +53,8 @@ class Share:
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """The sequences of one forward pass."""
+
     batch: Batch
     replaced: tuple[str, ...]  # why examples were replaced
 

@@ -80,6 +80,7 @@ class LoraConfig:
             raise LoraError("ranks must be at least 1, and alpha greater than 0")
 
     def scale(self, rank: int) -> float:
+        """The factor of an adapter's product: alpha / rank."""
         return self.alpha / rank
 
 
@@ -100,6 +101,7 @@ def adapted(config: MolmoConfig, lora: LoraConfig) -> dict[str, int]:
 
 
 def trained_whole(config: MolmoConfig, lora: LoraConfig) -> list[str]:
+    """The names of the parameters that are trained as a whole, in the order of `hub_layout`."""
     return [n for n in hub_layout(config) if n.partition(".")[0] in lora.whole and _runs(n, config)]
 
 
@@ -138,6 +140,7 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """x [..., in] -> [..., out]. expert: index of the expert, for an adapter of experts."""
         a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
         return F.linear(F.linear(match(x, a), a), b) * self.scale
 
@@ -180,6 +183,7 @@ def init_adapters(molmo: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Copy `values`, the whole tensor on every rank, to a parameter in place, or its part to a shard."""
     values = values.to(parameter.device)
     if isinstance(parameter, DTensor):  # every rank has all values: nothing is sent
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -118,6 +118,7 @@ class Optimizer:
         return rates
 
     def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for p in (*self.parameters.values(), *self._stepped.values()):
             p.grad = None
 

@@ -58,6 +58,7 @@ class World:
         return values[0]
 
     def wait(self) -> None:
+        """Wait until all ranks have called it."""
         if self.ranks > 1:
             dist.barrier()
 
@@ -137,6 +138,7 @@ def at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor: a part of it on each rank."""
     return isinstance(tensor, DTensor)
 
 

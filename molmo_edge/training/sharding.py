@@ -66,4 +66,5 @@ def _mesh(kind: str, replicas: int, per_copy: int) -> DeviceMesh:
 
 
 def sparse_layers(model: Trainable) -> list[SparseFFN]:
+    """The mixture-of-experts FFNs of the decoder, in the order of its blocks."""
     return [block.ffn for block in model.molmo.decoder.blocks if isinstance(block.ffn, SparseFFN)]

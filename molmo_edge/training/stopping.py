@@ -17,6 +17,8 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 
 @dataclass
 class StopRequest:
+    """The signal that asked the run to stop, if any."""
+
     number: int = 0  # of the received signal; 0: none
 
 

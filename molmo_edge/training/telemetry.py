@@ -91,6 +91,7 @@ class Log:
         steps_log.info("step %d/%d  %s", step, self.steps, text)
 
     def close(self) -> None:
+        """Close the log file and TensorBoard's writer."""
         self._file.close()
         if self._board is not None:
             self._board.close()

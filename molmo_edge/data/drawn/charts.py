@@ -44,6 +44,7 @@ class Chart:
     across: dict[str, list[float]]  # scatter plots: group -> x
 
     def colour(self, series: str, category: str) -> Colour:
+        """The colour of a mark: that of its series if it has one, otherwise that of its category."""
         return COLOURS[self.colours[series] if series in self.colours else self.colours[category]]
 
     @property

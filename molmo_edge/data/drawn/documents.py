@@ -47,9 +47,11 @@ class Page:
             self.y += font.line
 
     def skip(self, lines: float) -> None:
+        """Move down by a number of lines, which may be a fraction."""
         self.y += self.size * 1.35 * lines
 
     def rule(self, ink: Colour = INK, width: float = 1) -> None:
+        """Draw a horizontal line between the margins, `width` pixels thick."""
         self.sheet.line([(MARGIN, self.y), (self.sheet.width - MARGIN, self.y)], ink, width)
 
     def cells(self, edges: list[float], texts: list[str], bold: bool = False, left: int = 1) -> None:
@@ -60,11 +62,13 @@ class Page:
         self.y += self.size * 1.6
 
     def finished(self, rng: np.random.Generator, asked: list[Pair], data: dict[str, Any]) -> Drawing:
+        """Crop the sheet after the text and return it with the questions and the data."""
         self.sheet.image = self.sheet.image.crop((0, 0, self.sheet.width, round(self.y + MARGIN)))
         return self.sheet.drawing(rng, asked, data)
 
 
 def new_page(rng: np.random.Generator, fonts: Fonts) -> Page:
+    """Return an empty page 640 to 860 pixels wide, with a random font of 15 to 19 pixels."""
     return Page(rng, pick(rng, fonts.faces), whole(rng, 640, 860), float(rng.uniform(15, 19)))
 
 

@@ -55,6 +55,7 @@ class Lettering:
     size: float
 
     def font(self, scale: float = 1.0, bold: bool = False) -> Type:
+        """The font at `scale` times the basic size."""
         return Type(self.face.bold if bold else self.face.regular, self.size * scale)
 
 

@@ -39,18 +39,22 @@ MONTHS = (
 
 
 def surname(rng: np.random.Generator) -> str:
+    """Return an invented surname, composed of syllables."""
     return pick(rng, _BEGIN) + (pick(rng, _MIDDLE) if rng.random() < 0.4 else "") + pick(rng, _END)
 
 
 def person(rng: np.random.Generator) -> str:
+    """Return a first name and an invented surname."""
     return f"{pick(rng, _FIRST)} {surname(rng)}"
 
 
 def first_names(rng: np.random.Generator, amount: int) -> list[str]:
+    """Return `amount` different first names."""
     return some(rng, _FIRST, amount)
 
 
 def town(rng: np.random.Generator) -> str:
+    """Return an invented name of a town."""
     return pick(rng, _BEGIN) + pick(rng, _MIDDLE) + pick(rng, _TOWN)
 
 
@@ -63,6 +67,7 @@ def towns(rng: np.random.Generator, amount: int) -> list[str]:
 
 
 def company(rng: np.random.Generator) -> str:
+    """Return an invented company, named after a person and a trade."""
     return f"{surname(rng)} {pick(rng, _TRADES)}"
 
 
@@ -73,10 +78,12 @@ def goods(rng: np.random.Generator, amount: int, short: bool = False) -> list[st
 
 
 def street(rng: np.random.Generator) -> str:
+    """Return a house number and an invented street."""
     return f"{whole(rng, 1, 199)} {surname(rng)} {pick(rng, ('Street', 'Road', 'Lane', 'Avenue', 'Square'))}"
 
 
 def phone(rng: np.random.Generator) -> str:
+    """Return a telephone number of the range that is reserved for fiction."""
     return f"({whole(rng, 201, 989)}) 555-01{whole(rng, 0, 99):02d}"  # reserved for fiction
 
 
@@ -94,4 +101,5 @@ def date(rng: np.random.Generator, style: int, year: int | None = None, months: 
 
 
 def money(cents: int) -> str:
+    """Format a number of cents as in "$1,234.50"."""
     return f"${cents // 100:,}.{cents % 100:02d}"

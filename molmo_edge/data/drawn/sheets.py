@@ -116,21 +116,25 @@ class Sheet:
         return lines
 
     def line(self, points: Sequence[tuple[float, float]], ink: Colour, width: float = 1) -> None:
+        """Draw a line through `points`, `width` pixels thick."""
         s = self.scale
         self.draw.line([(x * s, y * s) for x, y in points], fill=ink, width=max(1, round(width * s)), joint="curve")
 
     def box(
         self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: float = 1, radius: float = 0
     ) -> None:
+        """Draw a rectangle with corners rounded by `radius` pixels."""
         s = self.scale
         corners = (box[0] * s, box[1] * s, box[2] * s, box[3] * s)
         self.draw.rounded_rectangle(corners, radius * s, fill, outline, max(1, round(width * s)))
 
     def ellipse(self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: float = 1) -> None:
+        """Draw the ellipse that fills `box`."""
         s = self.scale
         self.draw.ellipse((box[0] * s, box[1] * s, box[2] * s, box[3] * s), fill, outline, max(1, round(width * s)))
 
     def polygon(self, points: Sequence[tuple[float, float]], fill: Colour, outline: Colour | None = None) -> None:
+        """Draw a filled polygon; an outline is 2 pixels thick."""
         s = self.scale
         self.draw.polygon([(x * s, y * s) for x, y in points], fill, outline, width=s * 2)
 

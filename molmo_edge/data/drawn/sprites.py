@@ -234,6 +234,7 @@ def load_assets(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Build the sprites from the packages that `argv` names; None: the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m molmo_edge.data.drawn.sprites", description="Build the sprites.")
     parser.add_argument("--fluent-3d", type=Path, required=True, help="@lobehub/fluent-emoji-3d .tgz")
     parser.add_argument("--iconify", type=Path, action="append", default=[], help="an @iconify-json .tgz (repeatable)")
