@@ -28,8 +28,9 @@ from molmo_edge.checkpoints.pickles import read_pickle
 from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import PICKLE
-from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import END_OF_TEXT
+from molmo_edge.presets import PRESETS
 
 _STD = 0.02
 _CHUNK = 1 << 22  # values that a thread generates at a time

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.tokenizer import SpecialIds
 from molmo_edge.modeling import Molmo
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.encoding import Batch, Sample, collate
 from molmo_edge.training.flops import cost, device_flops
 from molmo_edge.training.forward import ForwardConfig, Trainable

@@ -1,19 +1,17 @@
-"""The configuration of a Molmo: image geometry, vision towers, connector and decoder, and presets by name.
+"""The configuration of a Molmo: image geometry, vision towers, connector and decoder.
 
-The sections are frozen dataclasses that validate themselves. A model family is a preset here, a reader of its
+The sections are frozen dataclasses that validate themselves. A model family is a preset (presets.py), a reader of its
 config.json (checkpoints/hub_config.py) and its tensor names (checkpoints/tensor_names.py). The differences between
 families are fields of these sections.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.system.config_fields import ConfigError as ConfigError
+from molmo_edge.system.config_fields import added, check_fields, check_word, from_json, to_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,63 +25,6 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml", "vulkan")
 
 # Precisions of the weights on PyTorch, see modeling/precision.py.
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
-
-
-class ConfigError(MolmoEdgeError):
-    """A configuration that cannot be read, or that contradicts itself."""
-
-
-_MAY_BE_ZERO = (
-    "max_crops",
-    "overview",
-    "n_experts",
-    "top_k",
-    "additional_vocab_size",
-    "head_dim_override",
-    "pooling_heads",
-)
-_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-
-
-_OMIT_DEFAULT = {"omit_default": True}
-
-
-def _added(default: Any) -> Any:
-    """A field added in a later version: its key is written to JSON only if the value differs from the default."""
-    return field(default=default, metadata=_OMIT_DEFAULT)
-
-
-def _check(config: Any) -> None:
-    """Raise ConfigError for a field of the wrong type, and for a size that is not positive.
-
-    Manifests and config.json are untrusted input: an error here names the field; a later division by zero would not.
-    """
-    for f in dataclasses.fields(config):
-        name, value = f"{type(config).__name__}.{f.name}", getattr(config, f.name)
-        kind, *more = str(f.type).removeprefix("tuple[").removesuffix("]").split(", ")  # ["int", "int"], ["int", "..."]
-        if kind not in _TYPES:
-            continue  # a section, which validates itself
-        if more:
-            fits = isinstance(value, tuple) and (more == ["..."] or len(value) == 1 + len(more))
-            fits = fits and all(_has_type(v, kind) for v in value)
-        else:
-            fits = _has_type(value, kind)
-        if not fits:
-            raise ConfigError(f"{name} must be {f.type}, it is {value!r}")
-        if kind in ("int", "float") and not more and not (value > 0 or (value == 0 and f.name in _MAY_BE_ZERO)):
-            allowed = "positive or 0" if f.name in _MAY_BE_ZERO else "positive"
-            raise ConfigError(f"{name} must be {allowed}, it is {value}")
-
-
-def _has_type(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
-        return kind == "bool" and isinstance(value, bool)
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _check_word(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ConfigError(f'{name} "{value}" is not supported (supported: {", ".join(known)})')
 
 
 @dataclass(frozen=True)
@@ -105,10 +46,10 @@ class ImageConfig:
     overview: int = 0  # longest side, pixels, of the whole image as a convolutional tower sees it; 0: no such tower
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    layout: str = _added("molmo")  # of the tokens of an image; or "molmo2", "molmo_point", see frontend/crops.py
+    layout: str = added("molmo")  # of the tokens of an image; or "molmo2", "molmo_point", see frontend/crops.py
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         left, right = self.overlap_margins
         if self.crop_size % self.patch_size:
             raise ConfigError(f"crop_size {self.crop_size} is not a multiple of patch_size {self.patch_size}")
@@ -126,8 +67,8 @@ class ImageConfig:
             )
         if not min(self.std) > 0:
             raise ConfigError(f"std must be positive, it is {self.std}")
-        _check_word("resize", self.resize, ("default", "dino", "siglip"))
-        _check_word("layout", self.layout, ("molmo", "molmo2", "molmo_point"))
+        check_word("resize", self.resize, ("default", "dino", "siglip"))
+        check_word("layout", self.layout, ("molmo", "molmo2", "molmo_point"))
 
     @property
     def patches(self) -> int:
@@ -191,13 +132,13 @@ class VisionConfig:
     layers: tuple[int, ...] = (-2, -9)  # block outputs that are concatenated, in this order
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         if not self.layers or not all(-self.n_layers <= layer < self.n_layers for layer in self.layers):
             raise ConfigError(f"vision layers {self.layers} must be indices of the ViT's {self.n_layers} layers")
         if self.d_model % self.n_heads:
             raise ConfigError(f"vision d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
-        _check_word("vision type", self.image_model_type, _VITS)
-        _check_word("vision activation", self.activation, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
+        check_word("vision type", self.image_model_type, _VITS)
+        check_word("vision activation", self.activation, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
 
     @property
     def parts(self) -> _VitParts:
@@ -237,7 +178,7 @@ class ConvTowerConfig:
     pyramid_dim: int = 128  # channels of every level of the pyramid
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         if len(self.steps) != 4 or min(self.steps) < 1:
             raise ConfigError(f"conv tower steps {self.steps} must be four positive numbers, one for each stage")
         if self.stem_dim % 2:
@@ -261,7 +202,7 @@ class YarnConfig:
     layers: tuple[int, ...] = ()  # the layers that are stretched
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -285,14 +226,14 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     weight_tying: bool = False
     max_position_embeddings: int = 4096
-    head_dim_override: int = _added(0)  # 0: a head is d_model / n_heads wide; read `head_dim`
-    qk_norm_per_head: bool = _added(False)  # False: over all heads together (OLMo), True: over each head (Qwen3)
-    additional_head: bool = _added(False)  # whether the head has rows for the ids of new_embedding, too (MolmoPoint)
-    yarn: YarnConfig | None = field(default=None, metadata=_OMIT_DEFAULT)
-    image_attention: str = _added("causal")  # or "bidirectional": in prefill, image tokens attend to each other
+    head_dim_override: int = added(0)  # 0: a head is d_model / n_heads wide; read `head_dim`
+    qk_norm_per_head: bool = added(False)  # False: over all heads together (OLMo), True: over each head (Qwen3)
+    additional_head: bool = added(False)  # whether the head has rows for the ids of new_embedding, too (MolmoPoint)
+    yarn: YarnConfig | None = added(None, YarnConfig)  # noqa: RUF009 (a dataclass field)
+    image_attention: str = added("causal")  # or "bidirectional": in prefill, image tokens attend to each other
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         if not self.head_dim_override and self.d_model % self.n_heads:
             raise ConfigError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim_override * self.n_heads == self.d_model:
@@ -301,7 +242,7 @@ class DecoderConfig:
             raise ConfigError(f"head_dim {self.head_dim_override} must be even")
         if self.qk_norm_per_head and not self.qk_norm:
             raise ConfigError("qk_norm_per_head needs qk_norm")
-        _check_word("image_attention", self.image_attention, ("causal", "bidirectional"))
+        check_word("image_attention", self.image_attention, ("causal", "bidirectional"))
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if bool(self.n_experts) != bool(self.top_k) or self.top_k > self.n_experts:
@@ -346,7 +287,7 @@ class PointHeadConfig:
     no_more_class: bool = True  # whether "no more points" can be chosen instead of a patch
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -362,14 +303,14 @@ class MolmoConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector_dim: int = 1024  # inner width of the connector's SwiGLU
     conv_tower: ConvTowerConfig | None = None
-    pooling_heads: int = _added(0)  # of the connector's attention; 0: as many as `vision` has
-    pooling_output: bool = _added(True)  # whether that attention has an output projection (not in MolmoPoint)
-    pad_embed: bool = _added(True)  # learned vectors are added to patches that are padding (Molmo v1)
-    extra_vision: tuple[VisionConfig, ...] = _added(())
-    point_head: PointHeadConfig | None = field(default=None, metadata=_OMIT_DEFAULT)
+    pooling_heads: int = added(0)  # of the connector's attention; 0: as many as `vision` has
+    pooling_output: bool = added(True)  # whether that attention has an output projection (not in MolmoPoint)
+    pad_embed: bool = added(True)  # learned vectors are added to patches that are padding (Molmo v1)
+    extra_vision: tuple[VisionConfig, ...] = added(())
+    point_head: PointHeadConfig | None = added(None, PointHeadConfig)  # noqa: RUF009 (a dataclass field)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         if bool(self.conv_tower) != bool(self.image.overview):
             raise ConfigError("conv_tower and image.overview must be set together: the tower takes the overview")
         for vit in self.vits:
@@ -416,189 +357,3 @@ class MolmoConfig:
             extra_vision=tuple(from_json(VisionConfig, vit) for vit in extra),
             point_head=from_json(PointHeadConfig, data["point_head"]) if data.get("point_head") else None,
         )
-
-
-def to_json(config: Any) -> Any:
-    """A section, with its sections, as a dict; fields of `_added` with their default are left out."""
-    if isinstance(config, tuple):
-        return tuple(to_json(item) for item in config)
-    if not dataclasses.is_dataclass(config):
-        return config
-    values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
-    return {f.name: to_json(v) for f, v in values if not (f.metadata.get("omit_default") and v == f.default)}
-
-
-def from_json(kind: type, data: Any) -> Any:
-    """The inverse of `to_json` for a section without sections. Raises ConfigError."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"the configuration has no section for {kind.__name__}")
-    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
-    if unknown:
-        raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}: was this made by a newer molmo-edge?")
-    sections = {"yarn": YarnConfig}
-    return kind(
-        **{k: from_json(sections[k], v) if k in sections and v is not None else as_tuple(v) for k, v in data.items()}
-    )
-
-
-def as_tuple(value: Any) -> Any:
-    """Convert a list of parsed JSON to a tuple; other values are returned unchanged and checked by the section."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-_QWEN3: dict[str, Any] = {
-    "vocab_size": 151936,
-    "embedding_size": 151936,
-    "qk_norm": True,
-    "qk_norm_per_head": True,
-    "norm_eps": 1e-6,
-    "max_position_embeddings": 36864,
-    "image_attention": "bidirectional",
-}
-
-
-def _molmo2(decoder: DecoderConfig) -> MolmoConfig:
-    """A Molmo2 with its SigLIP2 tower, which has 27 layers; the last two are not used."""
-    half = (0.5, 0.5, 0.5)
-    return MolmoConfig(
-        image=ImageConfig(crop_size=378, max_crops=8, resize="siglip", mean=half, std=half, layout="molmo2"),
-        vision=VisionConfig(
-            image_model_type="siglip",
-            d_model=1152,
-            n_layers=25,
-            n_heads=16,
-            mlp_dim=4304,
-            n_pos=729,
-            norm_eps=1e-6,
-            activation="gelu_pytorch_tanh",
-            layers=(24, 18),
-        ),
-        decoder=decoder,
-        projector_dim=decoder.ffn_dim,
-        pad_embed=False,
-    )
-
-
-PRESETS: dict[str, MolmoConfig] = {
-    "molmoe-1b": MolmoConfig(
-        decoder=DecoderConfig(n_experts=64, top_k=8, qk_norm=True, max_position_embeddings=32768),
-        projector_dim=1024,
-    ),
-    "molmo-7b-d": MolmoConfig(
-        decoder=DecoderConfig(
-            d_model=3584,
-            n_layers=28,
-            n_heads=28,
-            n_kv_heads=4,
-            ffn_dim=18944,
-            vocab_size=152064,
-            embedding_size=152064,
-            qkv_bias=True,
-            norm_eps=1e-6,
-            rope_theta=1e6,
-        ),
-        projector_dim=18944,
-    ),
-    "molmo-7b-o": MolmoConfig(
-        decoder=DecoderConfig(
-            d_model=4096,
-            n_layers=32,
-            n_heads=32,
-            n_kv_heads=32,
-            ffn_dim=11008,
-            vocab_size=100278,
-            embedding_size=100352,
-            qk_norm=True,
-            norm_after=True,
-            norm_eps=1e-6,
-            rope_theta=5e5,
-        ),
-        projector_dim=11008,
-    ),
-    "molmo-72b": MolmoConfig(
-        decoder=DecoderConfig(
-            d_model=8192,
-            n_layers=80,
-            n_heads=64,
-            n_kv_heads=8,
-            ffn_dim=29568,
-            vocab_size=152064,
-            embedding_size=152064,
-            qkv_bias=True,
-            norm_eps=1e-5,
-            rope_theta=1e6,
-        ),
-        projector_dim=29568,
-    ),
-    "molmo2-4b": _molmo2(
-        DecoderConfig(
-            d_model=2560,
-            n_layers=36,
-            n_heads=32,
-            n_kv_heads=8,
-            head_dim_override=128,
-            ffn_dim=9728,
-            rope_theta=5e6,
-            **_QWEN3,
-        )
-    ),
-    "molmo2-8b": _molmo2(
-        DecoderConfig(d_model=4096, n_layers=36, n_heads=32, n_kv_heads=8, ffn_dim=12288, rope_theta=1e6, **_QWEN3)
-    ),
-    "molmo2-o-7b": _molmo2(
-        DecoderConfig(
-            d_model=4096,
-            n_layers=32,
-            n_heads=32,
-            n_kv_heads=32,
-            ffn_dim=11008,
-            vocab_size=100278,
-            embedding_size=100278,
-            qk_norm=True,
-            norm_after=True,
-            norm_eps=1e-6,
-            rope_theta=5e5,
-            max_position_embeddings=65536,
-            yarn=YarnConfig(attention_factor=0.1 * math.log(8) + 1, layers=tuple(range(3, 32, 4))),
-            image_attention="bidirectional",
-        )
-    ),
-    # DINOv2 ViT-S/14 and six layers of SmolLM2-135M, its FFN split into experts (see MODEL_CARD.md).
-    "nano": MolmoConfig(
-        image=ImageConfig(
-            crop_size=224,
-            overlap_margins=(2, 2),
-            max_crops=4,
-            resize="dino",
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        ),
-        vision=VisionConfig(
-            image_model_type="dino",
-            d_model=384,
-            n_layers=12,
-            n_heads=6,
-            mlp_dim=1536,
-            n_pos=257,
-            norm_eps=1e-6,
-            activation="gelu",
-            layers=(-1, -4),
-        ),
-        decoder=DecoderConfig(
-            d_model=576,
-            n_layers=6,
-            n_heads=9,
-            n_kv_heads=9,
-            ffn_dim=192,
-            n_experts=8,
-            top_k=4,
-            vocab_size=8192,
-            embedding_size=8192,
-            additional_vocab_size=128,
-            qk_norm=True,
-            rope_theta=1e5,
-            max_position_embeddings=2048,
-        ),
-        projector_dim=1536,
-    ),
-}

@@ -35,6 +35,7 @@ LAYER_OF = {
     "images": "frontend",
     "points": "frontend",
     "config": "base",
+    "presets": "base",
     "errors": "base",
     "system": "base",
     "__main__": "cli",

@@ -12,12 +12,13 @@ pytest.importorskip("torch")
 
 import torch
 
-from molmo_edge.config import PRESETS, ImageConfig
+from molmo_edge.config import ImageConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.frontend.crops import ImageProcessor, patch_grid
 from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.attention_loss import AttentionLoss, attention_loss, cells_in_box
 from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, ForwardError, Trainable

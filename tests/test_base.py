@@ -41,13 +41,14 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import CheckpointError, FileSource
 from molmo_edge.cli import main
-from molmo_edge.config import CLIP_MEAN, IMAGENET_MEAN, PRESETS, ConfigError, ImageConfig, VisionConfig
+from molmo_edge.config import CLIP_MEAN, IMAGENET_MEAN, ConfigError, ImageConfig, VisionConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS as MOLMOE
 from molmo_edge.frontend.tokenizer import TokenizerError
 from molmo_edge.modeling.weights import load_checkpoint
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.pretrained_layouts import BaseError, base_recipes
 from molmo_edge.training.starting_checkpoint import build_base, molmo_tokenizer, window_variant
 

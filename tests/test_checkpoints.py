@@ -24,13 +24,14 @@ from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import PRESETS, ConfigError, MolmoConfig
+from molmo_edge.config import ConfigError, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.export import ExportError, export_bundle, export_checkpoint
 from molmo_edge.export.safetensors_checkpoint import round_to_bfloat16
 from molmo_edge.frontend.tokenizer import TokenizerError
 from molmo_edge.modeling import Molmo as Model
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.presets import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("molmoe", "qwen", "olmo")
@@ -219,7 +220,7 @@ def _other_shape(directory: Path) -> None:
 
 def _other_architecture(directory: Path) -> None:
     raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | {"model_type": "molmo2"}))
+    (directory / "config.json").write_text(json.dumps(raw | {"model_type": "llava"}))
 
 
 def _integers(directory: Path) -> None:
@@ -235,7 +236,7 @@ def _integers(directory: Path) -> None:
         (_lose_tensor, r"in has no tensor model\.transformer\.ln_f\.weight"),
         (_misplace_tensor, r"model-00001-of-00004.safetensors has no tensor \"model\.transformer\.ln_f\.weight\""),
         (_other_shape, r"model-0000\d-of-00004.safetensors: tensor model\.\S+image_projector\.w1\.weight has shape"),
-        (_other_architecture, r"model_type is 'molmo2'"),
+        (_other_architecture, r"model_type is 'llava'"),
         (_outside, r"refers to a file outside of its directory: '\.\.'"),
         (_integers, r"model-00004-of-00004.safetensors: \"\S+\" has the unsupported dtype I32"),
     ],
@@ -365,7 +366,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         export_checkpoint(GOLDEN / "qwen", tmp_path / "out", "q4")
     with pytest.raises(ExportError, match="exists already"):
         export_checkpoint(GOLDEN / "qwen", tmp_path)
-    with pytest.raises(ExportError, match="0 bytes"):
+    with pytest.raises(ExportError, match="shard_bytes must be positive, not 0"):
         export_checkpoint(GOLDEN / "qwen", tmp_path / "out", shard_bytes=0)
 
 

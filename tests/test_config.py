@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from molmo_edge.checkpoints.hub_config import from_hub_config, read_config, to_hub_config
-from molmo_edge.config import PRESETS, ConfigError, MolmoConfig, VisionConfig
+from molmo_edge.config import ConfigError, MolmoConfig, VisionConfig
+from molmo_edge.presets import PRESETS
 
 Raw = dict[str, Any]
 

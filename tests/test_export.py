@@ -20,12 +20,13 @@ from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config, to_hub_config
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import PRESETS, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.graph_builder import FP32, Graph
 from molmo_edge.export.vision_graph import vision_encoder
 from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import PromptError
+from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 

@@ -14,7 +14,8 @@ import pytest
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import check_tensors
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.config import MolmoConfig
+from molmo_edge.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -24,11 +24,12 @@ from molmo_edge.checkpoints.bundle import default_bundle
 from molmo_edge.checkpoints.gguf_layout import NoGraphError
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
-from molmo_edge.config import PRESETS, DecoderConfig, YarnConfig
+from molmo_edge.config import DecoderConfig, YarnConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.precisions import GGUF_PRECISIONS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.presets import PRESETS
 from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.llama_quantize import quantize_gguf
 from molmo_edge.runtimes import open_runtime

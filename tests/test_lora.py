@@ -15,10 +15,10 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import PRESETS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, grouped_mm, mix_experts
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.adapters import (
     ADAPTERS,
     AdaptersFile,

@@ -14,7 +14,7 @@ from exported import relative
 from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.gguf_layout import NoGraphError, architecture
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
-from molmo_edge.config import PRESETS, ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig, YarnConfig
+from molmo_edge.config import ConfigError, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig, YarnConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
@@ -23,6 +23,7 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import KVCache, Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.connector import Connector
 from molmo_edge.modeling.decoder import Decoder, image_attention_mask
+from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import EngineError, open_runtime
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill

@@ -21,10 +21,11 @@ from safetensors.numpy import load_file
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import PRESETS, MolmoConfig
+from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
 from molmo_edge.export import export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
+from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.protocol import ImageBlockRuntime

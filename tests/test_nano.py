@@ -8,7 +8,7 @@ import pytest
 
 from molmo_edge import Molmo
 from molmo_edge.checkpoints.bundle import default_bundle, open_bundle
-from molmo_edge.config import PRESETS
+from molmo_edge.presets import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MOST_BYTES = 64_000_000

@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 
 from molmo_edge import Molmo
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.config import PRESETS, ConfigError
+from molmo_edge.config import ConfigError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, by_expert, grouped_mm, mix_experts
 from molmo_edge.modeling.precision import PrecisionError, choose_precision, room, weight_bytes
+from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import EngineError, Unavailable, open_runtime
 from molmo_edge.runtimes.torch import TorchRuntime
 

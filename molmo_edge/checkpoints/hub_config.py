@@ -23,10 +23,8 @@ from molmo_edge.config import (
     ImageConfig,
     MolmoConfig,
     VisionConfig,
-    as_tuple,
-    from_json,
-    to_json,
 )
+from molmo_edge.system.config_fields import as_tuple, from_json, to_json
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
 

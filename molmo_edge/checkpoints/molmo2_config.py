@@ -15,8 +15,8 @@ from molmo_edge.config import (
     PointHeadConfig,
     VisionConfig,
     YarnConfig,
-    as_tuple,
 )
+from molmo_edge.system.config_fields import as_tuple
 
 # The values that this package implements. A checkpoint with others would load but give wrong answers.
 _SUPPORTED: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from molmo_edge.cli import train_data, train_points
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
-from molmo_edge.config import PRESETS
+from molmo_edge.presets import PRESETS
 from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.extras import with_extra
 

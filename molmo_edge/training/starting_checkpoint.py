@@ -32,7 +32,6 @@ from molmo_edge.config import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    PRESETS,
     ConfigError,
     DecoderConfig,
     ImageConfig,
@@ -47,6 +46,7 @@ from molmo_edge.export.safetensors_checkpoint import (
 )
 from molmo_edge.export.staging import publish, staged
 from molmo_edge.frontend.tokenizer import Tokenizer, TokenizerError
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.pretrained_layouts import (
     CLIP_LAYERS,
     DINO_LAYERS,

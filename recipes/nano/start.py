@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from molmo_edge.config import PRESETS, ConvTowerConfig, MolmoConfig
+from molmo_edge.config import ConvTowerConfig, MolmoConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.presets import PRESETS
 from molmo_edge.training.features import encode_pictures
 from recipes.nano.detector import tower_state
 from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
