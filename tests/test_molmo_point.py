@@ -263,5 +263,6 @@ def _numbers(number: int, point: Point) -> str:
 
 
 def test_a_gguf_is_refused_because_its_grounding_tokens_would_be_lost(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
     with pytest.raises(ExportError, match="grounding tokens"):
         export_bundle(GOLDEN2 / NAME, tmp_path / "bundle", "f32", engine="gguf")

@@ -10,8 +10,9 @@ _ROWS_AT_ONCE = 64  # of the output: the float64 temporaries stay within a few m
 def resize_bilinear(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize without antialiasing: uint8 [h, w, 3] -> uint8 [height, width, 3].
 
-    Bit-exact to torch's `interpolate(mode="bilinear", antialias=False)` on float32, whose four products are added by
-    fused multiply-adds in the order below. A product of two float32 is exact in float64.
+    Bit-exact to torch's `interpolate(mode="bilinear", antialias=False)` on float32 in one thread, which adds the four
+    products by fused multiply-adds in the order below; with several threads, torch may choose another kernel, which
+    differs by 1 in a few bytes. A product of two float32 is exact in float64.
     """
     top, bottom, weight_top, weight_bottom = _taps(rgb.shape[0], height)
     left, right, weight_left, weight_right = _taps(rgb.shape[1], width)

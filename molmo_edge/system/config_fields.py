@@ -64,6 +64,7 @@ def _has_type(value: Any, kind: str) -> bool:
 
 
 def check_word(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `known`. `name`: the field, for the message."""
     if value not in known:
         raise ConfigError(f'{name} "{value}" is not supported (supported: {", ".join(known)})')
 
