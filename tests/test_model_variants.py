@@ -380,7 +380,7 @@ def test_questions_in_every_way(name: str, tmp_path: Path) -> None:
     assert check_bundle(tmp_path / "bundle").passed
 
 
-def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
+def test_engines_refuse_what_they_would_get_wrong() -> None:
     config = VARIANTS["molmo2"]
     runtime = TorchRuntime.from_model(random_model(config))
     image = photo(config)
@@ -397,6 +397,10 @@ def test_engines_refuse_what_they_would_get_wrong(tmp_path: Path) -> None:
     assert np.isfinite(runtime.prefill_image(rows, flags, cache)).all()
     with pytest.raises(NoGraphError, match="YaRN in layers 0"):
         architecture(replace(config.decoder, yarn=YarnConfig(layers=(0,))))
+
+
+def test_an_mmproj_of_another_tower_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
     save_checkpoint(random_model(VARIANTS["siglip"]), TOKENIZER, tmp_path / "siglip")
     with pytest.raises(ExportError, match="leave mmproj out"):
         export_bundle(tmp_path / "siglip", tmp_path / "bundle", "f32", engine="gguf", mmproj=True)
