@@ -1,6 +1,8 @@
 """Public import path for loading images and cutting them into overlapping crops."""
 
+from molmo_edge.config import ImageConfig
 from molmo_edge.frontend.crops import (
+    DROPPED,
     ImageProcessor,
     Overview,
     PreparedImage,
@@ -11,7 +13,9 @@ from molmo_edge.frontend.crops import (
 from molmo_edge.frontend.image_files import MAX_PIXELS, ImageError, load_image
 
 __all__ = [
+    "DROPPED",
     "MAX_PIXELS",
+    "ImageConfig",
     "ImageError",
     "ImageProcessor",
     "Overview",
