@@ -52,11 +52,10 @@ class Grounding:
             out[token] = _UNSET
         if self.history:  # the first new token is never a grounding token
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
-            scores = self._patch_scores(patch_query)
-            out[ids.first + int(scores.argmax())] = text[config.patch_token]
+            out[ids.first + int(self.patch_logits(patch_query).argmax())] = text[config.patch_token]
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
-                out[ids.slots : ids.locations] = self._slot_scores(slot_query, last - ids.first)
+                out[ids.slots : ids.locations] = self.slot_logits(slot_query, last - ids.first)
             elif ids.slots <= last < ids.locations:
                 out[ids.locations : ids.end] = location
         allowed = np.full(ids.end, -np.inf, np.float32)
@@ -71,32 +70,27 @@ class Grounding:
         if token < ids.first:
             return self.head.embed(np.array([token]))
         if ids.slots <= token < ids.locations:
-            features = self.slot_features[self._last_patch(), token - ids.slots]
+            features = self.slot_features[self._patches()[-1], token - ids.slots]
             return self.head.project_features(features[None])[1]
         row = self.head.embed(np.array([config.patch_token if token < ids.slots else config.location_token]))
         return row + self.features[token - ids.first] if token < ids.first + ids.n_patches else row
 
-    def _last_patch(self) -> int | None:
-        """The last patch in `history`."""
-        ids = self.ids
-        found = (
-            token - ids.first for token in reversed(self.history) if ids.first <= token < ids.first + ids.n_patches
-        )
-        return next(found, None)
+    def _patches(self) -> list[int]:
+        """The patches in `history`."""
+        return [token - self.ids.first for token in self.history if 0 <= token - self.ids.first < self.ids.n_patches]
 
-    def _patch_scores(self, query: np.ndarray) -> np.ndarray:
-        # The query turns with the last patch before the current token.
-        earlier = [t - self.ids.first for t in self.history[:-1] if 0 <= t - self.ids.first < self.ids.n_patches]
+    def patch_logits(self, query: np.ndarray) -> np.ndarray:
+        """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)]."""
+        earlier = self._patches()
+        if earlier and self.history[-1] == self.ids.first + earlier[-1]:
+            earlier.pop()  # the query is rotated by the last patch before the current token
         if earlier:
             query = rotate(query[None], self.positions[earlier[-1:]], self.config.rope_theta)[0]
         scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
         return np.where(self.selectable, scores, _CLOSED)
 
-    def slot_logits(self, state: np.ndarray) -> np.ndarray:
-        """The logits of the slots of the patch that is the last of `history`, float32 [n_slots]."""
-        return self._slot_scores(self.head.project(state[None])[2][0], self.history[-1] - self.ids.first)
-
-    def _slot_scores(self, query: np.ndarray, patch: int) -> np.ndarray:
+    def slot_logits(self, query: np.ndarray, patch: int) -> np.ndarray:
+        """The logits of the slots of `patch` for a slot query [dim] -> float32 [n_slots]."""
         keys = self.head.project_features(self.slot_features[patch])[0]
         scores = keys @ query / np.sqrt(np.float32(len(query)))
         return np.where(self.slots[patch], scores, _UNSET)

@@ -103,7 +103,7 @@ class ImageBlockRuntime(Runtime, Protocol):
         ...
 
 
-class PointRuntime(Runtime, Protocol):
+class PointRuntime(PartedRuntime, Protocol):
     """A runtime for models with a grounding head (MolmoPoint). Its caches have `states`.
 
     `states` are the hidden states before the final norm of the positions of the last run, [n, d_model].

@@ -116,14 +116,29 @@ CASES = list(EXPECTED["cases"])
 def test_greedy_answers_are_those_of_the_reference(name: str) -> None:
     case, run = EXPECTED["cases"][name], _prefill(name)
     ids: list[int] = []
-    logits = []
+    logits, patches, slots, locations = [], [], [], []
     for _ in case["generated_ids"]:
         text = _text_logits(run)
         logits.append(text)
+        if ids:
+            query, _, slot_query, location = (part[0] for part in run.grounding.head.project(run.state[None]))
+            patches.append(run.grounding.patch_logits(query)[::43])
+            token = ids[-1] - run.grounding.ids.first
+            if 0 <= token < run.grounding.ids.n_patches:
+                slots.append(run.grounding.slot_logits(slot_query, token))
+            elif run.grounding.ids.slots <= ids[-1] < run.grounding.ids.locations:
+                locations.append(location)
         ids.append(int(run.grounding.logits(text, run.state).argmax()))
         _step(run, ids[-1])
     assert ids == case["generated_ids"]
     assert _relative(np.stack(logits)[:, ::17], TENSORS[f"{name}.greedy.text_logits"]) < TOLERANCE
+    for kind, found in (("patch", patches), ("subpatch", slots), ("location", locations)):
+        expected = TENSORS.get(f"{name}.greedy.{kind}_logits", np.empty(0))
+        assert len(found) == len(expected)
+        if found:  # what cannot be chosen has a large negative value in both
+            reachable = expected > -1e4
+            np.testing.assert_array_equal(np.stack(found) > -1e4, reachable)
+            assert _relative(np.stack(found)[reachable], expected[reachable]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "forced" in EXPECTED["cases"][name]])
@@ -139,7 +154,8 @@ def test_logits_after_given_tokens_are_those_of_the_reference(name: str) -> None
         assert (np.isfinite(logits) == inside).all(), number
         last = run.grounding.history[-1] if run.grounding.history else 0
         if ids.first <= last < ids.slots and last != ids.no_more:
-            slots.append(run.grounding.slot_logits(run.state))
+            query = run.grounding.head.project(run.state[None])[2][0]
+            slots.append(run.grounding.slot_logits(query, last - ids.first))
         elif ids.slots <= last < ids.locations:
             locations.append(logits[ids.locations :])
         _step(run, token)

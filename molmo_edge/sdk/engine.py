@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,13 +23,7 @@ from molmo_edge.system.log import logger
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.tokenizer import Tokenizer
-    from molmo_edge.runtimes.protocol import Cache, PartedRuntime, PointRuntime, Runtime
-
-    class PointedRuntime(PartedRuntime, PointRuntime, Protocol):
-        """A runtime with a grounding head that also runs vision tower and connector separately."""
-
-        ...
-
+    from molmo_edge.runtimes.protocol import Cache, PointRuntime, Runtime
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
@@ -136,7 +130,7 @@ class Engine:
 
     def _grounded(self, image: PreparedImage, prompt: Prompt) -> tuple[np.ndarray, GroundingInputs]:
         """The embeddings of an image, and what its grounding tokens depend on."""
-        runtime = cast("PointedRuntime", self.runtime)
+        runtime = cast("PointRuntime", self.runtime)
         assert image.pooling is not None
         patches = runtime.encode_crops(image.crops)
         features = runtime.connect(patches, image.masks, image.pooling)
