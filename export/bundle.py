@@ -9,8 +9,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
 from molmo_edge.checkpoints.manifest import (
     GRAPHS,
@@ -41,6 +39,7 @@ from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import build_prompt
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize import QuantizeError
+from molmo_edge.quantize.calibration_prompts import DecoderInput, embed_prompts
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.system.files import sha256_of
 from molmo_edge.system.version import __version__
@@ -112,8 +111,6 @@ def export_bundle(
         _check_mmproj(config)
     if config.point_head is not None and engine == "gguf":
         raise ExportError("the GGUF of a MolmoPoint would lose its grounding tokens: export it to ONNX")
-    if plan.calibration is not None and config.decoder.bidirectional_images:
-        raise ExportError("calibrate does not support bidirectional attention of image tokens: leave calibrate out")
     check = check or _check_of(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, plan, measure=measure)) as scratch:
@@ -218,10 +215,8 @@ class _BundleExport:
             write_mmproj(path, self.config, self.tensors, self.tokenizer, self.name)
             self.components["mmproj"] = Component.from_file(path, engine="gguf", precision="f16")
 
-    def _calibration_inputs(self) -> list[np.ndarray]:
-        """The decoder's input embeddings for each prompt of the calibration, float32 [n, d_model]."""
-        from molmo_edge.quantize.calibration_prompts import embed_prompts
-
+    def _calibration_inputs(self) -> list[DecoderInput]:
+        """The decoder's input for each prompt of the calibration."""
         assert self.plan.calibration is not None
         runtime = OnnxRuntime(self.config, self.files)
         try:

@@ -113,6 +113,6 @@ def decoder_part(matrix: str) -> str:
     """The part of a decoder that a matrix belongs to, by its hub name without ".weight"."""
     if matrix.endswith((".att_proj", ".attn_out")):
         return "attention"
-    if matrix.endswith(("lm_head", "transformer.ff_out", "wte.embedding")):
+    if matrix.startswith("lm_head") or matrix.endswith(("transformer.ff_out", "wte.embedding")):
         return "head"
     return "router" if matrix.endswith(".mlp.gate") else "experts"

@@ -18,21 +18,22 @@ from torch import Tensor, nn
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.decoder import SparseFFN
+from molmo_edge.quantize.calibration_prompts import DecoderInput
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.layer_inputs import SHARED, LayerRunner
 from molmo_edge.quantize.rounding import Blocks, nearest
 
 _SINGLE_THREAD_BELOW = 4096  # inputs; there GPTQ is many small steps, in which one thread is faster than several
-_NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
+_NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|self_attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
 
 
 class Calibration:
     """Rounds the matrices of a decoder, which must be passed in the decoder's own order."""
 
-    def __init__(self, config: MolmoConfig, tensors: TensorSource, embeddings: Sequence[np.ndarray]) -> None:
-        """`embeddings`: the decoder's inputs, float32 [n, d_model] each (calibration_prompts.embed_prompts)."""
+    def __init__(self, config: MolmoConfig, tensors: TensorSource, inputs: Sequence[DecoderInput]) -> None:
+        """`inputs`: of calibration_prompts.embed_prompts."""
         self._config = config
-        self._runner = LayerRunner(config, tensors, embeddings)
+        self._runner = LayerRunner(config, tensors, inputs)
         self._experts: dict[tuple[int, str], Blocks] = {}
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,13 @@ class Prompt:
     image: Path
     question: str
     answer: str = ""  # part of the prompt if there is one
+
+
+class DecoderInput(NamedTuple):
+    """A prompt as the decoder sees it."""
+
+    embeddings: np.ndarray  # float32 [n, d_model]
+    image: np.ndarray  # bool [n], True for image tokens
 
 
 def find_prompts(folder: str | Path) -> list[Prompt]:
@@ -117,16 +124,18 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
     return Prompt(image, prompt.question, prompt.answer)
 
 
-def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The decoder's input for each prompt, float32 [n, d_model]. `runtime` needs no decoder."""
+def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[DecoderInput]:
+    """The decoder's input for each prompt, cut to the model's context. `runtime` needs no decoder."""
     process = ImageProcessor(runtime.config.image, tokenizer.special)
     max_length = runtime.config.decoder.max_position_embeddings
-    embeddings = []
+    inputs = []
     for prompt in prompts:
         prepared = process(load_image(prompt.image))
         ids = text_ids(tokenizer, [prompt.question])
         if prompt.answer:
             ids = np.concatenate([ids, tokenizer.encode(f" {prompt.answer}")])
         image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
-        embeddings.append(np.concatenate([image, runtime.embed(ids)])[:max_length])
-    return embeddings
+        rows = np.concatenate([image, runtime.embed(ids)])[:max_length]
+        at = np.arange(len(rows))
+        inputs.append(DecoderInput(rows, (at > 0) & (at < len(image))))  # all of the image's part but BOS
+    return inputs

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.modeling.decoder import DenseFFN, SparseFFN
+from molmo_edge.quantize.calibration_prompts import DecoderInput
 from molmo_edge.quantize.layer_inputs import SHARED, LayerRunner
 
 
 @torch.inference_mode()
-def importance(config: MolmoConfig, tensors: TensorSource, embeddings: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def importance(config: MolmoConfig, tensors: TensorSource, inputs: Sequence[DecoderInput]) -> dict[str, np.ndarray]:
     """For each tensor of the GGUF (molmo_edge.checkpoints.gguf_layout): float32 [in], of experts [n_experts, in].
 
-    `embeddings`: the decoder's inputs, float32 [n, d_model] each. The head, for which llama.cpp uses more bits, and the
+    `inputs`: of calibration_prompts.embed_prompts. The head, for which llama.cpp uses more bits, and the
     embedding, which is not read from the GGUF, are left out.
     """
-    runner = LayerRunner(config, tensors, embeddings)
+    runner = LayerRunner(config, tensors, inputs)
     result: dict[str, np.ndarray] = {}
     for layer in range(config.decoder.n_layers):
         runner.advance_to(layer)

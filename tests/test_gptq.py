@@ -22,7 +22,7 @@ from molmo_edge.frontend.prompts import PromptError, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, Prompt, embed_prompts, find_prompts
+from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, DecoderInput, Prompt, embed_prompts, find_prompts
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.importance import importance
 from molmo_edge.quantize.layer_inputs import LayerRunner
@@ -99,6 +99,10 @@ def test_matrices_side_by_side() -> None:
 # What it is fed with.
 
 
+def causal(rows: np.ndarray) -> DecoderInput:
+    return DecoderInput(rows, np.zeros(len(rows), bool))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.inference_mode()
 def test_the_calibration_sees_what_the_decoder_sees(architecture: str) -> None:
@@ -110,7 +114,7 @@ def test_the_calibration_sees_what_the_decoder_sees(architecture: str) -> None:
         if name.endswith(("att_proj", "attn_out", "ff_proj", "ff_out", "ffn")):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
     model.decoder(torch.from_numpy(rows)[None])
-    walk = LayerRunner(config, open_tensors(GOLDEN / architecture), [rows])
+    walk = LayerRunner(config, open_tensors(GOLDEN / architecture), [causal(rows)])
     for layer in range(config.decoder.n_layers):
         walk.advance_to(layer)
         for name, module in walk.block.named_modules():
@@ -158,7 +162,8 @@ def test_every_matrix_is_calibrated() -> None:
 def test_sequences_hold_image_question_and_answer() -> None:
     tokenizer = Tokenizer.from_file(GOLDEN / "qwen" / "tokenizer.json")
     engine, image = runtime("qwen"), GOLDEN / "coffee.png"
-    short, long = embed_prompts([Prompt(image, "What?"), Prompt(image, "What?", "A cup.")], engine, tokenizer)
+    inputs = embed_prompts([Prompt(image, "What?"), Prompt(image, "What?", "A cup.")], engine, tokenizer)
+    short, long = (one.embeddings for one in inputs)
     answer = engine.embed(np.array(tokenizer.encode(" A cup.")))
     np.testing.assert_array_equal(long, np.concatenate([short, answer]))
     text = engine.embed(text_ids(tokenizer, ["What?"]))
@@ -230,7 +235,7 @@ def test_importance_is_what_the_inputs_squared_are(architecture: str) -> None:
         if name.endswith(("att_proj", "ff_out", "ffn")):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
     model.decoder(torch.from_numpy(rows)[None])
-    found = importance(config, open_tensors(GOLDEN / architecture), [rows])
+    found = importance(config, open_tensors(GOLDEN / architecture), [causal(rows)])
     last = config.decoder.n_layers - 1
 
     def squares(x: Tensor) -> Tensor:

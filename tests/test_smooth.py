@@ -14,6 +14,7 @@ from molmo_edge.export.source import open_source
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import DenseFFN
 from molmo_edge.modeling.weights import save_checkpoint
+from molmo_edge.quantize.calibration_prompts import DecoderInput
 from molmo_edge.quantize.smoothing import smoothed
 from molmo_edge.runtimes import open_runtime
 
@@ -72,21 +73,23 @@ def test_smoothed_weights_are_the_same_function(architecture: str) -> None:
 
     config, tensors = open_source(GOLDEN / architecture)
     rows = prompt(runtime(architecture), case(architecture, "square"))
-    smooth = smoothed(config, tensors, [rows], ("attention", "experts"))
+    smooth = smoothed(config, tensors, [DecoderInput(rows, np.zeros(len(rows), bool))], ("attention", "experts"))
     a, b = (build_model(config, source, where="test") for source in (tensors, smooth))
     with torch.inference_mode():
         x = torch.from_numpy(rows)[None]
         exact, found = (model.decoder.logits(model.decoder(x))[0].numpy() for model in (a, b))
     assert relative(found, exact) < 1e-4
     name = "model.transformer.blocks.0" + (".attn" if config.decoder.n_experts else "") + ".att_proj.weight"
-    same = (smooth.get(name) == tensors.get(name)).all()
-    assert same == config.decoder.norm_after, "OLMo's norms come after the branches: there is nothing to smooth"
+    changed = (smooth.get(name) != tensors.get(name)).any(axis=1)
+    d = config.decoder
+    assert changed[d.q_dim + d.kv_dim :].any()
+    assert changed[: d.q_dim + d.kv_dim].any() != d.norm_after, "OLMo has no norm before its queries and keys"
 
 
 def test_only_what_int8_rounds_is_smoothed() -> None:
     config, tensors = open_source(GOLDEN / "molmoe")
     rows = prompt(runtime("molmoe"), case("molmoe", "square"))
-    smooth = smoothed(config, tensors, [rows], ("attention",))
+    smooth = smoothed(config, tensors, [DecoderInput(rows, np.zeros(len(rows), bool))], ("attention",))
     changed = {name for name in tensors.names() if (smooth.get(name) != tensors.get(name)).any()}
     block = "model.transformer.blocks.{}.attn"
     assert changed == {f"{block.format(n)}.{leaf}.weight" for n in (0, 1) for leaf in ("attn_norm", "att_proj")}

@@ -59,6 +59,24 @@ def block_names(config: MolmoConfig, layer: int) -> BlockNames:
     return BlockNames(attention, f"{attention}.attn_norm", ffn, f"{ffn}.ff_norm")
 
 
+def matrices_after_norms(config: MolmoConfig, layer: int) -> dict[str, Slot]:
+    """Hub name of the gain of each norm of a block -> those of all matrices whose input is this norm's output.
+
+    Empty for a decoder with norms after its branches.
+    """
+    if config.decoder.norm_after:
+        return {}
+    names, ffn = block_names(config, layer), block_names(config, layer).ffn
+    matrices: Slot = (f"{ffn}.ff_proj.weight",)
+    if config.decoder.n_experts:
+        experts = (
+            f"{ffn}.experts.{e}.{part}_proj.weight" for e in range(config.decoder.n_experts) for part in ("gate", "up")
+        )
+        matrices = (f"{ffn}.gate.weight", *experts)
+    attention = (f"{names.attention}.att_proj.weight",)
+    return {f"{names.attention_norm}.weight": attention, f"{names.ffn_norm}.weight": matrices}
+
+
 def head_name(config: MolmoConfig) -> str:
     """The hub name of the output head; Molmo v1's dense models have it in the transformer."""
     if config.decoder.weight_tying:

@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.checkpoints.manifest import POINT_HEAD
+from molmo_edge.checkpoints.tensor_names import block_names, hub_shapes, matrices_after_norms
 from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of
@@ -24,7 +26,6 @@ from molmo_edge.export.source import open_source
 OUTLIER = 5.0  # times the median error of similar tensors: a larger error is an outlier
 _TINY = 0.02  # relative error; a smaller one is never an outlier
 _ENOUGH = 3  # similar tensors, for a median
-_AFTER_NORM = re.compile(r"\.(?:(att_proj)|ff_proj|gate|experts\.\d+\.(?:gate|up)_proj)\.weight$")
 
 
 def swap_parts(
@@ -120,7 +121,7 @@ def _kind(name: str) -> str:
 
 def _runs(name: str, config: MolmoConfig) -> bool:
     """False for vision blocks after the last layer that is used."""
-    block = re.search(r"\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
+    block = re.search(r"\.(?:image_vit|vit)\.transformer\.resblocks\.(\d+)\.", name)
     return not (block and int(block[1]) > config.vision.last_layer)
 
 
@@ -135,8 +136,12 @@ def _folded(config: MolmoConfig, tensors: TensorSource) -> Changed:
     """An equivalent model in canonical form: an export may move these scales.
 
     LayerScale is folded into the rows of what it scales, and a norm's gain into the columns of the matrices after it.
+    With norms after the branches, the rows of values and of `up` have norm 1, and the columns after them their norms.
     """
     names = frozenset(tensors.names())
+    layers = range(config.decoder.n_layers)
+    gains = {m: gain for n in layers for gain, ms in matrices_after_norms(config, n).items() for m in ms}
+    branches = _branches(config) if config.decoder.norm_after else {}
 
     def change(name: str) -> np.ndarray:
         if _is_gain(name, config):
@@ -147,19 +152,53 @@ def _folded(config: MolmoConfig, tensors: TensorSource) -> Changed:
             if found and f"{block}.{scale}" in names:
                 scales = tensors.get(f"{block}.{scale}")
                 array = array * (scales[:, None] if array.ndim == 2 else scales)
-        if (after := _AFTER_NORM.search(name)) and not config.decoder.norm_after:
-            array = array * tensors.get(f"{name[: after.start()]}.{'attn_norm' if after[1] else 'ff_norm'}.weight")
+        if name in gains:
+            array = array * tensors.get(gains[name])
+        if name in branches:
+            first, repeats = branches[name]
+            norms = np.linalg.norm(tensors.get(first.matrix)[first.start : first.stop], axis=1)
+            norms[norms == 0] = 1
+            if repeats:  # the columns of the second matrix
+                return np.asarray(array * np.repeat(norms.reshape(-1, first.group), repeats, axis=0).reshape(-1))
+            array = array.copy()
+            array[first.start : first.stop] /= norms[:, None] if array.ndim == 2 else norms
         return array
 
     return Changed(tensors, change)
 
 
+class _Rows(NamedTuple):
+    """Rows of a matrix whose outputs another matrix takes: of the values in `att_proj`, of up in `ff_proj`."""
+
+    matrix: str
+    start: int
+    stop: int
+    group: int  # outputs that are repeated together: those of a head
+
+
+def _branches(config: MolmoConfig) -> dict[str, tuple[_Rows, int]]:
+    """Tensor -> the rows whose norms scale it, and how often its columns repeat them; 0 for the rows themselves."""
+    d = config.decoder
+    found: dict[str, tuple[_Rows, int]] = {}
+    for layer in range(d.n_layers):
+        names = block_names(config, layer)
+        values = _Rows(f"{names.attention}.att_proj.weight", d.q_dim + d.kv_dim, d.q_dim + 2 * d.kv_dim, d.head_dim)
+        found |= {values.matrix: (values, 0), f"{names.attention}.att_proj.bias": (values, 0)}
+        found[f"{names.attention}.attn_out.weight"] = values, d.n_heads // d.n_kv_heads
+        if not d.n_experts:
+            up = _Rows(f"{names.ffn}.ff_proj.weight", 0, d.ffn_dim, d.ffn_dim)
+            found |= {up.matrix: (up, 0), f"{names.ffn}.ff_out.weight": (up, 1)}
+    return found
+
+
 def tensor_part(name: str) -> str:
     """Which of PARTS a hub tensor belongs to. A norm belongs to what follows it, the last one to the head."""
-    if ".image_vit." in name:
+    if ".image_vit." in name or ".conv_tower." in name or name.startswith("model.vit."):
         return "vision_encoder"
-    if ".vision_backbone." in name:
+    if ".vision_backbone." in name or name.startswith("model.connector."):
         return "connector"
+    if name.startswith(("model.point_predictor.", "model.build_vit_embedding.")):
+        return POINT_HEAD
     if ".wte." in name:
         return "embed_tokens"
     if any(word in name for word in (".attn.", "attn_norm", "att_proj", "attn_out", "q_norm", "k_norm")):

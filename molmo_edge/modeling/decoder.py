@@ -60,6 +60,15 @@ def rotary_tables(positions: Tensor, config: DecoderConfig, *, stretched: bool =
     return angles.cos() * scale, angles.sin() * scale
 
 
+def layer_tables(positions: Tensor, config: DecoderConfig) -> list[tuple[Tensor, Tensor]]:
+    """The rotary tables of each layer; layers that are stretched alike share them."""
+    tables = [rotary_tables(positions, config)]
+    stretched = config.yarn.layers if config.yarn else ()
+    if stretched:
+        tables.append(rotary_tables(positions, config, stretched=True))
+    return [tables[layer in stretched] for layer in range(config.n_layers)]
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [batch, n, heads, head_dim]; computed in float32 whatever x is."""
     wide = x.float()
@@ -416,12 +425,8 @@ class Decoder(Module):
         if mask is None and start:
             keys = torch.arange(start + n, device=x.device)
             mask = (keys[None] <= keys[start:, None])[None, None]
-        tables = [rotary_tables(positions, self.config)]
-        stretched = self.config.yarn.layers if self.config.yarn else ()
-        if stretched:
-            tables.append(rotary_tables(positions, self.config, stretched=True))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, *tables[layer in stretched], mask, cache)
+        for tables, block in zip(layer_tables(positions, self.config), self.blocks, strict=True):
+            x = block(x, *tables, mask, cache)
         if cache is not None:
             cache.length += n
         return x
