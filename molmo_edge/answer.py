@@ -11,10 +11,11 @@ from PIL import Image
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.points import Point
+from molmo_edge.sdk.annotation import DrawingError, DrawOptions
 from molmo_edge.sdk.drawing import draw_points
 from molmo_edge.sdk.readable_text import readable
 
-__all__ = ["Answer", "DrawError", "Point", "Seconds", "Tokens", "Usage", "draw_points"]
+__all__ = ["Answer", "DrawError", "DrawOptions", "DrawingError", "Point", "Seconds", "Tokens", "Usage", "draw_points"]
 
 
 class DrawError(MolmoEdgeError):
@@ -97,9 +98,17 @@ class Answer:
         height, width = self._rgb().shape[:2]
         return [point.pixel(width, height) for point in self.points]
 
-    def draw(self) -> Image.Image:
-        """Return a copy of the image with a numbered marker on each point. Raises DrawError without an image."""
-        return draw_points(Image.fromarray(self._rgb()), self.points)
+    def draw(self, *, labels: str = "once", numbers: bool | None = None, size: float = 1.0) -> Image.Image:
+        """Return a copy of the image with a marker on each point, numbered if there are several, and their labels.
+
+        Args:
+            labels: "once" writes each label beside one of its points, "each" beside every point, "none" nowhere.
+            numbers: Whether to number the markers. None: if there are several points, and room for readable numbers.
+            size: Factor on the sizes of markers and letters, 0.1 to 10; sizes follow the image's.
+
+        Raises DrawError without an image, and DrawingError for an unknown option.
+        """
+        return draw_points(Image.fromarray(self._rgb()), self.points, DrawOptions(labels, numbers, size))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the image, ready for JSON (schema: molmo_edge/answer.schema.json).

@@ -1,76 +1,122 @@
-"""Numbered markers and labels on a picture."""
+"""Draw markers and labels on a picture."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
 from molmo_edge.frontend.points import Point
 from molmo_edge.sdk import lettering
+from molmo_edge.sdk.annotation import Annotation, Colour, DrawOptions, Plate, annotate, number_size
 
-# One colour per label, in order of appearance; each readable inside its white ring on white and on black.
-_COLOURS = ((229, 37, 107), (0, 114, 206), (0, 135, 90), (217, 95, 2), (117, 76, 192), (30, 30, 30))
-_OVERSAMPLING = 4  # markers are drawn this many times larger and scaled down: Pillow's circles are not antialiased
+_OVERSAMPLING = 4  # shapes are drawn this many times larger and scaled down: Pillow's shapes are not antialiased
+_LARGE = 1_000_000  # pixels; larger shapes are not oversampled
+WHITE = (255, 255, 255, 255)
+SHADE = (0, 0, 0, 96)  # the edge outside of white lines, which shows them on a white ground
 
 
-def draw_points(image: Image.Image, points: Sequence[Point]) -> Image.Image:
-    """Return a copy of `image` in RGB with a numbered marker on each point, and each label once, at its first point.
+def draw_points(image: Image.Image, points: Sequence[Point], options: DrawOptions | None = None) -> Image.Image:
+    """Return a copy of `image` in RGB with a marker on each point, numbered if there are several, and their labels.
 
-    Markers grow with the image and stay readable on small ones. A marker at the edge is cropped rather than moved:
-    its centre is always the point.
+    Sizes follow the image's. The centre of a marker is always its point: at the border, the marker is cropped. Labels
+    are inside the image; where there is room, they cover neither markers nor each other.
+    """
+    return draw_some(image, list(enumerate(points, 1)), points, options)
+
+
+def draw_some(
+    image: Image.Image,
+    numbered: Sequence[tuple[int, Point]],
+    points: Sequence[Point],
+    options: DrawOptions | None = None,
+) -> Image.Image:
+    """Like `draw_points`, for those of an answer's points that are in `image`, with their numbers in the answer.
+
+    `points`: all of them, so that a label has the same colour in every image.
     """
     canvas = image.convert("RGB")
     if canvas is image:
         canvas = image.copy()
-    radius = max(7, round(0.016 * (canvas.width * canvas.height) ** 0.5))
-    colours: dict[str, tuple[int, int, int]] = {}
-    for point in points:
-        if point.label not in colours:
-            colours[point.label] = _COLOURS[len(colours) % len(_COLOURS)]
-            if point.label:
-                _draw_label(canvas, point.label, _centre(point, canvas), radius, colours[point.label])
-    for number, point in enumerate(points, 1):  # after the labels, which must not cover a point
-        x, y = _centre(point, canvas)
-        marker = _marker(radius, str(number), colours[point.label])
-        canvas.paste(marker, (x - radius, y - radius), marker)
+    annotation = annotate(canvas.width, canvas.height, numbered, points, options)
+    for plate in annotation.plates:  # below everything, so that no leader crosses a number or a label
+        if plate.leader:
+            _draw_leader(canvas, plate, annotation)
+    for plate in annotation.plates:
+        _draw_plate(canvas, plate, annotation)
+    # After the plates, which must not cover a point. A point without room for its number must not cover another number.
+    for marker in sorted(annotation.markers, key=lambda marker: bool(marker.text)):
+        disc = _disc(marker.radius, marker.text, marker.colour)
+        x, y = round(marker.x - (disc.width - 1) / 2), round(marker.y - (disc.height - 1) / 2)
+        canvas.paste(disc, (x, y), disc)
     return canvas
 
 
-def _centre(point: Point, canvas: Image.Image) -> tuple[int, int]:
-    x, y = point.pixel(*canvas.size)
-    return round(x), round(y)
+def ring(radius: float) -> float:
+    """The width of the white ring of a marker or plate, in pixels."""
+    return max(1.0, radius / 6)
 
 
 @functools.lru_cache(maxsize=256)
-def _marker(radius: int, text: str, colour: tuple[int, int, int]) -> Image.Image:
-    """Draw a disc of `radius` pixels in a white ring, with `text` in it."""
-    size = 2 * radius + 1
+def _disc(radius: float, text: str, colour: Colour) -> Image.Image:
+    """A disc of `radius` pixels in a white ring with a dark edge. In it: `text`, or else a white dot."""
+    edge = ring(radius) / 2
+    size = 2 * math.ceil(radius + edge) + 1
     big = size * _OVERSAMPLING
-    marker = Image.new("RGBA", (big, big), (255, 255, 255, 0))
-    draw = ImageDraw.Draw(marker)
-    ring = max(1.0, radius / 6) * _OVERSAMPLING
-    draw.ellipse((0, 0, big - 1, big - 1), fill=(255, 255, 255, 255))
-    draw.ellipse((ring, ring, big - 1 - ring, big - 1 - ring), fill=(*colour, 255))
-    font = lettering.embedded_font((1.25 if len(text) == 1 else 2.1 / len(text)) * radius * _OVERSAMPLING)
-    draw.text((big / 2, big / 2), text, font=font, fill=(255, 255, 255, 255), anchor="mm")
-    return marker.resize((size, size), Image.Resampling.LANCZOS)
+    disc = Image.new("RGBA", (big, big), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(disc)
+    for reach, fill in ((radius + edge, SHADE), (radius, WHITE), (radius - ring(radius), (*colour, 255))):
+        _circle(draw, big / 2, reach * _OVERSAMPLING, fill)
+    if text:
+        font = lettering.embedded_font(number_size(radius, len(text)) * _OVERSAMPLING)
+        draw.text((big / 2, big / 2), text, font=font, fill=WHITE, anchor="mm")
+    else:
+        _circle(draw, big / 2, max(1.0, 0.28 * radius) * _OVERSAMPLING, WHITE)
+    return _shrunk(disc, (size, size))
 
 
-def _draw_label(
-    canvas: Image.Image, label: str, centre: tuple[int, int], radius: int, colour: tuple[int, int, int]
-) -> None:
-    """Draw the label on a plate to the right of its marker, or to the left if there is no room."""
-    pad = max(2, radius // 4)
-    size = max(10.0, 1.1 * radius)
-    line = lettering.line(label, size, min(22 * size, canvas.width - 2 * pad))
-    left, top, right, bottom = line.box
-    wide, high = right - left + 2 * pad, bottom - top + 2 * pad
-    x = centre[0] + radius + pad
-    if x + wide > canvas.width:
-        x = max(0, centre[0] - radius - pad - wide)
-    y = min(max(0, centre[1] - high // 2), max(0, canvas.height - high))
-    draw = ImageDraw.Draw(canvas)
-    draw.rounded_rectangle((x, y, x + wide, y + high), radius=pad, fill=colour, outline=(255, 255, 255))
-    line.draw(draw, x + pad, y + pad, (255, 255, 255))
+def _circle(draw: ImageDraw.ImageDraw, centre: float, radius: float, fill: tuple[int, ...]) -> None:
+    draw.ellipse((centre - radius, centre - radius, centre + radius - 1, centre + radius - 1), fill=fill)
+
+
+def _shrunk(shape: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return shape if shape.size == size else shape.resize(size, Image.Resampling.LANCZOS)
+
+
+def _draw_plate(canvas: Image.Image, plate: Plate, annotation: Annotation) -> None:
+    """Draw a rounded plate in a white ring with a dark edge, and its letters."""
+    line, edge = ring(annotation.radius), ring(annotation.radius) / 2
+    box = plate.box
+    left, top = math.floor(box.left - edge), math.floor(box.top - edge)
+    size = math.ceil(box.right + edge) - left + 1, math.ceil(box.bottom + edge) - top + 1
+    scale = _OVERSAMPLING if size[0] * size[1] < _LARGE else 1
+    tile = Image.new("RGBA", (size[0] * scale, size[1] * scale), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(tile)
+    for reach, fill in ((edge, SHADE), (0.0, WHITE), (-line, (*plate.colour, 255))):
+        corners = (box.left - reach - left, box.top - reach - top, box.right + reach - left, box.bottom + reach - top)
+        rounding = max(1.0, plate.rounding + reach) * scale
+        draw.rounded_rectangle([value * scale for value in corners], radius=rounding, fill=fill)
+    tile = _shrunk(tile, size)
+    canvas.paste(tile, (left, top), tile)
+    x0, y0, x1, y1 = plate.line.box
+    x, y = (box.left + box.right - (x1 - x0)) / 2, (box.top + box.bottom + 1 - (y1 - y0)) / 2
+    plate.line.draw(ImageDraw.Draw(canvas), round(x), round(y), WHITE[:3])
+
+
+def _draw_leader(canvas: Image.Image, plate: Plate, annotation: Annotation) -> None:
+    """Draw the line from a plate to its point: coloured, in a white ring with a dark edge."""
+    ends = (plate.anchor, plate.box.nearest(*plate.anchor))
+    width = ring(annotation.radius)
+    margin = math.ceil(3 * width)
+    left, top = (math.floor(min(end[axis] for end in ends)) - margin for axis in (0, 1))
+    size = tuple(math.ceil(max(end[axis] for end in ends)) + margin - low for axis, low in ((0, left), (1, top)))
+    scale = _OVERSAMPLING if size[0] * size[1] < _LARGE else 1
+    tile = Image.new("RGBA", (size[0] * scale, size[1] * scale), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(tile)
+    path = [((x - left) * scale, (y - top) * scale) for x, y in ends]
+    for factor, fill in ((4.0, SHADE), (3.0, WHITE), (1.2, (*plate.colour, 255))):
+        draw.line(path, fill=fill, width=max(1, round(factor * width * scale)))
+    tile = _shrunk(tile, (size[0], size[1]))
+    canvas.paste(tile, (left, top), tile)
