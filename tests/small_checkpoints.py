@@ -63,8 +63,9 @@ def hidden(molmo: Molmo, batch: Batch) -> Tensor:
     """[n, d_model] behind everything that has an adapter."""
     with torch.no_grad():
         model = Trainable(molmo, PLAIN).eval()
-        cells = molmo.connector(model.features(batch), batch.masks)
-        return model.hidden(batch, cells)[0, : batch.lengths[0]]
+        features = model.features(batch)
+        cells = molmo.connector(features, batch.masks).flatten(0, 1)[batch.cells]
+        return molmo.decoder.ln_f(model.states(batch, cells, features))[0, : batch.lengths[0]]
 
 
 def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

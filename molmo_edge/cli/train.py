@@ -199,7 +199,11 @@ def _run(
         check_frozen(recipe)
     data = open_data()
     with world(device) as here:
-        cache = None if features is None else cache_features(features, config, source, data, recipe, here)
+        cache = (
+            None
+            if features is None
+            else cache_features(features, config, source, data, recipe, here, tokenizer.special)
+        )
         model = build(config, source, str(directory), recipe, here)
         trainer = Trainer(model, tokenizer, data, recipe, out, here, cache)
         if here.first:

@@ -20,7 +20,7 @@ class TrainError(MolmoEdgeError):
     """Options from which a run cannot start."""
 
 
-_PARTS = '"connector", "vision", "decoder", separated by commas.'
+_PARTS = '"connector", "vision", "decoder", "point_head", separated by commas.'
 _STATES = "Precision of the AdamW states; 8bit (bitsandbytes) takes a quarter of the memory."
 Start = Annotated[str, typer.Option("--from", help="Checkpoint directory or hub id to start from.", show_default=False)]
 Out = Annotated[

@@ -13,6 +13,7 @@ import numpy as np
 
 from molmo_edge.data.choices import pick
 from molmo_edge.data.examples import Annotation
+from molmo_edge.frontend.chatml import styled_question
 from molmo_edge.frontend.points import Point, format_count, format_points
 from molmo_edge.frontend.prompts import build_caption_prompt, build_prompt
 
@@ -130,6 +131,15 @@ def conversation(annotation: Annotation, rng: np.random.Generator) -> list[str]:
         else:
             texts.append(build_prompt(message, style=style if tagged and not turn else None))
     return texts
+
+
+def chat(annotation: Annotation) -> list[str]:
+    """Molmo2: the texts alone, a tag before the first question where one is written.
+
+    Reference: "demo_or_style_v2" and message format "qwen3"; the markup is that of molmo_edge/frontend/chatml.py.
+    """
+    first, *rest = annotation.messages
+    return [first if annotation.style in UNTAGGED else styled_question(first, annotation.style), *rest]
 
 
 def captioning(annotation: Annotation, rng: np.random.Generator) -> list[str]:

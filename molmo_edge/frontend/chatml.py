@@ -28,6 +28,22 @@ _UNWRITTEN_STYLES = frozenset((
 # fmt: on
 
 
+def styled_question(question: str, style: str | None) -> str:
+    """The question with "{style}: " before it, unless the chat template does not write this style."""
+    return f"{style}: {question}" if style and style not in _UNWRITTEN_STYLES else question
+
+
+def training_question_ids(tokenizer: Tokenizer, question: str, *, first: bool) -> list[int]:
+    """Ids of a question and of the beginning of its answer, in a training sequence.
+
+    An answer ends with EOS, which is `<|im_end|>`: a question that is not the first of its conversation follows it.
+    """
+    start = "<|im_start|>user\n" if first else "\n<|im_start|>user\n"
+    ids = tokenizer.encode(start, allow_special=True) + tokenizer.encode(question)
+    ids += tokenizer.encode(f"{CHAT_END}\n", allow_special=True)
+    return ids + tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
+
+
 def chat_ids(tokenizer: Tokenizer, turns: Sequence[str | Sequence[int]], *, style: str | None = None) -> list[int]:
     """Ids of the turns, and of the beginning of the answer. For the arguments see `prompts.text_ids`.
 
@@ -35,12 +51,11 @@ def chat_ids(tokenizer: Tokenizer, turns: Sequence[str | Sequence[int]], *, styl
     """
     ids: list[int] = []
     for number, turn in enumerate(turns):
-        tagged = style and style not in _UNWRITTEN_STYLES and number == len(turns) - 1
         ids += tokenizer.encode(
             "<|im_start|>user\n" if number % 2 == 0 else " <|im_start|>assistant\n", allow_special=True
         )
         if isinstance(turn, str):
-            ids += tokenizer.encode(f"{style}: {turn}" if tagged else turn)
+            ids += tokenizer.encode(styled_question(turn, style if number == len(turns) - 1 else None))
         else:
             ids += turn
         ids += tokenizer.encode(f"{CHAT_END}\n", allow_special=True)

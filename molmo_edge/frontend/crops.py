@@ -244,6 +244,34 @@ def stitched_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray
     return stitched
 
 
+def pointing_grid(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+    """The patches that points are in, int64 [rows, cols]: `stitched_patches`, or the global view without crops."""
+    return stitched_patches(config, tiling) if tiling[0] else np.arange(config.patches**2).reshape(config.patches, -1)
+
+
+def image_in_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[float, ...]:
+    """(left, top, width, height) of an image of height x width pixels in its `pointing_grid`, in patches."""
+    rows, cols = config.grids(tiling)[-1]
+    if config.resize in ("dino", "siglip"):
+        return 0.0, 0.0, float(cols), float(rows)
+    side = config.patch_size
+    h, w = _fit(height, width, rows * side, cols * side)
+    left, top = (cols * side - w) // 2, (rows * side - h) // 2
+    return left / side, top / side, w / side, h / side
+
+
+def pointable_cells(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+    """bool [n_cells]: the image tokens that a point can choose, those of `pointing_grid`.
+
+    In MolmoPoint the tokens of the global view (`<im_low>`) can never be chosen.
+    """
+    counts = [rows * cols for rows, cols in config.cell_grids(tiling)]
+    chosen = np.zeros(sum(counts), bool)
+    if len(counts) > 1 or config.layout != "molmo_point":
+        chosen[sum(counts[:-1]) :] = True
+    return chosen
+
+
 def group_patches(grid: np.ndarray, side: int) -> np.ndarray:
     """Group a grid of patches into cells of side x side: int [h, w] -> int64 [rows, cols, side^2], in row-major order.
 

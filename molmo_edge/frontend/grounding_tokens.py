@@ -83,6 +83,23 @@ class GroundingIds:
         return [(0, self.slots)] if start == self.first else [(0, self.first), (start, self.slots)]
 
 
+def point_target(
+    x: float, y: float, pooling: np.ndarray, grid: np.ndarray, frame: Sequence[float]
+) -> tuple[int, int, int]:
+    """(patch, slot, location) of a point, the inverse of `decode_grounding`.
+
+    x, y: fractions of the image's width and height, clipped to 0 to 1. `pooling`: int [n_patches, n_slots]; `grid`: int
+    [rows, cols], the patches that tile the image; `frame`: (left, top, width, height) of the image in it, in patches.
+    Source: get_patch_coordinates in `olmo/models/molmo_point/molmo_point_example_preprocessor.py`.
+    """
+    left, top, width, height = frame
+    at = [left + min(max(x, 0.0), 1.0) * width, top + min(max(y, 0.0), 1.0) * height]
+    col, row = (min(int(v), length - 1) for v, length in zip(at, grid.shape[::-1], strict=True))
+    patch, slot = np.argwhere(pooling == grid[row, col])[0]
+    in_x, in_y = (min(int(3 * (v - cell)), 2) for v, cell in zip(at, (col, row), strict=True))
+    return int(patch), int(slot), 3 * in_x + in_y
+
+
 class GroundedPoint(NamedTuple):
     """One decoded point."""
 

@@ -32,6 +32,7 @@ from molmo_edge.data.examples import DataSet
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, PreparedImage
 from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.modeling.weights import load_part
 from molmo_edge.system.files import atomic_write
@@ -106,6 +107,7 @@ def write_features(
     seed: int,
     device: torch.device,
     *,
+    special: SpecialIds = MOLMOE_SPECIAL_IDS,
     rank: int = 0,
     ranks: int = 1,
     wait: Callable[[], None] | None = None,
@@ -124,7 +126,10 @@ def write_features(
         numbers.append(every[0])
     towers = load_towers(config, source, device)
     loader = Loader(
-        _Missing(sets, seed, numbers, cache, image), batch_size=batch, num_workers=workers, collate=_without_nothing
+        _Missing(sets, seed, numbers, cache, ImageProcessor(image, special)),
+        batch_size=batch,
+        num_workers=workers,
+        collate=_without_nothing,
     )
     started = logged = time.monotonic()
     written = 0
@@ -179,10 +184,10 @@ class _Missing(Dataset[Any]):
         seed: int,
         numbers: Sequence[tuple[int, int]],
         cache: FeatureCache,
-        image: ImageConfig,
+        processor: ImageProcessor,
     ):
         self.sets, self.seed, self.numbers = sets, seed, numbers
-        self.cache, self.processor = cache, ImageProcessor(image)
+        self.cache, self.processor = cache, processor
 
     def __len__(self) -> int:
         return len(self.numbers)

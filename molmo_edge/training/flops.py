@@ -31,10 +31,11 @@ class Cost:
         real = batch.segments >= 0
         tokens, answers = float(real.sum()), float((batch.weights > 0).sum())
         pairs = 0.0
-        for segments, n in zip(batch.segments, batch.lengths, strict=True):
+        for row, (segments, n) in enumerate(zip(batch.segments, batch.lengths, strict=True)):
             counts = segments[:n].unique(return_counts=True)[1].tolist()
             *texts, block = counts  # the image's segment is the largest; of a text alone it is BOS
-            pairs += block * (block + 1) / 2 + sum(m * block + m * (m + 1) / 2 for m in texts)
+            pairs += block * (block + 1) / 2 if batch.block is None else int(batch.block[row].sum()) ** 2
+            pairs += sum(m * block + m * (m + 1) / 2 for m in texts)
         crop = self.cells + (self.crop if batch.features is None else 0)
         return self.token * tokens + self.answer * answers + self.pair * pairs + crop * len(batch.crops)
 
@@ -50,7 +51,7 @@ def cost(config: MolmoConfig) -> Cost:
     projector = cells * (2 * v.d_model * config.projector_dim + config.projector_dim * d.d_model)
     return Cost(
         token=2 * d.n_layers * (attention + ffn),
-        answer=2 * d.d_model * d.embedding_size,
+        answer=2 * d.d_model * d.n_logits,
         pair=4 * d.n_layers * d.q_dim,
         crop=2 * vits,
         cells=2 * (pooling + projector),

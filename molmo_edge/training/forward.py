@@ -6,6 +6,7 @@ all micro-batches and ranks, divided by the sum of the weights. The forward pass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -16,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.modeling import decoder
-from molmo_edge.modeling.decoder import Attention, DenseFFN, RMSNorm, Routing, SparseFFN, rotary_tables
+from molmo_edge.modeling.decoder import Attention, DenseFFN, RMSNorm, Routing, SparseFFN, layer_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.attention_loss import AttentionLoss, attention_loss
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
+from molmo_edge.training.grounding import embed_points, point_loss
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
 
 _CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for a vocabulary of 50,000
@@ -60,6 +62,7 @@ class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in t
     expert_load: Tensor  # int64 [n_layers, n_experts], tokens per expert; [0, 0] without experts
     grounding_loss: Tensor  # on regions, times its weight; a mean over the objects of the batch
     attention_loss: Tensor  # on points, times its weight; a mean over the points of the batch
+    point_loss: Tensor  # weighted cross entropy of the choices that grounding tokens stand for
 
 
 class Trainable(nn.Module):
@@ -68,13 +71,17 @@ class Trainable(nn.Module):
     def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
         """names: the vocabulary of the regions; None without a loss on regions.
 
-        Raises ForwardError for grouped experts with a PyTorch before 2.10, and for a model that training does not
-        support: several ViTs, pooling across crops, image tokens that attend in both directions.
+        Raises ForwardError for grouped experts with a PyTorch before 2.10, for a model with several ViTs, and for
+        auxiliary losses that need cells within crops or points in digits, which this model does not have.
         """
         c = molmo.config
-        if c.extra_vision or c.image.pools_across_crops or c.decoder.bidirectional_images:
+        if c.extra_vision:
+            raise ForwardError("training does not support models with several ViTs")
+        if names is not None and c.image.pools_across_crops:
+            raise ForwardError("the loss on regions needs cells within crops, but this model pools across crops")
+        if config.attention_loss is not None and (c.point_head is not None or c.image.layout != "molmo"):
             raise ForwardError(
-                "training does not support models with several ViTs, pooling across crops or bidirectional images"
+                "attention_loss is for points in the digits of Molmo v1, which this model does not write"
             )
         if config.experts == "grouped" and decoder.grouped_mm is None:
             raise ForwardError(f"grouped experts need PyTorch 2.10, this is {torch.__version__}: choose loop or wide")
@@ -98,41 +105,54 @@ class Trainable(nn.Module):
     def forward(self, batch: Batch) -> Sums:
         """The batch must be on the model's device. Dropout is active only in training mode."""
         features = self.features(batch) if batch.features is None else batch.features
-        cells = self.molmo.connector(features, batch.masks)  # [c, cells^2, d]
+        cells = self.molmo.connector(features, batch.masks, batch.pooling)  # [c, cells^2, d], or [k, d]
         grounding = self._grounding(batch, features, cells)
         if self.routing is not None:
             self.routing.logits, self.routing.experts = [], []
         if not len(batch.answered):  # regions alone
             zero = torch.zeros((), device=cells.device)
-            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero)
+            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero, zero)
         if self.routing is not None:
             self.routing.open = True
-        hidden = self.hidden(batch, cells)
+        cells = cells.flatten(0, -2).index_select(0, batch.cells)  # [k, d]: of the image tokens, in their order
+        states = self.states(batch, cells, features)
         if self.routing is not None:
             self.routing.open = False
-        at = batch.answered
-        weights = batch.weights.flatten()[at]
-        ce, z, correct = self._answers(hidden.flatten(0, 1).index_select(0, at), batch.targets.flatten()[at], weights)
+        at, states = batch.answered, states.flatten(0, 1)
+        hidden, weights = self.molmo.decoder.ln_f(states.index_select(0, at)), batch.weights.flatten()
+        ce, z, correct = self._answers(hidden, batch.targets.flatten()[at], weights[at])
+        points = torch.zeros((), device=cells.device)
+        head, head_config = self.molmo.point_head, self.molmo.config.point_head
+        if head is not None and head_config is not None and batch.points is not None and batch.pooling is not None:
+            points = point_loss(
+                head, head_config, batch.points, states, weights, batch.cells_at, features, batch.pooling
+            )
         z, router = self.config.z_loss * z, self._router_loss(batch)
         attention = torch.zeros((), device=cells.device) if self._attention_loss is None else self._attention_loss
         self._attention_loss = None
-        return Sums(ce, z, router, weights.sum(), correct, self._load(batch), grounding, attention)
+        weight = weights[at].sum()
+        return Sums(ce, z, router, weight, correct, self._load(batch), grounding, attention, points)
 
-    def hidden(self, batch: Batch, cells: Tensor) -> Tensor:
-        """Final hidden states [b, n, d] (after the last norm); cells [c, cells^2, d] are the image features."""
+    def states(self, batch: Batch, cells: Tensor, features: Tensor) -> Tensor:
+        """Hidden states before the last norm, [b, n, d].
+
+        cells [k, d] are the features of the image tokens, features [c, patches^2, feature_dim] those of the towers.
+        """
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
-        cells = cells.flatten(0, 1)  # [c * cells^2, d]
-        x = x.flatten(0, 1).index_add(0, batch.cells_at, cells.index_select(0, batch.cells).to(x.dtype)).view_as(x)
-        mask = packed_mask(batch.segments, c.attention)
+        rows = x.flatten(0, 1).index_add(0, batch.cells_at, cells.to(x.dtype))
+        if molmo.point_head is not None and batch.points is not None and batch.pooling is not None:
+            rows = embed_points(rows, molmo.point_head, batch.points, features, batch.pooling, cells)
+        x = rows.view_as(x)
+        mask = packed_mask(batch.segments, c.attention, batch.block)
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
-        cos, sin = rotary_tables(batch.positions, molmo.config.decoder)
+        tables = layer_tables(batch.positions, molmo.config.decoder)
         self._attended, self._recomputing = batch, False
-        for block in molmo.decoder.blocks:
+        for block, (cos, sin) in zip(molmo.decoder.blocks, tables, strict=True):
             x = self._run(block, x, cos, sin, mask, None, dropout)
         self._recomputing = True
-        return molmo.decoder.ln_f(x)
+        return x
 
     def _supervise(self, attention: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         """A hook of the supervised layer: its loss, from the rotated queries and keys.
@@ -183,13 +203,15 @@ class Trainable(nn.Module):
     def _answers(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [m, d], targets int [m], weights [m] -> weighted sums of cross entropy, logsumexp^2 and hits."""
         decoder = self.molmo.decoder
-        head = decoder.embedding if decoder.config.weight_tying else decoder.head.weight
+        heads = [decoder.embedding if decoder.config.weight_tying else decoder.head.weight]
+        if decoder.config.additional_head:
+            heads.append(decoder.new_head.weight)
         total = torch.zeros(3, device=hidden.device)
         for chunk in zip(*(torch.split(t, _CHUNK) for t in (hidden, targets, weights)), strict=True):
             if torch.is_grad_enabled():
-                part = checkpoint(_answer_sums, head, *chunk, use_reentrant=False, preserve_rng_state=False)
+                part = checkpoint(_answer_sums, heads, *chunk, use_reentrant=False, preserve_rng_state=False)
             else:
-                part = _answer_sums(head, *chunk)
+                part = _answer_sums(heads, *chunk)
             total = total + cast(Tensor, part)
         ce, z, correct = (values.clone() for values in total.unbind())  # FSDP does not accept views
         return ce, z, correct.detach()
@@ -223,8 +245,8 @@ def compile_parts(molmo: Molmo) -> None:
             module.compile(dynamic=True)
 
 
-def _answer_sums(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    logits = F.linear(match(hidden, head), head).float()  # [m, embedding_size]
+def _answer_sums(heads: Sequence[Tensor], hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    logits = torch.cat([F.linear(match(hidden, head), head) for head in heads], dim=-1).float()  # [m, n_logits]
     ce = F.cross_entropy(logits, targets, reduction="none")
     z = logits.logsumexp(-1).square()
     correct = (logits.argmax(-1) == targets).float()

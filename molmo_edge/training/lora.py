@@ -102,7 +102,9 @@ def adapted(config: MolmoConfig, lora: LoraConfig) -> dict[str, int]:
 
 def trained_whole(config: MolmoConfig, lora: LoraConfig) -> list[str]:
     """The names of the parameters that are trained as a whole, in the order of `hub_layout`."""
-    return [n for n in hub_layout(config) if n.partition(".")[0] in lora.whole and _runs(n, config)]
+    # The head of grounding tokens goes with the connector: it is as small, and adapts to the same pictures.
+    parts = (*lora.whole, *(["point_head"] if "connector" in lora.whole else []))
+    return [n for n in hub_layout(config) if n.partition(".")[0] in parts and _runs(n, config)]
 
 
 def count_values(config: MolmoConfig, lora: LoraConfig) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""AdamW with a separate learning rate, warm-up and gradient clipping for each of Molmo's three parts.
+"""AdamW with a separate learning rate, warm-up and gradient clipping for each of Molmo's parts.
 
 Reference: olmo/optim.py (get_multimodal_param_groups, MultimodalScheduler, clip_grads_and_collect_metrics). The states
 are PyTorch's in fp32, or bitsandbytes' in 8 bits (arXiv 2110.02861), which take a quarter of the memory.
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.parallel import is_sharded, local_part, squared_sum
 
-PARTS = ("connector", "vision", "decoder")
+PARTS = ("connector", "vision", "decoder", "point_head")
 STATES = ("exp_avg", "exp_avg_sq")
 _BLOCK = 256  # values that share a scale in 8-bit states
 _EIGHT_BIT = 4096  # parameters with fewer values keep fp32 states, as bitsandbytes does
@@ -43,6 +43,7 @@ class OptimizerConfig:
     connector: Rate = Rate(2e-4, 200)
     vision: Rate = Rate(6e-6, 2000)
     decoder: Rate = Rate(2e-5, 2000)
+    point_head: Rate = Rate(1e-4, 200)  # of models with grounding tokens; MolmoPoint's stages have this one, too
     floor: float = 0.1  # share of the peak at the end of the cosine
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6

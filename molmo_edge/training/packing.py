@@ -33,13 +33,14 @@ class Packed:
 def pack(
     tokenizer: Tokenizer,
     image_tokens: np.ndarray,
-    annotations: Sequence[Sequence[str]],
+    annotations: Sequence[Sequence[str | list[int]]],
     *,
     weighting: str = "root_subsegments",
     weights: Sequence[float] | None = None,
     separator: int | None = None,
 ) -> Packed:
-    """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...) with their leading spaces.
+    """Pack annotations, each a list of messages (prompt, answer, prompt, answer, ...): texts with their leading spaces,
+    or ids.
 
     image_tokens: int32 [m], without BOS; empty for text alone. Each annotation has at least one answer. weighting:
     "root_subsegments" divides each annotation's loss weights by the square root of the number of annotations, "none"
@@ -59,9 +60,9 @@ def pack(
             answer = turn % 2 == 1
             if answer:
                 start = len(ids)
-            tokens = tokenizer.encode(message) + ([special.eos] if answer else [])
-            ids += tokens
-            answered += [weight * answer] * len(tokens)
+            tokens = tokenizer.encode(message) if isinstance(message, str) else message
+            ids += [*tokens, special.eos] if answer else tokens
+            answered += [weight * answer] * (len(tokens) + answer)
         if separator is not None and number < len(annotations):
             ids.append(separator)
             answered.append(0.0)

@@ -7,6 +7,7 @@ table 6, where models differ.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from molmo_edge.config import ImageConfig, MolmoConfig
 from molmo_edge.data.mixture import Group
@@ -54,7 +55,8 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     layout: Layout = field(default_factory=Layout)
     experts: ExpertSchedule | None = None  # None: the checkpoint's top_k in every step
-    max_crops: int | None = 12  # of training images; None: the checkpoint's own
+    # Of training images; None: the checkpoint's own; "auto": 12 for a Molmo v1, the checkpoint's own for others.
+    max_crops: int | Literal["auto"] | None = "auto"
     pad: bool = False  # pad to the full length, as the reference does, instead of the longest sequence of the batch
     save_every: int = 1000
     keep: int = 2  # latest checkpoints
@@ -65,7 +67,10 @@ class Recipe:
 
     def image(self, config: MolmoConfig) -> ImageConfig:
         """The geometry of crops in training."""
-        return config.image if self.max_crops is None else replace(config.image, max_crops=self.max_crops)
+        crops = self.max_crops
+        if crops == "auto":
+            crops = 12 if config.image.layout == "molmo" else None
+        return config.image if crops is None else replace(config.image, max_crops=crops)
 
 
 CAPTION_MIXTURE = (Group(1.0, {"pixmo_cap_with_transcripts": None}),)
@@ -120,7 +125,7 @@ POINTS = Recipe(
     micro=2,
     mixture=(),
     forward=ForwardConfig(residual_dropout=0.0, answer_dropout=0.1),
-    optimizer=OptimizerConfig(Rate(1e-5, 20), Rate(1e-4, 20), Rate(2e-4, 20)),
+    optimizer=OptimizerConfig(Rate(1e-5, 20), Rate(1e-4, 20), Rate(2e-4, 20), Rate(1e-4, 20)),
     save_every=250,
     log_every=10,
     validate_every=100,

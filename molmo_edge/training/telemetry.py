@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from molmo_edge.system.log import steps_log
+from molmo_edge.training.optimizer import PARTS
 from molmo_edge.training.parallel import World
 
 LOG = "log.jsonl"
@@ -102,12 +103,16 @@ class Log:
             parts += [f"validation: loss {v['validation_loss']:.4f}", _share("accuracy", v["validation_accuracy"])]
             if "validation_grounding_loss" in v:
                 parts += [f"grounding {v['validation_grounding_loss']:.4f}"]
+            if "validation_point_loss" in v:
+                parts += [f"points {v['validation_point_loss']:.4f}"]
             return "  ".join(parts)
         parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("accuracy", v["accuracy"])]
         if "grounding_loss" in v:
             parts += [f"grounding {v['grounding_loss']:.4f}"]
-        norms = [f"{v[k]:.2f}" for k in ("norm_connector", "norm_vision", "norm_decoder") if k in v]
-        rates = [f"{v[k]:.1e}" for k in ("rate_connector", "rate_vision", "rate_decoder") if k in v]
+        if "point_loss" in v:
+            parts += [f"points {v['point_loss']:.4f}"]
+        norms = [f"{v[k]:.2f}" for k in (f"norm_{part}" for part in PARTS) if k in v]
+        rates = [f"{v[k]:.1e}" for k in (f"rate_{part}" for part in PARTS) if k in v]
         parts += [f"norm {'/'.join(norms)}", f"rate {'/'.join(rates)}"]
         parts += [f"{v['seconds_per_step']:.2f} s", f"{v['tokens_per_second']:,.0f} tokens/s"]
         parts += [_share("MFU", v["utilisation"])]

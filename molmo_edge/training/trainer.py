@@ -7,6 +7,7 @@ micro-batches on all ranks, so it depends neither on the number of micro-batches
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.data.examples import DataSet
 from molmo_edge.data.mixture import Order
-from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds, Tokenizer
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
@@ -87,15 +88,24 @@ def check_frozen(recipe: Recipe) -> None:
 
 
 def cache_features(
-    root: Path, config: MolmoConfig, source: TensorSource, data: Data, recipe: Recipe, here: World
+    root: Path,
+    config: MolmoConfig,
+    source: TensorSource,
+    data: Data,
+    recipe: Recipe,
+    here: World,
+    special: SpecialIds = MOLMOE_SPECIAL_IDS,
 ) -> FeatureCache:
-    """The cache below `root` for `Trainer`, with the features of all pictures of `data`. Collective over the ranks."""
+    """The cache below `root` for `Trainer`, with the features of all pictures of `data`. Collective over the ranks.
+
+    special: of the model's tokenizer; the features do not depend on the ids, but the model must have those it needs.
+    """
     image = recipe.image(config)
     cache = open_features(root, config, source, image, compute_dtype(recipe, here))
     for sets, seed in ((data.sets, recipe.seed), (data.validation, VALIDATION_SEED)):
         write_features(
             cache, config, source, image, sets, seed, here.device, rank=here.rank, ranks=here.ranks, wait=here.wait,
-            workers=min(recipe.workers, available_cores()),
+            special=special, workers=min(recipe.workers, available_cores()),
         )  # fmt: skip
     here.wait()
     return cache
@@ -149,7 +159,7 @@ class Trainer:
                 config, decoder=dataclasses.replace(config.decoder, top_k=recipe.experts.top_k)
             )
             model.molmo.config = config
-        self.encoder = Encoder(tokenizer, recipe.image(config), recipe.encoding, features)
+        self.encoder = Encoder(tokenizer, recipe.image(config), recipe.encoding, features, config)
         self.cost, self.passes = cost(config), passes(model)
         self.device_flops = here.ranks * device_flops(here.device, self.dtype)
         if (latest := self.checkpoints.latest()) is not None:
@@ -181,6 +191,10 @@ class Trainer:
             directory.mkdir(parents=True, exist_ok=True)
             tokenizer = directory / "tokenizer.json"
             tokenizer.write_text(self.tokenizer.definition, encoding="utf-8")
+            special = self.tokenizer.special
+            if special.bos != special.eos:  # it is not in tokenizer.json
+                bos = json.dumps({"bos_token": self.tokenizer.token(special.bos)}, indent=2) + "\n"
+                (directory / "tokenizer_config.json").write_text(bos, encoding="utf-8")
             save_checkpoint(
                 self.model.molmo,
                 tokenizer,
@@ -258,29 +272,31 @@ class Trainer:
         self.here.sum(weight)
         weight = torch.where(weight > 0, weight, 1.0)  # batches without answers
         self.optimizer.zero_grad()
-        totals, load = torch.zeros(7, device=self.here.device), None
+        totals, load = torch.zeros(8, device=self.here.device), None
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
             sums = self._forward(one.batch)
-            loss = (sums.cross_entropy + sums.z_loss) / weight[0]
+            loss = (sums.cross_entropy + sums.z_loss + sums.point_loss) / weight[0]
             # The auxiliary losses are means over each micro-batch.
             auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss])
             share = 1 / (len(micro) * self.here.ranks)
             torch.autograd.backward(loss + share * auxiliary.sum())
             means = share * weight[0] * auxiliary
-            totals[:6] += torch.stack([sums.cross_entropy, sums.z_loss, sums.correct, *means]).detach()
+            totals[:7] += torch.stack([sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss, *means]).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
-        totals[6] = self._request.number
+        totals[7] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, accuracy, router_loss, grounding, attention, asked = (totals / weight).tolist()
+        ce, z, accuracy, points, router_loss, grounding, attention, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
         if self.model.grounding is not None:
             values["grounding_loss"] = grounding
         if self.recipe.forward.attention_loss is not None:
             values["attention_loss"] = attention
+        if self.model.molmo.point_head is not None:
+            values["point_loss"] = points
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        reason = self.guard.judge(ce + grounding + attention, [float(norm) for norm in norms.values()])
+        reason = self.guard.judge(ce + grounding + attention + points, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
             rates = self.optimizer.step(self.step + 1, self.recipe.steps)
@@ -340,15 +356,17 @@ class Trainer:
         count = min(self.recipe.validation_batches, once)
         batches = open_loader(Samples(sets, encoder, VALIDATION_SEED), order, share, step=0, steps=count)
         self.model.eval()
-        totals = torch.zeros(5, device=self.here.device)
+        totals = torch.zeros(6, device=self.here.device)
         for one in batches:
             sums = self._forward(one.batch)
             one_batch = torch.ones((), device=self.here.device)
-            totals += torch.stack([sums.cross_entropy, sums.correct, sums.weight, sums.grounding_loss, one_batch])
+            figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.grounding_loss, one_batch]
+            totals += torch.stack(figures)
         self.model.train()
-        ce, correct, weight, grounding, seen = self.here.sum(totals).tolist()
+        ce, correct, weight, points, grounding, seen = self.here.sum(totals).tolist()
         weight = weight or 1.0
         measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
+        measured |= {} if self.model.molmo.point_head is None else {"validation_point_loss": points / weight}
         return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""Training of MolmoPoint's grounding tokens: their inputs, their targets and their losses.
+
+In a sequence a grounding token is one of three marker tokens, which the language model predicts as text. The heads
+choose among the patches, slots and locations that the marker stands for; each choice is one more cross entropy, with
+the weight of its token. Reference: olmo/models/molmo_point/molmo_point.py of allenai/molmo2, with its released settings
+(mask_patches "always", mask_subpatches "inference"). Where its training and its inference differ, this follows
+inference: the input of a slot is its feature alone, without the marker's embedding; a location is chosen from the
+unnormalised state; and the patch logits are divided by the root of the number of the example's own patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molmo_edge.config import PointHeadConfig
+from molmo_edge.frontend.grounding_tokens import GroundingIds
+from molmo_edge.modeling.decoder import apply_rotary
+from molmo_edge.modeling.point_head import PointHead
+from molmo_edge.training.packing import Packed
+
+_CLOSED = -1e8  # a patch that cannot be chosen, as in the reference
+
+
+@dataclass(frozen=True, eq=False)
+class PointTokens:
+    """The grounding tokens of a sequence, as int64 arrays. A position is that of the token that is the input."""
+
+    turns: np.ndarray  # [n_patches]: the rotary position of each patch
+    chosen: np.ndarray  # bool [n_patches]: which patches can be chosen
+    patch_inputs: np.ndarray  # [., 2]: position, patch
+    slot_inputs: np.ndarray  # [., 3]: position, patch, slot
+    patch_targets: np.ndarray  # [., 4]: position, target, rotary position of the query, first patch that is open
+    slot_targets: np.ndarray  # [., 3]: position, patch, target
+    location_targets: np.ndarray  # [., 2]: position, target
+
+
+def mark(packed: Packed, ids: GroundingIds, config: PointHeadConfig, chosen: np.ndarray) -> tuple[Packed, PointTokens]:
+    """Replace the grounding tokens of a sequence by their markers, and list what they stand for.
+
+    chosen: bool [n_patches], see `crops.pointable_cells`. The target of "no more points" is n_patches.
+    """
+    turns = np.maximum(np.cumsum(chosen) - 1, 0)
+    inputs, targets = packed.input_ids, packed.targets
+    patch_inputs, slot_inputs, patch_targets, slot_targets, location_targets = ([] for _ in range(5))
+    patch, segment = -1, -1  # the last patch of this group of points
+    for at in np.flatnonzero((inputs >= ids.first) | ((targets >= ids.first) & (packed.loss_weights != 0))).tolist():
+        token, target = int(inputs[at]), int(targets[at])
+        if packed.segments[at] != segment:
+            patch, segment = -1, packed.segments[at]
+        if token == ids.no_more:
+            patch = -1
+        elif ids.first <= token < ids.slots:
+            patch = token - ids.first
+            patch_inputs.append((at, patch))
+        elif ids.slots <= token < ids.locations:
+            slot_inputs.append((at, patch, token - ids.slots))
+        if not packed.loss_weights[at] or target < ids.first:
+            continue
+        if target < ids.slots:
+            wanted = target - ids.first
+            # Patches ascend within a group of points: a smaller one begins another.
+            before = patch if patch <= wanted else -1
+            patch_targets.append((at, wanted, int(turns[before]) if before >= 0 else 0, max(before, 0)))
+        elif target < ids.locations:
+            slot_targets.append((at, patch, target - ids.slots))
+        else:
+            location_targets.append((at, target - ids.locations))
+    found = PointTokens(
+        turns,
+        chosen,
+        _rows(patch_inputs, 2),
+        _rows(slot_inputs, 3),
+        _rows(patch_targets, 4),
+        _rows(slot_targets, 3),
+        _rows(location_targets, 2),
+    )
+    return replace(packed, input_ids=_marked(inputs, ids, config), targets=_marked(targets, ids, config)), found
+
+
+def _rows(found: Sequence[tuple[int, ...]], columns: int) -> np.ndarray:
+    return np.array(found, np.int64).reshape(-1, columns)
+
+
+def _marked(tokens: np.ndarray, ids: GroundingIds, config: PointHeadConfig) -> np.ndarray:
+    marked = np.where(tokens >= ids.locations, config.location_token, config.subpatch_token)
+    marked = np.where(tokens < ids.slots, config.patch_token, marked)
+    return np.where(tokens < ids.first, tokens, marked).astype(tokens.dtype)
+
+
+class PointBatch(NamedTuple):
+    """The grounding tokens of a batch: patches of all sequences concatenated, positions in the b * n tokens."""
+
+    turns: Tensor
+    chosen: Tensor
+    patch_inputs: Tensor
+    slot_inputs: Tensor
+    patch_targets: Tensor  # int64 [., 6]: as `PointTokens`, then the first patch after the sequence's, their number
+    slot_targets: Tensor
+    location_targets: Tensor
+
+
+def join_points(found: Sequence[PointTokens | None], n: int) -> PointBatch | None:
+    """The grounding tokens of a batch whose sequences have n tokens; None for a model without them."""
+    if not any(found):
+        return None
+    known = [one for one in found if one is not None]
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in PointBatch._fields}
+    first, total = 0, sum(len(one.turns) for one in known)
+    for row, one in enumerate(found):
+        if one is None:
+            continue
+        count, at = len(one.turns), row * n
+        columns["turns"].append(one.turns)
+        columns["chosen"].append(one.chosen)
+        columns["patch_inputs"].append(one.patch_inputs + np.array([at, first]))
+        columns["slot_inputs"].append(one.slot_inputs + np.array([at, first, 0]))
+        queries = one.patch_targets + np.array([at, first, 0, first])
+        queries[one.patch_targets[:, 1] == count, 1] = total  # "no more points", after all patches
+        own = np.broadcast_to([first + count, count], (len(queries), 2))
+        columns["patch_targets"].append(np.concatenate([queries, own], axis=1))
+        columns["slot_targets"].append(one.slot_targets + np.array([at, first, 0]))
+        columns["location_targets"].append(one.location_targets + np.array([at, 0]))
+        first += count
+    return PointBatch(*(torch.from_numpy(np.concatenate(columns[name])) for name in PointBatch._fields))
+
+
+def gather_slots(features: Tensor, pooling: Tensor) -> Tensor:
+    """features [c, patches, feature_dim], pooling int [m, n_slots] -> [m, n_slots, feature_dim], zero for -1."""
+    there = (pooling >= 0)[..., None].to(features.dtype)
+    return features.flatten(0, 1)[pooling.clamp(min=0)] * there
+
+
+def embed_points(
+    x: Tensor, head: PointHead, points: PointBatch, features: Tensor, pooling: Tensor, cells: Tensor
+) -> Tensor:
+    """The inputs of grounding tokens: x [tokens, d], the markers' embeddings -> the same shape.
+
+    features [c, patches, feature_dim] of the towers; pooling int [k, n_slots] and cells [k, d] of the image tokens.
+    """
+    at, patch = points.patch_inputs.unbind(1)
+    x = x.index_add(0, at, cells.index_select(0, patch).to(x.dtype))
+    at, patch, slot = points.slot_inputs.unbind(1)
+    rows = gather_slots(features, pooling[patch, slot][:, None])[:, 0]
+    return x.index_copy(0, at, head.patch_embedding(rows).to(x.dtype))
+
+
+def point_loss(
+    head: PointHead,
+    config: PointHeadConfig,
+    points: PointBatch,
+    states: Tensor,
+    weights: Tensor,
+    images: Tensor,
+    features: Tensor,
+    pooling: Tensor,
+) -> Tensor:
+    """The weighted sum of the cross entropies of all choices.
+
+    states [tokens, d] before the final norm; weights [tokens]; images int [k]: the positions of the image tokens; the
+    rest as in `embed_points`. Every parameter of the head takes part, also in a batch without points.
+    """
+    keys = _rotated(head.patch_k(head.x_norm(states.index_select(0, images))), points.turns, config.rope_theta)
+    at, target, turn, lowest, end, count = points.patch_targets.unbind(1)
+    query = _rotated(head.patch_q(head.x_norm(states.index_select(0, at))), turn, config.rope_theta)
+    number = torch.arange(len(keys), device=keys.device)
+    is_open = points.chosen & (number >= lowest[:, None]) & (number < end[:, None])
+    scores = query @ keys.T
+    if config.no_more_class:
+        scores = torch.cat([scores, query @ head.no_more.to(query.dtype)[:, None]], dim=1)
+        is_open = F.pad(is_open, (0, 1), value=True)
+    scores = scores.float() / (count + int(config.no_more_class)).float().sqrt()[:, None]
+    loss = _weighted(scores.masked_fill(~is_open, _CLOSED), target, weights.index_select(0, at))
+
+    at, patch, target = points.slot_targets.unbind(1)
+    query = head.subpatch_q(head.x_norm(states.index_select(0, at)))
+    slots = head.subpatch_k(gather_slots(features, pooling.index_select(0, patch)))
+    scores = (slots @ query[..., None].to(slots.dtype))[..., 0] / query.shape[-1] ** 0.5
+    loss = loss + _weighted(scores, target, weights.index_select(0, at))
+
+    at, target = points.location_targets.unbind(1)
+    return loss + _weighted(head.location(states.index_select(0, at)), target, weights.index_select(0, at))
+
+
+def _weighted(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+
+
+def _rotated(x: Tensor, turns: Tensor, theta: float) -> Tensor:
+    """x [n, dim] rotated to the integer positions `turns` [n], as `runtimes.grounding.rotate`."""
+    half = torch.arange(0, x.shape[-1], 2, dtype=torch.float32, device=x.device)
+    angles = turns[:, None].float() * theta ** -(half / x.shape[-1])
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return apply_rotary(x[:, None], angles.cos(), angles.sin())[:, 0]
