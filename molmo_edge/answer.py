@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +14,24 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.points import Point
 from molmo_edge.sdk.annotation import DrawingError, DrawOptions
 from molmo_edge.sdk.drawing import draw_points
+from molmo_edge.sdk.keypoints import PointedPicture, coco_keypoints, supervision_keypoints
 from molmo_edge.sdk.readable_text import readable
 
-__all__ = ["Answer", "DrawError", "DrawOptions", "DrawingError", "Point", "Seconds", "Tokens", "Usage", "draw_points"]
+if TYPE_CHECKING:
+    import supervision
+
+__all__ = [
+    "Answer",
+    "DrawError",
+    "DrawOptions",
+    "DrawingError",
+    "Point",
+    "Seconds",
+    "Tokens",
+    "Usage",
+    "draw_points",
+    "to_coco",
+]
 
 
 class DrawError(MolmoEdgeError):
@@ -93,10 +109,15 @@ class Answer:
         seconds = self.usage.seconds.decode
         return steps / seconds if steps > 0 and seconds > 0 else None
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels, after EXIF rotation. Raises DrawError without an image."""
+        height, width = self._rgb().shape[:2]
+        return width, height
+
     def pixels(self) -> list[tuple[float, float]]:
         """Return the points as (x, y) in pixels of the image after EXIF rotation. Raises DrawError without an image."""
-        height, width = self._rgb().shape[:2]
-        return [point.pixel(width, height) for point in self.points]
+        return [point.pixel(*self.picture_size) for point in self.points]
 
     def draw(self, *, labels: str = "once", numbers: bool | None = None, size: float = 1.0) -> Image.Image:
         """Return a copy of the image with a marker on each point, numbered if there are several, and their labels.
@@ -109,6 +130,49 @@ class Answer:
         Raises DrawError without an image, and DrawingError for an unknown option.
         """
         return draw_points(Image.fromarray(self._rgb()), self.points, DrawOptions(labels, numbers, size))
+
+    def to_svg(
+        self,
+        *,
+        href: str | None = None,
+        embed: bool = True,
+        labels: str = "once",
+        numbers: bool | None = None,
+        size: float = 1.0,
+    ) -> str:
+        """Return an SVG document of the image with the markers and labels that `draw` draws.
+
+        It has a title and a description for screen readers, and each point is a group with a title.
+
+        Args:
+            href: URL of the image to link to, or its path relative to the SVG. None: embed the image as JPEG.
+            embed: With False and without `href`, the document has no image, to be laid over one.
+            labels: As for `draw`.
+            numbers: As for `draw`.
+            size: As for `draw`.
+
+        Raises DrawError without an image, and DrawingError for an unknown option.
+        """
+        from molmo_edge.sdk.svg import to_svg
+
+        options = DrawOptions(labels, numbers, size)
+        image, numbered = Image.fromarray(self._rgb()), list(enumerate(self.points, 1))
+        return to_svg(image, numbered, self.points, href=href, embed=embed, options=options)
+
+    def to_coco(self, file_name: str = "image.jpg") -> dict[str, Any]:
+        """Return the points as a COCO keypoints data set of one image, ready for JSON. See `molmo_edge.answer.to_coco`.
+
+        Raises DrawError without an image, whose size it needs.
+        """
+        return to_coco([self], [file_name])
+
+    def to_supervision(self) -> supervision.KeyPoints:
+        """Return the points as `supervision.KeyPoints`: n objects of one keypoint each, xy in pixels.
+
+        `class_id` numbers the labels in order of appearance, and `data["class_name"]` has the labels. Raises DrawError
+        without an image, and MissingExtra if supervision is not installed.
+        """
+        return supervision_keypoints(_pointed(self, ""))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the image, ready for JSON (schema: molmo_edge/answer.schema.json).
@@ -148,3 +212,17 @@ class Answer:
         if self.image is None:
             raise DrawError("this answer does not hold its image, so there is nothing to draw on")
         return self.image
+
+
+def to_coco(answers: Sequence[Answer], file_names: Sequence[str]) -> dict[str, Any]:
+    """Return the points of several answers, each about one image, as a COCO keypoints data set, ready for JSON.
+
+    Each point is an annotation with one keypoint, [x, y, 2] in pixels from the top left; each label is a category. A
+    point has no extent: its `bbox` is [x, y, 0, 0], and its `area` 0. Raises DrawError for an answer without an image,
+    and ValueError unless there is one file name for each answer.
+    """
+    return coco_keypoints([_pointed(a, name) for a, name in zip(answers, file_names, strict=True)])
+
+
+def _pointed(answer: Answer, file_name: str) -> PointedPicture:
+    return PointedPicture(file_name, *answer.picture_size, answer.points)

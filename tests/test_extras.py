@@ -26,6 +26,7 @@ OPTIONAL = (
     "resvg_py",
     "safetensors",
     "scipy",
+    "supervision",
     "tensorboard",
     "torch",
 )

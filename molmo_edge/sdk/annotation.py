@@ -137,8 +137,8 @@ def annotate(
         x, y = map(float, places[at])
         colour = colours[point.label]
         text = str(number) if with_numbers and not moved[at] else ""
-        small = 0.5 * radius if moved[at] else radius * (1 if text else 0.8)
-        markers.append(Marker(x, y, small, colour, text, point, number))
+        own = 0.5 * radius if moved[at] else radius
+        markers.append(Marker(x, y, own, colour, text, point, number))
         if moved[at]:
             letters = number_size(radius, digits)
             line = lettering.line(str(number), letters)
@@ -201,14 +201,14 @@ def _radius(base: float, places: np.ndarray, area: int, digits: int, options: Dr
 
 
 def _apart(places: np.ndarray) -> float:
-    """The distance from a point to its nearest neighbour that three quarters of the points exceed."""
+    """The distance from a point to its nearest neighbour that 60 percent of the points exceed."""
     sample = places[:: max(1, len(places) // 1000)]
     nearest = []
     for at in range(0, len(sample), 256):
         part = sample[at : at + 256]
         distance = np.hypot(*np.moveaxis(part[:, None] - places[None], -1, 0))
         nearest.append(np.sort(distance, axis=1)[:, 1])  # the first is the point itself
-    return float(np.quantile(np.concatenate(nearest), 0.25))
+    return float(np.quantile(np.concatenate(nearest), 0.4))
 
 
 def _without_room(places: np.ndarray, radius: float, width: int, height: int) -> np.ndarray:

@@ -29,6 +29,7 @@ EXTRAS_OF = {
     "resvg_py": ("train",),
     "safetensors": ("train",),
     "scipy": ("eval",),
+    "supervision": ("supervision",),
     "tensorboard": ("train",),
     "torch": ("torch", "quantize", "train"),
 }
