@@ -109,8 +109,6 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
-    if config.point_head is not None and engine == "gguf":
-        raise ExportError("the GGUF of a MolmoPoint would lose its grounding tokens: export it to ONNX")
     check = check or _check_of(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, plan, measure=measure)) as scratch:

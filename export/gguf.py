@@ -56,7 +56,7 @@ def export_decoder(
         write_decoder(path, tokenizer, config, tensors, precision, name)
         return path
     # bfloat16 loses nothing of a bfloat16 checkpoint; of others float16 keeps far more than the quantised types do.
-    stored = {tensors.dtype(tensor.parts[0].hub) for tensor in layout if not tensor.exact}
+    stored = {tensors.dtype(part.hub) for tensor in layout if not tensor.exact for part in tensor.parts[:1]}
     unquantized, dtype = scratch / path.name, "bf16" if stored == {"BF16"} else "f16"
     check_disk(directory, 3 * weights)  # 16 bits, and at most 8 for the quantised file
     try:
@@ -81,7 +81,7 @@ def write_decoder(
     d = config.decoder
     file_type = LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"]
     with open_writer(path, architecture=architecture(d), content="model", name=name, file_type=file_type) as writer:
-        for key, value in shape_metadata(d).items():
+        for key, value in shape_metadata(config).items():
             if isinstance(value, str):
                 writer.add_string(key, value)
             elif isinstance(value, float):
@@ -103,11 +103,15 @@ def _entry(tensor: GgufTensor, tensors: TensorSource, dtype: str) -> TensorEntry
 
 
 def _values(tensor: GgufTensor, tensors: TensorSource, dtype: str) -> np.ndarray:
+    if not tensor.parts:
+        return _round(np.zeros(tensor.shape, np.float32), dtype, tensor.name)
     parts = []
     for part in tensor.parts:
         rows = slice(part.start, None if part.rows is None else part.start + part.rows)
         parts.append(_round(tensors.get(part.hub)[rows], dtype, part.hub))
-    return parts[0] if len(parts) == 1 else np.stack(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return np.stack(parts) if len(tensor.shape) == 3 else np.concatenate(parts)
 
 
 def _round(values: np.ndarray, dtype: str, name: str) -> np.ndarray:

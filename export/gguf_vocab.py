@@ -60,7 +60,7 @@ def _add(
 ) -> None:
     special = {token["id"]: bool(token["special"]) for token in definition.get("added_tokens") or ()}
     types = []
-    for i in range(d.embedding_size):
+    for i in range(d.n_logits):
         if tokenizer.token(i) is None:
             types.append(TokenType.UNUSED)
         elif i in special:  # runs of spaces, for example, are added tokens but text
@@ -92,7 +92,7 @@ def find_pretokenizer(tokenizer: Tokenizer, definition: dict[str, Any], d: Decod
         for pretokenizer in _PRETOKENIZERS:
             path = Path(scratch) / f"{pretokenizer}.gguf"
             writer = GGUFWriter(path, "gpt2")
-            writer.add_vocab_size(d.embedding_size)
+            writer.add_vocab_size(d.n_logits)
             _add(writer, tokenizer, definition, d, pretokenizer)
             write_header(writer)
             writer.close()

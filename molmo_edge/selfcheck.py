@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def check_bundle(directory: str | Path, *, threads: int | None = None) -> CheckR
     if not sound:
         return CheckReport(bundle, check, parts=tuple(parts))
     runtime = _FirstLogits(open_runtime(bundle.directory, threads=threads))
-    with Molmo.from_parts(runtime, tokenizer) as molmo:
+    with Molmo.from_parts(cast("Runtime", runtime), tokenizer) as molmo:
         scene = molmo.engine.scene(bundle.directory / check.image.file)  # image and question run in one go, as in `ask`
         if not as_recorded("features", lambda: array_sum(scene.embeddings)):
             return CheckReport(bundle, check, parts=tuple(parts))
@@ -145,7 +145,7 @@ def record_check(directory: str | Path, file: str, question: str, max_new_tokens
     bundle = open_bundle(directory, hashes=False)
     tokenizer = load_tokenizer(bundle.directory)
     runtime = _FirstLogits(open_runtime(bundle.directory))
-    with Molmo.from_parts(runtime, tokenizer) as molmo:
+    with Molmo.from_parts(cast("Runtime", runtime), tokenizer) as molmo:
         scene = molmo.engine.scene(bundle.directory / file)
         answer = molmo.ask(scene, question, max_new_tokens=max_new_tokens)
     image = bundle.config.image
@@ -174,19 +174,24 @@ def logit_gaps(
     logits that are not finite.
     """
     scene = engine.scene(image)
-    runtime, tokenizer, size = engine.runtime, engine.tokenizer, engine.config.decoder.vocab_size
+    runtime, tokenizer, grounding = engine.runtime, engine.tokenizer, scene.grounding
+    size = engine.config.decoder.vocab_size if grounding is None else grounding.token_ids.end
     given = [*token_ids, tokenizer.special.eos] if complete else list(token_ids)
     if wrong := [token for token in given if not 0 <= token < size]:
         raise GenerationError(f"{wrong[0]} is not an id of this model (0 to {size - 1})")
     prompt = text_ids(tokenizer, [check_text(question)])
     rows = np.concatenate([scene.embeddings, runtime.embed(prompt)])
-    cache = runtime.new_cache(len(rows) + max(0, len(given) - 1))
+    cache: Any = runtime.new_cache(len(rows) + max(0, len(given) - 1))
     gaps: list[float] = []
-    image = scene.image_flags(len(prompt))
+    image, grounded = scene.image_flags(len(prompt)), None
     for token in given:  # the last id is compared with the logits and never fed back
         logits = prefill(runtime, rows, image, cache)[:size]
+        if grounding is not None:
+            grounded = grounded or grounding.begin(cache.states)
+            logits = grounded.logits(logits, cache.states[-1])
         gaps.append(float(logits[likeliest(logits)] - logits[token]))
-        rows, image = runtime.embed(np.array([token])), np.zeros(1, bool)
+        rows = runtime.embed(np.array([token])) if grounded is None else grounded.embed(token)
+        image = np.zeros(1, bool)
     return gaps
 
 
@@ -202,14 +207,10 @@ class _FirstLogits:
 
     def __init__(self, runtime: Runtime) -> None:
         self._inner = runtime
-        self.config = runtime.config
-        self.encode_image, self.embed, self.new_cache = runtime.encode_image, runtime.embed, runtime.new_cache
-        self.close = runtime.close
         self.first = np.empty(0, np.float32)  # [embedding_size]
 
-    @property
-    def engine(self) -> str:
-        return self._inner.engine
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         return self._keep(self._inner.forward(embeddings, cache))

@@ -10,7 +10,7 @@ import dataclasses
 import platform
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle, load_tokenizer
 from molmo_edge.checkpoints.gguf_header import check_decoder
-from molmo_edge.checkpoints.manifest import GRAPHS
+from molmo_edge.checkpoints.gguf_layout import state_layer
+from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
 from molmo_edge.frontend.crops import image_token_count
@@ -42,6 +43,8 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
     gpu = on_gpu(device) and options.gpu_layers != 0
     check_decoder(bundle.path("decoder"), bundle.config, load_tokenizer(bundle.directory))
     parts = [name for name in GRAPHS if name != "decoder"]
+    if bundle.config.point_head is not None:
+        parts.append(POINT_HEAD)
     check_components(bundle, parts)
     # If this onnxruntime lacks the device, the graphs run on the CPU: on a Jetson, llama.cpp with CUDA is easier to
     # get than onnxruntime with CUDA.
@@ -76,7 +79,7 @@ def open_watched(
 
 
 class LlamaRuntime:
-    """A runtime of three ONNX graphs and a GGUF decoder, which load in the background.
+    """A runtime of ONNX graphs and a GGUF decoder, which load in the background.
 
     In a forked child the decoder raises EngineError: llama.cpp's threads do not exist there.
     """
@@ -93,20 +96,30 @@ class LlamaRuntime:
         gpu: bool = False,
         options: LlamaOptions = LlamaOptions(),  # noqa: B008 (frozen)
     ) -> None:
-        """`graphs`: vision, connector and embeddings; closed with this runtime. `gpu`: run the decoder on a GPU.
+        """`graphs`: all but the decoder; closed with this runtime. `gpu`: run the decoder on a GPU.
 
         The GGUF is not checked: see `molmo_edge.checkpoints.gguf_header.check_decoder`.
         """
         self.config, self._graphs = config, graphs
         self._stop = threading.Event()
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
-        given = (decoder, choose_threads(threads) or physical_cores(), gpu, options, self._stop, _image_block(config))
-        self._loading: Future[LlamaModel] | None = loader.submit(LlamaModel, *given)
+        layer = state_layer(config)
+        self._loading: Future[LlamaModel] | None = loader.submit(
+            LlamaModel,
+            decoder,
+            choose_threads(threads) or physical_cores(),
+            gpu,
+            options,
+            self._stop,
+            _image_block(config),
+            None if layer is None else (layer, config.decoder.d_model),
+        )
         self._born = forks.generation()
         forks.watch_load(self._loading)
         loader.shutdown(wait=False)
         self.encode_image, self.encode_crops, self.connect = graphs.encode_image, graphs.encode_crops, graphs.connect
         self.embed = graphs.embed
+        self.project, self.project_features = graphs.project, graphs.project_features  # see PointRuntime
 
     def new_cache(self, capacity: int) -> LlamaCache:
         """Implement `Runtime.new_cache`."""
@@ -152,11 +165,18 @@ class LlamaRuntime:
                 "ask about one image, or export the decoder to ONNX"
             )
         rows = check_rows(embeddings, cache)
-        logits = np.empty(0, np.float32)
+        logits, states = np.empty(0, np.float32), []
         for part, block in ((rows[:first], False), (rows[first:end], True), (rows[end:], False)):
             if len(part):
                 logits = cache.append(part, block=block)
+                states.append(cache.states)
+        cache.states = _joined(states)
         return logits
+
+    @property
+    def no_more(self) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._graphs.no_more
 
     def close(self) -> None:
         """Release model and sessions. A cache that is still referenced keeps the model in memory."""
@@ -182,6 +202,12 @@ def _image_block(config: MolmoConfig) -> int:
     return max((image_token_count(config.image, tiling) for tiling in tilings), default=0)
 
 
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The states of several runs, if the model has them."""
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
+
+
 class LlamaCache:
     """A sequence. Copies share a context, and their common prefix in it, until its memory is full."""
 
@@ -190,6 +216,7 @@ class LlamaCache:
         self._born = forks.generation()
         self.length = length
         self.capacity = context.capacity
+        self.states: np.ndarray | None = None  # see PointRuntime
         self._filled = length  # positions that llama.cpp may hold; those after `length` are forgotten at the next run
         if sequence is None:
             sequence = context.new_sequence()
@@ -217,13 +244,14 @@ class LlamaCache:
         `block`: the rows attend to each other in both directions; they run at once.
         """
         self._forget_rest()
-        done, size = self.length, len(embeddings) if block else CHUNK
+        done, size, states = self.length, len(embeddings) if block else CHUNK, []
         for start in range(0, len(embeddings), size):
             part = embeddings[start : start + size]
             self._filled = done + len(part)  # set before the run: an interrupted run may leave some
-            logits = self._run(part, done, block)
+            logits, part_states = self._run(part, done, block)
+            states.append(part_states)
             done += len(part)
-        self.length = done
+        self.length, self.states = done, _joined(states)
         return logits
 
     def state(self) -> bytearray:
@@ -239,14 +267,14 @@ class LlamaCache:
             raise EngineError(f"this state does not hold {length} positions")
         self.length = self._filled = length
 
-    def _run(self, part: np.ndarray, start: int, block: bool) -> np.ndarray:
-        logits = self.context.run(self._sequence, part, start, block=block)
-        if logits is None:  # the sequences that share the context have filled it
+    def _run(self, part: np.ndarray, start: int, block: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        found = self.context.run(self._sequence, part, start, block=block)
+        if found is None:  # the sequences that share the context have filled it
             self._move_out()
-            logits = self.context.run(self._sequence, part, start, block=block)
-        if logits is None:
+            found = self.context.run(self._sequence, part, start, block=block)
+        if found is None:
             raise EngineError("llama.cpp has no room for these positions")
-        return logits
+        return found
 
     def _forget_rest(self) -> None:
         forks.check(self._born, "this cache")

@@ -20,6 +20,7 @@ from molmo_edge.errors import EngineError
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import load_library, take_errors
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
+from molmo_edge.runtimes.llama_states import StateReader
 
 _T = TypeVar("_T")
 
@@ -40,7 +41,9 @@ class LlamaContext:
         self._free = list(range(_SEQUENCES))
         self._lock = threading.RLock()
         self._api = model.api
-        self._pointer = model.new_context(capacity, watch)
+        self._states = None if model.states is None else StateReader(*model.states)
+        callback = watch if self._states is None else self._states.callback
+        self._pointer = model.new_context(capacity, callback, every=watch is not None)
         forks.finalize(self, _free_context, model, self._pointer)
         self._memory = self._api.llama_get_memory(self._pointer)
         abort = self.abort = threading.Event()  # a callback that held `self` would keep it alive
@@ -94,14 +97,19 @@ class LlamaContext:
         if read != len(state):
             raise EngineError(f"these keys and values are not of this model, or do not fit: {take_errors()}")
 
-    def run(self, sequence: int, embeddings: np.ndarray, start: int, *, block: bool = False) -> np.ndarray | None:
-        """Append [n, d_model] at position `start`; -> logits [n_vocab] of the last one, or None without room.
+    def run(
+        self, sequence: int, embeddings: np.ndarray, start: int, *, block: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Append [n, d_model] at position `start`. `block`: the rows attend to each other in both directions.
 
-        `block`: the rows attend to each other in both directions.
+        Returns the logits [n_vocab] of the last position and, for a model with `states`, the states [n, d_model] of
+        all; None without room. Raises EngineError.
         """
         with self._lock:
             self._collect()
             take_errors()
+            if self._states is not None:
+                self._states.take()  # of a run that was interrupted
             self._api.llama_set_causal_attn(self._pointer, not block)
             code = self._decode(_batch(self._api, sequence, embeddings, start, every=self.watch is not None))
             if code == _NO_ROOM:
@@ -109,7 +117,16 @@ class LlamaContext:
             if code:
                 raise EngineError(f"llama.cpp failed with code {code}: {take_errors() or _NO_REASON}")
             values = self._api.llama_get_logits_ith(self._pointer, -1)
-            return np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+            logits: np.ndarray = np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+            if self._states is None:
+                return logits, None
+            states = self._states.take()
+            if len(states) != len(embeddings):
+                raise EngineError(
+                    f"llama.cpp returned the states of {len(states)} of {len(embeddings)} positions: this version of "
+                    "molmo-edge does not support its graph"
+                )
+            return logits, states
 
     def _decode(self, batch: Any) -> int:
         """Run llama_decode. Ctrl-C interrupts a long run."""
@@ -156,10 +173,20 @@ class LlamaModel:
     """A llama_model, which creates its contexts."""
 
     def __init__(
-        self, path: Path, threads: int, gpu: bool, options: LlamaOptions, stop: threading.Event, block: int = 0
+        self,
+        path: Path,
+        threads: int,
+        gpu: bool,
+        options: LlamaOptions,
+        stop: threading.Event,
+        block: int = 0,
+        states: tuple[int, int] | None = None,
     ) -> None:
-        """`block`: positions that attend to each other in both directions, and so have to run at once."""
-        self.api = load_library()
+        """`block`: positions that attend to each other in both directions, and so have to run at once.
+
+        `states`: a layer whose output each run returns, and its width.
+        """
+        self.api, self.states = load_library(), states
         self._at_once = max(CHUNK, block)
         self._threads, self._gpu, self._options = threads, gpu, options
         params = self.api.llama_model_default_params()
@@ -182,15 +209,18 @@ class LlamaModel:
         # A single thread, so that llama.cpp keeps the threads it starts.
         self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
 
-    def new_context(self, capacity: int, watch: Any = None) -> Any:
-        """Return the pointer of a new llama_context. Raises EngineError if there is not enough memory."""
+    def new_context(self, capacity: int, watch: Any = None, *, every: bool = False) -> Any:
+        """Return the pointer of a new llama_context. Raises EngineError if there is not enough memory.
+
+        `watch`: an evaluation callback. `every`: reserve memory for the logits of every position.
+        """
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
         params.n_batch = params.n_ubatch = min(self._at_once, capacity)
         params.n_seq_max = params.n_outputs_max = _SEQUENCES
         if watch is not None:
             params.cb_eval = watch
-            # Logits of every position: llama.cpp skips the last layer's experts where none are requested.
+        if every:  # llama.cpp skips the last layer's experts where no logits are requested
             params.n_outputs_max = max(_SEQUENCES, params.n_batch)
         params.kv_unified = True  # copies share what they have in common with the original
         params.n_threads = params.n_threads_batch = self._threads

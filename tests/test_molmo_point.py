@@ -1,4 +1,4 @@
-"""MolmoPoint in PyTorch against golden values: the grounding head, its cache, and greedy answers that point."""
+"""MolmoPoint on every engine against golden values: the grounding head, its cache, and greedy answers that point."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from molmo2_golden import GOLDEN2, inputs_of, picture, read
+from molmo2_golden import GOLDEN, GOLDEN2, inputs_of, picture, read
 from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
@@ -20,18 +20,23 @@ import torch
 
 from molmo_edge import Molmo, Point
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.export import ExportError, export_bundle
+from molmo_edge.errors import EngineError
+from molmo_edge.export import CheckPhoto, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import stitched_patches
 from molmo_edge.frontend.grounding_tokens import decode_grounding, written_out
 from molmo_edge.modeling import load_checkpoint
+from molmo_edge.runtimes import open_runtime
 from molmo_edge.runtimes.grounding import GroundedParser, Grounding, GroundingInputs
+from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.torch import TorchCache, TorchRuntime
+from molmo_edge.selfcheck import check_bundle, logit_gaps
 
 NAME = "molmo_point"
 EXPECTED = read(f"{NAME}/expected.json")
 TENSORS = load_file(GOLDEN2 / NAME / "expected.safetensors")
 TOLERANCE = 5e-5
+EXACT = LlamaOptions(cache="f32", flash_attention=False)
 
 
 @pytest.fixture(autouse=True)
@@ -200,9 +205,22 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["pytorch", "onnx"])
-def molmo(request: pytest.FixtureRequest, bundle: Path) -> Molmo:
-    return Molmo(GOLDEN2 / NAME if request.param == "pytorch" else bundle, threads=1)
+@pytest.fixture(scope="module")
+def gguf_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    directory = tmp_path_factory.mktemp("molmo_point") / "gguf"
+    check = CheckPhoto(GOLDEN / "coffee.png", EXPECTED["cases"]["one_image"]["question"], max_new_tokens=8)
+    export_bundle(GOLDEN2 / NAME, directory, "f32", engine="gguf", check=check)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["pytorch", "onnx", "llama.cpp"])
+def molmo(request: pytest.FixtureRequest) -> Molmo:
+    if request.param == "llama.cpp":
+        return Molmo(request.getfixturevalue("gguf_bundle"), threads=1, engine_options=EXACT)
+    checkpoint = request.param == "pytorch"
+    return Molmo(GOLDEN2 / NAME if checkpoint else request.getfixturevalue("bundle"), threads=1)
 
 
 def test_weights_come_back_from_a_bundle(bundle: Path) -> None:
@@ -278,7 +296,52 @@ def _numbers(number: int, point: Point) -> str:
     return f"1 {number} {round(10 * point.x):03d} {round(10 * point.y):03d}"
 
 
-def test_a_gguf_is_refused_because_its_grounding_tokens_would_be_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["one_image", "square"])
+def test_llama_cpp_gives_the_states_before_the_final_norm(gguf_bundle: Path, name: str) -> None:
+    inputs, run = inputs_of(NAME, name), _prefill(name)
+    runtime = cast(Any, open_runtime(gguf_bundle, threads=1, engine_options=EXACT))
+    rows = runtime.embed(inputs.ids)
+    rows[inputs.positions] += run.grounding.features
+    cache = runtime.new_cache(len(rows) + 1)
+    assert _relative(runtime.prefill_image(rows, inputs.block, cache), _text_logits(run)) < TOLERANCE
+    assert cache.states.shape == (len(rows), runtime.config.decoder.d_model)
+    assert run.cache.states is not None
+    assert _relative(cache.states, run.cache.states) < TOLERANCE
+    for engine, its_cache in ((runtime, cache), (run.runtime, run.cache)):
+        engine.forward(rows[:1], its_cache)
+    assert cache.states.shape == (1, runtime.config.decoder.d_model)
+    assert _relative(cache.states, run.cache.states) < TOLERANCE
+    runtime.close()
+
+
+def test_llama_cpp_refuses_several_images(gguf_bundle: Path) -> None:
+    runtime = cast(Any, open_runtime(gguf_bundle, threads=1))
+    inputs = inputs_of(NAME, "two_images")
+    rows = np.zeros((len(inputs.ids), runtime.config.decoder.d_model), np.float32)
+    with pytest.raises(EngineError, match="export the decoder to ONNX"):
+        runtime.prefill_image(rows, inputs.block, runtime.new_cache(len(rows)))
+    runtime.close()
+
+
+def test_a_check_passes_on_the_engine_that_recorded_it(gguf_bundle: Path) -> None:
+    report = check_bundle(gguf_bundle, threads=1)
+    assert report.exact
+    assert report.same_points
+    assert report.check is not None
+    assert report.check.points
+    with Molmo(gguf_bundle, threads=1) as molmo:
+        photo, question, ids = picture("coffee.png"), report.check.question, list(report.token_ids)
+        assert logit_gaps(molmo.engine, photo, question, ids, complete=False) == [0.0] * len(ids)
+        other = [*ids[:-1], (ids[-1] + 1) % molmo.config.decoder.n_logits]
+        assert logit_gaps(molmo.engine, photo, question, other, complete=False)[-1] > 0
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q4_k_m"])
+def test_a_quantized_gguf_still_points(tmp_path: Path, precision: str) -> None:
     pytest.importorskip("llama_cpp")
-    with pytest.raises(ExportError, match="grounding tokens"):
-        export_bundle(GOLDEN2 / NAME, tmp_path / "bundle", "f32", engine="gguf")
+    export_bundle(GOLDEN2 / NAME, tmp_path / "bundle", precision, engine="gguf")
+    case = EXPECTED["cases"]["one_image"]
+    answer = Molmo(tmp_path / "bundle", threads=1).ask(picture("coffee.png"), case["question"], max_new_tokens=12)
+    assert answer.points
+    if precision == "q8_0":
+        assert list(answer.token_ids)[:4] == case["generated_ids"][:4], "the first point"

@@ -22,7 +22,7 @@ import molmo_edge.modeling.decoder as decoder_module
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.routing import agreement, router_choices, tensor_reader, top_experts, with_router_outputs
+from molmo_edge.evaluation.routing import agreement, router_choices, top_experts, with_router_outputs
 from molmo_edge.export import export_bundle
 from molmo_edge.export.graph_builder import Graph, Linear, fp32_linear
 from molmo_edge.export.int4_graph import Int4
@@ -217,6 +217,7 @@ def test_a_gguf_runs_the_experts_that_are_read() -> None:
     """llama.cpp's own top_k: the first columns of a sorted matrix of ids, [n, n_experts] in memory."""
     from molmo_edge.runtimes.llama import open_watched
     from molmo_edge.runtimes.llama_library import load_library
+    from molmo_edge.runtimes.llama_states import tensor_reader
 
     read, own = tensor_reader(), {}
 

@@ -71,7 +71,7 @@ def check_decoder(path: Path, config: MolmoConfig, tokenizer: Tokenizer) -> Gguf
     found = header.metadata.get("general.architecture")
     if found != architecture(d):
         raise _foreign(path, f'its architecture is "{found}", this model needs "{architecture(d)}"')
-    for key, value in shape_metadata(d).items():
+    for key, value in shape_metadata(config).items():
         found = header.metadata.get(key)
         if isinstance(value, str):
             same = found == value
@@ -81,7 +81,7 @@ def check_decoder(path: Path, config: MolmoConfig, tokenizer: Tokenizer) -> Gguf
             raise _foreign(path, f"its {key} is {found}, this model's is {value}")
     # Additional keys of the architecture change the computation, and some abort the process.
     if more := sorted(
-        key for key in header.metadata if key.startswith(f"{architecture(d)}.") and key not in shape_metadata(d)
+        key for key in header.metadata if key.startswith(f"{architecture(d)}.") and key not in shape_metadata(config)
     ):
         raise _foreign(path, f"it has the key {more[0]}, which this model does not have")
     wanted = {tensor.name: tensor for tensor in decoder_tensors(config)}
@@ -103,8 +103,8 @@ def _check_tokens(path: Path, metadata: dict[str, Any], d: DecoderConfig, tokeni
     tokens = metadata.get("tokenizer.ggml.tokens")
     if metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
         raise _foreign(path, "its tokenizer is not a byte-level BPE")
-    if len(tokens) != d.embedding_size:
-        raise _foreign(path, f"its tokenizer has {len(tokens)} tokens, this model has {d.embedding_size}")
+    if len(tokens) != d.n_logits:
+        raise _foreign(path, f"its tokenizer has {len(tokens)} tokens, this model has {d.n_logits}")
     for i, (found, wanted) in enumerate(zip(tokens, token_names(tokenizer, d), strict=True)):
         if found != wanted:
             raise _foreign(path, f"its tokenizer differs: token {i} is {found!r}, this model's is {wanted!r}")

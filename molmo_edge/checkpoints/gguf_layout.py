@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from molmo_edge.checkpoints.tensor_names import TRANSFORMER, block_names, head_name
 from molmo_edge.config import DecoderConfig, MolmoConfig
@@ -32,7 +32,11 @@ class Part:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file; `shape` in numpy's order. Several parts are experts, stacked."""
+    """One tensor of the file; `shape` in numpy's order.
+
+    Several parts are the rows of a matrix, one after the other, or experts, stacked to three dimensions. Without parts
+    all values are 0.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -79,13 +83,28 @@ def _yarn_kind(d: DecoderConfig) -> str:
     return "every fourth layer" if fourth and usual else f"layers {', '.join(map(str, d.yarn.layers))}"
 
 
-def shape_metadata(d: DecoderConfig) -> dict[str, int | float | str]:
+def state_layer(config: MolmoConfig) -> int | None:
+    """The layer whose output is the state before the final norm, for a model that points by grounding tokens.
+
+    llama.cpp computes the last layer only for positions whose logits are requested, but a grounding head needs the
+    states of all image tokens. The GGUF therefore has one more layer, of zeros, which adds nothing to its input.
+    """
+    return None if config.point_head is None else config.decoder.n_layers - 1
+
+
+def _n_layers(config: MolmoConfig) -> int:
+    """Layers of the GGUF."""
+    return config.decoder.n_layers + (state_layer(config) is not None)
+
+
+def shape_metadata(config: MolmoConfig) -> dict[str, int | float | str]:
     """The GGUF's metadata on the decoder's shape, by key."""
+    d = config.decoder
     values: dict[str, int | float | str] = {
-        "vocab_size": d.embedding_size,
+        "vocab_size": d.n_logits,
         "context_length": d.max_position_embeddings,
         "embedding_length": d.d_model,
-        "block_count": d.n_layers,
+        "block_count": _n_layers(config),
         "feed_forward_length": d.ffn_dim,
         "attention.head_count": d.n_heads,
         "attention.head_count_kv": d.n_kv_heads,
@@ -111,52 +130,66 @@ def shape_metadata(d: DecoderConfig) -> dict[str, int | float | str]:
 
 
 def token_names(tokenizer: Tokenizer, d: DecoderConfig) -> list[str]:
-    """A name for each row of the embedding.
+    """A name for each row of the head and of the embedding.
 
     Rows without a token get names that no text contains. The rows of new_embedding, which hold the image tokens of
-    Molmo-7B-D, are not in the GGUF: its head would need them too.
+    Molmo-7B-D, are in the GGUF only if the head has such rows, too (MolmoPoint).
     """
-    return [tokenizer.token(i) or f"[PAD{i}]" for i in range(d.embedding_size)]
+    return [tokenizer.token(i) or f"[PAD{i}]" for i in range(d.n_logits)]
 
 
 def decoder_tensors(config: MolmoConfig) -> Iterator[GgufTensor]:
     """Every tensor of the GGUF, in file order. Raises the errors of `architecture`."""
-
-    def matrix(name: str, rows: int, columns: int, *parts: Part) -> GgufTensor:
-        shape = (rows, columns) if len(parts) == 1 else (len(parts), rows, columns)
-        return GgufTensor(f"{name}.weight", shape, parts, exact=False)
-
-    def vector(name: str, size: int, part: Part) -> GgufTensor:
-        return GgufTensor(name, (size,), (part,), exact=True)
-
     d = config.decoder
     architecture(d)
-    w, q, kv = d.d_model, d.q_dim, d.kv_dim
-    yield matrix("token_embd", d.embedding_size, w, Part(f"{TRANSFORMER}.wte.embedding"))
-    yield matrix("output", d.embedding_size, w, Part(head_name(config)))
-    yield vector("output_norm.weight", w, Part(f"{TRANSFORMER}.ln_f.weight"))
+    w = d.d_model
+    embedding, head = [Part(f"{TRANSFORMER}.wte.embedding")], [Part(head_name(config))]
+    if d.additional_head:
+        embedding.append(Part(f"{TRANSFORMER}.wte.new_embedding"))
+        head.append(Part("lm_head.new_output_embeddings"))
+    yield _matrix("token_embd", d.n_logits, w, *embedding)
+    yield _matrix("output", d.n_logits, w, *head)
+    yield _vector("output_norm.weight", w, Part(f"{TRANSFORMER}.ln_f.weight"))
     for n in range(d.n_layers):
-        ours, names = f"blk.{n}", block_names(config, n)
-        attention, ffn = names.attention, names.ffn
-        for which, start, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
-            yield matrix(f"{ours}.attn_{which}", rows, w, Part(f"{attention}.att_proj.weight", start, rows))
-            if d.qkv_bias:
-                yield vector(f"{ours}.attn_{which}.bias", rows, Part(f"{attention}.att_proj.bias", start, rows))
-        yield matrix(f"{ours}.attn_output", w, q, Part(f"{attention}.attn_out.weight"))
-        if d.qk_norm:
-            for which, width in (("q", q), ("k", kv)):
-                width = d.head_dim if d.qk_norm_per_head else width
-                yield vector(f"{ours}.attn_{which}_norm.weight", width, Part(f"{attention}.{which}_norm.weight"))
-        norms = ("post_attention_norm", "post_ffw_norm") if d.norm_after else ("attn_norm", "ffn_norm")
-        yield vector(f"{ours}.{norms[0]}.weight", w, Part(f"{names.attention_norm}.weight"))
-        yield vector(f"{ours}.{norms[1]}.weight", w, Part(f"{names.ffn_norm}.weight"))
-        if d.n_experts:
-            router = (Part(f"{ffn}.gate.weight"),)
-            yield GgufTensor(f"{ours}.ffn_gate_inp.weight", (d.n_experts, w), router, exact=True)
-            for which, rows, columns in (("gate", d.ffn_dim, w), ("up", d.ffn_dim, w), ("down", w, d.ffn_dim)):
-                experts = (Part(f"{ffn}.experts.{e}.{which}_proj.weight") for e in range(d.n_experts))
-                yield matrix(f"{ours}.ffn_{which}_exps", rows, columns, *experts)
-        else:  # the fused matrix is [up; gate]
-            yield matrix(f"{ours}.ffn_up", d.ffn_dim, w, Part(f"{ffn}.ff_proj.weight", 0, d.ffn_dim))
-            yield matrix(f"{ours}.ffn_gate", d.ffn_dim, w, Part(f"{ffn}.ff_proj.weight", d.ffn_dim, d.ffn_dim))
-            yield matrix(f"{ours}.ffn_down", w, d.ffn_dim, Part(f"{ffn}.ff_out.weight"))
+        yield from _layer_tensors(config, n)
+    for n in range(d.n_layers, _n_layers(config)):
+        for tensor in _layer_tensors(config, n - 1):
+            yield replace(tensor, name=tensor.name.replace(f"blk.{n - 1}.", f"blk.{n}."), parts=())
+
+
+def _matrix(name: str, rows: int, columns: int, *parts: Part) -> GgufTensor:
+    return GgufTensor(f"{name}.weight", (rows, columns), parts, exact=False)
+
+
+def _vector(name: str, size: int, part: Part) -> GgufTensor:
+    return GgufTensor(name, (size,), (part,), exact=True)
+
+
+def _layer_tensors(config: MolmoConfig, n: int) -> Iterator[GgufTensor]:
+    d = config.decoder
+    w, q, kv = d.d_model, d.q_dim, d.kv_dim
+    ours, names = f"blk.{n}", block_names(config, n)
+    attention, ffn = names.attention, names.ffn
+    for which, start, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
+        yield _matrix(f"{ours}.attn_{which}", rows, w, Part(f"{attention}.att_proj.weight", start, rows))
+        if d.qkv_bias:
+            yield _vector(f"{ours}.attn_{which}.bias", rows, Part(f"{attention}.att_proj.bias", start, rows))
+    yield _matrix(f"{ours}.attn_output", w, q, Part(f"{attention}.attn_out.weight"))
+    if d.qk_norm:
+        for which, width in (("q", q), ("k", kv)):
+            width = d.head_dim if d.qk_norm_per_head else width
+            yield _vector(f"{ours}.attn_{which}_norm.weight", width, Part(f"{attention}.{which}_norm.weight"))
+    norms = ("post_attention_norm", "post_ffw_norm") if d.norm_after else ("attn_norm", "ffn_norm")
+    yield _vector(f"{ours}.{norms[0]}.weight", w, Part(f"{names.attention_norm}.weight"))
+    yield _vector(f"{ours}.{norms[1]}.weight", w, Part(f"{names.ffn_norm}.weight"))
+    if d.n_experts:
+        router = (Part(f"{ffn}.gate.weight"),)
+        yield GgufTensor(f"{ours}.ffn_gate_inp.weight", (d.n_experts, w), router, exact=True)
+        for which, rows, columns in (("gate", d.ffn_dim, w), ("up", d.ffn_dim, w), ("down", w, d.ffn_dim)):
+            experts = tuple(Part(f"{ffn}.experts.{e}.{which}_proj.weight") for e in range(d.n_experts))
+            shape = (d.n_experts, rows, columns)
+            yield GgufTensor(f"{ours}.ffn_{which}_exps.weight", shape, experts, exact=False)
+    else:  # the fused matrix is [up; gate]
+        yield _matrix(f"{ours}.ffn_up", d.ffn_dim, w, Part(f"{ffn}.ff_proj.weight", 0, d.ffn_dim))
+        yield _matrix(f"{ours}.ffn_gate", d.ffn_dim, w, Part(f"{ffn}.ff_proj.weight", d.ffn_dim, d.ffn_dim))
+        yield _matrix(f"{ours}.ffn_down", w, d.ffn_dim, Part(f"{ffn}.ff_out.weight"))

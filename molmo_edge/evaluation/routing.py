@@ -7,7 +7,6 @@ rule, so that engines that break ties differently still agree.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -224,6 +223,7 @@ def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: Deco
 def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Probabilities:
     from molmo_edge.runtimes.llama import open_watched
     from molmo_edge.runtimes.llama_library import load_library
+    from molmo_edge.runtimes.llama_states import tensor_reader
 
     d = bundle.config.decoder
     api, read = load_library(), tensor_reader()
@@ -251,23 +251,3 @@ def _on_llama(bundle: Bundle, threads: int | None, options: LlamaOptions) -> Pro
         return np.stack(layers)
 
     return probabilities
-
-
-def tensor_reader() -> Callable[[int, bool], tuple[str, np.ndarray]]:
-    """A function (address of a ggml_tensor, whether to read values) -> (name, float32 values in memory order)."""
-    from llama_cpp._ctypes_extensions import load_shared_library
-    from llama_cpp._ggml import libggml_base_path
-
-    base = load_shared_library("ggml-base", libggml_base_path)  # Windows needs the library that exports a symbol
-    name, size, get = base.ggml_get_name, base.ggml_nbytes, base.ggml_backend_tensor_get
-    name.argtypes, name.restype = [ctypes.c_void_p], ctypes.c_char_p
-    size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_size_t
-    get.argtypes, get.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
-
-    def read(tensor: int, wanted: bool) -> tuple[str, np.ndarray]:
-        values = np.empty(size(tensor) // 4 if wanted else 0, np.float32)
-        if wanted:
-            get(tensor, values.ctypes.data, 0, values.nbytes)
-        return name(tensor).decode(), values
-
-    return read
