@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from once import FOLDER, once
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.molmo import Molmo
+from molmo_edge.system.cores import available_cores
 
 GOLDEN = Path(__file__).parent / "golden"
+MAX_WORKERS = 8  # each takes up to 1.5 GB
 sys.path.append(str(Path(__file__).parent.parent))  # last, for recipes/, which is not installed
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run several files on all cores if pytest-xdist is installed. `-n` overrides this; `-n 0` uses one process."""
+    option = config.option
+    files = {argument.partition("::")[0] for argument in config.args}
+    several = len(files) > 1 or any(Path(file).is_dir() for file in files)
+    alone = option.usepdb or option.trace or option.capture == "no"  # the terminal is for the tests
+    if not several or alone or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
+        return
+    option.numprocesses = min(available_cores(), MAX_WORKERS)
+    if option.dist == "no":
+        option.dist = "worksteal"
+    # PyTorch's threads of all workers together: one per core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores() // option.numprocesses))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of what is made once for all workers."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="molmo-edge-test-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ[FOLDER] = folder.name  # inherited by the workers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,18 +84,13 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle() -> Path:
     """tests/golden/molmoe as a bundle in fp32 with a check."""
     pytest.importorskip("onnx")
     from molmo_edge.export import CheckPhoto, export_bundle
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(
-        GOLDEN / "molmoe",
-        out,
-        check=CheckPhoto(GOLDEN / "astronaut.png", "Point to the helmet.", max_new_tokens=8),
-    )
-    return out
+    check = CheckPhoto(GOLDEN / "astronaut.png", "Point to the helmet.", max_new_tokens=8)
+    return once("tiny", lambda out: export_bundle(GOLDEN / "molmoe", out, check=check))
 
 
 @dataclass
@@ -145,11 +169,11 @@ def saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def small_checkpoints() -> dict[str, Path]:
     """Checkpoints to train: "experts", of MolmoE's anatomy, and "dense"; a step takes a hundredth of a second."""
     from small_checkpoints import DECODERS, write_checkpoint
 
-    return {kind: write_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in DECODERS}
+    return {kind: once(kind, lambda out, kind=kind: write_checkpoint(out, kind)) for kind in DECODERS}
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from once import once
 from safetensors.numpy import load_file
 
 from molmo_edge.export import export_bundle
@@ -26,11 +26,6 @@ CASES = ("square", "landscape", "wide_text")
 REAL_IDS = 500  # of the golden tokenizers; the reference took its argmax over these
 
 
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="molmo-edge-test-")
-
-
 def bundle(architecture: str, precision: str | None = "fp32", **options: Any) -> Path:
     """`options`: as of `export_bundle`; a calibration is with the golden photos."""
     return _bundle(architecture, precision, **options)
@@ -43,9 +38,7 @@ def runtime(architecture: str, precision: str | None = "fp32", **options: Any) -
 @functools.cache
 def _bundle(architecture: str, precision: str | None, **options: Any) -> Path:
     words = [architecture, precision, *(f"{key}-{Path(str(value)).name}" for key, value in options.items())]
-    directory = Path(_scratch().name) / "-".join(map(str, words))
-    export_bundle(GOLDEN / architecture, directory, precision, **options)
-    return directory
+    return once("-".join(map(str, words)), lambda out: export_bundle(GOLDEN / architecture, out, precision, **options))
 
 
 @functools.cache

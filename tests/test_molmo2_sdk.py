@@ -114,8 +114,10 @@ def test_commands(cli: Callable[..., Any], tmp_path: Path) -> None:
 def test_loss_and_ablation_measure_a_molmo2(cli: Callable[..., Any], tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for name in ("synth_378x378", "coffee.png"):
-        Image.fromarray(picture(name)).save(photos / f"{name.removesuffix('.png')}.png")
+    with (photos / "prompts.jsonl").open("w") as prompts:  # one question each: an answer has 256 tokens
+        for name, question in (("coffee", "Point to the cup."), ("synth_378x378", "Describe this image.")):
+            Image.fromarray(picture("coffee.png" if name == "coffee" else name)).save(photos / f"{name}.png")
+            prompts.write(json.dumps({"image": f"{name}.png", "question": question}) + "\n")
     for precision in ("fp32", "q4"):
         export_bundle(GOLDEN2 / "molmo2_qwen3", tmp_path / precision, precision)
     suite = ("--suite", f"photos:{photos}", "--limit", 2)

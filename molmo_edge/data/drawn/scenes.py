@@ -130,7 +130,8 @@ def _choose_apart(
     """1 to 6 names; some share their noun with the last ("red star", "blue star"), so that both words matter."""
     banned = set(maybe_present)
     free = [name for name in assets.names if name not in banned]
-    free = [name for name in free if _stands_out(canvas.image, assets.flat.get(name))] or free
+    ground = np.asarray(canvas.image.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)  # [64, 3]
+    free = [name for name in free if _stands_out(ground, assets.flat.get(name))] or free
     wanted: Wanted = []
     for i in range(int(rng.integers(1, 7))):
         free = [name for name in free if name not in banned]
@@ -146,9 +147,8 @@ def _choose_apart(
     return wanted[:MAX_APART]
 
 
-def _stands_out(image: Image.Image, colour: tuple[int, int, int] | None) -> bool:
-    """Whether `colour` differs from all parts of the picture; None: a sprite of several colours."""
-    ground = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)  # [64, 3]
+def _stands_out(ground: np.ndarray, colour: tuple[int, int, int] | None) -> bool:
+    """Whether `colour` differs from all colours of `ground`, [n, 3]; None: a sprite of several colours."""
     return colour is None or bool(np.linalg.norm(ground - np.array(colour), axis=1).min() > 90)
 
 
