@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from molmo_edge.runtimes.llama_options import LlamaOptions
     from molmo_edge.sdk.engine import Scene
     from molmo_edge.sdk.streaming import Stream
+    from molmo_edge.sdk.video import Video
 
 __all__ = [
     "Answer",
@@ -36,6 +37,7 @@ __all__ = [
     "Point",
     "Scene",
     "Stream",
+    "Video",
     "__version__",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "Point": "molmo_edge.frontend.points",
     "Scene": "molmo_edge.sdk.engine",
     "Stream": "molmo_edge.sdk.streaming",
+    "Video": "molmo_edge.sdk.video",
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from PIL import Image
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.points import Point
 from molmo_edge.sdk.annotation import DrawingError, DrawOptions
+from molmo_edge.sdk.contact_sheet import draw_one, draw_sheet
 from molmo_edge.sdk.drawing import draw_points
 from molmo_edge.sdk.keypoints import PointedPicture, coco_keypoints, supervision_keypoints
 from molmo_edge.sdk.readable_text import readable
+from molmo_edge.sdk.shown import Shown
 
 if TYPE_CHECKING:
     import supervision
@@ -35,7 +39,7 @@ __all__ = [
 
 
 class DrawError(MolmoEdgeError):
-    """An answer without its image cannot be drawn."""
+    """An answer without its image cannot be drawn, nor an image that the prompt does not have."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Seconds:
     # Opening the model, the same figure in all answers of a Molmo. An engine may continue to load in the background;
     # the stages of the first answer then include the wait.
     load: float = 0.0
-    preprocess: float = 0.0  # image file to crops
+    preprocess: float = 0.0  # image or video file to crops
     vision: float = 0.0  # crops to features
     prefill: float = 0.0  # image and question to the first token
     decode: float = 0.0  # the tokens after the first
@@ -72,7 +76,7 @@ class Usage:
     """What an answer cost: positions of the context, crops and seconds."""
 
     tokens: Tokens = Tokens()
-    crops: int = 0  # including the global view
+    crops: int = 0  # of all images, including their global views; of a video, frames
     seconds: Seconds = field(default=Seconds(), compare=False)
 
 
@@ -90,8 +94,9 @@ class Answer:
     token_ids: tuple[int, ...] = ()  # as generated, before the stop token
     complete: bool = True  # False: cut off by max_new_tokens or by the end of the context
     usage: Usage = Usage()
-    image: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3]
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3]; the first of several
     model: str | None = field(default=None, compare=False)  # the model's name
+    shown: Shown | None = field(default=None, repr=False, compare=False)  # all images or frames; None: `image` alone
 
     def __str__(self) -> str:
         return self.text
@@ -111,28 +116,65 @@ class Answer:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Width and height of the image in pixels, after EXIF rotation. Raises DrawError without an image."""
-        height, width = self._rgb().shape[:2]
+        """Width and height of the image in pixels, after EXIF rotation.
+
+        Raises DrawError without an image, and with several.
+        """
+        shown = self._require_images()
+        if len(shown.images) > 1:
+            raise DrawError(f"this answer is about {shown.what}, each with its own points: this needs a single image")
+        height, width = shown.size_of(0)
         return width, height
 
-    def pixels(self) -> list[tuple[float, float]]:
-        """Return the points as (x, y) in pixels of the image after EXIF rotation. Raises DrawError without an image."""
-        return [point.pixel(*self.picture_size) for point in self.points]
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The images of the prompt, uint8 [h, w, 3] each; of a video its frames, reduced to 640 px. Empty: not kept."""
+        return () if self._kept is None else self._kept.images
 
-    def draw(self, *, labels: str = "once", numbers: bool | None = None, size: float = 1.0) -> Image.Image:
+    @property
+    def times(self) -> tuple[float, ...] | None:
+        """The times of `images` if they are the frames of a video, in seconds."""
+        return None if self._kept is None else self._kept.times
+
+    def pixels(self) -> list[tuple[float, float]]:
+        """Return the points as (x, y) in pixels of their image after EXIF rotation, or of the video's frames.
+
+        NaN for a point in an image that the prompt does not have. Raises DrawError without an image.
+        """
+        shown, pixels = self._require_images(), []
+        for point in self.points:
+            index = shown.index_of(point)
+            height, width = (math.nan, math.nan) if index is None else shown.size_of(index)
+            pixels.append(point.pixel(width, height))
+        return pixels
+
+    def draw(
+        self, image: int | None = None, *, labels: str = "once", numbers: bool | None = None, size: float = 1.0
+    ) -> Image.Image:
         """Return a copy of the image with a marker on each point, numbered if there are several, and their labels.
 
         Args:
+            image: The number of one of several images, or frames of a video, from 1. None: a sheet with all images, or
+                with the frames that have points.
             labels: "once" writes each label beside one of its points, "each" beside every point, "none" nowhere.
             numbers: Whether to number the markers. None: if there are several points, and room for readable numbers.
             size: Factor on the sizes of markers and letters, 0.1 to 10; sizes follow the image's.
 
-        Raises DrawError without an image, and DrawingError for an unknown option.
+        Raises DrawError without an image and for a number that there is not, DrawingError for an unknown option.
         """
-        return draw_points(Image.fromarray(self._rgb()), self.points, DrawOptions(labels, numbers, size))
+        shown, options = self._require_images(), DrawOptions(labels, numbers, size)
+        if image is None and len(shown.images) > 1:
+            return draw_sheet(shown, self.points, options)
+        return draw_one(shown, self._index(image), self.points, options)
+
+    def draw_all(self) -> list[Image.Image]:
+        """Return `draw` of each image, or of each frame of a video that has points. Raises DrawError without images."""
+        shown = self._require_images()
+        return [draw_one(shown, index, self.points) for index in shown.to_draw(self.points)]
 
     def to_svg(
         self,
+        image: int | None = None,
         *,
         href: str | None = None,
         embed: bool = True,
@@ -145,6 +187,7 @@ class Answer:
         It has a title and a description for screen readers, and each point is a group with a title.
 
         Args:
+            image: As for `draw`; needed if there are several.
             href: URL of the image to link to, or its path relative to the SVG. None: embed the image as JPEG.
             embed: With False and without `href`, the document has no image, to be laid over one.
             labels: As for `draw`.
@@ -155,9 +198,9 @@ class Answer:
         """
         from molmo_edge.sdk.svg import to_svg
 
-        options = DrawOptions(labels, numbers, size)
-        image, numbered = Image.fromarray(self._rgb()), list(enumerate(self.points, 1))
-        return to_svg(image, numbered, self.points, href=href, embed=embed, options=options)
+        shown, index, options = self._require_images(), self._index(image), DrawOptions(labels, numbers, size)
+        picture, numbered = Image.fromarray(shown.images[index]), shown.points_in(index, self.points)
+        return to_svg(picture, numbered, self.points, href=href, embed=embed, options=options)
 
     def to_coco(self, file_name: str = "image.jpg") -> dict[str, Any]:
         """Return the points as a COCO keypoints data set of one image, ready for JSON. See `molmo_edge.answer.to_coco`.
@@ -182,9 +225,10 @@ class Answer:
         points: list[dict[str, Any]] = [
             {name: value for name, value in dataclasses.asdict(p).items() if value is not None} for p in self.points
         ]
-        if self.image is not None:
+        if self._kept is not None:
             for point, (x, y) in zip(points, self.pixels(), strict=True):
-                point["pixel"] = [round(x, 1), round(y, 1)]
+                if math.isfinite(x):
+                    point["pixel"] = [round(x, 1), round(y, 1)]
         return {
             "text": self.text,
             "points": points,
@@ -200,18 +244,33 @@ class Answer:
         """For notebooks."""
         from molmo_edge.sdk.notebook import to_png
 
-        return to_png(self.image, self.points)
+        return to_png(self._kept, self.points)
 
     def _repr_html_(self) -> str:
         """For notebooks."""
         from molmo_edge.sdk.notebook import to_html
 
-        return to_html(self.readable, self.points, self.image, complete=self.complete)
+        return to_html(self.readable, self.points, self._kept, complete=self.complete)
 
-    def _rgb(self) -> np.ndarray:
-        if self.image is None:
+    @property
+    def _kept(self) -> Shown | None:
+        if self.shown is not None and self.shown.images:
+            return self.shown
+        return None if self.image is None else Shown((self.image,))
+
+    def _require_images(self) -> Shown:
+        if (shown := self._kept) is None:
             raise DrawError("this answer does not hold its image, so there is nothing to draw on")
-        return self.image
+        return shown
+
+    def _index(self, image: int | None) -> int:
+        """The index of the image with the number `image`; None: the only one. Raises DrawError."""
+        shown = self._require_images()
+        if image is None and len(shown.images) == 1:
+            return 0
+        if not isinstance(image, Integral) or not 1 <= image <= len(shown.images):
+            raise DrawError(f"this answer is about {shown.what}: image must be 1 to {len(shown.images)}, not {image!r}")
+        return int(image) - 1
 
 
 def to_coco(answers: Sequence[Answer], file_names: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A conversation about one image. Keys and values of the image and of earlier turns stay in one cache.
+"""A conversation about images or a video. Keys and values of the image and of earlier turns stay in one cache.
 
 Each turn runs only its own tokens. The model sees the reference's conversation format
 (molmo_edge.frontend.prompts), with earlier answers as the ids that were generated.
@@ -157,9 +157,8 @@ class Chat(NotCopied):
             cache = self._make_room(capacity)
             rows = self._rows(ids)
         image = self.scene.image_flags(len(ids))[-len(rows) :]
-        grounding = self.scene.grounding
         pieces = generate_pieces(
-            self._engine, rows, image, cache, sampling, capacity=capacity, began=began, grounding=grounding
+            self._engine, rows, image, cache, sampling, capacity=capacity, began=began, scene=self.scene
         )
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time

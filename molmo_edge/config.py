@@ -23,6 +23,12 @@ OVERVIEW_UNIT = 32  # pixels; the sides of an overview are padded to multiples o
 # Devices that a model can run on; "auto" picks one of them.
 DEVICES = ("auto", "cpu", "cuda", "mps", "tensorrt", "coreml", "vulkan")
 
+# What becomes of the transparency of images, see frontend/image_files.py.
+ALPHA = ("drop", "white")
+
+# How frames of a video are selected, see frontend/video.py.
+SAMPLINGS = ("reference", "transformers")
+
 # Precisions of the weights on PyTorch, see modeling/precision.py.
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4")
 
@@ -98,6 +104,17 @@ class ImageConfig:
     def cell_grids(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
         """As `grids`, in pooled cells."""
         return [(-(-rows // self.pool), -(-cols // self.pool)) for rows, cols in self.grids(tiling)]
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """How many frames of a video the model takes (Molmo2). Each is one crop, see frontend/video.py."""
+
+    max_frames: int = 384
+    max_fps: float = 2.0  # frames per second
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class _VitParts(NamedTuple):
@@ -308,6 +325,7 @@ class MolmoConfig:
     pad_embed: bool = added(True)  # learned vectors are added to patches that are padding (Molmo v1)
     extra_vision: tuple[VisionConfig, ...] = added(())
     point_head: PointHeadConfig | None = added(None, PointHeadConfig)  # noqa: RUF009 (a dataclass field)
+    video: VideoConfig = added(VideoConfig(), VideoConfig)  # noqa: RUF009 (frozen); of models that take videos
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -321,6 +339,11 @@ class MolmoConfig:
                 raise ConfigError(
                     f"the ViT's patches are {vit.patch_size} px wide, those of the crops {self.image.patch_size} px"
                 )
+
+    @property
+    def several_images(self) -> bool:
+        """Whether a prompt may have several images, or a video (Molmo2 and MolmoPoint)."""
+        return self.image.layout != "molmo"
 
     @property
     def vits(self) -> tuple[VisionConfig, ...]:
@@ -356,4 +379,5 @@ class MolmoConfig:
             pad_embed=data.get("pad_embed", True),
             extra_vision=tuple(from_json(VisionConfig, vit) for vit in extra),
             point_head=from_json(PointHeadConfig, data["point_head"]) if data.get("point_head") else None,
+            video=from_json(VideoConfig, data.get("video", {})),
         )

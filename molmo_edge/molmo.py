@@ -17,6 +17,7 @@ from molmo_edge.chat import Chat
 from molmo_edge.checkpoints.bundle import load_tokenizer, resolve_model
 from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.generate import Sampling
@@ -42,10 +43,12 @@ class Molmo(NotCopied):
     "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory.
     `max_crops`: a lower limit than the model's own is faster, but the model sees less detail. `threads`: CPU threads,
     at most the cores available to this process; None: the physical cores, or a container's quota. `engine_options`:
-    LlamaOptions for a bundle with a GGUF decoder.
+    LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the
+    reference's training does, "white" blends with white.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
-    array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo.
+    array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
+    of images, which the question is about together, or a Video.
 
     After `os.fork`, a child reopens a bundle on ONNX Runtime at its first question; with other engines every call in
     the child raises EngineError. `os.fork` waits for a model that is still loading.
@@ -63,6 +66,7 @@ class Molmo(NotCopied):
         max_crops: int | None = None,
         threads: int | None = None,
         engine_options: LlamaOptions | None = None,
+        alpha: str = "drop",
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -70,6 +74,7 @@ class Molmo(NotCopied):
         # Check the arguments before an engine opens, because it would continue to load after an error.
         if max_crops is not None:
             ImageConfig(max_crops=max_crops)
+        check_alpha(alpha)
         if precision not in PRECISIONS:
             raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
         directory = resolve_model(model, revision=revision)
@@ -77,15 +82,22 @@ class Molmo(NotCopied):
         runtime = open_runtime(
             directory, device=device, precision=precision, threads=threads, engine_options=engine_options
         )
-        self.engine = Engine(runtime, tokenizer, max_crops=max_crops, name=model_name(directory), started=started)
+        name = model_name(directory)
+        self.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, started=started)
 
     @classmethod
     def from_parts(
-        cls, runtime: Runtime, tokenizer: Tokenizer, *, max_crops: int | None = None, name: str | None = None
+        cls,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        *,
+        max_crops: int | None = None,
+        alpha: str = "drop",
+        name: str | None = None,
     ) -> Molmo:
         """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers."""
         molmo = cls.__new__(cls)
-        molmo.engine = Engine(runtime, tokenizer, max_crops=max_crops, name=name)
+        molmo.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name)
         return molmo
 
     @property

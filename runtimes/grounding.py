@@ -107,7 +107,8 @@ class GroundingInputs:
     patch_features: np.ndarray  # float32 [crops * patches, feature_dim] of the ViT
     pooling: np.ndarray  # int [n_patches, n_slots], the patches of each image token, -1 for none
     features: np.ndarray  # float32 [n_patches, d_model] of the connector
-    grids: tuple[np.ndarray, ...]  # of each image int [rows, cols], the patches that tile it
+    grids: tuple[np.ndarray, ...]  # of each image or frame int [rows, cols], the patches that tile it
+    times: tuple[float, ...] | None = None  # of the frames of a video, seconds; None: `grids` are images
     states: np.ndarray | None = None  # float32 [n, d_model] before the final norm, once `ids` have run
 
     @property
@@ -139,6 +140,8 @@ class GroundingInputs:
     def points(self, text: str, label: str) -> list[Point]:
         """The points of the grounding tokens in `text`."""
         found = decode_grounding(text, self.pooling, self.grids, no_more_class=self._config.no_more_class)
+        if self.times is not None:
+            return [Point(100 * p.x, 100 * p.y, label, time=self.times[p.frame]) for p in found]
         return [Point(100 * p.x, 100 * p.y, label, image=p.frame + 1) for p in found]
 
 

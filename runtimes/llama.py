@@ -158,12 +158,8 @@ class LlamaRuntime:
         where = np.flatnonzero(image)
         if not len(where) or not self.config.decoder.bidirectional_images:
             return cache.append(check_rows(embeddings, cache))
+        self.check_images(image)
         first, end = int(where[0]), int(where[-1]) + 1
-        if end - first != len(where):
-            raise EngineError(
-                "llama.cpp has no attention mask for several images, or the frames of a video, in one prompt: "
-                "ask about one image, or export the decoder to ONNX"
-            )
         rows = check_rows(embeddings, cache)
         logits, states = np.empty(0, np.float32), []
         for part, block in ((rows[:first], False), (rows[first:end], True), (rows[end:], False)):
@@ -177,6 +173,15 @@ class LlamaRuntime:
     def no_more(self) -> np.ndarray:
         """See `molmo_edge.runtimes.protocol.PointRuntime`."""
         return self._graphs.no_more
+
+    def check_images(self, image: np.ndarray) -> None:
+        """Raise EngineError for a prompt that `prefill_image` refuses, before its images are encoded."""
+        where = np.flatnonzero(image)
+        if self.config.decoder.bidirectional_images and len(where) and where[-1] - where[0] + 1 != len(where):
+            raise EngineError(
+                "llama.cpp has no attention mask for several images, or the frames of a video, in one prompt: "
+                "ask about one image, or export the decoder to ONNX"
+            )
 
     def close(self) -> None:
         """Release model and sessions. A cache that is still referenced keeps the model in memory."""

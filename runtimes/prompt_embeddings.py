@@ -23,10 +23,15 @@ def image_embeddings(runtime: Runtime, image: PreparedImage, prompt: Prompt) -> 
 def with_features(runtime: Runtime, prompt: Prompt, features: np.ndarray) -> np.ndarray:
     """Like `image_embeddings`, from image features [n_crops, cells^2, d_model]."""
     embeddings = np.array(runtime.embed(prompt.ids), dtype=np.float32)  # [n, d_model]
-    kept = prompt.token_index >= 0  # [n_crops, cells^2]
-    # Added to the embedding of <im_patch> rather than replacing it: released weights were trained this way.
-    embeddings[prompt.token_index[kept]] += features[kept]
+    add_features(embeddings, prompt.token_index, features)
     return embeddings
+
+
+def add_features(embeddings: np.ndarray, positions: np.ndarray, features: np.ndarray) -> None:
+    """Add image features to `embeddings`, float32 [n, d_model], at `positions`; negative ones are left out."""
+    kept = positions >= 0  # [n_crops, cells^2], or [n_cells]
+    # Added to the embedding of <im_patch> rather than replacing it: released weights were trained this way.
+    embeddings[positions[kept]] += features[kept]
 
 
 def prefill(runtime: Runtime, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:

@@ -74,7 +74,7 @@ def inputs_of(model: str, name: str) -> Inputs:
     for number, image in enumerate(images, start=1):
         ids += tokenizer.encode(f"Image {number}") if len(images) > 1 else []
         ids += image.tokens.tolist()
-    ids += frame_ids(tokenizer, video) if video else []
+    ids += frame_ids(tokenizer, video.times, video.grid[0] * video.grid[1]) if video else []
     ids += chat_ids(tokenizer, turns_of(case))
     parts: list[Any] = [*images, *([video] if video else [])]
     pooling, offset = [], 0

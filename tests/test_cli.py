@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 import molmo_edge
-from molmo_edge.cli.output import OutputError, check_save, save_image
+from molmo_edge.cli.output import OutputError
+from molmo_edge.cli.saving import check_save, save_image
 
 HOME = Path(molmo_edge.__file__).parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(HOME)}

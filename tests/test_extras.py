@@ -15,6 +15,7 @@ from pickled import copy_pickled_molmoe
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONAL = (
+    "av",
     "bitsandbytes",
     "datasets",
     "gguf",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from molmo_edge.cli.output import OutputError, save_image
+from molmo_edge.cli.output import OutputError
+from molmo_edge.cli.saving import save_image
 from molmo_edge.system.files import atomic_write, name_os_errors
 from molmo_edge.system.scratch import work_folder
 

@@ -24,7 +24,7 @@ from molmo_edge.system.extras import pip_command
 from molmo_edge.system.files import sha256_of
 
 _CHECKPOINT = (
-    *(CONFIG, "preprocessor_config.json", TOKENIZER, "LICENSE*"),
+    *(CONFIG, "preprocessor_config.json", "video_preprocessor_config.json", TOKENIZER, "LICENSE*"),
     # For other programs that read a converted checkpoint.
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
 )

@@ -8,10 +8,11 @@ are written only for models that need them.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.molmo2_config import read_molmo2, to_molmo2_config
+from molmo_edge.checkpoints.molmo2_config import read_molmo2, read_video, to_molmo2_config, video_keys
 from molmo_edge.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -27,6 +28,7 @@ from molmo_edge.config import (
 from molmo_edge.system.config_fields import as_tuple, from_json, to_json
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
+VIDEO = "video_preprocessor_config.json"  # of a Molmo2
 
 # The values that this package implements. A checkpoint with others would load but give wrong answers.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -50,8 +52,9 @@ def read_config(directory: str | Path) -> MolmoConfig:
     directory = Path(directory)
     if not (directory / CONFIG).exists() and (directory / REFERENCE_CONFIG).exists():
         return read_reference_config(directory / REFERENCE_CONFIG)
-    image = directory / PREPROCESSOR
-    return from_hub_config(_read_json(directory / CONFIG), _read_json(image) if image.exists() else {})
+    image, video = ({} if not (directory / n).exists() else _read_json(directory / n) for n in (PREPROCESSOR, VIDEO))
+    config = from_hub_config(_read_json(directory / CONFIG), image)
+    return replace(config, video=read_video(video)) if config.several_images else config
 
 
 def read_reference_config(path: Path) -> MolmoConfig:
@@ -298,8 +301,11 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write_hub_config(config: MolmoConfig, directory: Path) -> None:
-    """Write config.json and preprocessor_config.json."""
-    for name, data in zip((CONFIG, PREPROCESSOR), to_hub_config(config), strict=True):
+    """Write config.json, preprocessor_config.json and, for a Molmo2, video_preprocessor_config.json."""
+    files = dict(zip((CONFIG, PREPROCESSOR), to_hub_config(config), strict=True))
+    if config.several_images:
+        files[VIDEO] = video_keys(config.video)
+    for name, data in files.items():
         (directory / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from molmo_edge.config import (
     ImageConfig,
     MolmoConfig,
     PointHeadConfig,
+    VideoConfig,
     VisionConfig,
     YarnConfig,
 )
@@ -223,6 +224,22 @@ def to_molmo2_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any
         "size": {"height": i.crop_size, "width": i.crop_size},
     }
     return raw, preprocessor
+
+
+def read_video(raw: dict[str, Any]) -> VideoConfig:
+    """The parsed video_preprocessor_config.json as a VideoConfig. Raises ConfigError."""
+    given = {"max_frames": raw.get("num_frames"), "max_fps": raw.get("max_fps")}
+    return VideoConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def video_keys(video: VideoConfig) -> dict[str, Any]:
+    """The inverse of `read_video`."""
+    return {
+        "frame_sample_mode": "uniform_last_frame",
+        "max_fps": video.max_fps,
+        "num_frames": video.max_frames,
+        "pooling_size": [3, 3],
+    }
 
 
 def _yarn_keys(yarn: YarnConfig) -> dict[str, Any]:

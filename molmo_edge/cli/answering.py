@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from molmo_edge.cli.open_model import open_molmo
-from molmo_edge.cli.options import ModelOptions, OutputOptions, SamplingOptions
+from molmo_edge.cli.options import ModelOptions, OutputOptions, SamplingOptions, VideoOptions
 from molmo_edge.cli.output import (
     OutputError,
-    check_save,
     note,
     note_usage,
     print_json,
     print_stream,
     progress,
-    save_image,
-    save_paths,
 )
-from molmo_edge.cli.pictures import PictureError, find_pictures, open_picture
+from molmo_edge.cli.pictures import PictureError, find_pictures, is_video, open_picture
+from molmo_edge.cli.saving import check_save_together, save_answer, save_paths
 from molmo_edge.cli.streams import print_error
 from molmo_edge.errors import MolmoEdgeError
 
@@ -36,19 +34,24 @@ def answer_command(
     model: ModelOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
+    video: VideoOptions,
+    *,
+    together: bool = False,
 ) -> None:
-    """Answer `question` about each image and print each answer as it is generated.
+    """Answer `question` about each image or video, or about all of them `together`; print each answer as it comes.
 
     With several images, an unreadable image is reported in its place, and the exit status is 1 at the end.
-    A single image that cannot be read is an error.
+    A single image that cannot be read is an error, and so is one of several that belong together.
     """
     quiet = output.quiet
     pictures, several = find_pictures(images)
+    groups = [pictures] if together else [[picture] for picture in pictures]
+    several = several and not together
     try:
         if several:
             saves = save_paths(output.save, pictures)
         else:
-            check_save(output.save, pictures[0])
+            check_save_together(output.save, pictures)
             saves = [output.save]
     except OutputError as error:
         raise typer.BadParameter(str(error)) from None
@@ -56,12 +59,13 @@ def answer_command(
         note(warning, quiet=quiet)
     with progress("opening the photo", quiet=quiet):
         from molmo_edge.frontend.image_files import ImageError
+        from molmo_edge.frontend.video_files import VideoError
 
         opened: list[Any] = []  # input of the model, or the error that prevents it
         for picture in pictures:
             try:
-                opened.append(open_picture(picture))
-            except (ImageError, PictureError) as error:
+                opened.append(open_picture(picture, video.keywords()))
+            except (ImageError, PictureError, VideoError) as error:
                 if not several:
                     raise
                 opened.append(error)
@@ -69,22 +73,27 @@ def answer_command(
         for picture, problem in zip(pictures, opened, strict=True):
             _report(picture, problem, json=output.json)
         raise typer.Exit(1)
+    from molmo_edge.frontend.visual_prompt import UnsupportedInputError
     from molmo_edge.runtimes.generate import GenerationError
     from molmo_edge.sdk.engine import QuestionError, check_text
+
+    skipped = (ImageError, PictureError, VideoError, UnsupportedInputError, QuestionError, GenerationError)
+    asked = [opened] if together and len(opened) > 1 else opened
 
     failed = False
     with open_molmo(model, quiet=quiet) as molmo:
         check_text(question)  # once for all images
-        for number, (picture, photo, path) in enumerate(zip(pictures, opened, saves, strict=True)):
+        for number, (group, photo, path) in enumerate(zip(groups, asked, saves, strict=True)):
+            picture = group[0]
             try:
                 if isinstance(photo, MolmoEdgeError):
                     raise photo
-                with progress(f"encoding {picture.name}" if several else "encoding the photo", quiet=quiet):
+                with progress(f"encoding {picture.name}" if several else f"encoding the {_kind(group)}", quiet=quiet):
                     stream = molmo.stream(photo, question, **sampling.keywords())
                 if several and not output.json:
                     print(f"{picture}:", flush=True)
-                _answer(picture, stream, json=output.json, save=path, quiet=quiet, first=number == 0)
-            except (ImageError, PictureError, QuestionError, GenerationError) as error:
+                _answer(group, stream, json=output.json, save=path, quiet=quiet, first=number == 0)
+            except skipped as error:
                 if not several:
                     raise
                 failed = True
@@ -101,14 +110,21 @@ def _report(picture: Path, error: MolmoEdgeError, *, json: bool) -> None:
     print_error(text if str(picture) in text else f"{picture}: {text}")
 
 
-def _answer(picture: Path, stream: Stream, *, json: bool, save: Path | None, quiet: bool, first: bool) -> None:
-    """Print and save one answer, and print what it took."""
+def _kind(group: Sequence[Path]) -> str:
+    return "photos" if len(group) > 1 else "video" if is_video(group[0]) else "photo"
+
+
+def _answer(group: Sequence[Path], stream: Stream, *, json: bool, save: Path | None, quiet: bool, first: bool) -> None:
+    """Print and save one answer about the pictures in `group`, and print what it took."""
     answer = stream.answer if json else print_stream(stream)
     if save is not None:
-        save_image(answer.draw(), save)
-        note(f"wrote {save}" + ("" if answer.points else " (without points: the answer has none)"), quiet=quiet)
+        for path in save_answer(answer, save, group):
+            note(f"wrote {path}" + ("" if answer.points else " (without points: the answer has none)"), quiet=quiet)
     if json:
-        print_json({"image": str(picture), **answer.to_dict(), "saved": None if save is None else str(save)})
+        images = {"images": [str(picture) for picture in group]} if len(group) > 1 else {}
+        times = {} if answer.times is None else {"times": [round(time, 3) for time in answer.times]}
+        saved = None if save is None else str(save)
+        print_json({"image": str(group[0]), **images, **times, **answer.to_dict(), "saved": saved})
     if not first:  # the loading time belongs to the first answer
         spent = dataclasses.replace(answer.usage.seconds, load=0.0)
         answer = dataclasses.replace(answer, usage=dataclasses.replace(answer.usage, seconds=spent))

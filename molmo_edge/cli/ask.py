@@ -14,6 +14,8 @@ def ask(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
+    video: options.VideoOptions,
+    together: options.TogetherOption,
 ) -> None:
     """Ask a question about photos."""
-    answer_command(images, question, model, sampling, output)
+    answer_command(images, question, model, sampling, output, video, together=together.together)

@@ -13,8 +13,10 @@ def caption(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
+    video: options.VideoOptions,
+    together: options.TogetherOption,
 ) -> None:
     """Describe photos."""
     from molmo_edge.frontend.prompts import caption_question
 
-    answer_command(images, caption_question(), model, sampling, output)
+    answer_command(images, caption_question(), model, sampling, output, video, together=together.together)

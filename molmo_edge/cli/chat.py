@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +13,9 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.interrupts import settle_interrupt
 from molmo_edge.cli.open_model import open_molmo
-from molmo_edge.cli.output import check_save, note, note_cut_off, print_stream, progress, save_image
+from molmo_edge.cli.output import note, note_cut_off, print_stream, progress
 from molmo_edge.cli.pictures import STDIN, PictureError, is_folder, open_picture
+from molmo_edge.cli.saving import check_save, save_image
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ _KEPT_LINES = 1000  # of the history file
 
 @options.expand_options
 def chat(
-    image: options.Image,
+    images: options.ChatImages,
     *,
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
+    video: options.VideoOptions,
     history: Annotated[
         bool,
         typer.Option(
@@ -44,25 +46,26 @@ def chat(
     ] = True,
     quiet: options.Quiet = False,
 ) -> None:
-    """Have a conversation about a photo. The photo is encoded once."""
-    if image == STDIN:
+    """Have a conversation about a photo, or about several photos or a video. They are encoded once."""
+    if STDIN in images:
         raise typer.BadParameter("chat reads questions from stdin, so the photo must be a file", param_hint="IMAGE")
     if (warning := sampling.warning) is not None:
         note(warning, quiet=quiet)
     with progress("opening the photo", quiet=quiet):
-        if is_folder(image):
-            raise PictureError(f"{image} is a folder: chat takes a single photo")
-        photo = open_picture(image)
+        for image in images:
+            if is_folder(image):
+                raise PictureError(f"{image} is a folder: name the photos")
+        photos = [open_picture(image, video.keywords()) for image in images]
     with open_molmo(model, quiet=quiet) as molmo:
         with progress("encoding the photo", quiet=quiet):
-            conversation = molmo.chat(photo)
+            conversation = molmo.chat(photos if len(photos) > 1 else photos[0])
         note(_HELP, quiet=quiet)
         with _line_reader(history) as read_line:
-            _converse(conversation, read_line, image, sampling.keywords(), quiet=quiet)
+            _converse(conversation, read_line, images, sampling.keywords(), quiet=quiet)
 
 
 def _converse(
-    chat: Chat, read_line: Callable[[], str | None], image: Path, sampling: dict[str, Any], *, quiet: bool
+    chat: Chat, read_line: Callable[[], str | None], images: Sequence[Path], sampling: dict[str, Any], *, quiet: bool
 ) -> None:
     from molmo_edge.chat import ConversationFull
 
@@ -83,7 +86,7 @@ def _converse(
             if line == "/new":
                 chat.reset()
             elif line.startswith("/save "):
-                _save(last, Path(line[len("/save ") :].strip()), image)
+                _save(last, Path(line[len("/save ") :].strip()), images)
             elif line.startswith("/"):
                 note(_HELP)
             elif line:
@@ -167,10 +170,11 @@ def _read_plain() -> str | None:
     return line.strip() if line else None
 
 
-def _save(answer: Answer | None, path: Path, image: Path) -> None:
+def _save(answer: Answer | None, path: Path, images: Sequence[Path]) -> None:
     if answer is None:
         note("there is no answer yet: ask a question first")
         return
-    check_save(path, image)
+    for image in images:
+        check_save(path, image)
     save_image(answer.draw(), path)
     note(f"wrote {path}")

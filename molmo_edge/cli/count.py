@@ -14,8 +14,10 @@ def count(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
+    video: options.VideoOptions,
+    together: options.TogetherOption,
 ) -> None:
     """Count the objects of a kind, with a point for each."""
     from molmo_edge.frontend.prompts import count_question
 
-    answer_command(images, count_question(label), model, sampling, output)
+    answer_command(images, count_question(label), model, sampling, output, video, together=together.together)

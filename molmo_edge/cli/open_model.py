@@ -39,6 +39,7 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
             device=options.device,
             precision=options.precision,
             max_crops=options.max_crops,
+            alpha=options.alpha,
             threads=options.threads,
             engine_options=llama_options(options.llama),
         )

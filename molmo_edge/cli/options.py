@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def _one_of(kind: str) -> Callable[[str], str]:
-    """A callback that accepts a known device or precision."""
+    """A callback that accepts a known device, precision, ..."""
 
     def check(value: str) -> str:
-        from molmo_edge.config import DEVICES, PRECISIONS
+        from molmo_edge.config import ALPHA, DEVICES, PRECISIONS, SAMPLINGS
 
-        known = DEVICES if kind == "device" else PRECISIONS
+        known = {"device": DEVICES, "precision": PRECISIONS, "alpha": ALPHA, "sampling": SAMPLINGS}[kind]
         if value not in known:
             raise typer.BadParameter(f'"{value}" is not a known {kind} (known: {", ".join(known)})')
         return value
@@ -69,6 +69,12 @@ def _finite(value: float) -> float:
     return value
 
 
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0.0 < value < math.inf:
+        raise typer.BadParameter(f"must be a positive number, got {value:g}")
+    return value
+
+
 def _share(value: float) -> float:
     if not 0.0 < value <= 1.0:
         raise typer.BadParameter(f"must be greater than 0 and at most 1, got {value:g}")
@@ -79,13 +85,26 @@ def _share(value: float) -> float:
 # default: typer shows the others.
 _IMAGE = 'The photo, in any format that Pillow reads. Put "--" before a name that begins with a dash.'
 _IMAGES = (
-    'One or more photos, or a folder of photos; "-" reads one photo from stdin. Put "--" before a name that begins '
-    "with a dash."
+    'One or more photos or videos, or a folder of photos; "-" reads one photo from stdin. Put "--" before a name that '
+    "begins with a dash."
+)
+_CHAT_IMAGES = 'The photo, or several photos or a video for a Molmo2. Put "--" before a name that begins with a dash.'
+_TOGETHER = "Ask once about all photos together (Molmo2 models), instead of once for each photo."
+_MAX_FRAMES = "Maximum number of frames of a video. A frame takes about 90 positions. Default: the model's own."
+_MAX_FPS = "Maximum number of frames per second of a video. Default: the model's own."
+_SAMPLING = (
+    'How frames of a video are selected: "reference", as by Ai2\'s processor, or "transformers", as by that of '
+    "transformers, which leaves out the last frame."
 )
 _QUESTION = '"Where is the dog?" Put "--" before a question that begins with a dash: photo.jpg -- "-5 or 5 degrees?"'
 _LABEL = 'What to look for: "the dog", "cups". Put "--" before a label that begins with a dash: photo.jpg -- "-5 sign"'
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help=_IMAGE, show_default=False)]
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help=_IMAGES, show_default=False)]
+ChatImages = Annotated[list[Path], typer.Argument(metavar="IMAGE", help=_CHAT_IMAGES, show_default=False)]
+Together = Annotated[bool, typer.Option("--together", help=_TOGETHER)]
+MaxFrames = Annotated[int | None, typer.Option(min=1, help=_MAX_FRAMES)]
+MaxFps = Annotated[float | None, typer.Option(help=_MAX_FPS, callback=_positive)]
+VideoSampling = Annotated[str, typer.Option(help=_SAMPLING, callback=_one_of("sampling"))]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help=_QUESTION, show_default=False)]
 Label = Annotated[str, typer.Argument(metavar="LABEL", help=_LABEL, show_default=False)]
 
@@ -96,6 +115,7 @@ _DEVICE = (
 )
 _PRECISION = 'Precision of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4". That of a bundle is fixed.'
 _MAX_CROPS = "Maximum number of crops. Fewer crops are faster but lose detail. Default: the model's own."
+_ALPHA = 'Transparency: "drop" ignores it, as in the training of Molmo; "white" blends transparent pixels with white.'
 _THREADS = "Number of CPU threads. Default: the physical cores, or the quota of the container."
 _LLAMA = (
     "Options of llama.cpp for a GGUF bundle, separated by commas: gpu_layers=N, cache=f16|q8_0|..., "
@@ -106,6 +126,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Device = Annotated[str, typer.Option(help=_DEVICE, callback=_one_of("device"))]
 Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_one_of("precision"))]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help=_MAX_CROPS)]
+Alpha = Annotated[str, typer.Option(help=_ALPHA, callback=_one_of("alpha"))]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
 
@@ -120,7 +141,10 @@ TopP = Annotated[float, typer.Option(help=_TOP_P, callback=_share)]
 Seed = Annotated[int | None, typer.Option(min=0, help=_SEED)]
 
 _JSON_LINES = "Print one JSON object per image to stdout, each on its own line, and nothing else."
-_SAVE = "Save the photo with the points drawn on it, as .png, .jpg or .webp. With several photos: a folder."
+_SAVE = (
+    "Save the photo with the points drawn on it, as .png, .jpg or .webp. With several photos: a folder. With "
+    "--together or a video: a file for a sheet of all pictures, or a folder for one file each."
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help=_JSON_LINES)]
 Save = Annotated[Path | None, typer.Option(help=_SAVE)]
@@ -136,6 +160,7 @@ class ModelOptions:
     device: Device = "auto"
     precision: Precision = "auto"
     max_crops: MaxCrops = None
+    alpha: Alpha = "drop"
     threads: Threads = None
     llama: Llama = None
 
@@ -163,6 +188,26 @@ class SamplingOptions:
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
             return "--top-k and --top-p have no effect at --temperature 0, which always takes the most likely token"
         return None
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """Which frames of a video the model sees."""
+
+    max_frames: MaxFrames = None
+    max_fps: MaxFps = None
+    video_sampling: VideoSampling = "reference"
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of `Video`."""
+        return {"sampling": self.video_sampling, "max_frames": self.max_frames, "max_fps": self.max_fps}
+
+
+@dataclass(frozen=True)
+class TogetherOption:
+    """Whether several images belong to one question."""
+
+    together: Together = False
 
 
 @dataclass(frozen=True)

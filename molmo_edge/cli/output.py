@@ -1,10 +1,9 @@
-"""Print notes, tables, JSON and answers, and save drawn images."""
+"""Print notes, tables, JSON and answers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.sdk.readable_text import counted
-from molmo_edge.system.files import atomic_write
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.console import Console
 
     from molmo_edge.answer import Answer
     from molmo_edge.sdk.streaming import Stream
 
 _UNLIMITED = 10_000  # columns
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 class OutputError(MolmoEdgeError):
@@ -103,9 +99,17 @@ def print_stream(stream: Stream) -> Answer:
 
 
 def print_points(answer: Answer) -> None:
-    """Print a line for each point: its number in the drawn image, its pixel coordinates and its label."""
+    """Print a line for each point: its number in the drawn image, its pixel coordinates and its label.
+
+    With several images or a video, also its image or time.
+    """
+    shown = answer.shown if len(answer.images) > 1 else None
     for number, (point, (x, y)) in enumerate(zip(answer.points, answer.pixels(), strict=True), 1):
-        print(f"{number:4}  x {x:6.0f}  y {y:6.0f}  {' '.join(point.label.split())}")
+        where = ""
+        if shown is not None:
+            index = shown.index_of(point)
+            where = f"  {'no image' if index is None else shown.title(index):9}"
+        print(f"{number:4}{where}  x {x:6.0f}  y {y:6.0f}  {' '.join(point.label.split())}")
 
 
 def note_usage(answer: Answer, *, quiet: bool) -> None:
@@ -134,53 +138,3 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
-
-
-def check_save(path: Path | None, image: Path) -> None:
-    """Raise OutputError for a file that could not be written, before any work is done. An existing file is allowed."""
-    if path is None:
-        return
-    if path.suffix.lower() not in _FORMATS:
-        raise OutputError(f"--save {path}: the name must end in one of {', '.join(_FORMATS)}")
-    if path.is_dir():
-        raise OutputError(f"--save {path} is a directory: name a file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"--save {path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--save {path}: the directory {path.parent} is not writable")
-    if is_file(path) and is_file(image) and path.samefile(image):
-        raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
-
-
-def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]:
-    """The files for the drawn pictures of several images, FOLDER/NAME.annotated.png; None without a folder.
-
-    Creates the folder. Raises OutputError if it is not writable, before any work is done.
-    """
-    if folder is None:
-        return [None] * len(images)
-    if is_file(folder) or (folder.suffix.lower() in _FORMATS and not folder.is_dir()):
-        raise OutputError(f"--save {folder}: with several images it must name a folder")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--save {folder}: the folder cannot be created: {error.strerror}") from None
-    taken: dict[str, int] = {}
-    paths: list[Path | None] = []
-    for image in images:
-        stem = "stdin" if str(image) == "-" else image.stem
-        taken[stem] = number = taken.get(stem, 0) + 1
-        path = folder / f"{stem if number == 1 else f'{stem}-{number}'}.annotated.png"
-        check_save(path, image)
-        paths.append(path)
-    return paths
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Save `image` atomically, in the format of the suffix. Raises OutputError."""
-    options = {"quality": 92} if path.suffix.lower() != ".png" else {}
-    try:
-        with atomic_write(path) as part, part.open("xb") as file:
-            image.save(file, _FORMATS[path.suffix.lower()], **options)
-    except (OSError, ValueError) as error:  # ValueError: the image is larger than the format allows
-        raise OutputError(f"--save {path} could not be written: {getattr(error, 'strerror', None) or error}") from error

@@ -1,9 +1,9 @@
-"""Find and open the images on a command line: files, folders of files, or stdin."""
+"""Find and open the images and videos on a command line: files, folders of files, or stdin."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,21 @@ from molmo_edge.errors import MolmoEdgeError
 
 STDIN = Path("-")
 # Images in a folder are found by their suffix; a file on the command line may have any name.
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -21,10 +36,11 @@ class PictureError(MolmoEdgeError):
     """A folder without pictures, or an empty stdin."""
 
 
-def open_picture(path: Path) -> Any:
-    """The `image` argument of `Molmo.ask` for a path on the command line: the path of a file, the bytes from stdin.
+def open_picture(path: Path, video: Mapping[str, Any]) -> Any:
+    """The `image` argument of `Molmo.ask` for a path on the command line.
 
-    Raises PictureError for an empty stdin or folder, and ImageError for a path that is not a file.
+    The path of a file, the bytes from stdin, or a Video with the keywords `video` for a file that is one. Raises
+    PictureError for an empty stdin or folder, ImageError for a path that is not a file, and VideoError.
     """
     if path == STDIN:
         if sys.stdin.isatty():
@@ -36,10 +52,28 @@ def open_picture(path: Path) -> Any:
     if is_folder(path):
         raise PictureError(f"{path} contains no pictures ({', '.join(SUFFIXES)})")
     if is_file(path):
-        return path
+        return _open_video(path, video) if is_video(path) else path
     from molmo_edge.frontend.image_files import load_image
 
     return load_image(path)
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its contents or its name."""
+    from molmo_edge.frontend.unsupported_inputs import HEAD, kind_of_contents
+
+    try:
+        with path.open("rb") as file:
+            kind = kind_of_contents(file.read(HEAD))
+    except OSError:  # reported when the image is loaded
+        return False
+    return kind == "a video" or (kind is None and path.suffix.lower() in VIDEO_SUFFIXES)
+
+
+def _open_video(path: Path, keywords: Mapping[str, Any]) -> Any:
+    from molmo_edge.sdk.video import Video
+
+    return Video.open(path, **keywords)
 
 
 def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
@@ -63,7 +97,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
 
 def names_image(path: Path) -> bool:
     """Whether an argument looks like an image rather than like a question or a label."""
-    return path == STDIN or path.suffix.lower() in SUFFIXES or is_file(path) or is_folder(path)
+    return path == STDIN or path.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES) or is_file(path) or is_folder(path)
 
 
 def is_folder(path: Path) -> bool:

@@ -14,8 +14,10 @@ def point(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
+    video: options.VideoOptions,
+    together: options.TogetherOption,
 ) -> None:
     """Point at every object of a kind."""
     from molmo_edge.frontend.prompts import point_question
 
-    answer_command(images, point_question(label), model, sampling, output)
+    answer_command(images, point_question(label), model, sampling, output, video, together=together.together)

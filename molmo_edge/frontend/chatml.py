@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from molmo_edge.frontend.tokenizer import CHAT_END, Tokenizer, TokenizerError
-from molmo_edge.frontend.video import PreparedVideo
 
 # Styles that the chat template does not write in front of a question.
 # fmt: off
@@ -62,14 +61,17 @@ def chat_ids(tokenizer: Tokenizer, turns: Sequence[str | Sequence[int]], *, styl
     return [*ids, *tokenizer.encode("<|im_start|>assistant\n", allow_special=True)]
 
 
-def frame_ids(tokenizer: Tokenizer, video: PreparedVideo) -> list[int]:
-    """Ids of the frames of a video, each after its time. Raises TokenizerError if the tokenizer lacks their tokens."""
-    special, cells = tokenizer.special, video.grid[0] * video.grid[1]
+def frame_ids(tokenizer: Tokenizer, times: Sequence[float], cells: int) -> list[int]:
+    """Ids of the frames of a video, each of `cells` tokens after its time in seconds.
+
+    Raises TokenizerError if the tokenizer lacks their tokens.
+    """
+    special = tokenizer.special
     start, end = special.frame_start, special.frame_end
     if start is None or end is None:
         raise TokenizerError("the tokenizer has no <frame_start> and <frame_end>: the model does not take videos")
     ids: list[int] = []
-    for number, time in enumerate(video.times):
+    for number, time in enumerate(times):
         ids += tokenizer.encode(f"{' ' if number else ''}{time:.1f} ")
         ids += [start, *[special.im_patch] * cells, end]
     return ids

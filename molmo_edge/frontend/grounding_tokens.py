@@ -135,6 +135,8 @@ def decode_grounding(
 
 def written_out(text: str, points: Sequence[Point]) -> str:
     """`text` with its grounding tokens replaced by the coordinates of `points`, in the grammar of Molmo2."""
-    numbers = (f"{p.image or 1} {i} {round(10 * p.x):03d} {round(10 * p.y):03d}" for i, p in enumerate(points, start=1))
+    frames = (f"{p.image or 1}" if p.time is None else f"{p.time:.1f}" for p in points)
+    places = (f"{i} {round(10 * p.x):03d} {round(10 * p.y):03d}" for i, p in enumerate(points, start=1))
+    numbers = (f"{frame} {place}" for frame, place in zip(frames, places, strict=True))
     replaced = _TRIPLE.sub(lambda _: next(numbers, "") + ";", text)
     return re.sub(r"<POINT_[0-9]+>", "", replaced).replace(';"', '"')

@@ -1,9 +1,9 @@
 """Load any image as uint8 RGB, or raise an error that says why it cannot be loaded.
 
 Follows the reference's `load_image` (olmo/data/model_preprocessor.py): EXIF orientation is applied, then Pillow's
-`convert("RGB")`, which drops transparency without blending. Three deliberate differences: 16-bit grey is scaled to 8
-bits, where `convert` would clip it to white; a damaged or truncated file is refused, where the reference fills the rest
-with grey; and Pillow's global settings are not changed.
+`convert("RGB")`, which drops transparency without blending; transformers 5.24 blends it with white (`alpha`). Three
+deliberate differences: 16-bit grey is scaled to 8 bits, where `convert` would clip it to white; a damaged or truncated
+file is refused, where the reference fills the rest with grey; and Pillow's global settings are not changed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from molmo_edge.config import ALPHA
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.frontend.unsupported_inputs import HEAD, describe_contents, describe_name
 
@@ -51,37 +52,48 @@ class ImageError(MolmoEdgeError):
     """An image that cannot be read, or an array that is not an image."""
 
 
-def load_image(image: ImageLike) -> np.ndarray:
+def load_image(image: ImageLike, *, alpha: str = "drop") -> np.ndarray:
     """Load `image` as uint8 RGB [h, w, 3], EXIF orientation applied.
 
     `image` is one of:
     - a path (str or PathLike), the bytes of a file, or a file object in binary mode (read from its start and left
       open); an animation gives its first frame;
     - a PIL.Image.Image; an animation gives its current frame. Modes "I;16" and "I" have 16 bits, "F" has values 0..1;
-    - a numpy array [h, w] or [h, w, 1] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA; the alpha channel is dropped), of
-      uint8, uint16 (0..65535), bool, or floats in 0..1.
+    - a numpy array [h, w] or [h, w, 1] (grey), [h, w, 3] (RGB) or [h, w, 4] (RGBA), of uint8, uint16 (0..65535),
+      bool, or floats in 0..1.
+
+    `alpha`: "drop" shows the colours that a transparent pixel hides, as in the reference's training; "white" blends
+    them with white, as a viewer does.
 
     Raises ImageError. It refuses 16-bit images with all values below 256 and float images with all values below 1/255,
     which would be black: they contain 8-bit values. URLs are not fetched, and base64 text is not decoded. A truncated
     file is refused unless the app has set Pillow's `ImageFile.LOAD_TRUNCATED_IMAGES`. Pillow's warnings about a file
     are suppressed.
     """
+    check_alpha(alpha)
+    white = alpha == "white"
     if isinstance(image, np.ndarray):
-        return _from_array(image, "the image array")
+        return _from_array(image, "the image array", white=white)
     if isinstance(image, Image.Image):
-        return _from_pillow(image, "the image")
+        return _from_pillow(image, "the image", white=white)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _from_bytes(image)
+        return _from_bytes(image, white)
     if isinstance(image, (str, os.PathLike)):
-        return _from_path(image)
+        return _from_path(image, white)
     if hasattr(image, "read"):
-        return _from_stream(image)
+        return _from_stream(image, white)
     raise ImageError(
         f"an image must be a path, bytes, a file object, a PIL image or a numpy array, not {type(image).__name__}"
     )
 
 
-def _from_path(path: str | os.PathLike[str]) -> np.ndarray:
+def check_alpha(alpha: str) -> None:
+    """Raise ImageError for an unknown treatment of transparency."""
+    if alpha not in ALPHA:
+        raise ImageError(f"alpha must be one of {', '.join(ALPHA)}, not {alpha!r}")
+
+
+def _from_path(path: str | os.PathLike[str], white: bool) -> np.ndarray:
     text = os.fsdecode(path)
     # Path() removes one slash of "https://".
     name = _shorten(re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", r"\1://", text))
@@ -97,10 +109,10 @@ def _from_path(path: str | os.PathLike[str]) -> np.ndarray:
         reason = getattr(error, "strerror", None) or error  # without the file name, which may be very long
         raise ImageError(f"the image {name} cannot be opened: {reason}") from error
     with file:
-        return _from_file(file, name)
+        return _from_file(file, name, white)
 
 
-def _from_stream(stream: Any) -> np.ndarray:
+def _from_stream(stream: Any, white: bool) -> np.ndarray:
     try:
         empty = stream.read(0)
     except Exception as error:  # the object may be anything with a `read` method
@@ -112,17 +124,17 @@ def _from_stream(stream: Any) -> np.ndarray:
     if not isinstance(empty, bytes):
         kind = "text" if isinstance(empty, str) else type(empty).__name__
         raise ImageError(f"the file object yields {kind}; open the image in binary mode, open(path, 'rb')")
-    return _from_file(stream, "the image")
+    return _from_file(stream, "the image", white)
 
 
-def _from_bytes(data: bytes | bytearray | memoryview) -> np.ndarray:
+def _from_bytes(data: bytes | bytearray | memoryview, white: bool) -> np.ndarray:
     try:
-        return _from_file(io.BytesIO(data), "the image")
+        return _from_file(io.BytesIO(data), "the image", white)
     except (ValueError, BufferError) as error:  # a memoryview that was released or is not contiguous
         raise ImageError(f"the bytes of the image cannot be read: {first_line(error)}") from error
 
 
-def _from_file(file: Any, name: str) -> np.ndarray:
+def _from_file(file: Any, name: str, white: bool) -> np.ndarray:
     """Load an image from a binary file object."""
     file = _whole(file, name)
     try:
@@ -140,7 +152,7 @@ def _from_file(file: Any, name: str) -> np.ndarray:
             _check_png(file, name)
         if image.format == "PCX" and image.mode == "L":
             _check_pcx(file, name)
-        return _from_pillow(image, name)
+        return _from_pillow(image, name, white=white)
 
 
 def _whole(file: Any, name: str) -> Any:
@@ -207,7 +219,7 @@ def _check_pcx(file: Any, name: str) -> None:
     file.seek(position)
 
 
-def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
+def _from_pillow(image: Image.Image, name: str, *, white: bool) -> np.ndarray:
     _check_size(image, name)
     black = _black_in_16_bits(image)
     _decode(image, name)
@@ -220,13 +232,19 @@ def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
         # RGBA as an intermediate gives the same colours as convert("RGB"), but without Pillow's warning about
         # transparent palettes; premultiplied modes can only be converted this way.
         via = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}.get(image.mode)
-        rgb = (image.convert(via) if via else image).convert("RGB")
+        image = image.convert(via) if via else image
+        rgb = _over_white(image) if white and image.has_transparency_data else image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"{name} has colours of mode {image.mode}, which Pillow cannot convert to RGB") from error
     array = np.array(rgb if turn is None else rgb.transpose(turn))
     if black >= 0 and array.max() <= black:
         raise ImageError(f"{name} has 16 bits per channel, and {_ALL_BELOW_256}")
     return array
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -311,7 +329,7 @@ def _as_uint16(values: np.ndarray, name: str) -> np.ndarray:
     return values.astype(np.uint16)
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+def _from_array(array: np.ndarray, name: str, *, white: bool = False) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
@@ -320,6 +338,9 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
     if not array.size:
         raise ImageError(f"{name} is empty: {array.shape[1]} x {array.shape[0]} pixels")
     rgb = _as_uint8(array[:, :, :3], name)  # [h, w, 1 or 3]
+    if white and array.shape[2] == 4:
+        opacity = _as_uint8(array[:, :, 3:], name)
+        return np.array(_over_white(Image.fromarray(np.concatenate([rgb, opacity], axis=2))))
     if rgb.shape[2] == 1:
         rgb = np.repeat(rgb, 3, axis=2)
     return np.array(rgb, order="C")  # a copy: the app may change its array later

@@ -38,6 +38,11 @@ class Point:
         """(x, y) in pixels of an image of width x height."""
         return self.x / 100.0 * width, self.y / 100.0 * height
 
+    def __repr__(self) -> str:
+        """Without image and time where the model names none."""
+        more = [f"{name}={value!r}" for name in ("image", "time") if (value := getattr(self, name)) is not None]
+        return f"Point({', '.join([f'x={self.x!r}', f'y={self.y!r}', f'label={self.label!r}', *more])})"
+
 
 # The reference's patterns, except that an id before `=` matches only its last digit. The matches are the same, but
 # `\d+` would take quadratic time for a long row of digits.
@@ -82,9 +87,12 @@ class StreamParser:
     `feed` returns the points that a piece completes: those of a tag when its closing tag begins, because the label
     comes before it; others at the first character that cannot belong to them. `close` returns the remaining points of
     an answer that was cut off. Together they equal `parse_points` of the joined pieces.
+
+    `video`: the answer is about a video, so that a whole number before points is a time, too ("2" for "2.0").
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, video: bool = False) -> None:
+        self._video = video
         self._pending: list[str] = []  # text that may be the beginning of a point or a tag
         self._in_tag = False
         self._coords = CoordsScanner()
@@ -132,13 +140,13 @@ class StreamParser:
         patterns = (_PAIR, _ATTRIBUTES, _TENTHS)
         found = [(at, Point(x, y, label)) for pattern in patterns for at, x, y in _matches(pattern, part)]
         for tag in self._coords.scan(part):
-            found += [(tag.end, _coords_point(point, label or _label(part))) for point in tag.points]
+            found += [(tag.end, _coords_point(point, label or _label(part), self._video)) for point in tag.points]
         return [point for _, point in sorted(found, key=lambda pair: pair[0])]
 
 
-def _coords_point(point: CoordsPoint, label: str) -> Point:
+def _coords_point(point: CoordsPoint, label: str, video: bool) -> Point:
     x, y = point.x / 10, point.y / 10
-    if "." not in point.frame:
+    if "." not in point.frame and not video:
         return Point(x, y, label, image=int(point.frame))
     try:
         return Point(x, y, label, time=float(point.frame))

@@ -27,7 +27,10 @@ _CONTENTS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
             "a HEIC photo: export it as JPEG, or `pip install pillow-heif` and call pillow_heif.register_heif_opener()",
         ),
         (rb".{4}ftypavi[fs]", "an AVIF image, which this Pillow cannot read: update Pillow, or convert it to PNG"),
-        (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video: extract a frame as PNG or JPEG first"),
+        (
+            rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+            "a video: extract a frame as PNG or JPEG, or pass molmo_edge.Video.open(path) to a Molmo2",
+        ),
         (rb"PK\x03\x04|\x1f\x8b", "a compressed archive: unpack it first"),
         (rb'\s*\{\s*"', "JSON text: download the image itself"),
         (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),

@@ -43,11 +43,33 @@ def prepare_video(frames: Sequence[np.ndarray], times: Sequence[float], config: 
 def sample_frames(total: int, fps: float, *, max_frames: int, max_fps: float = 2.0) -> list[int]:
     """The frames that the reference selects: `max_fps` per second and the last one, at most `max_frames`.
 
-    Source: "uniform_last_frame" of `video_processing_molmo2.py` in allenai/molmo2. As in the reference, frames of a
-    video with fewer than `max_fps` frames per second are repeated.
+    Source: `sample_frames` of `video_processing_molmo2.py` in allenai/molmo2, mode "uniform_last_frame". As in the
+    reference, frames of a video with fewer than `max_fps` frames per second are repeated.
     """
     last = total - 1
-    if last / fps > (max_frames - 1) / max_fps:
-        return [int(frame) for frame in np.linspace(0, last, max_frames)]
-    frames = [round(frame) for frame in np.arange(0.0, max(last, 1), fps / max_fps).tolist()]
+    if total <= 2:
+        return list(range(total))
+    if total / fps > (max_frames - 1) / max_fps:
+        return [int(frame) for frame in np.linspace(0, last, min(max_frames, total))]
+    frames = [round(frame) for frame in np.arange(0.0, last, fps / max_fps).tolist()]
     return frames if frames[-1] == last else [*frames, last]
+
+
+def sample_times(duration: float, *, max_frames: int, max_fps: float = 2.0) -> list[float]:
+    """The times, in seconds, that the reference selects in a file: `max_fps` per second and the end of the video.
+
+    If that is more than `max_frames`, they are `max_frames` times at equal intervals. Source: `sample_times`, as in
+    `sample_frames`.
+    """
+    if duration > (max_frames - 1) / max_fps:
+        return [float(time) for time in np.linspace(0, duration, max_frames)]
+    return [*np.arange(0.0, duration, 1 / max_fps).tolist(), duration]
+
+
+def sample_frames_evenly(total: int, fps: float, *, max_frames: int, max_fps: float = 2.0) -> list[int]:
+    """The frames that transformers selects, which ignores the checkpoint's mode: equal steps, without the last frame.
+
+    Source: `video_processing_molmo2.py` of transformers 5.24.
+    """
+    count = max(1, min(int(total / fps * max_fps), max_frames, total))
+    return [frame * total // count for frame in range(count)]

@@ -75,8 +75,8 @@ def _pairs(asks: Any, errors: Any) -> Sequence[tuple[Any, str]]:
 
 def _prompt(engine: Engine, index: int, image: Any, question: str, sampling: Sampling) -> _Prompt:
     check_text(question)
-    scene = engine.scene(image)
     ids = text_ids(engine.tokenizer, [question])
+    scene = engine.scene(image, len(ids))
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     return _Prompt(index, scene, scene is image, ids, most)
 

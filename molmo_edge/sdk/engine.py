@@ -5,25 +5,32 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molmo_edge.answer import Seconds
-from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, load_image, stitched_patches
-from molmo_edge.frontend.prompts import Prompt, image_ids
+from molmo_edge.errors import EngineError, MolmoEdgeError
+from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.image_files import check_alpha
+from molmo_edge.frontend.visual_prompt import UnsupportedInputError
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.grounding import GroundingInputs
-from molmo_edge.runtimes.prompt_embeddings import image_embeddings, prefill, with_features
+from molmo_edge.runtimes.generate import GenerationError
+from molmo_edge.runtimes.prompt_embeddings import prefill
+from molmo_edge.sdk.encoding import encode
+from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
+from molmo_edge.sdk.readable_text import counted
 from molmo_edge.sdk.serial_runtime import serial_runtime
+from molmo_edge.sdk.shown import Shown
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.tokenizer import Tokenizer
-    from molmo_edge.runtimes.protocol import Cache, PointRuntime, Runtime
+    from molmo_edge.frontend.visual_prompt import VisualPrompt
+    from molmo_edge.runtimes.grounding import GroundingInputs
+    from molmo_edge.runtimes.protocol import Cache, Runtime
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
@@ -35,23 +42,31 @@ class QuestionError(MolmoEdgeError):
 
 @dataclass(frozen=True, eq=False)
 class Scene(NotCopied):
-    """An image that `Molmo.encode` encoded and prefilled once. Any thread can ask it any number of questions."""
+    """One or several images, or a video, that `Molmo.encode` encoded and prefilled once.
 
-    image: np.ndarray | None  # uint8 [h, w, 3], EXIF rotation applied; None: questions without an image
-    crops: int  # including the global view
+    Any thread can ask it any number of questions.
+    """
+
+    shown: Shown  # the images, or the frames of the video; none of them: questions without an image
+    crops: int  # of all images, including their global views; or frames
     embeddings: np.ndarray  # float32 [n, d_model]: BOS and the image tokens, with the image features added
     seconds: Seconds  # what encoding took
     cache: Cache | None  # prefilled with `embeddings`; each question uses a copy
     engine: Engine = field(repr=False)
+    flags: np.ndarray = field(repr=False)  # bool [n]: which positions are image tokens
     grounding: GroundingInputs | None = field(default=None, repr=False)  # of a model that points by grounding tokens
     born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
 
     _instead = "pass its image on, and encode it there"
 
     def image_flags(self, text: int = 0) -> np.ndarray:
-        """Which positions of the scene and of `text` positions after it are image tokens: all of the scene but BOS."""
-        at = np.arange(len(self.embeddings) + text)
-        return (at > 0) & (at < len(self.embeddings))
+        """Which positions of the scene and of `text` positions after it are image tokens."""
+        return np.append(self.flags, np.zeros(text, bool))
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """The first image, or frame, uint8 [h, w, 3]; None for questions without an image."""
+        return self.shown.images[0] if self.shown.images else None
 
     def ran(self, cache: Any) -> Scene:
         """Return the scene with what its grounding tokens need of the run that filled `cache` with it."""
@@ -65,10 +80,18 @@ class Scene(NotCopied):
         return self.cache if self.born == forks.generation() else None
 
     def __repr__(self) -> str:
-        if self.image is None:
+        shown = self.shown
+        if not shown.images:
             return "Scene(no image)"
-        height, width = self.image.shape[:2]
-        return f"Scene({width}x{height}, {self.crops} crops, {len(self.embeddings)} positions)"
+        height, width = shown.size_of(0)
+        if shown.times is not None:
+            what = f"video {width}x{height}, {counted(len(shown.times), 'frame')} of {shown.times[-1]:.1f} s"
+        elif len(shown.images) > 1:
+            sizes = ", ".join(f"{rgb.shape[1]}x{rgb.shape[0]}" for rgb in shown.images)
+            what = f"{len(shown.images)} images {sizes}, {self.crops} crops"
+        else:
+            what = f"{width}x{height}, {self.crops} crops"
+        return f"Scene({what}, {len(self.embeddings)} positions)"
 
 
 class Engine:
@@ -80,15 +103,21 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         max_crops: int | None = None,
+        alpha: str = "drop",
         name: str | None = None,
         started: float | None = None,
     ) -> None:
-        """`name`: the model's, for answers. `started`: time.perf_counter() when loading began, None: now."""
+        """`alpha`: see `load_image`. `name`: the model's, for answers.
+
+        `started`: time.perf_counter() when loading began, None: now.
+        """
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
         image = runtime.config.image
         if max_crops is not None:
             image = dataclasses.replace(image, max_crops=max_crops)
+        check_alpha(alpha)
+        self.alpha = alpha
         self.process = ImageProcessor(image, tokenizer.special)
         self.load_seconds = time.perf_counter() - began
         logger.debug("%s: opened on %s in %.3f s", name, runtime.engine, self.load_seconds)
@@ -103,53 +132,44 @@ class Engine:
         """Positions of the model's context."""
         return self.config.decoder.max_position_embeddings
 
-    def scene(self, image: Any) -> Scene:
-        """Load, crop and encode `image`, without prefill. A Scene is returned unchanged.
+    def scene(self, image: Any, text: int = 0) -> Scene:
+        """Load, crop and encode `image` (see `Molmo`), without prefill. A Scene is returned unchanged.
 
-        Raises QuestionError for a Scene of another Molmo.
+        `text`: positions that the question takes. Raises QuestionError for a Scene of another Molmo, and before
+        anything is encoded QuestionError or GenerationError for what does not fit into the model's context.
         """
         if isinstance(image, Scene):
             if image.engine is not self:
                 raise QuestionError("this scene belongs to another Molmo: encode the image with the one you ask")
             return image
         started = time.perf_counter()
-        rgb = load_image(image)
-        prepared = self.process(rgb)
-        prompt = image_ids(self.tokenizer, prepared)
-        if len(prompt.ids) >= self.context:
-            raise QuestionError(
-                f"the image takes {len(prompt.ids)} of the model's {self.context} positions: lower max_crops"
-            )
-        cropped = time.perf_counter()
-        if self.config.point_head is None:
-            embeddings, grounding = image_embeddings(self.runtime, prepared, prompt), None
-        else:
-            embeddings, grounding = self._grounded(prepared, prompt)
-        seconds = Seconds(preprocess=cropped - started, vision=time.perf_counter() - cropped)
-        return Scene(rgb, len(prepared.crops), embeddings, seconds, None, self, grounding)
-
-    def _grounded(self, image: PreparedImage, prompt: Prompt) -> tuple[np.ndarray, GroundingInputs]:
-        """The embeddings of an image, and what its grounding tokens depend on."""
-        runtime = cast("PointRuntime", self.runtime)
-        assert image.pooling is not None
-        patches = runtime.encode_crops(image.crops)
-        features = runtime.connect(patches, image.masks, image.pooling)
-        inputs = GroundingInputs(
-            head=runtime,
-            ids=prompt.ids,
-            positions=prompt.token_index,
-            indexable=self.tokenizer.special.im_patch,
-            patch_features=patches.reshape(-1, patches.shape[-1]),
-            pooling=image.pooling,
-            features=features,
-            grids=(stitched_patches(self.process.config, image.tiling),),
+        inputs = read_inputs(image, self.config, alpha=self.alpha)
+        prompt = inputs.prompt(self.process, self.tokenizer)
+        self._check_room(inputs, prompt, text)
+        encoded = encode(self.runtime, self.process, inputs, prompt)
+        seconds = Seconds(preprocess=time.perf_counter() - started - encoded.vision, vision=encoded.vision)
+        return Scene(
+            encoded.shown, encoded.crops, encoded.embeddings, seconds, None, self, prompt.image, encoded.grounding
         )
-        return with_features(runtime, prompt, features), inputs
+
+    def _check_room(self, inputs: Inputs, prompt: VisualPrompt, text: int) -> None:
+        """Refuse a prompt that cannot run, before the vision tower does."""
+        visible = len(prompt.ids)
+        if visible >= self.context:
+            raise QuestionError(inputs.too_long(visible, text, self.context))
+        if visible + text > self.context:
+            raise GenerationError(inputs.too_long(visible, text, self.context))
+        check = getattr(self.runtime, "check_images", None)
+        if check is not None:
+            try:
+                check(prompt.image)
+            except EngineError as error:  # of this prompt, not of the engine
+                raise UnsupportedInputError(str(error)) from None
 
     def no_image(self) -> Scene:
         """Return a Scene for questions without an image, as some benchmarks ask them."""
         bos = self.runtime.embed(np.array([self.tokenizer.special.bos]))
-        return Scene(None, 0, np.asarray(bos, np.float32), Seconds(), None, self)
+        return Scene(Shown(()), 0, np.asarray(bos, np.float32), Seconds(), None, self, np.zeros(1, bool))
 
     def prefill(self, scene: Scene, room: int) -> Scene:
         """Return `scene` with a filled cache that has `room` free positions, or what the context allows."""

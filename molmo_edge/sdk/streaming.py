@@ -15,7 +15,7 @@ from molmo_edge.frontend.points import Point, StreamParser, parse_count
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
-from molmo_edge.runtimes.grounding import GroundedParser, GroundingInputs
+from molmo_edge.runtimes.grounding import GroundedParser
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.system.log import logger
@@ -68,8 +68,8 @@ def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling,
     """See `Molmo.stream`."""
     check_text(question)
     turns = [*_flattened(history), question]
-    scene = engine.scene(image)
     ids = text_ids(engine.tokenizer, turns)
+    scene = engine.scene(image, len(ids))
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     result: list[Answer] = []
     return Stream(_answer(scene, ids, sampling, most, encoded_before=scene is image, result=result), result)
@@ -89,7 +89,7 @@ def _answer(
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
     generated = yield from generate_pieces(
-        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, grounding=scene.grounding
+        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, scene=scene
     )
     result.append(finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings)))
 
@@ -103,15 +103,16 @@ def generate_pieces(
     *,
     capacity: int,
     began: float,
-    grounding: GroundingInputs | None = None,
+    scene: Scene,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
-    time.perf_counter() when the prefill began. `grounding`: of the scene, see `generate`.
+    time.perf_counter() when the prefill began. `scene`: what the answer is about.
     """
-    decoder = StreamDecoder(engine.tokenizer)
-    parser: StreamParser | GroundedParser = StreamParser() if grounding is None else GroundedParser(grounding)
+    decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
+    parser: StreamParser | GroundedParser
+    parser = StreamParser(video=scene.shown.times is not None) if grounding is None else GroundedParser(grounding)
     generated = Generated()
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
@@ -187,6 +188,7 @@ def finished(
         complete=new < most,
         usage=Usage(tokens, scene.crops, seconds),
         image=scene.image,
+        shown=scene.shown,
         model=engine.name,
     )
 

@@ -18,6 +18,7 @@ DISTRIBUTION = "molmo-edge"
 # The extras that install a package, smallest first, by the name that is imported. tests/test_extras.py compares them
 # with pyproject.toml.
 EXTRAS_OF = {
+    "av": ("video",),
     "bitsandbytes": ("quantize", "train"),
     "datasets": ("eval", "train"),
     "gguf": ("gguf", "train"),
