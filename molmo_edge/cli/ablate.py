@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table
-from molmo_edge.cli.question_options import Asked, bars, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, named, open_suites, parse_precisions
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import AblationResult

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from molmo_edge.cli.answer_folder import answer_folder
+from molmo_edge.cli.answer_table import check_table
 from molmo_edge.cli.open_model import open_molmo
 from molmo_edge.cli.options import ModelOptions, OutputOptions, SamplingOptions, VideoOptions
 from molmo_edge.cli.output import (
@@ -19,9 +21,8 @@ from molmo_edge.cli.output import (
     print_stream,
     progress,
 )
-from molmo_edge.cli.pictures import PictureError, find_pictures, is_video, open_picture
+from molmo_edge.cli.pictures import PictureError, find_pictures, is_video, open_picture, report_problem
 from molmo_edge.cli.saving import check_save_together, save_answer, save_paths
-from molmo_edge.cli.streams import print_error
 from molmo_edge.errors import MolmoEdgeError
 
 if TYPE_CHECKING:
@@ -48,15 +49,14 @@ def answer_command(
     groups = [pictures] if together else [[picture] for picture in pictures]
     several = several and not together
     try:
-        if several:
-            saves = save_paths(output.save, pictures)
-        else:
-            check_save_together(output.save, pictures)
-            saves = [output.save]
+        saves = _save_paths(output, pictures, several=several, together=together)
     except OutputError as error:
         raise typer.BadParameter(str(error)) from None
     if (warning := sampling.warning) is not None:
         note(warning, quiet=quiet)
+    if output.csv is not None:
+        answer_folder(pictures, saves, question, model, sampling, output, video)
+        return
     with progress("opening the photo", quiet=quiet):
         from molmo_edge.frontend.image_files import ImageError
         from molmo_edge.frontend.video_files import VideoError
@@ -71,7 +71,7 @@ def answer_command(
                 opened.append(error)
     if all(isinstance(photo, MolmoEdgeError) for photo in opened):  # then no model is opened
         for picture, problem in zip(pictures, opened, strict=True):
-            _report(picture, problem, json=output.json)
+            report_problem(picture, problem, json=output.json)
         raise typer.Exit(1)
     from molmo_edge.frontend.visual_prompt import UnsupportedInputError
     from molmo_edge.runtimes.generate import GenerationError
@@ -97,17 +97,26 @@ def answer_command(
                 if not several:
                     raise
                 failed = True
-                _report(picture, error, json=output.json)
+                report_problem(picture, error, json=output.json)
     if failed:
         raise typer.Exit(1)
 
 
-def _report(picture: Path, error: MolmoEdgeError, *, json: bool) -> None:
-    """Print why there is no answer for one of several images."""
-    text = " ".join(str(error).split())
-    if json:
-        print_json({"image": str(picture), "error": text})
-    print_error(text if str(picture) in text else f"{picture}: {text}")
+def _save_paths(output: OutputOptions, pictures: Sequence[Path], *, several: bool, together: bool) -> list[Path | None]:
+    """The file or folder for the drawn pictures of each question. Raises OutputError for what cannot be written."""
+    if output.csv is not None:
+        if together:
+            raise OutputError("--csv has the answers about each picture: it cannot be used with --together")
+        check_table(output.csv, pictures)
+    if output.save_dir is not None:
+        if output.save is not None:
+            raise OutputError("--save and --save-dir name two places: use one of them")
+        drawn = save_paths(output.save_dir, pictures, option="--save-dir")
+        return [output.save_dir] if together else drawn
+    if several:
+        return save_paths(output.save, pictures)
+    check_save_together(output.save, pictures)
+    return [output.save]
 
 
 def _kind(group: Sequence[Path]) -> str:

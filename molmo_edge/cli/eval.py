@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.question_options import Asked, bars, open_suite
+from molmo_edge.cli.question_options import Asked, open_suite
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.system.files import atomic_write
 from molmo_edge.system.version import __version__

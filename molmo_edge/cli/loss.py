@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.question_options import Asked, bars, named, open_suites
+from molmo_edge.cli.question_options import Asked, named, open_suites
 from molmo_edge.cli.streams import print_error
 from molmo_edge.sdk.readable_text import counted
 

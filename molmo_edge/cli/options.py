@@ -85,8 +85,8 @@ def _share(value: float) -> float:
 # default: typer shows the others.
 _IMAGE = 'The photo, in any format that Pillow reads. Put "--" before a name that begins with a dash.'
 _IMAGES = (
-    'One or more photos or videos, or a folder of photos; "-" reads one photo from stdin. Put "--" before a name that '
-    "begins with a dash."
+    'One or more photos or videos, a folder of photos, or a pattern ("photos/**/*.jpg"); "-" reads one photo from '
+    'stdin. Put "--" before a name that begins with a dash.'
 )
 _CHAT_IMAGES = 'The photo, or several photos or a video for a Molmo2. Put "--" before a name that begins with a dash.'
 _TOGETHER = "Ask once about all photos together (Molmo2 models), instead of once for each photo."
@@ -148,6 +148,13 @@ _SAVE = (
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 JsonLines = Annotated[bool, typer.Option("--json", help=_JSON_LINES)]
 Save = Annotated[Path | None, typer.Option(help=_SAVE)]
+_SAVE_DIR = "Save each photo with its points drawn on it as DIR/NAME.annotated.png."
+_CSV = (
+    "Write a table with a row for each point to this file, instead of printing answers. Photos that it has answers for "
+    "are skipped, so that an interrupted run can continue."
+)
+SaveDir = Annotated[Path | None, typer.Option(metavar="DIR", help=_SAVE_DIR, show_default=False)]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help=_CSV, show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors to stderr.")]
 
 
@@ -216,6 +223,8 @@ class OutputOptions:
 
     json: JsonLines = False
     save: Save = None
+    save_dir: SaveDir = None
+    csv: Csv = None
     quiet: Quiet = False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 
 import typer
 
-from molmo_edge.cli.output import is_file
+from molmo_edge.cli.output import is_file, print_json
+from molmo_edge.cli.streams import print_error
 from molmo_edge.errors import MolmoEdgeError
 
 STDIN = Path("-")
@@ -76,28 +79,49 @@ def _open_video(path: Path, keywords: Mapping[str, Any]) -> Any:
     return Video.open(path, **keywords)
 
 
+def report_problem(picture: Path, error: MolmoEdgeError, *, json: bool) -> str:
+    """Print why there is no answer for one of several images. Returns the reason."""
+    text = " ".join(str(error).split())
+    if json:
+        print_json({"image": str(picture), "error": text})
+    print_error(text if str(picture) in text else f"{picture}: {text}")
+    return text
+
+
 def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
-    """The images at `paths`, those of a folder sorted by name, and whether there may be more than one.
+    """The images at `paths`, those of a folder or pattern sorted by name, and whether there may be more than one.
 
     Raises BadParameter for a question without quotes, and if stdin is named twice.
     """
     if sum(path == STDIN for path in paths) > 1:
         raise typer.BadParameter("stdin can be read only once", param_hint="IMAGE")
-    words = [str(path) for path in paths[1:] if not path.suffix and not path.exists() and path != STDIN]
+    words = [str(path) for path in paths[1:] if not path.suffix and not _exists(path) and path != STDIN]
     if words:
         raise typer.BadParameter(
             f'there is no file "{words[0]}": put a question or a label of several words in quotes', param_hint="IMAGE"
         )
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if is_folder(path) else []
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if is_folder(path) else _match(path)
         found += [picture for picture in inside if is_file(picture)] or [path]
-    return found, len(paths) > 1 or is_folder(paths[0])
+    return found, len(paths) > 1 or is_folder(paths[0]) or bool(_match(paths[0]))
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or bool(_match(path))
+
+
+def _match(path: Path) -> list[Path]:
+    """The files that a pattern matches, sorted; none for a path that exists. Shells on Windows pass patterns on."""
+    if not glob.has_magic(str(path)) or is_file(path) or is_folder(path):
+        return []
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
 
 
 def names_image(path: Path) -> bool:
     """Whether an argument looks like an image rather than like a question or a label."""
-    return path == STDIN or path.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES) or is_file(path) or is_folder(path)
+    known = path.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES)
+    return path == STDIN or known or is_file(path) or is_folder(path) or bool(_match(path))
 
 
 def is_folder(path: Path) -> bool:

@@ -10,9 +10,10 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
+from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cli.question_options import Asked, bars, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, named, open_suites, parse_precisions
 from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:

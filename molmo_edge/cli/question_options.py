@@ -1,17 +1,14 @@
-"""What `eval`, `loss`, `ablate` and `quantize` share: options that choose questions, and progress bars."""
+"""What `eval`, `loss`, `ablate` and `quantize` share: options that choose questions."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molmo_edge.checkpoints.bundle import is_hub_id
-from molmo_edge.cli.output import console, note, progress
+from molmo_edge.cli.output import note, progress
 from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:
@@ -67,18 +64,3 @@ def open_suites(
     with progress("loading the questions", quiet=quiet):
         asked = [question for name in listed for question in open_suite(name, limit, data, quiet=quiet)]
     return listed, unique(asked)
-
-
-@contextmanager
-def bars(*, quiet: bool) -> Iterator[Callable[..., Callable[[], None]]]:
-    """Yields a function (text, total, done=0) that adds a bar on stderr and returns what advances it by 1."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), disable=quiet or not sys.stderr.isatty()) as shown:
-
-        def add(text: str, total: int, done: int = 0) -> Callable[[], None]:
-            task = shown.add_task(text, total=total, completed=done)
-            return lambda: shown.advance(task)
-
-        yield add

@@ -35,19 +35,21 @@ def check_save(path: Path | None, image: Path) -> None:
         raise OutputError(f"--save {path} would overwrite the photo itself: choose another name")
 
 
-def save_paths(folder: Path | None, images: Sequence[Path]) -> list[Path | None]:
+def save_paths(folder: Path | None, images: Sequence[Path], *, option: str = "--save") -> list[Path | None]:
     """The files for the drawn pictures of several images, FOLDER/NAME.annotated.png; None without a folder.
 
-    Creates the folder. Raises OutputError if it is not writable, before any work is done.
+    Creates the folder, with --save-dir also those above it. Raises OutputError if it is not writable, before any work
+    is done.
     """
     if folder is None:
         return [None] * len(images)
-    if is_file(folder) or (folder.suffix.lower() in _FORMATS and not folder.is_dir()):
-        raise OutputError(f"--save {folder}: with several images it must name a folder")
+    always = option == "--save-dir"
+    if is_file(folder) or (not always and folder.suffix.lower() in _FORMATS and not folder.is_dir()):
+        raise OutputError(f"{option} {folder}: {'it' if always else 'with several images it'} must name a folder")
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=always, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--save {folder}: the folder cannot be created: {error.strerror}") from None
+        raise OutputError(f"{option} {folder}: the folder cannot be created: {error.strerror}") from None
     taken: dict[str, int] = {}
     paths: list[Path | None] = []
     for image in images:
