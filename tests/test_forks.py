@@ -17,10 +17,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 
 HEAD = """
 import os, sys, time
+from functools import partial
 import numpy as np
-from molmo_edge import Molmo
+import molmo_edge
 from molmo_edge.errors import MolmoEdgeError
 
+Molmo = partial(molmo_edge.Molmo, max_crops=0)  # twice as fast as with crops
 IMAGE, QUESTION = np.full((64, 64, 3), 90, np.uint8), "What is this?"
 
 def ask(molmo, image=IMAGE):
