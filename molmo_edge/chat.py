@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,7 +145,7 @@ class Chat(NotCopied):
 
     def _answer(
         self, turn: int, question: str, ids: np.ndarray, sampling: Sampling, most: int, result: list[Answer]
-    ) -> Iterator[str | Point]:
+    ) -> Generator[str | Point, None, None]:
         began = time.perf_counter()
         capacity = len(self.scene.embeddings) + len(ids) + most - 1
         with self._lock:

@@ -123,8 +123,8 @@ class Molmo(NotCopied):
     def encode(self, image: Any, *, room: int = 512) -> Scene:
         """Encode and prefill `image` once; pass the Scene wherever an image goes. A Scene is returned unchanged.
 
-        `room`: positions to keep free for question and answer. If question and answer need more, the image is prefilled
-        again.
+        `room`: positions to keep free for question and answer. If they need more, the cache is copied into a larger
+        one.
         """
         if not isinstance(room, Integral) or room < 0:
             raise QuestionError(f"room must be a number of positions (an integer of 0 or more), not {room!r}")

@@ -154,7 +154,12 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
+def saying(any_saying: Callable[..., Molmo]) -> Callable[..., Molmo]:
+    return any_saying
+
+
+@pytest.fixture(scope="session")
+def any_saying(tokenizer: Tokenizer) -> Callable[..., Molmo]:
     """`saying(text)` is a Molmo that answers every question with `text`; `context` shortens its context."""
 
     def make(text: str, *, context: int = 4096, max_crops: int | None = 2) -> Molmo:

@@ -18,18 +18,22 @@ OPTIONAL = (
     "av",
     "bitsandbytes",
     "datasets",
+    "fastapi",
     "gguf",
     "jinja2",
     "llama_cpp",
     "matplotlib",
     "onnx",
     "optimum",
+    "prometheus_client",
+    "pydantic",
     "resvg_py",
     "safetensors",
     "scipy",
     "supervision",
     "tensorboard",
     "torch",
+    "uvicorn",
 )
 BLOCKED = """
 import sys
@@ -81,6 +85,10 @@ COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
     ("llama_cpp", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
     ("torch", "torch", ("export", "pickled", "--engine", "torch", "--out", "checkpoint")),
     ("torch", "torch", ("export", GOLDEN / "qwen", "--precision", "q4", "--calibrate", "points", "--out", "bundle")),
+    *(
+        (package, "serve", ("serve", "--port", 0))
+        for package in ("fastapi", "prometheus_client", "pydantic", "uvicorn")
+    ),
     ("onnx", "eval", ("loss", "nano", "nano")),
     ("matplotlib", "eval", ("loss", "nano", "nano", "--report", "report")),
     ("torch", "torch,export", ("loss", "nano", "nano", "--noise", "bf16", "--limit", 1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -36,21 +37,39 @@ class Stream(Iterator["str | Point"], NotCopied):
 
     _instead = "pass its `answer` on"
 
-    def __init__(self, pieces: Iterator[str | Point], result: list[Answer]) -> None:
+    def __init__(self, pieces: Generator[str | Point, None, None], result: list[Answer]) -> None:
+        """`pieces` may contain empty texts, one for each token that completes no text; they are not passed on."""
         self._pieces = pieces
         self._result = result
+        self._closed = False
 
     def __next__(self) -> str | Point:
-        return next(self._pieces)
+        while not self._closed:
+            piece = next(self._pieces)
+            if piece != "":
+                return piece
+        self._pieces.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop generating and free the cache of this answer; any thread may call this at any time.
+
+        If another thread waits for a piece, the token that is being generated is the last one. Later pieces and, unless
+        it was complete, `answer` are not available.
+        """
+        self._closed = True
+        with contextlib.suppress(ValueError):  # another thread runs the generator, and closes it after this token
+            self._pieces.close()
 
     @property
     def answer(self) -> Answer:
         """The complete answer. Generates the pieces that have not been iterated over yet."""
-        for _ in self._pieces:
+        for _ in self:
             pass
-        if not self._result:
-            raise GenerationError("this stream failed before its answer was complete: ask again")
-        return self._result[0]
+        if self._result:
+            return self._result[0]
+        how = "was closed" if self._closed else "failed"
+        raise GenerationError(f"this stream {how} before its answer was complete: ask again")
 
 
 @dataclass
@@ -77,13 +96,13 @@ def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling,
 
 def _answer(
     scene: Scene, ids: np.ndarray, sampling: Sampling, most: int, *, encoded_before: bool, result: list[Answer]
-) -> Iterator[str | Point]:
+) -> Generator[str | Point, None, None]:
     began = time.perf_counter()
     engine = scene.engine
     embeddings = engine.runtime.embed(ids)  # [n, d_model]
     capacity = len(scene.embeddings) + len(ids) + most - 1
-    if (kept := scene.prefilled) is not None and capacity <= kept.capacity:
-        cache = kept.copy()
+    if (kept := scene.prefilled) is not None:
+        cache = kept.copy(max(capacity, kept.capacity))
     else:
         cache = engine.runtime.new_cache(capacity)
         embeddings = np.concatenate([scene.embeddings, embeddings])
@@ -105,7 +124,7 @@ def generate_pieces(
     began: float,
     scene: Scene,
 ) -> Generator[str | Point, None, Generated]:
-    """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream`.
+    """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream.__init__`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
     time.perf_counter() when the prefill began. `scene`: what the answer is about.
@@ -140,8 +159,7 @@ def generate_pieces(
         generated.text += piece
         closed = parser.feed(piece) + (parser.close() if token is None else [])
         generated.points += closed
-        if piece:
-            yield piece
+        yield piece  # empty if the token completes no text: `Stream` can stop after each token
         yield from closed
         if token is None:
             break

@@ -21,18 +21,22 @@ EXTRAS_OF = {
     "av": ("video",),
     "bitsandbytes": ("quantize", "train"),
     "datasets": ("eval", "train"),
+    "fastapi": ("serve",),
     "gguf": ("gguf", "train"),
     "jinja2": ("eval",),
     "llama_cpp": ("gguf",),
     "matplotlib": ("eval",),
     "onnx": ("export", "eval", "quantize", "train"),
     "optimum": ("optimum",),
+    "prometheus_client": ("serve",),
+    "pydantic": ("serve",),
     "resvg_py": ("train",),
     "safetensors": ("train",),
     "scipy": ("eval",),
     "supervision": ("supervision",),
     "tensorboard": ("train",),
     "torch": ("torch", "quantize", "train"),
+    "uvicorn": ("serve",),
 }
 
 

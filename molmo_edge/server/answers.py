@@ -1,0 +1,225 @@
+"""Answer a question about pictures: what the endpoints of every API ask, and what they get."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from molmo_edge.errors import EngineError, MolmoEdgeError, first_line
+from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.points import Point, parse_count, parse_points
+from molmo_edge.frontend.prompts import text_ids
+from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
+from molmo_edge.sdk.streaming import Stream
+from molmo_edge.server.errors import as_api_error, bad_request
+from molmo_edge.server.metrics import Metrics
+from molmo_edge.server.pictures import Picture
+from molmo_edge.server.queue import Ticket
+from molmo_edge.server.scenes import Encoded, SceneCache
+from molmo_edge.server.stop_sequences import StopSequences
+
+_ROOM = 512  # free positions in the cache of a scene: more are added when an answer needs them
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question, ready for the model."""
+
+    question: str
+    pictures: tuple[Picture, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    overview_only: bool = False  # use only the global view of each picture ("detail": "low")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A part of an answer: text, or points that it completed."""
+
+    text: str = ""
+    points: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of an answer."""
+
+    prompt: int  # including the image
+    cached: int  # of the prompt, those that did not run again
+    generated: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer, and the whole of it."""
+
+    text: str
+    points: tuple[dict[str, Any], ...]
+    count: int | None
+    complete: bool  # False: cut off by the limit on tokens or by the context
+    usage: Usage
+    model: str
+
+
+@dataclass
+class Answerer:
+    """Runs questions on one model, for `ModelQueue`."""
+
+    molmo: Molmo
+    scenes: SceneCache
+    metrics: Metrics
+    _overview: Molmo | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return self.molmo.name or "molmo"
+
+    def check(self, ask: Ask) -> None:
+        """Raise ApiError for a question that the model cannot be asked. Cheap: nothing runs."""
+        if len(ask.pictures) > 1 and not self.molmo.config.several_images:
+            raise bad_request(
+                f"the model {self.model} takes one image in a conversation, and this one has {len(ask.pictures)} "
+                "different images"
+            )
+
+    def run(self, ask: Ask, ticket: Ticket) -> Iterator[Delta | Finished]:
+        """The events of an answer. A job of `ModelQueue`."""
+        began = time.perf_counter()
+        try:
+            molmo = self._with_crops(ask)
+            kept = self._kept(molmo, ask)
+            encoded = kept or self._encoded(molmo, ask, ticket)
+            if encoded is None:
+                return
+            stream = molmo.stream(
+                encoded.scene,
+                ask.question,
+                max_new_tokens=ask.max_new_tokens,
+                temperature=ask.temperature,
+                top_k=ask.top_k,
+                top_p=ask.top_p,
+                seed=ask.seed,
+                history=list(ask.history),
+            )
+        except MemoryError:
+            raise EngineError("out of memory while the image was encoded") from None
+        except MolmoEdgeError as error:
+            raise as_api_error(error) from error
+        ticket.on_cancel(stream.close)
+        try:
+            yield from self._generate(molmo, encoded, ask, stream, began, kept=kept is not None)
+        except MolmoEdgeError as error:
+            # After the start it is the model that failed, not the request.
+            raise EngineError(first_line(error)) from error
+        finally:
+            stream.close()
+
+    def _generate(
+        self, molmo: Molmo, encoded: Encoded, ask: Ask, stream: Stream, began: float, *, kept: bool
+    ) -> Iterator[Delta | Finished]:
+        stops = StopSequences(ask.stop)
+        text = ""
+        points: list[dict[str, Any]] = []
+        for piece in stream:
+            if not text and not points:
+                self.metrics.first_token(time.perf_counter() - began)
+            if isinstance(piece, Point):
+                points.append(point_data(piece, encoded.sizes))
+                yield Delta(points=(points[-1],))
+                continue
+            shown = stops.feed(piece)
+            text += shown
+            if shown:
+                yield Delta(shown)
+            if stops.found:
+                break
+        if stops.found:
+            stream.close()
+            # The stop sequence may have cut a tag, so that the points in it were not delivered yet.
+            rest = [point_data(point, encoded.sizes) for point in parse_points(text)[len(points) :]]
+            tokens = len(molmo.engine.tokenizer.encode(text))
+            count, complete = parse_count(text), True
+        else:
+            answer = stream.answer
+            held = stops.close()
+            text += held
+            if held:
+                yield Delta(held)
+            rest, tokens, count, complete = [], answer.usage.tokens.generated, answer.count, answer.complete
+        points += rest
+        if rest:
+            yield Delta(points=tuple(rest))
+        usage = self._usage(molmo, encoded, ask, tokens, kept=kept)
+        self.metrics.answered(usage.prompt, usage.cached, usage.generated)
+        count = len(points) or None if count is None else count
+        yield Finished(text, tuple(points), count, complete, usage, self.model)
+
+    def _usage(self, molmo: Molmo, encoded: Encoded, ask: Ask, generated: int, *, kept: bool) -> Usage:
+        turns = [turn for pair in ask.history for turn in pair]
+        image = len(encoded.scene.embeddings)
+        prompt = image + len(text_ids(molmo.engine.tokenizer, [*turns, ask.question]))
+        return Usage(prompt, image if kept else 0, generated)
+
+    def _with_crops(self, ask: Ask) -> Molmo:
+        """The model with its own number of crops, or with the global view only."""
+        if not ask.overview_only:
+            return self.molmo
+        with self._lock:
+            if self._overview is None:
+                engine = self.molmo.engine
+                self._overview = Molmo.from_parts(engine.runtime, engine.tokenizer, max_crops=0, name=self.molmo.name)
+            return self._overview
+
+    def _kept(self, molmo: Molmo, ask: Ask) -> Encoded | None:
+        """The scene of the pictures from an earlier question, if it is still there."""
+        if not ask.pictures:
+            return None
+        kept = self.scenes.get(_key(molmo, ask))
+        self.metrics.scene(found=kept is not None)
+        return kept
+
+    def _encoded(self, molmo: Molmo, ask: Ask, ticket: Ticket) -> Encoded | None:
+        """A new scene of the pictures; None if the ticket was cancelled."""
+        if not ask.pictures:
+            return Encoded(molmo.engine.no_image(), ())
+        images = [load_image(picture.data) for picture in ask.pictures]
+        if ticket.cancelled:
+            return None
+        scene = molmo.engine.scene(images[0] if len(images) == 1 else images)
+        if ticket.cancelled:
+            return None
+        scene = molmo.engine.prefill(scene, _ROOM)
+        encoded = Encoded(scene, tuple((image.shape[1], image.shape[0]) for image in images))
+        self.scenes.put(_key(molmo, ask), encoded)
+        return encoded
+
+
+def _key(molmo: Molmo, ask: Ask) -> Hashable:
+    return (*(picture.digest for picture in ask.pictures), molmo.engine.process.config.max_crops)
+
+
+def point_data(point: Point, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """A point for JSON, as in `Answer.to_dict`: x and y in percent, its label, and `pixel` in pixels of its image.
+
+    `sizes`: (width, height) of the images. `image` (from 1) and `time` are there where the model names them.
+    """
+    data: dict[str, Any] = {"x": point.x, "y": point.y, "label": point.label}
+    if point.image is not None:
+        data["image"] = point.image
+    if point.time is not None:
+        data["time"] = point.time
+    index = (point.image or 1) - 1
+    if 0 <= index < len(sizes):
+        x, y = point.pixel(*sizes[index])
+        data["pixel"] = [round(x, 1), round(y, 1)]
+    return data
