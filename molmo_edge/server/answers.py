@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,14 @@ from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.points import Point, parse_count, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
+from molmo_edge.sdk.engine import Scene
+from molmo_edge.sdk.shown import Shown
 from molmo_edge.sdk.streaming import Stream
 from molmo_edge.server.errors import as_api_error, bad_request
 from molmo_edge.server.metrics import Metrics
 from molmo_edge.server.pictures import Picture
 from molmo_edge.server.queue import Ticket
-from molmo_edge.server.scenes import Encoded, SceneCache
+from molmo_edge.server.scenes import SceneCache
 from molmo_edge.server.stop_sequences import StopSequences
 
 _ROOM = 512  # free positions in the cache of a scene: more are added when an answer needs them
@@ -98,11 +100,11 @@ class Answerer:
         try:
             molmo = self._with_crops(ask)
             kept = self._kept(molmo, ask)
-            encoded = kept or self._encoded(molmo, ask, ticket)
-            if encoded is None:
+            scene = kept or self._encoded(molmo, ask, ticket)
+            if scene is None:
                 return
             stream = molmo.stream(
-                encoded.scene,
+                scene,
                 ask.question,
                 max_new_tokens=ask.max_new_tokens,
                 temperature=ask.temperature,
@@ -112,12 +114,12 @@ class Answerer:
                 history=list(ask.history),
             )
         except MemoryError:
-            raise EngineError("out of memory while the image was encoded") from None
+            raise EngineError("out of memory while the image was scene") from None
         except MolmoEdgeError as error:
             raise as_api_error(error) from error
         ticket.on_cancel(stream.close)
         try:
-            yield from self._generate(molmo, encoded, ask, stream, began, kept=kept is not None)
+            yield from self._generate(molmo, scene, ask, stream, began, kept=kept is not None)
         except MolmoEdgeError as error:
             # After the start it is the model that failed, not the request.
             raise EngineError(first_line(error)) from error
@@ -125,7 +127,7 @@ class Answerer:
             stream.close()
 
     def _generate(
-        self, molmo: Molmo, encoded: Encoded, ask: Ask, stream: Stream, began: float, *, kept: bool
+        self, molmo: Molmo, scene: Scene, ask: Ask, stream: Stream, began: float, *, kept: bool
     ) -> Iterator[Delta | Finished]:
         stops = StopSequences(ask.stop)
         text = ""
@@ -134,7 +136,7 @@ class Answerer:
             if not text and not points:
                 self.metrics.first_token(time.perf_counter() - began)
             if isinstance(piece, Point):
-                points.append(point_data(piece, encoded.sizes))
+                points.append(point_data(piece, scene.shown))
                 yield Delta(points=(points[-1],))
                 continue
             shown = stops.feed(piece)
@@ -146,7 +148,7 @@ class Answerer:
         if stops.found:
             stream.close()
             # The stop sequence may have cut a tag, so that the points in it were not delivered yet.
-            rest = [point_data(point, encoded.sizes) for point in parse_points(text)[len(points) :]]
+            rest = [point_data(point, scene.shown) for point in parse_points(text)[len(points) :]]
             tokens = len(molmo.engine.tokenizer.encode(text))
             count, complete = parse_count(text), True
         else:
@@ -159,14 +161,14 @@ class Answerer:
         points += rest
         if rest:
             yield Delta(points=tuple(rest))
-        usage = self._usage(molmo, encoded, ask, tokens, kept=kept)
+        usage = self._usage(molmo, scene, ask, tokens, kept=kept)
         self.metrics.answered(usage.prompt, usage.cached, usage.generated)
         count = len(points) or None if count is None else count
         yield Finished(text, tuple(points), count, complete, usage, self.model)
 
-    def _usage(self, molmo: Molmo, encoded: Encoded, ask: Ask, generated: int, *, kept: bool) -> Usage:
+    def _usage(self, molmo: Molmo, scene: Scene, ask: Ask, generated: int, *, kept: bool) -> Usage:
         turns = [turn for pair in ask.history for turn in pair]
-        image = len(encoded.scene.embeddings)
+        image = len(scene.embeddings)
         prompt = image + len(text_ids(molmo.engine.tokenizer, [*turns, ask.question]))
         return Usage(prompt, image if kept else 0, generated)
 
@@ -180,7 +182,7 @@ class Answerer:
                 self._overview = Molmo.from_parts(engine.runtime, engine.tokenizer, max_crops=0, name=self.molmo.name)
             return self._overview
 
-    def _kept(self, molmo: Molmo, ask: Ask) -> Encoded | None:
+    def _kept(self, molmo: Molmo, ask: Ask) -> Scene | None:
         """The scene of the pictures from an earlier question, if it is still there."""
         if not ask.pictures:
             return None
@@ -188,10 +190,10 @@ class Answerer:
         self.metrics.scene(found=kept is not None)
         return kept
 
-    def _encoded(self, molmo: Molmo, ask: Ask, ticket: Ticket) -> Encoded | None:
+    def _encoded(self, molmo: Molmo, ask: Ask, ticket: Ticket) -> Scene | None:
         """A new scene of the pictures; None if the ticket was cancelled."""
         if not ask.pictures:
-            return Encoded(molmo.engine.no_image(), ())
+            return molmo.engine.no_image()
         images = [load_image(picture.data) for picture in ask.pictures]
         if ticket.cancelled:
             return None
@@ -199,27 +201,25 @@ class Answerer:
         if ticket.cancelled:
             return None
         scene = molmo.engine.prefill(scene, _ROOM)
-        encoded = Encoded(scene, tuple((image.shape[1], image.shape[0]) for image in images))
-        self.scenes.put(_key(molmo, ask), encoded)
-        return encoded
+        self.scenes.put(_key(molmo, ask), scene)
+        return scene
 
 
 def _key(molmo: Molmo, ask: Ask) -> Hashable:
     return (*(picture.digest for picture in ask.pictures), molmo.engine.process.config.max_crops)
 
 
-def point_data(point: Point, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def point_data(point: Point, shown: Shown) -> dict[str, Any]:
     """A point for JSON, as in `Answer.to_dict`: x and y in percent, its label, and `pixel` in pixels of its image.
 
-    `sizes`: (width, height) of the images. `image` (from 1) and `time` are there where the model names them.
+    `image` (from 1) and `time` are there where the model names them. `shown`: the images of the prompt.
     """
     data: dict[str, Any] = {"x": point.x, "y": point.y, "label": point.label}
     if point.image is not None:
         data["image"] = point.image
     if point.time is not None:
         data["time"] = point.time
-    index = (point.image or 1) - 1
-    if 0 <= index < len(sizes):
-        x, y = point.pixel(*sizes[index])
-        data["pixel"] = [round(x, 1), round(y, 1)]
+    if (index := shown.index_of(point)) is not None:
+        height, width = shown.size_of(index)
+        data["pixel"] = [round(value, 1) for value in point.pixel(width, height)]
     return data

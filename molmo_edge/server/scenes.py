@@ -6,19 +6,10 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import numpy as np
 
 from molmo_edge.sdk.engine import Scene
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A scene and the sizes of its images."""
-
-    scene: Scene
-    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels, EXIF rotation applied
 
 
 class SceneCache:
@@ -26,14 +17,14 @@ class SceneCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[Hashable, tuple[Encoded, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Scene, int]] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Hashable) -> Encoded | None:
+    def get(self, key: Hashable) -> Scene | None:
         """The scene that was put under `key`, if it is still here."""
         with self._lock:
             if key not in self._entries:
@@ -41,15 +32,15 @@ class SceneCache:
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
-    def put(self, key: Hashable, encoded: Encoded) -> None:
+    def put(self, key: Hashable, scene: Scene) -> None:
         """Keep a scene, and forget those that were not used for longest."""
-        size = scene_bytes(encoded.scene)
+        size = scene_bytes(scene)
         if size > self._max_bytes:
             return
         with self._lock:
             if key in self._entries:
                 self.bytes -= self._entries.pop(key)[1]
-            self._entries[key] = encoded, size
+            self._entries[key] = scene, size
             self.bytes += size
             while self.bytes > self._max_bytes:
                 _, (_, freed) = self._entries.popitem(last=False)
