@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -87,17 +86,6 @@ def drawn() -> AskedPictures:
     return AskedPictures((), 1, assets(), scenes=8, questions=3)
 
 
-class DrawnOnce(AskedPictures):
-    """Keeps its pictures: to draw them takes longer than to train on them."""
-
-    picture = functools.cache(AskedPictures.picture)
-
-
-@pytest.fixture(scope="module")
-def kept() -> AskedPictures:
-    return DrawnOnce((), 1, assets(), scenes=8, questions=3)
-
-
 def run(start: Path, pictures: AskedPictures, directory: Path, recipe: Recipe) -> Path:
     return answers.train(start, Data([pictures], [1.0], [pictures]), directory, recipe)
 
@@ -108,10 +96,10 @@ def records(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(
-    start: Path, kept: AskedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Path, drawn: AskedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 3 of 6, without the schedules of rates and experts noticing."""
-    whole = run(start, kept, tmp_path / "whole", TINY)
+    whole = run(start, drawn, tmp_path / "whole", TINY)
     update, steps = Trainer.update, []
 
     def stop_after_three(self: Trainer, *args: Any) -> Any:
@@ -124,9 +112,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", stop_after_three)
         with pytest.raises(KeyboardInterrupt):
-            run(start, kept, tmp_path / "stopped", TINY)
+            run(start, drawn, tmp_path / "stopped", TINY)
     assert steps == [0, 1, 2]
-    resumed = run(start, kept, tmp_path / "stopped", TINY)
+    resumed = run(start, drawn, tmp_path / "stopped", TINY)
     assert min(records(tmp_path / "stopped")) == 1
     (ours, _, config), (theirs, _, _) = load_checkpoint(resumed), load_checkpoint(whole)
     assert config.decoder.top_k == 2, "as sparse as the schedule ends"
@@ -139,9 +127,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
         assert line["attention_loss"] == pytest.approx(b[step]["attention_loss"], rel=1e-5)
 
 
-def test_it_learns_and_leaves_the_frozen_parts_alone(start: Path, kept: AskedPictures, tmp_path: Path) -> None:
+def test_it_learns_and_leaves_the_frozen_parts_alone(start: Path, drawn: AskedPictures, tmp_path: Path) -> None:
     recipe = dataclasses.replace(TINY, steps=61, save_every=1000)
-    after, _, _ = load_checkpoint(run(start, kept, tmp_path, recipe))
+    after, _, _ = load_checkpoint(run(start, drawn, tmp_path, recipe))
     log = records(tmp_path)
     assert log[61]["loss"] < 0.5 * log[1]["loss"]
     assert log[61]["attention_loss"] < log[1]["attention_loss"]
