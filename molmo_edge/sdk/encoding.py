@@ -78,8 +78,9 @@ def _image_parts(process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt) 
     for rgb, positions in zip(inputs.images, prompt.positions, strict=True):
         image = process(rgb)
         # Without crops there is only the global view, in which nothing can be pointed at.
-        grids = (stitched_patches(process.config, image.tiling),) if image.pooling is not None else ()
-        yield _Part(image.crops, image.masks, image.overview, image.pooling, positions, grids)
+        there = image.tiling[0] and image.pooling is not None
+        grid = stitched_patches(process.config, image.tiling) if there else np.empty((0, 0), np.int64)
+        yield _Part(image.crops, image.masks, image.overview, image.pooling, positions, (grid,))
 
 
 def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualPrompt) -> Iterator[_Part]:

@@ -54,12 +54,12 @@ class Inputs:
             what, advice = f"the {len(self.images)} images", ["pass fewer images", "lower max_crops"]
         else:
             what, advice = "the image", ["lower max_crops"]
-        plural = text or not what.endswith(("image", "video"))
+        shown = len(self.images) if self.frames is None else len(self.frames.times)
         if text:
             what, advice = f"{what} and the question", [*advice, "shorten the question"]
+        needs = "need" if text or shown > 1 else "needs"
         return (
-            f"{what} need{'' if plural else 's'} {visible + text} positions, but the model's context has {context}: "
-            f"{', or '.join(advice)}"
+            f"{what} {needs} {visible + text} positions, but the model's context has {context}: {', or '.join(advice)}"
         )
 
 
