@@ -26,6 +26,7 @@ from molmo_edge.cli.loss import loss
 from molmo_edge.cli.point import point
 from molmo_edge.cli.quantize import quantize
 from molmo_edge.cli.serve import serve
+from molmo_edge.cli.show_crops import show_crops
 from molmo_edge.cli.streams import flush_streams, open_streams, print_error
 from molmo_edge.cli.train import app as train
 from molmo_edge.cli.verify import verify
@@ -48,6 +49,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("count", count, None),
     ("caption", caption, None),
     ("chat", chat, None),
+    ("show-crops", show_crops, None),
     ("serve", serve, "serve"),
     ("verify", verify, None),
     ("doctor", doctor, None),

@@ -99,7 +99,7 @@ class ImageProcessor:
 
     def layout(self, tiling: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """`tokens` and `token_index` of a PreparedImage with this tiling."""
-        return self._tokens(tiling), _token_index(self.config, tiling)
+        return self._tokens(tiling), cell_tokens(self.config, tiling)
 
     def _tokens(self, tiling: tuple[int, int]) -> np.ndarray:
         s, blocks = self.special, []
@@ -191,7 +191,7 @@ def _margin(config: ImageConfig) -> int:
     return sum(config.overlap_margins) * config.patch_size
 
 
-def _token_index(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
+def cell_tokens(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
     """int32 [n_crops, cells^2]: position of each pooled cell of each crop in the tokens, or DROPPED."""
     if config.pools_across_crops:  # a block is im_start, then rows of cells that end in im_col, then im_end
         index, start = [], 1
