@@ -21,6 +21,7 @@ from molmo_edge.checkpoints.manifest import (
     Manifest,
     Source,
     Target,
+    graph_names,
     write_manifest,
 )
 from molmo_edge.checkpoints.tensor_sources import TensorSource
@@ -29,7 +30,7 @@ from molmo_edge.export.activation_ranges import measure_ranges, overflows
 from molmo_edge.export.component_errors import measure_errors
 from molmo_edge.export.component_graphs import build_component, count_weights, fits_float32
 from molmo_edge.export.errors import ExportError
-from molmo_edge.export.graph_builder import FP32, Graph
+from molmo_edge.export.graph_builder import Graph
 from molmo_edge.export.int4_graph import Int4
 from molmo_edge.export.options import ExportOptions, ExportPlan, check_options
 from molmo_edge.export.source import open_source
@@ -80,8 +81,9 @@ def export_bundle(
     Args:
         checkpoint: a directory in hub layout or in the reference's own layout, or a bundle, whose weights are restored.
         precision: a name for the whole bundle, or a mapping of components ("vision_encoder", "connector",
-            "embed_tokens", "decoder") and of parts of an ONNX decoder ("attention", "experts", "router", "head") to
-            names; molmo_edge.export.precisions lists them. Default: the target's, or fp32 (of a GGUF decoder f16).
+            "embed_tokens", "decoder"; "point_head" of a MolmoPoint) and of parts of an ONNX decoder ("attention",
+            "experts", "router", "head") to names; molmo_edge.export.precisions lists them. Default: the target's, or
+            fp32 (of a GGUF decoder f16). The point head is fp32 unless it is named.
         engine: of the decoder, "onnx" or "gguf" (llama.cpp). The other components are ONNX with either.
         target: a kind of machine whose precisions are the defaults, one of molmo_edge.export.targets.TARGETS.
         plain: use standard ONNX operators only, for engines without ONNX Runtime's; fp32, fp16 or int8.
@@ -109,6 +111,8 @@ def export_bundle(
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
+    if config.point_head is None and plan.point_head != "fp32":
+        raise ExportError(f"this model has no {POINT_HEAD}: leave its precision out")
     check = check or _check_of(checkpoint)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     with staged(out, _disk_needed(config, tensors, plan, measure=measure)) as scratch:
@@ -169,14 +173,14 @@ class _BundleExport:
                 tensors, int4 = self.tensors, self.plan.int4
             self._write_graph(component, tensors, int4, ranges.get(component, {}))
             del tensors, int4  # a calibration holds a layer of the decoder
-        if self.config.point_head is not None:  # in float32: it is small, and its choices cannot be corrected later
+        if self.config.point_head is not None:
             self._write_graph(POINT_HEAD, self.tensors, self.plan.int4, {})
         if self.plan.engine == "gguf":
             self._write_gguf()
 
     def _write_graph(self, component: str, tensors: TensorSource, int4: Int4, ranges: dict[str, float]) -> None:
         keep_fp32 = overflows(ranges)
-        precision = FP32 if component == POINT_HEAD else self.plan.graph_precision(component, int4, keep_fp32)
+        precision = self.plan.graph_precision(component, int4, keep_fp32)
         path, plain = self.directory / f"{component}{precision.suffix}.onnx", component in self.plan.plain
         graph = build_component(component, path, self.config, tensors, precision, plain=plain)
         self.components[component] = Component.from_file(
@@ -274,8 +278,9 @@ def _weight_errors(graph: Graph) -> dict[str, tuple[float, float]]:
 
 def _disk_needed(config: MolmoConfig, tensors: TensorSource, plan: ExportPlan, *, measure: bool) -> int:
     """An upper estimate in bytes, with graphs in float32 for measurements and without scales of rounded weights."""
-    weights = {component: count_weights(component, config, tensors) for component in GRAPHS}
-    written = sum(weights[component] * plan.graph_precision(component).bytes_per_weight for component in plan.graphs)
+    weights = {component: count_weights(component, config, tensors) for component in graph_names(config)}
+    graphs = [*plan.graphs, *([POINT_HEAD] if config.point_head else [])]
+    written = sum(weights[component] * plan.graph_precision(component).bytes_per_weight for component in graphs)
     if plan.engine == "gguf":  # quantised types are made from a 16-bit file, see molmo_edge.export.gguf
         written += weights["decoder"] * {"f32": 4, "f16": 2, "bf16": 2}.get(plan.precision["decoder"], 3)
         written += 2 * (weights["vision_encoder"] + weights["connector"]) * plan.mmproj

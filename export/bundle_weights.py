@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from molmo_edge.checkpoints.bundle import open_bundle
-from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
+from molmo_edge.checkpoints.manifest import graph_names
 from molmo_edge.checkpoints.tensor_names import BACKBONE, TRANSFORMER, head_name, hub_shapes, vit_names
 from molmo_edge.checkpoints.tensor_sources import CheckpointError
 from molmo_edge.config import MolmoConfig
@@ -46,7 +46,7 @@ class BundleTensors:
         self._directory, self._dither = bundle.directory, dither
         self._arrays: dict[str, np.ndarray] = {}
         self._blocks: dict[str, tuple[int, int]] = {}  # matrix in blocks -> bits, and inputs without padding
-        for component in (*GRAPHS, *([POINT_HEAD] if self.config.point_head else [])):
+        for component in graph_names(self.config):
             if bundle.components[component].engine != "onnx":
                 raise ExportError(
                     f"{directory}: the weights of {component} cannot be read back from a GGUF: use the checkpoint"

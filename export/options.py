@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from molmo_edge.checkpoints.manifest import GRAPHS
+from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.export.errors import ExportError
 from molmo_edge.export.graph_builder import Precision
 from molmo_edge.export.graph_precisions import graph_precision
@@ -18,6 +18,7 @@ from molmo_edge.export.precisions import (
     PART_PRECISIONS,
     PARTS,
     PLAIN_PRECISIONS,
+    POINT_HEAD_PRECISIONS,
     gguf_bundle,
     onnx_bundle,
 )
@@ -55,6 +56,7 @@ class ExportPlan:
     calibration: Sequence[Prompt] | None  # prompts to round the decoder with
     mmproj: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)  # parts of an ONNX decoder that differ from its precision
+    point_head: str = "fp32"  # of a MolmoPoint, one of POINT_HEAD_PRECISIONS
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -64,7 +66,8 @@ class ExportPlan:
     def graph_precision(self, component: str, int4: Int4 | None = None, keep_fp32: Collection[str] = ()) -> Precision:
         """The precision of an ONNX component. `int4` replaces the plan's; `keep_fp32`: matrices float16 overflows."""
         parts = self.parts if component == "decoder" else {}
-        return graph_precision(self.precision[component], parts, int4 or self.int4, keep_fp32)
+        name = self.point_head if component == POINT_HEAD else self.precision[component]
+        return graph_precision(name, parts, int4 or self.int4, keep_fp32)
 
     @property
     def decoder_formats(self) -> Mapping[str, str]:
@@ -93,9 +96,9 @@ def check_options(options: ExportOptions) -> ExportPlan:
     if options.target is not None:
         _check_name("target", options.target, TARGETS)
     target = None if options.target is None else TARGETS[options.target]
-    precision, parts = _resolve_precision(options.precision, target, options.engine)
+    precision, parts, point_head = _resolve_precision(options.precision, target, options.engine)
     if options.engine == "gguf":
-        return _gguf_plan(options, precision, target)
+        return _gguf_plan(options, precision, target, point_head)
     if options.mmproj:
         raise ExportError("mmproj writes a GGUF: choose the engine gguf, or leave mmproj out")
     plain = frozenset(GRAPHS) if options.plain else target.plain if target else frozenset()
@@ -118,10 +121,10 @@ def check_options(options: ExportOptions) -> ExportPlan:
                 f"calibrate applies to a decoder in q4, mixed, q4f16 or int8, not in {decoder}: leave calibrate out"
             )
     int4 = Int4(options.block, options.asymmetric)
-    return ExportPlan("onnx", precision, target, plain, int4, _prompts(options), parts=parts)
+    return ExportPlan("onnx", precision, target, plain, int4, _prompts(options), parts=parts, point_head=point_head)
 
 
-def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target | None) -> ExportPlan:
+def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target | None, point_head: str) -> ExportPlan:
     plain = frozenset(GRAPHS) - {"decoder"} if options.plain else target.plain if target else frozenset()
     _check_plain(plain, precision)
     if options.block or options.asymmetric:
@@ -140,7 +143,8 @@ def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target
             raise
         raise ExportError(f"writing a GGUF needs the gguf package: {install_command()}") from None
     load_library()
-    return ExportPlan("gguf", precision, target, plain, Int4(), _prompts(options), options.mmproj)
+    prompts = _prompts(options)
+    return ExportPlan("gguf", precision, target, plain, Int4(), prompts, options.mmproj, point_head=point_head)
 
 
 def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -159,32 +163,34 @@ def _check_plain(components: Collection[str], precision: Mapping[str, str]) -> N
 
 def _resolve_precision(
     given: str | Mapping[str, str] | None, target: Target | None, engine: str
-) -> tuple[dict[str, str], dict[str, str]]:
-    """-> the precision of each component, and of the parts of the decoder that are named."""
+) -> tuple[dict[str, str], dict[str, str], str]:
+    """-> the precision of each component, of the parts of the decoder that are named, and of the point head."""
     gguf = engine == "gguf"
     defaults = dict(target.precision) if target else dict.fromkeys(GRAPHS, "fp32")
     if gguf:
         defaults |= {"embed_tokens": "fp32", "decoder": "q4_k_m"} if target else {"decoder": "f16"}
     if given is None:
-        return defaults, {}
+        return defaults, {}, "fp32"
     if isinstance(given, str):
         name = given.lower()
         _check_name(f"precision for {engine}", name, GGUF_PRECISIONS if gguf else ONNX_PRECISIONS)
         if gguf:  # a target sets the precision of the other components; the name is the decoder's
-            return (defaults | {"decoder": name} if target else gguf_bundle(name)), {}
-        return onnx_bundle(name), {}
+            return (defaults | {"decoder": name} if target else gguf_bundle(name)), {}, "fp32"
+        return onnx_bundle(name), {}, "fp32"
     named = {component: name.lower() for component, name in given.items()}
     parts = {part: named.pop(part) for part in PARTS if part in named}
     if parts and gguf:
         raise ExportError(f"the precision of {next(iter(parts))} cannot be chosen in a GGUF: leave it out")
+    point_head = named.pop(POINT_HEAD, "fp32")
+    _check_name(f"precision for {POINT_HEAD}", point_head, POINT_HEAD_PRECISIONS)
     for component in named:
-        _check_name("component", component, (*GRAPHS, *PARTS))
+        _check_name("component", component, (*GRAPHS, *PARTS, POINT_HEAD))
     for component, name in named.items():
         known = GGUF_PRECISIONS if gguf and component == "decoder" else tuple(ONNX_PRECISIONS)
         _check_name(f"precision for {component}", name, known)
     for part, name in parts.items():
         _check_name(f"precision for {part}", name, PART_PRECISIONS)
-    return defaults | named, parts
+    return defaults | named, parts, point_head
 
 
 def _prompts(options: ExportOptions) -> list[Prompt] | None:

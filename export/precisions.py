@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from molmo_edge.checkpoints.manifest import GRAPHS
 
+POINT_HEAD_PRECISIONS = ("fp32", "q8", "int8")  # fp32 unless named: its choices cannot be corrected by later tokens
 PARTS = ("attention", "experts", "router", "head")  # of a decoder; "experts" is the FFN, of dense decoders too
 PART_PRECISIONS = ("fp32", "q8", "int8", "q4")  # the largest first
 QUANTIZED = PART_PRECISIONS[1:]

@@ -174,8 +174,8 @@ def logit_gaps(
     logits that are not finite.
     """
     scene = engine.scene(image)
-    runtime, tokenizer, grounding = engine.runtime, engine.tokenizer, scene.grounding
-    size = engine.config.decoder.vocab_size if grounding is None else grounding.token_ids.end
+    runtime, tokenizer = engine.runtime, engine.tokenizer
+    size = engine.config.decoder.vocab_size if scene.grounding is None else scene.grounding.token_ids.end
     given = [*token_ids, tokenizer.special.eos] if complete else list(token_ids)
     if wrong := [token for token in given if not 0 <= token < size]:
         raise GenerationError(f"{wrong[0]} is not an id of this model (0 to {size - 1})")
@@ -185,11 +185,13 @@ def logit_gaps(
     gaps: list[float] = []
     image, grounded = scene.image_flags(len(prompt)), None
     for token in given:  # the last id is compared with the logits and never fed back
-        logits = prefill(runtime, rows, image, cache)[:size]
-        if grounding is not None:
-            grounded = grounded or grounding.begin(cache.states)
-            logits = grounded.logits(logits, cache.states[-1])
-        gaps.append(float(logits[likeliest(logits)] - logits[token]))
+        logits = prefill(runtime, rows, image, cache)
+        if scene.grounding is None:
+            graded = logits = logits[:size]
+        else:  # another patch than the likeliest has the gap between these two
+            grounded = grounded or scene.grounding.begin(cache.states)
+            logits, graded = (grounded.logits(logits, cache.states[-1], patches) for patches in ("best", "graded"))
+        gaps.append(float(logits[likeliest(logits)] - graded[token]))
         rows = runtime.embed(np.array([token])) if grounded is None else grounded.embed(token)
         image = np.zeros(1, bool)
     return gaps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from molmo_edge.config import PointHeadConfig
 from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding
 from molmo_edge.frontend.points import Point
 from molmo_edge.runtimes.protocol import PointRuntime
+
+Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
 
 _CLOSED_TAG = re.compile(r'<(points|tracks)\b.*?"\s*>(?P<label>[^<]*)</\1>', re.DOTALL)
 
@@ -38,12 +41,15 @@ class Grounding:
     features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
     history: list[int] = field(default_factory=list)
 
-    def logits(self, text: np.ndarray, state: np.ndarray) -> np.ndarray:
+    def logits(self, text: np.ndarray, state: np.ndarray, patches: Patches = "best") -> np.ndarray:
         """The logits of all ids after the last token of `history`.
 
         `text`: float32 [ids.first], the language model's logits; `state`: float32 [d_model], the last token's state
-        before the final norm. Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding
-        tokens.
+        before the final norm. `patches`: which of them get the logit of the patch token: "best", the likeliest one, as
+        the model decodes; "graded", each patch, less what its own logit is behind the likeliest one's; "shared", each
+        patch plus its log probability among the patches, so that their probabilities add up to the patch token's.
+
+        Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding tokens.
         """
         ids, config = self.ids, self.config
         out = np.full(ids.end, _UNSET, np.float32)
@@ -52,7 +58,7 @@ class Grounding:
             out[token] = _UNSET
         if self.history:  # the first new token is never a grounding token
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
-            out[ids.first + int(self.patch_logits(patch_query).argmax())] = text[config.patch_token]
+            out[ids.first : ids.slots] = self._patch_scores(patch_query, float(text[config.patch_token]), patches)
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
                 out[ids.slots : ids.locations] = self.slot_logits(slot_query, last - ids.first)
@@ -78,6 +84,16 @@ class Grounding:
     def _patches(self) -> list[int]:
         """The patches in `history`."""
         return [token - self.ids.first for token in self.history if 0 <= token - self.ids.first < self.ids.n_patches]
+
+    def _patch_scores(self, query: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
+        """The patches' part of `logits`; `marker`: the logit of the patch token."""
+        own = self.patch_logits(query)
+        if patches == "best":
+            return np.where(np.arange(len(own)) == own.argmax(), np.float32(marker), _UNSET)
+        behind = own - own.max()
+        if patches == "shared":
+            behind -= np.log(np.exp(behind).sum())
+        return np.asarray(marker + behind, np.float32)
 
     def patch_logits(self, query: np.ndarray) -> np.ndarray:
         """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)]."""

@@ -27,6 +27,13 @@ HASH = "sha256"  # the manifest's key for the hash of all its other keys
 TOLERANCE = 2.0  # percent of a side: how far a point of the check may move, unless the manifest says otherwise
 GRAPHS = ("vision_encoder", "connector", "embed_tokens", "decoder")
 POINT_HEAD = "point_head"  # a further graph of a MolmoPoint
+
+
+def graph_names(config: MolmoConfig) -> tuple[str, ...]:
+    """The components of a bundle that are graphs where its decoder is one."""
+    return (*GRAPHS, POINT_HEAD) if config.point_head else GRAPHS
+
+
 TOKENIZER = "tokenizer.json"  # in a bundle as in a checkpoint
 
 

@@ -12,7 +12,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table
-from molmo_edge.cli.question_options import Asked, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites, parse_precisions
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import AblationResult
@@ -35,7 +35,10 @@ def ablate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure the loss from quantizing each part of a model, or find the faulty part of a copy."""
+    """Measure the loss from quantizing each part of a model, or find the faulty part of a copy.
+
+    An image that cannot be read is reported and left out, and the exit status is 1.
+    """
     import onnx  # noqa: F401 (report a missing package now rather than after hours of measuring)
 
     from molmo_edge.evaluation.ablation import Bench, ablate
@@ -59,7 +62,10 @@ def ablate(
             return bar(name, len(questions))
 
         advance = bar(f"{named(reference)} in float32", len(questions))
-        with Bench(directory, questions, max_crops=max_crops, dither=other is None, on_answer=advance) as bench:
+        dither, skipped = other is None, SkippedImages()
+        with Bench(
+            directory, questions, max_crops=max_crops, dither=dither, on_answer=advance, on_skipped=skipped
+        ) as bench:
             description = bench.description
             differences = [] if other is None else weight_differences(bench, open_candidate(directory, other))
             if not json:  # before anything runs: broken weights might not
@@ -83,6 +89,7 @@ def ablate(
         _print_table((f"part of {named(candidate)}", *_HEADS), rows, description)
         if not differences:
             print("all weights are equal")
+    skipped.finish()
 
 
 def _find(name: str, quiet: bool) -> Path:

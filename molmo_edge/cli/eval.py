@@ -18,7 +18,9 @@ from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
 from molmo_edge.cli.question_options import Asked, open_suite
+from molmo_edge.cli.streams import print_error
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.files import atomic_write
 from molmo_edge.system.version import __version__
 
@@ -59,7 +61,10 @@ def eval(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask a model the questions of benchmarks and score its answers."""
+    """Ask a model the questions of benchmarks and score its answers.
+
+    An image that cannot be read is reported and left out, and the exit status is 1.
+    """
     from molmo_edge.evaluation.model_info import model_fingerprint
     from molmo_edge.evaluation.questions import UNSCORED
     from molmo_edge.evaluation.sharded_run import (
@@ -122,19 +127,29 @@ def eval(
             for name, questions in asked.items():
                 with bars(quiet=quiet) as bar:
                     advance = bar(name, len(questions), count_answered(folder, name))
-                    ask_shard(molmo, questions, folder, name, mine, _with_parent(advance))
+                    ask_shard(molmo, questions, folder, name, mine, _with_parent(advance), print_error)
     if shard:  # shards that finish together would interfere
         note(
             f"finished shard {shard}. After all shards, run the same command without --shard to merge them", quiet=quiet
         )
         return
     results: Results = {}
+    skipped = 0  # questions
     for name, questions in asked.items():
         lines = merge_shards(questions, folder, name)
         if lines is None:
             raise RunError(f"{name} is incomplete although every question was asked: remove {folder} and start again")
         results[name] = average_scores(lines, questions)
+        skipped += sum("error" in line for line in lines)
+    if skipped == sum(map(len, asked.values())):
+        raise EvalError("nothing can be scored: no image can be read")
     _report(results, folder, directory, json=json, quiet=quiet)
+    if skipped:
+        print_error(
+            f"{counted(skipped, 'question')} about images that could not be read: left out of the scores. "
+            "The same command asks them again"
+        )
+        raise typer.Exit(1)
 
 
 def _with_parent(advance: Callable[[], None]) -> Callable[[], None]:

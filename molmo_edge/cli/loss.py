@@ -11,8 +11,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.question_options import Asked, named, open_suites
-from molmo_edge.cli.streams import print_error
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
@@ -84,12 +83,7 @@ def loss(
             except OSError as error:  # the report is written again at the end: continue measuring
                 note(f"{error.filename} could not be updated: {error.strerror}", quiet=quiet)
 
-    skipped: list[str] = []
-
-    def on_skipped(reason: str) -> None:
-        skipped.append(reason)
-        print_error(reason)
-
+    skipped = SkippedImages()
     with bars(quiet=quiet) as on_model:
         found = measure_loss(
             models[0],
@@ -100,7 +94,7 @@ def loss(
             max_crops=max_crops,
             on_model=on_model,
             on_measured=on_measured,
-            on_skipped=on_skipped,
+            on_skipped=skipped,
         )
     if without_image := sum(question.words_alone for question in questions):
         note(f"left out {counted(without_image, 'question')} without an image", quiet=quiet)
@@ -112,9 +106,7 @@ def loss(
         with progress("writing the report", quiet=quiet):
             write_report(found, report)
         note(f"wrote {report / 'report.html'} and loss.json", quiet=quiet)
-    if skipped:
-        print_error(f"{counted(len(skipped), 'image')} could not be read")
-        raise typer.Exit(1)
+    skipped.finish()
 
 
 def _print(found: Loss) -> None:

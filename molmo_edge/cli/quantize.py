@@ -13,7 +13,7 @@ from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cli.question_options import Asked, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites, parse_precisions
 from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:
@@ -45,13 +45,16 @@ def quantize(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Choose the precision of each part by its measured loss, and write the bundle."""
+    """Choose the precision of each part by its measured loss, and write the bundle.
+
+    An image that cannot be read is reported and left out, and the exit status is 1.
+    """
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give one of --max-mb and --max-kl")
     import onnx  # noqa: F401 (a missing package is reported before hours of measuring)
 
     from molmo_edge.checkpoints.bundle import open_bundle
-    from molmo_edge.checkpoints.manifest import GRAPHS
+    from molmo_edge.checkpoints.manifest import graph_names
     from molmo_edge.evaluation.ablation import Bench, ablate
     from molmo_edge.evaluation.precision_search import search
     from molmo_edge.export import ExportOptions, check_bundle_options, export_bundle
@@ -68,7 +71,8 @@ def quantize(
             return bar(what, len(questions))
 
         advance = bar(f"{named(source)} in float32", len(questions))
-        with Bench(directory, questions, on_answer=advance) as bench:
+        skipped = SkippedImages()
+        with Bench(directory, questions, on_answer=advance, on_skipped=skipped) as bench:
             parts = [bench.noise(on_part("noise")), *ablate(bench, words, on_part=on_part)]
             size = None if max_mb is None else int(max_mb * 1e6)
             found = search(bench, parts[1:], max_bytes=size, max_kl=max_kl, on_try=on_part)
@@ -79,7 +83,7 @@ def quantize(
             calibrated = check_options(ExportOptions(chosen)).uses_calibration
             export_bundle(directory, out, chosen, calibrate=calibrate if calibrated else None, name=out.name)
             written = open_bundle(out)
-            figures = bench.measure({name: written.path(name) for name in GRAPHS}, on_part(out.name))
+            figures = bench.measure({name: written.path(name) for name in graph_names(bench.config)}, on_part(out.name))
     if json:
         measured = {name: figure.to_dict() for name, figure in figures.items()}
         data_ = {"out": str(out), "parts": [part.to_dict() for part in parts], "found": found.to_dict()}
@@ -87,6 +91,7 @@ def quantize(
     else:
         _print(found, figures)
     note(f"wrote {out}", quiet=quiet)
+    skipped.finish()
 
 
 def _print(found: SearchResult, figures: Mapping[str, Estimate]) -> None:

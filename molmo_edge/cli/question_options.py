@@ -9,7 +9,9 @@ import typer
 
 from molmo_edge.checkpoints.bundle import is_hub_id
 from molmo_edge.cli.output import note, progress
+from molmo_edge.cli.streams import print_error
 from molmo_edge.export.precisions import QUANTIZED
+from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.questions import Question
@@ -45,6 +47,24 @@ def parse_precisions(text: str) -> list[str]:
             message = f'"{name}" is not known (known: {", ".join(QUANTIZED)})'
             raise typer.BadParameter(message, param_hint="--precisions")
     return precisions
+
+
+class SkippedImages:
+    """Prints why an image cannot be read, when it is called, and at the end how many there were."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, reason: str) -> None:
+        """Print `reason`."""
+        self._count += 1
+        print_error(reason)
+
+    def finish(self) -> None:
+        """Exit with status 1 if there were any."""
+        if self._count:
+            print_error(f"{counted(self._count, 'image')} could not be read")
+            raise typer.Exit(1)
 
 
 def named(name: str) -> str:

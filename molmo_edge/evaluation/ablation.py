@@ -1,6 +1,7 @@
 """What quantizing each part of a model costs: one part is quantized, and the others stay in float32.
 
-A part is a component of a bundle, or the attention, experts, router or head of its decoder. Variants of the decoder get
+A part is a component of a bundle (the point head of a MolmoPoint included), or the attention, experts, router or head
+of its decoder. Variants of the decoder get
 the reference's image features, so that no image is encoded twice.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
-from molmo_edge.checkpoints.manifest import GRAPHS, TOKENIZER
+from molmo_edge.checkpoints.manifest import POINT_HEAD, TOKENIZER, graph_names
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.evaluation.comparison import compare
 from molmo_edge.evaluation.metrics import compute_metrics
@@ -23,7 +24,7 @@ from molmo_edge.evaluation.questions import Question
 from molmo_edge.evaluation.reference_outputs import ModelUnderTest, record_reference
 from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.export.precisions import PARTS as DECODER_PARTS
-from molmo_edge.export.precisions import QUANTIZED
+from molmo_edge.export.precisions import POINT_HEAD_PRECISIONS, QUANTIZED
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import open_files
 from molmo_edge.sdk.readable_text import counted
@@ -80,9 +81,10 @@ class Bench:
         max_crops: int | None = None,
         dither: bool = True,
         on_answer: Callable[[], None] = lambda: None,
+        on_skipped: Callable[[str], None] | None = None,
     ) -> None:
         """`dither`: move a bundle's quantized weights off their grid; otherwise quantizing them again shows no error
-        (molmo_edge.export.bundle_weights.BundleTensors)."""
+        (molmo_edge.export.bundle_weights.BundleTensors). `on_skipped`: see `record_reference`."""
         from molmo_edge.export.source import open_source
 
         if is_bundle(reference):
@@ -95,9 +97,9 @@ class Bench:
         self._open = ExitStack()
         self._scratch = self._open.enter_context(temporary_folder("ablation"))
         self._built = 0
-        self.files = {name: self.build(name, {name: "fp32"}) for name in GRAPHS}
+        self.files = {name: self.build(name, {name: "fp32"}) for name in graph_names(self.config)}
         with self._opened(self.files) as model:
-            self.outputs = record_reference(model, questions, self._folder() / "reference", on_answer)
+            self.outputs = record_reference(model, questions, self._folder() / "reference", on_answer, on_skipped)
 
     def __enter__(self) -> Bench:
         return self
@@ -164,11 +166,14 @@ def _too_large(config: MolmoConfig) -> bool:
 def ablate(
     bench: Bench,
     precisions: Sequence[str],
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | None = None,
     on_part: Callable[[str], Callable[[], None]] = lambda _: lambda: None,
 ) -> Iterator[AblationResult]:
-    """Measure each part in each precision, skipping those that a part does not support (embeddings in 4 bits)."""
-    for part in parts:
+    """Measure each part in each precision, skipping those that a part does not support (embeddings in 4 bits).
+
+    `parts`: None: all of the model.
+    """
+    for part in parts_of(bench.config) if parts is None else parts:
         for word in precisions:
             if word in precisions_of(part, bench.config):
                 component = component_of(part)
@@ -177,6 +182,11 @@ def ablate(
                 saved = size_of(bench.files[component]) - size_of(path)
                 bench.delete(path)
                 yield AblationResult(part, word, saved, metrics)
+
+
+def parts_of(config: MolmoConfig) -> tuple[str, ...]:
+    """The parts of a model: PARTS, and a MolmoPoint's point head."""
+    return (*PARTS, POINT_HEAD) if config.point_head else PARTS
 
 
 def component_of(part: str) -> str:
@@ -193,6 +203,8 @@ def precisions_of(part: str, config: MolmoConfig) -> tuple[str, ...]:
     """The smaller precisions that a part supports, the largest first."""
     if part == "router" and not config.decoder.n_experts:
         return ()
+    if part == POINT_HEAD:
+        return POINT_HEAD_PRECISIONS[1:] if config.point_head else ()
     return ("int8",) if part == "embed_tokens" else QUANTIZED
 
 

@@ -11,19 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from molmo_edge.evaluation.answer_runs import PrefilledImage
 from molmo_edge.evaluation.pointing import drift
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.evaluation.reference_outputs import (
-    ModelUnderTest,
-    PrefilledImage,
-    ReferenceAnswer,
-    ReferenceOutputs,
-    answer_text,
-)
+from molmo_edge.evaluation.reference_outputs import ModelUnderTest, ReferenceAnswer, ReferenceOutputs
 from molmo_edge.evaluation.text_scores import token_f1
 from molmo_edge.frontend.points import Point, parse_points
-from molmo_edge.runtimes.generate import likeliest
-from molmo_edge.runtimes.prompt_embeddings import with_features
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def compare(
         patches, cells = outputs.features(group[0].image)
         inputs = model.prepare(question)
         compared = ComparedImage(question.image_id, None, None)
-        own_cells = cells
+        own_patches, own_cells = patches, cells
         if encode_images:
             own_patches = model.runtime.encode_crops(inputs.crops, inputs.overview)
             own_cells = model.runtime.connect(own_patches, inputs.masks, inputs.pooling)
@@ -105,10 +98,10 @@ def compare(
                 question.image_id, _distance(patches, own_patches), _distance(cells[used], own_cells[used])
             )
         comparison.images.append(compared)
-        rows = with_features(model.runtime, inputs.prompt, own_cells)
-        prefilled = PrefilledImage(model.runtime, model.tokenizer, rows, [answer.question for answer in group])
+        questions = [answer.question for answer in group]
+        prefilled = PrefilledImage(model.runtime, model.tokenizer, inputs, own_patches, own_cells, questions)
         for answer in group:
-            comparison.answers.append(_compare_answer(model, prefilled, answer))
+            comparison.answers.append(_compare_answer(prefilled, answer))
             on_answer()
     return comparison
 
@@ -126,27 +119,28 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == b).all(-1), 0.0, np.maximum(0.0, 1 - cosine))
 
 
-def _compare_answer(model: ModelUnderTest, prefilled: PrefilledImage, answer: ReferenceAnswer) -> ComparedAnswer:
+def _compare_answer(prefilled: PrefilledImage, answer: ReferenceAnswer) -> ComparedAnswer:
     question, targets = answer.question, list(answer.targets)
     reference_logits = np.load(answer.logits, mmap_mode="r")
-    logits, cache = prefilled.begin(question)
-    start, kl, nll, nll_reference, chosen = cache.length, [], [], [], []
-    divergence, logits_there = None, logits
+    run = prefilled.begin(question)
+    kl, nll, nll_reference, chosen = [], [], [], []
     for i, token in enumerate(targets):  # one by one: the vocabulary may have 150,000 entries
-        p, q = log_softmax(reference_logits[i]), log_softmax(logits)
-        kl.append(max(0.0, float(np.exp(p) @ (p - q))))  # rounding can leave a tiny negative sum
+        p, q = log_softmax(reference_logits[i]), log_softmax(run.scores)
+        possible = p > -np.inf  # the same ids for both: the order of grounding tokens depends on the tokens alone
+        kl.append(
+            max(0.0, float(np.exp(p[possible]) @ (p[possible] - q[possible])))
+        )  # rounding can leave a tiny negative sum
         nll.append(-float(q[token]))
         nll_reference.append(-float(p[token]))
-        chosen.append(likeliest(logits))
-        if divergence is None and chosen[-1] != token:
-            divergence, logits_there = i, logits
+        chosen.append(run.choice)
         if i + 1 < len(targets):
-            logits = prefilled.feed(token, cache)
+            run.feed(token)
     text = answer.text
+    divergence = next((i for i, (a, b) in enumerate(zip(chosen, targets, strict=True)) if a != b), None)
     if divergence is not None:
-        cache.length = start + divergence  # drop the tokens that the candidate would not have chosen
-        _, own = prefilled.continue_answer(logits_there, cache, question.max_new_tokens - divergence)
-        text = answer_text(model.tokenizer, [*targets[:divergence], *own])
+        run.rewind(divergence)  # drop the tokens that the candidate would not have chosen
+        _, own = run.finish(question.max_new_tokens - divergence, first=chosen[divergence])
+        text = prefilled.text([*targets[:divergence], *own])
     a, b = parse_points(answer.text), parse_points(text)
     distances = drift(a, b, *answer.size)
     scores_reference, scores = (_scores(question, answer.text, one) for one in (answer.text, text))

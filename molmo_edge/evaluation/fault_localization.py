@@ -18,7 +18,7 @@ from molmo_edge.checkpoints.manifest import POINT_HEAD
 from molmo_edge.checkpoints.tensor_names import block_names, hub_shapes, matrices_after_norms
 from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
-from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of
+from molmo_edge.evaluation.ablation import AblationResult, Bench, component_of, parts_of
 from molmo_edge.evaluation.loss import LossError, check_comparable
 from molmo_edge.export.precisions import decoder_part
 from molmo_edge.export.source import open_source
@@ -31,10 +31,10 @@ _ENOUGH = 3  # similar tensors, for a median
 def swap_parts(
     bench: Bench,
     candidate: Path,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | None = None,
     on_part: Callable[[str], Callable[[], None]] = lambda _: lambda: None,
 ) -> Iterator[AblationResult]:
-    """Measure the reference with the weights of `candidate` in one part, for each part in turn.
+    """Measure the reference with the weights of `candidate` in one part, for each part in turn (None: all parts).
 
     Raises LossError if the models differ in shape.
     """
@@ -45,7 +45,7 @@ def swap_parts(
         ours = bench.tensors
     else:
         ours, theirs = (_folded(bench.config, source) for source in (bench.tensors, theirs))
-    for part in parts:
+    for part in parts_of(bench.config) if parts is None else parts:
         if part == "router" and not bench.config.decoder.n_experts:
             continue
         component = component_of(part)
@@ -192,7 +192,10 @@ def _branches(config: MolmoConfig) -> dict[str, tuple[_Rows, int]]:
 
 
 def tensor_part(name: str) -> str:
-    """Which of PARTS a hub tensor belongs to. A norm belongs to what follows it, the last one to the head."""
+    """Which part (molmo_edge.evaluation.ablation.parts_of) a hub tensor belongs to.
+
+    A norm belongs to what follows it, the last one to the head.
+    """
     if ".image_vit." in name or ".conv_tower." in name or name.startswith("model.vit."):
         return "vision_encoder"
     if ".vision_backbone." in name or name.startswith("model.connector."):

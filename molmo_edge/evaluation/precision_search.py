@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.checkpoints.manifest import POINT_HEAD
 from molmo_edge.evaluation.ablation import PARTS, AblationResult, Bench, component_of, size_of
 from molmo_edge.evaluation.stats import Estimate
 from molmo_edge.export import ExportError
@@ -162,7 +163,8 @@ def _delete(bench: Bench, files: Mapping[str, Path]) -> None:
 
 
 def _describe(choice: Choice) -> str:
-    return ", ".join(f"{part} {choice.precisions[part]}" for part in PARTS if part in choice.precisions) or "float32"
+    parts = sorted(choice.precisions, key=(*PARTS, POINT_HEAD).index)
+    return ", ".join(f"{part} {choice.precisions[part]}" for part in parts) or "float32"
 
 
 def _float32_bytes(bench: Bench) -> int:

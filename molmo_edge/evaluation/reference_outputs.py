@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.evaluation.answer_runs import ImageInputs, PrefilledImage
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.frontend.crops import ImageProcessor, Overview, load_image
+from molmo_edge.frontend.crops import ImageProcessor, load_image, stitched_patches
 from molmo_edge.frontend.image_files import ImageError
-from molmo_edge.frontend.prompts import Prompt, image_ids, text_ids
+from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.runtimes import Cache, PartedRuntime, Runtime
-from molmo_edge.runtimes.generate import likeliest
-from molmo_edge.runtimes.prompt_embeddings import prefill, with_features
+from molmo_edge.runtimes import PartedRuntime
 
 _PERTURBATION = 1e-6  # relative, of each pixel: less than the difference between two resizing libraries
 
@@ -30,36 +29,14 @@ class NoQuestionsError(MolmoEdgeError):
     """There is nothing to compare."""
 
 
-class UnsupportedModelError(MolmoEdgeError):
-    """A model that this kind of measurement does not support."""
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """The inputs of the vision tower and the connector for one image, and its part of the prompt."""
-
-    crops: np.ndarray  # float32 [n, patches^2, 588]
-    masks: np.ndarray  # float32 [n, patches^2]
-    prompt: Prompt
-    size: tuple[int, int]  # width and height of the image, pixels
-    overview: Overview | None = None
-    pooling: np.ndarray | None = None  # see PreparedImage
-
-
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A loaded model and the settings of its image inputs. Raises UnsupportedModelError for a MolmoPoint."""
+    """A loaded model and the settings of its image inputs."""
 
     runtime: PartedRuntime
     tokenizer: Tokenizer
     max_crops: int | None = None
     perturbed: bool = False  # pixels are changed by a millionth, to measure noise
-
-    def __post_init__(self) -> None:
-        if self.runtime.config.point_head is not None:
-            raise UnsupportedModelError(
-                "losses of a MolmoPoint are not measured yet: its grounding tokens would be left out"
-            )
 
     def prepare(self, question: Question) -> ImageInputs:
         """The question's image as model inputs. Raises ImageError."""
@@ -74,7 +51,8 @@ class ModelUnderTest:
             crops = (crops * (1 + noise)).astype(np.float32)
         size = rgb.shape[1], rgb.shape[0]
         prompt = image_ids(self.tokenizer, prepared)
-        return ImageInputs(crops, prepared.masks, prompt, size, prepared.overview, prepared.pooling)
+        grid = stitched_patches(config, prepared.tiling) if self.runtime.config.point_head else None
+        return ImageInputs(crops, prepared.masks, prompt, size, prepared.overview, prepared.pooling, grid)
 
 
 @dataclass(frozen=True)
@@ -85,8 +63,8 @@ class ReferenceAnswer:
     image: int  # index of the image among those recorded
     size: tuple[int, int]  # width and height of the image, pixels
     targets: tuple[int, ...]  # token ids of the answer, with the end token if it was reached
-    text: str
-    logits: Path  # float32 [len(targets), vocab_size]: what each target was chosen from
+    text: str  # with coordinates in place of grounding tokens
+    logits: Path  # float32 [len(targets), n_ids]: what each target was chosen from, see `AnswerRun.scores`
 
 
 @dataclass(frozen=True)
@@ -136,62 +114,14 @@ def record_reference(
         cells = runtime.connect(patches, inputs.masks, inputs.pooling)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
-        prefilled = PrefilledImage(runtime, tokenizer, with_features(runtime, inputs.prompt, cells), group)
+        prefilled = PrefilledImage(runtime, tokenizer, inputs, patches, cells, group)
         for question in group:
-            logits, targets = prefilled.answer(question)
+            logits, targets = prefilled.begin(question).finish(question.max_new_tokens)
             path = folder / f"logits-{len(answers)}.npy"
             np.save(path, logits)
-            text = answer_text(tokenizer, targets)
+            text = prefilled.text(targets)
             answers.append(ReferenceAnswer(question, image, inputs.size, tuple(targets), text, path))
             on_answer()
     if not answers:
         raise NoQuestionsError("there is nothing to compare: no image can be read")
     return ReferenceOutputs(folder, tuple(answers))
-
-
-class PrefilledImage:
-    """An image, prefilled once, with room in the cache for each of its questions and answers."""
-
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, rows: np.ndarray, questions: Sequence[Question]) -> None:
-        self.runtime, self._tokenizer = runtime, tokenizer
-        self._vocabulary = runtime.config.decoder.vocab_size
-        most = runtime.config.decoder.max_position_embeddings
-        room = max(len(self._ids(question)) + question.max_new_tokens for question in questions)
-        self._cache = runtime.new_cache(min(most, len(rows) + room))
-        prefill(runtime, rows, np.arange(len(rows)) > 0, self._cache)  # all but BOS are image tokens
-
-    def begin(self, question: Question) -> tuple[np.ndarray, Cache]:
-        """The logits [vocab_size] of the first answer token, and a cache that holds the image and the question.
-
-        Raises EngineError if the question does not fit.
-        """
-        cache = self._cache.copy()
-        return self._logits(self._ids(question), cache), cache
-
-    def feed(self, token: int, cache: Cache) -> np.ndarray:
-        """The logits [vocab_size] after one more token."""
-        return self._logits(np.array([token], np.int64), cache)
-
-    def answer(self, question: Question) -> tuple[np.ndarray, list[int]]:
-        """Greedy: float32 logits [n, vocab_size], and the n ids chosen from them, the end token included."""
-        logits, cache = self.begin(question)
-        return self.continue_answer(logits, cache, question.max_new_tokens)
-
-    def continue_answer(self, logits: np.ndarray, cache: Cache, most: int) -> tuple[np.ndarray, list[int]]:
-        """Like `answer`, from `logits` after the tokens in `cache`, for at most `most` ids or what fits."""
-        all_logits, ids = [logits], [likeliest(logits)]
-        while ids[-1] != self._tokenizer.special.eos and len(ids) < most and cache.length < cache.capacity:
-            all_logits.append(self.feed(ids[-1], cache))
-            ids.append(likeliest(all_logits[-1]))
-        return np.stack(all_logits), ids
-
-    def _ids(self, question: Question) -> np.ndarray:
-        return text_ids(self._tokenizer, [question.text])
-
-    def _logits(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
-        return self.runtime.forward(self.runtime.embed(ids), cache)[: self._vocabulary]
-
-
-def answer_text(tokenizer: Tokenizer, targets: Sequence[int]) -> str:
-    """As in `Molmo.ask`: without the end token, and without the space that every answer begins with."""
-    return tokenizer.decode([i for i in targets if i != tokenizer.special.eos]).lstrip()

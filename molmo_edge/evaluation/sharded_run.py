@@ -18,6 +18,8 @@ from typing import Any
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.evaluation.stats import Estimate, score_mean
+from molmo_edge.frontend.grounding_tokens import written_out
+from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.molmo import Molmo, Scene
 from molmo_edge.system.files import atomic_write, name_os_errors
 
@@ -80,12 +82,15 @@ def ask_shard(
     suite: str,
     shard: Shard = Shard(),
     on_answer: Callable[[], None] = lambda: None,
+    on_skipped: Callable[[str], None] | None = None,
 ) -> None:
     """Ask the shard's questions that have no answer yet, and append a line for each.
 
-    Images are distributed over the shards, not questions, so that each image is encoded once.
+    Images are distributed over the shards, not questions, so that each image is encoded once. If one cannot be read,
+    the reason is passed to `on_skipped` and stored as the "error" of its questions, which the next run asks again;
+    without `on_skipped` an ImageError is raised.
     """
-    done = set(_lines(folder, suite))
+    done = {name for name, line in _lines(folder, suite).items() if "error" not in json.loads(line)}
     groups = [group for i, group in enumerate(by_image(questions)) if i % shard.of == shard.number - 1]
     part = folder / f"{file_stem(suite)}.part-{shard.number}-of-{shard.of}.jsonl"
     if part.exists():
@@ -93,22 +98,32 @@ def ask_shard(
     with name_os_errors(part), part.open("a", encoding="utf-8") as file:
         for group in groups:
             left = [question for question in group if question.id not in done]
-            scene = _scene(molmo, left[0]) if left else None
+            scene, reason = None, ""
+            try:
+                scene = _scene(molmo, left[0]) if left else None
+            except ImageError as error:
+                if on_skipped is None:
+                    raise
+                reason = str(error)
+                on_skipped(reason)
             for question in left:
-                assert scene is not None
-                answer = molmo.ask(scene, question.text, max_new_tokens=question.max_new_tokens)
-                line = {
+                asked = {
                     "id": question.id,
                     "group": question.group,
                     "question": question.text,
                     "truth": question.truth,
-                    "answer": answer.text,
-                    "complete": answer.complete,
-                    "scores": _rounded(question.score(answer.text)),
                 }
+                line = {**asked, "error": reason} if scene is None else asked | _answered(molmo, scene, question)
                 file.write(json.dumps(line, sort_keys=True) + "\n")
                 file.flush()
                 on_answer()
+
+
+def _answered(molmo: Molmo, scene: Scene, question: Question) -> Line:
+    answer = molmo.ask(scene, question.text, max_new_tokens=question.max_new_tokens)
+    # With coordinates in place of grounding tokens, which say nothing without the image.
+    text = answer.text if scene.grounding is None else written_out(answer.text, answer.points)
+    return {"answer": text, "complete": answer.complete, "scores": _rounded(question.score(text))}
 
 
 def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> list[Line] | None:
@@ -131,16 +146,16 @@ def merge_shards(questions: Sequence[Question], folder: Path, suite: str) -> lis
 
 
 def count_answered(folder: Path, suite: str) -> int:
-    """The number of answered questions."""
-    return len(_lines(folder, suite))
+    """The number of answered questions, without those whose image could not be read."""
+    return sum("error" not in json.loads(line) for line in _lines(folder, suite).values())
 
 
 def average_scores(lines: Iterable[Line], questions: Sequence[Question]) -> dict[str, dict[str, Estimate]]:
-    """{group: {score: mean over questions}}."""
+    """{group: {score: mean over questions}}; without those whose image could not be read."""
     images = {question.id: question.image_id for question in questions}
     values: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for line in lines:
-        for name, value in line["scores"].items():
+        for name, value in line.get("scores", {}).items():
             values.setdefault(line["group"], {}).setdefault(name, []).append((value, images[line["id"]]))
     return {
         group: {name: score_mean([v for v, _ in pairs], [i for _, i in pairs]) for name, pairs in scores.items()}
@@ -151,14 +166,19 @@ def average_scores(lines: Iterable[Line], questions: Sequence[Question]) -> dict
 def _lines(folder: Path, suite: str) -> dict[str, str]:
     """{question id: line}. An incomplete last line, of a process that was killed or is writing, is ignored."""
     found: dict[str, str] = {}
+    errors: dict[str, str] = {}  # of images that could not be read; they may have been readable later
     whole = folder / f"{file_stem(suite)}.jsonl"
     for path in [*([whole] if whole.exists() else []), *_parts(folder, suite)]:
         for line in _whole_lines(path).decode("utf-8").splitlines(keepends=True):
             try:
-                found.setdefault(json.loads(line)["id"], line)
+                parsed = json.loads(line)
+                if "error" in parsed:
+                    errors.setdefault(parsed["id"], line)
+                else:
+                    found.setdefault(parsed["id"], line)
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{path} has a line that is not an answer: {line[:60]!r}") from None
-    return found
+    return errors | found
 
 
 def _whole_lines(path: Path) -> bytes:

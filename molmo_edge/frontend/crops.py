@@ -229,11 +229,14 @@ def cell_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
 
 
 def stitched_patches(config: ImageConfig, tiling: tuple[int, int]) -> np.ndarray:
-    """The patches that tile the image, int64 [rows, cols], as indices into the patches of all crops."""
+    """The patches that tile the image, int64 [rows, cols], as indices into the patches of all crops.
+
+    [0, 0] without crops beside the global view.
+    """
     n, stride = config.patches, config.window
     patch = np.arange(n * n).reshape(n, n)
-    (_, (height, width)), (left, right) = config.grids(tiling), config.overlap_margins
-    stitched = np.empty((height, width), np.int64)
+    left, right = config.overlap_margins
+    stitched = np.empty(config.grids(tiling)[1] if tiling[0] else (0, 0), np.int64)
     for k, (i, j) in enumerate(np.ndindex(*tiling)):
         # Inner sides lose their margin to the neighbour, outer sides keep it.
         (y0, y1), (x0, x1) = (
