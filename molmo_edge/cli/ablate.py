@@ -72,6 +72,8 @@ def ablate(
                 _print_differences(differences)
             if bench.mapped:
                 note("the float32 model does not fit into memory: weights are read from disk, which is slower")
+            if bench.config.point_head and not bench.points:
+                note("no answer points by grounding tokens: the loss of the point head cannot be measured")
             results = [bench.noise(on_part("noise"))]
             parts = (
                 ablate(bench, words, on_part=on_part) if other is None else swap_parts(bench, other, on_part=on_part)

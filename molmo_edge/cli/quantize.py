@@ -73,6 +73,8 @@ def quantize(
         advance = bar(f"{named(source)} in float32", len(questions))
         skipped = SkippedImages()
         with Bench(directory, questions, on_answer=advance, on_skipped=skipped) as bench:
+            if bench.config.point_head and not bench.points:
+                note("no answer points by grounding tokens: the point head stays float32")
             parts = [bench.noise(on_part("noise")), *ablate(bench, words, on_part=on_part)]
             size = None if max_mb is None else int(max_mb * 1e6)
             found = search(bench, parts[1:], max_bytes=size, max_kl=max_kl, on_try=on_part)

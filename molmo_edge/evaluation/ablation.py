@@ -131,6 +131,12 @@ class Bench:
         tokens, images = sum(len(a.targets) for a in answers), len({a.image for a in answers})
         return f"{counted(tokens, 'token')} of {counted(len(answers), 'answer')} about {counted(images, 'image')}"
 
+    @property
+    def points(self) -> bool:
+        """Whether an answer of the reference has grounding tokens."""
+        first = self.config.decoder.n_logits
+        return any(token >= first for answer in self.outputs.answers for token in answer.targets)
+
     def noise(self, on_answer: Callable[[], None] = lambda: None) -> AblationResult:
         """The reference itself, with pixels changed by a millionth."""
         with self._opened(self.files) as model:
@@ -171,9 +177,11 @@ def ablate(
 ) -> Iterator[AblationResult]:
     """Measure each part in each precision, skipping those that a part does not support (embeddings in 4 bits).
 
-    `parts`: None: all of the model.
+    `parts`: None: all of the model. A point head that no answer uses is left out: its loss would be 0.
     """
     for part in parts_of(bench.config) if parts is None else parts:
+        if part == POINT_HEAD and not bench.points:
+            continue
         for word in precisions:
             if word in precisions_of(part, bench.config):
                 component = component_of(part)

@@ -52,6 +52,7 @@ class ComparedAnswer:
     unmatched: int  # points that only one of the two answers has
     scores_reference: dict[str, float]
     scores: dict[str, float]
+    grounding: np.ndarray | None = None  # bool, which tokens are grounding tokens; None: the model has none
 
     @property
     def reference_points(self) -> list[Point]:
@@ -157,6 +158,7 @@ def _compare_answer(prefilled: PrefilledImage, answer: ReferenceAnswer) -> Compa
         unmatched=len(a) + len(b) - 2 * len(distances),
         scores_reference=scores_reference,
         scores=scores,
+        grounding=prefilled.are_grounding(targets),
     )
 
 

@@ -45,6 +45,7 @@ METRICS = {
     "kl_mean": Metric("KL per token, mean", _small, 0.0),
     "kl_median": Metric("KL, median", _small, 0.0),
     "kl_p99": Metric("KL, 99th percentile", _small, 0.0),
+    "kl_grounding": Metric("KL per grounding token, mean", _small, 0.0),
     "perplexity_ratio": Metric("perplexity ratio", _digits(4), 1.0),
     "router": Metric("expert agreement", _percent, 1.0),
     "vision": Metric("vision features, 1 - cosine", _small, 0.0),
@@ -71,6 +72,9 @@ def compute_metrics(comparison: Comparison, router: Sequence[float] | None = Non
     found["kl_mean"] = mean(kl, tokens)
     found["kl_median"] = quantile(kl, tokens, 0.5)
     found["kl_p99"] = quantile(kl, tokens, 0.99)
+    grounded, ids_grounded = _flatten(answers, lambda a: a.kl[a.grounding] if a.grounding is not None else ())
+    if len(grounded):
+        found["kl_grounding"] = mean(grounded, ids_grounded)
     found["same_top"] = mean(*_flatten(answers, lambda a: a.same_top))
     log_ratio, _ = _flatten(answers, lambda a: a.nll - a.nll_reference)
     found["perplexity_ratio"] = transformed(mean(log_ratio, tokens), math.exp)
