@@ -19,6 +19,7 @@ from molmo_edge.evaluation.ablation import Bench, ablate, parts_of
 from molmo_edge.evaluation.answer_runs import with_coordinates
 from molmo_edge.evaluation.comparison import log_softmax
 from molmo_edge.evaluation.loss import Loss, ModelSpec, measure_loss
+from molmo_edge.evaluation.pointing import is_valid_point_answer
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.evaluation.sharded_run import ask_shard, count_answered, merge_shards
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
@@ -94,6 +95,24 @@ def test_coordinates_take_the_place_of_grounding_tokens() -> None:
         found = with_coordinates(cut, points)
         assert [(p.x, p.y) for p in parse_points(found)] == [(10, 20), (30, 40)]
     assert with_coordinates("None.", []) == "None."
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ('<points coords="1 1 100 200;2 2 300 400">cups</points>', True),
+        ('<points alt="x" coords="1 1 100 200">cups</points>', True),
+        ('<tracks coords="0.5 1 100 200">a cup</tracks>', True),
+        ('<points coords="1 1 100 200">cups</tracks>', False),
+        ('<points coords="1 1 100 200"></points>', False),
+        ('<points coords="1">cups</points>', False),
+        ('There: <points coords="1 1 100 200">cups</points>', False),
+        ('<points coords="1 1 100 200">cups</points> <points coords="1 2 100 200">cups</points>', False),
+        ('<points coords="1 1 100 200">cups', False),
+    ],
+)
+def test_formats_of_molmo2_are_valid(text: str, valid: bool) -> None:
+    assert is_valid_point_answer(text) == valid
 
 
 def test_the_probability_of_the_patch_token_is_shared(bundles: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from molmo_edge.evaluation.text_scores import read_integer
+from molmo_edge.frontend.coords_points import find_coords
 from molmo_edge.frontend.points import Point, extract_points, parse_count
 
 Box = Sequence[float]  # x0, y0, x1, y1
@@ -55,16 +56,21 @@ def is_valid_point_answer(text: str) -> bool:
     """Whether an answer is a single tag of points or a list of (x, y) pairs, and nothing else.
 
     "There are none.", a counting answer and a tag without alt are not valid. The reference's pattern
-    (olmo/eval/evaluators.py::is_valid_format) accepts the same texts, but backtracks; this takes linear time.
+    (olmo/eval/evaluators.py::is_valid_format) accepts the same texts, but backtracks; this takes linear time. Besides,
+    a tag of Molmo2 (`coords`) with points and a label is valid.
     """
     text = text.strip()
     if _PAIRS.fullmatch(text):
         return True
-    for tag, closing in ((_ONE_TAG, "</point>"), (_MANY_TAG, "</points>")):
-        match = tag.match(text)
+    for pattern, closing in ((_ONE_TAG, "</point>"), (_MANY_TAG, "</points>")):
+        match = pattern.match(text)
         if match:
             return text.endswith(closing) and text.find('">', match.end(), -len(closing)) >= 0
-    return False
+    tag = next(find_coords(text), None)
+    if tag is None or tag.start or not tag.points:
+        return False
+    closing = f"</{text[1:7]}>"  # of points or tracks
+    return text.endswith(closing) and text.count("<") == 2 and bool(text[tag.end : -len(closing)].strip())
 
 
 def score_in_masks(
