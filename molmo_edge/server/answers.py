@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from molmo_edge.errors import EngineError, MolmoEdgeError, first_line
-from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.points import Point, parse_count, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
@@ -79,7 +77,6 @@ class Answerer:
     scenes: SceneCache
     metrics: Metrics
     _overview: Molmo | None = field(default=None, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def model(self) -> str:
@@ -114,7 +111,7 @@ class Answerer:
                 history=list(ask.history),
             )
         except MemoryError:
-            raise EngineError("out of memory while the image was scene") from None
+            raise EngineError("out of memory while the image was encoded") from None
         except MolmoEdgeError as error:
             raise as_api_error(error) from error
         ticket.on_cancel(stream.close)
@@ -132,9 +129,11 @@ class Answerer:
         stops = StopSequences(ask.stop)
         text = ""
         points: list[dict[str, Any]] = []
+        first = True
         for piece in stream:
-            if not text and not points:
+            if first:
                 self.metrics.first_token(time.perf_counter() - began)
+                first = False
             if isinstance(piece, Point):
                 points.append(point_data(piece, scene.shown))
                 yield Delta(points=(points[-1],))
@@ -176,11 +175,12 @@ class Answerer:
         """The model with its own number of crops, or with the global view only."""
         if not ask.overview_only:
             return self.molmo
-        with self._lock:
-            if self._overview is None:
-                engine = self.molmo.engine
-                self._overview = Molmo.from_parts(engine.runtime, engine.tokenizer, max_crops=0, name=self.molmo.name)
-            return self._overview
+        if self._overview is None:
+            engine = self.molmo.engine
+            self._overview = Molmo.from_parts(
+                engine.runtime, engine.tokenizer, max_crops=0, alpha=engine.alpha, name=self.molmo.name
+            )
+        return self._overview
 
     def _kept(self, molmo: Molmo, ask: Ask) -> Scene | None:
         """The scene of the pictures from an earlier question, if it is still there."""
@@ -194,10 +194,8 @@ class Answerer:
         """A new scene of the pictures; None if the ticket was cancelled."""
         if not ask.pictures:
             return molmo.engine.no_image()
-        images = [load_image(picture.data) for picture in ask.pictures]
-        if ticket.cancelled:
-            return None
-        scene = molmo.engine.scene(images[0] if len(images) == 1 else images)
+        files = [picture.data for picture in ask.pictures]
+        scene = molmo.engine.scene(files[0] if len(files) == 1 else files)
         if ticket.cancelled:
             return None
         scene = molmo.engine.prefill(scene, _ROOM)

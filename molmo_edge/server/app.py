@@ -54,6 +54,7 @@ _POSTS: tuple[tuple[str, Callable[..., Any], type[BaseModel], type[BaseModel]], 
     ("/v1/caption", moondream_api.caption, CaptionRequest, CaptionResponse),
     ("/v1/query", moondream_api.query, QueryRequest, QueryResponse),
 )
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}  # of a request with "stream"
 
 
 class Model(BaseModel):
@@ -103,7 +104,7 @@ def create_app(service: Service) -> FastAPI:
             _with_body(function, service, body),
             methods=["POST"],
             response_model=None,
-            responses={200: {"model": answer}, **DOCUMENTED},
+            responses={200: {"model": answer, "content": _EVENTS}, **DOCUMENTED},
             name=function.__name__,
         )
     _add_gets(app, service)

@@ -135,6 +135,7 @@ class RemoteImages:
             if response.status != 200:
                 raise bad_request(f"the image URL answered with status {response.status}")
             data = response.read(self.max_bytes + 1)
+            _left(deadline)  # a connection that the watchdog ended looks complete
             if len(data) > self.max_bytes:
                 raise ApiError(413, f"the image has more than {self.max_bytes} bytes: scale it down")
             if response.length:

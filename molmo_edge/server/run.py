@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +45,7 @@ def serve(
 ) -> None:
     """Serve `molmo` on `sock` until SIGINT or SIGTERM, then let running answers finish. Calls `ready` when it listens.
 
-    A second SIGINT ends the server at once.
+    A second SIGINT ends the server at once. Raises KeyboardInterrupt after SIGINT.
     """
     service = Service(molmo, replace(settings, port=sock.getsockname()[1]))
     config = uvicorn.Config(
@@ -70,8 +69,7 @@ def serve(
                 task.cancel()
             service.close()
 
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 async def _tell_when_started(server: uvicorn.Server, ready: Callable[[], None]) -> None:
