@@ -293,7 +293,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class PointHeadConfig:
-    """MolmoPoint's grounding head, and the tokens whose embeddings its grounding tokens use."""
+    """A grounding head, and the tokens whose embeddings its grounding tokens use.
+
+    MolmoPoint has one; so may a model with the images and prompts of Molmo v1 (layout "molmo").
+    """
 
     patch_token: int
     subpatch_token: int
@@ -302,6 +305,7 @@ class PointHeadConfig:
     rope_theta: float = 50000.0
     n_locations: int = 9  # in a subpatch
     no_more_class: bool = True  # whether "no more points" can be chosen instead of a patch
+    numbered: bool = added(True)  # whether the number of its object follows each point: 4 tokens a point instead of 3
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -331,6 +335,11 @@ class MolmoConfig:
         check_fields(self)
         if bool(self.conv_tower) != bool(self.image.overview):
             raise ConfigError("conv_tower and image.overview must be set together: the tower takes the overview")
+        if self.point_head is not None:
+            head = self.point_head
+            for token in (head.patch_token, head.subpatch_token, head.location_token):
+                if token >= self.decoder.n_logits:
+                    raise ConfigError(f"grounding token {token} has no logit: there are {self.decoder.n_logits}")
         for vit in self.vits:
             patches, class_token = self.image.patches**2, " and a class token" if vit.parts.class_token else ""
             if vit.n_patches != patches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,12 +16,14 @@ import numpy as np
 
 from molmo_edge.config import PointHeadConfig
 from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding
-from molmo_edge.frontend.points import Point
+from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
 
 _CLOSED_TAG = re.compile(r'<(points|tracks)\b.*?"\s*>(?P<label>[^<]*)</\1>', re.DOTALL)
+
+_OPEN = '<points coords="'
 
 _CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 _UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
@@ -56,6 +59,9 @@ class Grounding:
         out[: ids.first] = text
         for token in (config.patch_token, config.subpatch_token, config.location_token):
             out[token] = _UNSET
+        model = self.head.config
+        if model.image.layout == "molmo":  # as everywhere in Molmo v1: ids beyond the vocabulary are no text
+            out[model.decoder.vocab_size : ids.first] = _UNSET
         if self.history:  # the first new token is never a grounding token
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
             out[ids.first : ids.slots] = self._patch_scores(patch_query, float(text[config.patch_token]), patches)
@@ -125,13 +131,21 @@ class GroundingInputs:
     features: np.ndarray  # float32 [n_patches, d_model] of the connector
     grids: tuple[np.ndarray, ...]  # of each image or frame int [rows, cols], the patches that tile it
     times: tuple[float, ...] | None = None  # of the frames of a video, seconds; None: `grids` are images
+    frames: tuple[Sequence[float], ...] = ()  # of each image, its place in its grid, see `decode_grounding`
+    pointable: np.ndarray | None = None  # bool [n_patches], which can be chosen; None: those whose id is `indexable`
     states: np.ndarray | None = None  # float32 [n, d_model] before the final norm, once `ids` have run
 
     @property
     def token_ids(self) -> GroundingIds:
         """The ids of the grounding tokens."""
         config, (patches, slots) = self._config, self.pooling.shape
-        return GroundingIds(self.head.config.decoder.n_logits, patches, slots, config.n_locations, config.no_more_class)
+        first = self.head.config.decoder.n_logits
+        return GroundingIds(first, patches, slots, config.n_locations, config.no_more_class, config.numbered)
+
+    @property
+    def writes_digits(self) -> bool:
+        """Whether an answer's text has the grammar of Molmo v1 instead of the grounding tokens."""
+        return self.head.config.image.layout == "molmo"
 
     @property
     def _config(self) -> PointHeadConfig:
@@ -143,7 +157,7 @@ class GroundingInputs:
         """`states`: float32 [n, d_model] of `ids` and more, before the final norm, if `self.states` is None."""
         config, there = self._config, self.pooling >= 0
         states = states if self.states is None else self.states
-        chosen = self.ids[self.positions] == self.indexable
+        chosen = self.ids[self.positions] == self.indexable if self.pointable is None else self.pointable
         positions = np.cumsum(chosen) - 1
         keys = rotate(self.head.project(states[self.positions])[1], positions, config.rope_theta)
         if config.no_more_class:
@@ -155,7 +169,18 @@ class GroundingInputs:
 
     def points(self, text: str, label: str) -> list[Point]:
         """The points of the grounding tokens in `text`."""
-        found = decode_grounding(text, self.pooling, self.grids, no_more_class=self._config.no_more_class)
+        config = self._config
+        found = decode_grounding(
+            text,
+            self.pooling,
+            self.grids,
+            frames=self.frames,
+            no_more_class=config.no_more_class,
+            numbered=config.numbered,
+        )
+        if self.writes_digits:  # in the order of the text
+            points = [Point(100 * p.x, 100 * p.y, label) for p in found]
+            return sorted(points, key=lambda p: (round(p.x, 1), round(p.y, 1)))
         if self.times is not None:
             return [Point(100 * p.x, 100 * p.y, label, time=self.times[p.frame]) for p in found]
         return [Point(100 * p.x, 100 * p.y, label, image=p.frame + 1) for p in found]
@@ -179,6 +204,35 @@ class GroundedParser:
     def close(self) -> list[Point]:
         """The points of a tag that a truncated answer left open."""
         return self._inputs.points(self._text, "")
+
+
+class DigitWriter:
+    """Rewrites text that arrives in pieces: tags of grounding tokens become those of Molmo v1, `<point x= y=>`."""
+
+    def __init__(self, inputs: GroundingInputs) -> None:
+        self._inputs, self._held = inputs, ""
+
+    def feed(self, piece: str) -> str:
+        """The text that this piece completes. A tag is held back until it is closed, because it begins with a count."""
+        self._held += piece
+        done = ""
+        while tag := _CLOSED_TAG.search(self._held):
+            done += self._held[: tag.start()] + self._written(tag[0], tag["label"].strip())
+            self._held = self._held[tag.end() :]
+        start = self._held.find(_OPEN)
+        if start < 0:  # it may begin at the end
+            start = next((at for at in range(len(self._held)) if _OPEN.startswith(self._held[at:])), len(self._held))
+        done, self._held = done + self._held[:start], self._held[start:]
+        return done
+
+    def close(self) -> str:
+        """The rest of a truncated answer, with the points of a tag that it left open."""
+        held, self._held = self._held, ""
+        return self._written(held, "") if held.startswith(_OPEN) else held
+
+    def _written(self, tag: str, label: str) -> str:
+        points = self._inputs.points(tag, label)
+        return format_points(points, label) if points else ""
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

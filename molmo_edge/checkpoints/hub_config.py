@@ -23,6 +23,7 @@ from molmo_edge.config import (
     DecoderConfig,
     ImageConfig,
     MolmoConfig,
+    PointHeadConfig,
     VisionConfig,
 )
 from molmo_edge.system.config_fields import as_tuple, from_json, to_json
@@ -146,6 +147,7 @@ def _read_molmo(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfi
         conv_tower=from_json(ConvTowerConfig, tower) if tower else None,
         pad_embed=raw.get("image_padding_embed", "pad_and_partial_pad") is not None,
         extra_vision=tuple(from_json(VisionConfig, vit) for vit in backbone.get("extra_vision", ())),
+        point_head=from_json(PointHeadConfig, raw["point_head"]) if raw.get("point_head") else None,
     )
 
 
@@ -203,6 +205,7 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
         head_dim_override=raw.get("head_dim") or 0,
         qk_norm_per_head=norm_type == "qwen3" and qk_norm,
         image_attention=raw.get("image_attention", "causal"),
+        additional_head=raw.get("additional_head", False),
     )
 
 
@@ -284,6 +287,8 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     raw |= {"head_dim": d.head_dim} if d.head_dim_override else {}
     raw |= {"qk_norm_type": "qwen3"} if d.qk_norm_per_head else {}
     raw |= {"image_attention": d.image_attention} if d.bidirectional_images else {}
+    raw |= {"additional_head": True} if d.additional_head else {}
+    raw |= {"point_head": to_json(config.point_head)} if config.point_head else {}
     raw |= {"image_padding_embed": None} if not config.pad_embed else {}
     raw |= {"pooling_attention_mask": True} if i.pools_across_crops else {}
     preprocessor = {

@@ -17,6 +17,7 @@ import numpy as np
 from molmo_edge.frontend.points import Point
 
 _TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
+_UNNUMBERED = re.compile(r"<POINT_([0-9]+)><POINT_([0-9]+)><POINT_([0-9]+)>")
 _CELL = 0.33  # of a patch: the reference's step from one location to the next
 
 
@@ -29,6 +30,7 @@ class GroundingIds:
     n_slots: int  # patches in a pooling window: 4 of an image, 9 of a video
     n_locations: int = 9
     no_more_class: bool = True
+    numbered: bool = True  # whether text with the object's number follows each point
 
     @property
     def no_more(self) -> int | None:
@@ -64,7 +66,9 @@ class GroundingIds:
         """
         last, finished = history[-1], history[:-2]
         patch = next((i for i in reversed(finished) if self.first <= i < self.slots), None)
-        slot = next((i for i in reversed(finished) if self.slots <= i < self.locations), None)
+        # Without a number after it, a point is complete with its location.
+        complete = finished if self.numbered else history[:-1]
+        slot = next((i for i in reversed(complete) if self.slots <= i < self.locations), None)
         if self.no_more in history:
             return [(0, self.first)]
         if self.first <= last < self.slots:
@@ -110,26 +114,40 @@ class GroundedPoint(NamedTuple):
 
 
 def decode_grounding(
-    text: str, pooling: np.ndarray, grids: Sequence[np.ndarray], *, no_more_class: bool = True, strict: bool = False
+    text: str,
+    pooling: np.ndarray,
+    grids: Sequence[np.ndarray],
+    *,
+    frames: Sequence[Sequence[float]] = (),
+    no_more_class: bool = True,
+    numbered: bool = True,
+    strict: bool = False,
 ) -> Iterator[GroundedPoint]:
     """Decode the points of the grounding tokens in `text`.
 
     `pooling`: int32 [n_patches, n_slots], patches of each token, numbered through all images. `grids`: for each image
-    or frame int32 [rows, cols], the same numbers. Points in no grid (the low-resolution view, padding) are skipped. Ids
+    or frame int32 [rows, cols], the same numbers. `frames`: (left, top, width, height) of each image in its grid, in
+    patches; empty: it fills the grid. `numbered`: as in PointHeadConfig; the points count from 1 without. Points in no
+    grid (the low-resolution view, padding) are skipped. Ids
     out of range are skipped as well; with `strict` they index as in the reference, which may raise IndexError.
     """
     n_patches, n_slots = pooling.shape
     places = {int(v): (i, y, x) for i, grid in enumerate(grids) for (y, x), v in np.ndenumerate(grid)}
-    for match in _TRIPLE.finditer(text):
-        patch, slot, location, name = map(int, match.groups())
+    for number, match in enumerate((_TRIPLE if numbered else _UNNUMBERED).finditer(text), start=1):
+        patch, slot, location, *names = map(int, match.groups())
+        name = names[0] if names else number
         slot -= n_patches + no_more_class
         location -= n_patches + no_more_class + n_slots
         if not strict and not (patch < n_patches and 0 <= slot < n_slots and 0 <= location < 9):
             continue
         if place := places.get(int(pooling[patch, slot])):
             frame, row, col = place
-            x = (col + (location // 3 + 0.5) * _CELL) / grids[frame].shape[1]
-            y = (row + (location % 3 + 0.5) * _CELL) / grids[frame].shape[0]
+            x, y = col + (location // 3 + 0.5) * _CELL, row + (location % 3 + 0.5) * _CELL
+            if frames:
+                left, top, width, height = frames[frame]
+                x, y = min(max((x - left) / width, 0.0), 1.0), min(max((y - top) / height, 0.0), 1.0)
+            else:
+                x, y = x / grids[frame].shape[1], y / grids[frame].shape[0]
             yield GroundedPoint(name, frame, x, y)
 
 

@@ -38,7 +38,8 @@ def ask_batch(
     """See `Molmo.ask_batch`."""
     results: dict[int, Answer | MolmoEdgeError] = {}
     prompts: list[_Prompt] = []
-    batched = hasattr(engine.runtime, "prefill_batch") and not engine.config.decoder.bidirectional_images
+    alone = engine.config.decoder.bidirectional_images or engine.config.point_head is not None
+    batched = hasattr(engine.runtime, "prefill_batch") and not alone
     batch_runtime = cast("BatchRuntime", engine.runtime) if batched else None
     for index, (image, question) in enumerate(_pairs(asks, errors)):
         try:

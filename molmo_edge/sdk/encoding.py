@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image
 
-from molmo_edge.frontend.crops import ImageProcessor, Overview, stitched_patches
+from molmo_edge.frontend.crops import (
+    ImageProcessor,
+    Overview,
+    cell_patches,
+    image_in_grid,
+    pointable_cells,
+    pointing_grid,
+)
 from molmo_edge.frontend.video import prepare_video
 from molmo_edge.frontend.video_files import VideoError
 from molmo_edge.runtimes.grounding import GroundingInputs
@@ -42,9 +49,12 @@ class Encoded:
 def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt) -> Encoded:
     """Cut images or frames into crops and run vision tower and connector. `prompt`: of `inputs`."""
     embeddings = np.array(runtime.embed(prompt.ids), np.float32)
-    collected = _Collected([], [], [], []) if runtime.config.point_head is not None else None
+    collected = _Collected([], [], [], [], [], [], []) if runtime.config.point_head is not None else None
     video = None if inputs.frames is None else _KeptFrames(inputs.frames)
-    parts = _image_parts(process, inputs, prompt) if video is None else _frame_parts(process, video, prompt)
+    if video is None:
+        parts = _image_parts(process, inputs, prompt, grounded=collected is not None)
+    else:
+        parts = _frame_parts(process, video, prompt)
     vision, crops = 0.0, 0
     for part in parts:
         began = time.perf_counter()
@@ -71,16 +81,29 @@ class _Part:
     overview: Overview | None
     pooling: np.ndarray | None
     positions: np.ndarray  # of its features in the prompt
-    grids: tuple[np.ndarray, ...]  # see GroundingInputs
+    grids: tuple[np.ndarray, ...] = ()  # see GroundingInputs
+    slots: np.ndarray | None = None  # `pooling` of the image tokens, of a model that points by grounding tokens
+    frames: tuple[Sequence[float], ...] = ()
+    pointable: np.ndarray | None = None
 
 
-def _image_parts(process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt) -> Iterator[_Part]:
+def _image_parts(process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt, *, grounded: bool) -> Iterator[_Part]:
+    config = process.config
     for rgb, positions in zip(inputs.images, prompt.positions, strict=True):
         image = process(rgb)
-        # Without crops there is only the global view, in which nothing can be pointed at.
-        there = image.tiling[0] and image.pooling is not None
-        grid = stitched_patches(process.config, image.tiling) if there else np.empty((0, 0), np.int64)
-        yield _Part(image.crops, image.masks, image.overview, image.pooling, positions, (grid,))
+        part = _Part(image.crops, image.masks, image.overview, image.pooling, positions)
+        if grounded:
+            pointable = pointable_cells(config, image.tiling)
+            # In MolmoPoint nothing can be pointed at without crops.
+            grid = pointing_grid(config, image.tiling) if pointable.any() else np.empty((0, 0), np.int64)
+            part = replace(
+                part,
+                grids=(grid,),
+                slots=cell_patches(config, image.tiling) if image.pooling is None else image.pooling,
+                frames=(image_in_grid(config, image.tiling, *rgb.shape[:2]),),
+                pointable=pointable,
+            )
+        yield part
 
 
 def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualPrompt) -> Iterator[_Part]:
@@ -91,7 +114,7 @@ def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualProm
         cells = len(part.pooling) // len(frames)
         grids = np.arange(len(frames) * side * side).reshape(-1, side, side)
         where = positions[done * cells : (done + len(frames)) * cells]
-        yield _Part(part.crops, np.empty(0, np.float32), None, part.pooling, where, tuple(grids))
+        yield _Part(part.crops, np.empty(0, np.float32), None, part.pooling, where, tuple(grids), part.pooling)
         done += len(frames)
     if done != len(video.selected.times):
         raise VideoError(f"the video ended after {done} of {len(video.selected.times)} frames: is it truncated?")
@@ -120,23 +143,31 @@ class _KeptFrames(Iterator[np.ndarray]):
 
 @dataclass
 class _Collected:
-    """What MolmoPoint's grounding tokens need of all parts together."""
+    """What grounding tokens need of all parts together, the image tokens in their order in the prompt."""
 
     patches: list[np.ndarray]  # float32 [n * patches^2, feature_dim]
     pooling: list[np.ndarray]
     features: list[np.ndarray]
     grids: list[np.ndarray]
+    positions: list[np.ndarray]
+    frames: list[Sequence[float]]  # of images
+    pointable: list[np.ndarray]
 
     def add(self, runtime: PointRuntime, part: _Part) -> np.ndarray:
         """Encode a part; returns its image features."""
-        assert part.pooling is not None
+        assert part.slots is not None
         before = sum(len(patches) for patches in self.patches)
-        patches = runtime.encode_crops(part.crops)
+        patches = runtime.encode_crops(part.crops, part.overview)
         features = runtime.connect(patches, part.masks, part.pooling)
         self.patches.append(patches.reshape(-1, patches.shape[-1]))
-        self.pooling.append(np.where(part.pooling < 0, -1, part.pooling + before))
-        self.features.append(features)
+        self.pooling.append(np.where(part.slots < 0, -1, part.slots + before))
+        kept = part.positions >= 0
+        order = part.positions[kept].argsort()
+        self.positions.append(part.positions[kept][order])
+        self.features.append(features[kept][order])
         self.grids += [grid + before for grid in part.grids]
+        self.frames += part.frames
+        self.pointable += [] if part.pointable is None else [part.pointable]
         return features
 
     def inputs(
@@ -145,11 +176,13 @@ class _Collected:
         return GroundingInputs(
             head=runtime,
             ids=prompt.ids,
-            positions=np.concatenate(prompt.positions),
+            positions=np.concatenate(self.positions),
             indexable=process.special.im_patch,
             patch_features=np.concatenate(self.patches),
             pooling=np.concatenate(self.pooling),
             features=np.concatenate(self.features),
             grids=tuple(self.grids),
             times=times,
+            frames=tuple(self.frames),
+            pointable=np.concatenate(self.pointable) if self.pointable else None,
         )

@@ -16,7 +16,7 @@ from molmo_edge.frontend.points import Point, StreamParser, parse_count
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
-from molmo_edge.runtimes.grounding import GroundedParser
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.system.log import logger
@@ -132,6 +132,7 @@ def generate_pieces(
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
     parser = StreamParser(video=scene.shown.times is not None) if grounding is None else GroundedParser(grounding)
+    writer = DigitWriter(grounding) if grounding is not None and grounding.writes_digits else None
     generated = Generated()
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
@@ -154,10 +155,12 @@ def generate_pieces(
             piece = decoder.flush() + grounding.token_ids.token(token)
         else:
             piece = decoder.flush() if token is None else decoder.feed(token)
+        closed = parser.feed(piece) + (parser.close() if token is None else [])
+        if writer is not None:
+            piece = writer.feed(piece) + (writer.close() if token is None else "")
         if not generated.text:
             piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
         generated.text += piece
-        closed = parser.feed(piece) + (parser.close() if token is None else [])
         generated.points += closed
         yield piece  # empty if the token completes no text: `Stream` can stop after each token
         yield from closed

@@ -46,7 +46,8 @@ def grounded(text: str, target: Callable[[float, float], Target], ids: Grounding
     """`text` with its points as grounding tokens: strings, and lists of ids between them.
 
     target: from x and y, fractions of the image's sides. Points are in the order of their targets, as in the reference
-    (molmo_point_data_formatter.py, "no_space_id_last"): `<points coords="` PATCH SLOT LOCATION 1 ... NO_MORE `">`.
+    (molmo_point_data_formatter.py, "no_space_id_last"): `<points coords="` PATCH SLOT LOCATION 1 ... NO_MORE `">`, the
+    numbers only where `ids.numbered` says so.
     """
     parts: list[str | list[int]] = [""]
 
@@ -66,7 +67,8 @@ def grounded(text: str, target: Callable[[float, float], Target], ids: Grounding
         targets = sorted(target(point.x / 100, point.y / 100) for point in points)
         for number, (patch, slot, location) in enumerate(targets, start=1):
             write([ids.first + patch, ids.slots + slot, ids.locations + location])
-            write(str(number))
+            if ids.numbered:
+                write(str(number))
         if ids.no_more is not None:
             write([ids.no_more])
         write(f'">{label}</points>')

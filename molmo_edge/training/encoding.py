@@ -182,7 +182,9 @@ class Encoder:
     def _grounding_ids(self, pooling: np.ndarray) -> GroundingIds:
         assert self.config is not None
         head, (patches, slots) = self._point_head, pooling.shape
-        return GroundingIds(self.config.decoder.n_logits, patches, slots, head.n_locations, head.no_more_class)
+        return GroundingIds(
+            self.config.decoder.n_logits, patches, slots, head.n_locations, head.no_more_class, head.numbered
+        )
 
     @property
     def _chat(self) -> bool:

@@ -1,0 +1,223 @@
+"""Grounding tokens in a model with the images, prompts and answers of Molmo v1: trained, exported and asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from molmo_edge import Molmo as Sdk
+from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.config import ConfigError, DecoderConfig, ImageConfig, MolmoConfig, PointHeadConfig, VisionConfig
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.export import export_bundle
+from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
+from molmo_edge.frontend.grounding_tokens import GroundingIds
+from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
+from molmo_edge.modeling import Molmo, save_checkpoint
+from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.forward import ForwardConfig
+from molmo_edge.training.optimizer import OptimizerConfig, Rate
+from molmo_edge.training.parallel import world
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.trainer import Data, Trainer, build
+
+TOKENIZER = Path(__file__).parent / "golden" / "molmoe" / "tokenizer.json"
+D = 64
+CONFIG = MolmoConfig(
+    ImageConfig(crop_size=112, overlap_margins=(2, 2), max_crops=2),
+    VisionConfig("openai", D, 3, 4, 2 * D, n_pos=65, layers=(-1, -2)),
+    DecoderConfig(
+        d_model=D,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_dim=D,
+        n_experts=4,
+        top_k=4,
+        vocab_size=500,
+        embedding_size=500,
+        additional_vocab_size=16,
+        additional_head=True,
+        qk_norm=True,
+    ),
+    projector_dim=D,
+    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False),
+)
+POINT, COUNT = "Point to the discs.", "How many discs are there?"
+SIZE = (80, 150)  # height and width: with bars above and below
+
+
+@dataclass(frozen=True)
+class Discs:
+    """Pictures with one, two, ... discs."""
+
+    count: int
+    name: str = "discs"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def points(self, index: int) -> list[Point]:
+        rng = np.random.default_rng(index)
+        return [Point(*map(float, rng.uniform(10, 90, 2))) for _ in range(1 + index % 3)]
+
+    def picture(self, index: int) -> np.ndarray:
+        height, width = SIZE
+        y, x = np.mgrid[:height, :width]
+        out = np.full((height, width, 3), 230, np.uint8)
+        for point in self.points(index):
+            px, py = point.pixel(width, height)
+            out[(x - px) ** 2 + (y - py) ** 2 < 8**2] = (200, 30, 30)
+        return out
+
+    def example(self, index: int, _rng: np.random.Generator) -> Example:
+        points = self.points(index)
+        asked = (POINT, format_points(points, "discs")), (COUNT, format_count(points, "discs"))
+        return Example(self.picture(index), tuple(Annotation("demo", each) for each in asked))
+
+
+def _train(start: Path, directory: Path, data: Discs, steps: int, save_every: int = 1000) -> Path:
+    from molmo_edge.checkpoints.weight_files import open_tensors
+    from molmo_edge.frontend.tokenizer import Tokenizer
+
+    rate = Rate(3e-3, 10)
+    recipe = Recipe(
+        steps=steps,
+        batch=2,
+        micro=2,
+        mixture=(),
+        precision="fp32",
+        encoding=Encoding(sequence=512),
+        forward=ForwardConfig(answer_dropout=0.0, recompute=False),
+        optimizer=OptimizerConfig(rate, Rate(1e-3, 10), rate, rate),
+        max_crops=None,
+        workers=0,
+        save_every=save_every,
+        log_every=1000,
+    )
+    with world("cpu") as here:
+        model = build(read_config(start), open_tensors(start), str(start), recipe, here)
+        trainer = Trainer(model, Tokenizer.from_file(TOKENIZER), Data([data], [1.0]), recipe, directory, here)
+        return trainer.train()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("start")
+    model = Molmo(CONFIG).init_weights(std=D**-0.5, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(model, TOKENIZER, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(start, tmp_path_factory.mktemp("run"), Discs(2), 80)
+
+
+def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path: Path) -> None:
+    """Read back, and exported to ONNX: both find the discs, and write digits where the model chose tokens."""
+    assert read_config(trained) == CONFIG
+    bundle = tmp_path / "bundle"
+    export_bundle(trained, bundle)
+    data = Discs(2)
+    with Sdk(trained) as torch_model, Sdk(bundle) as onnx_model:
+        for index in range(2):
+            picture, points = data.picture(index), data.points(index)
+            answer = torch_model.ask(picture, POINT)
+            assert answer.text == format_points(answer.points, "discs")
+            assert parse_points(answer.text) == [
+                dataclasses.replace(p, x=round(p.x, 1), y=round(p.y, 1)) for p in answer.points
+            ]
+            assert len(answer.points) == len(points)
+            assert all(p.label == "discs" and p.image is None for p in answer.points)
+            for found, wanted in zip(answer.points, sorted(points, key=lambda p: p.x), strict=True):
+                assert abs(found.x - wanted.x) < 2
+                assert abs(found.y - wanted.y) < 3
+            counted = torch_model.ask(picture, COUNT)
+            assert counted.text == format_count(counted.points, "discs")
+            assert counted.count == len(points)
+            other = onnx_model.ask(picture, POINT)
+            assert (other.text, other.token_ids, other.points) == (answer.text, answer.token_ids, answer.points)
+            # Three tokens a point and one for the end, which are the only ones beyond the vocabulary.
+            assert sum(token >= CONFIG.decoder.n_logits for token in answer.token_ids) == 3 * len(points) + 1
+            pieces = list(torch_model.stream(picture, POINT))
+            assert "".join(piece for piece in pieces if isinstance(piece, str)) == answer.text
+            assert [piece for piece in pieces if isinstance(piece, Point)] == list(answer.points)
+            cut = torch_model.ask(picture, POINT, max_new_tokens=len(answer.token_ids) - 8)
+            assert "POINT_" not in cut.text
+            assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(start: Path, tmp_path: Path) -> None:
+    whole = _train(start, tmp_path / "whole", Discs(3), 4, save_every=2)
+    saved = tmp_path / "again" / "checkpoints"
+    saved.mkdir(parents=True)
+    (first,) = (p for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.name.endswith("2"))
+    first.rename(saved / first.name)
+    again = _train(start, tmp_path / "again", Discs(3), 4, save_every=2)
+    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_adapters_take_the_head_along(start: Path, tmp_path: Path) -> None:
+    from molmo_edge.checkpoints.weight_files import open_tensors
+    from molmo_edge.frontend.tokenizer import Tokenizer
+    from molmo_edge.training.adapters import LoraTrainer
+    from molmo_edge.training.lora import LoraConfig, build_adapted, trained_whole
+    from molmo_edge.training.recipe import POINTS
+
+    lora = LoraConfig(rank=2, expert_rank=2)
+    assert {name.partition(".")[0] for name in trained_whole(CONFIG, lora)} == {"connector", "point_head"}
+    recipe = dataclasses.replace(POINTS, steps=2, batch=1, micro=1, workers=0, max_crops=2, log_every=2)
+    with world("cpu") as here:
+        model = build_adapted(start, recipe, here, lora)
+        tokenizer, data = Tokenizer.from_file(TOKENIZER), Data([Discs(3)], [1.0])
+        trainer = LoraTrainer(model, tokenizer, data, recipe, tmp_path, here, checkpoint=start, lora=lora)
+        merged = trainer.train()
+    before, after = open_tensors(start), open_tensors(merged)
+    changed = {name for name in before.names() if not np.array_equal(before.get(name), after.get(name))}
+    for part in ("patch_q", "subpatch_k", "subpatch_loc_k"):
+        assert f"model.point_predictor.{part}.weight" in changed
+    assert "model.transformer.blocks.0.attn.att_proj.weight" in changed
+    assert "lm_head.weight" not in changed
+    assert read_config(merged) == CONFIG
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_lies_in_its_grid_as_on_the_canvas() -> None:
+    image = CONFIG.image
+    tiling = select_tiling(*SIZE, image)
+    grid, (left, top, width, height) = pointing_grid(image, tiling), image_in_grid(image, tiling, *SIZE)
+    rows, cols = grid.shape
+    assert abs(width / height - SIZE[1] / SIZE[0]) < 0.05, "its aspect is kept"
+    assert width == cols or height == rows
+    assert left == pytest.approx((cols - width) / 2, abs=1 / 16)
+    assert top == pytest.approx((rows - height) / 2, abs=1 / 16)
+    chosen = pointable_cells(image, tiling)
+    assert not chosen[: image.cells**2].any(), "the global view is not pointed at where there are crops"
+    assert chosen.sum() == grid.size / image.pool**2
+    alone = dataclasses.replace(image, max_crops=0)
+    assert pointable_cells(alone, (0, 0)).all()
+    assert pointing_grid(alone, (0, 0)).tolist() == np.arange(64).reshape(8, 8).tolist()
+
+
+def test_points_without_numbers_follow_the_order_of_tokens() -> None:
+    ids = GroundingIds(100, 10, 4, numbered=False)
+    patch, slot, location = 103, ids.slots + 2, ids.locations + 5
+    assert ids.allowed([1, patch]) == [(ids.slots, ids.locations)]
+    assert ids.allowed([1, patch, slot]) == [(ids.locations, ids.end)]
+    assert ids.allowed([1, patch, slot, location]) == [(0, 100), (patch, ids.slots)]
+    assert ids.allowed([1, patch, slot, location, patch]) == [(slot + 1, ids.locations)], "slots ascend in a patch"
+    last = ids.locations - 1
+    assert ids.allowed([1, patch, last, location]) == [(0, 100), (patch + 1, ids.slots)], "the patch is used up"
+
+
+def test_a_marker_needs_a_logit() -> None:
+    with pytest.raises(ConfigError, match="grounding token 505 has no logit"):
+        dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, additional_head=False))
