@@ -202,20 +202,21 @@ class Answer:
         picture, numbered = Image.fromarray(shown.images[index]), shown.points_in(index, self.points)
         return to_svg(picture, numbered, self.points, href=href, embed=embed, options=options)
 
-    def to_coco(self, file_name: str = "image.jpg") -> dict[str, Any]:
-        """Return the points as a COCO keypoints data set of one image, ready for JSON. See `molmo_edge.answer.to_coco`.
+    def to_coco(self, file_name: str | Sequence[str] = "image.jpg") -> dict[str, Any]:
+        """Return the points as a COCO keypoints data set, ready for JSON. See `molmo_edge.answer.to_coco`.
 
-        Raises DrawError without an image, whose size it needs.
+        `file_name`: of the image; of several images, or frames of a video, one name for each.
         """
         return to_coco([self], [file_name])
 
-    def to_supervision(self) -> supervision.KeyPoints:
+    def to_supervision(self, image: int | None = None) -> supervision.KeyPoints:
         """Return the points as `supervision.KeyPoints`: n objects of one keypoint each, xy in pixels.
 
-        `class_id` numbers the labels in order of appearance, and `data["class_name"]` has the labels. Raises DrawError
-        without an image, and MissingExtra if supervision is not installed.
+        `class_id` numbers the labels in order of appearance, and `data["class_name"]` has the labels. `image`: as for
+        `draw`; needed if there are several. Raises DrawError without an image, and MissingExtra if supervision is not
+        installed.
         """
-        return supervision_keypoints(_pointed(self, ""))
+        return supervision_keypoints(_pointed(self, self._index(image), ""))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the image, ready for JSON (schema: molmo_edge/answer.schema.json).
@@ -273,15 +274,28 @@ class Answer:
         return int(image) - 1
 
 
-def to_coco(answers: Sequence[Answer], file_names: Sequence[str]) -> dict[str, Any]:
-    """Return the points of several answers, each about one image, as a COCO keypoints data set, ready for JSON.
+def to_coco(answers: Sequence[Answer], file_names: Sequence[str | Sequence[str]]) -> dict[str, Any]:
+    """Return the points of several answers as a COCO keypoints data set, ready for JSON.
 
     Each point is an annotation with one keypoint, [x, y, 2] in pixels from the top left; each label is a category. A
-    point has no extent: its `bbox` is [x, y, 0, 0], and its `area` 0. Raises DrawError for an answer without an image,
-    and ValueError unless there is one file name for each answer.
+    point has no extent: its `bbox` is [x, y, 0, 0], and its `area` 0. `file_names`: for each answer the name of its
+    image, or the names of its images or frames. Raises DrawError for an answer without an image, and for a single name
+    for several images; ValueError if the numbers of names and of answers or images differ.
     """
-    return coco_keypoints([_pointed(a, name) for a, name in zip(answers, file_names, strict=True)])
+    pictures: list[PointedPicture] = []
+    for answer, names in zip(answers, file_names, strict=True):
+        if isinstance(names, str):
+            _ = answer.picture_size  # raises DrawError unless there is one image
+            names = [names]
+        shown = range(max(1, len(answer.images)))
+        pictures += [_pointed(answer, index, name) for index, name in zip(shown, names, strict=True)]
+    return coco_keypoints(pictures)
 
 
-def _pointed(answer: Answer, file_name: str) -> PointedPicture:
-    return PointedPicture(file_name, *answer.picture_size, answer.points)
+def _pointed(answer: Answer, index: int, file_name: str) -> PointedPicture:
+    """The image `index` of an answer, with the points in it."""
+    shown = answer.shown
+    if shown is None:
+        return PointedPicture(file_name, *answer.picture_size, answer.points)
+    height, width = shown.size_of(index)
+    return PointedPicture(file_name, width, height, tuple(point for _, point in shown.points_in(index, answer.points)))

@@ -19,6 +19,7 @@ from PIL import Image
 from molmo_edge import Answer, Point
 from molmo_edge.answer import DrawError, DrawingError, to_coco
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.sdk.shown import Shown
 
 SVG = "{http://www.w3.org/2000/svg}"
 PHOTO = np.full((300, 400, 3), 90, np.uint8)
@@ -112,6 +113,19 @@ def test_coco_of_several_answers() -> None:
         to_coco([Answer("", TWO)], ["a.jpg"])
 
 
+def test_coco_of_an_answer_about_several_images() -> None:
+    wide = np.zeros((100, 1000, 3), np.uint8)
+    points = (Point(25, 50, "dog", image=1), Point(10, 10, "cat", image=2))
+    answer = Answer("", points, image=PHOTO, shown=Shown((PHOTO, wide)))
+    data = answer.to_coco(["a.jpg", "b.jpg"])
+    assert [(image["file_name"], image["width"]) for image in data["images"]] == [("a.jpg", 400), ("b.jpg", 1000)]
+    assert [(a["image_id"], a["keypoints"]) for a in data["annotations"]] == [(1, [100, 150, 2]), (2, [100, 10, 2])]
+    with pytest.raises(DrawError, match="2 images"):
+        answer.to_coco("a.jpg")
+    with pytest.raises(ValueError, match="zip"):
+        answer.to_coco(["a.jpg"])
+
+
 def test_coco_loads_in_pycocotools(tmp_path: Path) -> None:
     tools = pytest.importorskip("pycocotools.coco")
     path = tmp_path / "points.json"
@@ -134,6 +148,8 @@ def test_supervision_has_the_points() -> None:
     drawn = sv.VertexAnnotator(radius=9).annotate(PHOTO.copy(), found)
     assert np.argwhere((drawn != PHOTO).any(2)).mean(0) == pytest.approx((120, 200), abs=1)
     assert len(Answer("", image=PHOTO).to_supervision()) == 0
+    two = Answer("", (Point(25, 50, "dog", image=2),), image=PHOTO, shown=Shown((PHOTO, PHOTO)))
+    assert [len(two.to_supervision(image)) for image in (1, 2)] == [0, 1]
 
 
 def test_without_supervision_the_error_names_its_extra() -> None:
