@@ -29,7 +29,7 @@ from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import PICKLE
 from molmo_edge.config import MolmoConfig
-from molmo_edge.frontend.tokenizer import END_OF_TEXT
+from molmo_edge.frontend.tokenizer import CHAT_END, END_OF_TEXT
 from molmo_edge.presets import PRESETS
 
 _STD = 0.02
@@ -57,9 +57,7 @@ def make_checkpoint(config: MolmoConfig, out: Path, *, seed: int = 0, tokenizer:
     part.mkdir(parents=True)
     try:
         write_hub_config(config, part)
-        definition = (
-            tokenizer.read_text(encoding="utf-8") if tokenizer else stand_in_tokenizer(config.decoder.vocab_size)
-        )
+        definition = tokenizer.read_text(encoding="utf-8") if tokenizer else stand_in_tokenizer(config)
         (part / "tokenizer.json").write_text(definition, encoding="utf-8")
         write = _write_pickle if config.decoder.n_experts else _write_shards
         with ThreadPoolExecutor() as pool:
@@ -112,12 +110,24 @@ def _write_shards(directory: Path, shapes: dict[str, tuple[int, ...]], draw: Dra
             writer.write(name, values)
 
 
-def stand_in_tokenizer(vocab_size: int) -> str:
-    """A tokenizer.json of single bytes, with the end of text as the last id, followed by Molmo's special tokens."""
+_IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
+_MOLMO2_TOKENS = ("<low_res_im_start>", "<|image|>", "<im_low>", "<frame_start>", "<frame_end>", "<|video|>")
+
+
+def stand_in_tokenizer(config: MolmoConfig) -> str:
+    """A tokenizer.json of single bytes, with the end of text as the last id, followed by Molmo's special tokens.
+
+    For Molmo2 the tokens of ChatML come before the end of text.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
+    vocab_size = config.decoder.vocab_size
     special = {vocab_size - 1: END_OF_TEXT}
-    special |= dict(enumerate(("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"), vocab_size))
+    if config.decoder.bidirectional_images:
+        special |= {vocab_size - 3: "<|im_start|>", vocab_size - 2: CHAT_END}
+        special |= dict(enumerate((*_IMAGE_TOKENS, *_MOLMO2_TOKENS), vocab_size))
+    else:
+        special |= dict(enumerate((*_IMAGE_TOKENS, "<|image|>"), vocab_size))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     definition = {
