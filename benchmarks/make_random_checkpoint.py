@@ -29,7 +29,7 @@ from molmo_edge.checkpoints.safetensors_files import ShardWriter
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import PICKLE
 from molmo_edge.config import MolmoConfig
-from molmo_edge.frontend.tokenizer import CHAT_END, END_OF_TEXT
+from molmo_edge.frontend.tokenizer import CHAT_END, END_OF_TEXT, Tokenizer
 from molmo_edge.presets import PRESETS
 
 _STD = 0.02
@@ -56,8 +56,8 @@ def make_checkpoint(config: MolmoConfig, out: Path, *, seed: int = 0, tokenizer:
     part = out.with_name(f".{out.name}.part")
     part.mkdir(parents=True)
     try:
-        write_hub_config(config, part)
         definition = tokenizer.read_text(encoding="utf-8") if tokenizer else stand_in_tokenizer(config)
+        write_hub_config(config, part, Tokenizer(definition).special)
         (part / "tokenizer.json").write_text(definition, encoding="utf-8")
         write = _write_pickle if config.decoder.n_experts else _write_shards
         with ThreadPoolExecutor() as pool:
@@ -115,7 +115,7 @@ _MOLMO2_TOKENS = ("<low_res_im_start>", "<|image|>", "<im_low>", "<frame_start>"
 
 
 def stand_in_tokenizer(config: MolmoConfig) -> str:
-    """A tokenizer.json of single bytes, with the end of text as the last id, followed by Molmo's special tokens.
+    """A tokenizer.json of single bytes, unused tokens, and the end of text as the last id; then Molmo's special tokens.
 
     For Molmo2 the tokens of ChatML come before the end of text.
     """
@@ -128,6 +128,8 @@ def stand_in_tokenizer(config: MolmoConfig) -> str:
         special |= dict(enumerate((*_IMAGE_TOKENS, *_MOLMO2_TOKENS), vocab_size))
     else:
         special |= dict(enumerate((*_IMAGE_TOKENS, "<|image|>"), vocab_size))
+    tokens = [*sorted(ByteLevel.alphabet()), "Ġt"]
+    unused = [f"<unused {i}>" for i in range(len(tokens), min(special))]  # the library fills gaps with added tokens
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     definition = {
@@ -141,7 +143,7 @@ def stand_in_tokenizer(config: MolmoConfig) -> str:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "Ġt"])},
+            "vocab": {token: i for i, token in enumerate([*tokens, *unused])},
             "merges": [["Ġ", "t"]],  # llama.cpp needs at least one
         },
     }

@@ -50,7 +50,7 @@ def export_checkpoint(
         raise ExportError(f"shard_bytes must be positive, not {shard_bytes}")
     dtype = SAFETENSORS_PRECISIONS[precision]
     config, tensors = open_source(checkpoint)
-    Tokenizer.from_file(checkpoint / TOKENIZER)
+    tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
     shapes = hub_shapes(config)
     total = sum(math.prod(shape) for shape in shapes.values())
     with staged(out, total * DTYPES[dtype].itemsize) as scratch:
@@ -63,7 +63,7 @@ def export_checkpoint(
                 done += math.prod(shape)
                 if on_progress is not None:
                     on_progress(done, total)
-        write_hub_config(config, staging)
+        write_hub_config(config, staging, tokenizer.special)
         for name in (TOKENIZER, *_COPIED_FILES):
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, staging / name)

@@ -381,3 +381,15 @@ def test_a_writer_takes_what_was_announced_and_all_of_it(tmp_path: Path) -> None
         writer.write("a", np.zeros((2, 3)))
     with pytest.raises(ValueError, match="b was never written"), ShardWriter(tmp_path, shapes, "F32", 100) as writer:
         writer.write("a", np.zeros((2, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", ["molmo2_qwen3", "molmo2_olmo3", "molmo_point"])
+def test_the_config_of_an_exported_molmo2_names_its_image_tokens(name: str, tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden2" / name
+    export_checkpoint(golden, tmp_path / "out")
+    given, written = (json.loads((folder / "config.json").read_text()) for folder in (golden, tmp_path / "out"))
+    names = {
+        key for key in given if key.endswith("_id") and (key.startswith("image") or "start" in key or "end" in key)
+    }
+    assert len(names) == 9
+    assert {key: written.get(key) for key in names} == {key: given[key] for key in names}

@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints.molmo2_config import read_molmo2, read_video, to_molmo2_config, video_keys
+from molmo_edge.checkpoints.molmo2_config import (
+    read_molmo2,
+    read_video,
+    special_id_keys,
+    to_molmo2_config,
+    video_keys,
+)
 from molmo_edge.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -26,6 +32,7 @@ from molmo_edge.config import (
     PointHeadConfig,
     VisionConfig,
 )
+from molmo_edge.frontend.tokenizer import SpecialIds
 from molmo_edge.system.config_fields import as_tuple, from_json, to_json
 
 CONFIG, PREPROCESSOR, REFERENCE_CONFIG = "config.json", "preprocessor_config.json", "config.yaml"
@@ -305,10 +312,14 @@ def to_hub_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return raw, preprocessor
 
 
-def write_hub_config(config: MolmoConfig, directory: Path) -> None:
-    """Write config.json, preprocessor_config.json and, for a Molmo2, video_preprocessor_config.json."""
+def write_hub_config(config: MolmoConfig, directory: Path, special: SpecialIds) -> None:
+    """Write config.json, preprocessor_config.json and, for a Molmo2, video_preprocessor_config.json.
+
+    `special`: the ids of the checkpoint's tokenizer, which the config.json of a Molmo2 repeats.
+    """
     files = dict(zip((CONFIG, PREPROCESSOR), to_hub_config(config), strict=True))
     if config.several_images:
+        files[CONFIG] |= special_id_keys(config, special)
         files[VIDEO] = video_keys(config.video)
     for name, data in files.items():
         (directory / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

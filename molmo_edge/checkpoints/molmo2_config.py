@@ -17,6 +17,7 @@ from molmo_edge.config import (
     VisionConfig,
     YarnConfig,
 )
+from molmo_edge.frontend.tokenizer import SpecialIds
 from molmo_edge.system.config_fields import as_tuple
 
 # The values that this package implements. A checkpoint with others would load but give wrong answers.
@@ -224,6 +225,23 @@ def to_molmo2_config(config: MolmoConfig) -> tuple[dict[str, Any], dict[str, Any
         "size": {"height": i.crop_size, "width": i.crop_size},
     }
     return raw, preprocessor
+
+
+def special_id_keys(config: MolmoConfig, special: SpecialIds) -> dict[str, Any]:
+    """The ids of image tokens as keys of config.json; transformers finds the positions of images by them."""
+    low = "image_low_res_id" if config.point_head is None else "image_non_indexable_patch_id"
+    return {
+        "image_start_token_id": special.im_start,
+        "image_end_token_id": special.im_end,
+        "image_patch_id": special.im_patch,
+        "image_high_res_id": special.im_patch,
+        "image_col_id": special.im_col,
+        "low_res_image_start_token_id": special.low_res_im_start,
+        low: special.im_low,
+        "frame_start_token_id": special.frame_start,
+        "frame_end_token_id": special.frame_end,
+        "use_frame_special_tokens": True,
+    }
 
 
 def read_video(raw: dict[str, Any]) -> VideoConfig:

@@ -148,7 +148,7 @@ def write_tensors(
 ) -> None:
     """Write a checkpoint in hub layout. `tensors`: as `ShardWriter` takes them, in the order of `shapes`."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_hub_config(config, directory)
+    write_hub_config(config, directory, Tokenizer.from_file(tokenizer_json).special)
     (directory / "tokenizer.json").write_text(Path(tokenizer_json).read_text(encoding="utf-8"), encoding="utf-8")
     if (bos := Path(tokenizer_json).with_name("tokenizer_config.json")).is_file():  # it names the BOS of a Molmo2
         (directory / bos.name).write_text(bos.read_text(encoding="utf-8"), encoding="utf-8")

@@ -103,7 +103,7 @@ def build_base(
         with ShardWriter(staging, hub_shapes(config), dtype, shard_bytes) as writer:
             for name, shape in hub_shapes(config).items():
                 writer.write(name, _made(plan[name], name, shape, dtype, seed))
-        write_hub_config(config, staging)
+        write_hub_config(config, staging, Tokenizer(tokenizer).special)
         (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         publish(staging, out)
     return config
