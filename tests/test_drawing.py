@@ -69,6 +69,15 @@ def test_boxes_are_apart_where_there_is_room(data: st.DataObject, width: int, he
             assert not box.overlaps(Box(x - r, y - r, x + r, y + r))
 
 
+def test_a_box_goes_far_away_when_nothing_near_is_free() -> None:
+    xs, ys = np.meshgrid(np.arange(100, 500, 8.0), np.arange(80, 330, 8.0))
+    discs = np.stack([xs.ravel(), ys.ravel(), np.full(xs.size, 5.0)], -1)
+    (found,) = place([Request(60, 12, ((300, 200),), 6)], discs, (600, 400))
+    assert inside(found.box, (600, 400))
+    assert not any(found.box.overlaps(Box(x - r, y - r, x + r, y + r)) for x, y, r in discs)
+    assert found.anchor == (300, 200)
+
+
 def test_a_label_goes_beside_its_point() -> None:
     (plate,) = laid_out((640, 480), [Point(30, 40, "dog")]).plates
     assert plate.box.left > 0.3 * 640
