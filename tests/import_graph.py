@@ -37,6 +37,7 @@ LAYER_OF = {
     "config": "base",
     "presets": "base",
     "errors": "base",
+    "model_names": "base",
     "system": "base",
     "__main__": "cli",
 }

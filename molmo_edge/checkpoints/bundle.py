@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from molmo_edge.checkpoints.hub_config import is_checkpoint
 from molmo_edge.checkpoints.manifest import (
@@ -31,8 +33,12 @@ from molmo_edge.checkpoints.manifest import (
 )
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.model_names import NAMED_MODELS, full_name
 from molmo_edge.system.cache import cache_directory
 from molmo_edge.system.files import sha256_of
+
+if TYPE_CHECKING:
+    from molmo_edge.checkpoints.hub import Download
 
 MOST_STAMPS = 1000  # maximum number of recorded verifications
 
@@ -101,18 +107,25 @@ def is_hub_id(model: object) -> bool:
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
-def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None = None, to_run: bool = True) -> Path:
+def resolve_model(
+    model: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    to_run: bool = True,
+    announce: Callable[[Download], None] | None = None,
+) -> Path:
     """Find the directory of a model.
 
-    None or "nano": the embedded bundle. A directory of a bundle or a checkpoint: itself. A hub id `owner/name`: its
-    files at `revision`, downloaded once into the cache of huggingface_hub. `to_run`: see
-    `molmo_edge.checkpoints.hub.fetch_model`.
+    None or "nano": the embedded bundle. A directory of a bundle or a checkpoint: itself. A short name of
+    `molmo_edge.model_names` or a hub id `owner/name`: its files at `revision`, downloaded once into the cache of
+    huggingface_hub. `to_run`, `announce`: see `molmo_edge.checkpoints.hub.fetch_model`.
     Raises BundleError for anything else, and HubError if the download fails.
     """
-    if model is not None and is_hub_id(model):
+    named = full_name(model)
+    if is_hub_id(named):
         from molmo_edge.checkpoints.hub import fetch_model
 
-        return fetch_model(str(model), revision, to_run=to_run)
+        return fetch_model(str(named), revision, to_run=to_run, announce=announce)
     if revision is not None:
         given = "no model was given" if model is None else f"the model is {model}"
         raise BundleError(f"a revision needs a hub id of the form owner/name, but {given}")
@@ -129,7 +142,12 @@ def resolve_model(model: str | os.PathLike[str] | None, *, revision: str | None 
         raise BundleError(f"{path} is a file: pass the directory of the bundle or the checkpoint")
     if str(model) == "nano":
         return default_bundle()
-    raise BundleError(f"there is no directory {path}, and it is not a hub id of the form owner/name")
+    if near := difflib.get_close_matches(str(model).lower(), NAMED_MODELS, n=1):
+        raise BundleError(f'there is no directory {path}: did you mean the model "{near[0]}"?')
+    raise BundleError(
+        f"there is no directory {path}, and it is neither a hub id of the form owner/name nor a short name "
+        f"({', '.join(NAMED_MODELS)})"
+    )
 
 
 def open_bundle(directory: str | Path, *, hashes: bool | None = None) -> Bundle:

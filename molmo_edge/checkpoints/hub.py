@@ -12,6 +12,8 @@ import glob
 import importlib.util
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from molmo_edge.checkpoints.manifest import MANIFEST, TOKENIZER
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.files import sha256_of
+from molmo_edge.system.log import logger
 
 _CHECKPOINT = (
     *(CONFIG, "preprocessor_config.json", "video_preprocessor_config.json", TOKENIZER, "LICENSE*"),
@@ -38,30 +41,79 @@ class HubError(MolmoEdgeError):
     """A model could not be downloaded from the hub."""
 
 
-def fetch_model(hub_id: str, revision: str | None = None, *, to_run: bool = True) -> Path:
+@dataclass(frozen=True)
+class Download:
+    """A download that is about to start."""
+
+    hub_id: str
+    bytes: int  # still to be written; less than the model's size if some of it is in the cache
+    total: int  # bytes of the model's files
+    free: int  # bytes on the disk of the cache
+    cache: Path  # the cache, or the parent in which it will be made
+
+    def __str__(self) -> str:
+        rest = "" if self.bytes == self.total else f" of {_size(self.total)}"
+        return f"{self.hub_id}: {_size(self.bytes)}{rest} to download to {self.cache}, {_size(self.free)} free there"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def fetch_model(
+    hub_id: str,
+    revision: str | None = None,
+    *,
+    to_run: bool = True,
+    announce: Callable[[Download], None] | None = None,
+) -> Path:
     """Return the directory of the bundle or checkpoint `owner/name`; download it if it is not in the cache.
 
     `revision`: a branch, a tag or a commit; None for the main branch. `to_run`: the model will be run; a checkpoint
-    then needs PyTorch, which is checked before the download. Raises HubError.
+    then needs PyTorch, which is checked before the download. `announce` is called before the first byte is downloaded,
+    and may raise to prevent it; None: the size is logged. Raises HubError.
     """
     from huggingface_hub import constants
 
-    name = hub_id if revision is None else f"{hub_id} at {revision}"
+    name = _named(hub_id, revision)
     if constants.HF_HUB_OFFLINE:
         return _cached(hub_id, revision, f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
     try:
         files = _list(hub_id, revision)
     except _Unreachable as error:
-        return _cached(
-            hub_id, revision, f"the hub ({constants.ENDPOINT}) cannot be reached for {name}: {first_line(error)}"
-        )
+        return _cached(hub_id, revision, _unreachable(name, error))
     wanted = _wanted(name, list(files), to_run)
     missing = [files[file] for file in wanted if not _is_cached(hub_id, files[file])]
     links = not missing or has_symlinks(_folder(hub_id))
     if not links:
         missing = [file for file in missing if not reuse(_folder(hub_id), file)]
-    _check_disk(hub_id, missing, links)
+    download = _measure(hub_id, [files[file] for file in wanted], missing, links)
+    if download.bytes:
+        _check_disk(download)
+        (announce or logger.info)(download)
     return _download(hub_id, revision, wanted, missing, links)
+
+
+def download_of(hub_id: str, revision: str | None = None) -> Download | None:
+    """What `fetch_model` would download; None if the model is in the cache. Changes nothing. Raises HubError."""
+    name = _named(hub_id, revision)
+    try:
+        files = _list(hub_id, revision)
+    except _Unreachable as error:
+        raise HubError(_unreachable(name, error)) from None
+    wanted = [files[file] for file in _wanted(name, list(files), to_run=False)]
+    download = _measure(hub_id, wanted, [file for file in wanted if not _is_cached(hub_id, file)], links=True)
+    return download if download.bytes else None
+
+
+def _named(hub_id: str, revision: str | None) -> str:
+    return hub_id if revision is None else f"{hub_id} at {revision}"
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    return f"the hub ({constants.ENDPOINT}) cannot be reached for {name}: {first_line(error)}"
 
 
 class _Unreachable(Exception):  # noqa: N818 (not raised to users)
@@ -160,15 +212,18 @@ def _to_write(hub_id: str, file: HubFile, links: bool) -> int:
     return file.size - (there if there <= file.size else 0)  # a longer one is discarded
 
 
-def _check_disk(hub_id: str, missing: list[HubFile], links: bool) -> None:
-    blobs = _blobs(hub_id)
+def _measure(hub_id: str, wanted: list[HubFile], missing: list[HubFile], links: bool) -> Download:
+    cache = _folder(hub_id).parent
+    there = next(path for path in (cache, *cache.parents) if path.exists())
     needed = sum(_to_write(hub_id, file, links) for file in missing)
-    there = next(path for path in blobs.parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if needed and needed + _SPARE > free:
+    return Download(hub_id, needed, sum(file.size for file in wanted), shutil.disk_usage(there).free, there)
+
+
+def _check_disk(download: Download) -> None:
+    if download.bytes + _SPARE > download.free:
         raise HubError(
-            f"{hub_id} needs {needed / 1e9:.1f} GB more, but {there} has only {free / 1e9:.1f} GB free: free some "
-            "space, or set HF_HOME to a directory on a larger disk"
+            f"{download.hub_id} needs {download.bytes / 1e9:.1f} GB more, but {download.cache} has only "
+            f"{download.free / 1e9:.1f} GB free: free some space, or set HF_HOME to a directory on a larger disk"
         )
 
 

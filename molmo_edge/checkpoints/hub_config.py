@@ -159,6 +159,7 @@ def _read_molmo(raw: dict[str, Any], preprocessor: dict[str, Any]) -> MolmoConfi
 
 
 _READERS = {"molmo": _read_molmo, "molmo2": read_molmo2, "molmo_point": read_molmo2}
+MODEL_TYPES = tuple(_READERS)  # values of `model_type`
 
 
 def _vision(raw: dict[str, Any]) -> tuple[VisionConfig, int, str]:

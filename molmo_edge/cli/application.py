@@ -22,9 +22,12 @@ from molmo_edge.cli.doctor import doctor
 from molmo_edge.cli.eval import eval as evaluate
 from molmo_edge.cli.export import export
 from molmo_edge.cli.interrupts import Interrupts
+from molmo_edge.cli.list import list_models
 from molmo_edge.cli.loss import loss
 from molmo_edge.cli.point import point
+from molmo_edge.cli.pull import pull
 from molmo_edge.cli.quantize import quantize
+from molmo_edge.cli.rm import rm
 from molmo_edge.cli.serve import serve
 from molmo_edge.cli.show_crops import show_crops
 from molmo_edge.cli.streams import flush_streams, open_streams, print_error
@@ -51,6 +54,9 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("chat", chat, None),
     ("show-crops", show_crops, None),
     ("serve", serve, "serve"),
+    ("pull", pull, None),
+    ("list", list_models, None),
+    ("rm", rm, None),
     ("verify", verify, None),
     ("doctor", doctor, None),
     ("bench", bench, None),

@@ -70,7 +70,7 @@ def bench(
         raise MissingExtra(f"bench --checkpoint needs torch: {pip_command('torch')}")
     device, threads = model.device, model.threads
     rgb = _synthetic(640, 480) if image is None else load_image(image)
-    directory = find_model(model.model, revision=model.revision, quiet=quiet)
+    directory = find_model(model.model, revision=model.revision, quiet=quiet, ask=not model.yes)
     tokenizer = load_tokenizer(directory)
     height, width = rgb.shape[:2]
     timings: list[Timing] = []

@@ -108,7 +108,10 @@ VideoSampling = Annotated[str, typer.Option(help=_SAMPLING, callback=_one_of("sa
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help=_QUESTION, show_default=False)]
 Label = Annotated[str, typer.Argument(metavar="LABEL", help=_LABEL, show_default=False)]
 
-_MODEL = "Bundle directory, checkpoint directory or hub id. Default: the embedded nano model."
+_MODEL = (
+    'Bundle directory, checkpoint directory, hub id or short name ("molmo-edge list --all"). Default: the embedded '
+    "nano model."
+)
 _DEVICE = (
     '"auto", "cpu" or "cuda". Checkpoints also run on "mps", ONNX bundles on "tensorrt" and "coreml", GGUF bundles on '
     '"mps" and "vulkan".'
@@ -122,6 +125,7 @@ _LLAMA = (
     "flash_attention=yes|no, repack=yes|no. Default: chosen for the machine."
 )
 Model = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a model is downloaded.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")]
 Device = Annotated[str, typer.Option(help=_DEVICE, callback=_one_of("device"))]
 Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_one_of("precision"))]
@@ -170,6 +174,7 @@ class ModelOptions:
     alpha: Alpha = "drop"
     threads: Threads = None
     llama: Llama = None
+    yes: Yes = False
 
 
 @dataclass(frozen=True)
