@@ -26,7 +26,6 @@ OPTIONAL = (
     "onnx",
     "optimum",
     "prometheus_client",
-    "pydantic",
     "resvg_py",
     "safetensors",
     "scipy",
@@ -85,10 +84,7 @@ COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
     ("llama_cpp", "gguf", ("export", GOLDEN / "qwen", "--engine", "gguf", "--out", "bundle")),
     ("torch", "torch", ("export", "pickled", "--engine", "torch", "--out", "checkpoint")),
     ("torch", "torch", ("export", GOLDEN / "qwen", "--precision", "q4", "--calibrate", "points", "--out", "bundle")),
-    *(
-        (package, "serve", ("serve", "--port", 0))
-        for package in ("fastapi", "prometheus_client", "pydantic", "uvicorn")
-    ),
+    *((package, "serve", ("serve", "--port", 0)) for package in ("fastapi", "prometheus_client", "uvicorn")),
     ("onnx", "eval", ("loss", "nano", "nano")),
     ("matplotlib", "eval", ("loss", "nano", "nano", "--report", "report")),
     ("torch", "torch,export", ("loss", "nano", "nano", "--noise", "bf16", "--limit", 1)),
@@ -158,7 +154,12 @@ def test_each_package_is_in_the_extras_that_errors_name() -> None:
     ]
     known = extras(lines)
     assert set(known) == set(project["optional-dependencies"])
-    distributions = {"llama_cpp": "llama-cpp-python", "resvg_py": "resvg-py", "optimum": "optimum-onnx"}
+    distributions = {
+        "llama_cpp": "llama-cpp-python",
+        "optimum": "optimum-onnx",
+        "prometheus_client": "prometheus-client",
+        "resvg_py": "resvg-py",
+    }
     assert set(EXTRAS_OF) == set(OPTIONAL)
     for module, named in EXTRAS_OF.items():
         for extra in named:

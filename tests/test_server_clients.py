@@ -63,7 +63,8 @@ def test_schemathesis(server: Server) -> None:
     )
     sent = 0
     for operation in operations:
-        for mode in schemathesis.GenerationMode:
+        modes = schemathesis.GenerationMode
+        for mode in modes if operation.method == "post" else [modes.POSITIVE]:  # a GET has nothing to be wrong
 
             @limits
             @given(case=operation.as_strategy(generation_mode=mode))
@@ -83,5 +84,5 @@ def test_schemathesis(server: Server) -> None:
                 assert "Traceback" not in response.text
 
             check()
-    assert sent > 500
+    assert sent >= 12 * limits.max_examples
     assert server.send("/v1/chat/completions", chat_body("What?", data_uri(png()))).status == 200

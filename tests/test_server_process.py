@@ -103,9 +103,12 @@ def test_the_key_comes_from_a_file_or_the_environment(
     (tmp_path / "key").write_text("s3cret\nsecond line\n", encoding="utf-8")
     if how == "variable":
         monkeypatch.setenv("MOLMO_EDGE_API_KEY", "s3cret")
-    with serving_process(*(("--api-key-file", tmp_path / "key") if how == "file" else ())) as server:
+    with serving_process("--access-log", *(("--api-key-file", tmp_path / "key") if how == "file" else ())) as server:
         assert send(server.port, "/v1/models").status == 401
         assert send(server.port, "/v1/models", headers={"Authorization": "Bearer s3cret"}).status == 200
+        assert server.process.stderr is not None
+        log = [server.process.stderr.readline() for _ in range(2)]
+    assert [line.split()[:3] for line in log] == [["GET", "/v1/models", "401"], ["GET", "/v1/models", "200"]]
 
 
 def resident(process: int) -> int:

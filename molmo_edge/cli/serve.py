@@ -48,7 +48,9 @@ def serve(
         float, typer.Option(min=0.0, help="Memory for encoded images that are kept for later questions, in MB.")
     ] = 1000.0,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that answers have to finish when stopping.")] = 30.0,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log the path of each request to stderr.")] = False,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log path, status and time of each request to stderr.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Serve a model over HTTP, with the APIs of OpenAI and moondream."""
@@ -68,6 +70,7 @@ def serve(
         timeout=timeout,
         scene_bytes=int(scene_cache_mb * 1e6),
         drain=drain,
+        access_log=access_log,
     )
     sock = listen(settings)  # before the model opens, which may take long
     with contextlib.closing(sock), open_molmo(model, quiet=quiet) as molmo:
@@ -81,7 +84,6 @@ def serve(
             molmo,
             settings,
             sock,
-            access_log=access_log,
             ready=lambda: note(f"{molmo.name or 'molmo'} answers at {url}/v1; press Ctrl-C to stop", quiet=quiet),
         )
 

@@ -54,7 +54,9 @@ _POSTS: tuple[tuple[str, Callable[..., Any], type[BaseModel], type[BaseModel]], 
     ("/v1/caption", moondream_api.caption, CaptionRequest, CaptionResponse),
     ("/v1/query", moondream_api.query, QueryRequest, QueryResponse),
 )
-_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}  # of a request with "stream"
+# Of a request with "stream". OpenAPI describes one event, whose data is JSON.
+_EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
 
 
 class Model(BaseModel):

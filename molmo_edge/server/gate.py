@@ -12,11 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molmo_edge.server.errors import ApiError
 from molmo_edge.server.service import stopping
+from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
     from molmo_edge.server.service import Service
 
-OPEN = ("/", "/health", "/favicon.ico", "/openapi.json")  # paths without a key, as are those of the page's files
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _SWALLOW = 4  # a body that is too large is read up to this many times the limit, so that its client sees the error
 
@@ -50,8 +50,14 @@ class Gate:
                 response.headers["Connection"] = "close"  # the rest of the request may still be on its way
                 await response(scope, receive, watched)
         finally:
-            endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
-            self._service.metrics.request(endpoint, status, time.perf_counter() - began)
+            endpoint, spent = (
+                scope["path"] if scope["path"] in self._endpoints else "other",
+                time.perf_counter() - began,
+            )
+            self._service.metrics.request(endpoint, status, spent)
+            if self._service.settings.access_log:
+                path = scope["path"].encode("unicode_escape").decode()[:200]
+                logger.info("%s %s %d %.3f s", scope["method"], path, status, spent)
 
     def _check(self, scope: Scope) -> None:
         settings, headers = self._service.settings, Headers(scope=scope)
@@ -61,7 +67,7 @@ class Gate:
             name = name if name.endswith("]") else name.rpartition(":")[0] or name
             if name not in (*_LOOPBACK, settings.host.lower(), *(known.lower() for known in settings.server_names)):
                 raise ApiError(403, "the header Host names another server: allow it with --server-name")
-        if settings.api_key is not None and self._needs_key(scope["path"]):
+        if settings.api_key is not None and _needs_key(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             given = given.strip() if scheme.lower() == "bearer" else headers.get("x-moondream-auth", "")
             if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
@@ -69,10 +75,6 @@ class Gate:
                 raise ApiError(401, f"the API key {what}", code="invalid_api_key")
         if self._service.draining and scope["path"] != "/health":
             raise stopping()
-
-    @staticmethod
-    def _needs_key(path: str) -> bool:
-        return path not in OPEN and (path.startswith("/v1/") or path == "/metrics")
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
@@ -94,6 +96,11 @@ class Gate:
             return await asyncio.wait_for(parts.read(), settings.upload_timeout)
         except asyncio.TimeoutError:
             raise ApiError(408, "the request did not arrive in time", code="timeout") from None
+
+
+def _needs_key(path: str) -> bool:
+    """The page, its files, /health and /openapi.json are open: they say nothing that is not public."""
+    return path.startswith("/v1/") or path == "/metrics"
 
 
 class _Body:

@@ -40,9 +40,7 @@ def address_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(
-    molmo: Molmo, settings: Settings, sock: socket.socket, *, access_log: bool = False, ready: Callable[[], None]
-) -> None:
+def serve(molmo: Molmo, settings: Settings, sock: socket.socket, *, ready: Callable[[], None]) -> None:
     """Serve `molmo` on `sock` until SIGINT or SIGTERM, then let running answers finish. Calls `ready` when it listens.
 
     A second SIGINT ends the server at once. Raises KeyboardInterrupt after SIGINT.
@@ -51,7 +49,7 @@ def serve(
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
-        access_log=access_log,
+        access_log=False,  # see Gate
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain) + 5,
         ws="none",

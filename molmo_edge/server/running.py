@@ -64,7 +64,8 @@ async def _cancel_when_gone(request: Request, ticket: Ticket) -> None:
 
 def event_stream(events: AsyncIterator[str]) -> Response:
     """An answer as server-sent events. If the client disconnects, its `Running` ends `events`."""
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx must pass each event on at once
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 def sse(data: dict[str, Any], event: str | None = None) -> str:

@@ -31,6 +31,7 @@ class Settings:
     upload_timeout: float = 30.0  # seconds for a request to arrive, and for a remote image
     scene_bytes: int = 1_000_000_000  # memory of encoded images that are kept for later questions
     drain: float = 30.0  # seconds that answers have to finish when the server stops
+    access_log: bool = False  # log method, path, status and time of each request at level INFO
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_body", "max_pixels", "max_images"):

@@ -29,7 +29,6 @@ EXTRAS_OF = {
     "onnx": ("export", "eval", "quantize", "train"),
     "optimum": ("optimum",),
     "prometheus_client": ("serve",),
-    "pydantic": ("serve",),
     "resvg_py": ("train",),
     "safetensors": ("train",),
     "scipy": ("eval",),
