@@ -136,12 +136,12 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def serving_process(*options: object, port: int = 0) -> Iterator[ServerProcess]:
-    """Run `molmo-edge serve` while the block runs."""
+def serving_process(*options: object, port: int = 0, seconds: float = 4 * PATIENCE) -> Iterator[ServerProcess]:
+    """Run `molmo-edge serve` while the block runs. It is killed after `seconds`, so that no test hangs."""
     command = [sys.executable, "-m", "molmo_edge.cli", "serve", "--port", str(port), *map(str, options)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(4 * PATIENCE, process.kill)
+    watchdog = threading.Timer(seconds, process.kill)
     watchdog.start()
     try:
         assert process.stderr is not None

@@ -121,7 +121,7 @@ def resident(process: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_is_flat_after_a_thousand_requests() -> None:
     """Different pictures, malformed bodies and clients that leave; the scenes of 20 pictures fit into the cache."""
-    with serving_process("--max-crops", 0, "--scene-cache-mb", 100) as server:
+    with serving_process("--max-crops", 0, "--scene-cache-mb", 100, seconds=1500) as server:
         port = server.port
         measured = []
         for i in range(1000):

@@ -45,10 +45,15 @@ class Stream(Iterator["str | Point"], NotCopied):
 
     def __next__(self) -> str | Point:
         while not self._closed:
-            piece = next(self._pieces)
+            try:
+                piece = next(self._pieces)
+            except ValueError:  # `close` is just ending the generator in another thread
+                if self._closed:
+                    break
+                raise
             if piece != "":
                 return piece
-        self._pieces.close()
+        self.close()
         raise StopIteration
 
     def close(self) -> None:
