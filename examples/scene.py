@@ -14,7 +14,7 @@ for label in labels:
     print(f"{label}: {answer.count}, first token after {1000 * answer.usage.seconds.prefill:.0f} ms")
 
 for piece in molmo.stream(scene, "Describe this image."):
-    if isinstance(piece, Point):  # available as soon as its tag closes
+    if isinstance(piece, Point):  # available before its tag closes
         print(f"[{piece.x:.0f}, {piece.y:.0f}]", end="", flush=True)
     else:
         print(piece, end="", flush=True)

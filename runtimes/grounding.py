@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from molmo_edge.config import PointHeadConfig
-from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding
+from molmo_edge.frontend.grounding_tokens import TRIPLE, UNNUMBERED, GroundingIds, decode_grounding
 from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
 
 _CLOSED_TAG = re.compile(r'<(points|tracks)\b.*?"\s*>(?P<label>[^<]*)</\1>', re.DOTALL)
+_OPENING = re.compile(r"<(points|tracks)\b")
+_LABEL = re.compile(r'"\s*>(.*)', re.DOTALL)
+_NUMBER = re.compile(r"> ?[0-9]")  # the number of an object begins
+_LAST_TOKEN = re.compile(r">")
+# A text ends with the beginning of a point.
+_BEGUN = re.compile(r"(?:<POINT_[0-9]+> ?){0,3}(?:<P?O?I?N?T?_?[0-9]*)?\Z")
 
 _OPEN = '<points coords="'
 
@@ -148,6 +154,11 @@ class GroundingInputs:
         return self.head.config.image.layout == "molmo"
 
     @property
+    def numbered(self) -> bool:
+        """Whether text with the object's number follows each point."""
+        return self._config.numbered
+
+    @property
     def _config(self) -> PointHeadConfig:
         config = self.head.config.point_head
         assert config is not None
@@ -167,43 +178,94 @@ class GroundingInputs:
             self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features
         )
 
-    def points(self, text: str, label: str) -> list[Point]:
-        """The points of the grounding tokens in `text`."""
-        config = self._config
+    def points(self, text: str) -> list[Point]:
+        """The points of the grounding tokens in `text`, in order, with the labels of their tags."""
+        found: list[Point] = []
+        tags = [*_closed_tags(text), (len(text), len(text), "")]
+        position = 0
+        for start, end, label in tags:
+            found += self.unlabelled_points(text[position:start])
+            found += [replace(point, label=label) for point in self.unlabelled_points(text[start:end])]
+            position = end
+        return found
+
+    def unlabelled_points(self, text: str) -> list[Point]:
+        """The points of the grounding tokens in `text`, whether their tag closes or not."""
         found = decode_grounding(
             text,
             self.pooling,
             self.grids,
             frames=self.frames,
-            no_more_class=config.no_more_class,
-            numbered=config.numbered,
+            no_more_class=self._config.no_more_class,
+            numbered=self.numbered,
         )
         if self.writes_digits:  # in the order of the text
-            points = [Point(100 * p.x, 100 * p.y, label) for p in found]
+            points = [Point(100 * p.x, 100 * p.y) for p in found]
             return sorted(points, key=lambda p: (round(p.x, 1), round(p.y, 1)))
         if self.times is not None:
-            return [Point(100 * p.x, 100 * p.y, label, time=self.times[p.frame]) for p in found]
-        return [Point(100 * p.x, 100 * p.y, label, image=p.frame + 1) for p in found]
+            return [Point(100 * p.x, 100 * p.y, time=self.times[p.frame]) for p in found]
+        return [Point(100 * p.x, 100 * p.y, image=p.frame + 1) for p in found]
+
+
+def _closed_tags(text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, label) of the tags in `text` that close."""
+    position, unclosed = 0, set()
+    while tag := _OPENING.search(text, position):
+        position, closing = tag.end(), f"</{tag[1]}>"
+        at = tag.end() if tag[1] not in unclosed else -1
+        while at >= 0 and (at := text.find(closing, at)) >= 0:
+            before = max(tag.end(), text.rfind("<", 0, at) + 1)  # a label has no "<"
+            if label := _LABEL.search(text[before:at]):
+                position = at + len(closing)
+                yield tag.start(), position, html.unescape(label[1].strip())
+                break
+            at += len(closing)
+        else:
+            unclosed.add(tag[1])
 
 
 class GroundedParser:
-    """Parses the points of grounding tokens from text that arrives in pieces, as `StreamParser` those of text."""
+    """Finds the points of grounding tokens in text that arrives in pieces, as `StreamParser` those of text.
+
+    A point comes with the first digit of its object's number, which more digits would not move, or with its last token
+    if no number follows. It has no label yet: `GroundingInputs.points` of the whole text has the same points with their
+    labels. If the answer's text has sorted coordinates instead (`writes_digits`), the points come as their tag closes.
+    """
 
     def __init__(self, inputs: GroundingInputs) -> None:
-        self._inputs, self._text = inputs, ""
+        self._inputs = inputs
+        self._pattern, self._last = (TRIPLE, _NUMBER) if inputs.numbered else (UNNUMBERED, _LAST_TOKEN)
+        self._pending: list[str] = []  # text that may be the beginning of a point
+        self._end = ""  # the last two characters
 
     def feed(self, piece: str) -> list[Point]:
-        """The points of the tags that this piece closes."""
-        self._text += piece
-        points: list[Point] = []
-        while ">" in piece and (tag := _CLOSED_TAG.search(self._text)):
-            points += self._inputs.points(tag[0], html.unescape(tag["label"].strip()))
-            self._text = self._text[tag.end() :]
-        return points
+        """Add a piece of text; return the points that it completes."""
+        self._pending.append(piece)
+        if self._inputs.writes_digits:
+            return self._closed() if ">" in piece else []
+        recent = self._end + piece
+        self._end = recent[-2:]
+        if not self._last.search(recent):
+            return []
+        text, end = "".join(self._pending), 0
+        triples = []
+        for triple in self._pattern.finditer(text):
+            triples.append(triple[0])
+            end = triple.end()
+        begun = _BEGUN.search(text, end)
+        self._pending = [text[begun.start() :] if begun else ""]
+        return self._inputs.unlabelled_points("".join(triples))
 
     def close(self) -> list[Point]:
-        """The points of a tag that a truncated answer left open."""
-        return self._inputs.points(self._text, "")
+        """End the text; return the points of a tag that did not close, if the others came as their tags closed."""
+        text, self._pending = "".join(self._pending), []
+        return self._inputs.unlabelled_points(text) if self._inputs.writes_digits else []
+
+    def _closed(self) -> list[Point]:
+        text = "".join(self._pending)
+        end = max((stop for _, stop, _ in _closed_tags(text)), default=0)
+        self._pending = [text[end:]]
+        return [replace(point, label="") for point in self._inputs.points(text[:end])]
 
 
 class DigitWriter:
@@ -231,7 +293,7 @@ class DigitWriter:
         return self._written(held, "") if held.startswith(_OPEN) else held
 
     def _written(self, tag: str, label: str) -> str:
-        points = self._inputs.points(tag, label)
+        points = self._inputs.unlabelled_points(tag)
         return format_points(points, label) if points else ""
 
 

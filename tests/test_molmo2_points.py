@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from molmo2_golden import GOLDEN2, read, tokenizer_of
 
 from molmo_edge.checkpoints.hub_config import read_config
@@ -129,19 +131,80 @@ def test_streamed_texts_give_the_points_of_the_reference() -> None:
     )
     parts = begins + attributes * 2 + ["/>", " "]
     texts += ["".join(rng.choice(parts) for _ in range(rng.randint(2, 20))) for _ in range(2000)]
-    found = 0
+    found = regular = 0
     for text in texts:
         expected = [(frame, x / 10, y / 10) for frame, _, x, y in _by_patterns(text)]
         for pieces in ([text], list(text), _pieces(rng, text)):
-            parser, points = StreamParser(), []
-            for piece in pieces:
-                points += parser.feed(piece)
-            points += parser.close()
-            got = [(p.x, p.y) for p in points if p.image is not None or p.time is not None]
-            assert got == [(x, y) for frame, x, y in expected if frame.count(".") < 2], (text, pieces)
-            assert points == parse_points(text)
+            points = _streamed(pieces)
+            whole = [replace(point, label="") for point in parse_points(text)]
+            got = [(p.x, p.y) for p in whole if p.image is not None or p.time is not None]
+            assert got == [(x, y) for frame, x, y in expected if frame.count(".") < 2], text
+            # A tag that does not close regularly has points only in a stream.
+            rest = iter(points)
+            assert all(point in rest for point in whole), (text, pieces)
+            assert points == _streamed(list(text)), pieces
+            if text.count(" coords=") == len(list(find_coords(text))):
+                assert points == whole, (text, pieces)
+                regular += 1
         found += len(expected)
     assert found > 300
+    assert regular > 300
+
+
+def _streamed(pieces: Iterable[str]) -> list[Point]:
+    parser = StreamParser()
+    return [point for piece in pieces for point in parser.feed(piece)] + parser.close()
+
+
+bodies = st.text(alphabet="0123 ;.", max_size=30) | st.lists(
+    st.sampled_from(["1", " ", "12", "345", "1000", "99", "0.5", ";", ",", "1 1 500 250", "2 2 333 444"])
+).map("".join)
+
+
+@given(bodies)
+def test_a_point_comes_when_no_continuation_changes_it(body: str) -> None:
+    """What a stream has returned is what all continuations of the attribute have in common."""
+    parser, got = StreamParser(), _streamed(['<points coords="'])
+    parser.feed('<points coords="')
+    for end in range(len(body) + 1):
+        got += parser.feed(body[end - 1 : end]) if end else []
+        answers = [
+            [replace(point, label="") for point in parse_points(f'<points coords="{body[:end]}{more}">a</points>')]
+            for more in ("", "0", "9", "00", " ", ".", ";", " 1")
+        ]
+        common = [points[0] for points in zip(*answers, strict=False) if len(set(points)) == 1]
+        assert got == common[: len(got)]
+        if end:
+            assert got == common, body[:end]
+
+
+def test_points_come_before_their_tag_closes() -> None:
+    parser = StreamParser()
+    assert parser.feed('There are 3 <points alt="a" coords="1 1 100 200') == []
+    assert parser.feed(" ") == [Point(10, 20, image=1)]
+    assert parser.feed("2 1000 1000") == [Point(100, 100, image=1)]  # no number has five digits
+    assert parser.feed(";2 3 300 40") == []
+    assert parser.feed("0;3.5 4 005 006") == [Point(30, 40, image=2)]
+    assert parser.feed('"') == [Point(0.5, 0.6, time=3.5)]
+    assert parser.feed(">cups</points>") == parser.close() == []
+
+
+@pytest.mark.parametrize("end", ["", '"', '" >', "x", '" alt="a">cups</points>', "\n"])
+def test_a_tag_that_is_cut_off_or_malformed_counts_in_a_stream_only(end: str) -> None:
+    text = f'<points coords="1 1 100 200 2 300 400 {end}'
+    points = [Point(10, 20, image=1), Point(30, 40, image=1)]
+    assert _streamed([text]) == _streamed(text) == points
+    assert parse_points(text) == []
+
+
+def test_a_tag_after_a_malformed_one_counts() -> None:
+    text = '<points coords="1 1 100 200 coords="1 2 300 400">cups</points> (5.0, 6.0)'
+    assert parse_points(text) == [Point(30, 40, "cups", image=1), Point(5, 6)]
+    assert _streamed(text) == [Point(10, 20, image=1), Point(30, 40, image=1), Point(5, 6)]
+
+
+def test_a_frame_with_thousands_of_digits_is_no_image() -> None:
+    assert parse_points(f'<points coords="{"1" * 5000} 1 100 200">a</points>') == [Point(10, 20, "a")]
 
 
 def test_points_carry_label_image_and_time() -> None:
@@ -173,6 +236,7 @@ def test_hostile_texts_take_linear_time(text: str) -> None:
     """In quadratic time each would take many minutes, and pytest's timeout fails the test."""
     list(find_coords(text))
     parse_points(text)
+    _streamed(text[at : at + 7] for at in range(0, len(text), 7))
 
 
 CONFIG = read_config(GOLDEN2 / "molmo_point").image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_points_of_an_answer(opened: dict[tuple[str, str], Molmo], monkeypatch: 
     stream = molmo.stream(picture("coffee.png"), "Point to the cups.")
     pieces = list(stream)
     points = (Point(10, 20, "cups", image=1), Point(30, 40, "cups", image=1))
-    assert tuple(piece for piece in pieces if isinstance(piece, Point)) == points == stream.answer.points
+    assert stream.answer.points == points
+    assert [piece for piece in pieces if isinstance(piece, Point)] == [replace(point, label="") for point in points]
     assert stream.answer.count == 2
     assert stream.answer.readable == "There are 2 cups."
     assert stream.answer.to_dict()["points"][0] == {

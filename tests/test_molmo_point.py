@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from molmo2_golden import GOLDEN, GOLDEN2, inputs_of, picture, read
 from safetensors.numpy import load_file
 
@@ -269,27 +272,74 @@ def test_a_chat_gives_earlier_points_as_numbers(molmo: Molmo) -> None:
     assert second.token_ids == again.token_ids
 
 
-def test_points_come_as_their_tag_closes(molmo: Molmo) -> None:
-    scene = molmo.encode(picture("coffee.png"))
+TRIPLES = "<POINT_300><POINT_727><POINT_734>1<POINT_500><POINT_728><POINT_738>2<POINT_725>"
+
+
+@pytest.fixture(scope="module")
+def inputs() -> GroundingInputs:
+    scene = Molmo(GOLDEN2 / NAME, threads=1).encode(picture("coffee.png"))
     assert scene.grounding is not None
-    parser = GroundedParser(scene.grounding)
-    triple = "<POINT_300><POINT_727><POINT_734>1<POINT_500><POINT_728><POINT_738>2<POINT_725>"
-    found = []
-    for piece in (
-        'Two: <points coords="',
-        *re.findall("<[^>]*>|.", triple),
-        '">a &amp; b',
-        "</poi",
-        "nts>",
-        " and text",
-    ):
-        found.append(parser.feed(piece))
-    assert [len(points) for points in found[-4:]] == [0, 0, 2, 0]
-    assert {point.label for point in found[-2]} == {"a & b"}
-    assert parser.close() == []
-    assert written_out(f'<points coords="{triple}">x</points>', found[-2]) == (
-        f'<points coords="{";".join(_numbers(n, p) for n, p in enumerate(found[-2], 1))}">x</points>'
+    return scene.grounding
+
+
+def _streamed(inputs: GroundingInputs, pieces: Iterable[str]) -> list[Point]:
+    parser = GroundedParser(inputs)
+    return [point for piece in pieces for point in parser.feed(piece)]
+
+
+def _unlabelled(points: Iterable[Point]) -> list[Point]:
+    return [replace(point, label="") for point in points]
+
+
+def test_a_point_comes_with_the_first_digit_of_its_number(inputs: GroundingInputs) -> None:
+    parser = GroundedParser(inputs)
+    pieces = ['Two: <points coords="', *re.findall("<[^>]*>|.", TRIPLES), '">a &amp; b', "</poi", "nts>", " and text"]
+    found = [parser.feed(piece) for piece in pieces]
+    assert [pieces[i] for i, points in enumerate(found) if points] == ["1", "2"]
+    whole = inputs.points("".join(pieces))
+    assert [point for points in found for point in points] == _unlabelled(whole)
+    assert {point.label for point in whole} == {"a & b"}
+    assert written_out(f'<points coords="{TRIPLES}">x</points>', whole) == (
+        f'<points coords="{";".join(_numbers(n, p) for n, p in enumerate(whole, 1))}">x</points>'
     )
+
+
+def test_points_outside_of_closed_tags_have_no_label(inputs: GroundingInputs) -> None:
+    text = f'{TRIPLES} <points coords="{TRIPLES}"> a</points> <tracks {TRIPLES}'
+    labels = [point.label for point in inputs.points(text)]
+    assert labels == ["", "", "a", "a", "", ""]
+    assert _streamed(inputs, [text]) == _unlabelled(inputs.points(text))
+
+
+TOKENS = (TRIPLES, "<POINT_300>", "<POINT_727>", "<POINT_734>", "<POINT_9", ">", "1", "23", " ", "<", "<POI")
+TAGS = ("<points", "<tracks", ' coords="', '">', "cup", "</points>", "</tracks>")
+GROUNDED = st.lists(st.sampled_from((*TOKENS, *TAGS)), max_size=25).map("".join)
+
+
+@given(GROUNDED, st.randoms(use_true_random=False))
+def test_streamed_grounding_tokens_equal_the_whole(inputs: GroundingInputs, text: str, rng: random.Random) -> None:
+    whole = _unlabelled(inputs.points(text))
+    assert _streamed(inputs, text) == whole
+    cuts = sorted(rng.choices(range(len(text) + 1), k=4))
+    assert _streamed(inputs, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == whole
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<POINT_1" * 60_000,
+        f"<POINT_{'1' * 300_000}",
+        "<" + ">1" * 150_000,
+        "<points" * 60_000,
+        '<points">' * 60_000,
+        '<points "' + ">" * 300_000,
+        "<points></points>" * 30_000,
+    ],
+    ids=["tokens", "digits", "numbers", "tags", "ends", "label", "closed"],
+)
+def test_hostile_grounding_tokens_take_linear_time(inputs: GroundingInputs, text: str) -> None:
+    """In quadratic time each would take many minutes, and pytest's timeout fails the test."""
+    assert _streamed(inputs, text) == inputs.points(text) == []
 
 
 def _numbers(number: int, point: Point) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -113,15 +114,14 @@ def test_counts(saying: Saying) -> None:
     assert saying("A red house.").ask(PHOTO, "What is it?").count is None
 
 
-def test_stream_pieces_are_the_text_and_points_come_as_their_tag_closes(saying: Saying) -> None:
+def test_stream_pieces_are_the_text_and_points_come_before_their_tag_closes(saying: Saying) -> None:
     stream = saying(TWO_DOGS).stream(PHOTO, "Where?")
     pieces = list(stream)
     assert "".join(p for p in pieces if isinstance(p, str)) == stream.answer.text == TWO_DOGS
-    assert tuple(p for p in pieces if isinstance(p, Point)) == stream.answer.points
-    last_point = max(i for i, p in enumerate(pieces) if isinstance(p, Point))
-    behind = "".join(p for p in pieces[last_point:] if isinstance(p, str))
-    assert behind.endswith(" here.")
-    assert "dogs" not in behind
+    points = [(i, p) for i, p in enumerate(pieces) if isinstance(p, Point)]
+    assert [p for _, p in points] == [dataclasses.replace(p, label="") for p in stream.answer.points]
+    for at, point in points:  # right after the quote that ends it
+        assert "".join(p for p in pieces[:at] if isinstance(p, str)).endswith(f'="{point.y}"')
 
 
 def test_a_stream_left_half_way_still_has_its_answer(saying: Saying) -> None:

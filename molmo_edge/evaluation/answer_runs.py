@@ -108,7 +108,7 @@ class PrefilledImage:
             else:
                 text, plain = text + self.tokenizer.decode(plain) + tokens.token(i), []
         text = (text + self.tokenizer.decode(plain)).lstrip()
-        return with_coordinates(text, self._grounding.points(text, ""))
+        return with_coordinates(text, self._grounding.points(text))
 
     def are_grounding(self, ids: Sequence[int]) -> np.ndarray | None:
         """bool, which of an answer's ids are grounding tokens; None for a model without them."""

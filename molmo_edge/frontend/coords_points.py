@@ -14,12 +14,10 @@ from typing import Literal, NamedTuple
 
 Mode = Literal["point", "point_then_count", "count_then_point"]
 
-# The patterns of the reference, split up so that any text takes linear time.
 _TAG = re.compile(r"<(?:points|tracks)")
-_COORDS = re.compile(r' coords="([0-9\t:;, .]+)"/?>')
-_GROUP = re.compile(r"(?:^|\t|:|,|;)([0-9.]+) ([0-9. ]+)")
-_DIGITS = re.compile(r"[0-9]+")
-_XY = re.compile(r" ([0-9]{3,4}) ([0-9]{3,4})")
+_NEXT = re.compile(r'\n| coords="')  # a tag does not cross a line break
+_COORDS = re.compile(r"[0-9\t:;, .]*")
+_SEPARATORS = "\t:;,"
 
 
 class CoordsPoint(NamedTuple):
@@ -39,50 +37,139 @@ class CoordsTag(NamedTuple):
     points: list[CoordsPoint]
 
 
-class CoordsScanner:
-    """Finds `coords` tags in text that arrives in parts. An attribute `coords` may not be split between parts."""
+class CoordsReader:
+    """Reads `coords` tags in text that arrives in pieces, in linear time.
+
+    The results are those of the reference's patterns: `<(?:points|tracks).*? coords="([0-9\\t:;, .]+)"/?>` for a tag,
+    `(?:^|\\t|:|,|;)([0-9.]+) ([0-9. ]+)` for a group, `([0-9]+) ([0-9]{3,4}) ([0-9]{3,4})` for a point.
+    """
 
     def __init__(self) -> None:
-        self.inside = False  # after "<points" or "<tracks", in the same line, without `coords` yet
+        self._rest, self._at = "", 0  # text that is not read yet, and its position
+        self._start: int | None = None  # of a tag that is open
+        self._groups: _Groups | None = None  # of its attribute
+        self._quoted = False  # the attribute has ended; the tag has to end, too
 
-    def scan(self, part: str) -> Iterator[CoordsTag]:
-        """The tags that end in `part`; their positions are those in `part`."""
-        position = start = 0
-        coords = _COORDS.search(part)
+    def feed(self, piece: str) -> Iterator[tuple[int, CoordsPoint | CoordsTag]]:
+        """Add a piece of text; return what it completes, with positions in the text in ascending order.
+
+        A point, inside the image, comes when its numbers are certain; its tag comes when it ends. If it does not end
+        with `">` or `"/>` after its attribute, no tag comes, and its points do not count.
+        """
+        text, at = self._rest + piece, 0
         while True:
-            if not self.inside:
-                tag = _TAG.search(part, position)
+            if self._start is None:
+                tag = _TAG.search(text, at)
                 if tag is None:
-                    return
-                self.inside, start, position = True, tag.start(), tag.end()
-            if coords is not None and coords.start() < position:
-                coords = _COORDS.search(part, position)
-            line_end = part.find("\n", position)  # a tag does not cross a line break
-            if coords is not None and (line_end < 0 or coords.start() < line_end):
-                self.inside, position = False, coords.end()
-                yield CoordsTag(start, position, list(_points(coords[1])))
-            elif line_end >= 0:
-                self.inside, position = False, line_end + 1
+                    at = max(at, len(text) - len("<points") + 1)
+                    break
+                self._start, at = self._at + tag.start(), tag.end()
+            elif self._groups is None:
+                found = _NEXT.search(text, at)
+                if found is None:
+                    at = max(at, len(text) - len(' coords="') + 1)
+                    break
+                at = found.end()
+                if found[0] == "\n":
+                    self._start = None
+                else:
+                    self._groups = _Groups()
+            elif self._quoted:
+                end = text[at : at + 2]
+                if end in ("", "/"):
+                    break
+                if end[0] == ">" or end == "/>":
+                    at += end.index(">") + 1
+                    yield self._at + at, CoordsTag(self._start, self._at + at, self._groups.points)
+                    self._start = None
+                self._groups, self._quoted = None, False
             else:
-                return
+                match = _COORDS.match(text, at)
+                assert match is not None
+                for point in self._groups.feed(match[0]):
+                    yield self._at + at, point
+                at = match.end()
+                if at == len(text):
+                    break
+                if text[at] == '"' and self._groups.last:
+                    for point in self._groups.close():
+                        yield self._at + at, point
+                    self._quoted, at = True, at + 1
+                    continue
+                if self._groups.last == " " and at:  # it may begin another ` coords="`
+                    at -= 1
+                elif self._groups.last == " ":
+                    text, self._at = " " + text, self._at - 1
+                self._groups = None
+        self._rest, self._at = text[at:], self._at + at
+
+
+class _Groups:
+    """The groups of a `coords` attribute, whose characters arrive in pieces."""
+
+    def __init__(self) -> None:
+        self.points: list[CoordsPoint] = []
+        self.last = ""  # character
+        self._letters: list[str] | None = []  # of the frame; None: no group until the next separator
+        self._frame = ""
+        self._runs: list[list[str]] | None = None  # digits of ID, X and Y after the frame; None: before its space
+
+    def feed(self, characters: str) -> list[CoordsPoint]:
+        """Return the points that are certain now: a Y of four digits, or of three and another character."""
+        before = len(self.points)
+        for character in characters:
+            if character in _SEPARATORS:
+                self._complete()
+                self._letters, self._runs = [], None
+            elif self._runs is not None:
+                self._number(character, self._runs)
+            elif character != " ":
+                if self._letters is not None:
+                    self._letters.append(character)
+            elif self._letters:
+                self._frame, self._runs = "".join(self._letters), []
+            else:
+                self._letters = None
+        self.last = characters[-1:] or self.last
+        return self.points[before:]
+
+    def close(self) -> list[CoordsPoint]:
+        """Return the points that the end of the attribute makes certain."""
+        before = len(self.points)
+        self._complete()
+        return self.points[before:]
+
+    def _number(self, character: str, runs: list[list[str]]) -> None:
+        if character.isdigit():
+            if not runs:
+                runs.append([])
+            runs[-1].append(character)
+            if len(runs) == 3 and len(runs[2]) == 4:
+                self._complete()
+            return
+        self._complete()
+        if character != " " or not runs or not runs[-1]:
+            runs.clear()
+        elif len(runs) == 2 and len(runs[1]) in (3, 4):
+            runs.append([])
+        else:  # the last number is no X or no Y, but may be an ID
+            runs[:] = [runs[-1], []]
+
+    def _complete(self) -> None:
+        """Add a point whose Y has ended."""
+        if self._runs is None or len(self._runs) < 3 or len(self._runs[2]) < 3:
+            return
+        name, x, y = ("".join(run) for run in self._runs)
+        self._runs.clear()
+        if int(x) <= 1000 and int(y) <= 1000:
+            self.points.append(CoordsPoint(self._frame, name, int(x), int(y)))
 
 
 def find_coords(text: str) -> Iterator[CoordsTag]:
     """The tags in `text` that the reference reads, with their points inside the image."""
-    return CoordsScanner().scan(text)
-
-
-def _points(coords: str) -> Iterator[CoordsPoint]:
-    for group in _GROUP.finditer(coords):
-        frame, numbers = group.groups()
-        position = 0
-        while digits := _DIGITS.search(numbers, position):
-            position = digits.end()
-            if xy := _XY.match(numbers, position):
-                position = xy.end()
-                x, y = int(xy[1]), int(xy[2])
-                if x <= 1000 and y <= 1000:
-                    yield CoordsPoint(frame, digits[0], x, y)
+    for _, found in CoordsReader().feed(text):
+        if isinstance(found, CoordsTag):
+            yield found
 
 
 def extract_image_points(

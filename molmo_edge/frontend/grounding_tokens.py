@@ -16,8 +16,9 @@ import numpy as np
 
 from molmo_edge.frontend.points import Point
 
-_TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
-_UNNUMBERED = re.compile(r"<POINT_([0-9]+)><POINT_([0-9]+)><POINT_([0-9]+)>")
+# Three tokens, and the number of the object.
+TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
+UNNUMBERED = re.compile(r"<POINT_([0-9]+)><POINT_([0-9]+)><POINT_([0-9]+)>")
 _CELL = 0.33  # of a patch: the reference's step from one location to the next
 
 
@@ -132,16 +133,14 @@ def decode_grounding(
     out of range are skipped as well; with `strict` they index as in the reference, which may raise IndexError.
     """
     n_patches, n_slots = pooling.shape
-    places = {int(v): (i, y, x) for i, grid in enumerate(grids) for (y, x), v in np.ndenumerate(grid)}
-    for number, match in enumerate((_TRIPLE if numbered else _UNNUMBERED).finditer(text), start=1):
+    for number, match in enumerate((TRIPLE if numbered else UNNUMBERED).finditer(text), start=1):
         patch, slot, location, *names = map(int, match.groups())
         name = names[0] if names else number
         slot -= n_patches + no_more_class
         location -= n_patches + no_more_class + n_slots
         if not strict and not (patch < n_patches and 0 <= slot < n_slots and 0 <= location < 9):
             continue
-        if place := places.get(int(pooling[patch, slot])):
-            frame, row, col = place
+        for frame, row, col in _places(int(pooling[patch, slot]), grids):
             x, y = col + (location // 3 + 0.5) * _CELL, row + (location % 3 + 0.5) * _CELL
             if frames:
                 left, top, width, height = frames[frame]
@@ -151,10 +150,19 @@ def decode_grounding(
             yield GroundedPoint(name, frame, x, y)
 
 
+def _places(patch: int, grids: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
+    """The grid, row and column of a patch; nothing for a patch in no grid."""
+    for frame, grid in enumerate(grids):
+        rows, cols = np.nonzero(grid == patch)
+        if len(rows):
+            yield frame, int(rows[0]), int(cols[0])
+            return
+
+
 def written_out(text: str, points: Sequence[Point]) -> str:
     """`text` with its grounding tokens replaced by the coordinates of `points`, in the grammar of Molmo2."""
     frames = (f"{p.image or 1}" if p.time is None else f"{p.time:.1f}" for p in points)
     places = (f"{i} {round(10 * p.x):03d} {round(10 * p.y):03d}" for i, p in enumerate(points, start=1))
     numbers = (f"{frame} {place}" for frame, place in zip(frames, places, strict=True))
-    replaced = _TRIPLE.sub(lambda _: next(numbers, "") + ";", text)
+    replaced = TRIPLE.sub(lambda _: next(numbers, "") + ";", text)
     return re.sub(r"<POINT_[0-9]+>", "", replaced).replace(';"', '"')

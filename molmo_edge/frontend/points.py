@@ -15,11 +15,11 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from molmo_edge.frontend.coords_points import CoordsPoint, CoordsScanner
+from molmo_edge.frontend.coords_points import CoordsPoint, CoordsReader, find_coords
 
 NONE = "There are none."  # Molmo's answer if the requested object is not in the image
 
@@ -51,24 +51,35 @@ _PAIR = re.compile(r"\(([0-9]+\.[0-9]),? ?([0-9]+\.[0-9])\)")
 _ATTRIBUTES = re.compile(r'x\d*="\s*([0-9]+(?:\.[0-9]+)?)"\s+y\d*="\s*([0-9]+(?:\.[0-9]+)?)"')
 _TENTHS = re.compile(r"[\dp]\s*=\s*([0-9]{3})\s*,\s*([0-9]{3})")
 
-# A point outside of a tag consists of these characters only (a Click(...) contains a pair).
-_LAST_OUTSIDE = re.compile(r'.*[^\d\sxyp=",.()]', re.DOTALL)
-_OUTSIDE = re.compile(r'[^\d\sxyp=",.()]')
-
 _TAGS = ("<point", "<tracks")  # the first of <points, too
 _ALT = re.compile(r'\balt="([^"]*)"')
 # A label may contain quotes and ">"; the tag ends with `">`, whose quote is a closing one: not preceded by "=".
 _INNER = re.compile(r'(?<!=)"\s*>(.*)', re.DOTALL)
 
 
-def parse_points(text: str) -> list[Point]:
+def parse_points(text: str, *, video: bool = False) -> list[Point]:
     """All points in `text` in order, with the labels of their tags. Points above 100 percent are dropped.
 
     Finds the same points as the reference, but each only once: the reference finds Click(...) twice, because its
     pattern for plain pairs matches inside, too. Takes linear time, even for adversarial text.
+
+    `video`: the answer is about a video, so that a whole number before points is a time, too ("2" for "2.0").
     """
-    parser = StreamParser()
-    return parser.feed(text) + parser.close()
+    found = [
+        (at, Point(x, y), False) for pattern in (_PAIR, _ATTRIBUTES, _TENTHS) for at, x, y in _matches(pattern, text)
+    ]
+    for tag in find_coords(text):
+        found += [(tag.end - 1, _coords_point(point, video), True) for point in tag.points]
+    points: list[Point] = []
+    part, end, labels = "", 0, ("", "")
+    for at, point, in_coords in sorted(found, key=lambda entry: entry[0]):
+        if at >= end:  # a tag and its label end at the next "<"
+            end = text.find("<", at + 1)
+            end = len(text) if end < 0 else end
+            part = text[max(text.rfind("<", 0, at + 1), 0) : end]
+            labels = _label(part) if part.startswith(_TAGS) else "", _label(part)
+        points.append(replace(point, label=labels[in_coords]))
+    return points
 
 
 def extract_points(text: str, width: float, height: float) -> list[tuple[float, float]]:
@@ -82,85 +93,95 @@ def extract_points(text: str, width: float, height: float) -> list[tuple[float, 
 
 
 class StreamParser:
-    """Parses points from text that arrives in pieces.
+    """Finds points in text that arrives in pieces: each as soon as its numbers are certain, before its tag closes.
 
-    `feed` returns the points that a piece completes: those of a tag when its closing tag begins, because the label
-    comes before it; others at the first character that cannot belong to them. `close` returns the remaining points of
-    an answer that was cut off. Together they equal `parse_points` of the joined pieces.
+    In a tag with `coords="..."` that is when Y has four digits, or when another character follows three; in all other
+    notations it is the last character of the point. A point comes before the label of its tag, so its `label` is
+    empty: `parse_points` of the whole text has the labels.
 
-    `video`: the answer is about a video, so that a whole number before points is a time, too ("2" for "2.0").
+    The points that `feed` returns, and their order, are those of `parse_points` of the joined pieces, except for their
+    labels and for one case: the reference reads a `coords` tag only if it ends with `">` or `"/>` directly after its
+    numbers. If the text is cut off before, or goes on in another way, `feed` has already returned points that
+    `parse_points` does not count. `video`: see `parse_points`.
     """
 
     def __init__(self, *, video: bool = False) -> None:
         self._video = video
-        self._pending: list[str] = []  # text that may be the beginning of a point or a tag
-        self._in_tag = False
-        self._coords = CoordsScanner()
+        self._finders = [_Finder(*patterns) for patterns in _STREAMED]
+        self._coords = CoordsReader()
 
     def feed(self, piece: str) -> list[Point]:
         """Add a piece of text; return the points that it completes."""
-        self._pending.append(piece)
-        # Most pieces complete nothing; joining the text for each of them would take quadratic time in a long tag.
-        if "<" not in piece if self._in_tag else not _OUTSIDE.search(piece):
-            return []
-        return self._take(final=False)
-
-    def close(self) -> list[Point]:
-        """End the text; return the points that it left incomplete."""
-        return self._take(final=True)
-
-    def _take(self, *, final: bool) -> list[Point]:
-        text = "".join(self._pending)
-        points: list[Point] = []
-        start = 0
-        while start < len(text):
-            is_tag = text.startswith(_TAGS, start)
-            if not is_tag and not final and any(tag.startswith(text[start : start + len(tag)]) for tag in _TAGS):
-                break  # "<poi": undecided
-            # A tag and its label end at the next "<".
-            end = text.find("<", start + 1)
-            if end < 0 and final:
-                end = len(text)
-            elif end < 0 and not is_tag and not self._coords.inside:
-                match = _LAST_OUTSIDE.match(text, start)
-                end = match.end() if match else -1
-            if end <= start:
-                break
-            part = text[start:end]
-            label = _label(part) if is_tag else ""
-            points += self._points(part, label)
-            start = end
-        rest = text[start:]
-        self._pending = [rest]
-        self._in_tag = rest.startswith(_TAGS) or self._coords.inside
-        return points
-
-    def _points(self, part: str, label: str) -> list[Point]:
-        """All points in `part` in order."""
-        patterns = (_PAIR, _ATTRIBUTES, _TENTHS)
-        found = [(at, Point(x, y, label)) for pattern in patterns for at, x, y in _matches(pattern, part)]
-        for tag in self._coords.scan(part):
-            found += [(tag.end, _coords_point(point, label or _label(part), self._video)) for point in tag.points]
+        found = [(at, Point(x, y)) for finder in self._finders for at, x, y in finder.feed(piece)]
+        for at, read in self._coords.feed(piece):
+            if isinstance(read, CoordsPoint):
+                found.append((at, _coords_point(read, self._video)))
         return [point for _, point in sorted(found, key=lambda pair: pair[0])]
 
+    def close(self) -> list[Point]:
+        """End the text. Returns an empty list: the end of a text completes no point."""
+        return []
 
-def _coords_point(point: CoordsPoint, label: str, video: bool) -> Point:
+
+# For each notation but coords: its pattern; the characters that may end a match; what a text ends with if a match may
+# have begun. A match has one "(", one "x" and four quotes, or one "=" and six digits, so that a character is searched
+# at most six times, however small the pieces are.
+_STREAMED = (
+    (_PAIR, re.compile(r"\)"), re.compile(r"\([^()]*\Z")),
+    (_ATTRIBUTES, re.compile('"'), re.compile(r'x[^x"]*(?:"[^x"]*){0,3}\Z')),
+    (
+        _TENTHS,
+        re.compile("[0-9]"),
+        re.compile(r"[\dp]\s*(?:=\s*(?:[0-9]{1,3}\s*(?:,\s*[0-9]{0,2})?)?)?\Z"),
+    ),
+)
+
+
+class _Finder:
+    """Finds the matches of one pattern, which do not depend on what follows them, in text that arrives in pieces."""
+
+    def __init__(self, pattern: re.Pattern[str], last: re.Pattern[str], begun: re.Pattern[str]) -> None:
+        self._pattern, self._last, self._begun = pattern, last, begun
+        self._pending: list[str] = []  # text that may be the beginning of a match, and its position
+        self._at = 0
+
+    def feed(self, piece: str) -> list[tuple[int, float, float]]:
+        """(position in the text, x, y) of the valid points that `piece` completes."""
+        self._pending.append(piece)
+        if not self._last.search(piece):
+            return []
+        text, end = "".join(self._pending), 0
+        found = []
+        for match in self._pattern.finditer(text):
+            found += [(self._at + at, x, y) for at, x, y in _valid(self._pattern, match)]
+            end = match.end()
+        begun = self._begun.search(text, end)
+        rest = begun.start() if begun else len(text)
+        self._pending, self._at = [text[rest:]], self._at + rest
+        return found
+
+
+def _coords_point(point: CoordsPoint, video: bool) -> Point:
     x, y = point.x / 10, point.y / 10
-    if "." not in point.frame and not video:
-        return Point(x, y, label, image=int(point.frame))
     try:
-        return Point(x, y, label, time=float(point.frame))
-    except ValueError:  # "1.5.2": the reference raises here
-        return Point(x, y, label)
+        if "." in point.frame or video:
+            return Point(x, y, time=float(point.frame))
+        return Point(x, y, image=int(point.frame))
+    except ValueError:  # "1.5.2", or thousands of digits: the reference raises here
+        return Point(x, y)
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, float, float]]:
     """(position, x, y) of the valid points that match `pattern`."""
-    unit = 10.0 if pattern is _TENTHS else 1.0
     for match in pattern.finditer(text):
-        x, y = (float(match.group(i)) / unit for i in (1, 2))
-        if max(x, y) <= 100:
-            yield match.start(), x, y
+        yield from _valid(pattern, match)
+
+
+def _valid(pattern: re.Pattern[str], match: re.Match[str]) -> Iterator[tuple[int, float, float]]:
+    unit = 10.0 if pattern is _TENTHS else 1.0
+    x, y = (float(match.group(i)) / unit for i in (1, 2))
+    if max(x, y) <= 100:
+        yield match.start(), x, y
 
 
 def _label(tag: str) -> str:

@@ -1,4 +1,4 @@
-"""From a question to its answer: text piece by piece, points as their tags close, timings."""
+"""From a question to its answer: text piece by piece, points as they are generated, timings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
-from molmo_edge.frontend.points import Point, StreamParser, parse_count
+from molmo_edge.frontend.points import Point, StreamParser, parse_count, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
@@ -30,9 +30,10 @@ History = Sequence[tuple[str, str]]  # earlier turns about the same image: (ques
 class Stream(Iterator["str | Point"], NotCopied):
     """The pieces of an answer, as `Molmo.stream` returns them. Iterate over them, then read `answer`.
 
-    A piece is a `str`, or a `Point` as soon as its tag closes. The str pieces, joined, are `answer.text` with its
-    point tags (`molmo_edge.sdk.readable_text.TagStripper` removes them from a stream); the points are
-    `answer.points`.
+    A piece is a `str`, or a `Point` as soon as its coordinates are complete. The str pieces, joined, are `answer.text`
+    with its point tags (`molmo_edge.sdk.readable_text.TagStripper` removes them from a stream). The points are
+    `answer.points`, in the same order, but their `label` is empty: it follows the coordinates in the text. A Molmo2's
+    tag that is cut off or malformed has no points in `answer.points`; the stream has yielded those that were complete.
     """
 
     _instead = "pass its `answer` on"
@@ -136,9 +137,10 @@ def generate_pieces(
     """
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
-    parser = StreamParser(video=scene.shown.times is not None) if grounding is None else GroundedParser(grounding)
+    video = scene.shown.times is not None
+    parser = StreamParser(video=video) if grounding is None else GroundedParser(grounding)
     writer = DigitWriter(grounding) if grounding is not None and grounding.writes_digits else None
-    generated = Generated()
+    generated, raw = Generated(), list[str]()  # raw: the text with its grounding tokens
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
         engine.runtime,
@@ -160,18 +162,20 @@ def generate_pieces(
             piece = decoder.flush() + grounding.token_ids.token(token)
         else:
             piece = decoder.flush() if token is None else decoder.feed(token)
-        closed = parser.feed(piece) + (parser.close() if token is None else [])
+        raw.append(piece)
+        completed = parser.feed(piece) + (parser.close() if token is None else [])
         if writer is not None:
             piece = writer.feed(piece) + (writer.close() if token is None else "")
         if not generated.text:
             piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
         generated.text += piece
-        generated.points += closed
         yield piece  # empty if the token completes no text: `Stream` can stop after each token
-        yield from closed
+        yield from completed
         if token is None:
             break
         began = time.perf_counter()
+    text = "".join(raw)
+    generated.points = parse_points(text, video=video) if grounding is None else grounding.points(text)
     generated.prefill, generated.decode = steps[0], sum(steps[1:])
     return generated
 

@@ -147,7 +147,8 @@ class Answerer:
         if stops.found:
             stream.close()
             # The stop sequence may have cut a tag, so that the points in it were not delivered yet.
-            rest = [point_data(point, scene.shown) for point in parse_points(text)[len(points) :]]
+            parsed = [point_data(point, scene.shown) for point in parse_points(text)]
+            rest = parsed[len(points) :]
             tokens = len(molmo.engine.tokenizer.encode(text))
             count, complete = parse_count(text), True
         else:
@@ -156,8 +157,11 @@ class Answerer:
             text += held
             if held:
                 yield Delta(held)
-            rest, tokens, count, complete = [], answer.usage.tokens.generated, answer.count, answer.complete
-        points += rest
+            parsed, rest = [point_data(point, scene.shown) for point in answer.points], []
+            tokens, count, complete = answer.usage.tokens.generated, answer.count, answer.complete
+        if len(parsed) < len(points):  # a stop sequence has cut a tag whose points were delivered
+            parsed = points
+        points = parsed  # with labels, which streamed points do not have
         if rest:
             yield Delta(points=tuple(rest))
         usage = self._usage(molmo, scene, ask, tokens, kept=kept)
