@@ -147,7 +147,8 @@ def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path:
             assert sum(token >= CONFIG.decoder.n_logits for token in answer.token_ids) == 3 * len(points) + 1
             pieces = list(torch_model.stream(picture, POINT))
             assert "".join(piece for piece in pieces if isinstance(piece, str)) == answer.text
-            assert [piece for piece in pieces if isinstance(piece, Point)] == list(answer.points)
+            unlabelled = [dataclasses.replace(point, label="") for point in answer.points]
+            assert [piece for piece in pieces if isinstance(piece, Point)] == unlabelled
             cut = torch_model.ask(picture, POINT, max_new_tokens=len(answer.token_ids) - 8)
             assert "POINT_" not in cut.text
             assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
