@@ -16,6 +16,8 @@ import numpy as np
 _DIRECTIONS = 16  # candidates per ring
 _RINGS = 8
 _GRID = 48  # positions along each side of the picture, if no ring has a free place
+_MOST_SEARCHES = 16  # of the grid, for one picture: more boxes than that do not find room anyway
+_COMPARED = 48  # candidates for which the leaders are compared, too
 _MOST_ANCHORS = 12  # of a box that may be placed at any of several points
 # Costs. The unit is the height of the box, for the distance from its anchor.
 _OVER_LEADER = 8.0  # for a leader that passes over a marker
@@ -69,14 +71,16 @@ def place(
     """Place the requested boxes in a picture of `size` (width, height) and return them in the order of `requests`.
 
     `discs`: float [n, 3], x, y and radius of markers to keep clear of. `spacing`: pixels to leave around boxes. A box
-    overlaps another one, or a disc, only if no candidate is free. A box larger than the picture begins at its top left.
+    overlaps another one, or a disc, only if no candidate is free; if many boxes are crowded, only candidates near their
+    anchors are tried. A box larger than the picture begins at its top left.
     """
     placed: dict[int, Placed] = {}
-    taken = np.empty((0, 4))
+    taken, searches = np.empty((0, 4)), 0
     for index in sorted(range(len(requests)), key=lambda i: -requests[i].width):
         request = requests[index]
         found = _best(request, *_around(request), discs, taken, size, spacing)
-        if found.covers:
+        if found.covers and searches < _MOST_SEARCHES:
+            searches += 1
             found = min(found, _best(request, *_everywhere(request, size), discs, taken, size, spacing))
         placed[index] = Placed(Box(*found.box), request.anchors[found.anchor])
         taken = np.concatenate([taken, [found.box]])
@@ -142,9 +146,11 @@ def _best(
     if len(discs):
         squares = np.concatenate([discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:]], 1)
         covers += _OVER_DISC * (_shared(boxes, squares) / area).sum(1)
-        far = distance > 1.5 * request.gap + 1  # has a leader
-        cost = cost + _OVER_LEADER * (far & _passes(anchors, near, discs).any(1))
-    at = int(np.lexsort((cost, covers))[0])
+    best = np.lexsort((cost, covers))[:_COMPARED]
+    if len(discs):
+        far = distance[best] > 1.5 * request.gap + 1  # has a leader
+        cost[best] += _OVER_LEADER * (far & _passes(anchors[best], near[best], discs).any(1))
+    at = int(best[np.lexsort((cost[best], covers[best]))[0]])
     left, top, right, bottom = map(float, boxes[at])
     return _Found(float(covers[at]), float(cost[at]), (left, top, right, bottom), int(index[at]))
 
