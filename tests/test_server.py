@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from molmo_edge.server.stop_sequences import StopSequences
 
 openai = pytest.importorskip("openai")
 
+GOLDEN2 = Path(__file__).parent / "golden2"
 CUPS = '<points x1="10.0" y1="20.0" x2="30.5" y2="40.0" alt="cups">cups</points>'
 COUNTED = f"Counting the {CUPS} shows a total of 2."
 POINTS = [
@@ -218,6 +220,21 @@ def test_scenes_above_the_limit_are_forgotten(saying: Callable[..., Molmo]) -> N
         for _ in range(2):
             assert server.send("/v1/caption", {"image_url": data_uri(png())}).status == 200
         assert len(server.service.scenes) == server.service.scenes.bytes == 0
+
+
+def test_several_images_are_one_prompt_of_a_model_that_takes_them() -> None:
+    pytest.importorskip("torch")
+    one, other = png(1, (300, 200)), png(2, (120, 400))
+    with Molmo(GOLDEN2 / "molmo_point") as molmo, serving(molmo) as server:
+        expected = molmo.ask([one, other], "Point to the cups.", max_new_tokens=12)
+        body = chat_body("Point to the cups.", data_uri(one), max_tokens=12)
+        body["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": data_uri(other)}})
+        for cached in (0, expected.usage.tokens.image):
+            reply = server.send("/v1/chat/completions", body).json
+            message = reply["choices"][0]["message"]
+            assert (message["content"], message["points"]) == (expected.text, expected.to_dict()["points"])
+            assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+        assert {point["image"] for point in message["points"]} == {2}
 
 
 def test_models_health_and_metrics(cups: Server) -> None:
