@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -38,12 +36,11 @@ from molmo_edge.server.moondream_api import (
     QueryRequest,
     QueryResponse,
 )
+from molmo_edge.server.page import PageFiles
 from molmo_edge.server.queue import Cancelled
 from molmo_edge.server.responses_schema import ResponseBody, ResponsesRequest
 from molmo_edge.server.service import Service
 from molmo_edge.system.version import __version__
-
-PAGE = Path(__file__).parent / "page"  # index.html and its files, shown at /
 
 # path, function, class of the request, class of the response
 _POSTS: tuple[tuple[str, Callable[..., Any], type[BaseModel], type[BaseModel]], ...] = (
@@ -119,8 +116,7 @@ def create_app(service: Service) -> FastAPI:
         (Exception, answer_failure),
     ):
         app.add_exception_handler(kind, handler)
-    if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.mount("/", PageFiles(), name="page")
     endpoints = frozenset([path for path, *_ in _POSTS] + ["/", "/health", "/metrics", "/v1/models"])
     app.add_middleware(Gate, service=service, endpoints=endpoints)
     if service.settings.cors_origins:
