@@ -83,7 +83,7 @@ class Molmo(NotCopied):
             directory, device=device, precision=precision, threads=threads, engine_options=engine_options
         )
         name = model_name(directory)
-        self.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, started=started)
+        self.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, directory=directory, started=started)
 
     @classmethod
     def from_parts(
@@ -126,10 +126,17 @@ class Molmo(NotCopied):
         `room`: positions to keep free for question and answer. If they need more, the cache is copied into a larger
         one.
         """
-        if not isinstance(room, Integral) or room < 0:
-            raise QuestionError(f"room must be a number of positions (an integer of 0 or more), not {room!r}")
+        room = _check_room(room)
         scene = self.engine.scene(image)
-        return scene if scene is image else self.engine.prefill(scene, int(room))
+        return scene if scene is image else self.engine.prefill(scene, room)
+
+    def load_scene(self, path: str | os.PathLike[str], *, room: int = 512) -> Scene:
+        """Load a Scene that `Scene.save` wrote, without running vision tower or decoder. `room`: see `encode`.
+
+        Raises SceneFileError for a file that is damaged, of a newer version, or saved with another model, engine or
+        precision of a checkpoint.
+        """
+        return self.engine.load(path, _check_room(room))
 
     def chat(self, image: Any) -> Chat:
         """Start a conversation about `image`: `chat.ask(question)`. Each turn runs only its own tokens.
@@ -271,3 +278,9 @@ class Molmo(NotCopied):
         number of pairs, and `usage.seconds` gives prefill and decode of the whole batch.
         """
         return ask_batch(self.engine, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors)
+
+
+def _check_room(room: int) -> int:
+    if not isinstance(room, Integral) or room < 0:
+        raise QuestionError(f"room must be a number of positions (an integer of 0 or more), not {room!r}")
+    return int(room)

@@ -29,7 +29,7 @@ from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, load_library
 from molmo_edge.runtimes.llama_native import CHUNK, LlamaContext, LlamaModel, wait_for
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
-from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, check_copy, check_rows
+from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, check_copy, check_rows, check_stored
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
 
@@ -131,11 +131,21 @@ class LlamaRuntime:
 
         Raises EngineError for a state that does not fit this model, these options or `capacity`.
         """
-        if length > capacity:
-            raise EngineError(f"a state of {length} positions does not fit into {capacity}")
+        check_stored(length, capacity)
         cache = self.new_cache(capacity)
         cache.fill(state, length)
         return cache
+
+    @property
+    def cache_format(self) -> str:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`. llama.cpp's format of states may change with versions."""
+        return f"llama.cpp {load_library().__version__}"
+
+    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> LlamaCache:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+        if list(arrays) != ["state"] or arrays["state"].dtype != np.uint8 or arrays["state"].ndim != 1:
+            raise EngineError("these keys and values are not of llama.cpp")
+        return self.restore(bytearray(arrays["state"]), length, capacity)
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         """Implement `Runtime.forward`."""
@@ -263,6 +273,10 @@ class LlamaCache:
         """Return keys and values in llama.cpp's format, for `LlamaRuntime.restore` with the same bundle and options."""
         self._forget_rest()
         return self.context.state(self._sequence)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.StoredCache`."""
+        return {"state": np.frombuffer(self.state(), np.uint8)}
 
     def fill(self, state: bytes | bytearray, length: int) -> None:
         """Load what `state` returned into an empty cache, see `LlamaRuntime.restore`."""

@@ -22,6 +22,7 @@ from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.protocol import (
     Cache,
+    check_arrays,
     check_capacity,
     check_causal,
     check_copy,
@@ -29,6 +30,7 @@ from molmo_edge.runtimes.protocol import (
     check_overview,
     check_pooling,
     check_rows,
+    check_stored,
 )
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.system.cores import available_cores, choose_threads
@@ -108,6 +110,18 @@ class _Buffer:
         array: np.ndarray = np.empty(shape, dtype)
         return cls(OrtValue.ortvalue_from_numpy(array), dtype, array)
 
+    def filled(self, length: int) -> np.ndarray:
+        """The first `length` positions; on the CPU a view."""
+        array = self.value.numpy() if self.array is None else self.array
+        return array[:, :, :length]
+
+    def fill(self, values: np.ndarray) -> None:
+        """Write the first positions, [1, n_kv_heads, n, head_dim]."""
+        array = np.zeros(self.value.shape(), self.dtype) if self.array is None else self.array
+        array[:, :, : values.shape[2]] = values
+        if self.array is None:
+            self.value.update_inplace(array)
+
     def copy(self, length: int, capacity: int) -> _Buffer:
         """Return a buffer for `capacity` positions with a copy of the first `length`."""
         shape = list(self.value.shape())
@@ -167,6 +181,18 @@ class OnnxCache:
         buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
         return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.StoredCache`."""
+        forks.check(self._born, "this cache")
+        return {name: buffer.filled(self.length) for name, buffer in self._buffers.items()}
+
+    def fill(self, arrays: dict[str, np.ndarray], length: int) -> None:
+        """Load what `arrays` returned with `length` positions into an empty cache. Raises EngineError."""
+        check_arrays(arrays, {name: buffer.filled(length) for name, buffer in self._buffers.items()})
+        for name, buffer in self._buffers.items():
+            buffer.fill(arrays[name])
+        self.length = length
+
     def append(self, embeddings: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
         """Run [n, d_model] at the end; -> logits [embedding_size]. `length` changes only if the run succeeds."""
         forks.check(self._born, "this cache")
@@ -192,6 +218,7 @@ class OnnxRuntime:
     """
 
     engine = "onnxruntime"
+    cache_format = "onnxruntime"
 
     def __init__(
         self,
@@ -287,6 +314,13 @@ class OnnxRuntime:
         session, logits = self._session("decoder"), self.config.decoder.n_logits
         make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache)
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be out of memory
+
+    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> OnnxCache:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+        check_stored(length, capacity)
+        cache = self.new_cache(capacity)
+        cache.fill(arrays, length)
+        return cache
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         """Implement `Runtime.forward`."""

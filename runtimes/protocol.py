@@ -123,6 +123,30 @@ class PointRuntime(PartedRuntime, Protocol):
         ...
 
 
+class StoredCache(Cache, Protocol):
+    """A cache that can be written to a file."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return keys and values of the filled positions, for `StoringRuntime.load_cache`. Copies, or views."""
+        ...
+
+
+class StoringRuntime(Runtime, Protocol):
+    """A runtime whose caches can be written to a file and read again, as all runtimes of this package do."""
+
+    @property
+    def cache_format(self) -> str:
+        """Who can read the arrays of its caches: the engine, with the precision or version that they depend on."""
+        ...
+
+    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> Cache:
+        """Return a cache from what `StoredCache.arrays` returned when it had `length` positions.
+
+        Raises EngineError for arrays that do not fit this model or `capacity`.
+        """
+        ...
+
+
 class BatchRuntime(Runtime, Protocol):
     """A runtime that decodes several prompts in one batch (`molmo_edge.runtimes.torch.TorchRuntime`)."""
 
@@ -150,6 +174,19 @@ def check_copy(cache: Cache, capacity: int | None) -> int:
     if capacity is not None and capacity < cache.length:
         raise EngineError(f"the cache holds {cache.length} positions: they do not fit into a copy of {capacity}")
     return cache.capacity if capacity is None else capacity
+
+
+def check_stored(length: int, capacity: int) -> None:
+    """Raise EngineError unless `length` positions from a file fit into `capacity`."""
+    if not 0 <= length <= capacity:
+        raise EngineError(f"{length} stored positions do not fit into a cache of {capacity}")
+
+
+def check_arrays(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Raise EngineError unless `arrays` have the names, shapes and dtypes of `expected`."""
+    found, needed = ({n: (a.dtype, a.shape) for n, a in some.items()} for some in (arrays, expected))
+    if found != needed:
+        raise EngineError("these keys and values are not of this model, or have another precision")
 
 
 def check_overview(overview: Overview | None, config: MolmoConfig) -> Overview | None:

@@ -24,6 +24,7 @@ from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.protocol import (
+    check_arrays,
     check_capacity,
     check_causal,
     check_copy,
@@ -31,6 +32,7 @@ from molmo_edge.runtimes.protocol import (
     check_overview,
     check_pooling,
     check_rows,
+    check_stored,
 )
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
@@ -88,6 +90,27 @@ class TorchCache:
     def copy(self, capacity: int | None = None) -> TorchCache:
         """`capacity`: see `molmo_edge.runtimes.Cache`."""
         return TorchCache(self.inner.copy(check_copy(self, capacity)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `molmo_edge.runtimes.protocol.StoredCache`. bfloat16 as int16, because numpy lacks it."""
+        return {name: _numpy(tensor[:, :, :, : self.length]) for name, tensor in self._tensors().items()}
+
+    def fill(self, arrays: dict[str, np.ndarray], length: int) -> None:
+        """Load what `arrays` returned with `length` positions into an empty cache. Raises EngineError."""
+        tensors = {name: tensor[:, :, :, :length] for name, tensor in self._tensors().items()}
+        check_arrays(arrays, {name: _numpy(tensor) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(arrays[name]).view(tensor.dtype))
+        self.length = length
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"keys": self.inner.keys, "values": self.inner.values}
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    here = tensor.cpu().contiguous()
+    array: np.ndarray = (here.view(torch.int16) if here.dtype == torch.bfloat16 else here).numpy()
+    return array
 
 
 @dataclass
@@ -210,6 +233,19 @@ class TorchRuntime:
         forks.check(self.born, "this checkpoint")
         check_capacity(capacity, self.config)
         return TorchCache(self._cache(1, capacity))
+
+    @property
+    def cache_format(self) -> str:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+        return self.engine
+
+    @_inference
+    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> TorchCache:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+        check_stored(length, capacity)
+        cache = self.new_cache(capacity)
+        cache.fill(arrays, length)
+        return cache
 
     @_inference
     def forward(self, embeddings: np.ndarray, cache: TorchCache) -> np.ndarray:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molmo_edge.answer import Seconds
+from molmo_edge.checkpoints.identity import model_identity
 from molmo_edge.errors import EngineError, MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import check_alpha
@@ -21,6 +25,7 @@ from molmo_edge.sdk.encoding import encode
 from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.readable_text import counted
+from molmo_edge.sdk.scene_file import SceneFileError, StoredScene, read_scene, write_scene
 from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.sdk.shown import Shown
 from molmo_edge.system.log import logger
@@ -74,6 +79,17 @@ class Scene(NotCopied):
             return self
         return dataclasses.replace(self, grounding=dataclasses.replace(self.grounding, states=cache.states))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scene to a file in the safetensors format, for `Molmo.load_scene`. An existing file is replaced.
+
+        The file holds images, embeddings, and keys and values of the decoder, unchanged: answers about the loaded
+        scene have equal ids. Raises SceneFileError if the Molmo was made from parts, and OSError.
+        """
+        scene = self if self.prefilled is not None else self.engine.prefill(self, 0)
+        assert scene.cache is not None
+        stored = StoredScene(scene.shown, scene.crops, scene.embeddings, scene.flags, scene.grounding, scene.cache)
+        write_scene(Path(path), stored, self.engine.runtime, self.engine.identity)
+
     @property
     def prefilled(self) -> Cache | None:
         """`cache`, or None in a child process forked since: the child prefills the image again."""
@@ -105,14 +121,16 @@ class Engine:
         max_crops: int | None = None,
         alpha: str = "drop",
         name: str | None = None,
+        directory: Path | None = None,
         started: float | None = None,
     ) -> None:
-        """`alpha`: see `load_image`. `name`: the model's, for answers.
+        """`alpha`: see `load_image`. `name`: the model's, for answers. `directory`: its files, to save scenes.
 
         `started`: time.perf_counter() when loading began, None: now.
         """
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
+        self._directory = directory
         image = runtime.config.image
         if max_crops is not None:
             image = dataclasses.replace(image, max_crops=max_crops)
@@ -131,6 +149,16 @@ class Engine:
     def context(self) -> int:
         """Positions of the model's context."""
         return self.config.decoder.max_position_embeddings
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Tells the model apart from others, see `model_identity`. Raises SceneFileError for a model made from parts."""
+        if self._directory is None:
+            raise SceneFileError(
+                "this model was made from parts, so that a scene cannot be tied to its files: open it with "
+                "Molmo(model) to save or load scenes"
+            )
+        return model_identity(self._directory)
 
     def scene(self, image: Any, text: int = 0) -> Scene:
         """Load, crop and encode `image` (see `Molmo`), without prefill. A Scene is returned unchanged.
@@ -178,6 +206,22 @@ class Engine:
         prefill(self.runtime, scene.embeddings, scene.image_flags(), cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene.ran(cache), seconds=seconds, cache=cache)
+
+
+    def load(self, path: str | os.PathLike[str], room: int) -> Scene:
+        """Read the file of a scene, see `Molmo.load_scene`."""
+        started = time.perf_counter()
+        stored = read_scene(Path(path), self.runtime, self.identity, room=room)
+        return Scene(
+            stored.shown,
+            stored.crops,
+            stored.embeddings,
+            Seconds(preprocess=time.perf_counter() - started),
+            stored.cache,
+            self,
+            stored.flags,
+            stored.grounding,
+        )
 
 
 def check_text(text: str, name: str = "question") -> str:
