@@ -83,7 +83,9 @@ class Molmo(NotCopied):
             directory, device=device, precision=precision, threads=threads, engine_options=engine_options
         )
         name = model_name(directory)
-        self.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, directory=directory, started=started)
+        self.engine = Engine(
+            runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, directory=directory, started=started
+        )
 
     @classmethod
     def from_parts(

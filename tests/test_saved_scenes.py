@@ -137,13 +137,8 @@ def test_a_damaged_or_truncated_file_is_refused(data: st.DataObject, saved: Path
         place = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(contents) - 1)))
         contents[place] ^= data.draw(st.integers(1, 255))
     (tmp_path / "damaged").write_bytes(contents)
-    try:
-        loaded = molmo.load_scene(tmp_path / "damaged")
-    except SceneFileError as error:
-        assert str(tmp_path / "damaged") in str(error)
-    else:  # only the padding of the header may change
-        assert contents[:header].rstrip(b" \t\r\n") != b""
-        assert np.array_equal(loaded.embeddings, molmo.load_scene(saved).embeddings)
+    with pytest.raises(SceneFileError, match=str(tmp_path / "damaged")):
+        molmo.load_scene(tmp_path / "damaged")
 
 
 def test_files_of_another_version_kind_model_or_engine_are_refused(saved: Path, molmo: Molmo, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ _BLOCKS, _BLOCK = 64, 4096  # read from each file of weights; and the bytes of e
 def model_identity(directory: Path) -> str:
     """A SHA-256 of the model in `directory`, 64 hexadecimal digits.
 
-    Of a bundle: of its manifest, which has the hashes of all files. Of a checkpoint: of its configuration and tokenizer, and of the
-    names, sizes and samples of its weights, because hashing 29 GB takes minutes. Raises OSError.
+    Of a bundle: of its manifest, which has the hashes of all files. Of a checkpoint: of its configuration and
+    tokenizer, and of the names, sizes and samples of its weights, because hashing 29 GB takes minutes. Raises OSError.
     """
     if is_bundle(directory):
         return content_sha256(json.loads((directory / MANIFEST).read_text(encoding="utf-8")))

@@ -152,7 +152,7 @@ class Engine:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Tells the model apart from others, see `model_identity`. Raises SceneFileError for a model made from parts."""
+        """Tells the model apart from others, see `model_identity`. Raises SceneFileError if it was made from parts."""
         if self._directory is None:
             raise SceneFileError(
                 "this model was made from parts, so that a scene cannot be tied to its files: open it with "
@@ -206,7 +206,6 @@ class Engine:
         prefill(self.runtime, scene.embeddings, scene.image_flags(), cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene.ran(cache), seconds=seconds, cache=cache)
-
 
     def load(self, path: str | os.PathLike[str], room: int) -> Scene:
         """Read the file of a scene, see `Molmo.load_scene`."""

@@ -29,7 +29,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 10_000_000  # bytes
-_HASH = "sha256"  # the metadata's key for the hash of all the rest
+_HASH = "sha256"  # the metadata's key for the hash of the file
+_NO_HASH = "0" * 64  # in its place while it is computed
 
 
 class TensorFileError(MolmoEdgeError):
@@ -51,11 +52,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         dtype = _NAMES[array.dtype.newbyteorder("<")]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
-    digest = _digest(header, metadata)
+    text = json.dumps({"__metadata__": {**metadata, _HASH: _NO_HASH}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(text)
     for array in packed.values():
         digest.update(_bytes(array))
-    text = json.dumps({"__metadata__": {**metadata, _HASH: digest.hexdigest()}, **header}).encode()
-    text += b" " * (-len(text) % 8)
+    text = text.replace(_NO_HASH.encode(), digest.hexdigest().encode())
     with atomic_write(path) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in packed.values():
@@ -63,7 +65,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read only the metadata of a file, without its hash. Raises TensorFileError, and OSError."""
+    """Read only the metadata of a file, and do not verify its hash. Raises TensorFileError, and OSError."""
     with path.open("rb") as file:
         return _header(file, path.stat().st_size)[0]
 
@@ -71,9 +73,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read the arrays and the metadata of a file that `write_arrays` wrote. Raises TensorFileError, and OSError."""
     with path.open("rb") as file:
-        metadata, header = _header(file, path.stat().st_size)
-        expected = metadata.pop(_HASH, None)
-        digest, arrays = _digest(header, metadata), {}
+        metadata, header, text = _header(file, path.stat().st_size)
+        expected, arrays = metadata.pop(_HASH, ""), {}
+        digest = hashlib.sha256(text.replace(expected.encode(), _NO_HASH.encode()) if len(expected) == 64 else text)
         for name, info in header.items():
             array: np.ndarray = np.empty(info["shape"], _DTYPES[info["dtype"]])
             if file.readinto(_bytes(array)) != array.nbytes:
@@ -85,14 +87,18 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, metadata
 
 
-def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Any]]:
-    """The metadata and the checked entries of the arrays, in the order of their data; `file` is then at the first."""
+def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Any], bytes]:
+    """The metadata, the checked entries of the arrays in the order of their data, and the header's bytes.
+
+    `file` is then at the first array.
+    """
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise TensorFileError("it is not in the safetensors format, or it is truncated")
     try:
-        header = json.loads(file.read(length))
+        text = file.read(length)
+        header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         offset = 0
         for info in header.values():
@@ -108,11 +114,7 @@ def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Any]]
         raise TensorFileError("its header is damaged") from None
     if 8 + length + offset != size:
         raise TensorFileError(f"it is truncated or damaged: it has {size} bytes instead of {8 + length + offset}")
-    return metadata, header
-
-
-def _digest(header: Mapping[str, Any], metadata: Mapping[str, str]) -> Any:
-    return hashlib.sha256(json.dumps([header, dict(metadata)], sort_keys=True).encode())
+    return metadata, header, text
 
 
 def _bytes(array: np.ndarray) -> memoryview:
