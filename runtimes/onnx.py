@@ -20,6 +20,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.memory_plan import bundle_weights
 from molmo_edge.runtimes.protocol import (
     Cache,
     check_arrays,
@@ -83,10 +84,12 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
 
 
 def check_bundle_room(bundle: Bundle, placement: Placement) -> None:
-    """Raise RoomError if the graphs do not fit into memory. A GGUF is mapped and does not count."""
+    """Raise RoomError if the weights do not fit into memory. A GGUF is mapped and does not count."""
     if placement.device == "cpu":
-        graphs = (bundle.components[name] for name in GRAPHS)
-        check_room(sum(graph.bytes for graph in graphs if graph.engine == "onnx"), str(bundle.directory))
+        weights = bundle_weights(bundle)
+        parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
+        what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
+        check_room(weights.resident + weights.largest, what)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from molmo_edge.checkpoints.hub_config import read_config
+from molmo_edge.checkpoints.manifest import content_sha256
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
 
@@ -107,6 +110,25 @@ def test_a_bundle_larger_than_memory_is_refused(
     status, out, err = cli(command, *arguments[command])
     assert (status, out) == (1, "")
     assert "GB of memory, but only 0.0 GB are free" in err
+
+
+def test_external_weights_count(
+    cli: Any, free: Callable[[int], None], tmp_path: Path, golden: Path, tiny_bundle: Path
+) -> None:
+    """A decoder's graph of a megabyte may have gigabytes of weights in a file beside it."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    data = bundle / "decoder.onnx.data"
+    data.write_bytes(bytes(60_000_000))
+    manifest = json.loads((bundle / "molmo_edge.json").read_text())
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
+    manifest["components"]["decoder_data"] = {"file": data.name, "bytes": 60_000_000, "sha256": sha256}
+    manifest["sha256"] = content_sha256({key: value for key, value in manifest.items() if key != "sha256"})
+    (bundle / "molmo_edge.json").write_text(json.dumps(manifest))
+    free(50_000_000)
+    status, out, err = cli("ask", golden / "astronaut.png", "What?", "-m", bundle)
+    assert (status, out) == (1, "")
+    assert "decoder 0.1 GB" in err
+    assert "needs at least 0.1 GB" in err
 
 
 @pytest.mark.parametrize("noise", ["threads", "bf16"])

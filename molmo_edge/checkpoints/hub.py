@@ -96,14 +96,18 @@ def fetch_model(
 
 def download_of(hub_id: str, revision: str | None = None) -> Download | None:
     """What `fetch_model` would download; None if the model is in the cache. Changes nothing. Raises HubError."""
-    name = _named(hub_id, revision)
-    try:
-        files = _list(hub_id, revision)
-    except _Unreachable as error:
-        raise HubError(_unreachable(name, error)) from None
-    wanted = [files[file] for file in _wanted(name, list(files), to_run=False)]
+    files = files_of(hub_id, revision)
+    wanted = [files[file] for file in _wanted(_named(hub_id, revision), list(files), to_run=False)]
     download = _measure(hub_id, wanted, [file for file in wanted if not _is_cached(hub_id, file)], links=True)
     return download if download.bytes else None
+
+
+def files_of(hub_id: str, revision: str | None = None) -> dict[str, HubFile]:
+    """The files of a model on the hub, by name. Raises HubError."""
+    try:
+        return _list(hub_id, revision)
+    except _Unreachable as error:
+        raise HubError(_unreachable(_named(hub_id, revision), error)) from None
 
 
 def _named(hub_id: str, revision: str | None) -> str:

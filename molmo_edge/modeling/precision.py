@@ -11,23 +11,12 @@ in bfloat16, as in the reference's evaluation, because float32 is ten times slow
 
 from __future__ import annotations
 
-import math
-import re
-
 import torch
 
-from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.config import PRECISIONS, MolmoConfig
 from molmo_edge.errors import MolmoEdgeError
-
-_QUANTIZED = re.compile(
-    r"decoder\.blocks\.\d+\.(attn\.(att_proj|attn_out)\.weight|ffn\.(ff_proj|ff_out)\.weight|ffn\.(gate|up|down))"
-)
-_FLOAT32 = re.compile(r"connector\.|.*\.(patch_embedding|class_embedding|positional_embedding|router)\b")
-# With their scales: one float32 per 64 weights, one per row.
-_QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.01}
-_POSITIONS = 2048  # of an image with many crops and a conversation
-_ACTIVATIONS = 1_000_000_000  # bytes, including the tensor that is being loaded
+from molmo_edge.modeling.weight_sizes import QUANTIZED_BYTES, is_float32, room, weight_bytes
+from molmo_edge.modeling.weight_sizes import is_quantized as is_quantized
 
 
 class PrecisionError(MolmoEdgeError):
@@ -41,36 +30,10 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-def is_quantized(parameter: str, precision: str) -> bool:
-    """Whether bitsandbytes quantises a parameter of `modeling.Molmo`."""
-    return precision in _QUANTIZED_BYTES and _QUANTIZED.fullmatch(parameter) is not None
-
-
 def storage_dtype(parameter: str, ndim: int, precision: str, device: str) -> torch.dtype:
     """The dtype of a parameter that is not quantised; `device` is "cpu", "cuda" or "mps"."""
-    on_cpu = device == "cpu" and parameter.startswith(("vision.", "extra_vision."))
-    exact = ndim == 1 or _FLOAT32.match(parameter) or on_cpu
-    return torch.float32 if exact else compute_dtype(precision)
-
-
-def weight_bytes(config: MolmoConfig, precision: str, device: str) -> int:
-    """The size of a model's weights in memory, in bytes."""
-    shapes, total = hub_shapes(config), 0.0
-    for parameter, slot in hub_layout(config).items():
-        count = len(slot) * math.prod(shapes[slot[0]])
-        if is_quantized(parameter, precision):
-            total += count * _QUANTIZED_BYTES[precision]
-        else:
-            total += count * storage_dtype(parameter, len(shapes[slot[0]]), precision, device).itemsize
-    return int(total)
-
-
-def room(config: MolmoConfig, precision: str) -> int:
-    """The bytes that answering needs besides the weights: two caches, of a scene and of a question, and activations."""
-    d = config.decoder
-    positions = min(_POSITIONS, d.max_position_embeddings)
-    cache = 2 * d.n_layers * d.n_kv_heads * d.head_dim * positions * compute_dtype(precision).itemsize
-    return 2 * cache + _ACTIVATIONS
+    compute_dtype(precision)
+    return torch.float32 if is_float32(parameter, ndim, precision, device) else torch.bfloat16
 
 
 def choose_precision(config: MolmoConfig, precision: str, device: str, available: int | None) -> str:
@@ -86,7 +49,7 @@ def choose_precision(config: MolmoConfig, precision: str, device: str, available
         # Results are compared with the reference's in float32; bfloat16 would be faster on some processors.
         precision = "fp32" if device == "cpu" and fits("fp32") else "bf16"
     compute_dtype(precision)
-    here = [name for name in ("bf16", "int8", "nf4") if device != "mps" or name not in _QUANTIZED_BYTES]
+    here = [name for name in ("bf16", "int8", "nf4") if device != "mps" or name not in QUANTIZED_BYTES]
     if precision not in ("fp32", *here):
         raise PrecisionError(
             f'precision "{precision}" is not available on {device}: use precision="bf16", or device="cpu"'

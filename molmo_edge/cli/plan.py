@@ -1,0 +1,260 @@
+"""`molmo-edge plan`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molmo_edge.cli import options
+from molmo_edge.cli.output import note, print_json, print_table, progress
+from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.system.boards import USABLE, parse_bytes
+
+if TYPE_CHECKING:
+    from molmo_edge.config import MolmoConfig
+    from molmo_edge.runtimes.memory_plan import Plan, Weights
+    from molmo_edge.sdk.peak_memory import Peaks
+
+_ON_TORCH = ("nf4", "int8", "bf16", "fp32")
+_BUNDLES = ("mixed", "q4_k_m", "q8", "q8_0")
+
+
+class PlanError(MolmoEdgeError):
+    """A plan that cannot be made."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The model that is planned for."""
+
+    name: str
+    config: MolmoConfig
+    candidates: list[Weights]
+    directory: Path | None = None  # None: not on this machine
+    download: int | None = None  # bytes on the hub
+
+
+def _size(text: str | None) -> str | None:
+    if text is not None:
+        try:
+            parse_bytes(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _board(name: str | None) -> str | None:
+    if name is not None and name not in USABLE:
+        raise typer.BadParameter(f'"{name}" is not a known board (known: {", ".join(USABLE)})')
+    return name
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Bundle directory, checkpoint directory, hub id or short name.", show_default=False)
+    ] = "nano",
+    *,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to plan for, 8GB. Default: what is free now.", callback=_size)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help=f"Board to plan for: {', '.join(USABLE)}.", callback=_board)
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"Only this precision of a checkpoint: {', '.join((*_BUNDLES, 'q4', *_ON_TORCH))}."),
+    ] = None,
+    max_crops: options.MaxCrops = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    revision: options.Revision = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also open the model, ask one question, and show the measured peaks.")
+    ] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Predict the memory that a model needs, and choose crops and cache for a budget.
+
+    For a model on the hub, only its headers are read, not its weights.
+    """
+    from molmo_edge.runtimes.memory_plan import ANSWER, choose, longest_context, predict
+    from molmo_edge.system.memory import available_memory
+
+    if memory is not None and device is not None:
+        raise typer.BadParameter("--memory and --device exclude each other")
+    budget = parse_bytes(memory) if memory else USABLE[device] if device else available_memory()
+    answer = max_new_tokens or ANSWER
+    target = _find(model, revision, precision)
+    if measure and target.directory is None:
+        raise PlanError(f"--measure needs the model on this machine: molmo-edge pull {model}")
+    plans, chosen, contexts = [], [], []
+    for weights in target.candidates:
+        plans.append(predict(target.config, weights, max_crops=max_crops, answer=answer))
+        best = plans[-1] if budget is None else choose(target.config, weights, budget, most=max_crops, answer=answer)
+        chosen.append(best)
+        contexts.append(0 if best is None or budget is None else longest_context(target.config, best, budget))
+    peaks = None
+    if measure:
+        shown = chosen[0] or plans[0]
+        with progress("measuring", quiet=quiet):
+            peaks = _measured(target, shown, answer)
+    if json:
+        data = {"model": target.name, "download": target.download, "budget": budget, "max_new_tokens": answer}
+        rows = [
+            {**_to_dict(one), "fits": best is not None, "chosen": best and _to_dict(best), "longest_context": context}
+            for one, best, context in zip(plans, chosen, contexts, strict=True)
+        ]
+        print_json(data | {"plans": rows, "measured": peaks and asdict(peaks) | {"peak": peaks.peak}})
+    else:
+        _print(target, budget, plans, chosen, contexts, peaks)
+    if budget is not None and not any(chosen):
+        raise typer.Exit(1)
+
+
+def _find(model: str, revision: str | None, precision: str | None) -> _Target:
+    from molmo_edge.checkpoints.bundle import is_bundle, is_hub_id, open_bundle, resolve_model
+    from molmo_edge.checkpoints.hub import HubError
+    from molmo_edge.checkpoints.hub_config import read_config
+    from molmo_edge.model_names import full_name
+    from molmo_edge.presets import PRESETS
+    from molmo_edge.runtimes.memory_plan import bundle_weights
+
+    named = str(full_name(model))
+    if is_hub_id(named):
+        from molmo_edge.checkpoints.remote import read_remote
+
+        try:
+            remote = read_remote(named, revision)
+        except HubError as error:
+            if model not in PRESETS:
+                raise
+            note(f"{error}; planned from the configuration that molmo-edge knows")
+            return _Target(named, PRESETS[model], _candidates(PRESETS[model], precision))
+        if remote.bundle is not None:
+            _refuse_precision(precision, named)
+            return _Target(named, remote.config, [bundle_weights(remote.bundle)], None, remote.weights)
+        return _Target(named, remote.config, _candidates(remote.config, precision), None, remote.weights)
+    directory = resolve_model(None if model == "nano" else model, revision=revision)
+    if is_bundle(directory):
+        _refuse_precision(precision, str(directory))
+        bundle = open_bundle(directory, hashes=False)
+        return _Target(str(directory), bundle.config, [bundle_weights(bundle)], directory)
+    config = read_config(directory)
+    return _Target(str(directory), config, _candidates(config, precision, local=True), directory)
+
+
+def _refuse_precision(precision: str | None, name: str) -> None:
+    if precision is not None:
+        raise PlanError(f"{name} is a bundle, whose precision was chosen at its export: leave --precision out")
+
+
+def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = False) -> list[Weights]:
+    from molmo_edge.runtimes.memory_plan import BUNDLE_PRECISIONS, bundle_weights_of, torch_weights
+
+    if precision is None:
+        bundles = [bundle_weights_of(config, name) for name in _BUNDLES if config.point_head is None or "_" not in name]
+        on_torch = [torch_weights(config, name) for name in _ON_TORCH]
+        return on_torch + bundles if local else bundles + on_torch
+    if precision in BUNDLE_PRECISIONS and precision != "fp32":
+        return [bundle_weights_of(config, precision)]
+    if precision in _ON_TORCH:
+        return [torch_weights(config, precision)]
+    raise PlanError(f'"{precision}" is not a precision (known: {", ".join((*BUNDLE_PRECISIONS, *_ON_TORCH[:3]))})')
+
+
+def _measured(target: _Target, plan: Plan, answer: int) -> Peaks:
+    from molmo_edge.runtimes.memory_plan import largest_tiling
+    from molmo_edge.sdk.peak_memory import measure_peaks
+
+    assert target.directory is not None
+    image = target.config.image
+    rows, columns = largest_tiling(target.config, plan.max_crops)
+    margins = sum(image.overlap_margins)
+    sides = [(max(count, 1) * image.window + margins) * image.patch_size for count in (columns, rows)]
+    llama = plan.weights.engine == "llama.cpp"
+    return measure_peaks(
+        target.directory,
+        *sides,
+        max_crops=plan.max_crops,
+        answer=answer,
+        precision=plan.weights.precision if plan.weights.engine == "pytorch" else "auto",
+        llama=f"cache={plan.cache}" if llama else None,
+    )
+
+
+def _to_dict(plan: Plan) -> dict[str, Any]:
+    weights = plan.weights
+    return {
+        "engine": weights.engine,
+        "precision": weights.precision,
+        "disk": weights.stored,
+        "max_crops": plan.max_crops,
+        "cache": plan.cache,
+        "positions": plan.positions,
+        "parts": dict(plan.parts),
+        "loading": plan.loading,
+        "encoding": plan.encoding,
+        "answering": plan.answering,
+        "peak": plan.peak,
+    }
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def _print(
+    target: _Target,
+    budget: int | None,
+    plans: list[Plan],
+    chosen: list[Plan | None],
+    contexts: list[int],
+    peaks: Peaks | None,
+) -> None:
+    download = "" if target.download is None else f", {_gb(target.download)} to download"
+    print(f"{target.name}{download}" + ("" if budget is None else f"; planned for {_gb(budget)}"))
+    if len(plans) == 1:
+        _print_one(chosen[0] or plans[0], peaks)
+    else:
+        rows = []
+        for one, best in zip(plans, chosen, strict=True):
+            fits = "no" if best is None else f"{best.max_crops} crops, {best.cache}"
+            weights = one.weights
+            rows.append((weights.engine, weights.precision, _gb(weights.stored), _gb(one.peak), fits))
+        print_table(("engine", "precision", "on disk", "peak, all crops", "what fits"), rows, left=2)
+        if peaks is not None:
+            _print_one(chosen[0] or plans[0], peaks)
+    if budget is None:
+        return
+    fitting = [(best, context) for best, context in zip(chosen, contexts, strict=True) if best is not None]
+    if not fitting:
+        print(f"does not fit into {_gb(budget)}, even with only the global view: use a smaller precision or model")
+        return
+    best, context = max(fitting, key=lambda pair: pair[0].max_crops)  # the first of several
+    flags = f"--max-crops {best.max_crops}"
+    flags += f" --llama cache={best.cache}" if best.weights.engine == "llama.cpp" else ""
+    print(
+        f"{best.weights.precision} on {best.weights.engine} fits with {flags}: peak {_gb(best.peak)}, "
+        f"a conversation of up to {context} positions"
+    )
+
+
+def _print_one(plan: Plan, peaks: Peaks | None) -> None:
+    rows = [(name, _gb(count)) for name, count in plan.parts.items()]
+    print_table((f"part ({plan.max_crops} crops, {plan.positions} positions)", "predicted"), rows)
+    loaded = plan.weights.resident + sum(plan.weights.mapped.values()) + plan.parts["process"]
+    phases = [
+        ("model loaded", loaded, peaks and peaks.loaded),
+        ("peak while loading", plan.loading, peaks and peaks.loading),
+        ("peak while encoding the image", plan.encoding, peaks and peaks.encoding),
+        ("peak while answering", plan.answering, peaks and peaks.answering),
+        ("peak", plan.peak, peaks and peaks.peak),
+    ]
+    if peaks is None:
+        print_table(("phase", "predicted"), [(name, _gb(count)) for name, count, _ in phases[1:]])
+    else:
+        cells = [(n, _gb(p), _gb(m), f"{100 * (p / m - 1):+.0f} %") for n, p, m in phases if m]
+        print_table(("phase", "predicted", "measured", "difference"), cells)
