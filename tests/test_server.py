@@ -23,6 +23,7 @@ POINTS = [
     {"x": 10.0, "y": 20.0, "label": "cups", "pixel": [3.2, 4.8]},
     {"x": 30.5, "y": 40.0, "label": "cups", "pixel": [9.8, 9.6]},
 ]
+UNLABELED = [{**point, "label": ""} for point in POINTS]  # as they are streamed, before their label
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,16 @@ def test_chat_stream_has_text_and_points_as_they_come(cups: Server) -> None:
     stream = client(cups).chat.completions.create(
         model="", stream=True, stream_options={"include_usage": True}, **chat_body("How many cups?", data_uri(png()))
     )
-    text, points, count, reasons, usage = "", [], None, [], None
+    text, points, reasons, last, usage = "", [], [], None, None
     for chunk in stream:
         for choice in chunk.choices:
             text += choice.delta.content or ""
             points += (choice.delta.model_extra or {}).get("points", [])
-            count = (choice.delta.model_extra or {}).get("count", count)
             reasons += [choice.finish_reason] if choice.finish_reason else []
+            last = choice
         usage = chunk.usage or usage
-    assert (text, points, count, reasons) == (COUNTED, POINTS, 2, ["stop"])
+    assert (text, points, reasons) == (COUNTED, UNLABELED, ["stop"])
+    assert (last.points, last.count) == (POINTS, 2)
     assert usage.completion_tokens > 10
 
 
@@ -125,12 +127,14 @@ def test_responses_have_points_beside_the_text(cups: Server) -> None:
     assert (part.points, part.count, response.status) == (POINTS, 2, "completed")
     assert response.usage.input_tokens_details.cached_tokens == 0
 
-    text, points = "", []
+    text, points, whole = "", [], []
     for event in client(cups).responses.create(stream=True, **given):
         if event.type == "response.output_text.delta":
             text += event.delta
             points += (event.model_extra or {}).get("points", [])
-    assert (text, points) == (COUNTED, POINTS)
+        if event.type == "response.content_part.done":
+            whole = event.part.points
+    assert (text, points, whole) == (COUNTED, UNLABELED, POINTS)
     assert event.type == "response.completed"
     assert event.response.output_text == COUNTED
     short = client(cups).responses.create(**given, max_output_tokens=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Delta:
-    """A part of an answer: text, or points that it completed."""
+    """A part of an answer: text, or a point in it, which comes before its label."""
 
     text: str = ""
     points: tuple[dict[str, Any], ...] = ()
@@ -59,7 +59,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer, and the whole of it."""
+    """The end of an answer, and the whole of it, with the labels of all points."""
 
     text: str
     points: tuple[dict[str, Any], ...]
@@ -127,16 +127,15 @@ class Answerer:
         self, molmo: Molmo, scene: Scene, ask: Ask, stream: Stream, began: float, *, kept: bool
     ) -> Iterator[Delta | Finished]:
         stops = StopSequences(ask.stop)
-        text = ""
-        points: list[dict[str, Any]] = []
-        first = True
+        text, first = "", True
+        delivered: list[Point] = []
         for piece in stream:
             if first:
                 self.metrics.first_token(time.perf_counter() - began)
                 first = False
             if isinstance(piece, Point):
-                points.append(point_data(piece, scene.shown))
-                yield Delta(points=(points[-1],))
+                delivered.append(piece)
+                yield Delta(points=(point_data(piece, scene.shown),))
                 continue
             shown = stops.feed(piece)
             text += shown
@@ -144,11 +143,11 @@ class Answerer:
                 yield Delta(shown)
             if stops.found:
                 break
+        points: Sequence[Point]
         if stops.found:
             stream.close()
-            # The stop sequence may have cut a tag, so that the points in it were not delivered yet.
-            parsed = [point_data(point, scene.shown) for point in parse_points(text)]
-            rest = parsed[len(points) :]
+            # Grounding tokens are no notation that the text alone explains.
+            points = parse_points(text) if scene.grounding is None else delivered
             tokens = len(molmo.engine.tokenizer.encode(text))
             count, complete = parse_count(text), True
         else:
@@ -157,17 +156,13 @@ class Answerer:
             text += held
             if held:
                 yield Delta(held)
-            parsed, rest = [point_data(point, scene.shown) for point in answer.points], []
-            tokens, count, complete = answer.usage.tokens.generated, answer.count, answer.complete
-        if len(parsed) < len(points):  # a stop sequence has cut a tag whose points were delivered
-            parsed = points
-        points = parsed  # with labels, which streamed points do not have
-        if rest:
-            yield Delta(points=tuple(rest))
+            points, tokens = answer.points, answer.usage.tokens.generated
+            count, complete = answer.count, answer.complete
         usage = self._usage(molmo, scene, ask, tokens, kept=kept)
         self.metrics.answered(usage.prompt, usage.cached, usage.generated)
         count = len(points) or None if count is None else count
-        yield Finished(text, tuple(points), count, complete, usage, self.model)
+        data = tuple(point_data(point, scene.shown) for point in points)
+        yield Finished(text, data, count, complete, usage, self.model)
 
     def _usage(self, molmo: Molmo, scene: Scene, ask: Ask, generated: int, *, kept: bool) -> Usage:
         turns = [turn for pair in ask.history for turn in pair]

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, as OpenAI's clients call it.
 
-Points stand beside the text: `choices[0].message.points`, and `choices[0].delta.points` in a stream.
+Points stand beside the text: `choices[0].message.points`. In a stream, `choices[0].delta.points` has each point as soon
+as its numbers are known, before its label; `choices[0].points` of the last chunk has all of them with their labels.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ async def chat_completions(service: Service, body: ChatRequest, request: Request
 async def _chunks(running: Running, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
     head = {**head, "object": "chat.completion.chunk"}
 
-    def chunk(delta: dict[str, Any], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+    def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
         return sse({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     yield chunk({"role": "assistant", "content": ""})
@@ -81,7 +82,7 @@ async def _chunks(running: Running, head: dict[str, Any], with_usage: bool) -> A
             if isinstance(event, Delta):
                 yield chunk({"content": event.text} if event.text else {"points": event.points})
             else:
-                yield chunk({"count": event.count} if event.count is not None else {}, _reason(event))
+                yield chunk({}, _reason(event), points=event.points, count=event.count)
                 if with_usage:
                     yield sse({**head, "choices": [], "usage": _usage(event)})
     except Cancelled:
