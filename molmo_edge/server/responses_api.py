@@ -1,6 +1,6 @@
 """POST /v1/responses, as OpenAI's clients call it.
 
-Points stand beside the text: `output[0].content[0].points`. In a stream, they are in `response.output_text.delta` events
+Points stand beside the text: `output[0].content[0].points`. A stream has them in `response.output_text.delta` events
 as soon as their numbers are known, without labels; `response.content_part.done` has all of them with labels.
 Nothing is stored, so that a request must contain its whole conversation.
 """
