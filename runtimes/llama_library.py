@@ -108,6 +108,13 @@ def has_amx() -> bool:
     return b"AMX_INT8 = 1" in load_library().llama_print_system_info()
 
 
+def build_flags() -> list[str]:
+    """Return the features that this build has switched on ("AVX2", "CUDA : ARCHS = 870"). Raises Unavailable."""
+    text = load_library().llama_print_system_info().decode("utf-8", errors="replace")
+    entries = [" ".join(entry.split()) for entry in text.split("|")]
+    return [entry.removesuffix(" = 1") for entry in entries if entry and not entry.endswith("= 0")]
+
+
 @functools.cache
 def gpus() -> list[str]:
     """Return the names of the GPUs that this build can use: ["CUDA0"], ["MTL0"], []."""

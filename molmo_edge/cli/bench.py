@@ -38,6 +38,9 @@ class Timing:
     decode: float  # per token after the first
     prompt_tokens: int  # image and question
     generated: int
+    joules: float | None  # per answer, image included; None if the machine reports no energy
+    tokens_per_joule: float | None
+    energy_source: str | None  # "RAPL" or "INA3221"
 
 
 @options.expand_options
@@ -87,7 +90,11 @@ def bench(
                 tokens = timings[0].prompt_tokens
                 print(f"{directory.name}, image {width}x{height}, {tokens} tokens in; medians of {repeat} in ms")
                 print(_row("", [title for title, _ in _COLUMNS.values()]))
-            print(_row(timings[-1].engine, _cells(timings[-1])), flush=True)
+            newest = timings[-1]
+            print(_row(newest.engine, _cells(newest)), flush=True)
+            if newest.joules is not None:
+                per_joule = f"{newest.tokens_per_joule:.2f} tokens per joule"
+                print(f"{'':13}{newest.joules:.2f} J per answer, {per_joule} ({newest.energy_source})", flush=True)
 
     with progress("measuring", quiet=quiet):
         started = time.perf_counter()
@@ -135,7 +142,11 @@ def _torch_runtime(bundle: Path, checkpoint: Path | None, device: str, precision
 def _measure(
     engine: str, molmo: Molmo, rgb: np.ndarray, question: str, load: float, max_new_tokens: int, repeat: int
 ) -> Timing:
-    first, *answers = [molmo.ask(rgb, question, max_new_tokens=max_new_tokens) for _ in range(repeat + 1)]
+    from molmo_edge.system.energy import EnergyMeter
+
+    first = molmo.ask(rgb, question, max_new_tokens=max_new_tokens)
+    with EnergyMeter() as meter:
+        answers = [molmo.ask(rgb, question, max_new_tokens=max_new_tokens) for _ in range(repeat)]
 
     def median(values: list[float]) -> float:
         return round(1e3 * statistics.median(values), 2)
@@ -153,6 +164,9 @@ def _measure(
         decode=median([s.decode / max(1, a.usage.tokens.generated - 1) for s, a in zip(spent, answers, strict=True)]),
         prompt_tokens=tokens.image + tokens.prompt,
         generated=tokens.generated,
+        joules=meter.joules and round(meter.joules / repeat, 3),
+        tokens_per_joule=meter.joules and round(sum(a.usage.tokens.generated for a in answers) / meter.joules, 4),
+        energy_source=meter.source,
     )
 
 

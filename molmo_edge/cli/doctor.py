@@ -14,7 +14,9 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.system import machine
 from molmo_edge.system.cores import available_cores
+from molmo_edge.system.energy import EnergyMeter
 from molmo_edge.system.extras import Requirement, extras, pip_command
 from molmo_edge.system.memory import meminfo
 from molmo_edge.system.privacy import reports
@@ -25,8 +27,6 @@ _CORE = ("numpy", "pillow", "tokenizers", "onnxruntime", "huggingface_hub", "typ
 
 def doctor(*, json: options.Json = False) -> None:
     """Show what is installed on this machine, and what is missing."""
-    from molmo_edge.runtimes.llama_library import jetson
-
     problems: list[str] = []
     found = extras()
     facts: dict[str, object] = {
@@ -35,16 +35,29 @@ def doctor(*, json: options.Json = False) -> None:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": available_cores(),
         **_memory(),
-        "jetson": jetson(),
+        "board": machine.board(),
+        "jetson": machine.jetson_release(),
+        "cuda": machine.cuda_version(),
+        "swap": machine.swap(),
+        "cma": machine.cma(),
+        "power_mode": machine.power_mode(),
+        "throttled": machine.throttling(),
+        "temperatures": [str(zone) for zone in machine.thermal_zones()],
+        "energy": EnergyMeter().source,
+        "disk": _disk(),
         "versions": {name: _version(name) for name in _CORE},
         "onnxruntime_providers": _providers(problems),
         "llama_cpp_devices": _llama(problems),
+        "llama_cpp_build": _llama_build(),
+        "bitsandbytes_kernels": _bitsandbytes(),
         "extras": {extra: all(r.satisfied for r in parts) for extra, parts in found.items()},
         "extra_packages": {extra: extra_packages(extra, parts) for extra, parts in found.items()},
         "model": _model(problems),
         "cache": _cache(problems),
         "removed": _stale(),
         "usage_reports": reports(),
+        "network": _network(),
+        "next": _next(found),
         "problems": problems,
     }
     if json:
@@ -54,7 +67,7 @@ def doctor(*, json: options.Json = False) -> None:
             if name == "extra_packages":
                 for extra, parts in found.items():
                     print(f"{f'extra {extra}':22} {extra_line(extra, parts)}")
-            elif name not in ("extras", "problems") and value is not None:
+            elif name not in ("extras", "problems") and value not in (None, []):
                 print(f"{name.replace('_', ' '):22} {_line(value)}")
     for problem in problems:
         note(f"problem: {problem}")
@@ -131,6 +144,60 @@ def _llama(problems: list[str]) -> list[str] | None:
     except MolmoEdgeError as error:
         problems.append(str(error))
         return []
+
+
+def _llama_build() -> list[str] | None:
+    """The features that llama.cpp was built with ("AVX2", "CUDA"); None if it is not installed or does not load."""
+    if _version("llama-cpp-python") is None:
+        return None
+    from molmo_edge.runtimes.llama_library import build_flags
+
+    try:
+        return build_flags()
+    except MolmoEdgeError:  # `_llama` reports it
+        return None
+
+
+def _bitsandbytes() -> list[str] | None:
+    """The native libraries of bitsandbytes ("cpu", "cuda126"); None if it is not installed. Does not import it."""
+    try:
+        files = importlib.metadata.files("bitsandbytes") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    stems = [Path(str(file)).stem for file in files if Path(str(file)).stem.startswith("libbitsandbytes_")]
+    return sorted({stem.removeprefix("libbitsandbytes_") for stem in stems})
+
+
+def _disk() -> str:
+    """The free space where models are downloaded to."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    return f"{shutil.disk_usage(there).free / 1e9:.1f} GB free for models in {cache}"
+
+
+def _network() -> dict[str, str]:
+    """Which hosts molmo-edge would connect to; docs/privacy.md says when."""
+    from huggingface_hub import constants
+
+    offline = "never (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+    return {"downloads from": offline, "token": "set" if os.environ.get("HF_TOKEN") else "none in HF_TOKEN"}
+
+
+def _next(found: dict[str, tuple[Requirement, ...]]) -> list[str]:
+    """The commands that install what this machine would profit from most."""
+    advice = []
+    if found.get("gguf") and not all(r.satisfied for r in found["gguf"]):
+        advice.append(f"to run GGUF models with llama.cpp: {_install('gguf')}")
+    if found.get("export") and not all(r.satisfied for r in found["export"]):
+        advice.append(f"to convert checkpoints to bundles: {_install('export')}")
+    known = meminfo()
+    if known and known.get("MemTotal", 0) < 9 * 2**30 and not known.get("SwapTotal"):
+        advice.append("to export large models on this machine: add swap space")
+    return advice
 
 
 def _model(problems: list[str]) -> str | None:

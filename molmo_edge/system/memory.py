@@ -16,10 +16,10 @@ class RoomError(MolmoEdgeError):
     """A model does not fit into the free memory."""
 
 
-def meminfo() -> dict[str, int]:
+def meminfo(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
     """/proc/meminfo in bytes ("MemAvailable", "SwapFree", ...); empty on systems without it."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = path.read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
