@@ -24,6 +24,7 @@ from molmo_edge.cli.export import export
 from molmo_edge.cli.interrupts import Interrupts
 from molmo_edge.cli.list import list_models
 from molmo_edge.cli.loss import loss
+from molmo_edge.cli.mcp import mcp
 from molmo_edge.cli.plan import plan
 from molmo_edge.cli.point import point
 from molmo_edge.cli.pull import pull
@@ -55,6 +56,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str | None], ...] = (
     ("chat", chat, None),
     ("show-crops", show_crops, None),
     ("serve", serve, "serve"),
+    ("mcp", mcp, "mcp"),
     ("plan", plan, None),
     ("pull", pull, None),
     ("list", list_models, None),

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from molmo_edge.cli import options
+from molmo_edge.cli.api_key import KEY_VARIABLE, ApiKey, ApiKeyFile, read_api_key
 from molmo_edge.cli.open_model import open_molmo
 from molmo_edge.cli.output import note
-from molmo_edge.errors import MolmoEdgeError
 
-KEY_VARIABLE = "MOLMO_EDGE_API_KEY"
-_KEY = f"Key that clients must send. The option is visible to other users of the machine: prefer {KEY_VARIABLE}."
 _IMAGE_HOST = (
     "Host from which remote images may be fetched (example.org, or example.org:8443). Repeatable. Default: none."
 )
@@ -33,8 +29,8 @@ def serve(
         str, typer.Option(help="Address to listen on. 0.0.0.0: all, for other machines, too.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free one.")] = 8080,
-    api_key: Annotated[str | None, typer.Option(help=_KEY, show_default=False)] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with the key in its first line.")] = None,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
     allow_host: Annotated[list[str] | None, typer.Option(metavar="HOST", help=_IMAGE_HOST, show_default=False)] = None,
     server_name: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=_SERVER_NAME, show_default=False)
@@ -60,7 +56,7 @@ def serve(
     settings = Settings(
         host=host,
         port=port,
-        api_key=_api_key(api_key, api_key_file),
+        api_key=read_api_key(api_key, api_key_file),
         image_hosts=tuple(allow_host or ()),
         server_names=tuple(server_name or ()),
         cors_origins=tuple(cors_origin or ()),
@@ -84,19 +80,8 @@ def serve(
             molmo,
             settings,
             sock,
-            ready=lambda: note(f"{molmo.name or 'molmo'} answers at {url}/v1; press Ctrl-C to stop", quiet=quiet),
+            ready=lambda: note(
+                f"{molmo.name or 'molmo'} answers at {url}/ in a browser and at {url}/v1; press Ctrl-C to stop",
+                quiet=quiet,
+            ),
         )
-
-
-def _api_key(given: str | None, file: Path | None) -> str | None:
-    """The key from the option, the file or the environment."""
-    if given is not None and file is not None:
-        raise typer.BadParameter("give --api-key or --api-key-file, not both")
-    if file is not None:
-        try:
-            given = next(iter(file.read_text(encoding="utf-8").splitlines()), "").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MolmoEdgeError(f"the key file {file} cannot be read: {error}") from None
-        if not given:
-            raise MolmoEdgeError(f"the key file {file} is empty: write the key in its first line")
-    return given if given is not None else os.environ.get(KEY_VARIABLE) or None

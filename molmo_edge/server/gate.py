@@ -68,11 +68,7 @@ class Gate:
             if name not in (*_LOOPBACK, settings.host.lower(), *(known.lower() for known in settings.server_names)):
                 raise ApiError(403, "the header Host names another server: allow it with --server-name")
         if settings.api_key is not None and _needs_key(scope["path"]):
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            given = given.strip() if scheme.lower() == "bearer" else headers.get("x-moondream-auth", "")
-            if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
-                what = "is wrong" if given else "is missing: send the header Authorization: Bearer KEY"
-                raise ApiError(401, f"the API key {what}", code="invalid_api_key")
+            check_key(headers, settings.api_key)
         if self._service.draining and scope["path"] != "/health":
             raise stopping()
 
@@ -101,6 +97,15 @@ class Gate:
 def _needs_key(path: str) -> bool:
     """The page, its files, /health and /openapi.json are open: they say nothing that is not public."""
     return path.startswith("/v1/") or path == "/metrics"
+
+
+def check_key(headers: Headers, key: str) -> None:
+    """Raise ApiError unless a request has the key of the server."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    given = given.strip() if scheme.lower() == "bearer" else headers.get("x-moondream-auth", "")
+    if not hmac.compare_digest(given.encode(), key.encode()):
+        what = "is wrong" if given else "is missing: send the header Authorization: Bearer KEY"
+        raise ApiError(401, f"the API key {what}", code="invalid_api_key")
 
 
 class _Body:

@@ -27,7 +27,7 @@ HEADERS = {
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
-class PageFiles(StaticFiles):
+class PageFiles(StaticFiles):  # type: ignore[misc]
     """The files of the page (ASGI)."""
 
     def __init__(self) -> None:
