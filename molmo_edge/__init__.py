@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes.llama_options import LlamaOptions
     from molmo_edge.sdk.engine import Scene
-    from molmo_edge.sdk.streaming import Stream
+    from molmo_edge.sdk.streaming import AnswerTimeout, Stream
     from molmo_edge.sdk.video import Video
 
 __all__ = [
     "Answer",
+    "AnswerTimeout",
     "Chat",
     "ConversationFull",
     "LlamaOptions",
@@ -47,6 +48,7 @@ switch_off_reports()
 # Loaded on first use: `import molmo_edge` imports neither numpy nor an engine.
 _MODULES = {
     "Answer": "molmo_edge.answer",
+    "AnswerTimeout": "molmo_edge.sdk.streaming",
     "Chat": "molmo_edge.chat",
     "ConversationFull": "molmo_edge.chat",
     "LlamaOptions": "molmo_edge.runtimes.llama_options",

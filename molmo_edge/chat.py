@@ -19,13 +19,17 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
 from molmo_edge.runtimes.prompt_embeddings import prefill
+from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.streaming import Stream, finished, generate_pieces
+from molmo_edge.sdk.streaming import Deadline, Stream, check_in_time, finished, generate_pieces
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from molmo_edge.frontend.points import Point
     from molmo_edge.runtimes.protocol import Cache
+    from molmo_edge.sdk.async_answers import TurnKeywords
 
 
 class ConversationFull(GenerationError):  # noqa: N818 (a state, not a mistake)
@@ -41,14 +45,26 @@ class Chat(NotCopied):
 
     _instead = "pass its image and its `history` on, and ask there"
 
-    def __init__(self, engine: Engine, scene: Scene, *, room: int = 1024) -> None:
-        """`scene`: of `engine`; prefilled here if it is not yet. `room`: free positions of a new or larger cache."""
+    def __init__(
+        self,
+        engine: Engine,
+        scene: Scene,
+        *,
+        room: int = 1024,
+        history: Sequence[tuple[str, str]] = (),
+        trim: bool = False,
+    ) -> None:
+        """`scene`: of `engine`; prefilled here if it is not yet. `room`: free positions of a new or larger cache.
+
+        `history`: earlier turns, which run with the first question. `trim`: the default of `ask`.
+        """
         self.scene = scene
         self._engine = engine
         self._room = room
         self._lock = threading.Lock()
         self._turn = 0  # the newest; a stream of an older turn stops
-        self._answers: list[tuple[str, Answer]] = []
+        self._trim = trim
+        self._answers: list[tuple[str, Answer]] = [(question, Answer(text)) for question, text in history]
         self._ids: np.ndarray = np.zeros(0, np.int32)  # of all turns so far, without the image
         self._cache: Cache | None = None
         self._kept = 0  # leading positions of the cache that hold the image and the first of `_ids`
@@ -105,12 +121,17 @@ class Chat(NotCopied):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        timeout: float | None = None,
+        trim: bool | None = None,
     ) -> Answer:
         """Ask the next question. `usage.tokens.prefilled` is the number of positions that were run for it.
 
-        Raises ConversationFull if it does not fit after the earlier turns, and the errors of `Molmo.ask`.
+        `trim`: if question and answer (of `max_new_tokens`) might not fit after the earlier turns, forget the oldest of
+        them; None: as the chat was started. A quarter of the context after the image becomes free, because the turns
+        that are kept have to run again. Otherwise ConversationFull is raised for a question that does not fit. Raises
+        the errors of `Molmo.ask`, too.
         """
-        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed)).answer
+        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout), trim).answer
 
     def stream(
         self,
@@ -121,44 +142,87 @@ class Chat(NotCopied):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        timeout: float | None = None,
+        trim: bool | None = None,
     ) -> Stream:
         """Like `ask`, piece by piece. The arguments are checked before this returns."""
-        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed))
+        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout), trim)
 
-    def _stream(self, question: str, sampling: Sampling) -> Stream:
+    async def ask_async(self, question: str, **options: Unpack[TurnKeywords]) -> Answer:
+        """`await` the answer of `ask` without blocking the event loop, see `Molmo.ask_async`."""
+        return await self.stream_async(question, **options).answer()
+
+    def stream_async(self, question: str, **options: Unpack[TurnKeywords]) -> AsyncStream:
+        """Like `stream`, for `async for`, see `Molmo.stream_async`."""
+        return AsyncStream(self._engine.worker, lambda: self.stream(question, **options))
+
+    def _stream(self, question: str, sampling: Sampling, trim: bool | None) -> Stream:
         check_text(question)
-        context = self._engine.context
+        deadline, context = Deadline(sampling.timeout), self._engine.context
         with self._lock:
-            turns = [turn for asked, answer in self._answers for turn in (asked, self._said(answer))]
-            ids = text_ids(self._engine.tokenizer, [*turns, question])
+            trimmed = self._to_trim(question, sampling) if (self._trim if trim is None else trim) else 0
+            ids = self._turn_ids(question, trimmed)
             filled = len(self.scene.embeddings) + len(ids)
-            if self._answers and filled > context:
+            if len(self._answers) > trimmed and filled > context:
                 raise ConversationFull(
                     f"the conversation is full: with this question it has {filled} tokens, and the model's context "
-                    f"holds {context}; reset() starts a new one about the same image"
+                    f"holds {context}; trim=True forgets the oldest turns, reset() all of them"
                 )
             most = most_new_tokens(sampling, filled, context)
             self._turn += 1
             turn = self._turn
         result: list[Answer] = []
-        return Stream(self._answer(turn, question, ids, sampling, most, result), result)
+        return Stream(self._answer(turn, question, ids, trimmed, sampling, most, deadline, result), result)
+
+    def _turn_ids(self, question: str, trimmed: int) -> np.ndarray:
+        """The ids of all turns after the first `trimmed`, and of `question`."""
+        turns = [turn for asked, answer in self._answers[trimmed:] for turn in (asked, self._said(answer))]
+        return text_ids(self._engine.tokenizer, [*turns, question])
+
+    def _to_trim(self, question: str, sampling: Sampling) -> int:
+        """How many of the oldest turns to forget, so that the question and a whole answer fit."""
+        free = self._engine.context - len(self.scene.embeddings)
+        lengths = (len(self._turn_ids(question, trimmed)) for trimmed in range(len(self._answers) + 1))
+        need = int(sampling.max_new_tokens) - 1
+        if next(lengths) + need <= free:
+            return 0
+        most = free - max(need, free // 4)
+        return next((n for n, length in enumerate(lengths, 1) if length <= most), len(self._answers))
 
     def _answer(
-        self, turn: int, question: str, ids: np.ndarray, sampling: Sampling, most: int, result: list[Answer]
+        self,
+        turn: int,
+        question: str,
+        ids: np.ndarray,
+        trimmed: int,
+        sampling: Sampling,
+        most: int,
+        deadline: Deadline,
+        result: list[Answer],
     ) -> Generator[str | Point, None, None]:
         began = time.perf_counter()
         capacity = len(self.scene.embeddings) + len(ids) + most - 1
         with self._lock:
             self._check(turn)
             # Molmo2's template formats an answered turn differently from an unanswered one.
-            same = np.flatnonzero(ids[: len(self._ids)] != self._ids)
-            if len(same):
-                self._kept = min(self._kept, len(self.scene.embeddings) + int(same[0]))
+            # After trimming, the ids differ from the first turn on.
+            common = min(len(ids) - 1, len(self._ids))
+            differ = np.flatnonzero(ids[:common] != self._ids[:common])
+            same = int(differ[0]) if len(differ) else common
+            self._kept = min(self._kept, len(self.scene.embeddings) + same)
             cache = self._make_room(capacity)
             rows = self._rows(ids)
         image = self.scene.image_flags(len(ids))[-len(rows) :]
         pieces = generate_pieces(
-            self._engine, rows, image, cache, sampling, capacity=capacity, began=began, scene=self.scene
+            self._engine,
+            rows,
+            image,
+            cache,
+            sampling,
+            capacity=capacity,
+            began=began,
+            scene=self.scene,
+            deadline=deadline,
         )
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time
@@ -170,12 +234,13 @@ class Chat(NotCopied):
                     break
             yield piece
         answer = finished(self.scene, generated, len(ids), most, prefilled=len(rows))
+        check_in_time(generated, answer, sampling)
         with self._lock:
             self._check(turn)
             # In a conversation every answer ends with EOS, also one that was cut off. EOS is not in the cache yet.
             ended = np.array([*generated.token_ids, self._engine.tokenizer.special.eos], np.int32)
             self._ids, self._kept = np.concatenate([ids, ended]), cache.length
-            self._answers.append((question, answer))
+            self._answers = [*self._answers[trimmed:], (question, answer)]
         result.append(answer)
 
     def _said(self, answer: Answer) -> Sequence[int] | str:
@@ -184,6 +249,8 @@ class Chat(NotCopied):
         Grounding tokens have no meaning in a later prompt: an answer with them becomes text with numeric points.
         """
         grounding = self.scene.grounding
+        if not answer.token_ids and answer.text:  # of an earlier conversation
+            return answer.text
         if grounding is None or all(token < grounding.token_ids.first for token in answer.token_ids):
             return answer.token_ids
         return written_out(answer.text, answer.points)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from molmo_edge.answer import Answer
 from molmo_edge.chat import Chat
@@ -21,15 +21,19 @@ from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.generate import Sampling
-from molmo_edge.sdk.batch import ask_batch
+from molmo_edge.sdk.async_answers import AsyncStream
+from molmo_edge.sdk.batch import ask_batch, same_question
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.model_name import model_name
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.streaming import History, Stream, stream_answer
+from molmo_edge.sdk.streaming import History, Stream, checked_history, stream_answer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from molmo_edge.config import MolmoConfig
     from molmo_edge.runtimes import LlamaOptions, Runtime
+    from molmo_edge.sdk.async_answers import AskKeywords, SamplingKeywords
 
 __all__ = ["MAX_NEW_TOKENS", "MAX_QUESTION_CHARS", "History", "Molmo", "QuestionError", "Scene", "Stream"]
 
@@ -140,12 +144,14 @@ class Molmo(NotCopied):
         """
         return self.engine.load(path, _check_room(room))
 
-    def chat(self, image: Any) -> Chat:
+    def chat(self, image: Any, *, history: History = (), trim: bool = False) -> Chat:
         """Start a conversation about `image`: `chat.ask(question)`. Each turn runs only its own tokens.
 
-        The image is encoded and prefilled before this returns; a Scene's cache is copied.
+        The image is encoded and prefilled before this returns; a Scene's cache is copied. `history`: (question, answer)
+        turns to continue, as `Chat.history` returns them. `trim`: see `Chat.ask`.
         """
-        return Chat(self.engine, self.engine.scene(image))
+        turns = checked_history(history)
+        return Chat(self.engine, self.engine.scene(image), history=turns, trim=trim)
 
     def ask(
         self,
@@ -158,13 +164,16 @@ class Molmo(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
         history: History = (),
+        timeout: float | None = None,
     ) -> Answer:
         """Ask `question` about `image`.
 
         `temperature` 0 is greedy: the same answer each time. Above 0, `top_k` (0: all) and `top_p` restrict the
         sampling, and `seed` makes it reproducible. `history`: earlier (question, answer) turns about the same image.
+        `timeout`: seconds, checked before the question is run and after each token; then AnswerTimeout is raised, whose
+        `answer` has what was generated until then.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
         return stream_answer(self.engine, image, question, sampling, history).answer
 
     def point(
@@ -178,9 +187,10 @@ class Molmo(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
         history: History = (),
+        timeout: float | None = None,
     ) -> Answer:
         """Point at every `label` ("the dog"): `answer.points`. For the keywords see `ask`."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
         question = point_question(check_text(label, "label"))
         return stream_answer(self.engine, image, question, sampling, history).answer
 
@@ -195,9 +205,10 @@ class Molmo(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
         history: History = (),
+        timeout: float | None = None,
     ) -> Answer:
         """Count every `label` ("cups"): `answer.count`, with a point for each. For the keywords see `ask`."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
         question = count_question(check_text(label, "label"))
         return stream_answer(self.engine, image, question, sampling, history).answer
 
@@ -211,9 +222,10 @@ class Molmo(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
         history: History = (),
+        timeout: float | None = None,
     ) -> Answer:
         """Describe `image`. For the keywords see `ask`."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
         return stream_answer(self.engine, image, caption_question(), sampling, history).answer
 
     def stream(
@@ -227,10 +239,42 @@ class Molmo(NotCopied):
         top_p: float = 1.0,
         seed: int | None = None,
         history: History = (),
+        timeout: float | None = None,
     ) -> Stream:
         """Like `ask`, piece by piece. The arguments are checked, and the image is encoded, before this returns."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
         return stream_answer(self.engine, image, question, sampling, history)
+
+    async def ask_async(self, image: Any, question: str, **options: Unpack[AskKeywords]) -> Answer:
+        """`await` the answer of `ask` without blocking the event loop.
+
+        If the task is cancelled, the model is free after the token that is being generated, or after the image that is
+        being encoded. Up to four asynchronous answers of a model are made at the same time; further ones wait.
+        """
+        return await self.stream_async(image, question, **options).answer()
+
+    async def point_async(self, image: Any, label: str, **options: Unpack[AskKeywords]) -> Answer:
+        """`await` the answer of `point`, see `ask_async`."""
+        return await self.ask_async(image, point_question(check_text(label, "label")), **options)
+
+    async def count_async(self, image: Any, label: str, **options: Unpack[AskKeywords]) -> Answer:
+        """`await` the answer of `count`, see `ask_async`."""
+        return await self.ask_async(image, count_question(check_text(label, "label")), **options)
+
+    async def caption_async(self, image: Any, **options: Unpack[AskKeywords]) -> Answer:
+        """`await` the answer of `caption`, see `ask_async`."""
+        return await self.ask_async(image, caption_question(), **options)
+
+    def stream_async(self, image: Any, question: str, **options: Unpack[AskKeywords]) -> AsyncStream:
+        """Like `stream`, for `async for piece in molmo.stream_async(...)`; see `ask_async`.
+
+        Arguments are checked, and the image is encoded, when the first piece is awaited.
+        """
+        return AsyncStream(self.engine.worker, lambda: self.stream(image, question, **options))
+
+    async def encode_async(self, image: Any, *, room: int = 512) -> Scene:
+        """`await` the Scene of `encode` without blocking the event loop."""
+        return await self.engine.worker.run(lambda: self.encode(image, room=room))
 
     @overload
     def ask_batch(
@@ -280,6 +324,84 @@ class Molmo(NotCopied):
         number of pairs, and `usage.seconds` gives prefill and decode of the whole batch.
         """
         return ask_batch(self.engine, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors)
+
+    @overload
+    def point_batch(
+        self,
+        images: Sequence[Any],
+        label: str,
+        *,
+        errors: Literal["return"] = "return",
+        **options: Unpack[SamplingKeywords],
+    ) -> list[Answer | MolmoEdgeError]: ...
+
+    @overload
+    def point_batch(
+        self, images: Sequence[Any], label: str, *, errors: Literal["raise"], **options: Unpack[SamplingKeywords]
+    ) -> list[Answer]: ...
+
+    def point_batch(
+        self,
+        images: Sequence[Any],
+        label: str,
+        *,
+        errors: Literal["return", "raise"] = "return",
+        **options: Unpack[SamplingKeywords],
+    ) -> Sequence[Answer | MolmoEdgeError]:
+        """`point` in each of `images`, one answer for each. For the keywords see `ask_batch`."""
+        asks = same_question(images, point_question(check_text(label, "label")))
+        answers: list[Answer | MolmoEdgeError] = cast("Any", self.ask_batch)(asks, errors=errors, **options)
+        return answers
+
+    @overload
+    def count_batch(
+        self,
+        images: Sequence[Any],
+        label: str,
+        *,
+        errors: Literal["return"] = "return",
+        **options: Unpack[SamplingKeywords],
+    ) -> list[Answer | MolmoEdgeError]: ...
+
+    @overload
+    def count_batch(
+        self, images: Sequence[Any], label: str, *, errors: Literal["raise"], **options: Unpack[SamplingKeywords]
+    ) -> list[Answer]: ...
+
+    def count_batch(
+        self,
+        images: Sequence[Any],
+        label: str,
+        *,
+        errors: Literal["return", "raise"] = "return",
+        **options: Unpack[SamplingKeywords],
+    ) -> Sequence[Answer | MolmoEdgeError]:
+        """`count` in each of `images`, one answer for each. For the keywords see `ask_batch`."""
+        asks = same_question(images, count_question(check_text(label, "label")))
+        answers: list[Answer | MolmoEdgeError] = cast("Any", self.ask_batch)(asks, errors=errors, **options)
+        return answers
+
+    @overload
+    def caption_batch(
+        self, images: Sequence[Any], *, errors: Literal["return"] = "return", **options: Unpack[SamplingKeywords]
+    ) -> list[Answer | MolmoEdgeError]: ...
+
+    @overload
+    def caption_batch(
+        self, images: Sequence[Any], *, errors: Literal["raise"], **options: Unpack[SamplingKeywords]
+    ) -> list[Answer]: ...
+
+    def caption_batch(
+        self,
+        images: Sequence[Any],
+        *,
+        errors: Literal["return", "raise"] = "return",
+        **options: Unpack[SamplingKeywords],
+    ) -> Sequence[Answer | MolmoEdgeError]:
+        """`caption` of each of `images`, one answer for each. For the keywords see `ask_batch`."""
+        asks = same_question(images, caption_question())
+        answers: list[Answer | MolmoEdgeError] = cast("Any", self.ask_batch)(asks, errors=errors, **options)
+        return answers
 
 
 def _check_room(room: int) -> int:

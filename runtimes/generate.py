@@ -6,7 +6,7 @@ seed gives the same answer on every machine whose logits agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ class Sampling:
     top_k: int = 0  # sample only from the k most likely ids; 0: all
     top_p: float = 1.0  # sample only from the most likely ids whose probabilities add up to this value
     seed: int | None = None  # None: a different answer each time
+    timeout: float | None = None  # seconds for the whole answer, for callers of `generate`; None: no limit
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed"):
@@ -54,6 +55,8 @@ class Sampling:
             raise GenerationError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.seed is not None and self.seed < 0:
             raise GenerationError(f"seed must be 0 or more, not {self.seed}")
+        if self.timeout is not None and (not isinstance(self.timeout, Real) or not self.timeout > 0):
+            raise GenerationError(f"timeout must be a positive number of seconds, not {self.timeout!r}")
 
 
 def most_new_tokens(sampling: Sampling, filled: int, capacity: int) -> int:
@@ -81,7 +84,7 @@ def generate(
     capacity: int,
     image: np.ndarray | None = None,
     grounding: GroundingInputs | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Append `embeddings` (float32 [n, d_model], n >= 1) to `cache`, then yield token ids.
 
     Ends at `eos_id` (which is not yielded), after `max_new_tokens` ids, or when `capacity` positions of the cache are

@@ -313,3 +313,69 @@ def test_closing_the_molmo_ends_its_chats(tiny_bundle: Path) -> None:
         chat = molmo.chat(GOLDEN / "coffee.png")
     with pytest.raises(MolmoEdgeError, match="closed"):
         chat.ask("Why?")
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_conversation_that_is_too_long_forgets_its_oldest_turns(
+    kind: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(kind, tiny_bundle) as molmo:
+        scene = molmo.encode(PHOTO)
+        tokenizer, context = molmo.engine.tokenizer, len(scene.embeddings) + 160
+        monkeypatch.setattr(type(molmo.engine), "context", context)
+        chat, question = molmo.chat(scene, trim=True), "a " * 25
+        turns, trimmed = [], False
+        for turn in range(5):
+            answer = chat.ask(f"{turn} {question}", max_new_tokens=4)
+            turns.append((f"{turn} {question}", answer.token_ids))
+            kept = len(chat.history)
+            trimmed |= kept < len(turns)
+            assert [asked for asked, _ in chat.history] == [asked for asked, _ in turns[-kept:]]
+            said = [part for pair in turns[-kept:] for part in pair][:-1]
+            expected = ask_from_scratch(molmo, scene, text_ids(tokenizer, said).tolist(), Sampling(4))
+            assert answer.token_ids == expected
+            assert chat.positions <= context
+        assert trimmed
+
+
+def test_trimming_leaves_room_and_happens_only_on_request(saying: Saying) -> None:
+    molmo = saying("yes", context=600)
+    scene = molmo.encode(PHOTO)
+    chat, free = molmo.chat(scene), 600 - len(scene.embeddings)
+    question = "a " * (free // 9)
+    while chat.positions + free // 8 < 600:
+        chat.ask(question, max_new_tokens=3)
+    full = len(chat.history)
+    assert full >= 3
+    with pytest.raises(ConversationFull, match="trim=True"):
+        chat.ask(question * 2, max_new_tokens=3)
+    chat.stream(question, max_new_tokens=3, trim=True).close()  # an abandoned turn forgets nothing
+    assert len(chat.history) == full
+    chat.ask(question, max_new_tokens=3, trim=True)
+    assert 1 < len(chat.history) <= full
+    assert chat.positions <= 600 - free // 4 + 4
+    before = len(chat.history)
+    assert chat.ask("short?", max_new_tokens=3, trim=True).usage.tokens.prefilled < 30
+    assert len(chat.history) == before + 1
+    chat.ask("long?", max_new_tokens=free - 20, trim=True)  # only the question is left beside such an answer
+    assert len(chat.history) == 1
+    with pytest.raises(GenerationError, match="shorten the question"):
+        chat.ask("a " * 600, trim=True)
+
+
+def test_a_conversation_continues_from_its_history(tiny_bundle: Path) -> None:
+    with engine("onnxruntime", tiny_bundle) as molmo:
+        scene = molmo.encode(PHOTO)
+        first = molmo.chat(scene)
+        for question in QUESTIONS[:2]:
+            first.ask(question, max_new_tokens=6)
+        history = first.history
+        second = molmo.chat(scene, history=history)
+        assert second.history == history
+        expected = molmo.ask(scene, "Why?", max_new_tokens=6, history=history)
+        assert second.ask("Why?", max_new_tokens=6) == expected
+        assert len(second.history) == 3
+        own = len(text_ids(molmo.engine.tokenizer, ["Who?"]))
+        assert second.ask("Who?", max_new_tokens=6).usage.tokens.prefilled <= own + 2
+        with pytest.raises(QuestionError, match="history must be"):
+            molmo.chat(scene, history="ab")  # type: ignore[arg-type]

@@ -60,6 +60,13 @@ def ask_batch(
     return [results[index] for index in range(len(asks))]
 
 
+def same_question(images: Any, question: str) -> list[tuple[Any, str]]:
+    """The pairs of `ask_batch` that ask `question` about each of `images`. Raises QuestionError."""
+    if not isinstance(images, (list, tuple)) or not images:
+        raise QuestionError("a batch needs a list of images, with at least one")
+    return [(image, question) for image in images]
+
+
 def _pairs(asks: Any, errors: Any) -> Sequence[tuple[Any, str]]:
     if errors not in ("return", "raise"):
         raise QuestionError(f'errors must be "return" or "raise", not {errors!r}')

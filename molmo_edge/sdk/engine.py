@@ -21,6 +21,7 @@ from molmo_edge.frontend.visual_prompt import UnsupportedInputError
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError
 from molmo_edge.runtimes.prompt_embeddings import prefill
+from molmo_edge.sdk.async_worker import Worker
 from molmo_edge.sdk.encoding import encode
 from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
@@ -131,6 +132,7 @@ class Engine:
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
         self._directory = directory
+        self.worker = Worker()
         image = runtime.config.image
         if max_crops is not None:
             image = dataclasses.replace(image, max_crops=max_crops)

@@ -19,12 +19,35 @@ from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, mo
 from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
+from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.protocol import Cache
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
+
+
+class AnswerTimeout(GenerationError):  # noqa: N818 (a state, not a mistake)
+    """An answer that took longer than `timeout`. `answer` has what was generated until then."""
+
+    def __init__(self, answer: Answer, timeout: float) -> None:
+        tokens = len(answer.token_ids)
+        super().__init__(f"the answer was not complete after {timeout:g} s, but has {counted(tokens, 'token')}")
+        self.answer = answer
+
+
+class Deadline:
+    """The end of the time that an answer may take, from now on."""
+
+    def __init__(self, timeout: float | None) -> None:
+        """`timeout`: seconds; None: no limit."""
+        self._end = None if timeout is None else time.monotonic() + float(timeout)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self._end is not None and time.monotonic() >= self._end
 
 
 class Stream(Iterator["str | Point"], NotCopied):
@@ -87,21 +110,31 @@ class Generated:
     points: list[Point] = field(default_factory=list)
     prefill: float = 0.0  # seconds to the first id
     decode: float = 0.0  # seconds from there to the end, without the time between pieces
+    timed_out: bool = False  # ended before the model did
 
 
 def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling, history: History = ()) -> Stream:
     """See `Molmo.stream`."""
     check_text(question)
-    turns = [*_flattened(history), question]
+    deadline = Deadline(sampling.timeout)
+    turns = [*(text for turn in checked_history(history) for text in turn), question]
     ids = text_ids(engine.tokenizer, turns)
     scene = engine.scene(image, len(ids))
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     result: list[Answer] = []
-    return Stream(_answer(scene, ids, sampling, most, encoded_before=scene is image, result=result), result)
+    pieces = _answer(scene, ids, sampling, most, deadline, encoded_before=scene is image, result=result)
+    return Stream(pieces, result)
 
 
 def _answer(
-    scene: Scene, ids: np.ndarray, sampling: Sampling, most: int, *, encoded_before: bool, result: list[Answer]
+    scene: Scene,
+    ids: np.ndarray,
+    sampling: Sampling,
+    most: int,
+    deadline: Deadline,
+    *,
+    encoded_before: bool,
+    result: list[Answer],
 ) -> Generator[str | Point, None, None]:
     began = time.perf_counter()
     engine = scene.engine
@@ -114,9 +147,11 @@ def _answer(
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
     generated = yield from generate_pieces(
-        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, scene=scene
+        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, scene=scene, deadline=deadline
     )
-    result.append(finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings)))
+    answer = finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings))
+    check_in_time(generated, answer, sampling)
+    result.append(answer)
 
 
 def generate_pieces(
@@ -129,11 +164,13 @@ def generate_pieces(
     capacity: int,
     began: float,
     scene: Scene,
+    deadline: Deadline,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream.__init__`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
-    time.perf_counter() when the prefill began. `scene`: what the answer is about.
+    time.perf_counter() when the prefill began. `scene`: what the answer is about. `deadline`: checked before the
+    prefill and after each token; afterwards the answer ends as if it was cut off.
     """
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
@@ -154,7 +191,8 @@ def generate_pieces(
         grounding=grounding,
     )
     while True:
-        token = next(tokens, None)
+        generated.timed_out = deadline.passed
+        token = None if generated.timed_out else next(tokens, None)
         steps.append(time.perf_counter() - began)
         if token is not None:
             generated.token_ids.append(token)
@@ -176,8 +214,15 @@ def generate_pieces(
         began = time.perf_counter()
     text = "".join(raw)
     generated.points = parse_points(text, video=video) if grounding is None else grounding.points(text)
+    tokens.close()
     generated.prefill, generated.decode = steps[0], sum(steps[1:])
     return generated
+
+
+def check_in_time(generated: Generated, answer: Answer, sampling: Sampling) -> None:
+    """Raise AnswerTimeout if the time of `answer` ended before it was complete."""
+    if generated.timed_out and sampling.timeout is not None:
+        raise AnswerTimeout(answer, sampling.timeout)
 
 
 def finished(
@@ -215,7 +260,7 @@ def finished(
         points=tuple(generated.points),
         count=len(generated.points) or None if stated is None else stated,
         token_ids=tuple(generated.token_ids),
-        complete=new < most,
+        complete=new < most and not generated.timed_out,
         usage=Usage(tokens, scene.crops, seconds),
         image=scene.image,
         shown=scene.shown,
@@ -223,7 +268,8 @@ def finished(
     )
 
 
-def _flattened(history: History) -> Iterator[str]:
+def checked_history(history: History) -> list[tuple[str, str]]:
+    """Return the turns of `history`. Raises QuestionError for anything else."""
     expected = "history must be a list of (question, answer) pairs of str"
     if not isinstance(history, (list, tuple)):
         raise QuestionError(f"{expected}, not {type(history).__name__}")
@@ -231,4 +277,4 @@ def _flattened(history: History) -> Iterator[str]:
         # A str of two characters would pass for a pair.
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise QuestionError(expected)
-        yield from turn
+    return [(question, answer) for question, answer in history]

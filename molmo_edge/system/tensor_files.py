@@ -30,7 +30,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 10_000_000  # bytes
 _HASH = "sha256"  # the metadata's key for the hash of the file
-_NO_HASH = "0" * 64  # in its place while it is computed
+_NO_HASH = "?" * 64  # in its place while it is computed
 
 
 class TensorFileError(MolmoEdgeError):
