@@ -52,7 +52,7 @@ def jetson_release(root: Path = ROOT) -> dict[str, str] | None:
     name = board(root) or ""
     if found is None and not ("NVIDIA" in name or "Jetson" in name):
         return None
-    facts = {}
+    facts: dict[str, str] = {}
     if found is not None:
         facts |= {"l4t": f"{found[1]}.{found[2]}", "jetpack": _JETPACK.get(found[1], "unknown")}
     if (sm := next((sm for word, sm in _SM if word in name), None)) is not None:
