@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Server, serving
+from serving import Server, serving, wait_until
 
 from molmo_edge import Molmo
 from molmo_edge.frontend.prompts import caption_question, count_question, point_question
@@ -85,7 +85,8 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
         yield browser
         browser.close()
 
@@ -123,7 +124,7 @@ def jpeg(size: tuple[int, int], orientation: int = 1) -> dict[str, Any]:
 def give_photo(page: Any, photo: dict[str, Any]) -> None:
     page.set_input_files("#file", photo)
     page.locator("#photo[src]").wait_for()
-    page.wait_for_function("document.getElementById('photo').complete")
+    wait_until(lambda: page.evaluate("document.getElementById('photo').complete"))
 
 
 def sent(page: Any, action: Callable[[], None]) -> dict[str, Any]:
@@ -273,16 +274,80 @@ def test_a_key_is_asked_for_and_sent(open_page: Callable[..., Any], any_saying: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility_rules_of_axe(open_page: Callable[..., Any], of_cups: Server, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = open_page(of_cups, color_scheme=scheme, reduced_motion="reduce")
+
+    def violations() -> list[Any]:
+        return [(found["id"], found["nodes"]) for found in axe.run(page).response["violations"]]
+
+    assert violations() == []
+    page.click("#send")
+    page.get_by_role("alert").wait_for()
+    assert violations() == []
+    give_photo(page, jpeg((300, 200)))
+    page.get_by_label("Count", exact=True).check()
+    page.fill("#question", "cups")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Copy JSON").wait_for()
+    assert violations() == []
+
+
+@pytest.mark.slow
+def test_a_photo_from_the_camera(open_page: Callable[..., Any], of_cups: Server) -> None:
+    page = open_page(of_cups)
+    page.click("#camera")
+    wait_until(lambda: page.evaluate("document.getElementById('video').videoWidth > 0"))
+    page.get_by_role("button", name="Take the photo").click()
+    page.locator("#photo[src]").wait_for()
+    wait_until(lambda: page.evaluate("document.getElementById('video').srcObject === null"))  # the camera is off again
+    page.get_by_label("Caption", exact=True).check()
+    url = sent(page, lambda: page.click("#send"))["messages"][0]["content"][1]["image_url"]["url"]
+    assert url.startswith("data:image/jpeg;base64,")
+    page.get_by_role("button", name="Copy text").wait_for()
+
+
+def slow(molmo: Molmo, seconds: float) -> Molmo:
+    """A fake model whose steps take `seconds`."""
+    forward = molmo.fake.forward  # type: ignore[attr-defined]
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(seconds)
+        return forward(*given)
+
+    molmo.fake.forward = slowly  # type: ignore[attr-defined]
+    return molmo
+
+
+@pytest.mark.slow
+def test_points_appear_one_by_one(open_page: Callable[..., Any], any_saying: Callable[..., Molmo]) -> None:
+    said = 'Three <points x1="10.0" y1="10.0" x2="20.0" y2="20.0" x3="30.0" y3="30.0" alt="cups">cups</points>.'
+    with serving(slow(any_saying(said), 0.03)) as server:
+        page = open_page(server)
+        give_photo(page, jpeg((30, 20)))
+        page.evaluate(
+            """() => {
+                window.seen = [];
+                const marks = document.getElementById("marks");
+                const text = () => document.querySelector(".text").textContent;
+                const watch = new MutationObserver(() => seen.push([marks.childElementCount, text()]));
+                watch.observe(marks, {childList: true});
+            }"""
+        )
+        page.fill("#question", "Where?")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Copy JSON").wait_for()
+        seen = page.evaluate("window.seen")
+        assert [count for count, _ in seen] == [1, 2, 3]
+        assert {text for _, text in seen} == {"Three "}  # all before the tag closes
+        assert page.locator(".text").inner_text() == "Three cups."
+        assert page.locator(".label").all_inner_texts() == ["cups"] * 3
+
+
+@pytest.mark.slow
 def test_stop_frees_the_model(open_page: Callable[..., Any], any_saying: Callable[..., Molmo]) -> None:
-    molmo = any_saying("one " * 3000)
-    with serving(molmo) as server:
-        forward = molmo.fake.forward  # type: ignore[attr-defined]
-
-        def slowly(*given: Any) -> Any:
-            time.sleep(0.05)
-            return forward(*given)
-
-        molmo.fake.forward = slowly  # type: ignore[attr-defined]
+    with serving(slow(any_saying("one " * 3000), 0.05)) as server:
         page = open_page(server)
         give_photo(page, jpeg((30, 20)))
         page.fill("#question", "Why?")
@@ -290,10 +355,7 @@ def test_stop_frees_the_model(open_page: Callable[..., Any], any_saying: Callabl
         page.get_by_text("one one").wait_for()
         page.keyboard.press("Escape")
         page.locator(".answer .hint", has_text="You stopped this answer.").wait_for()
-        deadline = time.monotonic() + 60
-        while server.service.queue.running and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert server.service.queue.running == 0
+        wait_until(lambda: not server.service.queue.running)
         assert page.locator("#stop").is_hidden()
 
 

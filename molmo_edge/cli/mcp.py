@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from molmo_edge.cli import options
 from molmo_edge.cli.api_key import KEY_VARIABLE, ApiKey, ApiKeyFile, read_api_key
-from molmo_edge.cli.open_model import open_molmo
+from molmo_edge.cli.open_model import find_model, open_molmo
 from molmo_edge.cli.output import note
 
 _ROOT = "Folder whose images the tools may read, with its subfolders. Repeatable. Default: the current folder."
@@ -45,10 +46,13 @@ def mcp(
         if not folder.is_dir():
             raise typer.BadParameter(f"--root {folder} is not a folder")
     sources = Sources(tuple(roots), screen=not http if screen is None else screen)
-    asker = Asker(lambda: open_molmo(model, quiet=True), sources, timeout=timeout)
+    # Over stdio, a question about a download would go to the client, which cannot answer it.
+    model = model if http else dataclasses.replace(model, yes=True)
+    asker = Asker(lambda: open_molmo(model, quiet=quiet or http), sources, timeout=timeout)
     if not http:
         serve_stdio(asker)
         return
+    find_model(model.model, revision=model.revision, quiet=quiet, ask=not model.yes)
     settings = Settings(host=host, port=port, api_key=read_api_key(api_key, api_key_file), drain=5.0)
     with contextlib.closing(listen(settings)) as sock:
         url = address_of(sock)

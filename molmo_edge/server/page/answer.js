@@ -51,6 +51,14 @@ export class AnswerCard {
     this.text.textContent = readable(this.raw, false);
   }
 
+  /** Replace the points: at the end of the answer, they have labels. */
+  setPoints(points) {
+    this.points = [];
+    this.list.replaceChildren();
+    this.list.hidden = true;
+    for (const point of points) this.addPoint(point);
+  }
+
   addPoint(point) {
     this.points.push(point);
     const { width, height } = this.picture;
@@ -61,7 +69,7 @@ export class AnswerCard {
     const item = element(
       "li",
       {},
-      element("span", { class: "label" }, point.label || "point"),
+      element("span", { class: "label" }, point.label),
       element("span", { class: "places" }, element("span", {}, place), " ", element("span", {}, exact)),
       copy,
     );
@@ -119,10 +127,14 @@ export class AnswerCard {
 /** Put the mark of point `number` on the photo. */
 export function addMark(marks, point, number) {
   const mark = element("span", { class: "mark" }, String(number));
+  mark.dataset.number = number;
+  placeMark(mark, point);
+  marks.append(mark);
+}
+
+export function placeMark(mark, point) {
   mark.style.left = `${Math.min(100, Math.max(0, point.x))}%`;
   mark.style.top = `${Math.min(100, Math.max(0, point.y))}%`;
-  mark.dataset.number = number;
-  marks.append(mark);
 }
 
 function copyButton(title, text) {

@@ -18,7 +18,8 @@ export async function health() {
 }
 
 /**
- * Yields the parts of an answer: {content}, {points}, {count}, and {cut: true} if the answer was cut off.
+ * Yields the parts of an answer: {content}, {points} without their labels and, at the end, {all, count, cut}: all
+ * points with their labels, the number that the answer states, and whether the answer was cut off.
  * Throws Failure, and AbortError after `signal`.
  */
 export async function* chat(question, image, key, signal) {
@@ -45,7 +46,9 @@ export async function* chat(question, image, key, signal) {
     const [choice] = event.choices;
     if (!choice) continue;
     yield choice.delta;
-    if (choice.finish_reason === "length") yield { cut: true };
+    if (choice.finish_reason) {
+      yield { all: choice.points ?? [], count: choice.count, cut: choice.finish_reason === "length" };
+    }
   }
   if (!finished) throw new Failure(LOST);
 }

@@ -1,6 +1,6 @@
 // The page: a photo, questions about it, and answers with points on the photo.
 
-import { AnswerCard, addMark } from "./answer.js";
+import { AnswerCard, addMark, placeMark } from "./answer.js";
 import { chat, health } from "./api.js";
 import { hasCamera, imageIn, readPicture, startCamera, takePhoto } from "./picture.js";
 import { question } from "./questions.js";
@@ -158,6 +158,8 @@ async function ask(kind, text) {
       if (control.signal.aborted) break;
       if (part.content) card.addText(part.content);
       for (const point of part.points ?? []) addPoint(card, point);
+      if (part.all) card.setPoints(part.all);
+      if (part.all && shown === card) placeMarks(card);
       if (part.count !== undefined && part.count !== null) card.setCount(part.count);
       if (part.cut) note = "The answer was cut off at the limit on its length.";
       if (part.content || part.points) $("status").textContent = "Answering…";
@@ -211,7 +213,17 @@ function show(card) {
   if (!card) return;
   card.root.classList.add("shown");
   card.showButton.hidden = true;
-  card.points.forEach((point, i) => addMark($("marks"), point, i + 1));
+  placeMarks(card);
+}
+
+/** Put all marks of `card` on the photo; those that are there in the right place stay, so that they appear once. */
+function placeMarks(card) {
+  const there = [...$("marks").children];
+  for (const mark of there.slice(card.points.length)) mark.remove();
+  card.points.forEach((point, i) => {
+    if (there[i]) placeMark(there[i], point);
+    else addMark($("marks"), point, i + 1);
+  });
 }
 
 // The mark of the point that the pointer or the focus is on stands out.
