@@ -116,7 +116,7 @@ def create_app(service: Service) -> FastAPI:
         (Exception, answer_failure),
     ):
         app.add_exception_handler(kind, handler)
-    app.mount("/", PageFiles(), name="page")
+    app.router.default = PageFiles()  # not mounted at /, where it would take requests with a wrong method, too
     endpoints = frozenset([path for path, *_ in _POSTS] + ["/", "/health", "/metrics", "/v1/models"])
     app.add_middleware(Gate, service=service, endpoints=endpoints)
     if service.settings.cors_origins:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -35,6 +36,8 @@ class PageFiles(StaticFiles):  # type: ignore[misc]
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """The file at `path`, with the headers. Raises HTTPException if there is none."""
+        if scope["method"] not in ("GET", "HEAD") and path != ".":
+            raise HTTPException(404)  # every unknown path leads here: its path is wrong, not its method
         response: Response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         kind = _TYPES.get(Path(path).suffix or ".html")
