@@ -97,6 +97,9 @@ class Answer:
     image: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3]; the first of several
     model: str | None = field(default=None, compare=False)  # the model's name
     shown: Shown | None = field(default=None, repr=False, compare=False)  # all images or frames; None: `image` alone
+    # With a schema, the object of its Pydantic model, or the parsed JSON; with a regex or choices, the text. None for
+    # free text and for an answer that is not complete.
+    parsed: Any = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -239,6 +242,7 @@ class Answer:
             "usage": dataclasses.asdict(self.usage),
             "model": self.model,
             "tokens_per_second": None if (speed := self.tokens_per_second) is None else round(speed, 2),
+            **({} if self.parsed is None else {"parsed": _plain(self.parsed)}),
         }
 
     def _repr_png_(self) -> bytes | None:
@@ -290,6 +294,11 @@ def to_coco(answers: Sequence[Answer], file_names: Sequence[str | Sequence[str]]
         shown = range(max(1, len(answer.images)))
         pictures += [_pointed(answer, index, name) for index, name in zip(shown, names, strict=True)]
     return coco_keypoints(pictures)
+
+
+def _plain(parsed: Any) -> Any:
+    """The value of `Answer.parsed` for JSON."""
+    return parsed.model_dump(mode="json") if hasattr(parsed, "model_dump") else parsed
 
 
 def _pointed(answer: Answer, index: int, file_name: str) -> PointedPicture:

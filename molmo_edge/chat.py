@@ -19,6 +19,7 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
 from molmo_edge.runtimes.prompt_embeddings import prefill
+from molmo_edge.sdk.answer_form import AnswerForm, Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
@@ -123,15 +124,20 @@ class Chat(NotCopied):
         seed: int | None = None,
         timeout: float | None = None,
         trim: bool | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Answer:
         """Ask the next question. `usage.tokens.prefilled` is the number of positions that were run for it.
 
         `trim`: if question and answer (of `max_new_tokens`) might not fit after the earlier turns, forget the oldest of
         them; None: as the chat was started. A quarter of the context after the image becomes free, because the turns
         that are kept have to run again. Otherwise ConversationFull is raised for a question that does not fit. Raises
-        the errors of `Molmo.ask`, too.
+        the errors of `Molmo.ask`, too; for the other keywords see there.
         """
-        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout), trim).answer
+        form = answer_form(self._engine, schema, regex, choices)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
+        return self._stream(question, sampling, trim, form).answer
 
     def stream(
         self,
@@ -144,9 +150,14 @@ class Chat(NotCopied):
         seed: int | None = None,
         timeout: float | None = None,
         trim: bool | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Stream:
         """Like `ask`, piece by piece. The arguments are checked before this returns."""
-        return self._stream(question, Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout), trim)
+        form = answer_form(self._engine, schema, regex, choices)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
+        return self._stream(question, sampling, trim, form)
 
     async def ask_async(self, question: str, **options: Unpack[TurnKeywords]) -> Answer:
         """`await` the answer of `ask` without blocking the event loop, see `Molmo.ask_async`."""
@@ -156,7 +167,7 @@ class Chat(NotCopied):
         """Like `stream`, for `async for`, see `Molmo.stream_async`."""
         return AsyncStream(self._engine.worker, lambda: self.stream(question, **options))
 
-    def _stream(self, question: str, sampling: Sampling, trim: bool | None) -> Stream:
+    def _stream(self, question: str, sampling: Sampling, trim: bool | None, form: AnswerForm | None) -> Stream:
         check_text(question)
         deadline, context = Deadline(sampling.timeout), self._engine.context
         with self._lock:
@@ -172,7 +183,7 @@ class Chat(NotCopied):
             self._turn += 1
             turn = self._turn
         result: list[Answer] = []
-        return Stream(self._answer(turn, question, ids, trimmed, sampling, most, deadline, result), result)
+        return Stream(self._answer(turn, question, ids, trimmed, sampling, most, deadline, form, result), result)
 
     def _turn_ids(self, question: str, trimmed: int) -> np.ndarray:
         """The ids of all turns after the first `trimmed`, and of `question`."""
@@ -198,6 +209,7 @@ class Chat(NotCopied):
         sampling: Sampling,
         most: int,
         deadline: Deadline,
+        form: AnswerForm | None,
         result: list[Answer],
     ) -> Generator[str | Point, None, None]:
         began = time.perf_counter()
@@ -223,6 +235,7 @@ class Chat(NotCopied):
             began=began,
             scene=self.scene,
             deadline=deadline,
+            constraint=None if form is None else form.begin(),
         )
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time
@@ -233,7 +246,7 @@ class Chat(NotCopied):
                     generated = end.value
                     break
             yield piece
-        answer = finished(self.scene, generated, len(ids), most, prefilled=len(rows))
+        answer = finished(self.scene, generated, len(ids), most, prefilled=len(rows), form=form)
         check_in_time(generated, answer, sampling)
         with self._lock:
             self._check(turn)

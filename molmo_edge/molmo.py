@@ -21,6 +21,7 @@ from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.generate import Sampling
+from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, Engine, QuestionError, Scene, check_text
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from molmo_edge.config import MolmoConfig
     from molmo_edge.runtimes import LlamaOptions, Runtime
-    from molmo_edge.sdk.async_answers import AskKeywords, SamplingKeywords
+    from molmo_edge.sdk.async_answers import AskKeywords, PointKeywords, SamplingKeywords
 
 __all__ = ["MAX_NEW_TOKENS", "MAX_QUESTION_CHARS", "History", "Molmo", "QuestionError", "Scene", "Stream"]
 
@@ -165,6 +166,9 @@ class Molmo(NotCopied):
         seed: int | None = None,
         history: History = (),
         timeout: float | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Answer:
         """Ask `question` about `image`.
 
@@ -172,9 +176,15 @@ class Molmo(NotCopied):
         sampling, and `seed` makes it reproducible. `history`: earlier (question, answer) turns about the same image.
         `timeout`: seconds, checked before the question is run and after each token; then AnswerTimeout is raised, whose
         `answer` has what was generated until then.
+
+        At most one of these constrains the answer, and `answer.parsed` is its value (extra `schema`): `schema`, a
+        Pydantic model or a JSON schema as a dict; `regex`, a pattern in Rust's syntax that the whole text matches;
+        `choices`, the texts to choose from. An answer that `max_new_tokens` cuts off has the text so far, and
+        `complete` False.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
-        return stream_answer(self.engine, image, question, sampling, history).answer
+        form = answer_form(self.engine, schema, regex, choices)
+        return stream_answer(self.engine, image, question, sampling, history, form).answer
 
     def point(
         self,
@@ -240,10 +250,14 @@ class Molmo(NotCopied):
         seed: int | None = None,
         history: History = (),
         timeout: float | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Stream:
         """Like `ask`, piece by piece. The arguments are checked, and the image is encoded, before this returns."""
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, timeout)
-        return stream_answer(self.engine, image, question, sampling, history)
+        form = answer_form(self.engine, schema, regex, choices)
+        return stream_answer(self.engine, image, question, sampling, history, form)
 
     async def ask_async(self, image: Any, question: str, **options: Unpack[AskKeywords]) -> Answer:
         """`await` the answer of `ask` without blocking the event loop.
@@ -253,15 +267,15 @@ class Molmo(NotCopied):
         """
         return await self.stream_async(image, question, **options).answer()
 
-    async def point_async(self, image: Any, label: str, **options: Unpack[AskKeywords]) -> Answer:
+    async def point_async(self, image: Any, label: str, **options: Unpack[PointKeywords]) -> Answer:
         """`await` the answer of `point`, see `ask_async`."""
         return await self.ask_async(image, point_question(check_text(label, "label")), **options)
 
-    async def count_async(self, image: Any, label: str, **options: Unpack[AskKeywords]) -> Answer:
+    async def count_async(self, image: Any, label: str, **options: Unpack[PointKeywords]) -> Answer:
         """`await` the answer of `count`, see `ask_async`."""
         return await self.ask_async(image, count_question(check_text(label, "label")), **options)
 
-    async def caption_async(self, image: Any, **options: Unpack[AskKeywords]) -> Answer:
+    async def caption_async(self, image: Any, **options: Unpack[PointKeywords]) -> Answer:
         """`await` the answer of `caption`, see `ask_async`."""
         return await self.ask_async(image, caption_question(), **options)
 
@@ -287,6 +301,9 @@ class Molmo(NotCopied):
         top_k: int = ...,
         top_p: float = ...,
         seed: int | None = ...,
+        schema: Schema | None = ...,
+        regex: str | None = ...,
+        choices: Sequence[str] | None = ...,
     ) -> list[Answer | MolmoEdgeError]: ...
 
     @overload
@@ -300,6 +317,9 @@ class Molmo(NotCopied):
         top_k: int = ...,
         top_p: float = ...,
         seed: int | None = ...,
+        schema: Schema | None = ...,
+        regex: str | None = ...,
+        choices: Sequence[str] | None = ...,
     ) -> list[Answer]: ...
 
     def ask_batch(
@@ -312,18 +332,25 @@ class Molmo(NotCopied):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
     ) -> Sequence[Answer | MolmoEdgeError]:
         """Ask several (image, question) pairs; each gets the answer that `ask` gives, in the order of the list.
 
+        `schema`, `regex` and `choices`: of all answers, as in `ask`.
+
         `errors`: what to do about a pair that `ask` would refuse (an unreadable image, an empty question, a prompt
-        that does not fit). "return": put the MolmoEdgeError in its place and answer the others. "raise": raise it.
-        Failures of the engine or the model, and invalid sampling settings, always raise.
+        that does not fit), or whose answer fails a validator of `schema`. "return": put the MolmoEdgeError in its place
+        and answer the others. "raise": raise it. Failures of the engine or the model, and invalid sampling settings or
+        constraints, always raise.
 
         A checkpoint on PyTorch decodes the pairs as one batch; other engines take them one after the other. In a
         batch, matrix products may round differently (in float32 this changed no answer in tests), memory grows with the
         number of pairs, and `usage.seconds` gives prefill and decode of the whole batch.
         """
-        return ask_batch(self.engine, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors)
+        form = answer_form(self.engine, schema, regex, choices)
+        return ask_batch(self.engine, asks, Sampling(max_new_tokens, temperature, top_k, top_p, seed), errors, form)
 
     @overload
     def point_batch(

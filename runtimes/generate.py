@@ -17,6 +17,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.runtimes.prompt_embeddings import prefill
 
 if TYPE_CHECKING:
+    from molmo_edge.runtimes.constraint import Constraint
     from molmo_edge.runtimes.grounding import GroundingInputs
     from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
 
@@ -84,13 +85,15 @@ def generate(
     capacity: int,
     image: np.ndarray | None = None,
     grounding: GroundingInputs | None = None,
+    constraint: Constraint | None = None,
 ) -> Generator[int, None, None]:
     """Append `embeddings` (float32 [n, d_model], n >= 1) to `cache`, then yield token ids.
 
     Ends at `eos_id` (which is not yielded), after `max_new_tokens` ids, or when `capacity` positions of the cache are
     filled. Ids of `vocab_size` and above only pad the head and are never chosen. `image`: bool [n], which embeddings
     are image tokens (see `prefill`); None: none of them. `grounding`: of the images in the prompt, for a model that
-    points by grounding tokens; their ids follow those of the vocabulary.
+    points by grounding tokens; their ids follow those of the vocabulary. `constraint`: which ids are allowed; the
+    answer ends when it is complete.
 
     Raises GenerationError, before anything runs, for a prompt that does not fit, and for NaN or infinite logits.
     """
@@ -101,10 +104,14 @@ def generate(
     grounded = None if grounding is None else grounding.begin(_states(cache))
     for step in range(most):
         scores = logits[:vocab_size] if grounded is None else grounded.logits(logits, _states(cache)[-1])
-        token = next_token(scores, sampling, random)
+        token = next_token(scores if constraint is None else constraint.masked(scores), sampling, random)
         if token == eos_id:
             return
+        if constraint is not None:
+            constraint.accept(token)
         yield token
+        if constraint is not None and constraint.complete:
+            return
         if step + 1 < most:  # the logits after the last id are not needed
             row = runtime.embed(np.array([token], dtype=np.int64)) if grounded is None else grounded.embed(token)
             logits = runtime.forward(row, cache)
@@ -124,11 +131,12 @@ def generate_batch(
     *,
     eos_id: int,
     vocab_size: int,
+    constraints: Sequence[Constraint] | None = None,
 ) -> list[list[int]]:
     """Like `generate`, for a batch of prompts; each has its own random draw. Returns the ids of each.
 
     `prefilled`: the result of `runtime.prefill_batch`, with room for `max(most)`. `most`: the limit on ids for each
-    prompt, see `most_new_tokens`.
+    prompt, see `most_new_tokens`. `constraints`: of each prompt, as in `generate`.
     """
     logits, batch = prefilled
     randoms = [np.random.default_rng(sampling.seed) for _ in most]
@@ -136,10 +144,14 @@ def generate_batch(
     unfinished = set(range(len(most)))
     while unfinished:
         for i in sorted(unfinished):
-            token = next_token(logits[i, :vocab_size], sampling, randoms[i])
+            scores, constraint = logits[i, :vocab_size], None if constraints is None else constraints[i]
+            token = next_token(scores if constraint is None else constraint.masked(scores), sampling, randoms[i])
             if token != eos_id:
                 answers[i].append(token)
-            if token == eos_id or len(answers[i]) == most[i]:
+                if constraint is not None:
+                    constraint.accept(token)
+            complete = constraint is not None and constraint.complete
+            if token == eos_id or complete or len(answers[i]) == most[i]:
                 unfinished.discard(i)
         if unfinished:  # finished prompts stay in the batch; their logits are ignored
             last = np.array([ids[-1] if ids else eos_id for ids in answers], dtype=np.int64)

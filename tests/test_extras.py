@@ -22,6 +22,7 @@ OPTIONAL = (
     "gguf",
     "jinja2",
     "llama_cpp",
+    "llguidance",
     "matplotlib",
     "mcp",
     "onnx",

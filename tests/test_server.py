@@ -6,8 +6,9 @@ import json
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 from serving import Server, chat_body, data_uri, png, serving
 
@@ -239,6 +240,28 @@ def test_several_images_are_one_prompt_of_a_model_that_takes_them() -> None:
             assert (message["content"], message["points"]) == (expected.text, expected.to_dict()["points"])
             assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
         assert {point["image"] for point in message["points"]} == {2}
+
+
+def test_openai_client_gets_answers_in_the_form_of_a_schema(cups: Server) -> None:
+    pytest.importorskip("llguidance")
+
+    class Found(pydantic.BaseModel):
+        kind: Literal["cup", "plate"]
+        full: bool
+
+    asked = chat_body("What is there?", data_uri(png()))
+    completion = client(cups).chat.completions.parse(model="molmo", response_format=Found, **asked)
+    assert isinstance(completion.choices[0].message.parsed, Found)
+    assert isinstance(client(cups).responses.parse(input="Hello", text_format=Found).output_parsed, Found)
+    format = {"type": "json_schema", "json_schema": {"name": "a", "schema": Found.model_json_schema()}}
+    chunks = events(cups.send("/v1/chat/completions", {**asked, "response_format": format, "stream": True}).body)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == completion.choices[0].message.content
+    reply = cups.send(
+        "/v1/chat/completions", {**asked, "response_format": {"type": "json_object"}, "max_tokens": 3}
+    ).json
+    assert reply["choices"][0]["message"]["content"].startswith("{")
+    assert reply["choices"][0]["finish_reason"] == "length"
 
 
 def test_models_health_and_metrics(cups: Server) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ def _answer_left(
     if not opened:  # then no model is opened
         return
     with open_molmo(model, quiet=output.quiet) as molmo, bars(quiet=output.quiet) as bar:
+        check_question(molmo, question, sampling.keywords())
         advance = bar("answering", len(left) + len(table.done), len(table.done) + tally["failed"])
         for picture, photo in opened.items():
             answered = _answer(molmo, picture, photo, left[picture], question, sampling, output, table)
@@ -119,6 +120,15 @@ def _answer(
     if output.json:
         print_json({"image": str(picture), **answer.to_dict(), "saved": None if save is None else str(save)})
     return True
+
+
+def check_question(molmo: Molmo, question: str, sampled: Mapping[str, Any]) -> None:
+    """Raise QuestionError for an invalid question or form of the answer. `sampled`: keywords of `Molmo.ask`."""
+    from molmo_edge.sdk.answer_form import answer_form
+    from molmo_edge.sdk.engine import check_text
+
+    check_text(question)
+    answer_form(molmo.engine, sampled.get("schema"), sampled.get("regex"), sampled.get("choices"))
 
 
 def _name(model: ModelOptions) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molmo_edge.cli.answer_folder import answer_folder
+from molmo_edge.cli.answer_folder import answer_folder, check_question
 from molmo_edge.cli.answer_table import check_table
 from molmo_edge.cli.open_model import open_molmo
 from molmo_edge.cli.options import ModelOptions, OutputOptions, SamplingOptions, VideoOptions
@@ -44,7 +44,7 @@ def answer_command(
     With several images, an unreadable image is reported in its place, and the exit status is 1 at the end.
     A single image that cannot be read is an error, and so is one of several that belong together.
     """
-    quiet = output.quiet
+    quiet, sampled = output.quiet, sampling.keywords()
     pictures, several = find_pictures(images)
     groups = [pictures] if together else [[picture] for picture in pictures]
     several = several and not together
@@ -75,21 +75,21 @@ def answer_command(
         raise typer.Exit(1)
     from molmo_edge.frontend.visual_prompt import UnsupportedInputError
     from molmo_edge.runtimes.generate import GenerationError
-    from molmo_edge.sdk.engine import QuestionError, check_text
+    from molmo_edge.sdk.engine import QuestionError
 
     skipped = (ImageError, PictureError, VideoError, UnsupportedInputError, QuestionError, GenerationError)
     asked = [opened] if together and len(opened) > 1 else opened
 
     failed = False
     with open_molmo(model, quiet=quiet) as molmo:
-        check_text(question)  # once for all images
+        check_question(molmo, question, sampled)  # once for all images
         for number, (group, photo, path) in enumerate(zip(groups, asked, saves, strict=True)):
             picture = group[0]
             try:
                 if isinstance(photo, MolmoEdgeError):
                     raise photo
                 with progress(f"encoding {picture.name}" if several else f"encoding the {_kind(group)}", quiet=quiet):
-                    stream = molmo.stream(photo, question, **sampling.keywords())
+                    stream = molmo.stream(photo, question, **sampled)
                 if several and not output.json:
                     print(f"{picture}:", flush=True)
                 _answer(group, stream, json=output.json, save=path, quiet=quiet, first=number == 0)

@@ -12,7 +12,7 @@ def ask(
     question: options.Question,
     *,
     model: options.ModelOptions,
-    sampling: options.SamplingOptions,
+    sampling: options.FormOptions,
     output: options.OutputOptions,
     video: options.VideoOptions,
     together: options.TogetherOption,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +74,16 @@ def _positive(value: float | None) -> float | None:
     if value is not None and not 0.0 < value < math.inf:
         raise typer.BadParameter(f"must be a positive number, got {value:g}")
     return value
+
+
+def _json_schema(path: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{path} is not a JSON file that can be read: {error}") from None
+    if not isinstance(schema, dict):
+        raise typer.BadParameter(f"{path} is not a JSON schema, which is an object")
+    return schema
 
 
 def _share(value: float) -> float:
@@ -159,6 +170,14 @@ _CSV = (
 )
 SaveDir = Annotated[Path | None, typer.Option(metavar="DIR", help=_SAVE_DIR, show_default=False)]
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help=_CSV, show_default=False)]
+_SCHEMA = "Answer with JSON that matches the JSON schema in this file."
+_REGEX = "Answer with a text that this pattern matches as a whole. The syntax is that of Rust's regex."
+_CHOICES = "Answer with one of these texts, separated by commas."
+JsonSchema = Annotated[
+    Any, typer.Option("--schema", metavar="FILE", help=_SCHEMA, parser=lambda path: _json_schema(path))
+]
+Regex = Annotated[str | None, typer.Option("--regex", metavar="PATTERN", help=_REGEX)]
+Choices = Annotated[str | None, typer.Option("--choices", metavar="A,B,...", help=_CHOICES)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors to stderr.")]
 
 
@@ -200,6 +219,25 @@ class SamplingOptions:
         if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
             return "--top-k and --top-p have no effect at --temperature 0, which always takes the most likely token"
         return None
+
+
+@dataclass(frozen=True)
+class FormOptions(SamplingOptions):
+    """How the tokens of an answer are chosen, and what form it has."""
+
+    schema: JsonSchema = None
+    regex: Regex = None
+    choices: Choices = None
+
+    def keywords(self) -> dict[str, Any]:
+        """As in SamplingOptions. Raises BadParameter for several forms."""
+        given = super().keywords()
+        forms = [f"--{name}" for name in ("schema", "regex", "choices") if given[name] is not None]
+        if len(forms) > 1:
+            raise typer.BadParameter(f"{' and '.join(forms)} cannot be used together: an answer has one form")
+        if self.choices is not None:
+            given["choices"] = [choice.strip() for choice in self.choices.split(",")]
+        return given
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,9 @@ class Tokenizer:
             first = self._text.token_to_id(bos) if isinstance(bos, str) else bos
             ids |= {"bos": end if first is None else first, "eos": end} | more
         self.special = SpecialIds(**ids)
+        listed = parsed.get("added_tokens") or []
+        # Tokens that are no text, wherever they are listed.
+        self.special_ids = frozenset({*self.special.to_dict().values(), *(t["id"] for t in listed if t["special"])})
 
     @classmethod
     def from_file(cls, path: str | Path, *, bos: int | None = None) -> Tokenizer:

@@ -13,6 +13,7 @@ from molmo_edge.sdk.streaming import Stream
 
 if TYPE_CHECKING:
     from molmo_edge.frontend.points import Point
+    from molmo_edge.sdk.answer_form import Schema
 
 _T = TypeVar("_T")
 
@@ -27,18 +28,30 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int | None
 
 
-class TurnKeywords(SamplingKeywords, total=False):
+class FormKeywords(TypedDict, total=False):
+    """The keywords that constrain an answer."""
+
+    schema: Schema | None
+    regex: str | None
+    choices: Sequence[str] | None
+
+
+class TurnKeywords(SamplingKeywords, FormKeywords, total=False):
     """The keywords of `Chat.ask`."""
 
     timeout: float | None
     trim: bool | None
 
 
-class AskKeywords(SamplingKeywords, total=False):
-    """The keywords of `Molmo.ask`."""
+class PointKeywords(SamplingKeywords, total=False):
+    """The keywords of `Molmo.point`."""
 
     history: Sequence[tuple[str, str]]
     timeout: float | None
+
+
+class AskKeywords(PointKeywords, FormKeywords, total=False):
+    """The keywords of `Molmo.ask`."""
 
 
 class AsyncStream(AsyncIterator["str | Point"], NotCopied):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from molmo_edge.errors import EngineError, MolmoEdgeError
 from molmo_edge.frontend.points import parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes.generate import Sampling, generate_batch, most_new_tokens
+from molmo_edge.sdk.answer_form import AnswerForm, AnswerFormError
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.streaming import Generated, finished, stream_answer
 
@@ -33,7 +35,11 @@ class _Prompt:
 
 
 def ask_batch(
-    engine: Engine, asks: Sequence[tuple[Any, str]], sampling: Sampling, errors: Errors
+    engine: Engine,
+    asks: Sequence[tuple[Any, str]],
+    sampling: Sampling,
+    errors: Errors,
+    form: AnswerForm | None = None,
 ) -> list[Answer | MolmoEdgeError]:
     """See `Molmo.ask_batch`."""
     results: dict[int, Answer | MolmoEdgeError] = {}
@@ -46,7 +52,7 @@ def ask_batch(
             if batch_runtime is not None:
                 prompts.append(_prompt(engine, index, image, question, sampling))
                 continue
-            stream = stream_answer(engine, image, question, sampling)
+            stream = stream_answer(engine, image, question, sampling, form=form)
         except EngineError:  # not specific to this pair
             raise
         except MolmoEdgeError as error:
@@ -54,9 +60,9 @@ def ask_batch(
                 raise
             results[index] = error
         else:
-            results[index] = stream.answer
+            results[index] = _answer(partial(getattr, stream, "answer"), errors)
     if batch_runtime is not None and prompts:
-        results |= _run(engine, batch_runtime, prompts, sampling)
+        results |= _run(engine, batch_runtime, prompts, sampling, form, errors)
     return [results[index] for index in range(len(asks))]
 
 
@@ -89,8 +95,23 @@ def _prompt(engine: Engine, index: int, image: Any, question: str, sampling: Sam
     return _Prompt(index, scene, scene is image, ids, most)
 
 
+def _answer(answer: Callable[[], Answer], errors: Errors) -> Answer | MolmoEdgeError:
+    """The answer, or with errors="return" why its text does not fit its schema. Failures of the model are raised."""
+    try:
+        return answer()
+    except AnswerFormError as error:
+        if errors == "raise":
+            raise
+        return error
+
+
 def _run(
-    engine: Engine, runtime: BatchRuntime, prompts: Sequence[_Prompt], sampling: Sampling
+    engine: Engine,
+    runtime: BatchRuntime,
+    prompts: Sequence[_Prompt],
+    sampling: Sampling,
+    form: AnswerForm | None,
+    errors: Errors,
 ) -> dict[int, Answer | MolmoEdgeError]:
     tokenizer = engine.tokenizer
     most = [prompt.most for prompt in prompts]
@@ -99,13 +120,29 @@ def _run(
     prefilled = runtime.prefill_batch(rows, max(most))
     prefill = time.perf_counter() - began
     vocab_size = engine.config.decoder.vocab_size
-    answers = generate_batch(runtime, prefilled, sampling, most, eos_id=tokenizer.special.eos, vocab_size=vocab_size)
+    constraints = None if form is None else [form.begin() for _ in prompts]
+    answers = generate_batch(
+        runtime,
+        prefilled,
+        sampling,
+        most,
+        eos_id=tokenizer.special.eos,
+        vocab_size=vocab_size,
+        constraints=constraints,
+    )
     decode = time.perf_counter() - began - prefill
     results: dict[int, Answer | MolmoEdgeError] = {}
-    for prompt, ids in zip(prompts, answers, strict=True):
+    for i, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
         text = tokenizer.decode(ids).lstrip()
-        generated = Generated(ids, text, parse_points(text), prefill, decode)
-        results[prompt.index] = finished(
-            prompt.scene, generated, len(prompt.ids), prompt.most, encoded_before=prompt.encoded_before
+        ended = constraints is not None and constraints[i].complete
+        answer = partial(
+            finished,
+            prompt.scene,
+            Generated(ids, text, parse_points(text), prefill, decode, ended=ended),
+            len(prompt.ids),
+            prompt.most,
+            encoded_before=prompt.encoded_before,
+            form=form,
         )
+        results[prompt.index] = _answer(answer, errors)
     return results

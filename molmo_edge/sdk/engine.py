@@ -20,6 +20,7 @@ from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.visual_prompt import UnsupportedInputError
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError
+from molmo_edge.runtimes.grammar import Grammars
 from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.sdk.async_worker import Worker
 from molmo_edge.sdk.encoding import encode
@@ -161,6 +162,11 @@ class Engine:
                 "Molmo(model) to save or load scenes"
             )
         return model_identity(self._directory)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles constraints on answers. Raises ModuleNotFoundError without llguidance."""
+        return Grammars(self.tokenizer, self.config.decoder.vocab_size)
 
     def scene(self, image: Any, text: int = 0) -> Scene:
         """Load, crop and encode `image` (see `Molmo`), without prefill. A Scene is returned unchanged.

@@ -17,12 +17,14 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
 from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
+from molmo_edge.sdk.answer_form import AnswerForm
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
+    from molmo_edge.runtimes.constraint import Constraint
     from molmo_edge.runtimes.protocol import Cache
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
@@ -111,10 +113,18 @@ class Generated:
     prefill: float = 0.0  # seconds to the first id
     decode: float = 0.0  # seconds from there to the end, without the time between pieces
     timed_out: bool = False  # ended before the model did
+    ended: bool = False  # by a constraint that allows nothing more
 
 
-def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling, history: History = ()) -> Stream:
-    """See `Molmo.stream`."""
+def stream_answer(
+    engine: Engine,
+    image: Any,
+    question: str,
+    sampling: Sampling,
+    history: History = (),
+    form: AnswerForm | None = None,
+) -> Stream:
+    """See `Molmo.stream`. `form`: of the answer; None: free text."""
     check_text(question)
     deadline = Deadline(sampling.timeout)
     turns = [*(text for turn in checked_history(history) for text in turn), question]
@@ -122,7 +132,7 @@ def stream_answer(engine: Engine, image: Any, question: str, sampling: Sampling,
     scene = engine.scene(image, len(ids))
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     result: list[Answer] = []
-    pieces = _answer(scene, ids, sampling, most, deadline, encoded_before=scene is image, result=result)
+    pieces = _answer(scene, ids, sampling, most, deadline, form, encoded_before=scene is image, result=result)
     return Stream(pieces, result)
 
 
@@ -132,6 +142,7 @@ def _answer(
     sampling: Sampling,
     most: int,
     deadline: Deadline,
+    form: AnswerForm | None,
     *,
     encoded_before: bool,
     result: list[Answer],
@@ -147,9 +158,20 @@ def _answer(
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
     generated = yield from generate_pieces(
-        engine, embeddings, image, cache, sampling, capacity=capacity, began=began, scene=scene, deadline=deadline
+        engine,
+        embeddings,
+        image,
+        cache,
+        sampling,
+        capacity=capacity,
+        began=began,
+        scene=scene,
+        deadline=deadline,
+        constraint=None if form is None else form.begin(),
     )
-    answer = finished(scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings))
+    answer = finished(
+        scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings), form=form
+    )
     check_in_time(generated, answer, sampling)
     result.append(answer)
 
@@ -165,12 +187,13 @@ def generate_pieces(
     began: float,
     scene: Scene,
     deadline: Deadline,
+    constraint: Constraint | None = None,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream.__init__`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
     time.perf_counter() when the prefill began. `scene`: what the answer is about. `deadline`: checked before the
-    prefill and after each token; afterwards the answer ends as if it was cut off.
+    prefill and after each token; afterwards the answer ends as if it was cut off. `constraint`: at its beginning.
     """
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
@@ -189,6 +212,7 @@ def generate_pieces(
         capacity=capacity,
         image=image,
         grounding=grounding,
+        constraint=constraint,
     )
     while True:
         generated.timed_out = deadline.passed
@@ -216,6 +240,7 @@ def generate_pieces(
     generated.points = parse_points(text, video=video) if grounding is None else grounding.points(text)
     tokens.close()
     generated.prefill, generated.decode = steps[0], sum(steps[1:])
+    generated.ended = constraint is not None and constraint.complete
     return generated
 
 
@@ -233,11 +258,13 @@ def finished(
     *,
     encoded_before: bool = True,
     prefilled: int | None = None,
+    form: AnswerForm | None = None,
 ) -> Answer:
     """Return the answer about `scene`.
 
     `prompt`: positions after the image. `most`: the limit on new tokens. `encoded_before`: leave encoding out of the
-    times. `prefilled`: positions that the decoder ran, if not all of image and prompt.
+    times. `prefilled`: positions that the decoder ran, if not all of image and prompt. Raises the error of
+    `AnswerForm.parse` for a complete text.
     """
     engine = scene.engine
     seconds = Seconds(load=engine.load_seconds, prefill=generated.prefill, decode=generated.decode)
@@ -255,16 +282,18 @@ def finished(
         new,
         seconds.total,
     )
+    complete = (generated.ended or new < most) and not generated.timed_out
     return Answer(
         text=generated.text,
         points=tuple(generated.points),
         count=len(generated.points) or None if stated is None else stated,
         token_ids=tuple(generated.token_ids),
-        complete=new < most and not generated.timed_out,
+        complete=complete,
         usage=Usage(tokens, scene.crops, seconds),
         image=scene.image,
         shown=scene.shown,
         model=engine.name,
+        parsed=form.parse(generated.text) if form is not None and complete else None,
     )
 
 

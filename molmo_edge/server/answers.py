@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: Mapping[str, Any] | None = None  # of the JSON that the answer is
     overview_only: bool = False  # use only the global view of each picture ("detail": "low")
 
 
@@ -109,6 +110,7 @@ class Answerer:
                 top_p=ask.top_p,
                 seed=ask.seed,
                 history=list(ask.history),
+                schema=ask.schema,
             )
         except MemoryError:
             raise EngineError("out of memory while the image was encoded") from None

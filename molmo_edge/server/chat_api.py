@@ -21,7 +21,7 @@ from molmo_edge.server.errors import ApiError, as_api_error
 from molmo_edge.server.queue import Cancelled
 from molmo_edge.server.running import Running, event_stream, sse
 from molmo_edge.server.service import Service
-from molmo_edge.server.unsupported import check_format, check_unused
+from molmo_edge.server.unsupported import check_unused, requested_schema
 
 _ORDINARY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -37,7 +37,7 @@ _ORDINARY: dict[str, tuple[Any, ...]] = {
 async def chat_completions(service: Service, body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     check_unused(body.model_dump(include=set(_ORDINARY)), _ORDINARY)
-    check_format(body.response_format, "response_format")
+    schema = requested_schema(body.response_format, "response_format")
     ask = await service.read(
         read_conversation([_message(message) for message in body.messages], "messages"),
         "messages",
@@ -47,6 +47,7 @@ async def chat_completions(service: Service, body: ChatRequest, request: Request
         top_k=body.top_k,
         seed=body.seed,
         stop=stop_texts(body.stop),
+        schema=schema,
     )
     running = await service.start(request, ask)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model}

@@ -23,7 +23,7 @@ from molmo_edge.server.queue import Cancelled
 from molmo_edge.server.responses_schema import InputImage, InputMessage, ResponsesRequest
 from molmo_edge.server.running import Running, event_stream, sse
 from molmo_edge.server.service import Service
-from molmo_edge.server.unsupported import check_format, check_unused
+from molmo_edge.server.unsupported import check_unused, requested_schema
 
 _ORDINARY: dict[str, tuple[Any, ...]] = {
     "tools": (),
@@ -37,7 +37,7 @@ _ORDINARY: dict[str, tuple[Any, ...]] = {
 async def responses(service: Service, body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation."""
     check_unused(body.model_dump(include=set(_ORDINARY)), _ORDINARY)
-    check_format(body.text.format if body.text else None, "text.format")
+    schema = requested_schema(body.text.format if body.text else None, "text.format")
     given = [Message("user", body.input)] if isinstance(body.input, str) else [_message(m) for m in body.input]
     system = [Message("system", body.instructions)] if body.instructions else []
     ask = await service.read(
@@ -49,6 +49,7 @@ async def responses(service: Service, body: ResponsesRequest, request: Request) 
         top_k=body.top_k,
         seed=body.seed,
         stop=stop_texts(body.stop),
+        schema=schema,
     )
     running = await service.start(request, ask)
     frame = _Frame(body, service.model)

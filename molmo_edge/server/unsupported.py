@@ -1,4 +1,4 @@
-"""Parameters of OpenAI's APIs that would change the answer, and that this server cannot honour."""
+"""Parameters of OpenAI's APIs that change the answer: its format, and those that this server cannot honour."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from typing import Any
 from molmo_edge.server.errors import bad_request
 
 
-def check_format(given: Mapping[str, Any] | None, param: str) -> None:
-    """Refuse an output format other than text. The place for constrained decoding."""
-    kind = None if given is None else given.get("type", "text")
-    if kind not in (None, "text"):
-        raise bad_request(f"{param} {str(kind)[:40]!r} is not supported: only text is", param, "unsupported_parameter")
+def requested_schema(given: Mapping[str, Any] | None, param: str) -> Mapping[str, Any] | None:
+    """The JSON schema that an output format demands; None for text. Raises ApiError for an unknown format.
+
+    Chat completions have the schema in `json_schema.schema`, responses in `schema`.
+    """
+    kind = "text" if given is None else given.get("type", "text")
+    if given is None or kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        message = f"{param} {str(kind)[:40]!r} is not supported: use text, json_object or json_schema"
+        raise bad_request(message, param, "unsupported_parameter")
+    named = given.get("json_schema", given)
+    schema = named.get("schema") if isinstance(named, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise bad_request(f"{param} has no schema, which is an object", param)
+    return schema
 
 
 def check_unused(given: Mapping[str, Any], ordinary: Mapping[str, tuple[Any, ...]]) -> None:

@@ -25,6 +25,7 @@ EXTRAS_OF = {
     "gguf": ("gguf", "train"),
     "jinja2": ("eval",),
     "llama_cpp": ("gguf",),
+    "llguidance": ("schema",),
     "matplotlib": ("eval",),
     "mcp": ("mcp",),
     "onnx": ("export", "eval", "quantize", "train"),
