@@ -346,6 +346,20 @@ def test_points_appear_one_by_one(open_page: Callable[..., Any], any_saying: Cal
 
 
 @pytest.mark.slow
+def test_an_answer_that_is_cut_off_shows_its_points_and_no_tag(
+    open_page: Callable[..., Any], any_saying: Callable[..., Molmo]
+) -> None:
+    with serving(any_saying('Here: <points x1="10.0" y1="20.0" ' + "x " * 1500, context=800)) as server:
+        page = open_page(server)
+        give_photo(page, jpeg((30, 20)))
+        page.fill("#question", "Where?")
+        page.keyboard.press("Enter")
+        page.locator(".answer .hint", has_text="The answer was cut off").wait_for()
+        assert page.locator(".text").inner_text() == "Here:"
+        assert page.locator(".mark").count() == 1
+
+
+@pytest.mark.slow
 def test_stop_frees_the_model(open_page: Callable[..., Any], any_saying: Callable[..., Molmo]) -> None:
     with serving(slow(any_saying("one " * 3000), 0.05)) as server:
         page = open_page(server)

@@ -90,7 +90,7 @@ export class AnswerCard {
   /** `note`: why the answer is not whole; "" if it is. */
   finish(note) {
     this.root.classList.remove("running");
-    this.text.textContent = readable(this.raw, true);
+    this.text.textContent = readable(this.raw, !note).trim(); // without a tag that was cut off
     if (!this.text.textContent && !this.points.length && !note) note = "The model gave no answer.";
     this.note.textContent = note;
     this.note.hidden = !note;

@@ -8,6 +8,8 @@ export class Failure extends Error {
   }
 }
 
+const MAX_TOKENS = 1024; // about 60 points; the user can stop an answer before
+
 const LOST = "The connection to the server was lost before the answer was complete.";
 const NO_SERVER = "The server does not answer. Check that molmo-edge serve still runs, then try again.";
 
@@ -27,7 +29,7 @@ export async function* chat(question, image, key, signal) {
   if (image) content.push({ type: "image_url", image_url: { url: image } });
   const headers = { "Content-Type": "application/json" };
   if (key) headers.Authorization = `Bearer ${key}`;
-  const body = JSON.stringify({ messages: [{ role: "user", content }], stream: true });
+  const body = JSON.stringify({ messages: [{ role: "user", content }], max_tokens: MAX_TOKENS, stream: true });
   let response;
   try {
     response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal });
