@@ -16,6 +16,7 @@ from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.checkpoints.tensor_sources import CheckpointError, TensorSource
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import MolmoConfig
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.training.adapters import ADAPTERS, merge
 from molmo_edge.training.lora import LoraConfig, LoraError, adapted, adapter_name, trained_whole
@@ -40,7 +41,7 @@ def stored_as(checkpoint: Path, out: Path, *, mixed: bool, file: str, dtype: tor
         from safetensors.torch import save_file
 
         save_file(tensors, out / file, metadata={"format": "pt"})
-    write_hub_config(read_config(checkpoint), out)
+    write_hub_config(read_config(checkpoint), out, Tokenizer.from_file(checkpoint / "tokenizer.json").special)
     (out / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     return out
 

@@ -13,6 +13,7 @@ from molmo_edge import Video
 from molmo_edge.checkpoints.hub_config import read_config, write_hub_config
 from molmo_edge.config import VideoConfig
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.frontend.video import sample_frames, sample_frames_evenly, sample_times
 from molmo_edge.frontend.video_files import VideoError, open_video
 
@@ -178,7 +179,7 @@ def test_the_limits_of_a_checkpoint_are_read_and_written(tmp_path: Path) -> None
     config = read_config(GOLDEN2 / "molmo2_qwen3")
     assert config.video == VideoConfig(384, 2)
     other = dataclasses.replace(config, video=VideoConfig(16, 1.0))
-    write_hub_config(other, tmp_path)
+    write_hub_config(other, tmp_path, Tokenizer.from_file(GOLDEN2 / "molmo2_qwen3" / "tokenizer.json").special)
     assert read_config(tmp_path).video == VideoConfig(16, 1.0)
     assert type(config).from_dict(json.loads(json.dumps(other.to_dict()))) == other
     assert "video" not in config.to_dict(), "bundles of earlier versions stay as they are"
