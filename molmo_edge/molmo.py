@@ -24,10 +24,12 @@ from molmo_edge.runtimes.generate import Sampling
 from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
-from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, Engine, QuestionError, Scene, check_text
+from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, ROOM, Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.model_name import model_name
 from molmo_edge.sdk.process_bound import NotCopied
+from molmo_edge.sdk.scene_store import SceneCacheError, SceneStore
 from molmo_edge.sdk.streaming import History, Stream, checked_history, stream_answer
+from molmo_edge.system.boards import parse_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +51,9 @@ class Molmo(NotCopied):
     `max_crops`: a lower limit than the model's own is faster, but the model sees less detail. `threads`: CPU threads,
     at most the cores available to this process; None: the physical cores, or a container's quota. `engine_options`:
     LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the
-    reference's training does, "white" blends with white.
+    reference's training does, "white" blends with white. `scene_cache`: a folder for encoded and prefilled images and
+    videos, which may be shared by processes: a picture with the same pixels is read from there. Files that were not
+    used for longest are removed above `scene_cache_size`, bytes or "500MB". None: no cache.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
@@ -72,6 +76,8 @@ class Molmo(NotCopied):
         threads: int | None = None,
         engine_options: LlamaOptions | None = None,
         alpha: str = "drop",
+        scene_cache: str | os.PathLike[str] | None = None,
+        scene_cache_size: int | str = "2GB",
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -82,6 +88,7 @@ class Molmo(NotCopied):
         check_alpha(alpha)
         if precision not in PRECISIONS:
             raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
+        store = None if scene_cache is None else SceneStore(scene_cache, _bytes(scene_cache_size))
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
         runtime = open_runtime(
@@ -89,7 +96,14 @@ class Molmo(NotCopied):
         )
         name = model_name(directory)
         self.engine = Engine(
-            runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, directory=directory, started=started
+            runtime,
+            tokenizer,
+            max_crops=max_crops,
+            alpha=alpha,
+            name=name,
+            directory=directory,
+            store=store,
+            started=started,
         )
 
     @classmethod
@@ -127,7 +141,7 @@ class Molmo(NotCopied):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def encode(self, image: Any, *, room: int = 512) -> Scene:
+    def encode(self, image: Any, *, room: int = ROOM) -> Scene:
         """Encode and prefill `image` once; pass the Scene wherever an image goes. A Scene is returned unchanged.
 
         `room`: positions to keep free for question and answer. If they need more, the cache is copied into a larger
@@ -135,9 +149,9 @@ class Molmo(NotCopied):
         """
         room = _check_room(room)
         scene = self.engine.scene(image)
-        return scene if scene is image else self.engine.prefill(scene, room)
+        return scene if scene is image or scene.prefilled is not None else self.engine.prefill(scene, room)
 
-    def load_scene(self, path: str | os.PathLike[str], *, room: int = 512) -> Scene:
+    def load_scene(self, path: str | os.PathLike[str], *, room: int = ROOM) -> Scene:
         """Load a Scene that `Scene.save` wrote, without running vision tower or decoder. `room`: see `encode`.
 
         Raises SceneFileError for a file that is damaged, of a newer version, or saved with another model, engine or
@@ -286,7 +300,7 @@ class Molmo(NotCopied):
         """
         return AsyncStream(self.engine.worker, lambda: self.stream(image, question, **options))
 
-    async def encode_async(self, image: Any, *, room: int = 512) -> Scene:
+    async def encode_async(self, image: Any, *, room: int = ROOM) -> Scene:
         """`await` the Scene of `encode` without blocking the event loop."""
         return await self.engine.worker.run(lambda: self.encode(image, room=room))
 
@@ -429,6 +443,15 @@ class Molmo(NotCopied):
         asks = same_question(images, caption_question())
         answers: list[Answer | MolmoEdgeError] = cast("Any", self.ask_batch)(asks, errors=errors, **options)
         return answers
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        return size if isinstance(size, int) else parse_bytes(size)
+    except (TypeError, ValueError):
+        raise SceneCacheError(
+            f"the size of the scene cache must be bytes or as in 2GB or 500MB, not {size!r}"
+        ) from None
 
 
 def _check_room(room: int) -> int:

@@ -21,7 +21,8 @@ from molmo_edge.sdk.readable_text import counted
 if TYPE_CHECKING:
     from molmo_edge.molmo import Molmo
 
-_SAME_ANSWERS = ("model", "revision", "device", "threads", "llama")  # options that are not in the table's `options`
+# Options that are not in the table's `options`.
+_SAME_ANSWERS = ("model", "revision", "device", "threads", "llama", "yes", "scene_cache", "scene_cache_size")
 
 
 def answer_folder(

@@ -11,7 +11,7 @@ def ask(
     images: options.Images,
     question: options.Question,
     *,
-    model: options.ModelOptions,
+    model: options.CachedModelOptions,
     sampling: options.FormOptions,
     output: options.OutputOptions,
     video: options.VideoOptions,

@@ -10,7 +10,7 @@ from molmo_edge.cli.answering import answer_command
 def caption(
     images: options.Images,
     *,
-    model: options.ModelOptions,
+    model: options.CachedModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
     video: options.VideoOptions,

@@ -35,7 +35,7 @@ _KEPT_LINES = 1000  # of the history file
 def chat(
     images: options.ChatImages,
     *,
-    model: options.ModelOptions,
+    model: options.CachedModelOptions,
     sampling: options.SamplingOptions,
     video: options.VideoOptions,
     history: Annotated[

@@ -11,7 +11,7 @@ def count(
     images: options.Images,
     label: options.Label,
     *,
-    model: options.ModelOptions,
+    model: options.CachedModelOptions,
     sampling: options.SamplingOptions,
     output: options.OutputOptions,
     video: options.VideoOptions,

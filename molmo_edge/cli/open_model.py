@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molmo_edge.cli.options import llama_options
+from molmo_edge.cli.options import CachedModelOptions, llama_options
 from molmo_edge.cli.output import note, progress
 from molmo_edge.errors import MolmoEdgeError
 
@@ -51,6 +51,9 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
 
     # Before the spinner: a download shows its own progress bars.
     directory = find_model(options.model, revision=options.revision, quiet=quiet, ask=not options.yes)
+    cache: dict[str, Any] = {}
+    if isinstance(options, CachedModelOptions):
+        cache = {"scene_cache": options.scene_cache, "scene_cache_size": options.scene_cache_size}
     with progress("opening the model", quiet=quiet):
         return Molmo(
             directory,
@@ -60,4 +63,5 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
             alpha=options.alpha,
             threads=options.threads,
             engine_options=llama_options(options.llama),
+            **cache,
         )

@@ -64,6 +64,16 @@ def llama_options(text: str | None) -> LlamaOptions | None:
     return None if text is None else LlamaOptions.parse(text)
 
 
+def _size(text: str) -> str:
+    from molmo_edge.system.boards import parse_bytes
+
+    try:
+        parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"must be a finite number, got {value:g}")
@@ -135,6 +145,11 @@ _LLAMA = (
     "Options of llama.cpp for a GGUF bundle, separated by commas: gpu_layers=N, cache=f16|q8_0|..., "
     "flash_attention=yes|no, repack=yes|no. Default: chosen for the machine."
 )
+_SCENE_CACHE = (
+    "A folder in which encoded photos are kept, so that a later command about the same photo does not encode it again. "
+    "Default: none."
+)
+_SCENE_CACHE_SIZE = "Size of the folder, 2GB. Photos that were not asked about for longest are removed first."
 Model = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a model is downloaded.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")]
@@ -144,6 +159,11 @@ MaxCrops = Annotated[int | None, typer.Option(min=0, help=_MAX_CROPS)]
 Alpha = Annotated[str, typer.Option(help=_ALPHA, callback=_one_of("alpha"))]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
+
+SceneCache = Annotated[Path | None, typer.Option("--scene-cache", metavar="DIR", help=_SCENE_CACHE, show_default=False)]
+SceneCacheSize = Annotated[
+    str, typer.Option("--scene-cache-size", metavar="SIZE", help=_SCENE_CACHE_SIZE, callback=_size)
+]
 
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer in tokens. Default: 384.")]
 _TEMPERATURE = "Sampling temperature. 0 always takes the most likely token."
@@ -194,6 +214,14 @@ class ModelOptions:
     threads: Threads = None
     llama: Llama = None
     yes: Yes = False
+
+
+@dataclass(frozen=True)
+class CachedModelOptions(ModelOptions):
+    """Which model a command opens, how, and where it keeps encoded images."""
+
+    scene_cache: SceneCache = None
+    scene_cache_size: SceneCacheSize = "2GB"
 
 
 @dataclass(frozen=True)

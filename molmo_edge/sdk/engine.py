@@ -28,6 +28,7 @@ from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.readable_text import counted
 from molmo_edge.sdk.scene_file import SceneFileError, StoredScene, read_scene, write_scene
+from molmo_edge.sdk.scene_store import SceneStore, scene_key
 from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.sdk.shown import Shown
 from molmo_edge.system.log import logger
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
+ROOM = 512  # free positions in the cache of a scene; more are added when an answer needs them
 
 
 class QuestionError(MolmoEdgeError):
@@ -124,15 +126,17 @@ class Engine:
         alpha: str = "drop",
         name: str | None = None,
         directory: Path | None = None,
+        store: SceneStore | None = None,
         started: float | None = None,
     ) -> None:
         """`alpha`: see `load_image`. `name`: the model's, for answers. `directory`: its files, to save scenes.
+        `store`: where scenes are kept.
 
         `started`: time.perf_counter() when loading began, None: now.
         """
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
-        self._directory = directory
+        self._directory, self._store = directory, store
         self.worker = Worker()
         image = runtime.config.image
         if max_crops is not None:
@@ -169,7 +173,9 @@ class Engine:
         return Grammars(self.tokenizer, self.config.decoder.vocab_size)
 
     def scene(self, image: Any, text: int = 0) -> Scene:
-        """Load, crop and encode `image` (see `Molmo`), without prefill. A Scene is returned unchanged.
+        """Load, crop and encode `image` (see `Molmo`). A Scene is returned unchanged.
+
+        Without a scene cache the image is not prefilled yet; a scene from the cache, or for it, is.
 
         `text`: positions that the question takes. Raises QuestionError for a Scene of another Molmo, and before
         anything is encoded QuestionError or GenerationError for what does not fit into the model's context.
@@ -182,6 +188,17 @@ class Engine:
         inputs = read_inputs(image, self.config, alpha=self.alpha)
         prompt = inputs.prompt(self.process, self.tokenizer)
         self._check_room(inputs, prompt, text)
+        if (store := self._store) is None:
+            return self._encoded(inputs, prompt, started)
+        key = scene_key(inputs, self.identity, self.process.config.max_crops)
+        scene = store.get(key, lambda path: self.load(path, ROOM))
+        if scene is not None:
+            return dataclasses.replace(scene, seconds=Seconds(preprocess=time.perf_counter() - started))
+        scene = self.prefill(self._encoded(inputs, prompt, started), ROOM)
+        store.put(key, scene.save)
+        return scene
+
+    def _encoded(self, inputs: Inputs, prompt: VisualPrompt, started: float) -> Scene:
         encoded = encode(self.runtime, self.process, inputs, prompt)
         seconds = Seconds(preprocess=time.perf_counter() - started - encoded.vision, vision=encoded.vision)
         return Scene(

@@ -269,7 +269,11 @@ def finished(
     engine = scene.engine
     seconds = Seconds(load=engine.load_seconds, prefill=generated.prefill, decode=generated.decode)
     if not encoded_before:
-        seconds = dataclasses.replace(seconds, preprocess=scene.seconds.preprocess, vision=scene.seconds.vision)
+        spent = scene.seconds
+        total = generated.prefill + spent.prefill
+        seconds = dataclasses.replace(seconds, preprocess=spent.preprocess, vision=spent.vision, prefill=total)
+        if prefilled is not None and spent.prefill:  # for the scene cache
+            prefilled += len(scene.embeddings)
     stated = parse_count(generated.text)
     image, new = len(scene.embeddings), len(generated.token_ids)
     tokens = Tokens(image, prompt, new, image + prompt if prefilled is None else prefilled)
