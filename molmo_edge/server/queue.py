@@ -77,6 +77,10 @@ class Ticket:
         except RuntimeError:  # the event loop has ended, and with it every client
             self._cancelled = self._cancelled or Cancelled()
 
+    def done(self) -> None:
+        """Forget the job and what it holds."""
+        self.job, self._stop = _nothing, None
+
     def fail(self, error: Exception) -> None:
         """Add an error as the last event."""
         self.put(_Failed(error))
@@ -158,8 +162,11 @@ class ModelQueue:
                     break
                 ticket.put(event)
         except Exception as error:
-            ticket.fail(error)
+            # The traceback holds the scene, and the ticket would hold both until the garbage collector runs.
+            if not ticket.cancelled:
+                ticket.fail(error)
         finally:
             close = getattr(events, "close", None)
             if close is not None:
                 close()
+            ticket.done()
