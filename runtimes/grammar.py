@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,10 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separ
 
 class GrammarError(MolmoEdgeError):
     """A JSON schema or a regular expression that is not valid, or that llguidance does not support."""
+
+
+class ConstraintFailed(GenerationError):  # noqa: N818 (a state, not a mistake)
+    """A grammar that cannot go on within an answer, for example because it is too complex."""
 
 
 class GrammarConstraint:
@@ -48,7 +52,7 @@ class GrammarConstraint:
         return masked
 
     def accept(self, token: int) -> None:
-        """Advance by an id that is allowed. Raises GenerationError for one that is not."""
+        """Advance by an id that is allowed. Raises ConstraintFailed for one that is not."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -58,7 +62,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GenerationError(f"the constraint on the answer failed: {_reason(self._matcher.get_error())}")
+            raise ConstraintFailed(f"the constraint on the answer failed: {_reason(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -78,8 +82,9 @@ class Grammars:
             body = json.dumps({**schema, "x-guidance": style}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
-        space = f"/{self._space}/ " if self._space else ""
-        return self._constraint(f"start: {space}body\nbody: %json {body}", "schema")
+        return self._constraint(
+            lambda space: f"start: {f'/{space}/ ' if space else ''}body\nbody: %json {body}", "schema"
+        )
 
     def regex(self, pattern: str) -> GrammarConstraint:
         """A constraint to text that `pattern`, in the syntax of Rust's regex, matches as a whole. Raises GrammarError.
@@ -91,15 +96,19 @@ class Grammars:
         pattern = pattern.removeprefix("^")
         if re.search(r"(?<!\\)(\\\\)*\$$", pattern):  # not an escaped dollar
             pattern = pattern[:-1]
-        return self._constraint(LLMatcher.grammar_from_regex(f"{self._space}(?:{pattern})"), "regex")
+        return self._constraint(lambda space: LLMatcher.grammar_from_regex(f"{space}(?:{pattern})"), "regex")
 
-    def _constraint(self, grammar: str, what: str) -> GrammarConstraint:
+    def _constraint(self, grammar: Callable[[str], str], what: str) -> GrammarConstraint:
+        """`grammar`: with this pattern before it."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        matcher = LLMatcher(self._tokens, grammar(""), log_level=0)
         if matcher.is_error():
             raise GrammarError(f"the {what} cannot be used: {_reason(matcher.get_error())}")
-        return GrammarConstraint(matcher)
+        first = matcher.deep_copy()
+        if not any(first.compute_logit_bias()) or first.is_error():
+            raise GrammarError(f"the {what} cannot be used: no text matches it")
+        return GrammarConstraint(LLMatcher(self._tokens, grammar(self._space), log_level=0) if self._space else matcher)
 
 
 class _Vocabulary:

@@ -212,6 +212,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"schema": {"const": float("nan")}}, "not JSON"),
     ({"schema": {"const": object()}}, "not JSON"),
     ({"schema": {"enum": ["\ud800"]}}, "schema"),
+    ({"schema": {"$ref": "#"}}, "no text matches"),
+    ({"schema": functools.reduce(lambda inner, _: {"items": inner}, range(5000), {})}, "too deeply"),
     ({"schema": 3}, "dict"),
     ({"schema": "{}"}, "dict"),
     ({"regex": "a("}, "the regex cannot be used: unclosed group"),

@@ -69,6 +69,7 @@ MESSAGES = [
     ({**GOOD, "logprobs": True}, "not supported", "logprobs"),
     ({**GOOD, "frequency_penalty": 0.5}, "not supported", "frequency_penalty"),
     ({**GOOD, "response_format": {"type": "grammar"}}, "use text, json_object", "response_format"),
+    ({**GOOD, "response_format": {"type": "json_schema", "schema": {"$ref": "#"}}}, "no text matches", None),
     ({**GOOD, "response_format": {"type": "json_schema"}}, "no schema", "response_format"),
     ({**GOOD, "response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "no schema", None),
     ({**GOOD, "response_format": {"type": "json_schema", "schema": {"type": "x"}}}, "Invalid type", None),

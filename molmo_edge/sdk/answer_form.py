@@ -59,6 +59,8 @@ def answer_form(
         )
     except GrammarError as error:
         raise QuestionError(first_line(error)) from None
+    except RecursionError:
+        raise QuestionError("the schema cannot be used: it is nested too deeply") from None
     return AnswerForm(constraint.copy, read)
 
 

@@ -11,6 +11,7 @@ from molmo_edge.errors import EngineError, MolmoEdgeError, first_line
 from molmo_edge.frontend.points import Point, parse_count, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
+from molmo_edge.runtimes.grammar import ConstraintFailed
 from molmo_edge.sdk.engine import Scene
 from molmo_edge.sdk.shown import Shown
 from molmo_edge.sdk.streaming import Stream
@@ -119,6 +120,8 @@ class Answerer:
         ticket.on_cancel(stream.close)
         try:
             yield from self._generate(molmo, scene, ask, stream, began, kept=kept is not None)
+        except ConstraintFailed as error:  # the schema is too complex
+            raise as_api_error(error) from error
         except MolmoEdgeError as error:
             # After the start it is the model that failed, not the request.
             raise EngineError(first_line(error)) from error
