@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import pytest
 from serving import Server, chat_body, data_uri, png, serving
 
@@ -16,6 +15,7 @@ from molmo_edge import Molmo
 from molmo_edge.server.stop_sequences import StopSequences
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 
 GOLDEN2 = Path(__file__).parent / "golden2"
 CUPS = '<points x1="10.0" y1="20.0" x2="30.5" y2="40.0" alt="cups">cups</points>'
