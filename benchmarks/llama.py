@@ -111,7 +111,7 @@ class _Alone:
     """llama.cpp used as in its own examples: ids in, a pointer to the logits out."""
 
     def __init__(self, model: Any, room: int) -> None:
-        self._api, self._context = model.api, model.new_context(room)
+        self._api, self._context = model.api, model.new_context(room, min(model.at_once, room))
 
     def clear(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)

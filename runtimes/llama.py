@@ -209,7 +209,10 @@ class LlamaRuntime:
 
 
 def _image_block(config: MolmoConfig) -> int:
-    """The most positions of an image that attend to each other in both directions; 0 for a causal decoder."""
+    """The most positions of an image that attend to each other in both directions; 0 for a causal decoder.
+
+    With the model's own limit on crops. A cache makes room for more when it gets more.
+    """
     if not config.decoder.bidirectional_images:
         return 0
     most = config.image.max_crops
@@ -259,6 +262,8 @@ class LlamaCache:
         `block`: the rows attend to each other in both directions; they run at once.
         """
         self._forget_rest()
+        if block and len(embeddings) > self.context.at_once:  # more crops than the model's own limit
+            self._move_out(len(embeddings))
         done, size, states = self.length, len(embeddings) if block else CHUNK, []
         for start in range(0, len(embeddings), size):
             part = embeddings[start : start + size]
@@ -289,7 +294,7 @@ class LlamaCache:
     def _run(self, part: np.ndarray, start: int, block: bool) -> tuple[np.ndarray, np.ndarray | None]:
         found = self.context.run(self._sequence, part, start, block=block)
         if found is None:  # the sequences that share the context have filled it
-            self._move_out()
+            self._move_out(len(part))
             found = self.context.run(self._sequence, part, start, block=block)
         if found is None:
             raise EngineError("llama.cpp has no room for these positions")
@@ -301,17 +306,20 @@ class LlamaCache:
             self.context.forget(self._sequence, self.length)
             self._filled = self.length
 
-    def _elsewhere(self, capacity: int) -> tuple[LlamaContext, int]:
-        """Return a new context for `capacity` positions with the contents of this cache, and the sequence there."""
-        context = LlamaContext(self.context.model, capacity, self.context.watch)
+    def _elsewhere(self, capacity: int, block: int = 0) -> tuple[LlamaContext, int]:
+        """Return a new context with the contents of this cache, and the sequence there.
+
+        `capacity`, `block`: as in LlamaContext.
+        """
+        context = LlamaContext(self.context.model, capacity, self.context.watch, block)
         sequence = context.new_sequence()
         assert sequence is not None
         context.restore(sequence, self.context.state(self._sequence))
         return context, sequence
 
-    def _move_out(self) -> None:
+    def _move_out(self, block: int) -> None:
         # Complete the new place before giving up the old one.
-        there, leave = self._elsewhere(self.capacity), self._drop
+        there, leave = self._elsewhere(self.capacity, block), self._drop
         self._take(*there)
         leave()
 

@@ -34,16 +34,20 @@ _ABORTABLE = 16  # positions; a shorter run ends before anyone could interrupt i
 class LlamaContext:
     """A llama_context: memory for `capacity` positions, shared by up to 16 caches. Threads take turns."""
 
-    def __init__(self, model: LlamaModel, capacity: int, watch: Any = None) -> None:
-        """`watch`: see `molmo_edge.runtimes.llama.open_watched`."""
+    def __init__(self, model: LlamaModel, capacity: int, watch: Any = None, block: int = 0) -> None:
+        """`watch`: see `molmo_edge.runtimes.llama.open_watched`.
+
+        `block`: positions that have to run at once, where that is more than the model reserves memory for.
+        """
         self.model, self.capacity, self.watch = model, capacity, watch
+        self.at_once = min(max(model.at_once, block), capacity)
         self.dropped: deque[int] = deque()  # sequences of deleted caches; any thread may append
         self._free = list(range(_SEQUENCES))
         self._lock = threading.RLock()
         self._api = model.api
         self._states = None if model.states is None else StateReader(*model.states)
         callback = watch if self._states is None else self._states.callback
-        self._pointer = model.new_context(capacity, callback, every=watch is not None)
+        self._pointer = model.new_context(capacity, self.at_once, callback, every=watch is not None)
         forks.finalize(self, _free_context, model, self._pointer)
         self._memory = self._api.llama_get_memory(self._pointer)
         abort = self.abort = threading.Event()  # a callback that held `self` would keep it alive
@@ -103,8 +107,10 @@ class LlamaContext:
         """Append [n, d_model] at position `start`. `block`: the rows attend to each other in both directions.
 
         Returns the logits [n_vocab] of the last position and, for a model with `states`, the states [n, d_model] of
-        all; None without room. Raises EngineError.
+        all; None without room. Raises EngineError, also for more than `at_once` rows.
         """
+        if len(embeddings) > self.at_once:  # llama.cpp would abort the process
+            raise EngineError(f"llama.cpp cannot run {len(embeddings)} positions at once here, only {self.at_once}")
         with self._lock:
             self._collect()
             take_errors()
@@ -182,12 +188,12 @@ class LlamaModel:
         block: int = 0,
         states: tuple[int, int] | None = None,
     ) -> None:
-        """`block`: positions that attend to each other in both directions, and so have to run at once.
+        """`block`: positions that usually attend to each other in both directions, and so have to run at once.
 
         `states`: a layer whose output each run returns, and its width.
         """
         self.api, self.states = load_library(), states
-        self._at_once = max(CHUNK, block)
+        self.at_once = max(CHUNK, block)
         self._threads, self._gpu, self._options = threads, gpu, options
         params = self.api.llama_model_default_params()
         layers = -1 if options.gpu_layers is None else options.gpu_layers
@@ -209,14 +215,15 @@ class LlamaModel:
         # A single thread, so that llama.cpp keeps the threads it starts.
         self.runner = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-llama")
 
-    def new_context(self, capacity: int, watch: Any = None, *, every: bool = False) -> Any:
+    def new_context(self, capacity: int, at_once: int, watch: Any = None, *, every: bool = False) -> Any:
         """Return the pointer of a new llama_context. Raises EngineError if there is not enough memory.
 
-        `watch`: an evaluation callback. `every`: reserve memory for the logits of every position.
+        `at_once`: the most positions of one run. `watch`: an evaluation callback. `every`: reserve memory for the
+        logits of every position.
         """
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
-        params.n_batch = params.n_ubatch = min(self._at_once, capacity)
+        params.n_batch = params.n_ubatch = at_once
         params.n_seq_max = params.n_outputs_max = _SEQUENCES
         if watch is not None:
             params.cb_eval = watch

@@ -25,8 +25,10 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
 from molmo_edge.export import export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
+from molmo_edge.frontend.crops import image_token_count
 from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import open_runtime
+from molmo_edge.runtimes.llama_native import LlamaContext
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.protocol import ImageBlockRuntime
 
@@ -125,6 +127,35 @@ def test_llama_cpp_refuses_images_with_text_between_them(bundles: Any, name: str
     rows = np.zeros((len(inputs.ids), runtime.config.decoder.d_model), np.float32)
     with pytest.raises(EngineError, match="export the decoder to ONNX"):
         runtime.prefill_image(rows, inputs.block, runtime.new_cache(len(rows)))
+    runtime.close()
+
+
+def test_llama_cpp_takes_more_crops_than_the_models_own(bundles: Any) -> None:
+    """Their block exceeds the batch that llama.cpp reserves, which would abort the process."""
+    pytest.importorskip("llama_cpp")
+    options = LlamaOptions(cache="f32", flash_attention=False)
+    runtime = open_runtime(bundles("molmo2_qwen3", "gguf"), threads=1, engine_options=options)
+    exact = open_runtime(bundles("molmo2_qwen3", "torch"), threads=1)
+    config = runtime.config.image
+    own = max(image_token_count(config, tiling) for tiling in ((1, config.max_crops), (config.max_crops, 1)))
+    rows = np.random.default_rng(0).standard_normal((own + 300, runtime.config.decoder.d_model)).astype(np.float32)
+    for start in (0, 1):  # without and with BOS before the image
+        image = (np.arange(len(rows)) >= start) & (np.arange(len(rows)) < own + 200)
+        found, expected = (
+            cast(ImageBlockRuntime, one).prefill_image(rows, image, one.new_cache(len(rows)))
+            for one in (runtime, exact)
+        )
+        assert _relative(found, expected) < TOLERANCE
+    for one in (runtime, exact):
+        one.close()
+
+
+def test_llama_cpp_refuses_a_run_that_exceeds_its_batch(bundles: Any) -> None:
+    pytest.importorskip("llama_cpp")
+    runtime: Any = open_runtime(bundles("molmo2_qwen3", "gguf"), threads=1)
+    context = LlamaContext(runtime.model, 100)
+    with pytest.raises(EngineError, match="101 positions at once here, only 100"):
+        context.run(0, np.zeros((101, runtime.config.decoder.d_model), np.float32), 0)
     runtime.close()
 
 
