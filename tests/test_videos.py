@@ -70,6 +70,14 @@ def test_frames_in_memory_are_those_selected() -> None:
     assert (len(timed), timed.duration, repr(timed)) == (3, 9.0, "Video(3 frames, 9.0 s)")
 
 
+def test_the_limit_on_frames_holds_for_two_frames() -> None:
+    frames = [np.full((4, 6, 3), n, np.uint8) for n in range(2)]
+    for sampling in ("reference", "transformers"):
+        for given in ({"fps": 2}, {"times": [0, 0.5]}):
+            selected = Video(frames, **given, max_frames=1, sampling=sampling).select(VideoConfig())
+            assert (len(list(selected.read())), selected.times) == (1, (0.0,))
+
+
 def test_a_file_gives_the_frames_that_are_shown_at_the_times_of_the_reference(clip: Path) -> None:
     video = Video.open(clip)
     assert (len(video), video.duration) == (N, pytest.approx(N / FPS))

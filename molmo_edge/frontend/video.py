@@ -47,7 +47,7 @@ def sample_frames(total: int, fps: float, *, max_frames: int, max_fps: float = 2
     reference, frames of a video with fewer than `max_fps` frames per second are repeated.
     """
     last = total - 1
-    if total <= 2:
+    if total <= min(2, max_frames):
         return list(range(total))
     if total / fps > (max_frames - 1) / max_fps:
         return [int(frame) for frame in np.linspace(0, last, min(max_frames, total))]
