@@ -207,6 +207,14 @@ def test_a_frame_with_thousands_of_digits_is_no_image() -> None:
     assert parse_points(f'<points coords="{"1" * 5000} 1 100 200">a</points>') == [Point(10, 20, "a")]
 
 
+@pytest.mark.parametrize(("frame", "video"), [("1" * 400, True), ("1" * 400 + ".5", False)])
+def test_a_time_of_hundreds_of_digits_is_no_time(frame: str, video: bool) -> None:
+    """As a float it is infinite, which JSON does not have."""
+    text = f'<points coords="{frame} 1 100 200">a</points>'
+    assert parse_points(text, video=video) == [Point(10, 20, "a")]
+    assert StreamParser(video=video).feed(text) == [Point(10, 20)]
+
+
 def test_points_carry_label_image_and_time() -> None:
     text = 'There are 3 <points alt="a cup" coords="1 1 100 200;2 2 300 400 3 1000 000">cups</points>.'
     assert parse_points(text) == [

@@ -13,6 +13,7 @@ Molmo2 writes `<points coords="1 1 105 200 2 ...">cups</points>`, see coords_poi
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -165,7 +166,8 @@ def _coords_point(point: CoordsPoint, video: bool) -> Point:
     x, y = point.x / 10, point.y / 10
     try:
         if "." in point.frame or video:
-            return Point(x, y, time=float(point.frame))
+            time = float(point.frame)
+            return Point(x, y, time=time) if math.isfinite(time) else Point(x, y)
         return Point(x, y, image=int(point.frame))
     except ValueError:  # "1.5.2", or thousands of digits: the reference raises here
         return Point(x, y)
