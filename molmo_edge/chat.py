@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from molmo_edge.answer import Answer
-from molmo_edge.frontend.grounding_tokens import written_out
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
@@ -266,7 +265,7 @@ class Chat(NotCopied):
             return answer.text
         if grounding is None or all(token < grounding.token_ids.first for token in answer.token_ids):
             return answer.token_ids
-        return written_out(answer.text, answer.points)
+        return grounding.with_coordinates(answer.text)
 
     def _check(self, turn: int) -> None:
         if turn != self._turn:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from molmo_edge.config import PointHeadConfig
-from molmo_edge.frontend.grounding_tokens import TRIPLE, UNNUMBERED, GroundingIds, decode_grounding
+from molmo_edge.frontend.grounding_tokens import TRIPLE, UNNUMBERED, GroundingIds, decode_grounding, with_coordinates
 from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.runtimes.protocol import PointRuntime
 
@@ -205,6 +205,16 @@ class GroundingInputs:
         if self.times is not None:
             return [Point(100 * p.x, 100 * p.y, time=self.times[p.frame]) for p in found]
         return [Point(100 * p.x, 100 * p.y, image=p.frame + 1) for p in found]
+
+    def with_coordinates(self, text: str) -> str:
+        """An answer with coordinates in place of its grounding tokens, in the grammar that the model writes points in.
+
+        It can be read without the images: by scores, and by the model as an earlier answer.
+        """
+        if self.writes_digits:
+            writer = DigitWriter(self)
+            return writer.feed(text) + writer.close()
+        return with_coordinates(text, self.points, numbered=self.numbered)
 
 
 def _closed_tags(text: str) -> Iterator[tuple[int, int, str]]:

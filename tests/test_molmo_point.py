@@ -27,7 +27,8 @@ from molmo_edge.errors import EngineError
 from molmo_edge.export import CheckPhoto, export_bundle
 from molmo_edge.export.bundle_weights import BundleTensors
 from molmo_edge.frontend.crops import stitched_patches
-from molmo_edge.frontend.grounding_tokens import decode_grounding, written_out
+from molmo_edge.frontend.grounding_tokens import decode_grounding
+from molmo_edge.frontend.points import parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.runtimes import open_runtime
@@ -277,10 +278,14 @@ def test_a_chat_gives_earlier_points_as_numbers(molmo: Molmo) -> None:
     first = chat.ask(case["question"], max_new_tokens=20)
     assert first.points
     second = chat.ask("And now?", max_new_tokens=8)
-    history = [(case["question"], written_out(first.text, first.points))]
-    assert "<POINT_" not in history[0][1]
+    assert not first.complete
+    assert chat.scene.grounding is not None
+    text = chat.scene.grounding.with_coordinates(first.text)
+    assert [(p.x, p.y) for p in parse_points(text)] == sorted((round(p.x, 1), round(p.y, 1)) for p in first.points)
+    history = [(case["question"], text)]
     again = molmo.ask(chat.scene, "And now?", history=history, max_new_tokens=8)
     assert second.token_ids == again.token_ids
+    assert second.usage.tokens.prompt == again.usage.tokens.prompt
 
 
 TRIPLES = "<POINT_300><POINT_727><POINT_734>1<POINT_500><POINT_728><POINT_738>2<POINT_725>"
@@ -310,9 +315,11 @@ def test_a_point_comes_with_the_first_digit_of_its_number(inputs: GroundingInput
     whole = inputs.points("".join(pieces))
     assert [point for points in found for point in points] == _unlabelled(whole)
     assert {point.label for point in whole} == {"a & b"}
-    assert written_out(f'<points coords="{TRIPLES}">x</points>', whole) == (
-        f'<points coords="{";".join(_numbers(n, p) for n, p in enumerate(whole, 1))}">x</points>'
-    )
+    coordinates = ";".join(_numbers(n, p) for n, p in enumerate(whole, 1))
+    for tokens in (TRIPLES, f"<POINT_300><POINT_9999><POINT_734>1{TRIPLES}"):  # the first slot does not exist
+        assert inputs.with_coordinates(f'<points coords="{tokens}">x</points>') == (
+            f'<points coords="{coordinates}">x</points>'
+        )
 
 
 def test_points_outside_of_closed_tags_have_no_label(inputs: GroundingInputs) -> None:

@@ -16,13 +16,13 @@ pytest.importorskip("torch")
 
 from molmo_edge import Molmo, Point
 from molmo_edge.evaluation.ablation import Bench, ablate, parts_of
-from molmo_edge.evaluation.answer_runs import with_coordinates
 from molmo_edge.evaluation.comparison import log_softmax
 from molmo_edge.evaluation.loss import Loss, ModelSpec, measure_loss
 from molmo_edge.evaluation.pointing import is_valid_point_answer
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.evaluation.sharded_run import ask_shard, count_answered, merge_shards
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
+from molmo_edge.frontend.grounding_tokens import TRIPLE, with_coordinates
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.points import parse_points
 from molmo_edge.runtimes.generate import Sampling
@@ -87,14 +87,22 @@ def test_an_answer_is_that_of_the_reference_with_coordinates(loss: Loss) -> None
 
 
 def test_coordinates_take_the_place_of_grounding_tokens() -> None:
-    points = [Point(10, 20, "cup", image=1), Point(30, 40, "cup", image=1)]
+    places = {"1": Point(10, 20, image=1), "2": Point(30, 40, image=1)}
+
+    def points_of(text: str) -> list[Point]:
+        return [places[triple[1]] for triple in TRIPLE.finditer(text) if triple[1] in places]
+
     triples = "<POINT_1><POINT_9><POINT_13>1<POINT_2><POINT_9><POINT_13>2"
     tag = '<points coords="1 1 100 200;1 2 300 400">cup</points>'
-    assert with_coordinates(f'I see <points coords="{triples}<POINT_8>">cup</points>.', points) == f"I see {tag}."
+    assert with_coordinates(f'I see <points coords="{triples}<POINT_8>">cup</points>.', points_of) == f"I see {tag}."
+    padding = "<POINT_3><POINT_9><POINT_13>1"
+    for skipped in (padding + triples, triples + padding, triples.replace("1<POINT_2>", f"1{padding}<POINT_2>")):
+        assert with_coordinates(f'<points coords="{skipped}">cup</points> ;"', points_of) == f'{tag} ;"'
     for cut in (f'<points coords="{triples}', triples):
-        found = with_coordinates(cut, points)
+        found = with_coordinates(cut, points_of)
         assert [(p.x, p.y) for p in parse_points(found)] == [(10, 20), (30, 40)]
-    assert with_coordinates("None.", []) == "None."
+    assert with_coordinates("None.", points_of) == "None."
+    assert with_coordinates(f"{padding} at (10.0, 20.0)", points_of) == " at (10.0, 20.0)"
 
 
 @pytest.mark.parametrize(

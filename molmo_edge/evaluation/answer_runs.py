@@ -9,10 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.frontend.coords_points import format_coords
 from molmo_edge.frontend.crops import Overview
-from molmo_edge.frontend.grounding_tokens import written_out
-from molmo_edge.frontend.points import Point, parse_points
 from molmo_edge.frontend.prompts import Prompt, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import PartedRuntime
@@ -33,21 +30,6 @@ class ImageInputs:
     overview: Overview | None = None
     pooling: np.ndarray | None = None  # see PreparedImage
     grid: np.ndarray | None = None  # int [rows, cols], the patches that tile the image; for grounding tokens
-
-
-def with_coordinates(text: str, points: Sequence[Point]) -> str:
-    """An answer with grounding tokens as all scores can read it: `parse_points` finds `points` in it.
-
-    Coordinates take the place of the tokens. If these are not in a tag, as in an answer that was cut or is wrong, the
-    result is a tag of all points alone.
-    """
-    written = written_out(text, points)
-    if len(parse_points(written)) == len(points):
-        return written
-    frames: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        frames.setdefault(str(point.image or 1), []).append((point.x / 100, point.y / 100))
-    return format_coords(frames, points[0].label if points else "")
 
 
 class PrefilledImage:
@@ -108,7 +90,7 @@ class PrefilledImage:
             else:
                 text, plain = text + self.tokenizer.decode(plain) + tokens.token(i), []
         text = (text + self.tokenizer.decode(plain)).lstrip()
-        return with_coordinates(text, self._grounding.points(text))
+        return self._grounding.with_coordinates(text)
 
     def are_grounding(self, ids: Sequence[int]) -> np.ndarray | None:
         """bool, which of an answer's ids are grounding tokens; None for a model without them."""

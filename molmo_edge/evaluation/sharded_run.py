@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.evaluation.answer_runs import with_coordinates
 from molmo_edge.evaluation.questions import Question, by_image
 from molmo_edge.evaluation.stats import Estimate, score_mean
 from molmo_edge.frontend.image_files import ImageError
@@ -122,7 +121,7 @@ def ask_shard(
 def _answered(molmo: Molmo, scene: Scene, question: Question) -> Line:
     answer = molmo.ask(scene, question.text, max_new_tokens=question.max_new_tokens)
     # With coordinates in place of grounding tokens, which say nothing without the image.
-    text = answer.text if scene.grounding is None else with_coordinates(answer.text, answer.points)
+    text = answer.text if scene.grounding is None else scene.grounding.with_coordinates(answer.text)
     return {"answer": text, "complete": answer.complete, "scores": _rounded(question.score(text))}
 
 

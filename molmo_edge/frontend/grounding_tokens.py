@@ -8,17 +8,19 @@ points", the slots of a patch's pooling window, and the 3 x 3 locations within a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from molmo_edge.frontend.points import Point
+from molmo_edge.frontend.coords_points import format_coords
+from molmo_edge.frontend.points import Point, parse_points
 
 # Three tokens, and the number of the object.
 TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
 UNNUMBERED = re.compile(r"<POINT_([0-9]+)><POINT_([0-9]+)><POINT_([0-9]+)>")
+_TOKEN = re.compile(r"<POINT_[0-9]+>")
 _CELL = 0.33  # of a patch: the reference's step from one location to the next
 
 
@@ -159,10 +161,45 @@ def _places(patch: int, grids: Sequence[np.ndarray]) -> Iterator[tuple[int, int,
             return
 
 
-def written_out(text: str, points: Sequence[Point]) -> str:
-    """`text` with its grounding tokens replaced by the coordinates of `points`, in the grammar of Molmo2."""
-    frames = (f"{p.image or 1}" if p.time is None else f"{p.time:.1f}" for p in points)
-    places = (f"{i} {round(10 * p.x):03d} {round(10 * p.y):03d}" for i, p in enumerate(points, start=1))
-    numbers = (f"{frame} {place}" for frame, place in zip(frames, places, strict=True))
-    replaced = TRIPLE.sub(lambda _: next(numbers, "") + ";", text)
-    return re.sub(r"<POINT_[0-9]+>", "", replaced).replace(';"', '"')
+def written_out(text: str, points_of: Callable[[str], Sequence[Point]], *, numbered: bool = True) -> str:
+    """`text` with its grounding tokens replaced by coordinates, in the grammar of Molmo2.
+
+    `points_of`: the points of a text with grounding tokens, none for ids that stand for no point; those are left out.
+    `numbered`: as in PointHeadConfig.
+    """
+    parts, end, number = list[str](), 0, 0
+    follows = False  # another point of the same attribute comes before
+    for match in (TRIPLE if numbered else UNNUMBERED).finditer(text):
+        between = _TOKEN.sub("", text[end : match.start()])
+        follows = follows and not between.strip()
+        points = points_of(match[0])
+        parts.append(";" if follows and points else between)
+        for point in points:
+            number += 1
+            parts.append(f"{_frame(point)} {number} {round(10 * point.x):03d} {round(10 * point.y):03d}")
+            follows = True
+        end = match.end()
+    return "".join(parts) + _TOKEN.sub("", text[end:])
+
+
+def with_coordinates(text: str, points_of: Callable[[str], Sequence[Point]], *, numbered: bool = True) -> str:
+    """An answer with grounding tokens in a form that can be read without the image: `parse_points` finds its points.
+
+    As `written_out`. If the points are not in a tag, as in an answer that was cut off or is malformed, the result is a
+    tag of all points alone.
+    """
+    written, points = written_out(text, points_of, numbered=numbered), points_of(text)
+    if not points or [_place(point) for point in parse_points(written)] == [_place(point) for point in points]:
+        return written
+    frames: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        frames.setdefault(_frame(point), []).append((point.x / 100, point.y / 100))
+    return format_coords(frames, points[0].label)
+
+
+def _frame(point: Point) -> str:
+    return f"{point.image or 1}" if point.time is None else f"{point.time:.1f}"
+
+
+def _place(point: Point) -> tuple[int, int]:
+    return round(10 * point.x), round(10 * point.y)
