@@ -219,6 +219,16 @@ def test_a_table_survives_any_text_and_any_cut(
     assert {row["image"] for row in read(path)} == {str(picture) for picture in again.done}
 
 
+def test_line_breaks_stay_in_their_cells(tmp_path: Path) -> None:
+    path, picture = tmp_path / "out.csv", tmp_path / "a.png"
+    table = open_table(path, [picture], RUN, saves=[None])
+    errors = ["one\rtwo", "one\ntwo", "one\r\ntwo", "end\r", "last"]
+    for error in errors:
+        table.add_failure(picture, error)
+    assert [row["error"] for row in read(path)] == errors
+    assert path.read_bytes().count(b"\r\n") == 1  # rows end with one character
+
+
 def test_a_failed_write_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         open_table(tmp_path / "no" / "out.csv", [], RUN, saves=[])

@@ -205,6 +205,9 @@ def _cell(value: object) -> str:
 
 
 def _lines(rows: Iterable[Sequence[str]]) -> bytes:
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue().encode("utf-8")
+    lines = []
+    for row in rows:
+        file = io.StringIO(newline="")
+        csv.writer(file).writerow(row)  # it ends the row with \r\n, and therefore quotes a cell with either of them
+        lines.append(file.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines).encode("utf-8")
