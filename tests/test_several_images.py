@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from molmo_edge.cli.saving import save_paths
+
 ROOT = Path(__file__).parent.parent
 DOG = 'Here: <point x="25.0" y="50.0" alt="dog">dog</point>.'
 
@@ -128,6 +130,12 @@ def test_drawn_pictures_of_several_images_go_to_a_folder(cli: Cli, photos: Path,
     assert [json.loads(line)["saved"] for line in out.splitlines()] == [str(out_dir / name) for name in names]
     with Image.open(out_dir / "c.annotated.png") as drawn:
         assert drawn.size == (60, 40)
+
+
+def test_drawn_pictures_have_names_of_their_own(tmp_path: Path) -> None:
+    images = [Path(name) for name in ("cat-2.jpg", "cat.jpg", "cat.png", "CAT.gif", "cat-2.png", "-")]
+    names = ["cat-2", "cat", "cat-3", "CAT-4", "cat-2-2", "stdin"]
+    assert save_paths(tmp_path, images) == [tmp_path / f"{name}.annotated.png" for name in names]
 
 
 @pytest.mark.usefixtures("says")

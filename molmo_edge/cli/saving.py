@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,12 +52,15 @@ def save_paths(folder: Path | None, images: Sequence[Path], *, option: str = "--
         folder.mkdir(parents=always, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{option} {folder}: the folder cannot be created: {error.strerror}") from None
-    taken: dict[str, int] = {}
+    taken: set[str] = set()  # in lower case: some file systems ignore case
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     paths: list[Path | None] = []
     for image in images:
-        stem = "stdin" if str(image) == "-" else image.stem
-        taken[stem] = number = taken.get(stem, 0) + 1
-        path = folder / f"{stem if number == 1 else f'{stem}-{number}'}.annotated.png"
+        stem = name = "stdin" if str(image) == "-" else image.stem
+        while name.casefold() in taken:
+            name = f"{stem}-{next(numbers[stem.casefold()])}"
+        taken.add(name.casefold())
+        path = folder / f"{name}.annotated.png"
         check_save(path, image)
         paths.append(path)
     return paths
