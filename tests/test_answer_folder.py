@@ -170,6 +170,23 @@ def test_one_picture_into_a_folder(cli: Cli, photos: Path, tmp_path: Path, says:
     assert (tmp_path / "x" / "y.png" / "a.annotated.png").is_file()
 
 
+def test_drawn_pictures_are_not_asked_about(cli: Cli, photos: Path, says: Any) -> None:
+    says(TWO)
+    (photos / "d.png").unlink()
+    names = [f"{name}.png" for name in "abc"]
+    drawn = [f"{name}.annotated.png" for name in "abc"]
+
+    def asked(images: Path, *options: object) -> list[str]:
+        lines = cli("point", images, "dog", "--json", *options)[1].splitlines()
+        return [Path(json.loads(line)["image"]).name for line in lines]
+
+    for images in (photos, photos, photos / "*.png"):
+        assert asked(images, "--save-dir", photos) == names
+        assert sorted(path.name for path in photos.iterdir()) == sorted(names + drawn)
+    assert asked(photos / drawn[0]) == drawn[:1]  # named on purpose
+    assert asked(photos / "*.annotated.png") == drawn
+
+
 def test_patterns(cli: Cli, photos: Path, says: Any) -> None:
     says("Yes.")
     (photos / "more").mkdir()

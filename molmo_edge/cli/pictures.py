@@ -32,6 +32,7 @@ VIDEO_SUFFIXES = (
     ".3gp",
     ".ogv",
 )
+DRAWN = ".annotated.png"  # ends the names of the images that --save and --save-dir write into a folder
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -91,6 +92,7 @@ def report_problem(picture: Path, error: MolmoEdgeError, *, json: bool) -> str:
 def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
     """The images at `paths`, those of a folder or pattern sorted by name, and whether there may be more than one.
 
+    Images that an earlier run drew are left out of folders, and of patterns that do not name them.
     Raises BadParameter for a question without quotes, and if stdin is named twice.
     """
     if sum(path == STDIN for path in paths) > 1:
@@ -102,9 +104,17 @@ def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], bool]:
         )
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if is_folder(path) else _match(path)
+        inside = _list(path) if is_folder(path) else _match(path)
         found += [picture for picture in inside if is_file(picture)] or [path]
     return found, len(paths) > 1 or is_folder(paths[0]) or bool(_match(paths[0]))
+
+
+def _list(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not _is_drawn(path))
+
+
+def _is_drawn(path: Path) -> bool:
+    return path.name.lower().endswith(DRAWN)
 
 
 def _exists(path: Path) -> bool:
@@ -115,7 +125,8 @@ def _match(path: Path) -> list[Path]:
     """The files that a pattern matches, sorted; none for a path that exists. Shells on Windows pass patterns on."""
     if not glob.has_magic(str(path)) or is_file(path) or is_folder(path):
         return []
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    return found if _is_drawn(path) else [match for match in found if not _is_drawn(match)]
 
 
 def names_image(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molmo_edge.cli.output import OutputError, is_file
-from molmo_edge.cli.pictures import is_video
+from molmo_edge.cli.pictures import DRAWN, is_video
 from molmo_edge.system.files import atomic_write
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def save_paths(folder: Path | None, images: Sequence[Path], *, option: str = "--
         while name.casefold() in taken:
             name = f"{stem}-{next(numbers[stem.casefold()])}"
         taken.add(name.casefold())
-        path = folder / f"{name}.annotated.png"
+        path = folder / f"{name}{DRAWN}"
         check_save(path, image)
         paths.append(path)
     return paths
@@ -89,7 +89,7 @@ def save_answer(answer: Answer, path: Path, images: Sequence[Path]) -> list[Path
     if answer.times is None:
         files = [file for file in save_paths(path, images) if file is not None]
     else:
-        files = [path / f"{images[0].stem}-{answer.times[index]:05.1f}s.annotated.png" for index in indices]
+        files = [path / f"{images[0].stem}-{answer.times[index]:05.1f}s{DRAWN}" for index in indices]
     for index, file in zip(indices, files, strict=True):
         save_image(answer.draw(index + 1), file)
     return files
