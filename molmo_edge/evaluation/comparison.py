@@ -128,9 +128,8 @@ def _compare_answer(prefilled: PrefilledImage, answer: ReferenceAnswer) -> Compa
     for i, token in enumerate(targets):  # one by one: the vocabulary may have 150,000 entries
         p, q = log_softmax(reference_logits[i]), log_softmax(run.scores)
         possible = p > -np.inf  # the same ids for both: the order of grounding tokens depends on the tokens alone
-        kl.append(
-            max(0.0, float(np.exp(p[possible]) @ (p[possible] - q[possible])))
-        )  # rounding can leave a tiny negative sum
+        # Rounding can leave a tiny negative sum.
+        kl.append(max(0.0, float(np.exp(p[possible]) @ (p[possible] - q[possible]))))
         nll.append(-float(q[token]))
         nll_reference.append(-float(p[token]))
         chosen.append(run.choice)
