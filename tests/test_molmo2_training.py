@@ -166,6 +166,11 @@ def test_points_are_written_in_the_grammar_of_the_model() -> None:
     assert in_coords(written) == written
     other = in_coords('It is <point x="1.0" y="2.5" alt="a dog">this</point>, <b>not</b> that.')
     assert other == 'It is <points alt="a dog" coords="1 1 010 025">this</points>, <b>not</b> that.'
+    two = in_coords('<point x="1.0" y="2.5" alt="a dog">it</point>, <point x="4.0" y="5.0" alt="a cat">it</point>')
+    assert (
+        two
+        == '<points alt="a dog" coords="1 1 010 025">it</points>, <points alt="a cat" coords="1 1 040 050">it</points>'
+    )
     assert in_coords("There are none.") == "There are none."
     sample = _sample("molmo2_qwen3", QUESTIONS[0])
     assert 'coords="1 1 125 300' in tokenizer_of("molmo2_qwen3").decode(sample.packed.input_ids)

@@ -22,9 +22,7 @@ Target = tuple[int, int, int]  # the patch, the slot and the location of a point
 
 def in_coords(text: str) -> str:
     """`text` with its points in the grammar of Molmo2's released models ("html-v2")."""
-    return "".join(
-        piece if isinstance(piece, str) else _coords_tag(*piece, _alt(text, piece[1])) for piece in _pieces(text)
-    )
+    return "".join(piece if isinstance(piece, str) else _coords_tag(*piece) for piece in _pieces(text))
 
 
 def _coords_tag(points: Sequence[Point], label: str, alt: str | None) -> str:
@@ -32,14 +30,6 @@ def _coords_tag(points: Sequence[Point], label: str, alt: str | None) -> str:
     for point in points:
         frames.setdefault(str(point.image or 1), []).append((point.x / 100, point.y / 100))
     return format_coords(frames, label, alt=alt)
-
-
-def _alt(text: str, label: str) -> str | None:
-    """The attribute `alt` of the tag with this label, where it says something else."""
-    for tag in _TAG.finditer(text):
-        if tag["label"] == label and (alt := _ALT.search(tag[0])) and alt[1] != label:
-            return alt[1]
-    return None
 
 
 def grounded(text: str, target: Callable[[float, float], Target], ids: GroundingIds) -> list[str | list[int]]:
@@ -62,7 +52,7 @@ def grounded(text: str, target: Callable[[float, float], Target], ids: Grounding
         if isinstance(piece, str):
             write(piece)
             continue
-        points, label = piece
+        points, label, _ = piece
         write('<points coords="')
         targets = sorted(target(point.x / 100, point.y / 100) for point in points)
         for number, (patch, slot, location) in enumerate(targets, start=1):
@@ -80,12 +70,13 @@ def encode_parts(tokenizer: Tokenizer, parts: Sequence[str | list[int]]) -> list
     return [token for part in parts for token in (tokenizer.encode(part) if isinstance(part, str) else part)]
 
 
-def _pieces(text: str) -> Iterator[str | tuple[list[Point], str]]:
-    """The text between the tags, and for each tag its points and its label."""
+def _pieces(text: str) -> Iterator[str | tuple[list[Point], str, str | None]]:
+    """The text between the tags, and for each tag its points, its label, and its `alt` where that differs from it."""
     start = 0
     for tag in _TAG.finditer(text):
         if points := parse_points(tag[0]):
             yield text[start : tag.start()]
-            yield points, tag["label"]
+            alt = _ALT.search(tag[0])
+            yield points, tag["label"], alt[1] if alt and alt[1] != tag["label"] else None
             start = tag.end()
     yield text[start:]
