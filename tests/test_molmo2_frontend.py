@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,20 @@ CONFIG = read_config(GOLDEN2 / "molmo2_qwen3").image
 @pytest.fixture(scope="module")
 def pixels() -> dict[str, np.ndarray]:
     return load_file(GOLDEN2 / "molmo2_preprocess.safetensors")
+
+
+def test_the_documentation_names_the_most_positions_of_an_image() -> None:
+    def most(crops: int) -> int:
+        config = replace(CONFIG, max_crops=crops)
+        return max(image_token_count(config, (rows, crops // rows)) for rows in range(1, crops + 1))
+
+    docs = Path(__file__).parent.parent / "docs"
+    table = (docs / "models.md").read_text(encoding="utf-8")
+    assert CONFIG.max_crops == 8
+    assert f"| an image with 8 crops (Molmo2) | up to {most(8):,} |" in table
+    assert f"| {image_token_count(CONFIG, (0, 0))}, or up to {most(1)} |" in table
+    higher = " ".join((docs / "command-line.md").read_text(encoding="utf-8").split())
+    assert f"up to {most(36):,} positions instead of {most(8):,}" in higher
 
 
 @pytest.mark.parametrize("name", PREPROCESS["cases"])
