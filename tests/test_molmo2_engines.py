@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch
 from molmo2_golden import GOLDEN2, inputs_of, read
 from safetensors.numpy import load_file
 
+from molmo_edge.checkpoints.gguf_layout import architecture
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.weight_files import open_tensors
@@ -193,6 +195,16 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     billions = sum(math.prod(shape) for shape in shapes.values()) / 1e9
     assert billions == pytest.approx({"molmo2-4b": 4.85, "molmo2-8b": 8.66, "molmo2-o-7b": 7.77}[preset], abs=0.15)
     assert shapes["model.vision_backbone.image_vit.positional_embedding"] == (729, 1152)
+
+
+def test_the_documentation_names_every_architecture_of_llama_cpp() -> None:
+    root = Path(__file__).parent.parent
+    found = (root / "CHANGELOG.md").read_text(encoding="utf-8").partition("llama.cpp's architectures ")[2]
+    listed = set(re.findall(r"`(\w+)`", found.partition(", in the precisions")[0]))
+    table = (root / "docs" / "gguf.md").read_text(encoding="utf-8")
+    names = {architecture(config.decoder) for config in PRESETS.values()}
+    assert listed == names
+    assert all(f"| `{name}`" in table for name in names)
 
 
 def test_llama_cpp_stretches_every_fourth_layer(tmp_path: Path) -> None:
