@@ -48,12 +48,14 @@ class Molmo(NotCopied):
     id, with `revision` a branch, tag or commit; None for the embedded nano. `device`: one of
     `molmo_edge.config.DEVICES`; "auto" picks the best available. `precision`: of a checkpoint's weights: "fp32",
     "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory.
-    `max_crops`: a lower limit than the model's own is faster, but the model sees less detail. `threads`: CPU threads,
-    at most the cores available to this process; None: the physical cores, or a container's quota. `engine_options`:
-    LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the
-    reference's training does, "white" blends with white. `scene_cache`: a folder for encoded and prefilled images and
-    videos, which may be shared by processes: a picture with the same pixels is read from there. Files that were not
-    used for longest are removed above `scene_cache_size`, bytes or "500MB". None: no cache.
+    `max_crops`: a limit on the crops of an image in place of the model's own. A lower one is faster, but the model sees
+    less detail. A higher one shows more detail of large images; time, memory and positions of the context grow with the
+    number of crops. `threads`: CPU threads, at most the cores available to this process; None: the physical cores, or a
+    container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images;
+    "drop" ignores transparency, as the reference's training does, "white" blends with white. `scene_cache`: a folder
+    for encoded and prefilled images and videos, which may be shared by processes: a picture with the same pixels is
+    read from there. Files that were not used for longest are removed above `scene_cache_size`, bytes or "500MB". None:
+    no cache.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list

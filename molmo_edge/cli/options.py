@@ -138,7 +138,7 @@ _DEVICE = (
     '"mps" and "vulkan".'
 )
 _PRECISION = 'Precision of a checkpoint: "auto", "fp32", "bf16", "int8" or "nf4". That of a bundle is fixed.'
-_MAX_CROPS = "Maximum number of crops. Fewer crops are faster but lose detail. Default: the model's own."
+_MAX_CROPS = "Maximum number of crops. Fewer are faster but lose detail; more are slower. Default: the model's own."
 _ALPHA = 'Transparency: "drop" ignores it, as in the training of Molmo; "white" blends transparent pixels with white.'
 _THREADS = "Number of CPU threads. Default: the physical cores, or the quota of the container."
 _LLAMA = (
