@@ -18,12 +18,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from molmo_edge.frontend.answer_points import in_coords
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import build_prompt, caption_question, image_ids, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize import QuantizeError
 from molmo_edge.runtimes import Runtime
+from molmo_edge.runtimes.constraint import answer_space
 from molmo_edge.runtimes.prompt_embeddings import image_embeddings
 from molmo_edge.system.files import FileNameError, find_file, printable
 
@@ -125,7 +127,10 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
 
 
 def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[DecoderInput]:
-    """The decoder's input for each prompt, cut to the model's context. `runtime` needs no decoder."""
+    """The decoder's input for each prompt, cut to the model's context. `runtime` needs no decoder.
+
+    Points of answers are written in the model's grammar; those of a MolmoPoint as coordinates.
+    """
     process = ImageProcessor(runtime.config.image, tokenizer.special)
     max_length = runtime.config.decoder.max_position_embeddings
     inputs = []
@@ -133,7 +138,8 @@ def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokeni
         prepared = process(load_image(prompt.image))
         ids = text_ids(tokenizer, [prompt.question])
         if prompt.answer:
-            ids = np.concatenate([ids, tokenizer.encode(f" {prompt.answer}")])
+            answer = in_coords(prompt.answer) if tokenizer.special.chat_markup else prompt.answer
+            ids = np.concatenate([ids, tokenizer.encode(answer_space(tokenizer) + answer)])
         image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
         rows = np.concatenate([image, runtime.embed(ids)])[:max_length]
         at = np.arange(len(rows))

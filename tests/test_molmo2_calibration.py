@@ -128,6 +128,15 @@ def test_prompts_are_those_of_the_sdk(name: str) -> None:
     np.testing.assert_array_equal(found.image, scene.image_flags(len(found.image) - len(scene.embeddings)))
 
 
+def test_answers_of_prompts_are_in_the_form_of_the_model() -> None:
+    model, tokenizer, _ = load_checkpoint(GOLDEN2 / "molmo2_qwen3")
+    runtime, image = TorchRuntime.from_model(model, threads=1), GOLDEN / "coffee.png"
+    answer = 'A <point x="10.0" y="20.0" alt="cup">cup</point>.'
+    without, found = embed_prompts([Prompt(image, "What?"), Prompt(image, "What?", answer)], runtime, tokenizer)
+    written = tokenizer.encode('A <points coords="1 1 100 200">cup</points>.')
+    np.testing.assert_array_equal(found.embeddings[len(without.embeddings) :], runtime.embed(np.array(written)))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_smoothed_weights_are_the_same_function(name: str) -> None:
     case, tensors = _case(name), open_tensors(GOLDEN2 / name)

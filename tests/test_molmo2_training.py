@@ -15,6 +15,7 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import MolmoConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.answer_points import in_coords
 from molmo_edge.frontend.chatml import chat_ids
 from molmo_edge.frontend.crops import cell_patches, image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding, point_target
@@ -22,7 +23,6 @@ from molmo_edge.frontend.points import Point, format_count, format_points, parse
 from molmo_edge.modeling import Molmo, load_checkpoint
 from molmo_edge.runtimes.grounding import GroundingInputs
 from molmo_edge.runtimes.torch import TorchRuntime
-from molmo_edge.training.answer_points import in_coords
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.encoding import Encoder, Encoding, Sample, collate
 from molmo_edge.training.flops import cost

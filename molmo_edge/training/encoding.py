@@ -17,6 +17,7 @@ from molmo_edge.config import ImageConfig, MolmoConfig, PointHeadConfig
 from molmo_edge.data import annotation_prompts as prompts
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.answer_points import encode_parts, grounded, in_coords
 from molmo_edge.frontend.chatml import training_question_ids
 from molmo_edge.frontend.crops import (
     ImageProcessor,
@@ -31,7 +32,6 @@ from molmo_edge.frontend.crops import (
 from molmo_edge.frontend.grounding_tokens import GroundingIds, point_target
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.training.answer_points import encode_parts, grounded, in_coords
 from molmo_edge.training.attention_loss import AttendedCells, cells_of_points, join_attended
 from molmo_edge.training.features import FeatureCache
 from molmo_edge.training.grounding import PointBatch, PointTokens, join_points, mark

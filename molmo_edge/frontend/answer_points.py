@@ -1,4 +1,4 @@
-"""The points of an answer in the notation of the trained model.
+"""The points of a given answer in the notation of a model.
 
 Data sets write points in the grammar of Molmo v1, in tenths of a percent (molmo_edge/frontend/points.py). Molmo2 writes
 `<points coords="1 1 105 200">`, MolmoPoint grounding tokens. The text around a tag is the same in all of them.
