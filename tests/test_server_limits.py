@@ -17,6 +17,8 @@ from PIL import Image
 from serving import Reply, Server, chat_body, data_uri, png, serving, wait_until
 
 from molmo_edge import Molmo
+from molmo_edge.server.chat_schema import ChatRequest
+from molmo_edge.server.responses_schema import ResponsesRequest
 from molmo_edge.server.settings import ServerError, Settings
 
 openai = pytest.importorskip("openai")
@@ -104,6 +106,24 @@ def test_a_malformed_request_says_what_is_wrong(ok: Server, body: Any, message: 
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/point"])
 def test_what_is_not_json_or_no_object(ok: Server, path: str, body: bytes) -> None:
     check_error(ok.send(path, body), 400)
+
+
+@pytest.mark.parametrize(("messages", "parts"), [(1, 20_000), (900, 1), (900, 50)])
+def test_a_list_of_mistakes_gives_few_errors(messages: int, parts: int) -> None:
+    """Pydantic collects all errors on the event loop, where a body of 20 MB would have a hundred thousand."""
+    given = [{"role": "user", "content": [{}] * parts}] * messages
+    for schema, field in ((ChatRequest, "messages"), (ResponsesRequest, "input")):
+        with pytest.raises(ValueError, match=r"^[1-4] validation error"):
+            schema.model_validate({field: given})
+
+
+def test_a_message_has_at_most_1000_parts(ok: Server) -> None:
+    part = {"type": "text", "text": "What?"}
+    assert "at most 1000" in check_error(ok.send(CHAT, user([part] * 1001)), 400)["message"]
+    assert ok.send(CHAT, user([part] * 1000)).status == 200
+    part["type"] = "input_text"
+    body = {"input": [{"role": "user", "content": [part] * 1001}]}
+    assert "at most 1000" in check_error(ok.send("/v1/responses", body), 400)["message"]
 
 
 def test_other_endpoints_refuse_too(ok: Server) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from molmo_edge.server.chat_schema import MAX_MESSAGES, MaxTokens, PointData, Seed, Stop, Temperature, TopP
+from molmo_edge.server.chat_schema import MAX_MESSAGES, MAX_PARTS, MaxTokens, PointData, Seed, Stop, Temperature, TopP
 
 
 class InputText(BaseModel):
@@ -29,7 +29,13 @@ class InputMessage(BaseModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[InputText | InputImage, Field(discriminator="type")]],
+            Field(max_length=MAX_PARTS, fail_fast=True),
+        ]
+    )
 
 
 class TextOptions(BaseModel):
@@ -42,7 +48,7 @@ class ResponsesRequest(BaseModel):
     """A request of /v1/responses. `stop`, `seed` and `top_k` are molmo-edge's own."""
 
     model: str | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: Temperature | None = None
