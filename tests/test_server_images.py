@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +22,7 @@ from serving import chat_body, data_uri, png, serving
 
 from molmo_edge import Molmo
 from molmo_edge.server.errors import ApiError
-from molmo_edge.server.pictures import PictureReader, decode_data_uri
+from molmo_edge.server.pictures import Picture, PictureReader, decode_data_uri
 from molmo_edge.server.remote_images import RemoteImages, is_public
 from molmo_edge.server.settings import Settings
 
@@ -141,6 +147,8 @@ class Origin(BaseHTTPRequestHandler):
             self.reply(302, b"", Location="/loop")
         elif self.path == "/away":
             self.reply(307, b"", Location="http://home.example/cat.png")
+        elif self.path == "/nowhere":
+            self.reply(302, b"", Location="http://[x")
         elif self.path == "/file":
             self.reply(301, b"", Location="file:///etc/passwd")
         elif self.path == "/large":
@@ -201,6 +209,7 @@ def test_an_allowed_image_is_fetched_and_its_redirects_checked(origin: Threading
         ("/file", "data:image"),
         ("/nothing", "status 404"),
         ("/short", "fetched"),
+        ("/nowhere", "fetched"),
     ):
         with pytest.raises(ApiError, match=message):
             remote.fetch(url + path)
@@ -228,6 +237,47 @@ def test_size_and_time_of_a_remote_image_are_limited(origin: ThreadingHTTPServer
     with pytest.raises(ApiError, match="could not be fetched"):
         remote.fetch(f"{url}/slow")
     assert time.monotonic() - began < 30
+
+
+@pytest.fixture
+def secure_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """`origin` over TLS, with a certificate for photos.example that clients of this process trust."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("needs the command openssl")
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=photos.example"
+    names = ("-addext", "subjectAltName=DNS:photos.example", "-keyout", "key.pem", "-out", "certificate.pem")
+    subprocess.run([openssl, *request.split(), *names], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Origin)
+    server.daemon_threads = True
+    server.hosts = []  # type: ignore[attr-defined]
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_time_of_an_image_over_https_is_limited(secure_origin: ThreadingHTTPServer) -> None:
+    remote, url = allowing(secure_origin)
+    url = url.replace("http:", "https:")
+    assert remote.fetch(f"{url}/cat.png?size=1") == png()
+    with pytest.raises(ApiError, match="could not be fetched") as error:
+        replace(remote, seconds=0.5).fetch(f"{url}/slow")
+    assert "HTTPException" not in error.value.message  # http.client gives up after 100 headers
+
+
+def test_a_server_does_not_wait_for_pictures_without_end(saying: Callable[..., Molmo]) -> None:
+    class Silent(PictureReader):
+        async def read(self, *_: Any, **__: Any) -> tuple[Picture, ...]:
+            await asyncio.sleep(5)
+            return ()
+
+    with serving(saying("ok"), Silent(Settings()), timeout=0.2) as server:
+        reply = server.send("/v1/chat/completions", chat_body("What?", data_uri(png())))
+        assert (reply.status, reply.json["error"]["code"]) == (504, "timeout")
 
 
 def test_a_server_asks_about_a_remote_image(origin: ThreadingHTTPServer, saying: Callable[..., Molmo]) -> None:

@@ -69,11 +69,11 @@ class RemoteImages:
             address = self._checked_address(host, port)
             try:
                 moved, data = self._get(parts, host, port, address, deadline)
+                if moved is None:
+                    return data
+                url = urljoin(url, moved)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise bad_request(f"the image at {host} could not be fetched ({type(error).__name__})") from error
-            if moved is None:
-                return data
-            url = urljoin(url, moved)
         raise bad_request("the image URL redirects too often")
 
     def _allowed(self, url: str) -> tuple[SplitResult, str, int]:
@@ -114,14 +114,17 @@ class RemoteImages:
         self, parts: SplitResult, host: str, port: int, address: Address, deadline: float
     ) -> tuple[str | None, bytes]:
         """(where it moved, nothing) or (None, the contents)."""
-        sock = plain = socket.create_connection((str(address), port), timeout=_left(deadline))
-        # A timeout of the socket starts anew with each byte that arrives.
-        watchdog = threading.Timer(_left(deadline), lambda: _hang_up(plain))
+        sock = socket.create_connection((str(address), port), timeout=_left(deadline))
+        # A timeout of the socket starts anew with each byte that arrives. TLS moves the connection to another object.
+        watchdog = threading.Timer(_left(deadline), lambda: _hang_up(sock))
         watchdog.daemon = True
         watchdog.start()
         try:
             if parts.scheme == "https":
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+                context = ssl.create_default_context()
+                sock = secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                _left(deadline)  # the watchdog may have rung while neither object had the connection
+                secure.do_handshake()
             connection = http.client.HTTPConnection(host, port)
             connection.sock = sock
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -156,7 +159,7 @@ def ascii_host(host: str) -> str:
 
 def _hang_up(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # already closed
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # that of SSLSocket would end TLS, and the rest be read without
 
 
 def _left(deadline: float) -> float:

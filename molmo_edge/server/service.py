@@ -49,7 +49,11 @@ class Service:
 
     async def read(self, conversation: Conversation, param: str, **sampling: object) -> Ask:
         """The question of a conversation, with its pictures. `sampling`: fields of Ask; None leaves the default."""
-        pictures = await self.pictures.read(list(conversation.images), param)
+        reading = self.pictures.read(list(conversation.images), param)
+        try:
+            pictures = await asyncio.wait_for(reading, self.settings.timeout)
+        except asyncio.TimeoutError:
+            raise ApiError(504, "the images did not arrive in time", param=param, code="timeout") from None
         given = {name: value for name, value in sampling.items() if value is not None}
         return Ask(
             conversation.question,
