@@ -288,6 +288,11 @@ def test_a_server_asks_about_a_remote_image(origin: ThreadingHTTPServer, saying:
         reply = server.send("/v1/point", {"image_url": "http://127.0.0.1:22/", "object": "cup"})
         assert (reply.status, reply.json["error"]["param"]) == (400, "image_url")
         assert len(server.service.scenes) == 1
+        before = len(origin.hosts)  # type: ignore[attr-defined]
+        body = chat_body("What?", f"{url}/cat.png?size=1")
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": "ok"}] * 12 + body["messages"]
+        assert server.send("/v1/chat/completions", body).status == 200
+        assert len(origin.hosts) == before + 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("url", ["http://localhost:{port}/health", "http://127.0.0.1:{port}/metrics"])

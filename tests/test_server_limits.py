@@ -152,8 +152,31 @@ def test_several_images_need_a_model_that_takes_them(ok: Server) -> None:
     assert ok.send(CHAT, body).status == 200  # the same image again
     body["messages"][0]["content"] += chat_body("And?", data_uri(png(2)))["messages"][0]["content"]
     assert "one image" in check_error(ok.send(CHAT, body), 400)["message"]
-    body["messages"][0]["content"] *= 5
+    for i in range(3, 10):
+        body["messages"][0]["content"] += chat_body("And?", data_uri(png(i)))["messages"][0]["content"]
     assert "accepts 8" in check_error(ok.send(CHAT, body), 400)["message"]
+
+
+def test_text_far_beyond_the_context_is_not_tokenized(saying: Callable[..., Molmo]) -> None:
+    with serving(saying("ok", context=256)) as server:
+        for path, field in ((CHAT, "messages"), ("/v1/responses", "input")):
+            turns = [("user", "What?"), ("assistant", "x" * 256 * 16), ("user", "And?")]
+            body = {field: [{"role": role, "content": text} for role, text in turns]}
+            error = check_error(server.send(path, body), 400)
+            assert "4105 characters of text, at most 4096" in error["message"]
+            assert error["param"] == field
+
+
+def test_the_limit_on_images_counts_different_ones(ok: Server) -> None:
+    image = data_uri(png(1))
+    body = chat_body("What?", image)
+    body["messages"][0]["content"] *= 20
+    assert ok.send(CHAT, body).status == 200
+    others = [{"type": "image_url", "image_url": {"url": image.replace("image/", f"image/{i}")}} for i in range(63)]
+    body["messages"][0]["content"] += others  # other URLs of the same file
+    assert ok.send(CHAT, body).status == 200
+    body["messages"][0]["content"] += chat_body("And?", data_uri(png(2)))["messages"][0]["content"]
+    assert "65 image URLs" in check_error(ok.send(CHAT, body), 400)["message"]
 
 
 def test_sizes_and_types_have_limits(ok: Server) -> None:

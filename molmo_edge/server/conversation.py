@@ -27,6 +27,11 @@ class Conversation:
     images: tuple[str, ...]  # URLs, of all messages
     low_detail: bool
 
+    @property
+    def characters(self) -> int:
+        """The length of the question and of all that came before it."""
+        return len(self.question) + sum(len(text) for turn in self.history for text in turn)
+
 
 def read_conversation(messages: Sequence[Message], param: str) -> Conversation:
     """Join system messages with the first question, and user messages that follow each other. Raises ApiError.

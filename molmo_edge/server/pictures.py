@@ -22,6 +22,7 @@ from molmo_edge.server.settings import Settings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 _DATA = re.compile(r"data:(?P<type>[^,;]*)(?P<options>(?:;[^,;]*)*),", re.IGNORECASE)
 _FETCHES = 4  # remote images at a time
+_URLS_PER_IMAGE = 8  # different URLs that a request may have for each image that it may have
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,22 @@ class PictureReader:
 
     async def read(self, urls: list[str], param: str) -> tuple[Picture, ...]:
         """The pictures at `urls`, each only once. Raises ApiError. `param`: the name of the field, for errors."""
-        if len(urls) > (most := self._settings.max_images):
-            raise bad_request(f"the request has {len(urls)} images, this server accepts {most}", param)
+        different = dict.fromkeys(urls)  # a client may repeat the image at every turn
+        most = self._settings.max_images
+        if len(different) > most * _URLS_PER_IMAGE:
+            raise bad_request(f"the request has {len(different)} image URLs, this server accepts {most} images", param)
         found: dict[str, Picture] = {}
-        for url in urls:
+        for url in different:
             try:
                 picture = await self._one(url)
             except ApiError as error:
                 error.param = error.param or param
                 raise
-            found.setdefault(picture.digest, picture)  # a client may repeat the image at every turn
+            found.setdefault(picture.digest, picture)
+            if len(found) > most:
+                raise bad_request(
+                    f"the request has more than {most} different images, this server accepts {most}", param
+                )
         return tuple(found.values())
 
     async def _one(self, url: str) -> Picture:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from molmo_edge.molmo import Molmo
 from molmo_edge.server.answers import Answerer, Ask
 from molmo_edge.server.conversation import Conversation
-from molmo_edge.server.errors import ApiError
+from molmo_edge.server.errors import ApiError, bad_request
 from molmo_edge.server.metrics import Metrics
 from molmo_edge.server.pictures import PictureReader
 from molmo_edge.server.places import Places
@@ -18,6 +18,9 @@ from molmo_edge.server.queue import ModelQueue
 from molmo_edge.server.running import Running
 from molmo_edge.server.scenes import SceneCache
 from molmo_edge.server.settings import Settings
+
+# More than any ordinary text has. Text beyond it is not tokenized, which nothing could interrupt.
+_CHARS_PER_POSITION = 16
 
 
 class Service:
@@ -48,7 +51,15 @@ class Service:
         return self.answerer.model
 
     async def read(self, conversation: Conversation, param: str, **sampling: object) -> Ask:
-        """The question of a conversation, with its pictures. `sampling`: fields of Ask; None leaves the default."""
+        """The question of a conversation, with its pictures. `sampling`: fields of Ask; None leaves the default.
+
+        Raises ApiError for text that is certainly too long for the model, and for images.
+        """
+        most = self.answerer.molmo.engine.context * _CHARS_PER_POSITION
+        if (characters := conversation.characters) > most:
+            raise bad_request(
+                f"the conversation has {characters} characters of text, at most {most} are accepted", param
+            )
         reading = self.pictures.read(list(conversation.images), param)
         try:
             pictures = await asyncio.wait_for(reading, self.settings.timeout)
