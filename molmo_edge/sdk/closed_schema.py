@@ -1,7 +1,8 @@
 """JSON schemas for generation: objects have only the properties that the schema lists.
 
 By default a JSON schema allows any other property, and a model can add them without end. What matches the closed schema
-also matches the original.
+also matches the original, with one exception: of the branches of a oneOf, exactly one must match, and a value that
+matches one closed branch can match several open ones.
 """
 
 from __future__ import annotations

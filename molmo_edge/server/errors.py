@@ -64,7 +64,7 @@ class ErrorBody(BaseModel):
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is invalid."},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    403: {"model": ErrorBody, "description": "The header Host or Origin names another server."},
+    403: {"model": ErrorBody, "description": "The header Host names another server."},
     408: {"model": ErrorBody, "description": "The request did not arrive in time."},
     413: {"model": ErrorBody, "description": "The request is too large."},
     415: {"model": ErrorBody, "description": "The request is not JSON."},
