@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,7 +43,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder of what is made once for all workers."""
+    """Make the folder of what is made once for all workers, and let processes that tests start receive interrupts."""
+    # Background jobs of a shell ignore interrupts, their children too, and the tests may run in one.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="molmo-edge-test-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)

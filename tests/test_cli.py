@@ -343,12 +343,7 @@ def test_a_closed_pipe_is_quiet(tiny_bundle: Path, photo: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
 def test_an_interrupt_is_quiet(tiny_bundle: Path, photo: Path) -> None:
     command = [*COMMAND, "chat", str(photo), "-m", str(tiny_bundle)]
-    # Background jobs of a shell ignore interrupts, and the tests may run in one.
-    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, ours)
+    process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stderr is not None
     assert "a question" in process.stderr.readline()  # it is ready for input

@@ -79,7 +79,7 @@ def test_points_of_an_answer(opened: dict[tuple[str, str], Molmo], monkeypatch: 
     molmo = opened["molmo2_qwen3", "onnx"]
     text = 'There are 2 <points coords="1 1 100 200 2 300 400">cups</points>.'
     ids = tokenizer_of("molmo2_qwen3").encode(text)
-    monkeypatch.setattr("molmo_edge.sdk.streaming.generate", lambda *_, **__: iter(ids))
+    monkeypatch.setattr("molmo_edge.sdk.streaming.generate", lambda *_, **__: (token for token in ids))
     stream = molmo.stream(picture("coffee.png"), "Point to the cups.")
     pieces = list(stream)
     points = (Point(10, 20, "cups", image=1), Point(30, 40, "cups", image=1))

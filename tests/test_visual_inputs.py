@@ -251,7 +251,7 @@ def test_a_point_shows_only_what_the_model_names() -> None:
 def test_points_in_the_text_are_those_of_their_image_or_time(monkeypatch: pytest.MonkeyPatch) -> None:
     molmo = opened("molmo2_qwen3", "onnx", 1)
     ids = tokenizer_of("molmo2_qwen3").encode('<points coords="1 1 100 200;2 2 500 250">cups</points>')
-    monkeypatch.setattr("molmo_edge.sdk.streaming.generate", lambda *_, **__: iter(ids))
+    monkeypatch.setattr("molmo_edge.sdk.streaming.generate", lambda *_, **__: (token for token in ids))
     answer = molmo.ask([SMALL, synthetic(100, 80)], "Point to the cups.")
     assert answer.points == (Point(10, 20, "cups", image=1), Point(50, 25, "cups", image=2))
     assert answer.pixels() == [(6, 8), (50, 20)]
