@@ -101,6 +101,7 @@ class LlamaRuntime:
         The GGUF is not checked: see `molmo_edge.checkpoints.gguf_header.check_decoder`.
         """
         self.config, self._graphs = config, graphs
+        self._options, self._gpu = options, gpu
         self._stop = threading.Event()
         loader = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
         layer = state_layer(config)
@@ -140,6 +141,13 @@ class LlamaRuntime:
     def cache_format(self) -> str:
         """See `molmo_edge.runtimes.protocol.StoringRuntime`. llama.cpp's format of states may change with versions."""
         return f"llama.cpp {load_library().__version__}"
+
+    @property
+    def cache_settings(self) -> str:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime`. Without flash attention the values are transposed."""
+        return (
+            f"{self._options.cache}, flash attention {self._options.flash_attention}, {'gpu' if self._gpu else 'cpu'}"
+        )
 
     def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> LlamaCache:
         """See `molmo_edge.runtimes.protocol.StoringRuntime`."""

@@ -222,6 +222,7 @@ class OnnxRuntime:
 
     engine = "onnxruntime"
     cache_format = "onnxruntime"
+    cache_settings = ""
 
     def __init__(
         self,

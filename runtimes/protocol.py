@@ -139,6 +139,11 @@ class StoringRuntime(Runtime, Protocol):
         """Who can read the arrays of its caches: the engine, with the precision or version that they depend on."""
         ...
 
+    @property
+    def cache_settings(self) -> str:
+        """The options that the arrays depend on as well; empty if there are none."""
+        ...
+
     def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> Cache:
         """Return a cache from what `StoredCache.arrays` returned when it had `length` positions.
 

@@ -128,6 +128,8 @@ class TorchRuntime:
     In a forked child every call raises EngineError, because neither OpenMP nor CUDA works there.
     """
 
+    cache_settings = ""  # see `molmo_edge.runtimes.protocol.StoringRuntime`
+
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge import Answer, Molmo
+from molmo_edge import Answer, LlamaOptions, Molmo
+from molmo_edge.sdk.scene_file import SceneFileError
 from molmo_edge.sdk.scene_store import SceneCacheError, SceneStore
 
 RNG = np.random.default_rng(5)
@@ -115,6 +117,44 @@ def test_a_damaged_file_is_replaced(tiny_bundle: Path, tmp_path: Path, caplog: p
         assert ask(molmo) == expected
         assert path.read_bytes() == contents
     assert "truncated" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_now_stays(tmp_path: Path) -> None:
+    store = SceneStore(tmp_path, 100)
+    store.put("a", lambda path: path.write_bytes(b"scene") and None)
+
+    def fail(path: Path) -> bytes:
+        raise SceneFileError(f"{path} cannot be read: Too many open files")
+
+    assert store.get("a", fail) is None
+    assert store.get("a", Path.read_bytes) == b"scene"
+
+
+def settings_of(engine: str) -> list[Callable[[Path], Molmo]]:
+    """Opens one model in ways whose keys and values cannot be exchanged, with a folder for its scenes."""
+    if engine == "pytorch":
+        pytest.importorskip("torch")
+        checkpoint = Path(__file__).parent / "golden" / "molmoe"
+        return [partial(cached, checkpoint, precision=precision) for precision in ("fp32", "bf16")]
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from exported import EXACT, gguf_bundle
+
+    options = EXACT, LlamaOptions(cache="f16", flash_attention=False), LlamaOptions(cache="f16", flash_attention=True)
+    return [partial(cached, gguf_bundle("molmoe", "f32"), engine_options=one) for one in options]
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "llama.cpp"])
+def test_settings_of_one_model_keep_their_own_scenes(
+    engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(engine)
+    for again in (False, True):
+        for opened in settings:
+            with opened(tmp_path) as molmo:
+                assert (ask(molmo).usage.seconds.vision == 0) is again
+    assert len(files(tmp_path)) == len(settings)
+    assert not caplog.records
 
 
 def test_a_folder_that_cannot_be_written_costs_no_answer(

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.frontend.visual_prompt import VisualPrompt
     from molmo_edge.runtimes.grounding import GroundingInputs
-    from molmo_edge.runtimes.protocol import Cache, Runtime
+    from molmo_edge.runtimes.protocol import Cache, Runtime, StoringRuntime
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
@@ -190,7 +190,9 @@ class Engine:
         self._check_room(inputs, prompt, text)
         if (store := self._store) is None:
             return self._encoded(inputs, prompt, started)
-        key = scene_key(inputs, self.identity, self.process.config.max_crops)
+        runtime = cast("StoringRuntime", self.runtime)
+        kind = runtime.cache_format, runtime.cache_settings
+        key = scene_key(inputs, self.identity, self.process.config.max_crops, *kind)
         scene = store.get(key, lambda path: self.load(path, ROOM))
         if scene is not None:
             return dataclasses.replace(scene, seconds=Seconds(preprocess=time.perf_counter() - started))

@@ -38,16 +38,17 @@ class SceneStore:
         self._make()
 
     def get(self, key: str, load: Callable[[Path], _T]) -> _T | None:
-        """What `load` makes of the file of `key`; None if there is no usable one."""
+        """What `load` makes of the file of `key`; None if there is no usable one.
+
+        The file stays: the fault can be a passing one, and the next `put` replaces it.
+        """
         path = self._path(key)
         if not path.is_file():
             return None
         try:
             found = load(path)
         except SceneFileError as error:
-            logger.warning("%s; it is removed from the scene cache", error)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            logger.warning("%s; the scene cache will replace it", error)
             return None
         with contextlib.suppress(OSError):  # a cache that may only be read
             os.utime(path)
