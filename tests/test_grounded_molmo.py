@@ -14,12 +14,14 @@ from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import ConfigError, DecoderConfig, ImageConfig, MolmoConfig, PointHeadConfig, VisionConfig
 from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.data.regions import Regions
 from molmo_edge.export import export_bundle
 from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
+from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
@@ -217,6 +219,17 @@ def test_points_without_numbers_follow_the_order_of_tokens() -> None:
     assert ids.allowed([1, patch, slot, location, patch]) == [(slot + 1, ids.locations)], "slots ascend in a patch"
     last = ids.locations - 1
     assert ids.allowed([1, patch, last, location]) == [(0, 100), (patch + 1, ids.slots)], "the patch is used up"
+
+
+def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:
+    encoder = Encoder(Tokenizer.from_file(TOKENIZER), CONFIG.image, Encoding(crops=0), config=CONFIG)
+    example = Example(Discs(1).picture(0), regions=Regions((), np.array([True])))
+    sample = encoder(example, np.random.default_rng(0))
+    assert sample.pooling is not None
+    assert sample.points is not None
+    assert len(sample.crops) > 1
+    assert sample.pooling.max() < sample.masks.size
+    assert len(sample.points.turns) == len(sample.pooling) == (sample.token_index >= 0).sum()
 
 
 def test_a_marker_needs_a_logit() -> None:

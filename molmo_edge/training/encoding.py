@@ -57,7 +57,9 @@ class Encoding:
     weighting: str = "root_subsegments"  # or "none", stage 1
     shuffle: bool = True  # the annotations, so that truncation cuts off random ones
     separator: bool = False  # put <im_end> between annotations; the reference does not
-    crops: int | None = None  # random crops beside the global view of a picture without annotations; None: all
+    # Random crops beside the global view of a picture without annotations; None: all, as always in a model that pools
+    # across crops or points by grounding tokens.
+    crops: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +218,10 @@ class Encoder:
         return cell_patches(self.image, image.tiling)
 
     def _crops(self, example: Example, n: int, rng: np.random.Generator) -> list[int]:
-        """Which of n crops are computed: all of them if the example has annotations."""
-        if self.encoding.crops is None or example.annotations or n < 2 or self.image.pools_across_crops:
+        """Which of n crops are computed: all of them if the example has annotations, or if tokens refer to patches."""
+        if self.encoding.crops is None or example.annotations or n < 2:
+            return list(range(n))
+        if self.image.pools_across_crops or self._points_by_tokens:  # `Sample.pooling` has the patches of all crops
             return list(range(n))
         return [0, *sorted(1 + int(i) for i in rng.permutation(n - 1)[: self.encoding.crops])]
 
