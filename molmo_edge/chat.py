@@ -22,7 +22,7 @@ from molmo_edge.sdk.answer_form import AnswerForm, Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.streaming import Deadline, Stream, check_in_time, finished, generate_pieces
+from molmo_edge.sdk.streaming import Deadline, Stream, check_in_time, finished, generate_pieces, said_before
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -258,14 +258,13 @@ class Chat(NotCopied):
     def _said(self, answer: Answer) -> Sequence[int] | str:
         """An earlier answer, as the ids that were generated.
 
-        Grounding tokens have no meaning in a later prompt: an answer with them becomes text with numeric points.
+        It is text if it has grounding tokens, or is of an earlier conversation, whose ids are not known.
         """
-        grounding = self.scene.grounding
-        if not answer.token_ids and answer.text:  # of an earlier conversation
-            return answer.text
-        if grounding is None or all(token < grounding.token_ids.first for token in answer.token_ids):
-            return answer.token_ids
-        return grounding.with_coordinates(answer.text)
+        grounding, ids = self.scene.grounding, answer.token_ids
+        earlier = not ids and answer.text
+        if earlier or (grounding is not None and any(token >= grounding.token_ids.first for token in ids)):
+            return said_before(self._engine, answer.text, grounding)
+        return ids
 
     def _check(self, turn: int) -> None:
         if turn != self._turn:

@@ -15,7 +15,14 @@ from typing import Literal
 import numpy as np
 
 from molmo_edge.config import PointHeadConfig
-from molmo_edge.frontend.grounding_tokens import TRIPLE, UNNUMBERED, GroundingIds, decode_grounding, with_coordinates
+from molmo_edge.frontend.grounding_tokens import (
+    TOKEN,
+    TRIPLE,
+    UNNUMBERED,
+    GroundingIds,
+    decode_grounding,
+    with_coordinates,
+)
 from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.runtimes.protocol import PointRuntime
 
@@ -209,8 +216,11 @@ class GroundingInputs:
     def with_coordinates(self, text: str) -> str:
         """An answer with coordinates in place of its grounding tokens, in the grammar that the model writes points in.
 
-        It can be read without the images: by scores, and by the model as an earlier answer.
+        It can be read without the images: by scores, and by the model as an earlier answer. A text without grounding
+        tokens is returned unchanged.
         """
+        if not TOKEN.search(text):
+            return text
         if self.writes_digits:
             writer = DigitWriter(self)
             return writer.feed(text) + writer.close()

@@ -153,6 +153,9 @@ def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path:
             assert [piece for piece in pieces if isinstance(piece, Point)] == unlabelled
             cut = torch_model.ask(picture, POINT, max_new_tokens=len(answer.token_ids) - 8)
             assert "POINT_" not in cut.text
+            grounding = torch_model.encode(picture).grounding
+            assert grounding is not None
+            assert grounding.with_coordinates(answer.text) == answer.text, "an earlier answer is text already"
             assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
 
 

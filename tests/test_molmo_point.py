@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from molmo2_golden import GOLDEN, GOLDEN2, inputs_of, picture, read
+from molmo2_golden import GOLDEN, GOLDEN2, inputs_of, picture, read, tokenizer_of
 from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
@@ -22,6 +22,7 @@ pytest.importorskip("torch")
 import torch
 
 from molmo_edge import Molmo, Point
+from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.errors import EngineError
 from molmo_edge.export import CheckPhoto, export_bundle
@@ -286,6 +287,35 @@ def test_a_chat_gives_earlier_points_as_numbers(molmo: Molmo) -> None:
     again = molmo.ask(chat.scene, "And now?", history=history, max_new_tokens=8)
     assert second.token_ids == again.token_ids
     assert second.usage.tokens.prompt == again.usage.tokens.prompt
+
+
+def test_grounding_tokens_in_a_prompt_are_text_or_coordinates(molmo: Molmo) -> None:
+    """As ids they have no embeddings."""
+    case = EXPECTED["cases"]["one_image"]
+    photo = picture(case["images"][0])
+    first = molmo.ask(photo, case["question"], max_new_tokens=20)
+    assert first.points
+    assert "<POINT_" in first.text
+    scene = molmo.encode(photo)
+    assert scene.grounding is not None
+    expected = [(case["question"], scene.grounding.with_coordinates(first.text))]
+    exact = molmo.ask(scene, "And now?", history=expected, max_new_tokens=2)
+    history = [(case["question"], first.text)]
+    for image in (photo, scene):
+        again = molmo.ask(image, "And now?", history=history, max_new_tokens=2)
+        assert (again.token_ids, again.usage.tokens.prompt) == (exact.token_ids, exact.usage.tokens.prompt)
+    chat = molmo.chat(scene, history=history)
+    assert chat.ask("And now?", max_new_tokens=2).token_ids == exact.token_ids
+    assert chat.history[0] == history[0]
+    assert molmo.ask(scene, "What is <POINT_5>?", max_new_tokens=2).usage.tokens.generated == 2
+
+
+def test_no_text_has_an_id_without_an_embedding() -> None:
+    tokenizer = tokenizer_of(NAME)
+    text = "".join(f"<POINT_{number}> " for number in range(0, 1269, 97)) + "<POINT_1269><POINT_99999>"
+    ids = tokenizer.encode(text)
+    assert max(ids) < read_config(GOLDEN2 / NAME).decoder.n_logits
+    assert tokenizer.decode(ids) == text
 
 
 TRIPLES = "<POINT_300><POINT_727><POINT_734>1<POINT_500><POINT_728><POINT_738>2<POINT_725>"

@@ -20,7 +20,7 @@ from molmo_edge.frontend.points import Point, parse_points
 # Three tokens, and the number of the object.
 TRIPLE = re.compile(r"<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?<POINT_([0-9]+)> ?([0-9]+)")
 UNNUMBERED = re.compile(r"<POINT_([0-9]+)><POINT_([0-9]+)><POINT_([0-9]+)>")
-_TOKEN = re.compile(r"<POINT_[0-9]+>")
+TOKEN = re.compile(r"<POINT_[0-9]+>")
 _CELL = 0.33  # of a patch: the reference's step from one location to the next
 
 
@@ -170,7 +170,7 @@ def written_out(text: str, points_of: Callable[[str], Sequence[Point]], *, numbe
     parts, end, number = list[str](), 0, 0
     follows = False  # another point of the same attribute comes before
     for match in (TRIPLE if numbered else UNNUMBERED).finditer(text):
-        between = _TOKEN.sub("", text[end : match.start()])
+        between = TOKEN.sub("", text[end : match.start()])
         follows = follows and not between.strip()
         points = points_of(match[0])
         parts.append(";" if follows and points else between)
@@ -179,7 +179,7 @@ def written_out(text: str, points_of: Callable[[str], Sequence[Point]], *, numbe
             parts.append(f"{_frame(point)} {number} {round(10 * point.x):03d} {round(10 * point.y):03d}")
             follows = True
         end = match.end()
-    return "".join(parts) + _TOKEN.sub("", text[end:])
+    return "".join(parts) + TOKEN.sub("", text[end:])
 
 
 def with_coordinates(text: str, points_of: Callable[[str], Sequence[Point]], *, numbered: bool = True) -> str:

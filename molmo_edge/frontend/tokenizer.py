@@ -1,7 +1,8 @@
 """Load tokenizer.json, with the special ids that Molmo uses for images.
 
 User text must never become a special token: "<im_patch>" in a question would shift the image, "<|endoftext|>"
-would end the conversation. Therefore `encode` treats special tokens as plain text by default.
+would end the conversation. Therefore `encode` treats special tokens, and MolmoPoint's grounding tokens, as plain text
+by default.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.frontend.grounding_tokens import TOKEN as GROUNDING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Bpe
@@ -109,6 +111,9 @@ class Tokenizer:
             ids |= {"bos": end if first is None else first, "eos": end} | more
         self.special = SpecialIds(**ids)
         listed = parsed.get("added_tokens") or []
+        # MolmoPoint lists its grounding tokens as ordinary ones. They have no embeddings: in a text they are text.
+        grounding = [token["content"] for token in listed if GROUNDING.fullmatch(token["content"])]
+        self._text.add_special_tokens(grounding)
         # Tokens that are no text, wherever they are listed.
         self.special_ids = frozenset({*self.special.to_dict().values(), *(t["id"] for t in listed if t["special"])})
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molmo_edge.answer import Answer, Seconds, Tokens, Usage
+from molmo_edge.frontend.grounding_tokens import TOKEN
 from molmo_edge.frontend.points import Point, StreamParser, parse_count, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import StreamDecoder
 from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, most_new_tokens
-from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, GroundingInputs
 from molmo_edge.sdk.answer_form import AnswerForm
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
@@ -127,9 +128,9 @@ def stream_answer(
     """See `Molmo.stream`. `form`: of the answer; None: free text."""
     check_text(question)
     deadline = Deadline(sampling.timeout)
-    turns = [*(text for turn in checked_history(history) for text in turn), question]
-    ids = text_ids(engine.tokenizer, turns)
-    scene = engine.scene(image, len(ids))
+    turns = checked_history(history)
+    scene = engine.scene(image, len(conversation_ids(engine, turns, question)))
+    ids = conversation_ids(engine, turns, question, scene.grounding)
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     result: list[Answer] = []
     pieces = _answer(scene, ids, sampling, most, deadline, form, encoded_before=scene is image, result=result)
@@ -299,6 +300,25 @@ def finished(
         model=engine.name,
         parsed=form.parse(generated.text) if form is not None and complete else None,
     )
+
+
+def conversation_ids(
+    engine: Engine, history: History, question: str, grounding: GroundingInputs | None = None
+) -> np.ndarray:
+    """Ids of a question after earlier turns, int32 [n]. `grounding`: of their scene, see `said_before`."""
+    turns = [text for asked, answer in history for text in (asked, said_before(engine, answer, grounding))]
+    return text_ids(engine.tokenizer, [*turns, question])
+
+
+def said_before(engine: Engine, answer: str, grounding: GroundingInputs | None) -> str:
+    """The text of an earlier answer in a prompt.
+
+    Grounding tokens have no meaning in a later prompt: an answer with them becomes text with coordinates. `grounding`:
+    of the scene; without one, the tokens are left out.
+    """
+    if engine.config.point_head is None:
+        return answer
+    return TOKEN.sub("", answer) if grounding is None else grounding.with_coordinates(answer)
 
 
 def checked_history(history: History) -> list[tuple[str, str]]:

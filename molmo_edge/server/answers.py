@@ -9,12 +9,11 @@ from typing import Any
 
 from molmo_edge.errors import EngineError, MolmoEdgeError, first_line
 from molmo_edge.frontend.points import Point, parse_count, parse_points
-from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
 from molmo_edge.runtimes.grammar import ConstraintFailed
 from molmo_edge.sdk.engine import Scene
 from molmo_edge.sdk.shown import Shown
-from molmo_edge.sdk.streaming import Stream
+from molmo_edge.sdk.streaming import Stream, conversation_ids
 from molmo_edge.server.errors import as_api_error, bad_request
 from molmo_edge.server.metrics import Metrics
 from molmo_edge.server.pictures import Picture
@@ -153,7 +152,7 @@ class Answerer:
             stream.close()
             # Grounding tokens are no notation that the text alone explains.
             points = parse_points(text) if scene.grounding is None else delivered
-            tokens = len(molmo.engine.tokenizer.encode(text))
+            tokens = len(molmo.engine.tokenizer.encode(text, allow_special=scene.grounding is not None))
             count, complete = parse_count(text), True
         else:
             answer = stream.answer
@@ -170,9 +169,8 @@ class Answerer:
         yield Finished(text, data, count, complete, usage, self.model)
 
     def _usage(self, molmo: Molmo, scene: Scene, ask: Ask, generated: int, *, kept: bool) -> Usage:
-        turns = [turn for pair in ask.history for turn in pair]
         image = len(scene.embeddings)
-        prompt = image + len(text_ids(molmo.engine.tokenizer, [*turns, ask.question]))
+        prompt = image + len(conversation_ids(molmo.engine, ask.history, ask.question, scene.grounding))
         return Usage(prompt, image if kept else 0, generated)
 
     def _with_crops(self, ask: Ask) -> Molmo:
