@@ -173,6 +173,38 @@ def test_files_are_read_below_the_roots_only(folder: Path) -> None:
             inside.read("pipe.png")
 
 
+def test_names_that_are_no_paths(folder: Path) -> None:
+    inside = Sources((folder / "allowed",))
+    raw = base64.b64encode(png(size=(300, 300)) * 9).decode()
+    for name in (raw, f"file:///{raw}", "file://[x", "file://[x/a.png", f"file://[{raw}", f"~{raw}", f"/{raw}"):
+        with pytest.raises(SourceError) as refused:
+            inside.read(name)
+        assert len(str(refused.value)) < 600
+
+
+def test_windows_is_not_asked_about_other_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows sends the user's credentials to the machine whose file is looked for."""
+    looked: list[Path] = []
+    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: looked.append(path) or path)  # noqa: ARG005
+    for question in ("exists", "is_file"):
+        monkeypatch.setattr(Path, question, lambda _: False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    inside = Sources((folder / "allowed",))
+    for name in (
+        r"\\evil\share\a.png",
+        "//evil/share/a.png",
+        r"\/evil/a.png",
+        r"\\?\UNC\evil\a.png",
+        "file:////evil/a.png",
+    ):
+        with pytest.raises(SourceError, match="another machine"):
+            inside.read(name)
+    assert looked == []
+    with pytest.raises(SourceError, match="there is no file"):
+        Sources((Path(r"\\nas\photos"),)).read(r"\\NAS\photos\a.png")
+    assert looked != []
+
+
 def test_errors_are_results_in_a_sentence(any_saying: Callable[..., Molmo], folder: Path) -> None:
     def no_display() -> Image.Image:
         raise OSError("X connection failed: error 1")

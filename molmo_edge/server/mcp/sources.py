@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -17,6 +18,7 @@ from molmo_edge.server.pictures import check_picture, decode_data_uri
 SCREEN = "screen"
 MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 50_000_000
+_SHOWN = 200  # characters of a name in an error
 
 
 class SourceError(MolmoEdgeError):
@@ -42,20 +44,26 @@ class Sources:
 
     def _file(self, name: str) -> bytes:
         if name[:5].lower() == "file:":
-            name = url2pathname(urlsplit(name).path)
+            name = _path_of(name)
         elif "://" in name:
             raise SourceError(f'images are not fetched from the network: pass a file, a data URI or "{SCREEN}"')
         if not name or "\0" in name:
             raise SourceError(f'the image is empty: pass the path of a file, a data URI or "{SCREEN}"')
-        path = self._allowed(name)
+        if sys.platform == "win32" and _elsewhere(name, self.roots):
+            raise SourceError(
+                f"{_short(name)} is on another machine or a device, and outside of the folders that may be read"
+            )
         try:
+            path = self._allowed(name)
             if not path.is_file():
-                raise SourceError(f"{path} is not a file" if path.exists() else f"there is no file {path}")
+                raise SourceError(
+                    f"{_short(path)} is not a file" if path.exists() else f"there is no file {_short(path)}"
+                )
             if (size := path.stat().st_size) > MAX_BYTES:
-                raise SourceError(f"{path} has {size} bytes, at most {MAX_BYTES} are accepted")
+                raise SourceError(f"{_short(path)} has {size} bytes, at most {MAX_BYTES} are accepted")
             return path.read_bytes()
         except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise SourceError(f"{_short(name)} cannot be read: {error.strerror or type(error).__name__}") from error
 
     def _allowed(self, name: str) -> Path:
         """The path that `name` leads to, links followed; relative names begin in the first root that has them."""
@@ -64,13 +72,13 @@ class Sources:
             given = Path(name).expanduser()
             paths = [(root / given).resolve() for root in roots]
         except (OSError, RuntimeError, ValueError) as error:
-            raise SourceError(f"the path of the image is invalid: {error}") from error
+            raise SourceError(f"the path of the image is invalid: {_short(error)}") from error
         inside = [path for path in paths if any(path.is_relative_to(root) for root in roots)]
         if not inside:
             # Whether the file exists is not told.
             folders = ", ".join(map(str, roots)) or "none"
             raise SourceError(
-                f"{name[:200]} is outside of the folders that may be read ({folders}): allow it with --root"
+                f"{_short(name)} is outside of the folders that may be read ({folders}): allow it with --root"
             )
         return next((path for path in inside if path.exists()), inside[0])
 
@@ -87,3 +95,27 @@ class Sources:
         file = io.BytesIO()
         picture.convert("RGB").save(file, "PNG", compress_level=1)
         return file.getvalue()
+
+
+def _elsewhere(name: str, roots: Sequence[Path]) -> bool:
+    """Whether Windows would look on another machine, or at a device, for `name`: "//host/share", "//./COM1".
+
+    Even the question whether the file exists sends the user's credentials to that machine.
+    """
+    if not name.replace("/", "\\").startswith("\\\\"):
+        return False
+    share = PureWindowsPath(name).drive.lower()
+    return not share or share not in {PureWindowsPath(root).drive.lower() for root in roots}
+
+
+def _path_of(url: str) -> str:
+    try:
+        return url2pathname(urlsplit(url).path)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{_short(url)} is not a valid file URL") from error
+
+
+def _short(name: object) -> str:
+    """`name` for an error: a client may send a whole image in its place."""
+    text = str(name)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
