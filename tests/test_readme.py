@@ -97,7 +97,7 @@ def test_commands_have_the_options_that_pages_name(page: Path) -> None:
 
 @every_page
 def test_files_that_pages_name_exist(page: Path) -> None:
-    folders = "molmo_edge|export|quantize|runtimes|recipes|tests|docs|benchmarks|examples"
+    folders = "molmo_edge|export|quantize|runtimes|recipes|tests|docs|benchmarks|deploy|examples"
     for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", page.read_text(encoding="utf-8")):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
