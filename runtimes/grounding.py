@@ -185,6 +185,13 @@ class GroundingInputs:
             self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features
         )
 
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """The embeddings of an answer's tokens, int [n] -> float32 [n, d_model]. They do not depend on any states."""
+        decoder = self.head.config.decoder
+        grounding = self.begin(np.zeros((len(self.ids), decoder.d_model), np.float32))
+        rows = [grounding.embed(int(token)) for token in tokens]
+        return np.concatenate([np.zeros((0, decoder.d_model), np.float32), *rows])
+
     def points(self, text: str) -> list[Point]:
         """The points of the grounding tokens in `text`, in order, with the labels of their tags."""
         found: list[Point] = []

@@ -15,6 +15,8 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import ConfigError, DecoderConfig, ImageConfig, MolmoConfig, PointHeadConfig, VisionConfig
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.data.regions import Regions
+from molmo_edge.evaluation.loss import ModelSpec, measure_loss
+from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.export import export_bundle
 from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds
@@ -157,6 +159,21 @@ def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path:
             assert grounding is not None
             assert grounding.with_coordinates(answer.text) == answer.text, "an earlier answer is text already"
             assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
+
+
+def test_the_loss_of_a_copy_is_zero_and_its_points_are_those_of_the_sdk(trained: Path) -> None:
+    picture = Discs(2).picture(1)
+    asked = Question("0", "points", UNSCORED, "0", lambda: picture, POINT, lambda _: {}, max_new_tokens=100)
+    spec = ModelSpec(trained, precision="fp32", threads=1)
+    (copy,) = measure_loss(spec, [spec], [asked], noise="none").candidates
+    (answer,) = copy.comparison.answers
+    with Sdk(trained, threads=1) as model:
+        expected = model.ask(picture, POINT)
+    assert answer.reference_text == answer.text == expected.text
+    assert answer.reference_points == parse_points(expected.text) != []
+    assert copy.metrics["kl_mean"].value < 1e-7
+    assert copy.metrics["kl_grounding"].n == 3 * len(expected.points) + 1
+    assert copy.metrics["router"].value == 1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(start: Path, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 
 from molmo_edge.evaluation.questions import Question
-from molmo_edge.frontend.crops import Overview
 from molmo_edge.frontend.prompts import Prompt, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import PartedRuntime
@@ -17,19 +16,29 @@ from molmo_edge.runtimes.generate import likeliest
 from molmo_edge.runtimes.grounding import Grounding, GroundingInputs
 from molmo_edge.runtimes.prompt_embeddings import prefill, with_features
 from molmo_edge.runtimes.protocol import PointRuntime
+from molmo_edge.sdk.encoding import CollectedParts, EncodedPart
 
 
 @dataclass(frozen=True)
 class ImageInputs:
     """The inputs of the vision tower and the connector for one image, and its part of the prompt."""
 
-    crops: np.ndarray  # float32 [n, patches^2, 588]
-    masks: np.ndarray  # float32 [n, patches^2]
+    part: EncodedPart
     prompt: Prompt
     size: tuple[int, int]  # width and height of the image, pixels
-    overview: Overview | None = None
-    pooling: np.ndarray | None = None  # see PreparedImage
-    grid: np.ndarray | None = None  # int [rows, cols], the patches that tile the image; for grounding tokens
+
+    def grounding(
+        self, runtime: PartedRuntime, tokenizer: Tokenizer, patches: np.ndarray, cells: np.ndarray
+    ) -> GroundingInputs | None:
+        """The inputs of grounding tokens, before the prompt has run; None for a model without them.
+
+        `patches` and `cells`: as in PrefilledImage.
+        """
+        if runtime.config.point_head is None:
+            return None
+        collected = CollectedParts()
+        collected.add(self.part, patches, cells)
+        return collected.inputs(cast(PointRuntime, runtime), self.prompt.ids, tokenizer.special.im_patch)
 
 
 class PrefilledImage:
@@ -52,21 +61,8 @@ class PrefilledImage:
         cache: Any = runtime.new_cache(min(decoder.max_position_embeddings, len(rows) + room))
         prefill(runtime, rows, np.arange(len(rows)) > 0, cache)  # all but BOS are image tokens
         self._cache = cache
-        self._grounding: GroundingInputs | None = None
-        if runtime.config.point_head is not None:
-            assert inputs.pooling is not None
-            assert inputs.grid is not None
-            self._grounding = GroundingInputs(
-                head=cast(PointRuntime, runtime),
-                ids=inputs.prompt.ids,
-                positions=inputs.prompt.token_index,
-                indexable=tokenizer.special.im_patch,
-                patch_features=patches.reshape(-1, patches.shape[-1]),
-                pooling=inputs.pooling,
-                features=cells,
-                grids=(inputs.grid,),
-                states=cast(Any, cache).states,
-            )
+        grounding = inputs.grounding(runtime, tokenizer, patches, cells)
+        self._grounding = None if grounding is None else replace(grounding, states=cache.states)
 
     def begin(self, question: Question) -> AnswerRun:
         """The answer to a question, before its first token. Raises EngineError if the question does not fit."""

@@ -92,8 +92,7 @@ def compare(
         compared = ComparedImage(question.image_id, None, None)
         own_patches, own_cells = patches, cells
         if encode_images:
-            own_patches = model.runtime.encode_crops(inputs.crops, inputs.overview)
-            own_cells = model.runtime.connect(own_patches, inputs.masks, inputs.pooling)
+            own_patches, own_cells = inputs.part.features(model.runtime)
             used = inputs.prompt.token_index >= 0  # the decoder sees no other cells: crops overlap
             compared = ComparedImage(
                 question.image_id, _distance(patches, own_patches), _distance(cells[used], own_cells[used])

@@ -338,7 +338,9 @@ class _Routing:
 
 def _decoder_inputs(model: ModelUnderTest, answer: ReferenceAnswer) -> np.ndarray:
     runtime, inputs = model.runtime, model.prepare(answer.question)
-    features = runtime.encode_image(inputs.crops, inputs.masks, inputs.overview, inputs.pooling)
-    image = with_features(runtime, inputs.prompt, features)
-    ids = np.concatenate([text_ids(model.tokenizer, [answer.question.text]), answer.targets[:-1]])
-    return np.concatenate([image, runtime.embed(ids)])
+    patches, cells = inputs.part.features(runtime)
+    image = with_features(runtime, inputs.prompt, cells)
+    question = runtime.embed(text_ids(model.tokenizer, [answer.question.text]))
+    grounding = inputs.grounding(runtime, model.tokenizer, patches, cells)
+    embed = runtime.embed if grounding is None else grounding.embed
+    return np.concatenate([image, question, embed(np.array(answer.targets[:-1], np.int64))])

@@ -16,11 +16,12 @@ import numpy as np
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.evaluation.answer_runs import ImageInputs, PrefilledImage
 from molmo_edge.evaluation.questions import Question, by_image
-from molmo_edge.frontend.crops import ImageProcessor, load_image, stitched_patches
+from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import image_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes import PartedRuntime
+from molmo_edge.sdk.encoding import image_part
 
 _PERTURBATION = 1e-6  # relative, of each pixel: less than the difference between two resizing libraries
 
@@ -44,15 +45,16 @@ class ModelUnderTest:
         if self.max_crops is not None:
             config = replace(config, max_crops=self.max_crops)
         rgb = load_image(question.image())
+        height, width = rgb.shape[:2]
         prepared = ImageProcessor(config, self.tokenizer.special)(rgb)
-        crops = prepared.crops
         if self.perturbed:
+            crops = prepared.crops
             noise = np.random.default_rng(0).uniform(-_PERTURBATION, _PERTURBATION, crops.shape)
-            crops = (crops * (1 + noise)).astype(np.float32)
-        size = rgb.shape[1], rgb.shape[0]
+            prepared = replace(prepared, crops=(crops * (1 + noise)).astype(np.float32))
         prompt = image_ids(self.tokenizer, prepared)
-        grid = stitched_patches(config, prepared.tiling) if self.runtime.config.point_head else None
-        return ImageInputs(crops, prepared.masks, prompt, size, prepared.overview, prepared.pooling, grid)
+        grounded = self.runtime.config.point_head is not None
+        part = image_part(config, prepared, (height, width), prompt.token_index, grounded=grounded)
+        return ImageInputs(part, prompt, (width, height))
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ def record_reference(
                 raise
             on_skipped(str(error))
             continue
-        patches = runtime.encode_crops(inputs.crops, inputs.overview)
-        cells = runtime.connect(patches, inputs.masks, inputs.pooling)
+        patches, cells = inputs.part.features(runtime)
         np.save(folder / f"patches-{image}.npy", patches)
         np.save(folder / f"cells-{image}.npy", cells)
         prefilled = PrefilledImage(runtime, tokenizer, inputs, patches, cells, group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +14,7 @@ from PIL import Image
 from molmo_edge.frontend.crops import (
     ImageProcessor,
     Overview,
+    PreparedImage,
     cell_patches,
     image_in_grid,
     pointable_cells,
@@ -26,8 +27,9 @@ from molmo_edge.runtimes.prompt_embeddings import add_features
 from molmo_edge.sdk.shown import Shown
 
 if TYPE_CHECKING:
+    from molmo_edge.config import ImageConfig
     from molmo_edge.frontend.visual_prompt import VisualPrompt
-    from molmo_edge.runtimes.protocol import PointRuntime, Runtime
+    from molmo_edge.runtimes.protocol import PartedRuntime, PointRuntime, Runtime
     from molmo_edge.sdk.inputs import Inputs
     from molmo_edge.sdk.video import SelectedFrames
 
@@ -49,7 +51,7 @@ class Encoded:
 def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt) -> Encoded:
     """Cut images or frames into crops and run vision tower and connector. `prompt`: of `inputs`."""
     embeddings = np.array(runtime.embed(prompt.ids), np.float32)
-    collected = _Collected([], [], [], [], [], [], []) if runtime.config.point_head is not None else None
+    collected = CollectedParts() if runtime.config.point_head is not None else None
     video = None if inputs.frames is None else _KeptFrames(inputs.frames)
     if video is None:
         parts = _image_parts(process, inputs, prompt, grounded=collected is not None)
@@ -61,52 +63,73 @@ def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: Vi
         if collected is None:
             features = runtime.encode_image(part.crops, part.masks, part.overview, part.pooling)
         else:
-            features = collected.add(cast("PointRuntime", runtime), part)
+            patches, features = part.features(cast("PointRuntime", runtime))
+            collected.add(part, patches, features)
         add_features(embeddings, part.positions, features)
         vision += time.perf_counter() - began
         crops += len(part.crops)
     shown = Shown(inputs.images) if video is None else video.shown()
     grounding = None
     if collected is not None:
-        grounding = collected.inputs(cast("PointRuntime", runtime), process, prompt, shown.times)
+        grounding = collected.inputs(cast("PointRuntime", runtime), prompt.ids, process.special.im_patch, shown.times)
     return Encoded(embeddings, grounding, shown, crops, vision)
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """An image, or some frames. Patches are numbered within it."""
+class EncodedPart:
+    """The inputs of vision tower and connector for an image, or some frames. Patches are numbered within it."""
 
     crops: np.ndarray  # float32 [n, patches^2, patch_size^2 * 3]
     masks: np.ndarray
     overview: Overview | None
     pooling: np.ndarray | None
-    positions: np.ndarray  # of its features in the prompt
+    positions: np.ndarray  # of its features in the prompt, negative where dropped
     grids: tuple[np.ndarray, ...] = ()  # see GroundingInputs
     slots: np.ndarray | None = None  # `pooling` of the image tokens, of a model that points by grounding tokens
     frames: tuple[Sequence[float], ...] = ()
     pointable: np.ndarray | None = None
 
+    def features(self, runtime: PartedRuntime) -> tuple[np.ndarray, np.ndarray]:
+        """Run the vision tower and the connector.
 
-def _image_parts(process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt, *, grounded: bool) -> Iterator[_Part]:
-    config = process.config
+        Returns patch features [n, patches^2, feature_dim], and image features [n, cells^2, d_model], or
+        [n_cells, d_model] of a model that pools across crops.
+        """
+        patches = runtime.encode_crops(self.crops, self.overview)
+        return patches, runtime.connect(patches, self.masks, self.pooling)
+
+
+def image_part(
+    config: ImageConfig, image: PreparedImage, size: tuple[int, int], positions: np.ndarray, *, grounded: bool
+) -> EncodedPart:
+    """The inputs for one image of `size` (height and width, pixels), with its features at `positions` of the prompt.
+
+    `grounded`: whether the model points by grounding tokens.
+    """
+    part = EncodedPart(image.crops, image.masks, image.overview, image.pooling, positions)
+    if not grounded:
+        return part
+    pointable = pointable_cells(config, image.tiling)
+    # In MolmoPoint nothing can be pointed at without crops.
+    grid = pointing_grid(config, image.tiling) if pointable.any() else np.empty((0, 0), np.int64)
+    return replace(
+        part,
+        grids=(grid,),
+        slots=cell_patches(config, image.tiling) if image.pooling is None else image.pooling,
+        frames=(image_in_grid(config, image.tiling, *size),),
+        pointable=pointable,
+    )
+
+
+def _image_parts(
+    process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt, *, grounded: bool
+) -> Iterator[EncodedPart]:
     for rgb, positions in zip(inputs.images, prompt.positions, strict=True):
-        image = process(rgb)
-        part = _Part(image.crops, image.masks, image.overview, image.pooling, positions)
-        if grounded:
-            pointable = pointable_cells(config, image.tiling)
-            # In MolmoPoint nothing can be pointed at without crops.
-            grid = pointing_grid(config, image.tiling) if pointable.any() else np.empty((0, 0), np.int64)
-            part = replace(
-                part,
-                grids=(grid,),
-                slots=cell_patches(config, image.tiling) if image.pooling is None else image.pooling,
-                frames=(image_in_grid(config, image.tiling, *rgb.shape[:2]),),
-                pointable=pointable,
-            )
-        yield part
+        size = rgb.shape[0], rgb.shape[1]
+        yield image_part(process.config, process(rgb), size, positions, grounded=grounded)
 
 
-def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualPrompt) -> Iterator[_Part]:
+def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualPrompt) -> Iterator[EncodedPart]:
     (positions,) = prompt.positions
     side, done = process.config.patches, 0
     while frames := list(islice(video, _FRAMES)):
@@ -114,7 +137,7 @@ def _frame_parts(process: ImageProcessor, video: _KeptFrames, prompt: VisualProm
         cells = len(part.pooling) // len(frames)
         grids = np.arange(len(frames) * side * side).reshape(-1, side, side)
         where = positions[done * cells : (done + len(frames)) * cells]
-        yield _Part(part.crops, np.empty(0, np.float32), None, part.pooling, where, tuple(grids), part.pooling)
+        yield EncodedPart(part.crops, np.empty(0, np.float32), None, part.pooling, where, tuple(grids), part.pooling)
         done += len(frames)
     if done != len(video.selected.times):
         raise VideoError(f"the video ended after {done} of {len(video.selected.times)} frames: is it truncated?")
@@ -142,23 +165,21 @@ class _KeptFrames(Iterator[np.ndarray]):
 
 
 @dataclass
-class _Collected:
+class CollectedParts:
     """What grounding tokens need of all parts together, the image tokens in their order in the prompt."""
 
-    patches: list[np.ndarray]  # float32 [n * patches^2, feature_dim]
-    pooling: list[np.ndarray]
-    features: list[np.ndarray]
-    grids: list[np.ndarray]
-    positions: list[np.ndarray]
-    frames: list[Sequence[float]]  # of images
-    pointable: list[np.ndarray]
+    patches: list[np.ndarray] = field(default_factory=list)  # float32 [n * patches^2, feature_dim]
+    pooling: list[np.ndarray] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    grids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    frames: list[Sequence[float]] = field(default_factory=list)  # of images
+    pointable: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, runtime: PointRuntime, part: _Part) -> np.ndarray:
-        """Encode a part; returns its image features."""
+    def add(self, part: EncodedPart, patches: np.ndarray, features: np.ndarray) -> None:
+        """Add a part; `patches` of its vision tower [n, patches^2, feature_dim], `features` of its connector."""
         assert part.slots is not None
-        before = sum(len(patches) for patches in self.patches)
-        patches = runtime.encode_crops(part.crops, part.overview)
-        features = runtime.connect(patches, part.masks, part.pooling)
+        before = sum(len(added) for added in self.patches)
         self.patches.append(patches.reshape(-1, patches.shape[-1]))
         self.pooling.append(np.where(part.slots < 0, -1, part.slots + before))
         kept = part.positions >= 0
@@ -168,16 +189,16 @@ class _Collected:
         self.grids += [grid + before for grid in part.grids]
         self.frames += part.frames
         self.pointable += [] if part.pointable is None else [part.pointable]
-        return features
 
     def inputs(
-        self, runtime: PointRuntime, process: ImageProcessor, prompt: VisualPrompt, times: tuple[float, ...] | None
+        self, runtime: PointRuntime, ids: np.ndarray, indexable: int, times: tuple[float, ...] | None = None
     ) -> GroundingInputs:
+        """The inputs of the prompt `ids`; `indexable` and `times` as in GroundingInputs."""
         return GroundingInputs(
             head=runtime,
-            ids=prompt.ids,
+            ids=ids,
             positions=np.concatenate(self.positions),
-            indexable=process.special.im_patch,
+            indexable=indexable,
             patch_features=np.concatenate(self.patches),
             pooling=np.concatenate(self.pooling),
             features=np.concatenate(self.features),
