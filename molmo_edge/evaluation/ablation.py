@@ -1,8 +1,7 @@
 """What quantizing each part of a model costs: one part is quantized, and the others stay in float32.
 
 A part is a component of a bundle (the point head of a MolmoPoint included), or the attention, experts, router or head
-of its decoder. Variants of the decoder get
-the reference's image features, so that no image is encoded twice.
+of its decoder. Variants of the decoder get the reference's image features, so that no image is encoded twice.
 """
 
 from __future__ import annotations

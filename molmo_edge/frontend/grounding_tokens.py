@@ -131,8 +131,8 @@ def decode_grounding(
     `pooling`: int32 [n_patches, n_slots], patches of each token, numbered through all images. `grids`: for each image
     or frame int32 [rows, cols], the same numbers. `frames`: (left, top, width, height) of each image in its grid, in
     patches; empty: it fills the grid. `numbered`: as in PointHeadConfig; the points count from 1 without. Points in no
-    grid (the low-resolution view, padding) are skipped. Ids
-    out of range are skipped as well; with `strict` they index as in the reference, which may raise IndexError.
+    grid (the low-resolution view, padding) are skipped. Ids out of range are skipped as well; with `strict` they index
+    as in the reference, which may raise IndexError.
     """
     n_patches, n_slots = pooling.shape
     for number, match in enumerate((TRIPLE if numbered else UNNUMBERED).finditer(text), start=1):
