@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from serving import PATIENCE, chat_body, data_uri, png, send, serving_process, wait_until
 
+from molmo_edge.server.run import listen
+from molmo_edge.server.settings import Settings
+
 CHAT = "/v1/chat/completions"
 windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
@@ -74,6 +77,16 @@ def test_a_server_that_was_killed_starts_again_on_its_port() -> None:
         sock.close()
     with serving_process("--max-crops", 0, port=port):
         assert send(port, CHAT, body).json["choices"] == first
+
+
+def test_windows_gives_the_port_to_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, SO_REUSEADDR lets another process take the port of a server that runs."""
+    if sys.platform != "win32":  # an option of this system stands for that of Windows
+        monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+        monkeypatch.setattr(sys, "platform", "win32")
+    with listen(Settings(port=0)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE)  # type: ignore[attr-defined]
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
 
 
 def test_mistakes_of_the_command_line_are_one_line(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
