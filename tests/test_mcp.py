@@ -256,6 +256,32 @@ def test_the_model_is_opened_once_by_the_first_call(any_saying: Callable[..., Mo
     assert len(opened) == 1
 
 
+def test_a_call_beyond_the_limit_is_told_that_the_server_is_busy(any_saying: Callable[..., Molmo]) -> None:
+    opened = threading.Event()
+
+    def open_molmo() -> Molmo:
+        assert opened.wait(PATIENCE)
+        return any_saying(CUPS)
+
+    async def run() -> None:
+        asker = Asker(open_molmo, Sources(), max_calls=2)
+        async with Client(create_mcp_server(asker), read_timeout_seconds=PATIENCE) as client:
+            image = {"image": data_uri(png())}
+            waiting = [asyncio.create_task(client.call_tool("caption", image)) for _ in range(5)]
+            deadline = time.monotonic() + PATIENCE / 3
+            while sum(one.done() for one in waiting) < 3 and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            opened.set()
+            results = await asyncio.gather(*waiting)
+            assert not (await client.call_tool("caption", image)).is_error
+        asker.close()
+        refused = [result.content[0].text for result in results if result.is_error]
+        assert len(refused) == 3
+        assert all("busy" in text for text in refused)
+
+    asyncio.run(run())
+
+
 # Over HTTP
 
 

@@ -23,6 +23,7 @@ from molmo_edge.server.mcp.results import Found, tool_result
 from molmo_edge.server.mcp.sources import Sources
 from molmo_edge.server.metrics import Metrics
 from molmo_edge.server.pictures import Picture
+from molmo_edge.server.places import Places
 from molmo_edge.server.queue import Cancelled, ModelQueue, Ticket
 from molmo_edge.server.scenes import SceneCache
 from molmo_edge.system.version import __version__
@@ -45,15 +46,27 @@ Annotate = Annotated[bool, Field(description="Whether to return the image with t
 MaxTokens = Annotated[int, Field(ge=1, le=4096, description="Limit on the length of the answer, in tokens.")]
 Result = Annotated[CallToolResult, Found]
 
+MAX_CALLS = 16  # at a time
+
 
 class Asker:
     """Answers the questions of tools, one after the other, with a model that the first question opens."""
 
     def __init__(
-        self, open_model: Callable[[], Molmo], sources: Sources, *, timeout: float = 300.0, scene_bytes: int = 10**9
+        self,
+        open_model: Callable[[], Molmo],
+        sources: Sources,
+        *,
+        timeout: float = 300.0,
+        scene_bytes: int = 10**9,
+        max_calls: int = MAX_CALLS,
     ) -> None:
-        """`timeout`: seconds to the end of an answer. `scene_bytes`: memory for encoded images that are kept."""
+        """`timeout`: seconds to the end of an answer. `scene_bytes`: memory for encoded images that are kept.
+
+        `max_calls`: calls at a time, the running one included; each holds the file of its image.
+        """
         self._open, self._sources, self._timeout = open_model, sources, timeout
+        self._places = Places(max_calls)
         self._scenes = SceneCache(scene_bytes)
         self._answerer: Answerer | None = None
         self._queue = ModelQueue()
@@ -62,10 +75,11 @@ class Asker:
         """Ask about an image. Raises ToolError. If the task is cancelled, the model stops within one token."""
         try:
             text = question()
-            data = await asyncio.to_thread(self._sources.read, image)
-            ask = Ask(text, (Picture(data, hashlib.sha256(data).hexdigest()),), max_new_tokens=max_tokens)
-            answer = await self._answer(ask)
-            return await asyncio.to_thread(lambda: tool_result(answer, data, annotate=annotate))
+            with self._places.take(lambda: self._queue.retry_after):
+                data = await asyncio.to_thread(self._sources.read, image)
+                ask = Ask(text, (Picture(data, hashlib.sha256(data).hexdigest()),), max_new_tokens=max_tokens)
+                answer = await self._answer(ask)
+                return await asyncio.to_thread(lambda: tool_result(answer, data, annotate=annotate))
         except ApiError as error:
             raise ToolError(error.message) from error
         except MolmoEdgeError as error:
