@@ -30,6 +30,11 @@ async def read_photo(request: Request) -> bytes:
     return bytes(photo)
 
 
+def refusal(error: MolmoEdgeError) -> HTTPException:
+    """Status 504 for a timeout, 400 for anything else: a body that is not an image, an empty question."""
+    return HTTPException(504 if isinstance(error, AnswerTimeout) else 400, str(error))
+
+
 def create_app(molmo: Molmo) -> FastAPI:
     app = FastAPI(title="Points in photos")
 
@@ -39,27 +44,29 @@ def create_app(molmo: Molmo) -> FastAPI:
         photo = await read_photo(request)
         try:
             answer = await molmo.point_async(photo, label, timeout=60)
-        except AnswerTimeout as error:
-            raise HTTPException(504, str(error)) from error
-        except MolmoEdgeError as error:  # not an image, an empty label
-            raise HTTPException(400, str(error)) from error
+        except MolmoEdgeError as error:
+            raise refusal(error) from error
         points = [{"label": p.label, "x": x, "y": y} for p, (x, y) in zip(answer.points, answer.pixels(), strict=True)]
         return {"text": answer.text, "points": points}
 
     @app.post("/ask")
     async def ask(request: Request, question: str) -> StreamingResponse:
         """The answer as text, piece by piece."""
-        photo = await read_photo(request)
+        stream = molmo.stream_async(await read_photo(request), question, timeout=60)
         try:
-            scene = await molmo.encode_async(photo)  # before the response begins, so that an error can have its status
+            first = await anext(stream, "")  # before the response begins, so that an error can have its status
         except MolmoEdgeError as error:
-            raise HTTPException(400, str(error)) from error
+            raise refusal(error) from error
 
         async def pieces() -> AsyncIterator[str]:
-            # If the client disconnects, this generator is closed, and the model stops after the current token.
-            async for piece in molmo.stream_async(scene, question, timeout=60):
-                if isinstance(piece, str):  # else a Point, whose tag is also in the text
-                    yield piece
+            piece = first
+            try:
+                while piece:
+                    if isinstance(piece, str):  # else a Point, whose tag is also in the text
+                        yield piece
+                    piece = await anext(stream, "")
+            finally:
+                await stream.aclose()  # if the client disconnects, the model stops after the current token
 
         return StreamingResponse(pieces(), media_type="text/plain; charset=utf-8")
 

@@ -1,4 +1,4 @@
-"""Point at an object in the frames of a camera, and show the points in a window. Press q to stop.
+"""Point at an object in the frames of a camera, and show the points in a window. Press q or Ctrl-C to stop.
 
     pip install opencv-python
     python examples/webcam.py [--source 0] [--label cup] [--model BUNDLE]
@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import itertools
 import threading
 import time
@@ -89,13 +90,17 @@ def main() -> None:
             if args.save:
                 cv2.imwrite(str(args.save / f"{number:05d}.jpg"), drawn)
             else:
-                cv2.imshow("molmo-edge", drawn)
-                if cv2.waitKey(0 if single else 1) == ord("q"):
-                    break
+                try:
+                    cv2.imshow("molmo-edge", drawn)
+                    if cv2.waitKey(0 if single else 1) == ord("q"):
+                        break
+                except cv2.error as error:  # no display, or opencv-python-headless
+                    raise SystemExit(f"OpenCV cannot open a window; use --save FOLDER ({error.err})") from error
     source.release()
     if not args.save:
         cv2.destroyAllWindows()
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C
+        main()

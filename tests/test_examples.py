@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -60,6 +61,12 @@ def test_every_example_says_how_to_run_it(file: Path) -> None:
     assert f"python examples/{file.name}" in (module.co_consts[0] or "")
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in EXAMPLES.glob("*.py")))
+def test_no_example_hides_a_package(name: str) -> None:
+    """The folder of a script comes first in its sys.path: a click.py would break every script that imports typer."""
+    assert importlib.util.find_spec(name) is None
+
+
 @contextlib.contextmanager
 def serving(molmo: Molmo) -> Iterator[int]:
     """Serve the app of fastapi_app.py on a free port."""
@@ -94,6 +101,7 @@ def test_the_web_service_answers_as_the_sdk_does() -> None:
         assert streamed.body.decode() == expected.text
         assert send(port, "/point?label=cup", b"not a photo", headers=raw).status == 400
         assert send(port, "/ask?question=Why", b"not a photo", headers=raw).status == 400
+        assert send(port, "/ask?question=", photo, headers=raw).status == 400
         assert send(port, "/point?label=cup", bytes(20_000_001), headers=raw).status == 413
 
 
@@ -121,7 +129,7 @@ def test_the_camera_loop_without_a_camera(tmp_path: Path) -> None:
 
 
 def test_where_it_would_click(tmp_path: Path) -> None:
-    printed = run(tmp_path, EXAMPLES / "click.py", "cup", "--image", COFFEE, "--save", "found.png")
+    printed = run(tmp_path, EXAMPLES / "screenshot.py", "cup", "--image", COFFEE, "--save", "found.png")
     found = re.match(r"would click at \((\d+), (\d+)\) of 600x400: ", printed)
     assert found, printed
     with Molmo() as molmo:

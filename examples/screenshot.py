@@ -1,6 +1,6 @@
 """Find what you name on the screen, and print where a program would click.
 
-    python examples/click.py "the search field" [--image SCREENSHOT] [--save found.png] [--model BUNDLE]
+    python examples/screenshot.py "the search field" [--image SCREENSHOT] [--save found.png] [--model BUNDLE]
 
 Nothing is clicked. With `--click`, the program asks, and after "y" clicks on the first point (`pip install pyautogui`).
 Screenshots need Windows, macOS, or Linux with X11. nano was not trained on screenshots: use one of Ai2's checkpoints.
@@ -32,7 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.click and args.image:
         parser.error("--click needs the screen itself: leave out --image")
-    image = Image.open(args.image) if args.image else ImageGrab.grab()
+    try:
+        image = Image.open(args.image) if args.image else ImageGrab.grab()
+    except OSError as error:  # no such file, no image, no display
+        raise SystemExit(f"there is no picture: {error}") from error
     with Molmo(args.model) as molmo:
         answer = molmo.point(image, args.target)
     if args.save:
