@@ -240,6 +240,13 @@ def test_several_images_are_one_prompt_of_a_model_that_takes_them() -> None:
             assert (message["content"], message["points"]) == (expected.text, expected.to_dict()["points"])
             assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
         assert {point["image"] for point in message["points"]} == {2}
+        assert "<POINT_" in message["content"]
+        history = [("Point to the cups.", expected.text)]
+        second = molmo.ask([one, other], "And now?", history=history, max_new_tokens=2)
+        body["messages"] += [{"role": "assistant", "content": expected.text}, {"role": "user", "content": "And now?"}]
+        reply = server.send("/v1/chat/completions", body | {"max_tokens": 2}).json
+        assert reply["choices"][0]["message"]["content"] == second.text
+        assert reply["usage"]["prompt_tokens"] == second.usage.tokens.image + second.usage.tokens.prompt
 
 
 def test_openai_client_gets_answers_in_the_form_of_a_schema(cups: Server) -> None:
