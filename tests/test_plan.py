@@ -25,6 +25,7 @@ from molmo_edge.runtimes.memory_plan import (
     predict,
     torch_weights,
 )
+from molmo_edge.sdk.peak_memory import Peaks
 from molmo_edge.system.boards import USABLE, parse_bytes
 
 # Peaks of full-size models with random weights that benchmarks/RESULTS.md records, for an image of 6 crops, in GB.
@@ -152,9 +153,42 @@ def test_a_checkpoint_on_the_hub_is_planned_from_its_headers(tmp_path: Path, gol
 def test_a_bundle_on_the_hub_is_planned_from_its_manifest(tmp_path: Path, tiny_bundle: Path) -> None:
     served = shutil.copytree(tiny_bundle, tmp_path / "served")
     with serve(Hub("someone/a-bundle", served)) as hub:
-        done = Client(hub, tmp_path / "home")("plan", hub.name, "--json")
+        client = Client(hub, tmp_path / "home")
+        done = client("plan", hub.name, "--json")
         assert done.returncode == 0, done.stderr
         assert [name for name, _ in hub.downloads] == ["molmo_edge.json"]
         (found,) = json.loads(done.stdout)["plans"]
         bundle = open_bundle(tiny_bundle)
         assert found["peak"] == predict(bundle.config, bundle_weights(bundle)).peak
+        assert client.fetch().returncode == 0
+    measure = ("--measure",) if sys.platform.startswith("linux") else ()
+    done = client("plan", hub.name, "--json", *measure)  # from the cache: the hub is stopped
+    assert done.returncode == 0, done.stderr
+    downloaded = json.loads(done.stdout)
+    assert (downloaded["model"], downloaded["download"]) == (hub.name, None)
+    assert [one["peak"] for one in downloaded["plans"]] == [found["peak"]]
+    assert not measure or downloaded["measured"]["peak"] > 0
+    name = bundle.path("decoder").name
+    next((tmp_path / "home").glob(f"**/snapshots/*/{name}")).unlink()  # as after an interrupted download
+    assert "cannot be reached" in refused(client("plan", hub.name))
+
+
+def test_a_checkpoint_is_measured_on_pytorch_only(cli: Any, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(*_: Any, precision: str, **__: Any) -> Peaks:
+        measured.append(precision)
+        return Peaks(1, 2, 3, 4)
+
+    monkeypatch.setattr("molmo_edge.sdk.peak_memory.measure_peaks", measure)
+    command = ("plan", golden / "molmoe", "--measure", "--memory")
+    for options in (("8GB", "--precision", "mixed"), ("8GB", "--precision", "q4_k_m"), ("200MB",)):
+        status, _, err = cli(*command, *options)  # 200 MB are less than PyTorch takes: a bundle is recommended
+        assert status == 1
+        assert "cannot be measured from a checkpoint" in err
+    assert measured == []
+    status, out, _ = cli(*command, "8GB", "--precision", "bf16", "--json")
+    assert (status, measured) == (0, ["bf16"])
+    assert json.loads(out)["measured"]["precision"] == "bf16"
+    status, out, _ = cli(*command, "8GB")
+    assert f"{measured[-1]} on pytorch fits" in out

@@ -20,7 +20,7 @@ from typing import Any
 
 from molmo_edge.checkpoints.hub_config import CONFIG
 from molmo_edge.checkpoints.hub_links import LARGE, HubFile, has_symlinks, is_inside, reuse, snapshot_path
-from molmo_edge.checkpoints.manifest import MANIFEST, TOKENIZER
+from molmo_edge.checkpoints.manifest import MANIFEST, TOKENIZER, read_manifest
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.system.extras import pip_command
 from molmo_edge.system.files import sha256_of
@@ -92,6 +92,22 @@ def fetch_model(
         _check_disk(download)
         (announce or logger.info)(download)
     return _download(hub_id, revision, wanted, missing, links)
+
+
+def cached_model(hub_id: str, revision: str | None = None) -> Path | None:
+    """The directory of an earlier download, found without the network; None if it is not whole or not valid."""
+    from molmo_edge.checkpoints.safetensors_files import INDEX, shards_of
+
+    try:
+        directory = _cached(hub_id, revision, "")
+        if (directory / INDEX).is_file():
+            shards_of(directory / INDEX)
+        if (directory / MANIFEST).is_file():
+            files = [component.file for component in read_manifest(directory).components.values()]
+            return directory if all((directory / file).is_file() for file in files) else None
+    except MolmoEdgeError:
+        return None
+    return directory
 
 
 def download_of(hub_id: str, revision: str | None = None) -> Download | None:

@@ -35,6 +35,7 @@ class _Target:
     candidates: list[Weights]
     directory: Path | None = None  # None: not on this machine
     download: int | None = None  # bytes on the hub
+    checkpoint: bool = False  # a checkpoint on this machine, which opens on PyTorch
 
 
 def _size(text: str | None) -> str | None:
@@ -93,57 +94,84 @@ def plan(
     plans, chosen, contexts = [], [], []
     for weights in target.candidates:
         plans.append(predict(target.config, weights, max_crops=max_crops, answer=answer))
-        best = plans[-1] if budget is None else choose(target.config, weights, budget, most=max_crops, answer=answer)
-        chosen.append(best)
-        contexts.append(0 if best is None or budget is None else longest_context(target.config, best, budget))
-    peaks = None
+        fit = plans[-1] if budget is None else choose(target.config, weights, budget, most=max_crops, answer=answer)
+        chosen.append(fit)
+        contexts.append(0 if fit is None or budget is None else longest_context(target.config, fit, budget))
+    best = _recommended(chosen)
+    shown, peaks = best or plans[0], None
     if measure:
-        shown = chosen[0] or plans[0]
+        _check_measurable(target, shown)
         with progress("measuring", quiet=quiet):
             peaks = _measured(target, shown, answer)
     if json:
         data = {"model": target.name, "download": target.download, "budget": budget, "max_new_tokens": answer}
         rows = [
-            {**_to_dict(one), "fits": best is not None, "chosen": best and _to_dict(best), "longest_context": context}
-            for one, best, context in zip(plans, chosen, contexts, strict=True)
+            {**_to_dict(one), "fits": fit is not None, "chosen": fit and _to_dict(fit), "longest_context": context}
+            for one, fit, context in zip(plans, chosen, contexts, strict=True)
         ]
-        print_json(data | {"plans": rows, "measured": peaks and asdict(peaks) | {"peak": peaks.peak}})
+        of = {"engine": shown.weights.engine, "precision": shown.weights.precision}
+        print_json(data | {"plans": rows, "measured": peaks and of | asdict(peaks) | {"peak": peaks.peak}})
     else:
-        _print(target, budget, plans, chosen, contexts, peaks)
-    if budget is not None and not any(chosen):
+        _print(target, budget, plans, chosen, contexts, shown, peaks)
+    if budget is not None and best is None:
         raise typer.Exit(1)
+
+
+def _recommended(chosen: list[Plan | None]) -> Plan | None:
+    """The plan with the most crops, the first of several; None: nothing fits."""
+    return max((plan for plan in chosen if plan is not None), key=lambda plan: plan.max_crops, default=None)
+
+
+def _check_measurable(target: _Target, plan: Plan) -> None:
+    engine, precision = plan.weights.engine, plan.weights.precision
+    if target.checkpoint and engine != "pytorch":
+        raise PlanError(
+            f"{precision} on {engine} cannot be measured from a checkpoint, which opens on PyTorch: export a bundle "
+            f"and measure that, or choose --precision {' or '.join(_ON_TORCH)}"
+        )
 
 
 def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     from molmo_edge.checkpoints.bundle import is_bundle, is_hub_id, open_bundle, resolve_model
-    from molmo_edge.checkpoints.hub import HubError
+    from molmo_edge.checkpoints.hub import cached_model
     from molmo_edge.checkpoints.hub_config import read_config
     from molmo_edge.model_names import full_name
+    from molmo_edge.runtimes.memory_plan import bundle_weights
+
+    name = str(full_name(model))
+    if is_hub_id(name):
+        downloaded = cached_model(name, revision)
+        if downloaded is None:
+            return _find_on_hub(model, name, revision, precision)
+        directory = downloaded
+    else:
+        directory = resolve_model(None if model == "nano" else model, revision=revision)
+        name = str(directory)
+    if is_bundle(directory):
+        _refuse_precision(precision, name)
+        bundle = open_bundle(directory, hashes=False)
+        return _Target(name, bundle.config, [bundle_weights(bundle)], directory)
+    config = read_config(directory)
+    return _Target(name, config, _candidates(config, precision, local=True), directory, checkpoint=True)
+
+
+def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str | None) -> _Target:
+    from molmo_edge.checkpoints.hub import HubError
+    from molmo_edge.checkpoints.remote import read_remote
     from molmo_edge.presets import PRESETS
     from molmo_edge.runtimes.memory_plan import bundle_weights
 
-    named = str(full_name(model))
-    if is_hub_id(named):
-        from molmo_edge.checkpoints.remote import read_remote
-
-        try:
-            remote = read_remote(named, revision)
-        except HubError as error:
-            if model not in PRESETS:
-                raise
-            note(f"{error}; planned from the configuration that molmo-edge knows")
-            return _Target(named, PRESETS[model], _candidates(PRESETS[model], precision))
-        if remote.bundle is not None:
-            _refuse_precision(precision, named)
-            return _Target(named, remote.config, [bundle_weights(remote.bundle)], None, remote.weights)
-        return _Target(named, remote.config, _candidates(remote.config, precision), None, remote.weights)
-    directory = resolve_model(None if model == "nano" else model, revision=revision)
-    if is_bundle(directory):
-        _refuse_precision(precision, str(directory))
-        bundle = open_bundle(directory, hashes=False)
-        return _Target(str(directory), bundle.config, [bundle_weights(bundle)], directory)
-    config = read_config(directory)
-    return _Target(str(directory), config, _candidates(config, precision, local=True), directory)
+    try:
+        remote = read_remote(hub_id, revision)
+    except HubError as error:
+        if model not in PRESETS:
+            raise
+        note(f"{error}; planned from the configuration that molmo-edge knows")
+        return _Target(hub_id, PRESETS[model], _candidates(PRESETS[model], precision))
+    if remote.bundle is not None:
+        _refuse_precision(precision, hub_id)
+        return _Target(hub_id, remote.config, [bundle_weights(remote.bundle)], None, remote.weights)
+    return _Target(hub_id, remote.config, _candidates(remote.config, precision), None, remote.weights)
 
 
 def _refuse_precision(precision: str | None, name: str) -> None:
@@ -212,12 +240,13 @@ def _print(
     plans: list[Plan],
     chosen: list[Plan | None],
     contexts: list[int],
+    shown: Plan,
     peaks: Peaks | None,
 ) -> None:
     download = "" if target.download is None else f", {_gb(target.download)} to download"
     print(f"{target.name}{download}" + ("" if budget is None else f"; planned for {_gb(budget)}"))
     if len(plans) == 1:
-        _print_one(chosen[0] or plans[0], peaks)
+        _print_one(shown, peaks)
     else:
         rows = []
         for one, best in zip(plans, chosen, strict=True):
@@ -226,14 +255,14 @@ def _print(
             rows.append((weights.engine, weights.precision, _gb(weights.stored), _gb(one.peak), fits))
         print_table(("engine", "precision", "on disk", "peak, all crops", "what fits"), rows, left=2)
         if peaks is not None:
-            _print_one(chosen[0] or plans[0], peaks)
+            _print_one(shown, peaks)
     if budget is None:
         return
-    fitting = [(best, context) for best, context in zip(chosen, contexts, strict=True) if best is not None]
-    if not fitting:
+    best = _recommended(chosen)
+    if best is None:
         print(f"does not fit into {_gb(budget)}, even with only the global view: use a smaller precision or model")
         return
-    best, context = max(fitting, key=lambda pair: pair[0].max_crops)  # the first of several
+    context = contexts[chosen.index(best)]
     flags = f"--max-crops {best.max_crops}"
     flags += f" --llama cache={best.cache}" if best.weights.engine == "llama.cpp" else ""
     print(
