@@ -7,7 +7,7 @@
 FOLDER has photos and points.csv (`image,label,x,y` in pixels); docs/training.md lists the other formats. Options after
 `--` go to `molmo-edge train points`, which trains LoRA adapters and merges them into OUT/model, an ordinary checkpoint.
 
-Without arguments, the script trains nano on the two photos of this folder, for a minute or two on a CPU. That shows how
+Without arguments, the script trains nano on the two photos of this folder, for a few minutes on a CPU. That shows how
 it works; to learn to point at something in new photos, a model needs at least dozens of photos and hundreds of steps.
 """
 
