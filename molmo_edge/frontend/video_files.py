@@ -100,9 +100,9 @@ def _list_frames(source: Path | bytes, name: str) -> VideoFile:
         for packet in container.demux():
             if not packet.size:
                 continue
-            stamp, unit = packet.pts if packet.pts is not None else packet.dts, packet.time_base
-            if stamp is not None and unit is not None:
-                end = max(end, float((stamp + (packet.duration or 0)) * unit))
+            stamp, tick = packet.pts if packet.pts is not None else packet.dts, packet.time_base
+            if stamp is not None and tick is not None:
+                end = max(end, float((stamp + (packet.duration or 0)) * tick))
             if packet.stream is stream and not packet.is_discard:
                 packets.append((packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
         rate = stream.average_rate or stream.guessed_rate
