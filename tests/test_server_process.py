@@ -58,8 +58,10 @@ def test_a_signal_lets_a_running_answer_finish(number: signal.Signals, status: i
 @windows
 def test_the_time_to_finish_is_limited() -> None:
     with serving_process("--max-crops", 0, "--drain", 0) as server, ThreadPoolExecutor(1) as pool:
-        sock = started(server.port, chat_body("Describe this image.", data_uri(png())))
-        waiting = pool.submit(send, server.port, CHAT, chat_body("What?", data_uri(png(1)), max_tokens=1000))
+        long = {"max_tokens": 1000, "temperature": 2.0, "seed": 0}  # so that the model goes on and on
+        sock = started(server.port, chat_body("Describe this image.", data_uri(png()), **long))
+        waiting = pool.submit(send, server.port, CHAT, chat_body("What?", data_uri(png(1)), **long))
+        wait_until(lambda: b"molmo_edge_places_taken 2.0" in send(server.port, "/metrics").body)
         server.process.send_signal(signal.SIGTERM)
         rest(sock)
         assert waiting.result().status in (200, 503)
