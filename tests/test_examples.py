@@ -157,7 +157,6 @@ def test_the_notebook(tmp_path: Path) -> None:
     assert "Count the cups." in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ask", "chat", "scene"])
 def test_the_short_examples(name: str, tmp_path: Path) -> None:
     assert run(tmp_path, EXAMPLES / f"{name}.py").strip()
