@@ -36,7 +36,7 @@ RECIPE = Recipe(
     frozen=("vision", "decoder"),
     encoding=Encoding(crops=1),
     forward=ForwardConfig(grounding=1.0, recompute=False),
-    # The published run used a constant rate up to step 2,900, before its length was decided.
+    # The run in benchmarks/RESULTS.md had a constant rate up to step 2,907, where its length was decided.
     optimizer=OptimizerConfig(connector=Rate(1e-3, 100), floor=0.02, weight_decay=0.01),
     max_crops=None,
     save_every=100,
