@@ -25,7 +25,7 @@ QUESTION = 40  # positions of a question and its chat template
 ANSWER = 384  # positions of an answer; the default of max_new_tokens
 
 # The interpreter, numpy and ONNX Runtime; llama.cpp and PyTorch add their libraries.
-_PROCESS = {"onnxruntime": 77_000_000, "llama.cpp": 92_000_000, "pytorch": 350_000_000}
+_PROCESS = {"onnxruntime": 95_000_000, "llama.cpp": 92_000_000, "pytorch": 350_000_000}
 # ONNX Runtime keeps packed matrices and some of the originals; it holds a graph without external weights twice.
 _PACKED, _INLINE = 1.12, 2.0
 _CHUNK = 512  # positions of a causal prompt that run at once, see runtimes/onnx.py

@@ -158,6 +158,7 @@ def test_a_task_that_is_cancelled_before_its_turn_never_runs(saying: Saying, mon
         await gate.wait()
         for task in tasks[4:]:  # four run at a time
             task.cancel()
+        await asyncio.wait(tasks[4:])  # the loop passes the cancellation to the waiting jobs in its next steps
         gate.open()
         done = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(answer) for answer in done] == [Answer] * 4 + [asyncio.CancelledError] * 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ def test_predictions_are_within_a_tenth_of_recorded_peaks(model: str, precision:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are measured on Linux")
 def test_the_prediction_for_nano_is_within_a_tenth_of_its_measured_peak(cli: Any) -> None:
-    status, out, _ = cli("plan", "nano", "--measure", "--json")
-    assert status == 0
-    found = json.loads(out)
-    assert found["plans"][0]["peak"] == pytest.approx(found["measured"]["peak"], rel=0.1)
+    runs = []
+    for _ in range(3):  # a run differs from the next by up to 7 %, with the order in which the graphs are loaded
+        status, out, _ = cli("plan", "nano", "--measure", "--json")
+        assert status == 0
+        runs.append(json.loads(out))
+    measured = statistics.median(run["measured"]["peak"] for run in runs)
+    assert runs[0]["plans"][0]["peak"] == pytest.approx(measured, rel=0.1)
 
 
 def test_the_parts_add_up_and_grow_with_crops_and_answers() -> None:
