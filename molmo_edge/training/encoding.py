@@ -33,6 +33,7 @@ from molmo_edge.frontend.grounding_tokens import GroundingIds, point_target
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.attention_loss import AttendedCells, cells_of_points, join_attended
+from molmo_edge.training.distillation import TeacherTargets
 from molmo_edge.training.features import FeatureCache
 from molmo_edge.training.grounding import PointBatch, PointTokens, join_points, mark
 from molmo_edge.training.packing import IMAGE_SEGMENT, Packed, pack
@@ -82,9 +83,24 @@ class Sample:
     pooling: np.ndarray | None = None
     block: np.ndarray | None = None  # bool [n]: image tokens that attend to each other in both directions
     points: PointTokens | None = None  # of a model that points by grounding tokens
+    teacher: TeacherSample | None = None  # in distillation, where the teacher needs more than this sequence
 
     def __len__(self) -> int:
         return len(self.packed.input_ids)
+
+    @property
+    def answered(self) -> int:
+        """How many tokens of answers it predicts."""
+        return int(np.count_nonzero(self.packed.loss_weights))
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSample:
+    """What belongs to the teacher of the student that a sequence is for."""
+
+    own: Sample | None = None  # the same example as the teacher reads it
+    pairs: np.ndarray | None = None  # int64 [p, 2] of `alignment.aligned`
+    targets: TeacherTargets | None = None  # from a cache
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.attention_loss import AttentionLoss, attention_loss
+from molmo_edge.training.distill_loss import token_divergence
+from molmo_edge.training.distillation import Distillation, TeacherTargets
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch
-from molmo_edge.training.grounding import embed_points, point_loss
+from molmo_edge.training.grounding import PointScores, choice_loss, embed_points, point_divergence, point_scores
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
 
-_CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for a vocabulary of 50,000
+CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for a vocabulary of 50,000
 
 
 class ForwardError(MolmoEdgeError):
@@ -63,13 +65,34 @@ class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in t
     grounding_loss: Tensor  # on regions, times its weight; a mean over the objects of the batch
     attention_loss: Tensor  # on points, times its weight; a mean over the points of the batch
     point_loss: Tensor  # weighted cross entropy of the choices that grounding tokens stand for
+    divergence: Tensor  # weighted, from a teacher's distributions of answer tokens, without the weight of the loss
+    hidden_loss: Tensor  # weighted distance from a teacher's hidden states, times its weight
+    point_divergence: Tensor  # weighted, from the choices of a teacher's grounding head, times its weight
+    image_loss: Tensor  # distance from a teacher's image features, times its weight; a mean for the whole batch
+
+
+class Pass(NamedTuple):
+    """What a forward pass computes before its losses."""
+
+    features: Tensor  # of the towers [c, patches^2, feature_dim]
+    cells: Tensor  # the connector's outputs
+    tokens: Tensor  # [k, d]: those of the image tokens, in their order
+    states: Tensor  # [b * n, d], before the last norm; empty for a batch of regions alone
+    layers: list[Tensor]  # states of answer tokens [m, d] after each layer, if a teacher's are to be matched
+    points: PointScores | None  # of the choices of grounding tokens
 
 
 class Trainable(nn.Module):
     """A Molmo whose forward pass returns `Sums`. FSDP wraps it: all parameters are used inside of it."""
 
-    def __init__(self, molmo: Molmo, config: ForwardConfig, names: Names | None = None):
-        """names: the vocabulary of the regions; None without a loss on regions.
+    def __init__(
+        self,
+        molmo: Molmo,
+        config: ForwardConfig,
+        names: Names | None = None,
+        distillation: Distillation | None = None,
+    ):
+        """names: the vocabulary of the regions; None without a loss on regions. distillation: of a student.
 
         Raises ForwardError for grouped experts with a PyTorch before 2.10, for a model with several ViTs, and for
         auxiliary losses that need cells within crops or points in digits, which this model does not have.
@@ -88,6 +111,8 @@ class Trainable(nn.Module):
         super().__init__()
         self.molmo, self.config, self.names = molmo, config, names
         self.grounding = GroundingHead(molmo.config) if names is not None else None
+        self.distillation = distillation
+        self.keeps_layers = distillation is not None and bool(len(distillation.hidden))
         self.routing = Routing() if molmo.config.decoder.n_experts else None
         for block in molmo.decoder.blocks:
             if isinstance(block.ffn, SparseFFN):
@@ -102,41 +127,70 @@ class Trainable(nn.Module):
         if config.compile:
             compile_parts(molmo)
 
-    def forward(self, batch: Batch) -> Sums:
-        """The batch must be on the model's device. Dropout is active only in training mode."""
+    def forward(self, batch: Batch, teacher: TeacherTargets | None = None) -> Sums:
+        """The batch must be on the model's device. Dropout is active only in training mode.
+
+        teacher: what a teacher says about the batch; without it the losses of distillation are 0.
+        """
+        run = self.run(batch)
+        zero = torch.zeros((), device=run.cells.device)
+        grounding = self._grounding(batch, run.features, run.cells)
+        if not len(batch.answered):  # regions alone
+            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero, zero, zero, zero, zero, zero)
+        at, weights = batch.answered, batch.weights.flatten()
+        hidden = self.molmo.decoder.ln_f(run.states.index_select(0, at))
+        ce, z, correct, divergence = self._answers(hidden, batch.targets.flatten()[at], weights[at], teacher)
+        points = zero if run.points is None else choice_loss(run.points, weights)
+        z, router = self.config.z_loss * z, self._router_loss(batch)
+        attention = zero if self._attention_loss is None else self._attention_loss
+        self._attention_loss = None
+        matching = self._matching(run, batch, teacher)
+        sums = (ce, z, router, weights[at].sum(), correct, self._load(batch), grounding, attention, points)
+        return Sums(*sums, divergence, *matching)
+
+    def run(self, batch: Batch) -> Pass:
+        """Compute towers, connector, decoder and grounding head."""
         features = self.features(batch) if batch.features is None else batch.features
         cells = self.molmo.connector(features, batch.masks, batch.pooling)  # [c, cells^2, d], or [k, d]
-        grounding = self._grounding(batch, features, cells)
+        tokens = cells.flatten(0, -2).index_select(0, batch.cells)  # [k, d]: of the image tokens, in their order
         if self.routing is not None:
             self.routing.logits, self.routing.experts = [], []
-        if not len(batch.answered):  # regions alone
-            zero = torch.zeros((), device=cells.device)
-            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero, zero)
+        if not len(batch.answered):
+            return Pass(features, cells, tokens, cells.new_zeros(0, cells.shape[-1]), [], None)
         if self.routing is not None:
             self.routing.open = True
-        cells = cells.flatten(0, -2).index_select(0, batch.cells)  # [k, d]: of the image tokens, in their order
-        states = self.states(batch, cells, features)
+        layers: list[Tensor] = []
+        states = self.states(batch, tokens, features, layers).flatten(0, 1)
         if self.routing is not None:
             self.routing.open = False
-        at, states = batch.answered, states.flatten(0, 1)
-        hidden, weights = self.molmo.decoder.ln_f(states.index_select(0, at)), batch.weights.flatten()
-        ce, z, correct = self._answers(hidden, batch.targets.flatten()[at], weights[at])
-        points = torch.zeros((), device=cells.device)
-        head, head_config = self.molmo.point_head, self.molmo.config.point_head
+        points, head, head_config = None, self.molmo.point_head, self.molmo.config.point_head
         if head is not None and head_config is not None and batch.points is not None and batch.pooling is not None:
-            points = point_loss(
-                head, head_config, batch.points, states, weights, batch.cells_at, features, batch.pooling
-            )
-        z, router = self.config.z_loss * z, self._router_loss(batch)
-        attention = torch.zeros((), device=cells.device) if self._attention_loss is None else self._attention_loss
-        self._attention_loss = None
-        weight = weights[at].sum()
-        return Sums(ce, z, router, weight, correct, self._load(batch), grounding, attention, points)
+            points = point_scores(head, head_config, batch.points, states, batch.cells_at, features, batch.pooling)
+        return Pass(features, cells, tokens, states, layers, points)
 
-    def states(self, batch: Batch, cells: Tensor, features: Tensor) -> Tensor:
+    def _matching(self, run: Pass, batch: Batch, teacher: TeacherTargets | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted losses of hidden states, of the grounding head and of image features."""
+        zero = torch.zeros((), device=run.cells.device)
+        if self.distillation is None or teacher is None:
+            return zero, zero, zero
+        config, weights = self.distillation.config, batch.weights.flatten()
+        hidden = points = image = zero
+        if config.hidden:
+            hidden = self.distillation.hidden_loss(run.layers, teacher, weights[batch.answered])
+        if config.grounding and run.points is not None:
+            theirs = (teacher.patches, teacher.slots, teacher.locations)
+            points = config.grounding * point_divergence(
+                run.points, theirs, weights, config.temperature, config.reverse
+            )
+        if config.image:
+            image = self.distillation.image_loss(run.tokens, teacher)
+        return hidden, points, image
+
+    def states(self, batch: Batch, cells: Tensor, features: Tensor, layers: list[Tensor] | None = None) -> Tensor:
         """Hidden states before the last norm, [b, n, d].
 
         cells [k, d] are the features of the image tokens, features [c, patches^2, feature_dim] those of the towers.
+        layers: a list for the states of answer tokens after each layer, filled if `keeps_layers`.
         """
         molmo, c = self.molmo, self.config
         x = molmo.decoder.embed(batch.ids)  # [b, n, d]
@@ -151,6 +205,8 @@ class Trainable(nn.Module):
         self._attended, self._recomputing = batch, False
         for block, (cos, sin) in zip(molmo.decoder.blocks, tables, strict=True):
             x = self._run(block, x, cos, sin, mask, None, dropout)
+            if layers is not None and self.keeps_layers:
+                layers.append(x.flatten(0, 1).index_select(0, batch.answered))
         self._recomputing = True
         return x
 
@@ -200,21 +256,30 @@ class Trainable(nn.Module):
             return cast(Tensor, checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False))
         return cast(Tensor, block(*args))
 
-    def _answers(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [m, d], targets int [m], weights [m] -> weighted sums of cross entropy, logsumexp^2 and hits."""
+    def _answers(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: TeacherTargets | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden [m, d], targets int [m], weights [m] -> weighted cross entropy, logsumexp^2, hits and divergence."""
+        heads = self.heads()
+        rows, compared = [hidden, targets, weights], None
+        if teacher is not None and self.distillation is not None and self.distillation.config.divergence:
+            compared = self.distillation.config.temperature, self.distillation.config.reverse
+            rows += [teacher.log_probs, teacher.ids, teacher.matched]
+        total = torch.zeros(4, device=hidden.device)
+        for chunk in zip(*(torch.split(t, CHUNK) for t in rows), strict=True):
+            if torch.is_grad_enabled():
+                part = checkpoint(_answer_sums, heads, compared, *chunk, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part = _answer_sums(heads, compared, *chunk)
+            total = total + cast(Tensor, part)
+        ce, z, correct, divergence = (values.clone() for values in total.unbind())  # FSDP does not accept views
+        return ce, z, correct.detach(), divergence
+
+    def heads(self) -> list[Tensor]:
+        """The matrices whose rows give the logits, in order."""
         decoder = self.molmo.decoder
         heads = [decoder.embedding if decoder.config.weight_tying else decoder.head.weight]
-        if decoder.config.additional_head:
-            heads.append(decoder.new_head.weight)
-        total = torch.zeros(3, device=hidden.device)
-        for chunk in zip(*(torch.split(t, _CHUNK) for t in (hidden, targets, weights)), strict=True):
-            if torch.is_grad_enabled():
-                part = checkpoint(_answer_sums, heads, *chunk, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part = _answer_sums(heads, *chunk)
-            total = total + cast(Tensor, part)
-        ce, z, correct = (values.clone() for values in total.unbind())  # FSDP does not accept views
-        return ce, z, correct.detach()
+        return [*heads, decoder.new_head.weight] if decoder.config.additional_head else heads
 
     def _router_loss(self, batch: Batch) -> Tensor:
         c, routing = self.config, self.routing
@@ -245,12 +310,29 @@ def compile_parts(molmo: Molmo) -> None:
             module.compile(dynamic=True)
 
 
-def _answer_sums(heads: Sequence[Tensor], hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    logits = torch.cat([F.linear(match(hidden, head), head) for head in heads], dim=-1).float()  # [m, n_logits]
+def head_logits(heads: Sequence[Tensor], hidden: Tensor) -> Tensor:
+    """hidden [m, d] -> float32 [m, n_logits]"""
+    return torch.cat([F.linear(match(hidden, head), head) for head in heads], dim=-1).float()
+
+
+def _answer_sums(
+    heads: Sequence[Tensor],
+    compared: tuple[float, float] | None,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *teacher: Tensor,
+) -> Tensor:
+    """compared: temperature and share of the reverse divergence, with the teacher's log_probs, ids and matched rows."""
+    logits = head_logits(heads, hidden)
     ce = F.cross_entropy(logits, targets, reduction="none")
     z = logits.logsumexp(-1).square()
     correct = (logits.argmax(-1) == targets).float()
-    return torch.stack([(values * weights).sum() for values in (ce, z, correct)])
+    divergence = torch.zeros_like(ce)
+    if compared is not None:
+        log_probs, ids, matched = teacher
+        divergence = matched * token_divergence(logits, log_probs, ids, *compared)
+    return torch.stack([(values * weights).sum() for values in (ce, z, correct, divergence)])
 
 
 def expert_counts(experts: Tensor, real: Tensor, n_experts: int) -> Tensor:

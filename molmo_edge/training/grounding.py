@@ -23,6 +23,7 @@ from molmo_edge.config import PointHeadConfig
 from molmo_edge.frontend.grounding_tokens import GroundingIds
 from molmo_edge.modeling.decoder import apply_rotary
 from molmo_edge.modeling.point_head import PointHead
+from molmo_edge.training.distill_loss import choice_divergence
 from molmo_edge.training.packing import Packed
 
 _CLOSED = -1e8  # a patch that cannot be chosen, as in the reference
@@ -151,20 +152,38 @@ def embed_points(
     return x.index_copy(0, at, head.patch_embedding(rows).to(x.dtype))
 
 
-def point_loss(
+class PointScores(NamedTuple):
+    """The scores of all choices of a batch, float32, with the right choice and the position of its token."""
+
+    patches: Tensor  # [., patches + 1], the last one "no more points" if the head has it
+    patch_targets: Tensor
+    patch_at: Tensor
+    slots: Tensor  # [., n_slots]
+    slot_targets: Tensor
+    slot_at: Tensor
+    locations: Tensor  # [., n_locations]
+    location_targets: Tensor
+    location_at: Tensor
+
+    @property
+    def kinds(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """Scores, targets and positions of patches, of slots and of locations."""
+        return self[0:3], self[3:6], self[6:9]
+
+
+def point_scores(
     head: PointHead,
     config: PointHeadConfig,
     points: PointBatch,
     states: Tensor,
-    weights: Tensor,
     images: Tensor,
     features: Tensor,
     pooling: Tensor,
-) -> Tensor:
-    """The weighted sum of the cross entropies of all choices.
+) -> PointScores:
+    """The scores of the choices that grounding tokens stand for.
 
-    states [tokens, d] before the final norm; weights [tokens]; images int [k]: the positions of the image tokens; the
-    rest as in `embed_points`. Every parameter of the head takes part, also in a batch without points.
+    states [tokens, d] before the final norm; images int [k]: the positions of the image tokens; the rest as in
+    `embed_points`. Every parameter of the head takes part, also in a batch without points.
     """
     keys = _rotated(head.patch_k(head.x_norm(states.index_select(0, images))), points.turns, config.rope_theta)
     at, target, turn, lowest, end, count = points.patch_targets.unbind(1)
@@ -176,20 +195,37 @@ def point_loss(
         scores = torch.cat([scores, query @ head.no_more.to(query.dtype)[:, None]], dim=1)
         is_open = F.pad(is_open, (0, 1), value=True)
     scores = scores.float() / (count + int(config.no_more_class)).float().sqrt()[:, None]
-    loss = _weighted(scores.masked_fill(~is_open, _CLOSED), target, weights.index_select(0, at))
+    patches = scores.masked_fill(~is_open, _CLOSED), target, at
 
     at, patch, target = points.slot_targets.unbind(1)
     query = head.subpatch_q(head.x_norm(states.index_select(0, at)))
     slots = head.subpatch_k(gather_slots(features, pooling.index_select(0, patch)))
     scores = (slots @ query[..., None].to(slots.dtype))[..., 0] / query.shape[-1] ** 0.5
-    loss = loss + _weighted(scores, target, weights.index_select(0, at))
+    chosen = scores.float(), target, at
 
     at, target = points.location_targets.unbind(1)
-    return loss + _weighted(head.location(states.index_select(0, at)), target, weights.index_select(0, at))
+    return PointScores(*patches, *chosen, head.location(states.index_select(0, at)).float(), target, at)
 
 
-def _weighted(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+def choice_loss(scores: PointScores, weights: Tensor) -> Tensor:
+    """The weighted sum of the cross entropies of all choices. weights [tokens]"""
+    total = torch.zeros((), device=weights.device)
+    for rows, targets, at in scores.kinds:
+        total = total + (F.cross_entropy(rows, targets, reduction="none") * weights.index_select(0, at)).sum()
+    return total
+
+
+def point_divergence(
+    scores: PointScores, teacher: Sequence[Tensor], weights: Tensor, temperature: float = 1.0, reverse: float = 0.0
+) -> Tensor:
+    """The weighted sum of the divergences of all choices from the teacher's scores of the same choices.
+
+    teacher: scores of patches, slots and locations. weights [tokens]
+    """
+    total = torch.zeros((), device=weights.device)
+    for (rows, _, at), theirs in zip(scores.kinds, teacher, strict=True):
+        total = total + (choice_divergence(rows, theirs, temperature, reverse) * weights.index_select(0, at)).sum()
+    return total
 
 
 def _rotated(x: Tensor, turns: Tensor, theta: float) -> Tensor:

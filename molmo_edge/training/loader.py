@@ -6,23 +6,31 @@ picture among millions neither stops a run nor makes ranks diverge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from molmo_edge.data.examples import DataSet
+from molmo_edge.data.examples import DataSet, Example
 from molmo_edge.data.mixture import Draw, Order
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.training.encoding import Batch, Encoder, Sample, collate
+from molmo_edge.training.distillation import DistillError, TeacherTargets, join_targets
+from molmo_edge.training.encoding import Batch, Encoder, Sample, TeacherSample, collate
 from molmo_edge.training.features import FeatureError
 from molmo_edge.training.stopping import ignore_interrupts
 from molmo_edge.training.workers import Loader
 
 _TRIES = 20  # damaged examples in a row before an error is raised
+
+
+# From an example, the student's sequence, and the state of the random numbers from before it was encoded.
+SecondSample = Callable[[Example, Sample, np.random.Generator], TeacherSample]
 
 
 class DataError(MolmoEdgeError):
@@ -52,22 +60,39 @@ class Share:
 
 
 @dataclass(frozen=True)
+class TeacherBatch:
+    """What belongs to the teacher of the student that a batch is for."""
+
+    batch: Batch | None = None  # the same examples as the teacher reads them
+    pairs: Tensor | None = None  # int64 [p, 2]: which predictions of the student and of the teacher are compared
+    targets: TeacherTargets | None = None  # from a cache
+
+    def pin_memory(self) -> TeacherBatch:
+        """Called by a data loader with pin_memory."""
+        parts = (self.batch, self.pairs, self.targets)
+        return TeacherBatch(*(None if part is None else part.pin_memory() for part in parts))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """The sequences of one forward pass."""
 
     batch: Batch
     replaced: tuple[str, ...]  # why examples were replaced
+    teacher: TeacherBatch | None = None
 
     def pin_memory(self) -> MicroBatch:
         """Called by a data loader with pin_memory."""
-        return MicroBatch(self.batch.pin_memory(), self.replaced)
+        teacher = None if self.teacher is None else self.teacher.pin_memory()
+        return MicroBatch(self.batch.pin_memory(), self.replaced, teacher)
 
 
 class Samples(Dataset[Any]):
     """Encoded samples, indexed by their draw. Random choices depend on (seed, data set, example, epoch) alone."""
 
-    def __init__(self, sets: Sequence[DataSet], encoder: Encoder, seed: int):
-        self.sets, self.encoder, self.seed = list(sets), encoder, seed
+    def __init__(self, sets: Sequence[DataSet], encoder: Encoder, seed: int, second: SecondSample | None = None):
+        """second: adds what a teacher needs to each sample."""
+        self.sets, self.encoder, self.seed, self.second = list(sets), encoder, seed, second
 
     def __getitem__(self, draw: Draw) -> tuple[Sample, tuple[str, ...]]:
         data = self.sets[draw.source]
@@ -76,12 +101,19 @@ class Samples(Dataset[Any]):
             index = (draw.example + attempt) % len(data)
             rng = np.random.default_rng([self.seed, draw.source, index, draw.epoch])
             try:
-                return self.encoder(data.example(index, rng), rng), tuple(failures)
-            except FeatureError:  # not a fault of the example
+                return self._encoded(data.example(index, rng), rng), tuple(failures)
+            except (FeatureError, DistillError):  # not a fault of the example
                 raise
             except MolmoEdgeError as error:
                 failures.append(f"{data.name} {index}: {error}")
         raise DataError(f"{_TRIES} examples in a row cannot be used. The last one: {failures[-1]}")
+
+    def _encoded(self, example: Example, rng: np.random.Generator) -> Sample:
+        if self.second is None:
+            return self.encoder(example, rng)
+        again = copy.deepcopy(rng)
+        sample = self.encoder(example, rng)
+        return replace(sample, teacher=self.second(example, sample, again))
 
 
 class MicroBatches(Sampler[list[Draw]]):
@@ -149,4 +181,23 @@ class _Collate:
 
     def __call__(self, items: list[tuple[Sample, tuple[str, ...]]]) -> MicroBatch:
         replaced = tuple(reason for _, reasons in items for reason in reasons)
-        return MicroBatch(collate([sample for sample, _ in items], self.length), replaced)
+        samples = [sample for sample, _ in items]
+        return MicroBatch(collate(samples, self.length), replaced, _join_teacher(samples, self.length))
+
+
+def _join_teacher(samples: Sequence[Sample], length: int | None) -> TeacherBatch | None:
+    found = [sample.teacher for sample in samples if sample.teacher is not None]
+    if not found:
+        return None
+    targets = [one.targets for one in found if one.targets is not None]
+    own, pairs, first, second = [], [], 0, 0
+    for sample, one in zip(samples, found, strict=True):
+        if one.own is not None and one.pairs is not None:
+            own.append(one.own)
+            pairs.append(torch.from_numpy(one.pairs + np.array([first, second])))
+            first, second = first + sample.answered, second + one.own.answered
+    return TeacherBatch(
+        collate(own, length) if own else None,
+        torch.cat(pairs) if pairs else None,
+        join_targets(targets) if targets else None,
+    )

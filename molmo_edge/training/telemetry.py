@@ -16,6 +16,12 @@ from molmo_edge.training.optimizer import PARTS
 from molmo_edge.training.parallel import World
 
 LOG = "log.jsonl"
+_TAUGHT = {  # losses of distillation, and their names in a line
+    "divergence": "divergence",
+    "hidden_loss": "hidden states",
+    "point_divergence": "points from the teacher",
+    "image_loss": "image features",
+}
 
 
 @dataclass
@@ -105,12 +111,15 @@ class Log:
                 parts += [f"grounding {v['validation_grounding_loss']:.4f}"]
             if "validation_point_loss" in v:
                 parts += [f"points {v['validation_point_loss']:.4f}"]
+            if "validation_divergence" in v:
+                parts += [f"divergence {v['validation_divergence']:.4f}"]
             return "  ".join(parts)
         parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("accuracy", v["accuracy"])]
         if "grounding_loss" in v:
             parts += [f"grounding {v['grounding_loss']:.4f}"]
         if "point_loss" in v:
             parts += [f"points {v['point_loss']:.4f}"]
+        parts += [f"{shown} {v[name]:.4f}" for name, shown in _TAUGHT.items() if name in v]
         norms = [f"{v[k]:.2f}" for k in (f"norm_{part}" for part in PARTS) if k in v]
         rates = [f"{v[k]:.1e}" for k in (f"rate_{part}" for part in PARTS) if k in v]
         parts += [f"norm {'/'.join(norms)}", f"rate {'/'.join(rates)}"]

@@ -27,7 +27,8 @@ from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds, Tokeni
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
-from molmo_edge.training.encoding import Batch, Encoder, image_tokens
+from molmo_edge.training.distillation import Distillation, DistillConfig
+from molmo_edge.training.encoding import Encoder, image_tokens
 from molmo_edge.training.features import FeatureCache, FeatureError, open_features, write_features
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
@@ -40,6 +41,7 @@ from molmo_edge.training.regions import GroundingHead, Names
 from molmo_edge.training.run_checkpoints import Checkpoints, ResumeError, SaveError
 from molmo_edge.training.sharding import shard, sparse_layers
 from molmo_edge.training.stopping import StopRequest, stop_requests
+from molmo_edge.training.teacher import TargetSource
 from molmo_edge.training.telemetry import Log, Window
 
 SHARD_BYTES = 5_000_000_000
@@ -57,15 +59,24 @@ class Data:
 
 
 def build(
-    config: MolmoConfig, source: TensorSource, where: str, recipe: Recipe, here: World, names: Names | None = None
+    config: MolmoConfig,
+    source: TensorSource,
+    where: str,
+    recipe: Recipe,
+    here: World,
+    names: Names | None = None,
+    teacher: MolmoConfig | None = None,
 ) -> Trainable:
     """The model, or this rank's shards of it, on the rank's device, in float32 and in training mode.
 
     A rank never holds more than its shards and one whole parameter. names: the vocabulary of the data sets' regions, if
-    the recipe has a loss on them.
+    the recipe has a loss on them. teacher: the configuration of the teacher, if the recipe distills.
     """
     with torch.device("meta"):
-        model = Trainable(Molmo(config), recipe.forward, names)
+        distillation = None
+        if recipe.distill is not None and teacher is not None:
+            distillation = Distillation(recipe.distill, config, teacher)
+        model = Trainable(Molmo(config), recipe.forward, names, distillation)
     molmo = model.molmo
     freeze(molmo, recipe.frozen)
     shard(model, recipe.layout, here, compute=compute_dtype(recipe, here))
@@ -78,6 +89,14 @@ def build(
             head = GroundingHead(config)
         for name, fresh in head.named_parameters():
             put(parameters[f"grounding.{name}"], fresh)
+    if model.distillation is not None:
+        assert recipe.distill is not None
+        assert teacher is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + 1)
+            projections = Distillation(recipe.distill, config, teacher)
+        for name, fresh in projections.named_parameters():
+            put(parameters[f"distillation.{name}"], fresh)
     return model.train()
 
 
@@ -140,10 +159,16 @@ class Trainer:
         directory: Path,
         here: World,
         features: FeatureCache | None = None,
+        teacher: TargetSource | None = None,
     ):
-        """features: the result of `cache_features`, read instead of crops; the vision part must be frozen."""
+        """features: the result of `cache_features`, read instead of crops; the vision part must be frozen.
+
+        teacher: of a run whose recipe and model distill.
+        """
         if features is not None:
             check_frozen(recipe)
+        assert (teacher is None) == (model.distillation is None)
+        self.teacher = teacher
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
         self.directory = directory
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
@@ -272,22 +297,26 @@ class Trainer:
         self.here.sum(weight)
         weight = torch.where(weight > 0, weight, 1.0)  # batches without answers
         self.optimizer.zero_grad()
-        totals, load = torch.zeros(8, device=self.here.device), None
+        totals, load = torch.zeros(12, device=self.here.device), None
         for i, one in enumerate(micro):
             accumulate(self.model, last=i + 1 == len(micro))
-            sums = self._forward(one.batch)
-            loss = (sums.cross_entropy + sums.z_loss + sums.point_loss) / weight[0]
+            sums = self._forward(one)
+            data, divergence = self._weights
+            loss = data * (sums.cross_entropy + sums.point_loss) + sums.z_loss + divergence * sums.divergence
+            loss = (loss + sums.hidden_loss + sums.point_divergence) / weight[0]
             # The auxiliary losses are means over each micro-batch.
-            auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss])
+            auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss, sums.image_loss])
             share = 1 / (len(micro) * self.here.ranks)
             torch.autograd.backward(loss + share * auxiliary.sum())
             means = share * weight[0] * auxiliary
-            totals[:7] += torch.stack([sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss, *means]).detach()
+            figures = [sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss]
+            figures += [sums.divergence, sums.hidden_loss, sums.point_divergence, *means]
+            totals[:11] += torch.stack(figures).detach()
             load = sums.expert_load if load is None else load + sums.expert_load
-        totals[7] = self._request.number
+        totals[11] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, accuracy, points, router_loss, grounding, attention, asked = (totals / weight).tolist()
+        ce, z, accuracy, points, *taught, router_loss, grounding, attention, image, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
         if self.model.grounding is not None:
             values["grounding_loss"] = grounding
@@ -295,8 +324,11 @@ class Trainer:
             values["attention_loss"] = attention
         if self.model.molmo.point_head is not None:
             values["point_loss"] = points
+        if (distill := self.recipe.distill) is not None:
+            values |= _taught(distill, [*taught, image])
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        reason = self.guard.judge(ce + grounding + attention + points, [float(norm) for norm in norms.values()])
+        judged = ce + grounding + attention + points + sum(taught) + image
+        reason = self.guard.judge(judged, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
             rates = self.optimizer.step(self.step + 1, self.recipe.steps)
@@ -304,11 +336,19 @@ class Trainer:
         self._count(micro, load, window)
         return values, reason, asked > 0
 
-    def _forward(self, batch: Batch) -> Sums:
-        kind = self.here.device.type
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of the cross entropies on the data, and of the divergence from the teacher."""
+        distill = self.recipe.distill
+        return (1.0, 0.0) if distill is None else (distill.cross_entropy, distill.divergence)
+
+    def _forward(self, one: MicroBatch) -> Sums:
+        kind, targets = self.here.device.type, None
+        if self.teacher is not None and (self.model.training or self.teacher.validates):
+            targets = self.teacher.targets(one, self.here.device)
         # Without autocast's cache: each weight is used once, and the cache would keep a copy of all of them.
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            return cast(Sums, self.model(batch.to(self.here.device)))
+            return cast(Sums, self.model(one.batch.to(self.here.device), targets))
 
     def _count(self, micro: Sequence[MicroBatch], load: Tensor | None, window: Window) -> None:
         for one in micro:
@@ -333,7 +373,9 @@ class Trainer:
         recipe = self.recipe
         return start(
             open_loader(
-                Samples(self.data.sets, self.encoder, recipe.seed),
+                Samples(
+                    self.data.sets, self.encoder, recipe.seed, None if self.teacher is None else self.teacher.second
+                ),
                 self._order(),
                 self.share,
                 step=self.step,
@@ -354,19 +396,22 @@ class Trainer:
         encoder = dataclasses.replace(self.encoder, encoding=encoding)
         once = -(-sum(len(s) for s in sets) // share.batch)
         count = min(self.recipe.validation_batches, once)
-        batches = open_loader(Samples(sets, encoder, VALIDATION_SEED), order, share, step=0, steps=count)
+        taught = self.teacher is not None and self.teacher.validates
+        second = self.teacher.validation_second() if self.teacher is not None and taught else None
+        batches = open_loader(Samples(sets, encoder, VALIDATION_SEED, second), order, share, step=0, steps=count)
         self.model.eval()
-        totals = torch.zeros(6, device=self.here.device)
+        totals = torch.zeros(7, device=self.here.device)
         for one in batches:
-            sums = self._forward(one.batch)
+            sums = self._forward(one)
             one_batch = torch.ones((), device=self.here.device)
-            figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.grounding_loss, one_batch]
-            totals += torch.stack(figures)
+            figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.divergence]
+            totals += torch.stack([*figures, sums.grounding_loss, one_batch])
         self.model.train()
-        ce, correct, weight, points, grounding, seen = self.here.sum(totals).tolist()
+        ce, correct, weight, points, divergence, grounding, seen = self.here.sum(totals).tolist()
         weight = weight or 1.0
         measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
         measured |= {} if self.model.molmo.point_head is None else {"validation_point_loss": points / weight}
+        measured |= {"validation_divergence": divergence / weight} if taught else {}
         return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:
@@ -377,7 +422,12 @@ class Trainer:
             "data": {s.name: len(s) for s in self.data.sets},
             "rates": [round(rate, 9) for rate in self.data.rates],
             "frozen parts": sorted(self.recipe.frozen),
-        }
+        } | self._lessons()
+
+    def _lessons(self) -> dict[str, Any]:
+        if self.teacher is None or self.recipe.distill is None:
+            return {}
+        return {"teacher": self.teacher.identity, "losses": dataclasses.asdict(self.recipe.distill)}
 
     def _state(self) -> dict[str, Any]:
         return {"step": self.step, "guard": self.guard.state(), "identity": self._identity()}
@@ -391,6 +441,13 @@ class Trainer:
             )
         self.checkpoints.load(path, self.model, self.optimizer)
         self.step, self.guard = state["step"], Guard(**state["guard"])
+
+
+def _taught(config: DistillConfig, values: Sequence[float]) -> dict[str, float]:
+    """The losses of distillation for the log, those with a weight."""
+    names = ("divergence", "hidden_loss", "point_divergence", "image_loss")
+    weights = (config.divergence, config.hidden, config.grounding, config.image)
+    return {name: value for name, value, weight in zip(names, values, weights, strict=True) if weight}
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
