@@ -42,6 +42,7 @@ class ExportOptions:
     asymmetric: bool = False
     calibrate: str | Path | None = None
     mmproj: bool = False
+    rotate: bool = False
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,7 @@ class Manifest:
     source: Source | None = None
     target: Target | None = None  # None: exported without a target
     check: Check | None = None  # None: the bundle has no check
+    rotated: tuple[str, ...] = ()  # components whose hidden channels an export rotated, see quantize/rotation.py
     # The JSON that this was read from, for hashes of it; empty for a manifest that was not read.
     content: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -195,6 +196,7 @@ class Manifest:
             content["source"] = {"checkpoint": self.source.checkpoint, "files": dict(self.source.files)}
         if self.target is not None:
             content["target"] = dataclasses.asdict(self.target)
+        content |= _present(rotated=list(self.rotated))
         content[HASH] = ""  # its place; the hash is of all that follows, too
         if self.check is not None:
             content["check"] = self.check.to_dict()
@@ -304,6 +306,7 @@ def _from_dict(content: dict[str, Any], default_name: str) -> Manifest:
             _optional(target, "defaults", str, ""),
         ),
         check=None if check is None else Check.from_dict(check),
+        rotated=tuple(_require(part, str, "rotated") for part in _optional(content, "rotated", list, [])),
         content=content,
     )
 

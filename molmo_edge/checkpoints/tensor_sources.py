@@ -6,8 +6,8 @@ A 29 GB checkpoint is processed in the memory of its largest tensor. Only pickle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,18 +61,22 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Changed:
-    """A TensorSource with the names and shapes of another one, whose tensors `change(name)` computes as float32."""
+    """A TensorSource with the names and shapes of another one, whose tensors `change(name)` computes as float32.
+
+    `aliases`: further tensors, each with the name of the one whose shape and file it has.
+    """
 
     tensors: TensorSource
     change: Callable[[str], np.ndarray]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Implement `TensorSource.names`."""
-        return self.tensors.names()
+        return [*self.tensors.names(), *self.aliases]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Implement `TensorSource.shape`."""
-        return self.tensors.shape(name)
+        return self.tensors.shape(self.aliases.get(name, name))
 
     def dtype(self, _name: str, /) -> str:
         """Implement `TensorSource.dtype`: changed tensors are float32."""
@@ -80,7 +84,7 @@ class Changed:
 
     def file(self, name: str) -> Path:
         """Implement `TensorSource.file`."""
-        return self.tensors.file(name)
+        return self.tensors.file(self.aliases.get(name, name))
 
     def raw(self, name: str) -> np.ndarray:
         """Implement `TensorSource.raw`: the changed tensor in float32."""

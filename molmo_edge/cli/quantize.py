@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from molmo_edge.evaluation.stats import Estimate
 
 _LIMIT = "Maximum number of images. Every part and precision is measured on each of them."
+_ROTATE = "Rotate the hidden channels before rounding (see export --rotate)."
 _CALIBRATE = "Folder of calibration photos for quantizing the decoder (see export --calibrate)."
 
 
@@ -42,6 +43,7 @@ def quantize(
     limit: Annotated[int, typer.Option(min=1, help=_LIMIT)] = 12,
     data: Asked.Data = None,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help=_ROTATE)] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -61,7 +63,7 @@ def quantize(
     from molmo_edge.export.options import check_options
 
     precision = None if calibrate is None else {"decoder": "q4"}
-    check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate))
+    check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate, rotate=rotate))
     words = parse_precisions(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
@@ -72,7 +74,7 @@ def quantize(
 
         advance = bar(f"{named(source)} in float32", len(questions))
         skipped = SkippedImages()
-        with Bench(directory, questions, on_answer=advance, on_skipped=skipped) as bench:
+        with Bench(directory, questions, rotate=rotate, on_answer=advance, on_skipped=skipped) as bench:
             if bench.config.point_head and not bench.points:
                 note("no answer points by grounding tokens: the point head stays float32")
             parts = [bench.noise(on_part("noise")), *ablate(bench, words, on_part=on_part)]
@@ -83,7 +85,8 @@ def quantize(
             note(f"writing {out}", quiet=quiet)
             chosen = found.choice.to_precision()
             calibrated = check_options(ExportOptions(chosen)).uses_calibration
-            export_bundle(directory, out, chosen, calibrate=calibrate if calibrated else None, name=out.name)
+            photos = calibrate if calibrated else None
+            export_bundle(directory, out, chosen, calibrate=photos, rotate=rotate, name=out.name)
             written = open_bundle(out)
             figures = bench.measure({name: written.path(name) for name in graph_names(bench.config)}, on_part(out.name))
     if json:

@@ -79,16 +79,22 @@ class Bench:
         *,
         max_crops: int | None = None,
         dither: bool = True,
+        rotate: bool = False,
         on_answer: Callable[[], None] = lambda: None,
         on_skipped: Callable[[str], None] | None = None,
     ) -> None:
         """`dither`: move a bundle's quantized weights off their grid; otherwise quantizing them again shows no error
-        (molmo_edge.export.bundle_weights.BundleTensors). `on_skipped`: see `record_reference`."""
+        (molmo_edge.export.bundle_weights.BundleTensors). `rotate`: rotate the hidden channels of all variants
+        (molmo_edge.quantize.rotation). `on_skipped`: see `record_reference`."""
         from molmo_edge.export.source import open_source
 
         if is_bundle(reference):
             check_room(sum(part.bytes for part in open_bundle(reference).components.values()), f"reading {reference}")
         self.config, self.tensors = open_source(reference, dither=_SEED if dither else None)
+        if rotate:
+            from molmo_edge.quantize.rotation import rotated
+
+            self.config, self.tensors = rotated(self.config, self.tensors)
         self.mapped = _too_large(self.config)  # weights are read from their files, which is slower
         self.tokenizer = Tokenizer.from_file(reference / TOKENIZER)
         self.reference = reference
