@@ -18,6 +18,7 @@ from molmo_edge.cli.bench import bench
 from molmo_edge.cli.caption import caption
 from molmo_edge.cli.chat import chat
 from molmo_edge.cli.count import count
+from molmo_edge.cli.distill import command as distill
 from molmo_edge.cli.doctor import doctor
 from molmo_edge.cli.eval import eval as evaluate
 from molmo_edge.cli.export import export
@@ -74,6 +75,7 @@ for _name, _command, _extra in _COMMANDS:
     _class = options.ImagesAndText if _command in (ask, point, count) else None
     app.command(_name, cls=_class)(with_extra(_command, _name, _extra))
 app.add_typer(train, name="train")
+app.command("distill")(with_extra(distill, "distill", "train"))
 
 _tracebacks = False
 

@@ -150,7 +150,7 @@ def _add_stage(stage: str, summary: str) -> None:
 
         if preset not in PRESETS:
             raise typer.BadParameter(f'"{preset}" is not a known preset (known: {", ".join(PRESETS)})')
-        recipe = _with_forward(run.changed(recipe_for(stage, preset), freeze), losses, compute)
+        recipe = with_forward(run.changed(recipe_for(stage, preset), freeze), losses, compute)
         recipe = sets.choose(recipe)
         _run(start, recipe, lambda: sets.open(recipe, data), out, device, sets.features)
 
@@ -162,7 +162,8 @@ _add_stage("caption", "Stage 1: train all parts on captions, from the checkpoint
 _add_stage("multitask", "Stage 2: train on the mixture of pointing, conversation and academic data sets.")
 
 
-def _with_forward(recipe: Recipe, losses: LossOptions, compute: ComputeOptions) -> Recipe:
+def with_forward(recipe: Recipe, losses: LossOptions, compute: ComputeOptions) -> Recipe:
+    """The recipe with these options."""
     from molmo_edge.training.sharding import Layout
 
     forward = dataclasses.replace(

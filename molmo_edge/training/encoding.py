@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class TeacherSample:
     own: Sample | None = None  # the same example as the teacher reads it
     pairs: np.ndarray | None = None  # int64 [p, 2] of `alignment.aligned`
     targets: TeacherTargets | None = None  # from a cache
+    path: Path | None = None  # of the file in a cache that is being written
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,12 @@ class TeacherBatch:
     batch: Batch | None = None  # the same examples as the teacher reads them
     pairs: Tensor | None = None  # int64 [p, 2]: which predictions of the student and of the teacher are compared
     targets: TeacherTargets | None = None  # from a cache
+    paths: tuple[Path, ...] = ()  # of each sequence, in a cache that is being written
 
     def pin_memory(self) -> TeacherBatch:
         """Called by a data loader with pin_memory."""
-        parts = (self.batch, self.pairs, self.targets)
-        return TeacherBatch(*(None if part is None else part.pin_memory() for part in parts))  # type: ignore[arg-type]
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("batch", "pairs", "targets")}
+        return replace(self, **{name: part.pin_memory() for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -200,4 +202,5 @@ def _join_teacher(samples: Sequence[Sample], length: int | None) -> TeacherBatch
         collate(own, length) if own else None,
         torch.cat(pairs) if pairs else None,
         join_targets(targets) if targets else None,
+        tuple(one.path for one in found if one.path is not None),
     )

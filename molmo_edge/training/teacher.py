@@ -39,9 +39,20 @@ from molmo_edge.training.sharding import Layout, shard
 class TargetSource(Protocol):
     """What gives the trainer the targets of its batches."""
 
-    identity: str  # of the teacher
-    second: SecondSample | None  # runs in the workers of the data loader
-    validates: bool  # whether it has targets for the validation sets, too
+    @property
+    def identity(self) -> str:
+        """The `model_identity` of the teacher."""
+        ...
+
+    @property
+    def second(self) -> SecondSample | None:
+        """What the workers of the data loader do for it."""
+        ...
+
+    @property
+    def validates(self) -> bool:
+        """Whether it has targets for the validation sets, too."""
+        ...
 
     def targets(self, micro: MicroBatch, device: torch.device) -> TeacherTargets:
         """The targets of a micro-batch, on `device`."""

@@ -1,0 +1,202 @@
+"""A teacher's targets on disk: computed once, and read by any number of runs without the teacher.
+
+One safetensors file per sequence, ROOT/FINGERPRINT/ab/abcdef....safetensors: log-probabilities in float16 and ids of
+the most likely tokens, and the states that the losses need. The fingerprint is a hash of the teacher, of the student's
+tokenizer and inputs, and of the settings; a file is named by a hash of the sequence's tokens, weights and pictures, and
+contains both, so that a file of another teacher or sequence is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.data.examples import DataSet, Example
+from molmo_edge.data.mixture import Order
+from molmo_edge.errors import first_line
+from molmo_edge.system.cores import available_cores
+from molmo_edge.system.files import atomic_write
+from molmo_edge.system.log import steps_log
+from molmo_edge.training.distillation import DistillConfig, DistillError, TeacherTargets
+from molmo_edge.training.encoding import Batch, Encoder, Sample, TeacherSample
+from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, start
+from molmo_edge.training.parallel import World
+from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.teacher import OnlineTeacher, SecondEncoding
+
+_FORMAT = 1
+_LOG_EVERY = 30.0  # seconds
+_NARROW = ("log_probs", "hidden", "cells")  # stored in float16
+_STORED = ("log_probs", "ids", "matched", "hidden", "cells")
+
+
+@dataclass(frozen=True)
+class TargetCache:
+    """The cached targets of one teacher for one student's inputs, a `teacher.TargetSource`."""
+
+    directory: Path  # with the fingerprint as its name
+    identity: str  # of the teacher
+    validates: bool = False
+
+    @property
+    def second(self) -> TargetReader:
+        """Reads the targets in the workers of the data loader."""
+        return TargetReader(self)
+
+    def validation_second(self) -> None:
+        """Return None: validation sets are not in a cache."""
+
+    def targets(self, micro: MicroBatch, device: torch.device) -> TeacherTargets:
+        """The targets that the workers have read."""
+        assert micro.teacher is not None
+        assert micro.teacher.targets is not None
+        return micro.teacher.targets.to(device)
+
+    def path(self, sample: Sample) -> Path:
+        """The file of a sequence."""
+        digest = hashlib.blake2b(digest_size=20)
+        packed = sample.packed
+        arrays = (packed.input_ids, packed.targets, packed.loss_weights, packed.segments, packed.positions)
+        pictures = sample.crops if sample.features is None else sample.features.float().numpy()
+        for array in (*arrays, pictures):
+            digest.update(np.ascontiguousarray(array).data)
+        key = digest.hexdigest()
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    def read(self, sample: Sample) -> TeacherTargets:
+        """The targets of a sequence, in float32. Raises DistillError."""
+        path = self.path(sample)
+        try:
+            with safe_open(path, "pt") as file:
+                bound = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in _STORED}
+        except FileNotFoundError:
+            raise DistillError(
+                f"{path} is missing: was it deleted during the run, or do the pictures of a data set change each time? "
+                "Start the run again with its teacher"
+            ) from None
+        except (OSError, SafetensorError) as error:
+            raise DistillError(
+                f"{path} is damaged ({first_line(error)}): delete it, and start the run again with its teacher"
+            ) from None
+        if bound != _bound(self, path) or len(found["matched"]) != sample.answered:
+            raise DistillError(f"{path} belongs to another teacher, setting or sequence: delete it")
+        values = {name: tensor.float() if name in _NARROW else tensor for name, tensor in found.items()}
+        empty = torch.zeros(0, 0)
+        return TeacherTargets(**(values | {"ids": values["ids"].long()}), patches=empty, slots=empty, locations=empty)
+
+    def write(self, path: Path, targets: TeacherTargets) -> None:
+        """Write the targets of the sequence whose file is `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {name: getattr(targets, name).cpu().contiguous() for name in _STORED}
+        stored |= {name: stored[name].half() for name in _NARROW} | {"ids": stored["ids"].int()}
+        with atomic_write(path) as part:
+            part.write_bytes(save(stored, _bound(self, path)))
+
+
+def _bound(cache: TargetCache, path: Path) -> dict[str, str]:
+    return {"teacher": cache.directory.name, "sequence": path.stem}
+
+
+@dataclass(frozen=True)
+class TargetReader:
+    """A `loader.SecondSample` that reads targets."""
+
+    cache: TargetCache
+
+    def __call__(self, _example: Example, sample: Sample, _rng: np.random.Generator) -> TeacherSample:
+        """Raises DistillError for a missing or damaged file."""
+        return TeacherSample(targets=self.cache.read(sample))
+
+
+def open_targets(
+    root: Path, teacher: str, config: DistillConfig, student: MolmoConfig, student_tokenizer: str
+) -> TargetCache:
+    """The cache below `root`. teacher: its `model_identity`. student_tokenizer: the text of its tokenizer.json.
+
+    Raises DistillError for losses whose targets are not cached.
+    """
+    if config.grounding:
+        raise DistillError("the choices of a grounding head are not cached: leave the cache or the grounding loss out")
+    if config.divergence and not config.top_k:
+        raise DistillError("all logits of a teacher are too large for a cache: set top_k, for example to 64")
+    kept = [config.divergence > 0, config.hidden > 0 and student.decoder.n_layers, config.image > 0]
+    settings = [_FORMAT, teacher, config.top_k, config.temperature, student.decoder.n_logits, kept]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode() + student_tokenizer.encode())
+    return TargetCache(root / fingerprint.hexdigest()[:20], teacher)
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A `loader.SecondSample` that also names the file of each sequence."""
+
+    cache: TargetCache
+    second: SecondEncoding | None
+
+    def __call__(self, example: Example, sample: Sample, rng: np.random.Generator) -> TeacherSample:
+        found = TeacherSample() if self.second is None else self.second(example, sample, rng)
+        return replace(found, path=self.cache.path(sample))
+
+
+def cache_targets(
+    cache: TargetCache,
+    data: Sequence[DataSet],
+    rates: Sequence[float],
+    encoder: Encoder,
+    recipe: Recipe,
+    here: World,
+    second: SecondEncoding | None,
+    open_teacher: Callable[[], OnlineTeacher],
+) -> int:
+    """Write the targets of all sequences of a run that `cache` does not hold yet; returns how many of this rank.
+
+    encoder: of the student; second: of the teacher, see `teacher.second_encoding`. The teacher is opened if something
+    is missing. Collective over the ranks. An interrupted call is continued by the next one.
+    """
+    share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
+    loader = open_loader(
+        Samples(data, encoder, recipe.seed, _Located(cache, second)),
+        Order([len(s) for s in data], rates, recipe.seed),
+        share,
+        step=0,
+        steps=recipe.steps,
+        workers=min(recipe.workers, available_cores()),
+    )
+    teacher, written = None, 0
+    began = logged = time.monotonic()
+    for n, micro in enumerate(start(loader), start=1):
+        assert micro.teacher is not None
+        paths = micro.teacher.paths
+        missing = torch.tensor(float(any(not path.exists() for path in paths)), device=here.device)
+        if not here.sum(missing):  # a sharded teacher runs on all ranks, or on none
+            continue
+        teacher = open_teacher() if teacher is None else teacher
+        targets = teacher.targets(micro, here.device)
+        for path, own in zip(paths, _by_sequence(targets, micro.batch), strict=True):
+            cache.write(path, own)
+        written += len(paths)
+        if time.monotonic() - logged > _LOG_EVERY:
+            logged = time.monotonic()
+            every, speed = share.steps * recipe.steps, written / (logged - began)
+            steps_log.info("teacher: %d of %d batches, %.1f sequences a second", n, every, speed)
+    return written
+
+
+def _by_sequence(targets: TeacherTargets, batch: Batch) -> list[TeacherTargets]:
+    rows, n = batch.ids.shape
+    answers, cells = (torch.bincount(at // n, minlength=rows).tolist() for at in (batch.answered, batch.cells_at))
+    parts = {}
+    for name, tensor in targets._asdict().items():
+        counts = cells if name == "cells" else answers
+        parts[name] = torch.split(tensor, counts) if len(tensor) == sum(counts) else [tensor[:0]] * rows
+    return [TeacherTargets(*tensors) for tensors in zip(*parts.values(), strict=True)]
