@@ -85,8 +85,9 @@ def test_too_many_and_too_small_are_not_asked_for() -> None:
     many = item("ant", *[(x, 10, x + 5, 15) for x in range(0, 91, 7)])
     assert len(many["boxes"]) == 13
     tiny = item("bee", (40, 40, 60, 60), (10, 10, 11, 12))
-    asked = {qa.kind for qa in ask(scene(many, tiny))}
-    assert asked == {"negative", "caption", "what"}
+    asked = ask(scene(many, tiny))
+    assert {qa.kind for qa in asked} == {"negative", "caption", "what", "yes_no"}
+    assert {qa.answer for qa in asked if qa.kind == "yes_no"} == {"No."}
 
 
 def test_only_what_is_absent_is_denied() -> None:
