@@ -169,7 +169,7 @@ def _resolve_precision(
     gguf = engine == "gguf"
     defaults = dict(target.precision) if target else dict.fromkeys(GRAPHS, "fp32")
     if gguf:
-        defaults |= {"embed_tokens": "fp32", "decoder": "q4_k_m"} if target else {"decoder": "f16"}
+        defaults["decoder"] = "q4_k_m" if target else "f16"
     if given is None:
         return defaults, {}, "fp32"
     if isinstance(given, str):

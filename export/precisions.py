@@ -102,12 +102,9 @@ def onnx_bundle(name: str) -> dict[str, str]:
 
 
 def gguf_bundle(decoder: str) -> dict[str, str]:
-    """The precision of every component when `decoder`, one of GGUF_PRECISIONS, is given for a whole bundle.
-
-    The embedding table stays fp32: it is read from disk row by row, so only the rows in use take memory.
-    """
-    vision, connector = ("fp32", "fp32") if decoder in GGUF_FLOATS else ("int8", "q8")
-    return _bundle(vision, connector, "fp32", decoder)
+    """The precision of every component when `decoder`, one of GGUF_PRECISIONS, is given for a whole bundle."""
+    others = ("fp32", "fp32", "fp32") if decoder in GGUF_FLOATS else ("int8", "q8", "int8")
+    return _bundle(*others, decoder)
 
 
 def decoder_part(matrix: str) -> str:

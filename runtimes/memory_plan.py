@@ -39,8 +39,8 @@ _WIDTHS = {
         "q8": (1.01, 1.13, 1.0, 1.13, 1.13, 1.13, 1.13),
         "q4": (1.01, 1.13, 1.0, 0.63, 0.63, 0.63, 0.63),
         "mixed": (1.01, 1.13, 1.0, 1.0, 0.63, 0.52, 1.13),
-        "q4_k_m": (1.01, 1.13, 4.0, 0.66, 0.66, 0.60, 0.82),
-        "q8_0": (1.01, 1.13, 4.0, 1.07, 1.07, 1.07, 1.07),
+        "q4_k_m": (1.01, 1.13, 1.0, 0.66, 0.66, 0.60, 0.82),
+        "q8_0": (1.01, 1.13, 1.0, 1.07, 1.07, 1.07, 1.07),
     }.items()
 }
 BUNDLE_PRECISIONS = tuple(_WIDTHS)
@@ -95,8 +95,8 @@ def bundle_weights(bundle: Bundle) -> Weights:
             parts[name], mapped[name] = 0, graph
         elif data is None:
             parts[name] = int(_INLINE * graph)
-        elif name == "embed_tokens":  # rows of a float32 table are read from the file on demand
-            parts[name] = graph + (data.bytes if components[name].precision == "int8" else 0)
+        elif name == "embed_tokens":  # rows are read from the file on demand; the factors of ONNX count an int8 table
+            parts[name] = graph + (0 if gguf or components[name].precision != "int8" else data.bytes)
         else:
             parts[name] = graph + int(_PACKED * data.bytes)
     engine = "llama.cpp" if gguf else "onnxruntime"
@@ -124,7 +124,7 @@ def bundle_weights_of(config: MolmoConfig, precision: str) -> Weights:
         mapped, stored = {"decoder": int(total.pop("decoder") + table)}, stored + table
     else:
         mapped = {}
-    if widths["embeddings"] == 4:
+    if gguf or widths["embeddings"] == 4:
         total["embeddings"] = 0
     parts = {name: int(count * (1 if name == "embeddings" else _PACKED)) for name, count in total.items()}
     engine = "llama.cpp" if gguf else "onnxruntime"

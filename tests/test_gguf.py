@@ -106,7 +106,9 @@ def test_special_rows_survive() -> None:
         ids = np.array([*tokenizer.special.to_dict().values(), 0, 7])
         with torch.inference_mode():
             exact = model.decoder.embed(torch.from_numpy(ids)).numpy()
-        assert np.array_equal(engine.embed(ids), exact), architecture
+        # The table beside q4_k_m is int8, with one scale per row.
+        step = np.abs(exact).max(axis=1, keepdims=True) / 127 if architecture != "olmo" else 0
+        assert (np.abs(engine.embed(ids) - exact) <= 0.501 * step).all(), architecture
 
 
 def test_the_file_holds_the_checkpoint() -> None:

@@ -26,7 +26,7 @@ from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.manifest import MANIFEST, BundleError, write_manifest
 from molmo_edge.config import DecoderConfig, YarnConfig
 from molmo_edge.export import CheckPhoto, ExportError, export_bundle
-from molmo_edge.export.precisions import GGUF_PRECISIONS
+from molmo_edge.export.precisions import GGUF_FLOATS, GGUF_PRECISIONS
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.presets import PRESETS
@@ -44,7 +44,8 @@ class TestExport:
             manifest = export_bundle(GOLDEN / "molmoe", tmp_path / word, word.upper(), engine="gguf", measure=False)
             entry = manifest["components"]["decoder"]
             assert (entry["file"], entry["engine"], entry["precision"]) == (f"decoder-{word}.gguf", "gguf", word)
-            assert manifest["components"]["embed_tokens"]["precision"] == "fp32"
+            table = manifest["components"]["embed_tokens"]["precision"]
+            assert table == ("fp32" if word in GGUF_FLOATS else "int8")
 
     def test_by_component_and_by_target(self, tmp_path: Path) -> None:
         manifest = export_bundle(
@@ -58,7 +59,7 @@ class TestExport:
         words = {name: c.get("precision") for name, c in manifest["components"].items()}
         assert words["decoder"] == "q4_k_m"
         assert words["vision_encoder"] == "int8"
-        assert words["embed_tokens"] == "fp32"
+        assert words["embed_tokens"] == "int8"
 
     def test_what_cannot_be(self, tmp_path: Path) -> None:
         for options, message in (
