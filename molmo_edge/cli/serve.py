@@ -24,7 +24,7 @@ _CORS = "Origin of web pages that may call the server (https://app.example.org).
 @options.expand_options
 def serve(
     *,
-    model: options.ModelOptions,
+    model: options.CachedModelOptions,
     host: Annotated[
         str, typer.Option(help="Address to listen on. 0.0.0.0: all, for other machines, too.")
     ] = "127.0.0.1",
@@ -41,7 +41,7 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Largest image in megapixels.")] = 50.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take, with its wait.")] = 300.0,
     scene_cache_mb: Annotated[
-        float, typer.Option(min=0.0, help="Memory for encoded images that are kept for later questions, in MB.")
+        float, typer.Option(min=0.0, help="Memory for images and conversations that later questions go on from, in MB.")
     ] = 1000.0,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that answers have to finish when stopping.")] = 30.0,
     access_log: Annotated[

@@ -167,6 +167,18 @@ class Engine:
             )
         return model_identity(self._directory)
 
+    def with_max_crops(self, max_crops: int) -> Engine:
+        """This model with another limit on the crops of an image. Both share the loaded model and the scene cache."""
+        return Engine(
+            self.runtime,
+            self.tokenizer,
+            max_crops=max_crops,
+            alpha=self.alpha,
+            name=self.name,
+            directory=self._directory,
+            store=self._store,
+        )
+
     @functools.cached_property
     def grammars(self) -> Grammars:
         """Compiles constraints on answers. Raises ModuleNotFoundError without llguidance."""

@@ -20,6 +20,7 @@ from molmo_edge.runtimes.generate import GenerationError, Sampling, generate, mo
 from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, GroundingInputs
 from molmo_edge.sdk.answer_form import AnswerForm
 from molmo_edge.sdk.engine import Engine, QuestionError, Scene, check_text
+from molmo_edge.sdk.kept_turns import Turns, TurnStore
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.log import logger
@@ -124,16 +125,17 @@ def stream_answer(
     sampling: Sampling,
     history: History = (),
     form: AnswerForm | None = None,
+    turns: TurnStore | None = None,
 ) -> Stream:
-    """See `Molmo.stream`. `form`: of the answer; None: free text."""
+    """See `Molmo.stream`. `form`: of the answer; None: free text. `turns`: kept of the scene; None: keep none."""
     check_text(question)
     deadline = Deadline(sampling.timeout)
-    turns = checked_history(history)
-    scene = engine.scene(image, len(conversation_ids(engine, turns, question)))
-    ids = conversation_ids(engine, turns, question, scene.grounding)
+    before = checked_history(history)
+    scene = engine.scene(image, len(conversation_ids(engine, before, question)))
+    ids = conversation_ids(engine, before, question, scene.grounding)
     most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
     result: list[Answer] = []
-    pieces = _answer(scene, ids, sampling, most, deadline, form, encoded_before=scene is image, result=result)
+    pieces = _answer(scene, ids, sampling, most, deadline, form, turns, encoded_before=scene is image, result=result)
     return Stream(pieces, result)
 
 
@@ -144,21 +146,26 @@ def _answer(
     most: int,
     deadline: Deadline,
     form: AnswerForm | None,
+    turns: TurnStore | None,
     *,
     encoded_before: bool,
     result: list[Answer],
 ) -> Generator[str | Point, None, None]:
     began = time.perf_counter()
     engine = scene.engine
-    embeddings = engine.runtime.embed(ids)  # [n, d_model]
     capacity = len(scene.embeddings) + len(ids) + most - 1
-    if (kept := scene.prefilled) is not None:
+    earlier = None if turns is None else turns.take(ids, capacity)
+    embeddings = engine.runtime.embed(ids if earlier is None else ids[len(earlier.ids) :])  # [n, d_model]
+    if earlier is not None:
+        cache = earlier.cache
+    elif (kept := scene.prefilled) is not None:
         cache = kept.copy(max(capacity, kept.capacity))
     else:
         cache = engine.runtime.new_cache(capacity)
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
-    generated = yield from generate_pieces(
+    generated = Generated()
+    pieces = generate_pieces(
         engine,
         embeddings,
         image,
@@ -169,12 +176,25 @@ def _answer(
         scene=scene,
         deadline=deadline,
         constraint=None if form is None else form.begin(),
+        generated=generated,
     )
+    try:
+        yield from pieces
+    except GeneratorExit:  # a stop sequence, or a client that is gone
+        _keep(turns, scene, ids, generated, cache)
+        raise
+    _keep(turns, scene, ids, generated, cache)
     answer = finished(
         scene, generated, len(ids), most, encoded_before=encoded_before, prefilled=len(embeddings), form=form
     )
     check_in_time(generated, answer, sampling)
     result.append(answer)
+
+
+def _keep(turns: TurnStore | None, scene: Scene, ids: np.ndarray, generated: Generated, cache: Cache) -> None:
+    """Put into `turns` what `cache` holds after `scene`: `ids` and the tokens of the answer that have run."""
+    if turns is not None and (filled := cache.length - len(scene.embeddings)) > 0:
+        turns.put(Turns(np.append(ids, np.array(generated.token_ids, ids.dtype))[:filled], cache))
 
 
 def generate_pieces(
@@ -189,19 +209,22 @@ def generate_pieces(
     scene: Scene,
     deadline: Deadline,
     constraint: Constraint | None = None,
+    generated: Generated | None = None,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream.__init__`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
     time.perf_counter() when the prefill began. `scene`: what the answer is about. `deadline`: checked before the
     prefill and after each token; afterwards the answer ends as if it was cut off. `constraint`: at its beginning.
+    `generated`: filled in and returned; None: a new one.
     """
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
     video = scene.shown.times is not None
     parser = StreamParser(video=video) if grounding is None else GroundedParser(grounding)
     writer = DigitWriter(grounding) if grounding is not None and grounding.writes_digits else None
-    generated, raw = Generated(), list[str]()  # raw: the text with its grounding tokens
+    generated = Generated() if generated is None else generated
+    raw: list[str] = []  # the text with its grounding tokens
     steps: list[float] = []  # seconds to each id and to the end
     tokens = generate(
         engine.runtime,

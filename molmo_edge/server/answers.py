@@ -10,18 +10,18 @@ from typing import Any
 from molmo_edge.errors import EngineError, MolmoEdgeError, first_line
 from molmo_edge.frontend.points import Point, parse_count, parse_points
 from molmo_edge.molmo import MAX_NEW_TOKENS, Molmo
+from molmo_edge.runtimes.generate import Sampling
 from molmo_edge.runtimes.grammar import ConstraintFailed
-from molmo_edge.sdk.engine import Scene
+from molmo_edge.sdk.answer_form import answer_form
+from molmo_edge.sdk.engine import ROOM, Engine, Scene
 from molmo_edge.sdk.shown import Shown
-from molmo_edge.sdk.streaming import Stream, conversation_ids
+from molmo_edge.sdk.streaming import Stream, conversation_ids, stream_answer
 from molmo_edge.server.errors import as_api_error, bad_request
 from molmo_edge.server.metrics import Metrics
 from molmo_edge.server.pictures import Picture
 from molmo_edge.server.queue import Ticket
-from molmo_edge.server.scenes import SceneCache
+from molmo_edge.server.scenes import SceneCache, SceneTurns
 from molmo_edge.server.stop_sequences import StopSequences
-
-_ROOM = 512  # free positions in the cache of a scene: more are added when an answer needs them
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None  # of the JSON that the answer is
     overview_only: bool = False  # use only the global view of each picture ("detail": "low")
+    continues: bool = True  # a later question may have this one and its answer in its history
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Answerer:
     molmo: Molmo
     scenes: SceneCache
     metrics: Metrics
-    _overview: Molmo | None = field(default=None, repr=False)
+    _overview: Engine | None = field(default=None, repr=False)
 
     @property
     def model(self) -> str:
@@ -96,21 +97,15 @@ class Answerer:
         """The events of an answer. A job of `ModelQueue`."""
         began = time.perf_counter()
         try:
-            molmo = self._with_crops(ask)
-            kept = self._kept(molmo, ask)
-            scene = kept or self._encoded(molmo, ask, ticket)
-            if scene is None:
+            engine = self._engine(ask)
+            sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_k, ask.top_p, ask.seed)
+            form = answer_form(engine, ask.schema, None, None)
+            scene, kept = self._scene(engine, ask, ticket)
+            if ticket.cancelled:
                 return
-            stream = molmo.stream(
-                scene,
-                ask.question,
-                max_new_tokens=ask.max_new_tokens,
-                temperature=ask.temperature,
-                top_k=ask.top_k,
-                top_p=ask.top_p,
-                seed=ask.seed,
-                history=list(ask.history),
-                schema=ask.schema,
+            turns = SceneTurns(self.scenes, _key(engine, ask), scene, continued=bool(ask.history))
+            stream = stream_answer(
+                scene.engine, scene, ask.question, sampling, ask.history, form, turns if ask.continues else None
             )
         except MemoryError:
             raise EngineError("out of memory while the image was encoded") from None
@@ -118,7 +113,7 @@ class Answerer:
             raise as_api_error(error) from error
         ticket.on_cancel(stream.close)
         try:
-            yield from self._generate(molmo, scene, ask, stream, began, kept=kept is not None)
+            yield from self._generate(ask, stream, began, turns, kept=kept)
         except ConstraintFailed as error:  # the schema is too complex
             raise as_api_error(error) from error
         except MolmoEdgeError as error:
@@ -128,8 +123,9 @@ class Answerer:
             stream.close()
 
     def _generate(
-        self, molmo: Molmo, scene: Scene, ask: Ask, stream: Stream, began: float, *, kept: bool
+        self, ask: Ask, stream: Stream, began: float, turns: SceneTurns, *, kept: bool
     ) -> Iterator[Delta | Finished]:
+        scene = turns.scene
         stops = StopSequences(ask.stop)
         text, first = "", True
         delivered: list[Point] = []
@@ -152,7 +148,7 @@ class Answerer:
             stream.close()
             # Grounding tokens are no notation that the text alone explains.
             points = parse_points(text) if scene.grounding is None else delivered
-            tokens = len(molmo.engine.tokenizer.encode(text, allow_special=scene.grounding is not None))
+            tokens = len(scene.engine.tokenizer.encode(text, allow_special=scene.grounding is not None))
             count, complete = parse_count(text), True
         else:
             answer = stream.answer
@@ -162,51 +158,47 @@ class Answerer:
                 yield Delta(held)
             points, tokens = answer.points, answer.usage.tokens.generated
             count, complete = answer.count, answer.complete
-        usage = self._usage(molmo, scene, ask, tokens, kept=kept)
+        usage = _usage(ask, turns, tokens, kept=kept)
         self.metrics.answered(usage.prompt, usage.cached, usage.generated)
         count = len(points) or None if count is None else count
         data = tuple(point_data(point, scene.shown) for point in points)
         yield Finished(text, data, count, complete, usage, self.model)
 
-    def _usage(self, molmo: Molmo, scene: Scene, ask: Ask, generated: int, *, kept: bool) -> Usage:
-        image = len(scene.embeddings)
-        prompt = image + len(conversation_ids(molmo.engine, ask.history, ask.question, scene.grounding))
-        return Usage(prompt, image if kept else 0, generated)
-
-    def _with_crops(self, ask: Ask) -> Molmo:
+    def _engine(self, ask: Ask) -> Engine:
         """The model with its own number of crops, or with the global view only."""
         if not ask.overview_only:
-            return self.molmo
+            return self.molmo.engine
         if self._overview is None:
-            engine = self.molmo.engine
-            self._overview = Molmo.from_parts(
-                engine.runtime, engine.tokenizer, max_crops=0, alpha=engine.alpha, name=self.molmo.name
-            )
+            self._overview = self.molmo.engine.with_max_crops(0)
         return self._overview
 
-    def _kept(self, molmo: Molmo, ask: Ask) -> Scene | None:
-        """The scene of the pictures from an earlier question, if it is still there."""
+    def _scene(self, engine: Engine, ask: Ask, ticket: Ticket) -> tuple[Scene, bool]:
+        """The scene of the pictures, prefilled unless the ticket is cancelled; and whether that was done before."""
         if not ask.pictures:
-            return None
-        kept = self.scenes.get(_key(molmo, ask))
-        self.metrics.scene(found=kept is not None)
-        return kept
-
-    def _encoded(self, molmo: Molmo, ask: Ask, ticket: Ticket) -> Scene | None:
-        """A new scene of the pictures; None if the ticket was cancelled."""
-        if not ask.pictures:
-            return molmo.engine.no_image()
+            return engine.no_image(), False
+        key = _key(engine, ask)
+        if (known := self.scenes.get(key)) is not None:
+            self.metrics.scene("yes")
+            return known, True
         files = [picture.data for picture in ask.pictures]
-        scene = molmo.engine.scene(files[0] if len(files) == 1 else files)
-        if ticket.cancelled:
-            return None
-        scene = molmo.engine.prefill(scene, _ROOM)
-        self.scenes.put(_key(molmo, ask), scene)
-        return scene
+        scene = engine.scene(files[0] if len(files) == 1 else files)
+        on_disk = scene.prefilled is not None and not scene.seconds.vision
+        self.metrics.scene("disk" if on_disk else "no")
+        if scene.prefilled is None and not ticket.cancelled:
+            scene = engine.prefill(scene, ROOM)
+        if scene.prefilled is not None:
+            self.scenes.put(key, scene)
+        return scene, on_disk
 
 
-def _key(molmo: Molmo, ask: Ask) -> Hashable:
-    return (*(picture.digest for picture in ask.pictures), molmo.engine.process.config.max_crops)
+def _key(engine: Engine, ask: Ask) -> Hashable:
+    return (*(picture.digest for picture in ask.pictures), engine.process.config.max_crops)
+
+
+def _usage(ask: Ask, turns: SceneTurns, generated: int, *, kept: bool) -> Usage:
+    scene, image = turns.scene, len(turns.scene.embeddings)
+    prompt = image + len(conversation_ids(scene.engine, ask.history, ask.question, scene.grounding))
+    return Usage(prompt, image + turns.found if kept or turns.found else 0, generated)
 
 
 def point_data(point: Point, shown: Shown) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -39,7 +40,7 @@ class Metrics:
         )
         self._scenes = Counter(
             "molmo_edge_scenes",
-            "Questions about pictures, by whether the scene was cached.",
+            'Questions about pictures, by whether their scene was kept: "yes" in memory, "disk", or "no".',
             ["cached"],
             registry=registry,
         )
@@ -62,9 +63,9 @@ class Metrics:
         for kind, number in (("prompt", prompt), ("cached", cached), ("generated", generated)):
             self._tokens.labels(kind).inc(number)
 
-    def scene(self, *, found: bool) -> None:
-        """Count a question about a picture."""
-        self._scenes.labels("yes" if found else "no").inc()
+    def scene(self, found: Literal["yes", "disk", "no"]) -> None:
+        """Count a question about a picture, by where its scene was found."""
+        self._scenes.labels(found).inc()
 
     def text(self) -> bytes:
         """All metrics, as a scraper of Prometheus reads them."""

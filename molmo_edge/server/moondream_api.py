@@ -145,6 +145,7 @@ async def _verb(
         max_new_tokens=given.max_tokens,
         temperature=given.temperature,
         top_p=given.top_p,
+        continues=False,
     )
     running = await service.start(request, ask)
     head = {"request_id": uuid.uuid4().hex}

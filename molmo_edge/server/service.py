@@ -43,6 +43,10 @@ class Service:
         self.metrics.watch("molmo_edge_waiting", "Requests that wait for the model.", lambda: self.queue.waiting)
         self.metrics.watch("molmo_edge_running", "1 while the model works.", lambda: self.queue.running)
         self.metrics.watch("molmo_edge_scene_bytes", "Memory of the cached scenes.", lambda: self.scenes.bytes)
+        self.metrics.watch(
+            "molmo_edge_conversation_bytes", "Memory of the kept conversations.", lambda: self.scenes.turn_bytes
+        )
+        self.metrics.watch("molmo_edge_conversation_entries", "Kept conversations.", lambda: self.scenes.conversations)
         self.metrics.watch("molmo_edge_scene_entries", "Cached scenes.", lambda: len(self.scenes))
 
     @property

@@ -29,7 +29,7 @@ class Settings:
     max_images: int = 8  # of one request
     timeout: float = 300.0  # seconds from a complete request to the end of its answer
     upload_timeout: float = 30.0  # seconds for a request to arrive, and for a remote image
-    scene_bytes: int = 1_000_000_000  # memory of encoded images that are kept for later questions
+    scene_bytes: int = 1_000_000_000  # memory of scenes and conversations that later questions go on from
     drain: float = 30.0  # seconds that answers have to finish when the server stops
     access_log: bool = False  # log method, path, status and time of each request at level INFO
 
