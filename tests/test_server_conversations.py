@@ -1,4 +1,4 @@
-"""A conversation over HTTP runs each turn once, a picture from the cache on disk skips vision, and answers are equal."""
+"""A conversation over HTTP runs each turn once and a picture in the cache on disk skips vision; answers are equal."""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ class Asker:
             text = question()
             with self._places.take(lambda: self._queue.retry_after):
                 data = await asyncio.to_thread(self._sources.read, image)
-                ask = Ask(text, (Picture(data, hashlib.sha256(data).hexdigest()),), max_new_tokens=max_tokens, continues=False)
+                picture = Picture(data, hashlib.sha256(data).hexdigest())
+                ask = Ask(text, (picture,), max_new_tokens=max_tokens, continues=False)
                 answer = await self._answer(ask)
                 return await asyncio.to_thread(lambda: tool_result(answer, data, annotate=annotate))
         except ApiError as error:
