@@ -19,7 +19,7 @@ from typing import Any
 from molmo_edge import Molmo
 from molmo_edge.evaluation.annotated_pictures import Picture, photo_pictures
 from molmo_edge.frontend.crops import load_image
-from recipes.nano.score_answers import evaluate
+from recipes.nano.score_answers import evaluate, picture_case
 
 QUESTION = "Describe this image."
 
@@ -46,7 +46,8 @@ def main() -> None:
         with Molmo(args.model, max_crops=most, threads=args.threads) as molmo:
             row = {"max_crops": most, **_times(molmo, images)}
             if cases:
-                row |= _scores(evaluate(molmo, cases, 2, lambda line: print(f"\r{line}", end="", file=sys.stderr)))
+                asked = [picture_case(case, 2) for case in cases]
+                row |= _scores(evaluate(molmo, asked, lambda line: print(f"\r{line}", end="", file=sys.stderr)))
         rows.append(row)
         scores = f"{row['f1']:.3f}  {row['exact_counts']:.3f}  n={row['n']}" if cases else ""
         print(
@@ -72,12 +73,13 @@ def _times(molmo: Molmo, images: list[Any]) -> dict[str, float]:
 
 def _scores(report: dict[str, Any]) -> dict[str, float]:
     """Average over all questions of all photo sources."""
-    pointing, counting = report["pointing"].values(), report["counting"].values()
+    pointing = [group["f1"] for group in report["pointing"].values()]
+    counting = [group["exact"] for group in report["counting"].values()]
     n = sum(group["n"] for group in pointing)
     return {
         "n": n,
-        "f1": sum(group["f1"] * group["n"] for group in pointing) / n,
-        "exact_counts": sum(group["exact"] * group["n"] for group in counting) / n,
+        "f1": sum(group["value"] * group["n"] for group in pointing) / n,
+        "exact_counts": sum(group["value"] * group["n"] for group in counting) / n,
     }
 
 

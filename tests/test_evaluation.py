@@ -12,7 +12,7 @@ from molmo_edge.evaluation.annotated_pictures import Picture
 from molmo_edge.evaluation.pointing import Pointing, score_points
 from molmo_edge.evaluation.text_scores import character_error
 from molmo_edge.frontend.points import Point
-from recipes.nano.score_answers import evaluate
+from recipes.nano.score_answers import evaluate, minutes_apart, picture_case
 
 
 def test_points_and_boxes_are_matched_one_to_one() -> None:
@@ -51,6 +51,9 @@ class Knowing:
     def count(self, _scene: Any, label: str) -> Any:
         return SimpleNamespace(count=None if self.wrong else len(self.boxes[label]))
 
+    def caption(self, _scene: Any) -> Any:
+        return SimpleNamespace(text="Two dogs run.")
+
     def ask(self, _scene: Any, question: str) -> Any:
         return SimpleNamespace(text=" Stop" if "text" in question else "3:25")
 
@@ -65,13 +68,27 @@ def test_validation_of_a_model_that_knows_and_of_one_that_does_not(wrong: bool) 
         ],
         "texts": [{"text": "stop", "box": [0, 0, 10, 10]}],
         "clocks": [{"time": "3:25", "box": [10, 10, 20, 20]}],
+        "captions": ["Grass.", "Dogs run away."],
     }
     case = Picture("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation)
-    report = evaluate(Knowing(annotation, wrong), [case], per_picture=3, progress=lambda _: None)  # type: ignore[arg-type]
-    assert report["pointing"]["scenes"]["n"] == 1, "a crowd is not asked about"
-    assert report["pointing"]["scenes"]["f1"] == (0 if wrong else 1)
-    assert report["pointing"]["scenes"]["centre_guess_f1"] == pytest.approx(2 / 3, abs=1e-3)
-    assert report["counting"]["scenes"]["exact"] == (0 if wrong else 1)
-    assert report["absent"]["scenes"] == {"n": 1, "no_points": 0 if wrong else 1}
-    assert report["reading"]["exact"] == 1
-    assert report["clocks"]["exact"] == 1
+    asked = picture_case(case, 3)
+    assert [question.name for question in asked.questions if question.boxes] == ["dog"], "a crowd is not asked about"
+    report = evaluate(Knowing(annotation, wrong), [asked], progress=lambda _: None)  # type: ignore[arg-type]
+    pointing, counting = report["pointing"]["scenes"], report["counting"]["scenes"]
+    assert (pointing["f1"]["value"], pointing["f1"]["n"]) == (0 if wrong else 1, 1)
+    assert pointing["centre_f1"]["value"] == pytest.approx(2 / 3, abs=1e-3)
+    assert counting["exact"]["value"] == (0 if wrong else 1)
+    assert report["none"]["scenes"]["right"]["value"] == (0 if wrong else 1)
+    assert report["reading"]["anls"]["value"] == report["reading"]["exact"]["value"] == 1
+    assert report["clocks"]["close"]["value"] == 1
+    captions = report["captions"]
+    assert captions["token_f1"]["value"] == pytest.approx(2 / 3, abs=1e-3), "of the nearest caption"
+    assert captions["names"]["value"] == 1
+    assert captions["usual_names"]["value"] == 0
+
+
+def test_minutes_on_a_dial() -> None:
+    assert minutes_apart("3:25", "3:20") == 5
+    assert minutes_apart("12:58", "1:02") == 4
+    assert minutes_apart("11:58", "12:02") == 4
+    assert minutes_apart("a quarter", "12:02") == 360

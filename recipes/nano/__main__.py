@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="score-answers: bundle or checkpoint; default: the embedded nano")
     parser.add_argument("--scenes", type=int, default=100, help="score-answers: scenes of sprites")
-    parser.add_argument("--limit", type=int, help="score-answers: photographs of each folder")
+    parser.add_argument("--limit", type=int, help="score-answers: photographs of each group")
     parser.add_argument("--max-crops", type=int, help="score-answers: crops of a picture")
     parser.add_argument("--steps", type=int, help="total steps of the stage")
     parser.add_argument("--workers", type=int, help="processes that read ahead")
@@ -50,8 +50,9 @@ def main() -> None:
     if args.stage == "score-answers":
         from recipes.nano import score_answers
 
-        pictures = score_answers.pictures(args.photos, args.limit, args.sprites, args.scenes)
-        print(json.dumps(score_answers.score(args.model, pictures, max_crops=args.max_crops), indent=1))
+        cases = score_answers.photo_cases(args.photos, args.limit)
+        cases += score_answers.drawn_cases(args.sprites, args.scenes) if args.sprites else []
+        print(json.dumps(score_answers.score(args.model, cases, max_crops=args.max_crops), indent=1))
         return
     from recipes.nano import answers, sight
 
