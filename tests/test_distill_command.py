@@ -47,6 +47,7 @@ def test_a_student_is_trained_and_answers(
     lines = [line for line in log(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["divergence"] > 0
+    assert (tmp_path / "run" / "experts.svg").exists()
     answer = Molmo(tmp_path / "run" / "model").ask(GOLDEN / "astronaut.png", "Who is she?", max_new_tokens=3)
     assert len(answer.token_ids) <= 3
 

@@ -12,12 +12,14 @@ import typer
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
-from molmo_edge.cli.train import ComputeOptions, DataOptions, LossOptions, with_forward
+from molmo_edge.cli.train import ComputeOptions, LossOptions, with_forward
+from molmo_edge.cli.train_sets import DataOptions
 from molmo_edge.presets import PRESETS
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
     from molmo_edge.training.distillation import DistillConfig
+    from molmo_edge.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,29 @@ class TeacherOptions:
         return DistillConfig(**dataclasses.asdict(self))
 
 
+@dataclass(frozen=True)
+class ExpertOptions:
+    """From all experts of a student to a few of them."""
+
+    active_experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts that are active at the end; all at first. Default: the checkpoint's number."),
+    ] = None
+    dense_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps with all experts active, with --active-experts.")
+    ] = 0.5
+
+    def changed(self, recipe: Recipe, n_experts: int) -> Recipe:
+        """The recipe with these options, for a student with `n_experts`."""
+        from molmo_edge.training.recipe import ExpertSchedule
+
+        if self.active_experts is None:
+            return recipe
+        if self.active_experts > n_experts:
+            raise options.TrainError(f"--active-experts {self.active_experts}: the student has {n_experts} experts")
+        return dataclasses.replace(recipe, experts=ExpertSchedule(self.active_experts, self.dense_share))
+
+
 def distill(
     *,
     teacher: Annotated[str, typer.Option(help="Checkpoint of the teacher: directory or hub id.", show_default=False)],
@@ -62,6 +87,7 @@ def distill(
         str, typer.Option(help=f"Model whose training recipe to use: {', '.join(PRESETS)}.")
     ] = "molmoe-1b",
     lessons: TeacherOptions,
+    schedule: ExpertOptions,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder in which the teacher's targets are cached before the run. Default: no cache."),
@@ -89,6 +115,7 @@ def distill(
     directory, wise = options.starting_checkpoint(student, out), options.starting_checkpoint(teacher, out)
     config, source = read_config(directory), open_tensors(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    recipe = schedule.changed(recipe, config.decoder.n_experts)
     if sets.features is not None:
         check_frozen(recipe)
     examples = sets.open(recipe, data)

