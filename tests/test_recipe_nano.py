@@ -18,6 +18,9 @@ from molmo_edge.config import ConvTowerConfig, ImageConfig
 from molmo_edge.data.annotated_photos import Photo, load_photos
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling.conv_tower import ConvTower
+from molmo_edge.training.recipe import Recipe
+from recipes.nano import budget, stages
+from recipes.nano.__main__ import parser, required
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
 from recipes.nano.score_sight import local_maxima, stitched, suppress
@@ -204,3 +207,40 @@ def test_peaks_and_overlaps() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30], [0, 0, 10, 10]])
     kept = suppress(boxes, torch.tensor([0.5, 0.9, 0.3, 0.1]), least=0.2)
     assert kept.tolist() == [1, 2], "the first overlaps a better one, the last is not sure enough"
+
+
+def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path) -> None:
+    timed: list[Path] = []
+
+    def train(recipe: Recipe, directory: Path) -> None:
+        timed.append(directory)
+        assert recipe.steps == budget.PROBE
+        directory.mkdir()
+        lines = [
+            {"step": 1, "seconds_per_step": 99.0},
+            {"step": 12, "seconds_per_step": 4.0},
+            {"step": 12, "note": "."},
+        ]
+        (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    recipe = stages.recipe_of("sight")
+    stage = tmp_path / "sight"
+    assert [budget.steps_within(stage, 0.5, recipe, train) for _ in range(2)] == [450, 450]
+    assert timed == [tmp_path / "sight-probe"]
+    assert not timed[0].exists()
+    assert budget.steps_within(stage, 9.0, recipe, train) == 450, "of the run that was interrupted"
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [
+        ([], ["run", "photos", "hours", "vit", "lm", "detector"]),
+        (["--hours", "1", "--run", "r", "--photos", "p", "--vit", "v"], ["lm", "detector"]),
+        (["sight", "--run", "r"], ["photos"]),
+        (["score-sight", "--run", "r", "--photos", "p"], ["detector"]),
+        (["score-answers", "--sprites", "s"], []),
+    ],
+)
+def test_the_command_says_what_a_stage_needs(line: list[str], missing: list[str]) -> None:
+    args = parser().parse_args(line)
+    assert [name for name in required(args) if not getattr(args, name)] == missing

@@ -1,0 +1,80 @@
+"""The stages of the recipe. Each continues where it was stopped, and writes below the directory of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from molmo_edge.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run and what it is made from are. `python -m recipes.nano --help` describes the files."""
+
+    run: Path
+    photos: tuple[Path, ...]
+    vit: Path | None = None
+    lm: Path | None = None
+    detector: Path | None = None
+    sprites: Path | None = None
+
+    @property
+    def start(self) -> Path:
+        """The checkpoint that training starts from."""
+        return self.run / "start"
+
+
+def recipe_of(stage: str, steps: int | None = None, workers: int | None = None) -> Recipe:
+    """The recipe of "sight" or "answers" on this machine."""
+    from recipes.nano import answers, sight
+
+    recipe = replace(sight.RECIPE if stage == "sight" else answers.RECIPE, precision=sight.precision())
+    changed = {name: value for name, value in (("steps", steps), ("workers", workers)) if value is not None}
+    return replace(recipe, **changed)  # type: ignore[arg-type]
+
+
+def start(sources: Sources) -> None:
+    """Put the starting checkpoint together, unless it exists."""
+    from recipes.nano.photos import read
+    from recipes.nano.start import make_start
+
+    if (sources.start / "config.json").exists():
+        return
+    assert sources.vit is not None
+    assert sources.lm is not None
+    assert sources.detector is not None
+    photos = read(list(sources.photos), "train")
+    make_start(sources.vit, sources.lm, sources.detector, photos[:: max(1, len(photos) // 64)], sources.start)
+
+
+def sight(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
+    """Train the connector on heat maps, in `directory`, by default RUN/sight; returns the checkpoint."""
+    from recipes.nano import sight as stage
+
+    return stage.train(sources.start, sources.photos, directory or sources.run / "sight", recipe)
+
+
+def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, digits: bool = False) -> Path:
+    """Train the model that "sight" ends with to answer, in `directory`, by default RUN/answers; returns the checkpoint.
+
+    digits: write coordinates as text, in RUN/answers-digits, instead of pointing by grounding tokens.
+    """
+    from recipes.nano import answers as stage
+    from recipes.nano import asked_pictures, pointing
+    from recipes.nano.sight import GROUNDING
+
+    before = sources.run / "sight"
+    directory = directory or sources.run / ("answers-digits" if digits else "answers")
+    data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
+    first, grounding = before / "model", before / GROUNDING
+    if digits:
+        recipe = stage.in_digits(recipe)
+    else:
+        first = directory / "start"
+        if not (first / "config.json").exists():
+            some = data.photos[:: max(1, len(data.photos) // 64)]
+            pointing.add_point_head(before / "model", grounding, some, first)
+    return stage.train(first, grounding, data, validation, directory, recipe)
