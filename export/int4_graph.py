@@ -28,9 +28,15 @@ from molmo_edge.export.graph_operators import from_half, to_half
 from molmo_edge.quantize.rounding import Blocks, Round, nearest, pack_nibbles
 
 BLOCKS = (32, 64, 128)  # supported numbers of weights that share a scale
-_BLOCK = 32
+BLOCK = 32
 _EXPERT_BLOCK = 128  # for experts whose dimensions are multiples of it
 _INT8_ACTIVATIONS = 4  # accuracy_level
+
+
+def expert_block(d: DecoderConfig, block: int | None = None) -> int | None:
+    """How many weights of an expert share a scale in QMoE; None if its sizes are not supported. block: the largest."""
+    sizes = (block or _EXPERT_BLOCK, 64, 32, 16)
+    return next((b for b in sizes if not d.d_model % b and not d.ffn_dim % b), None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Int4:
         With `half` the product is computed in float16; otherwise ONNX Runtime may round x to int8 for it.
         """
         n_out, n_in = weight.shape
-        block = self.block or _BLOCK
+        block = self.block or BLOCK
         padded = np.pad(weight, ((0, 0), (0, -n_in % block)))
         rounded = self.round(name, padded, block, self.asymmetric)
         graph.rounded(name, padded, rounded.restored())
@@ -91,8 +97,7 @@ class Int4:
 
         Scales are float16 in the file; ONNX Runtime converts them to float32 for float32 inputs.
         """
-        sizes = (self.block or _EXPERT_BLOCK, 64, 32, 16)
-        block = next((b for b in sizes if not d.d_model % b and not d.ffn_dim % b), None)
+        block = expert_block(d, self.block)
         if block is None:
             return None
         n, f, w = d.n_experts, d.ffn_dim, d.d_model

@@ -62,7 +62,7 @@ def _nearest(weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:
     best: Blocks | None = None
     for clip in CLIPS if block > 32 else CLIPS[:1]:
         rounded = _round(blocks, *block_scales(blocks, asymmetric, clip))
-        cost = np.square(rounded.restored().reshape(blocks.shape) - blocks).sum(axis=-1)
+        cost = np.square(rounded.restored().reshape(blocks.shape) - blocks).sum(axis=-1, dtype=np.float64)
         if best is None:
             best, least = rounded, cost
             continue

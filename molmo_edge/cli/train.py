@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Dropout, separators and auxiliary losses."""
+    """Dropout, separators, auxiliary losses, and rounding of weights."""
 
     residual_dropout: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="Dropout of the residual stream. Default: the stage's.")
@@ -37,6 +37,13 @@ class LossOptions:
     separator: Annotated[bool, typer.Option("--separator", help="Put <im_end> between packed annotations.")] = False
     balance_loss: Annotated[float, typer.Option(min=0, help="Weight of the experts' load balancing loss.")] = 0.0
     router_z_loss: Annotated[float, typer.Option(min=0, help="Weight of the routers' z-loss.")] = 0.0
+    qat: Annotated[
+        Literal["none", "int8", "q8", "q4", "mixed"],
+        typer.Option(help="Quantisation-aware training: use the weights as a bundle in this precision rounds them."),
+    ] = "none"
+    qat_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps, at the end, with rounded weights, with --qat.")
+    ] = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ _add_stage("multitask", "Stage 2: train on the mixture of pointing, conversation
 
 def with_forward(recipe: Recipe, losses: LossOptions, compute: ComputeOptions) -> Recipe:
     """The recipe with these options."""
+    from molmo_edge.training.fake_quantization import Qat
     from molmo_edge.training.sharding import Layout
 
     forward = dataclasses.replace(
@@ -122,6 +130,7 @@ def with_forward(recipe: Recipe, losses: LossOptions, compute: ComputeOptions) -
         recipe,
         forward=forward,
         encoding=dataclasses.replace(recipe.encoding, separator=losses.separator),
+        qat=None if losses.qat == "none" else Qat(losses.qat, losses.qat_share),
         layout=Layout(compute.replicas, compute.expert_ranks, compute.gather),
     )
 

@@ -55,20 +55,20 @@ def experts_svg(lines: Sequence[dict[str, Any]]) -> str:
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The largest and smallest loads, means over layers, on a logarithmic axis."""
-    first, last = lines[0]["step"], lines[-1]["step"]
+    first, last = int(lines[0]["step"]), int(lines[-1]["step"])
     most = max([2.0, *(float(line["expert_load_max"]) for line in lines)])
-    low, high = -3.0, math.ceil(math.log2(most))
+    low, high = -3, math.ceil(math.log2(most))
     right, bottom, top = _WIDTH - 110, _CURVES + 50, 50
 
     def y(load: float) -> float:
-        value: float = max(low, math.log2(load)) if load > 0 else low
+        value = max(low, math.log2(load)) if load > 0 else low
         return bottom - (value - low) / (high - low) * (bottom - top)
 
     def x(step: float) -> float:
         return _LEFT + (step - first) / max(1, last - first) * (right - _LEFT)
 
     drawn = []
-    for power in range(int(low), high + 1):
+    for power in range(low, high + 1):
         at, load = y(2.0**power), f"{2.0**power:g}x" if power > low else "≤ 1/8"
         drawn.append(f'<path d="M{_LEFT} {at:.1f}H{right}" stroke="{_GRID}"/>')
         drawn.append(_label(_LEFT - 8, at + 4, load, anchor="end"))

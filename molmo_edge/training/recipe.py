@@ -14,6 +14,7 @@ from molmo_edge.data.mixture import Group
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.training.distillation import DistillConfig
 from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.fake_quantization import Qat
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.sharding import Layout
@@ -57,6 +58,7 @@ class Recipe:
     layout: Layout = field(default_factory=Layout)
     experts: ExpertSchedule | None = None  # None: the checkpoint's top_k in every step
     distill: DistillConfig | None = None  # the losses of a run with a teacher
+    qat: Qat | None = None  # round weights in the forward pass, as a bundle will
     # Of training images; None: the checkpoint's own; "auto": 12 for a Molmo v1, the checkpoint's own for others.
     max_crops: int | Literal["auto"] | None = "auto"
     pad: bool = False  # pad to the full length, as the reference does, instead of the longest sequence of the batch

@@ -6,6 +6,7 @@ micro-batches on all ranks, so it depends neither on the number of micro-batches
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -30,6 +31,7 @@ from molmo_edge.system.cores import available_cores
 from molmo_edge.training.distillation import Distillation, DistillConfig
 from molmo_edge.training.encoding import Encoder, image_tokens
 from molmo_edge.training.expert_plot import plot_experts
+from molmo_edge.training.fake_quantization import Rounded
 from molmo_edge.training.features import FeatureCache, FeatureError, open_features, write_features
 from molmo_edge.training.flops import cost, device_flops, passes
 from molmo_edge.training.forward import Sums, Trainable
@@ -175,6 +177,7 @@ class Trainer:
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
         self.dtype = compute_dtype(recipe, here)
         self.optimizer = Optimizer(model, recipe.optimizer)
+        self.rounded = None if recipe.qat is None else Rounded(model.molmo, recipe.qat.precision)
         self.guard = Guard()
         self.step = 0  # completed steps
         self._request = StopRequest()
@@ -300,21 +303,12 @@ class Trainer:
         weight = torch.where(weight > 0, weight, 1.0)  # batches without answers
         self.optimizer.zero_grad()
         totals, load = torch.zeros(12, device=self.here.device), None
-        for i, one in enumerate(micro):
-            accumulate(self.model, last=i + 1 == len(micro))
-            sums = self._forward(one)
-            data, divergence = self._weights
-            loss = data * (sums.cross_entropy + sums.point_loss) + sums.z_loss + divergence * sums.divergence
-            loss = (loss + sums.hidden_loss + sums.point_divergence) / weight[0]
-            # The auxiliary losses are means over each micro-batch.
-            auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss, sums.image_loss])
-            share = 1 / (len(micro) * self.here.ranks)
-            torch.autograd.backward(loss + share * auxiliary.sum())
-            means = share * weight[0] * auxiliary
-            figures = [sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss]
-            figures += [sums.divergence, sums.hidden_loss, sums.point_divergence, *means]
-            totals[:11] += torch.stack(figures).detach()
-            load = sums.expert_load if load is None else load + sums.expert_load
+        with self._rounded():
+            for i, one in enumerate(micro):
+                accumulate(self.model, last=i + 1 == len(micro))
+                sums = self._forward(one)
+                totals[:11] += self._backward(sums, weight[0], 1 / (len(micro) * self.here.ranks))
+                load = sums.expert_load if load is None else load + sums.expert_load
         totals[11] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
@@ -338,11 +332,25 @@ class Trainer:
         self._count(micro, load, window)
         return values, reason, asked > 0
 
-    @property
-    def _weights(self) -> tuple[float, float]:
-        """Of the cross entropies on the data, and of the divergence from the teacher."""
+    def _backward(self, sums: Sums, weight: Tensor, share: float) -> Tensor:
+        """Add the gradients of a micro-batch, a `share` of the step of this total weight; returns its losses."""
         distill = self.recipe.distill
-        return (1.0, 0.0) if distill is None else (distill.cross_entropy, distill.divergence)
+        data, divergence = (1.0, 0.0) if distill is None else (distill.cross_entropy, distill.divergence)
+        loss = data * (sums.cross_entropy + sums.point_loss) + sums.z_loss + divergence * sums.divergence
+        loss = (loss + sums.hidden_loss + sums.point_divergence) / weight
+        # The auxiliary losses are means over each micro-batch.
+        auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss, sums.image_loss])
+        torch.autograd.backward(loss + share * auxiliary.sum())
+        figures = [sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss]
+        figures += [sums.divergence, sums.hidden_loss, sums.point_divergence, *(share * weight * auxiliary)]
+        return torch.stack(figures).detach()
+
+    def _rounded(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, weights are rounded, if they are in this step."""
+        qat = self.recipe.qat
+        if self.rounded is None or qat is None or not qat.active(self.step, self.recipe.steps):
+            return contextlib.nullcontext()
+        return self.rounded.weights()
 
     def _forward(self, one: MicroBatch) -> Sums:
         kind, targets = self.here.device.type, None
@@ -403,11 +411,12 @@ class Trainer:
         batches = open_loader(Samples(sets, encoder, VALIDATION_SEED, second), order, share, step=0, steps=count)
         self.model.eval()
         totals = torch.zeros(7, device=self.here.device)
-        for one in batches:
-            sums = self._forward(one)
-            one_batch = torch.ones((), device=self.here.device)
-            figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.divergence]
-            totals += torch.stack([*figures, sums.grounding_loss, one_batch])
+        with self._rounded():
+            for one in batches:
+                sums = self._forward(one)
+                one_batch = torch.ones((), device=self.here.device)
+                figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.divergence]
+                totals += torch.stack([*figures, sums.grounding_loss, one_batch])
         self.model.train()
         ce, correct, weight, points, divergence, grounding, seen = self.here.sum(totals).tolist()
         weight = weight or 1.0
