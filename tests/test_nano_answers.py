@@ -29,7 +29,7 @@ from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.recipe import ExpertSchedule, Recipe
 from molmo_edge.training.regions import GroundingHead
 from molmo_edge.training.trainer import Trainer
-from recipes.nano import answers
+from recipes.nano import answers, student
 from recipes.nano.answers import RECIPE
 from recipes.nano.asked_pictures import AskedPictures, asked_pictures, photo_annotation, scene_regions
 from recipes.nano.photos import Augmentation, Picture, Vocabulary, cut, mosaic
@@ -289,3 +289,21 @@ def test_the_sets_hold_photographs_and_scenes(tmp_path: Path) -> None:
     assert np.array_equal(validation.example(0, np.random.default_rng(0)).image, rgb)
     assert not np.array_equal(training.example(0, np.random.default_rng(0)).image, rgb)
     assert training.example(0, np.random.default_rng(0)).regions is not None
+
+
+def test_the_student_ends_with_fewer_experts(sight: Path, start: Path, drawn: AskedPictures, tmp_path: Path) -> None:
+    teacher = run(sight, start, drawn, tmp_path / "answers", dataclasses.replace(TINY, experts=None))
+    assert load_checkpoint(teacher)[2].decoder.top_k == 4
+    recipe = dataclasses.replace(
+        student.RECIPE,
+        **{name: getattr(TINY, name) for name in ("steps", "batch", "micro", "precision", "optimizer", "workers")},
+        experts=ExpertSchedule(top_k=2, dense_share=0.0),
+        log_every=1,
+    )
+    grounding = tmp_path / "answers" / "grounding.safetensors"
+    assert not torch.equal(
+        load_file(grounding)["cell.1.weight"], load_file(sight / "grounding.safetensors")["cell.1.weight"]
+    ), "trained on"
+    found = student.train(teacher, grounding, drawn, drawn, tmp_path / "student", recipe)
+    assert load_checkpoint(found)[2].decoder.top_k == 2
+    assert all(line["divergence"] > 0 for line in records(tmp_path / "student").values())

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.nano import stages
 
 PARTS = ("vit", "lm", "detector")
-STAGES = ("start", "sight", "answers", "score-sight", "score-answers")
+STAGES = ("start", "sight", "answers", "student", "score-sight", "score-answers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +83,8 @@ def _run(args: argparse.Namespace) -> Any:
     print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
         return stages.sight(sources, recipe)
+    if args.stage == "student":
+        return stages.student(sources, recipe)
     return stages.answers(sources, recipe, digits=args.points == "digits")
 
 

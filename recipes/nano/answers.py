@@ -1,15 +1,13 @@
 """Stage 2: connector, decoder and grounding head learn to answer, from photographs and drawn scenes with questions.
 
-The towers are frozen. The heat maps of the stage "sight" are trained on. The experts of the starting checkpoint compute
-the dense FFN together; half of the steps are trained so, then experts are dropped one by one.
+The towers are frozen. The heat maps of the stage "sight" are trained on. All experts are active: together they compute
+a dense FFN. The result is the teacher of the stage "student".
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-
-from safetensors.torch import load_file
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
@@ -19,10 +17,11 @@ from molmo_edge.training.encoding import Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
-from molmo_edge.training.recipe import ExpertSchedule, Recipe
+from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano.asked_pictures import AskedPictures
+from recipes.nano.pointing import load_grounding, save_grounding
 
 RECIPE = Recipe(
     steps=3000,
@@ -39,7 +38,6 @@ RECIPE = Recipe(
         floor=0.02,
         weight_decay=0.01,
     ),
-    experts=ExpertSchedule(top_k=4, dense_share=0.5),
     max_crops=None,
     save_every=100,
     validate_every=500,
@@ -65,6 +63,7 @@ def train(
     names = Names(data.vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
-        assert model.grounding is not None
-        model.grounding.load_state_dict(load_file(grounding))
-        return Trainer(model, tokenizer, Data([data], [1.0], [validation]), recipe, run, here).train()
+        load_grounding(model, grounding)
+        finished = Trainer(model, tokenizer, Data([data], [1.0], [validation]), recipe, run, here).train()
+        save_grounding(model, run)
+        return finished

@@ -1,4 +1,4 @@
-"""The grounding head of nano: grounding tokens for the checkpoint that the stage "sight" ends with."""
+"""The grounding heads of nano: that of the heat maps, which all stages train, and that of grounding tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from molmo_edge.config import MolmoConfig, PointHeadConfig
@@ -14,7 +14,22 @@ from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.training.features import encode_pictures
+from molmo_edge.training.forward import Trainable
 from molmo_edge.training.regions import GroundingHead
+
+GROUNDING = "grounding.safetensors"  # the heat maps' head, in the directory of a finished stage
+
+
+def save_grounding(model: Trainable, directory: Path) -> None:
+    """Write the heat maps' head for the next stage."""
+    assert model.grounding is not None
+    save_file(model.grounding.state_dict(), directory / GROUNDING)
+
+
+def load_grounding(model: Trainable, file: Path) -> None:
+    """Read the heat maps' head of the stage before."""
+    assert model.grounding is not None
+    model.grounding.load_state_dict(load_file(file))
 
 
 def with_point_head(config: MolmoConfig) -> MolmoConfig:

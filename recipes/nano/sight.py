@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
@@ -27,6 +26,7 @@ from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers
 from recipes.nano.photos import Augmentation, RegionPhotos, Vocabulary, read
+from recipes.nano.pointing import save_grounding
 from recipes.nano.score_sight import detector_points, heat_points, report
 
 RECIPE = Recipe(
@@ -45,7 +45,6 @@ RECIPE = Recipe(
     validation_batches=24,
     workers=1,
 )
-GROUNDING = "grounding.safetensors"  # the heat maps' head, which the next stage continues
 
 
 def precision() -> str:
@@ -72,8 +71,7 @@ def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
         finished = Trainer(model, tokenizer, sets, recipe, run, here).train()
-        assert model.grounding is not None
-        save_file(model.grounding.state_dict(), run / GROUNDING)
+        save_grounding(model, run)
         return finished
 
 

@@ -28,12 +28,12 @@ class Sources:
 
 
 def recipe_of(stage: str, steps: int | None = None, workers: int | None = None) -> Recipe:
-    """The recipe of "sight" or "answers" on this machine."""
-    from recipes.nano import answers, sight
+    """The recipe of "sight", "answers" or "student" on this machine."""
+    from recipes.nano import answers, sight, student
 
-    recipe = replace(sight.RECIPE if stage == "sight" else answers.RECIPE, precision=sight.precision())
+    recipe = {"sight": sight.RECIPE, "answers": answers.RECIPE, "student": student.RECIPE}[stage]
     changed = {name: value for name, value in (("steps", steps), ("workers", workers)) if value is not None}
-    return replace(recipe, **changed)  # type: ignore[arg-type]
+    return replace(recipe, precision=sight.precision(), **changed)  # type: ignore[arg-type]
 
 
 def start(sources: Sources) -> None:
@@ -64,12 +64,11 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     """
     from recipes.nano import answers as stage
     from recipes.nano import asked_pictures, pointing
-    from recipes.nano.sight import GROUNDING
 
     before = sources.run / "sight"
     directory = directory or sources.run / ("answers-digits" if digits else "answers")
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
-    first, grounding = before / "model", before / GROUNDING
+    first, grounding = before / "model", before / pointing.GROUNDING
     if digits:
         recipe = stage.in_digits(recipe)
     else:
@@ -78,3 +77,14 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
             some = data.photos[:: max(1, len(data.photos) // 64)]
             pointing.add_point_head(before / "model", grounding, some, first)
     return stage.train(first, grounding, data, validation, directory, recipe)
+
+
+def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
+    """Distill the model that "answers" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
+    from recipes.nano import asked_pictures, pointing
+    from recipes.nano import student as stage
+
+    before = sources.run / "answers"
+    data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
+    directory = directory or sources.run / "student"
+    return stage.train(before / "model", before / pointing.GROUNDING, data, validation, directory, recipe)
