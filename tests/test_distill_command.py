@@ -52,6 +52,22 @@ def test_a_student_is_trained_and_answers(
     assert len(answer.token_ids) <= 3
 
 
+def test_a_student_learns_from_the_answers_of_its_teacher(
+    small_molmoe: Path, teacher: Path, data: Path, tmp_path: Path, cli: Command
+) -> None:
+    written = tmp_path / "written"
+    base = ["--teacher", teacher, "--data", data, "--device", "cpu"]
+    status, _, err = cli("train", "answers", *base, "--out", written, "--pictures", "2", "--max-new-tokens", "3")
+    assert status == 0, err
+    assert "left out" in err, "a random model does not end its answers"
+    row = {"image": str(GOLDEN / "astronaut.png"), "style": "demo", "messages": ["Who is it?", "An astronaut."]}
+    (written / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    run = ["--student", small_molmoe, "--out", tmp_path / "run", *SMALL, "--answers", written, "--answers-share", "0.9"]
+    status, _, err = cli("distill", *base, *run)
+    assert status == 0, err
+    assert "teacher_answers (1)" in err
+
+
 def test_it_says_what_is_wrong(small_molmoe: Path, teacher: Path, data: Path, tmp_path: Path, cli: Command) -> None:
     def complaint(status: int, *options: object) -> str:
         base = ["--teacher", teacher, "--student", small_molmoe, "--data", data, "--out", tmp_path / "run", *SMALL]

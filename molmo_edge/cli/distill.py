@@ -88,6 +88,12 @@ def distill(
     ] = "molmoe-1b",
     lessons: TeacherOptions,
     schedule: ExpertOptions,
+    answers: Annotated[
+        Path | None, typer.Option(help="Folder of `train answers`, to train on the teacher's own answers as well.")
+    ] = None,
+    answers_share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the sequences that are from --answers.")
+    ] = 0.5,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder in which the teacher's targets are cached before the run. Default: no cache."),
@@ -102,6 +108,7 @@ def distill(
     """Distill a teacher into a student: train on the data and on the teacher's distributions and states."""
     from molmo_edge.checkpoints.hub_config import read_config
     from molmo_edge.checkpoints.weight_files import open_tensors
+    from molmo_edge.data.written_answers import open_answers
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.recipe import recipe_for
@@ -119,6 +126,9 @@ def distill(
     if sets.features is not None:
         check_frozen(recipe)
     examples = sets.open(recipe, data)
+    if answers is not None:
+        rates = [*((1 - answers_share) * rate for rate in examples.rates), answers_share]
+        examples = dataclasses.replace(examples, sets=[*examples.sets, open_answers(answers)], rates=rates)
     with world(device) as here:
         features = None
         if sets.features is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from molmo_edge.cli import train_data, train_points, train_student
+from molmo_edge.cli import train_answers, train_data, train_points, train_student
 from molmo_edge.cli import train_options as options
 from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
@@ -72,6 +72,7 @@ app = typer.Typer(help="Train a Molmo on one GPU, or on several with torchrun.",
 for _command in (train_data.start, train_data.draw, train_data.fetch):
     app.command()(with_extra(_command, f"train {_command.__name__}", "train"))
 app.command()(with_extra(expand_options(train_points.points), "train points", "train"))
+app.command()(with_extra(train_answers.answers, "train answers", "train"))
 app.command()(with_extra(train_student.student, "train student", "train"))
 
 
