@@ -14,11 +14,10 @@ from pathlib import Path
 
 from molmo_edge.export.bundle import CheckPhoto, export_bundle
 from molmo_edge.training.recipe import Recipe
-from recipes.nano import score_answers, stages
+from recipes.nano import score_answers, stages, student
 
 SHARES = {"sight": 0.35, "answers": 0.5, "student": 0.15}  # of the hours
 PROBE = 12  # steps that are timed; the first one is not counted
-PRECISION = "q8"  # of the bundle
 CHECK = "Point to the cup."
 
 
@@ -36,7 +35,7 @@ def train_within(sources: stages.Sources, hours: float, workers: int | None, che
         model = run(sources, replace(recipe, steps=steps))
     bundle = sources.run / "bundle"
     if not bundle.exists():
-        export_bundle(model, bundle, PRECISION, name="nano", check=CheckPhoto(check, CHECK))
+        export_bundle(model, bundle, student.PRECISION, name="nano", check=CheckPhoto(check, CHECK))
     cases = score_answers.photo_cases(sources.photos)
     cases += score_answers.drawn_cases(sources.sprites, 100) if sources.sprites else []
     scores = json.dumps(score_answers.score(bundle, cases), indent=1)
