@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,18 @@ from PIL import Image
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.points import Point
-from molmo_edge.sdk.annotation import DrawingError, DrawOptions
-from molmo_edge.sdk.contact_sheet import draw_one, draw_sheet
-from molmo_edge.sdk.drawing import draw_points
-from molmo_edge.sdk.keypoints import PointedPicture, coco_keypoints, supervision_keypoints
 from molmo_edge.sdk.readable_text import readable
 from molmo_edge.sdk.shown import Shown
 
 if TYPE_CHECKING:
     import supervision
+
+    from molmo_edge.sdk.annotation import DrawingError, DrawOptions
+    from molmo_edge.sdk.drawing import draw_points
+    from molmo_edge.sdk.keypoints import PointedPicture
+
+# Loaded on first use: drawing takes a tenth of the time that importing Molmo does.
+_DRAWING = {"DrawOptions": "annotation", "DrawingError": "annotation", "draw_points": "drawing"}
 
 __all__ = [
     "Answer",
@@ -36,6 +40,12 @@ __all__ = [
     "draw_points",
     "to_coco",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DRAWING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"molmo_edge.sdk.{_DRAWING[name]}"), name)
 
 
 class DrawError(MolmoEdgeError):
@@ -165,6 +175,9 @@ class Answer:
 
         Raises DrawError without an image and for a number that there is not, DrawingError for an unknown option.
         """
+        from molmo_edge.sdk.annotation import DrawOptions
+        from molmo_edge.sdk.contact_sheet import draw_one, draw_sheet
+
         shown, options = self._require_images(), DrawOptions(labels, numbers, size)
         if image is None and len(shown.images) > 1:
             return draw_sheet(shown, self.points, options)
@@ -172,6 +185,8 @@ class Answer:
 
     def draw_all(self) -> list[Image.Image]:
         """Return `draw` of each image, or of each frame of a video that has points. Raises DrawError without images."""
+        from molmo_edge.sdk.contact_sheet import draw_one
+
         shown = self._require_images()
         return [draw_one(shown, index, self.points) for index in shown.to_draw(self.points)]
 
@@ -199,6 +214,7 @@ class Answer:
 
         Raises DrawError without an image, and DrawingError for an unknown option.
         """
+        from molmo_edge.sdk.annotation import DrawOptions
         from molmo_edge.sdk.svg import to_svg
 
         shown, index, options = self._require_images(), self._index(image), DrawOptions(labels, numbers, size)
@@ -219,6 +235,8 @@ class Answer:
         `draw`; needed if there are several. Raises DrawError without an image, and MissingExtra if supervision is not
         installed.
         """
+        from molmo_edge.sdk.keypoints import supervision_keypoints
+
         return supervision_keypoints(_pointed(self, self._index(image), ""))
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,6 +304,8 @@ def to_coco(answers: Sequence[Answer], file_names: Sequence[str | Sequence[str]]
     image, or the names of its images or frames. Raises DrawError for an answer without an image, and for a single name
     for several images; ValueError if the numbers of names and of answers or images differ.
     """
+    from molmo_edge.sdk.keypoints import coco_keypoints
+
     pictures: list[PointedPicture] = []
     for answer, names in zip(answers, file_names, strict=True):
         if isinstance(names, str):
@@ -303,6 +323,8 @@ def _plain(parsed: Any) -> Any:
 
 def _pointed(answer: Answer, index: int, file_name: str) -> PointedPicture:
     """The image `index` of an answer, with the points in it."""
+    from molmo_edge.sdk.keypoints import PointedPicture
+
     shown = answer.shown
     if shown is None:
         return PointedPicture(file_name, *answer.picture_size, answer.points)

@@ -35,6 +35,7 @@ def test_import_alone_is_quick(tmp_path: Path) -> None:
     [
         ("import molmo_edge", (*HEAVY, "numpy", "PIL", "tokenizers")),
         ("from molmo_edge import *", HEAVY),
+        ("from molmo_edge import Molmo", (*HEAVY, "molmo_edge.sdk.annotation", "molmo_edge.sdk.svg", "PIL.ImageDraw")),
         ("import molmo_edge.runtimes", (*HEAVY, "numpy")),
         ("import molmo_edge.cli", (*HEAVY, "numpy", "PIL", "tokenizers")),
     ],
