@@ -145,6 +145,30 @@ def test_many_points() -> None:
     assert all(marker.radius < 5 for marker in crowd.markers)
 
 
+@pytest.mark.parametrize("side", [9, 13])
+@pytest.mark.parametrize("where", [(50, 50), (30, 30)])
+def test_a_leader_is_whole(side: int, where: tuple[int, int]) -> None:
+    """Among more than 100 shapes it is drawn in strips."""
+    grid = [(where[0] + 2 * x, where[1] + 3 * y) for x in range(side) for y in range(side)]
+    found = [Point(x, y, "") for x, y in grid if x < 100 and y < 100]
+    found.append(Point(where[0] + side, where[1] + 1.5 * side, "a long label of an item"))
+    size, options = (1800, 1200), DrawOptions(numbers=False)
+    annotation = laid_out(size, found, options)
+    (plate,), markers = annotation.plates, annotation.markers
+    assert plate.leader
+    (x0, y0), (x1, y1) = plate.anchor, plate.box.nearest(*plate.anchor)
+    assert math.hypot(x1 - x0, y1 - y0) > 80
+    picture = np.asarray(draw_points(Image.new("RGB", size), found, options), int)
+    seen = 0
+    for share in np.linspace(0, 1, 400):
+        x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+        beside_plate = not Box(x - 4, y - 4, x + 4, y + 4).overlaps(plate.box)
+        if beside_plate and all(math.hypot(m.x - x, m.y - y) > 1.2 * m.radius + 4 for m in markers):
+            seen += 1
+            assert np.abs(picture[round(y), round(x)] - plate.colour).max() < 60
+    assert seen > 20
+
+
 def test_points_outside_of_the_picture_are_left_out() -> None:
     found = [Point(120, 50, "a"), Point(50, -3, "b"), Point(math.nan, 5, "c"), Point(50, 50, "d")]
     annotation = laid_out((640, 480), found)

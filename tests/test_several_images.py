@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from molmo_edge.cli.saving import save_paths
+from molmo_edge.cli.saving import frame_names, save_paths
 
 ROOT = Path(__file__).parent.parent
 DOG = 'Here: <point x="25.0" y="50.0" alt="dog">dog</point>.'
@@ -218,3 +218,10 @@ def test_shell_completion_is_there() -> None:
     environment |= {"COMP_WORDS": "molmo-edge ask --t", "COMP_CWORD": "2"}
     done = subprocess.run([sys.executable, "-m", "molmo_edge.cli"], env=environment, capture_output=True, text=True)
     assert {"--temperature", "--top-k", "--top-p", "--threads"} <= set(done.stdout.split())
+
+
+def test_frames_that_are_close_get_names_of_their_own() -> None:
+    assert frame_names([0.0, 0.5, 12.0]) == ["000.0s", "000.5s", "012.0s"]
+    assert frame_names([0.0, 1 / 30, 2 / 30]) == ["000.00s", "000.03s", "000.07s"]
+    assert frame_names([0.0, 0.001, 0.5]) == ["000.000s", "000.001s", "000.500s"]
+    assert frame_names([1.0, 1.0]) == ["001.000000s-1", "001.000000s-2"]

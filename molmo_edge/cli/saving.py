@@ -89,10 +89,20 @@ def save_answer(answer: Answer, path: Path, images: Sequence[Path]) -> list[Path
     if answer.times is None:
         files = [file for file in save_paths(path, images) if file is not None]
     else:
-        files = [path / f"{images[0].stem}-{answer.times[index]:05.1f}s{DRAWN}" for index in indices]
+        names = frame_names(answer.times)
+        files = [path / f"{images[0].stem}-{names[index]}{DRAWN}" for index in indices]
     for index, file in zip(indices, files, strict=True):
         save_image(answer.draw(index + 1), file)
     return files
+
+
+def frame_names(times: Sequence[float]) -> list[str]:
+    """A name for each frame of a video, "004.5s" for 4.5 seconds. Frames that are close get more decimals."""
+    for decimals in range(1, 7):
+        names = [f"{time:0{4 + decimals}.{decimals}f}s" for time in times]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}-{number}" for number, name in enumerate(names, 1)]
 
 
 def _is_folder_name(path: Path) -> bool:

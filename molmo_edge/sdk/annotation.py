@@ -5,6 +5,7 @@ drawing.py paints an Annotation in pixels, svg.py writes it as vectors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def annotate(
         with_numbers = len(points) > 1
     moved = _without_room(places, radius, width, height) if with_numbers else np.zeros(len(shown), bool)
     markers, requests, drafts = [], [], []
+    lay_out = functools.cache(lettering.line)  # many labels are equal
     for at, (number, point) in enumerate(shown):
         x, y = map(float, places[at])
         colour = colours[point.label]
@@ -141,7 +143,7 @@ def annotate(
         markers.append(Marker(x, y, own, colour, text, point, number))
         if moved[at]:
             letters = number_size(radius, digits)
-            line = lettering.line(str(number), letters)
+            line = lay_out(str(number), letters)
             side = max(2 * radius, line.box[2] - line.box[0] + radius)
             requests.append(Request(side, 2 * radius, ((x, y),), 0.8 * radius))
             drafts.append((line, letters, colour, True, str(number)))
@@ -150,7 +152,7 @@ def annotate(
         pad = max(2.0, 0.35 * letters)
         if letters < _LEAST_LETTERS or width < 4 * letters:
             continue
-        line = lettering.line(label, letters, min(_WIDEST * letters, width - 2 * pad - 2))
+        line = lay_out(label, letters, min(_WIDEST * letters, width - 2 * pad - 2))
         left, top, right, bottom = line.box
         if right > left:
             wide, high = right - left + 2 * pad, max(bottom - top, 0.72 * letters) + 1.6 * pad

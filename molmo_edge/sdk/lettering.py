@@ -46,7 +46,7 @@ class Line:
 
     pieces: tuple[tuple[str, ImageFont.FreeTypeFont], ...]
 
-    @property
+    @functools.cached_property
     def box(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the ink in pixels, relative to the start of the baseline; zeros without ink."""
         boxes = []

@@ -140,33 +140,50 @@ def _best(
     cost = cost + np.abs(distance - request.gap) / max(1.0, request.height)
     area = max(1.0, request.width * request.height)
     covers = np.zeros(len(boxes))
-    if len(taken):
-        around = taken + np.array([-spacing, -spacing, spacing, spacing])
-        covers += _OVER_BOX * (_shared(boxes, around) / area).sum(1)
+    # What no candidate and no leader reaches costs none of them anything.
+    reach = np.concatenate([np.minimum(boxes[:, :2], anchors).min(0), np.maximum(boxes[:, 2:], anchors).max(0)])
+    around = _touching(taken + np.array([-spacing, -spacing, spacing, spacing]), reach)[0]
+    if len(around):
+        covers += _OVER_BOX * _covered(boxes, around, area)
+    squares = np.concatenate([discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:]], 1)
+    squares, reached = _touching(squares, reach)
+    discs = discs[reached]
     if len(discs):
-        squares = np.concatenate([discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:]], 1)
-        covers += _OVER_DISC * (_shared(boxes, squares) / area).sum(1)
+        covers += _OVER_DISC * _covered(boxes, squares, area)
     best = np.lexsort((cost, covers))[:_COMPARED]
     if len(discs):
-        far = distance[best] > 1.5 * request.gap + 1  # has a leader
-        cost[best] += _OVER_LEADER * (far & _passes(anchors[best], near[best], discs).any(1))
+        led = best[distance[best] > 1.5 * request.gap + 1]  # those with a leader
+        cost[led] += _OVER_LEADER * _passes(anchors[led], near[led], discs).any(1)
     at = int(best[np.lexsort((cost[best], covers[best]))[0]])
     left, top, right, bottom = map(float, boxes[at])
     return _Found(float(covers[at]), float(cost[at]), (left, top, right, bottom), int(index[at]))
 
 
-def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The area that each of `boxes` [n, 4] has in common with each of `others` [m, 4]: [n, m]."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return np.asarray(np.maximum(0.0, high - low).prod(-1))
+def _touching(boxes: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `boxes` [n, 4] that have something in common with the box `reach` [4], and their indexes."""
+    found = np.flatnonzero((boxes[:, :2] <= reach[2:]).all(1) & (boxes[:, 2:] >= reach[:2]).all(1))
+    return boxes[found], found
+
+
+def _covered(boxes: np.ndarray, others: np.ndarray, area: float) -> np.ndarray:
+    """The share of `area` that each of `boxes` [n, 4] has in common with `others` [m, 4], added up: [n]."""
+    if len(boxes) == _GRID**2:  # of `_everywhere`: rows of boxes with equal x, columns with equal y
+        return np.asarray(_overlap(boxes[::_GRID], others, 1) @ _overlap(boxes[:_GRID], others, 0).T).ravel() / area
+    return np.asarray((_overlap(boxes, others, 0) * _overlap(boxes, others, 1) / area).sum(1))
+
+
+def _overlap(boxes: np.ndarray, others: np.ndarray, axis: int) -> np.ndarray:
+    """The length along `axis` (0: x) that each of `boxes` [n, 4] has in common with each of `others` [m, 4]."""
+    low = np.maximum(boxes[:, None, axis], others[None, :, axis])
+    high = np.minimum(boxes[:, None, axis + 2], others[None, :, axis + 2])
+    return np.asarray(np.maximum(0.0, high - low))
 
 
 def _passes(start: np.ndarray, end: np.ndarray, discs: np.ndarray) -> np.ndarray:
     """Whether the line from `start` to `end` [n, 2] passes over each disc [m, 3] that is not at `start`: [n, m]."""
-    along = end - start
-    length = np.maximum(1e-9, (along**2).sum(1))
-    offset = discs[None, :, :2] - start[:, None]
-    share = np.clip((offset * along[:, None]).sum(-1) / length[:, None], 0, 1)
-    distance = np.hypot(*np.moveaxis(offset - share[..., None] * along[:, None], -1, 0))
-    return np.asarray((distance < discs[:, 2]) & (np.hypot(*np.moveaxis(offset, -1, 0)) > discs[:, 2]))
+    along_x, along_y = (end - start).T[:, :, None]
+    length = np.maximum(1e-9, along_x**2 + along_y**2)
+    x, y = (discs[None, :, axis] - start[:, None, axis] for axis in (0, 1))
+    share = np.clip((x * along_x + y * along_y) / length, 0, 1)
+    distance = np.hypot(x - share * along_x, y - share * along_y)
+    return np.asarray((distance < discs[:, 2]) & (np.hypot(x, y) > discs[:, 2]))
