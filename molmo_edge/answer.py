@@ -61,6 +61,7 @@ class Tokens:
     generated: int = 0
     # Positions of image and prompt that ran for this answer; the others came from a Scene or an earlier turn.
     prefilled: int = field(default=0, compare=False)
+    dropped: int = 0  # image tokens that `image_tokens` left out; not part of `image`
 
 
 @dataclass(frozen=True)
@@ -257,11 +258,17 @@ class Answer:
             "count": self.count,
             "complete": self.complete,
             "token_ids": list(self.token_ids),
-            "usage": dataclasses.asdict(self.usage),
+            "usage": self._usage(),
             "model": self.model,
             "tokens_per_second": None if (speed := self.tokens_per_second) is None else round(speed, 2),
             **({} if self.parsed is None else {"parsed": _plain(self.parsed)}),
         }
+
+    def _usage(self) -> dict[str, Any]:
+        usage = dataclasses.asdict(self.usage)
+        if not self.usage.tokens.dropped:  # there only with `image_tokens`
+            del usage["tokens"]["dropped"]
+        return usage
 
     def _repr_png_(self) -> bytes | None:
         """For notebooks."""

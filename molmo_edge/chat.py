@@ -91,8 +91,8 @@ class Chat(NotCopied):
 
     @property
     def positions(self) -> int:
-        """Positions of the model's context that image and turns take."""
-        return len(self.scene.embeddings) + len(self._ids)
+        """Positions of the model's context that image and turns take, with those of image tokens left out."""
+        return self.scene.end + len(self._ids)
 
     @property
     def capacity(self) -> int:
@@ -172,7 +172,7 @@ class Chat(NotCopied):
         with self._lock:
             trimmed = self._to_trim(question, sampling) if (self._trim if trim is None else trim) else 0
             ids = self._turn_ids(question, trimmed)
-            filled = len(self.scene.embeddings) + len(ids)
+            filled = self.scene.end + len(ids)
             if len(self._answers) > trimmed and filled > context:
                 raise ConversationFull(
                     f"the conversation is full: with this question it has {filled} tokens, and the model's context "
@@ -191,7 +191,7 @@ class Chat(NotCopied):
 
     def _to_trim(self, question: str, sampling: Sampling) -> int:
         """How many of the oldest turns to forget, so that the question and a whole answer fit."""
-        free = self._engine.context - len(self.scene.embeddings)
+        free = self._engine.context - self.scene.end
         lengths = (len(self._turn_ids(question, trimmed)) for trimmed in range(len(self._answers) + 1))
         need = int(sampling.max_new_tokens) - 1
         if next(lengths) + need <= free:
@@ -273,9 +273,9 @@ class Chat(NotCopied):
     def _make_room(self, capacity: int) -> Cache:
         """Return the cache, cut back to what the conversation keeps, with room for `capacity` positions."""
         source = self.scene.prefilled if self._cache is None else self._cache
-        grown = min(capacity + self._room, self._engine.context)
+        grown = min(capacity + self._room, self._engine.slots(self.scene))
         if source is None:
-            self._kept, self._cache = 0, self._engine.runtime.new_cache(grown)
+            self._kept, self._cache = 0, self._engine.new_cache(self.scene, grown)
         elif self._cache is None:  # the scene's own cache is never written to
             self._kept, self._cache = source.length, source.copy(grown)
         self._cache.length = self._kept  # an interrupted answer may have left more

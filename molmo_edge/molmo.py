@@ -25,6 +25,8 @@ from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, ROOM, Engine, QuestionError, Scene, check_text
+from molmo_edge.sdk.image_tokens import ImageTokens
+from molmo_edge.sdk.image_tokens import image_tokens as chosen_tokens
 from molmo_edge.sdk.model_name import model_name
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.scene_store import SceneCacheError, SceneStore
@@ -38,7 +40,16 @@ if TYPE_CHECKING:
     from molmo_edge.runtimes import LlamaOptions, Runtime
     from molmo_edge.sdk.async_answers import AskKeywords, PointKeywords, SamplingKeywords
 
-__all__ = ["MAX_NEW_TOKENS", "MAX_QUESTION_CHARS", "History", "Molmo", "QuestionError", "Scene", "Stream"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "MAX_QUESTION_CHARS",
+    "History",
+    "ImageTokens",
+    "Molmo",
+    "QuestionError",
+    "Scene",
+    "Stream",
+]
 
 
 class Molmo(NotCopied):
@@ -50,12 +61,14 @@ class Molmo(NotCopied):
     "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory.
     `max_crops`: a limit on the crops of an image in place of the model's own. A lower one is faster, but the model sees
     less detail. A higher one shows more detail of large images; time, memory and positions of the context grow with the
-    number of crops. `threads`: CPU threads, at most the cores available to this process; None: the physical cores, or a
-    container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images;
-    "drop" ignores transparency, as the reference's training does, "white" blends with white. `scene_cache`: a folder
-    for encoded and prefilled images and videos, which may be shared by processes: a picture with the same pixels is
-    read from there. Files that were not used for longest are removed above `scene_cache_size`, bytes or "500MB". None:
-    no cache.
+    number of crops. `image_tokens`: the share of an image's tokens that the decoder sees, such as 0.5; the others are
+    left out, and those that stay keep their positions. That is faster and needs less memory, but costs accuracy. None
+    or 1: all tokens. A bundle with a GGUF decoder does not support it. `threads`: CPU threads, at most the cores
+    available to this process; None: the physical cores, or a container's quota. `engine_options`: LlamaOptions for a
+    bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the reference's training
+    does, "white" blends with white. `scene_cache`: a folder for encoded and prefilled images and videos, which may be
+    shared by processes: a picture with the same pixels is read from there. Files that were not used for longest are
+    removed above `scene_cache_size`, bytes or "500MB". None: no cache.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
@@ -80,6 +93,7 @@ class Molmo(NotCopied):
         alpha: str = "drop",
         scene_cache: str | os.PathLike[str] | None = None,
         scene_cache_size: int | str = "2GB",
+        image_tokens: float | ImageTokens | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -88,13 +102,19 @@ class Molmo(NotCopied):
         if max_crops is not None:
             ImageConfig(max_crops=max_crops)
         check_alpha(alpha)
+        choice = chosen_tokens(image_tokens)
         if precision not in PRECISIONS:
             raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
         store = None if scene_cache is None else SceneStore(scene_cache, _bytes(scene_cache_size))
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
         runtime = open_runtime(
-            directory, device=device, precision=precision, threads=threads, engine_options=engine_options
+            directory,
+            device=device,
+            precision=precision,
+            threads=threads,
+            engine_options=engine_options,
+            gaps=choice is not None,
         )
         name = model_name(directory)
         self.engine = Engine(
@@ -106,6 +126,7 @@ class Molmo(NotCopied):
             directory=directory,
             store=store,
             started=started,
+            tokens=choice,
         )
 
     @classmethod
@@ -117,10 +138,14 @@ class Molmo(NotCopied):
         max_crops: int | None = None,
         alpha: str = "drop",
         name: str | None = None,
+        image_tokens: float | ImageTokens | None = None,
     ) -> Molmo:
-        """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers."""
+        """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers.
+
+        `image_tokens`: needs a GappedRuntime, as `open_runtime(..., gaps=True)` returns it.
+        """
         molmo = cls.__new__(cls)
-        molmo.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name)
+        molmo.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, tokens=image_tokens)
         return molmo
 
     @property

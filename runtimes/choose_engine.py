@@ -29,12 +29,14 @@ def open_runtime(
     precision: str = "auto",
     threads: int | None = None,
     engine_options: LlamaOptions | None = None,
+    gaps: bool = False,
 ) -> PartedRuntime:
     """Open a bundle or a checkpoint directory.
 
     `precision`: of a checkpoint's weights (molmo_edge.modeling.precision); a bundle's was chosen at its export.
     `threads`: CPU threads, at most the available cores; None: the engine's default, the physical cores, or a
-    container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder.
+    container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `gaps`: caches will have
+    positions with gaps (molmo_edge.runtimes.protocol.GappedRuntime).
 
     Raises Unavailable for a device or engine that is not installed, BundleError for a damaged bundle,
     PrecisionError for weights that do not fit into memory, else EngineError.
@@ -53,13 +55,15 @@ def open_runtime(
             )
         bundle = open_bundle(directory)
         if bundle.components["decoder"].engine == "gguf":
-            from molmo_edge.runtimes.llama import open_llama_runtime
+            from molmo_edge.runtimes.llama import NO_GAPS, open_llama_runtime
 
+            if gaps:
+                raise Unavailable(f"{directory} cannot leave out image tokens: {NO_GAPS}")
             return open_llama_runtime(bundle, device=device, threads=threads, options=engine_options or LlamaOptions())
         _refuse_llama(engine_options, directory, "is a bundle for ONNX Runtime")
         from molmo_edge.runtimes.onnx import open_bundle_runtime
 
-        return open_bundle_runtime(bundle, device=device, threads=threads)
+        return open_bundle_runtime(bundle, device=device, threads=threads, gaps=gaps)
     if is_checkpoint(directory):
         _refuse_llama(engine_options, directory, "is a checkpoint, which runs on PyTorch")
         torch = _pytorch(directory)

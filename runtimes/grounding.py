@@ -147,6 +147,9 @@ class GroundingInputs:
     frames: tuple[Sequence[float], ...] = ()  # of each image, its place in its grid, see `decode_grounding`
     pointable: np.ndarray | None = None  # bool [n_patches], which can be chosen; None: those whose id is `indexable`
     states: np.ndarray | None = None  # float32 [n, d_model] before the final norm, once `ids` have run
+    # int [n_patches]: the rows of `states` of the image tokens, -1 for those that were left out and cannot be chosen.
+    # None: `positions`
+    rows: np.ndarray | None = None
 
     @property
     def token_ids(self) -> GroundingIds:
@@ -177,7 +180,9 @@ class GroundingInputs:
         states = states if self.states is None else self.states
         chosen = self.ids[self.positions] == self.indexable if self.pointable is None else self.pointable
         positions = np.cumsum(chosen) - 1
-        keys = rotate(self.head.project(states[self.positions])[1], positions, config.rope_theta)
+        rows = self.positions if self.rows is None else self.rows
+        keys = rotate(self.head.project(states[np.maximum(rows, 0)])[1], positions, config.rope_theta)
+        chosen = chosen & (rows >= 0)
         if config.no_more_class:
             keys, chosen = np.concatenate([keys, self.head.no_more[None]]), np.append(chosen, True)
         slot_features = self.patch_features[np.maximum(self.pooling, 0)] * there[..., None]

@@ -33,6 +33,8 @@ from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, ch
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
 
+# llama_decode checks that the positions of a batch continue those of its sequence, and each other (0.3.36).
+NO_GAPS = "llama.cpp refuses positions with gaps; export the decoder to ONNX, or use the checkpoint on PyTorch"
 _SPARE = 1_500_000_000  # bytes to leave free when weights are repacked
 _BETTER_REPACKED = ("q4_0", "iq4_nl")  # on x86; with K-quants, repacking doubled the time of a prompt
 
@@ -85,6 +87,7 @@ class LlamaRuntime:
     """
 
     engine = "llama.cpp"
+    no_gaps = NO_GAPS  # see `molmo_edge.runtimes.protocol.GappedRuntime`
 
     def __init__(
         self,

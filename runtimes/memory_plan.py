@@ -14,7 +14,7 @@ from molmo_edge.checkpoints.bundle import Bundle
 from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.config import MolmoConfig
-from molmo_edge.frontend.crops import image_token_count
+from molmo_edge.frontend.crops import image_token_count, kept_cells
 from molmo_edge.modeling.weight_sizes import ACTIVATIONS, component_bytes, component_of
 
 # Bytes for each number of a cache of llama.cpp, with the scales of its blocks of 32.
@@ -76,6 +76,7 @@ class Plan:
     loading: int  # peak while the model is opened
     encoding: int  # peak while the image is encoded
     answering: int  # peak while the question is answered
+    image_tokens: float | None = None  # the share of the image's tokens that the decoder sees; None: all
 
     @property
     def peak(self) -> int:
@@ -146,14 +147,18 @@ def predict(
     max_crops: int | None = None,
     cache: str | None = None,
     answer: int = ANSWER,
+    image_tokens: float | None = None,
 ) -> Plan:
     """The peak of a question about an image that needs `max_crops` crops, None: the model's own limit.
 
     `cache`: type of llama.cpp's keys and values; other engines have their own. `answer`: max_new_tokens.
+    `image_tokens`: the share of the image's tokens that the decoder sees.
     """
     crops = config.image.max_crops if max_crops is None else max_crops
-    image = image_positions(config, crops)
-    positions = min(image + QUESTION + answer, config.decoder.max_position_embeddings)
+    whole = image_positions(config, crops)
+    image = whole if image_tokens is None else _kept_positions(config, crops, image_tokens)
+    # Positions that were left out count against the context, but take no memory.
+    positions = min(image + QUESTION + answer, config.decoder.max_position_embeddings - (whole - image))
     if weights.engine == "pytorch":
         kind = "f32" if weights.precision == "fp32" else "bf16"
     else:
@@ -162,7 +167,7 @@ def predict(
     keys = int(2 * d.n_layers * d.kv_dim * positions * CACHE_WIDTHS[kind])
     process = _PROCESS[weights.engine]
     loaded = process + weights.resident + sum(weights.mapped.values())
-    encoding, kept = _vision(config, crops + 1, image)
+    encoding, kept = _vision(config, crops + 1, whole)
     if weights.engine == "pytorch":
         working = encoding = ACTIVATIONS
     else:
@@ -184,11 +189,18 @@ def predict(
         loading=loaded + weights.largest,
         encoding=loaded + encoding,
         answering=sum(parts.values()),
+        image_tokens=image_tokens,
     )
 
 
 def choose(
-    config: MolmoConfig, weights: Weights, budget: int, *, most: int | None = None, answer: int = ANSWER
+    config: MolmoConfig,
+    weights: Weights,
+    budget: int,
+    *,
+    most: int | None = None,
+    answer: int = ANSWER,
+    image_tokens: float | None = None,
 ) -> Plan | None:
     """The plan with the most crops, at most `most`, that fits into `budget` bytes.
 
@@ -197,7 +209,7 @@ def choose(
     caches = ("f16", "q8_0", "q4_0") if weights.engine == "llama.cpp" else (None,)
     for crops in range(config.image.max_crops if most is None else most, -1, -1):
         for cache in caches:
-            plan = predict(config, weights, max_crops=crops, cache=cache, answer=answer)
+            plan = predict(config, weights, max_crops=crops, cache=cache, answer=answer, image_tokens=image_tokens)
             if plan.peak <= budget:
                 return plan
     return None
@@ -222,6 +234,12 @@ def largest_tiling(config: MolmoConfig, max_crops: int) -> tuple[int, int]:
 def image_positions(config: MolmoConfig, max_crops: int) -> int:
     """The positions of an image with `largest_tiling`, with BOS."""
     return 1 + image_token_count(config.image, largest_tiling(config, max_crops))
+
+
+def _kept_positions(config: MolmoConfig, max_crops: int, share: float) -> int:
+    """As `image_positions`, without what `share` leaves out of each view (molmo_edge.sdk.image_tokens)."""
+    cells = [rows * cols for rows, cols in config.image.cell_grids(largest_tiling(config, max_crops))]
+    return image_positions(config, max_crops) - sum(count - kept_cells(count, share) for count in cells)
 
 
 def _head(config: MolmoConfig) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle
 from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
-from molmo_edge.config import MolmoConfig
+from molmo_edge.config import DecoderConfig, MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
@@ -34,6 +34,8 @@ from molmo_edge.runtimes.protocol import (
     check_stored,
 )
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
+from molmo_edge.runtimes.rotary_inputs import declared_inputs, rotary_tables, table_names
+from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
 from molmo_edge.system.memory import check_room
 
@@ -43,13 +45,15 @@ _CHUNK = 512  # positions of a prompt per decoder run; bounds the memory of acti
 _SMALL_CROPS = 8  # crops per run of a small vision tower
 
 
-def open_bundle_runtime(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> OnnxRuntime:
-    """Open a verified bundle. Raises EngineError or Unavailable."""
+def open_bundle_runtime(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, gaps: bool = False
+) -> OnnxRuntime:
+    """Open a verified bundle. `gaps`: see OnnxRuntime. Raises EngineError or Unavailable."""
     check_components(bundle, (*GRAPHS, *_point_head(bundle)))
     placement = place_bundle(bundle, device)
     check_bundle_room(bundle, placement)
     files = {name: bundle.path(name) for name in (*GRAPHS, *_point_head(bundle))}
-    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement)
+    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement, gaps=gaps)
 
 
 def _point_head(bundle: Bundle) -> tuple[str, ...]:
@@ -149,7 +153,15 @@ class _Buffer:
 class OnnxCache:
     """Preallocated keys and values, bound to the decoder as both input and output."""
 
-    def __init__(self, session: Any, buffers: dict[str, _Buffer], logits: int, length: int = 0) -> None:
+    def __init__(
+        self,
+        session: Any,
+        buffers: dict[str, _Buffer],
+        logits: int,
+        length: int = 0,
+        tables: dict[str, Any] | None = None,
+    ) -> None:
+        """`tables`: of molmo_edge.runtimes.rotary_inputs, for positions with gaps."""
         from onnxruntime import OrtValue
 
         self._born = forks.generation()
@@ -159,6 +171,9 @@ class OnnxCache:
         self._bidirectional = any(value.name == "image" for value in session.get_inputs())
         self._logits = np.empty((1, logits), np.float32)
         self._binding = session.io_binding()
+        self._tables = tables
+        for name, table in (tables or {}).items():
+            self._binding.bind_ortvalue_input(name, table)
         for name, buffer in buffers.items():
             self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
             self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
@@ -167,22 +182,35 @@ class OnnxCache:
         self._has_states = any(value.name == "states" for value in session.get_outputs())
 
     @classmethod
-    def empty(cls, session: Any, capacity: int, logits: int, device: str) -> OnnxCache:
-        """Return an empty cache of `capacity` positions on `device`; `logits`: their number."""
+    def empty(
+        cls,
+        session: Any,
+        capacity: int,
+        logits: int,
+        device: str,
+        positions: tuple[DecoderConfig, np.ndarray] | None = None,
+    ) -> OnnxCache:
+        """Return an empty cache of `capacity` positions on `device`; `logits`: their number.
+
+        `positions`: those of the first embeddings, where there are gaps, and the decoder.
+        """
         buffers = {}
         for past in session.get_inputs():
             if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
                 shape = [capacity if size == "capacity" else size for size in past.shape]
                 dtype = np.float16 if past.type == "tensor(float16)" else np.float32
                 buffers[past.name.removeprefix("past_")] = _Buffer.empty(shape, dtype, device)
-        return cls(session, buffers, logits)
+        if positions is None:
+            return cls(session, buffers, logits)
+        width = next(iter(buffers.values())).value.shape()[3] // 2
+        return cls(session, buffers, logits, tables=rotary_tables(*positions, width))
 
     def copy(self, capacity: int | None = None) -> OnnxCache:
         """See `molmo_edge.runtimes.Cache`."""
         forks.check(self._born, "this cache")
         room = check_copy(self, capacity)
         buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
-        return OnnxCache(self._session, buffers, self._logits.shape[1], self.length)
+        return OnnxCache(self._session, buffers, self._logits.shape[1], self.length, self._tables)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """See `molmo_edge.runtimes.protocol.StoredCache`."""
@@ -232,9 +260,14 @@ class OnnxRuntime:
         threads: int | None = None,
         mapped: bool = False,
         placement: Placement = Placement(),  # noqa: B008 (frozen)
+        gaps: bool = False,
     ) -> None:
-        """`mapped`: leave weights in their files, which is slower but uses almost no memory."""
+        """`mapped`: leave weights in their files, which is slower but uses almost no memory.
+
+        `gaps`: load the decoder so that positions can have gaps, see GappedRuntime.
+        """
         self.config = config
+        self._replaced = table_names(config.decoder) if gaps else ()  # initializers of the decoder
         self._files, self._mapped, self._placement = files, mapped, placement
         self._threads = choose_threads(threads)
         # One crop of a large tower keeps all cores busy. In a small tower operators are so short that waking the
@@ -261,6 +294,7 @@ class OnnxRuntime:
                 self._placement.of(name),
                 mapped=self._mapped,
                 spin=name == "decoder" and is_large(self._files[name]),
+                replaced=self._replaced if name == "decoder" else (),
             )
             for name in order
         }
@@ -312,17 +346,30 @@ class OnnxRuntime:
             raise EngineError(f"token ids must be in 0..{rows - 1}, not {ids.min()}..{ids.max()}")
         return self._run("embed_tokens", {"ids": ids})
 
-    def new_cache(self, capacity: int) -> OnnxCache:
-        """Implement `Runtime.new_cache`."""
+    @property
+    def no_gaps(self) -> str | None:
+        """See `molmo_edge.runtimes.protocol.GappedRuntime`."""
+        if self._replaced:
+            return None
+        return "its decoder was not opened for positions with gaps: open the model with image_tokens"
+
+    def new_cache(self, capacity: int, positions: np.ndarray | None = None) -> OnnxCache:
+        """Implement `GappedRuntime.new_cache`."""
         check_capacity(capacity, self.config)
+        where = check_positions(positions, self.config)
+        if where is not None and self.no_gaps:
+            raise EngineError(f"this model cannot leave out image tokens: {self.no_gaps}")
         session, logits = self._session("decoder"), self.config.decoder.n_logits
-        make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache)
+        gaps = None if where is None else (self.config.decoder, where)
+        make = functools.partial(OnnxCache.empty, session, capacity, logits, self._placement.cache, gaps)
         return make() if self._placement.cache == "cpu" else _guard("decoder", make)  # a GPU may be out of memory
 
-    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> OnnxCache:
-        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+    def load_cache(
+        self, arrays: dict[str, np.ndarray], length: int, capacity: int, positions: np.ndarray | None = None
+    ) -> OnnxCache:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime` and `GappedRuntime`."""
         check_stored(length, capacity)
-        cache = self.new_cache(capacity)
+        cache = self.new_cache(capacity, positions)
         cache.fill(arrays, length)
         return cache
 
@@ -439,15 +486,28 @@ def load_session(
     *,
     mapped: bool = False,
     spin: bool = False,
+    replaced: tuple[str, ...] = (),
 ) -> Any:
-    """Load a graph. Raises EngineError, and Unavailable if one of `providers` does not start."""
+    """Load a graph. `replaced`: its initializers that runs may replace, see molmo_edge.runtimes.rotary_inputs.
+
+    Raises EngineError, and Unavailable if one of `providers` does not start.
+    """
     onnxruntime = import_onnxruntime()
     options = session_options(threads, mapped=mapped, spin=spin)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        graph: str | bytes = str(path)
+        if replaced:
+            graph = path.read_bytes() + declared_inputs(replaced)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
     forks.leak_in_children(session)
+    if set(replaced) - {value.name for value in session.get_overridable_initializers()}:
+        raise Unavailable(
+            f"{path} cannot leave out image tokens: it has no rotary tables by the names of this version; export the "
+            "model again, or open it without image_tokens"
+        )
     if missing := [name for name, _ in providers if name not in session.get_providers()]:
         # ONNX Runtime would continue without it, many times slower, with only a log message.
         raise Unavailable(

@@ -152,6 +152,29 @@ class StoringRuntime(Runtime, Protocol):
         ...
 
 
+class GappedRuntime(StoringRuntime, Protocol):
+    """A runtime whose caches can have gaps between their positions, where tokens of an image were left out.
+
+    `positions`: int [n], rising, those of the first n embeddings of the cache; later ones continue from the last.
+    None: without gaps. `length` and `capacity` of a cache count embeddings. Copies have the same positions.
+    """
+
+    @property
+    def no_gaps(self) -> str | None:
+        """Why there cannot be gaps, as a sentence; None: there can be."""
+        ...
+
+    def new_cache(self, capacity: int, positions: np.ndarray | None = None) -> Cache:
+        """As `Runtime.new_cache`. Raises EngineError for positions that do not rise, or without support for gaps."""
+        ...
+
+    def load_cache(
+        self, arrays: dict[str, np.ndarray], length: int, capacity: int, positions: np.ndarray | None = None
+    ) -> Cache:
+        """As `StoringRuntime.load_cache`."""
+        ...
+
+
 class BatchRuntime(Runtime, Protocol):
     """A runtime that decodes several prompts in one batch (`molmo_edge.runtimes.torch.TorchRuntime`)."""
 

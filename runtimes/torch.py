@@ -34,6 +34,7 @@ from molmo_edge.runtimes.protocol import (
     check_rows,
     check_stored,
 )
+from molmo_edge.runtimes.slot_positions import check_positions, slot_positions
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
 
@@ -72,6 +73,7 @@ class TorchCache:
 
     inner: KVCache
     states: np.ndarray | None = None  # see PointRuntime
+    positions: np.ndarray | None = None  # see GappedRuntime
 
     @property
     def capacity(self) -> int:
@@ -89,7 +91,7 @@ class TorchCache:
 
     def copy(self, capacity: int | None = None) -> TorchCache:
         """`capacity`: see `molmo_edge.runtimes.Cache`."""
-        return TorchCache(self.inner.copy(check_copy(self, capacity)))
+        return TorchCache(self.inner.copy(check_copy(self, capacity)), positions=self.positions)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """See `molmo_edge.runtimes.protocol.StoredCache`. bfloat16 as int16, because numpy lacks it."""
@@ -129,6 +131,7 @@ class TorchRuntime:
     """
 
     cache_settings = ""  # see `molmo_edge.runtimes.protocol.StoringRuntime`
+    no_gaps = None  # see `molmo_edge.runtimes.protocol.GappedRuntime`
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", threads: int | None = None
@@ -230,11 +233,11 @@ class TorchRuntime:
         ids = torch.as_tensor(np.asarray(token_ids), dtype=torch.long, device=self.device)
         return self.model.decoder.embed(ids).cpu().numpy()
 
-    def new_cache(self, capacity: int) -> TorchCache:
-        """Implement `Runtime.new_cache`."""
+    def new_cache(self, capacity: int, positions: np.ndarray | None = None) -> TorchCache:
+        """Implement `GappedRuntime.new_cache`."""
         forks.check(self.born, "this checkpoint")
         check_capacity(capacity, self.config)
-        return TorchCache(self._cache(1, capacity))
+        return TorchCache(self._cache(1, capacity), positions=check_positions(positions, self.config))
 
     @property
     def cache_format(self) -> str:
@@ -242,10 +245,12 @@ class TorchRuntime:
         return self.engine
 
     @_inference
-    def load_cache(self, arrays: dict[str, np.ndarray], length: int, capacity: int) -> TorchCache:
-        """See `molmo_edge.runtimes.protocol.StoringRuntime`."""
+    def load_cache(
+        self, arrays: dict[str, np.ndarray], length: int, capacity: int, positions: np.ndarray | None = None
+    ) -> TorchCache:
+        """See `molmo_edge.runtimes.protocol.StoringRuntime` and `GappedRuntime`."""
         check_stored(length, capacity)
-        cache = self.new_cache(capacity)
+        cache = self.new_cache(capacity, positions)
         cache.fill(arrays, length)
         return cache
 
@@ -265,8 +270,10 @@ class TorchRuntime:
 
     def _append(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> np.ndarray:
         rows = self._tensor(check_rows(embeddings, cache))
-        decoder = self.model.decoder
-        states = decoder.states(rows[None], mask=mask, cache=cache.inner)[0]
+        decoder, where = self.model.decoder, None
+        if cache.positions is not None:
+            where = self._tensor(slot_positions(cache.positions, cache.length, cache.length + len(rows)))[None]
+        states = decoder.states(rows[None], where, mask, cache.inner)[0]
         if self.config.point_head is not None:
             cache.states = states.float().cpu().numpy()
         return self._logits(decoder.ln_f(states[-1]))

@@ -144,7 +144,7 @@ def test_a_damaged_or_truncated_file_is_refused(data: st.DataObject, saved: Path
 def test_files_of_another_version_kind_model_or_engine_are_refused(saved: Path, molmo: Molmo, tmp_path: Path) -> None:
     path = tmp_path / "other"
     for metadata, message in (
-        ({"format_version": "2"}, "pip install --upgrade molmo-edge"),
+        ({"format_version": "3"}, "pip install --upgrade molmo-edge"),
         ({"format_version": "x"}, "format version x"),
         ({"format": "pt"}, "not the file of a scene"),
         ({"model": "0" * 64}, "saved with another model"),

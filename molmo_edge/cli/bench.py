@@ -67,6 +67,7 @@ def bench(
     from molmo_edge.frontend.crops import load_image
     from molmo_edge.molmo import Molmo
     from molmo_edge.runtimes import open_runtime
+    from molmo_edge.sdk.image_tokens import image_tokens as chosen_tokens
     from molmo_edge.system.memory import give_back
 
     if checkpoint is not None and importlib.util.find_spec("torch") is None:  # before measuring anything
@@ -79,7 +80,7 @@ def bench(
     timings: list[Timing] = []
 
     def measure(engine: str, runtime: Runtime, load: float) -> None:
-        with Molmo.from_parts(runtime, tokenizer, max_crops=model.max_crops) as molmo:
+        with Molmo.from_parts(runtime, tokenizer, max_crops=model.max_crops, image_tokens=model.image_tokens) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
         give_back()
 
@@ -106,6 +107,7 @@ def bench(
             precision=precision,
             threads=threads,
             engine_options=options.llama_options(model.llama),
+            gaps=chosen_tokens(model.image_tokens) is not None,
         )
         measure(runtime.engine, runtime, time.perf_counter() - started)
     show()

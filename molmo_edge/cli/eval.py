@@ -56,6 +56,7 @@ def eval(
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
+    image_tokens: options.ImageTokens = None,
     threads: options.Threads = None,
     llama: options.Llama = None,
     json: options.Json = False,
@@ -93,7 +94,15 @@ def eval(
     folder = out or Path(f"{directory.resolve().name}-eval")
     if threads is None and not _on_gpu(device):  # rounding depends on it, so it is a setting of the run
         threads = max(1, available_cores() // processes)
-    settings = {"device": device, "precision": precision, "max_crops": max_crops, "llama": llama, "threads": threads}
+    settings: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "max_crops": max_crops,
+        "llama": llama,
+        "threads": threads,
+    }
+    if image_tokens is not None:  # a folder of an earlier version does not name it
+        settings["image_tokens"] = image_tokens
     with progress("loading the tasks", quiet=quiet):
         asked = {
             name: [
@@ -121,6 +130,7 @@ def eval(
             device=device,
             precision=precision,
             max_crops=max_crops,
+            image_tokens=image_tokens,
             threads=threads,
             engine_options=options.llama_options(llama),
         ) as molmo:

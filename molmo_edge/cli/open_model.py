@@ -60,6 +60,7 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
             device=options.device,
             precision=options.precision,
             max_crops=options.max_crops,
+            image_tokens=options.image_tokens,
             alpha=options.alpha,
             threads=options.threads,
             engine_options=llama_options(options.llama),

@@ -118,8 +118,9 @@ def note_usage(answer: Answer, *, quiet: bool) -> None:
     tokens, seconds = answer.usage.tokens, answer.usage.seconds
     first = seconds.load + seconds.total - seconds.decode
     note(
-        f"{counted(answer.usage.crops, 'crop')}, {counted(tokens.image + tokens.prompt, 'token')} in, "
-        f"{tokens.generated} out; "
+        f"{counted(answer.usage.crops, 'crop')}, {counted(tokens.image + tokens.prompt, 'token')} in"
+        + (f" ({counted(tokens.dropped, 'image token')} left out), " if tokens.dropped else ", ")
+        + f"{tokens.generated} out; "
         f"first token after {first:.2f} s, all after {first + seconds.decode:.2f} s",
         quiet=quiet,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +69,7 @@ def plan(
         typer.Option(help=f"Only this precision of a checkpoint: {', '.join((*_BUNDLES, 'q4', *_ON_TORCH))}."),
     ] = None,
     max_crops: options.MaxCrops = None,
+    image_tokens: options.ImageTokens = None,
     max_new_tokens: options.MaxNewTokens = None,
     revision: options.Revision = None,
     measure: Annotated[
@@ -91,10 +92,14 @@ def plan(
     target = _find(model, revision, precision)
     if measure and target.directory is None:
         raise PlanError(f"--measure needs the model on this machine: molmo-edge pull {model}")
+    if image_tokens is not None:
+        target = _without_llama(target)
     plans, chosen, contexts = [], [], []
     for weights in target.candidates:
-        plans.append(predict(target.config, weights, max_crops=max_crops, answer=answer))
-        fit = plans[-1] if budget is None else choose(target.config, weights, budget, most=max_crops, answer=answer)
+        plans.append(predict(target.config, weights, max_crops=max_crops, answer=answer, image_tokens=image_tokens))
+        fit: Plan | None = plans[-1]
+        if budget is not None:
+            fit = choose(target.config, weights, budget, most=max_crops, answer=answer, image_tokens=image_tokens)
         chosen.append(fit)
         contexts.append(0 if fit is None or budget is None else longest_context(target.config, fit, budget))
     best = _recommended(chosen)
@@ -102,7 +107,7 @@ def plan(
     if measure:
         _check_measurable(target, shown)
         with progress("measuring", quiet=quiet):
-            peaks = _measured(target, shown, answer)
+            peaks = _measured(target, shown, answer, image_tokens)
     if json:
         data = {"model": target.name, "download": target.download, "budget": budget, "max_new_tokens": answer}
         rows = [
@@ -193,7 +198,15 @@ def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = Fal
     raise PlanError(f'"{precision}" is not a precision (known: {", ".join((*BUNDLE_PRECISIONS, *_ON_TORCH[:3]))})')
 
 
-def _measured(target: _Target, plan: Plan, answer: int) -> Peaks:
+def _without_llama(target: _Target) -> _Target:
+    """The target without GGUF bundles, which do not support --image-tokens. Raises PlanError if nothing is left."""
+    left = [weights for weights in target.candidates if weights.engine != "llama.cpp"]
+    if not left:
+        raise PlanError(f"{target.name}: --image-tokens does not apply to a GGUF decoder, leave it out")
+    return replace(target, candidates=left)
+
+
+def _measured(target: _Target, plan: Plan, answer: int, image_tokens: float | None) -> Peaks:
     from molmo_edge.runtimes.memory_plan import largest_tiling
     from molmo_edge.sdk.peak_memory import measure_peaks
 
@@ -210,6 +223,7 @@ def _measured(target: _Target, plan: Plan, answer: int) -> Peaks:
         answer=answer,
         precision=plan.weights.precision if plan.weights.engine == "pytorch" else "auto",
         llama=f"cache={plan.cache}" if llama else None,
+        image_tokens=image_tokens,
     )
 
 
@@ -220,6 +234,7 @@ def _to_dict(plan: Plan) -> dict[str, Any]:
         "precision": weights.precision,
         "disk": weights.stored,
         "max_crops": plan.max_crops,
+        **({} if plan.image_tokens is None else {"image_tokens": plan.image_tokens}),
         "cache": plan.cache,
         "positions": plan.positions,
         "parts": dict(plan.parts),
@@ -264,6 +279,7 @@ def _print(
         return
     context = contexts[chosen.index(best)]
     flags = f"--max-crops {best.max_crops}"
+    flags += "" if best.image_tokens is None else f" --image-tokens {best.image_tokens:g}"
     flags += f" --llama cache={best.cache}" if best.weights.engine == "llama.cpp" else ""
     print(
         f"{best.weights.precision} on {best.weights.engine} fits with {flags}: peak {_gb(best.peak)}, "

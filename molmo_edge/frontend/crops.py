@@ -151,6 +151,11 @@ def image_token_count(config: ImageConfig, tiling: tuple[int, int]) -> int:
     return sum(rows * (cols + _column_tokens(config, number)) + 2 for number, (rows, cols) in blocks)
 
 
+def kept_cells(cells: int, share: float) -> int:
+    """How many of the `cells` of a view stay where only `share` of them, 0 to 1, does: at least one."""
+    return max(1, round(share * cells))
+
+
 def patch_grid(config: ImageConfig, tiling: tuple[int, int], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of all patches in an image of height x width pixels, as fractions of its sides.
 

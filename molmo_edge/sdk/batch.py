@@ -44,10 +44,17 @@ def ask_batch(
     """See `Molmo.ask_batch`."""
     results: dict[int, Answer | MolmoEdgeError] = {}
     prompts: list[_Prompt] = []
+    pairs = _pairs(asks, errors)
     alone = engine.config.decoder.bidirectional_images or engine.config.point_head is not None
+    # The batch has no gaps between positions; a scene from a file can have some, too.
+    alone = (
+        alone
+        or engine.image_tokens is not None
+        or any(isinstance(image, Scene) and image.positions is not None for image, _ in pairs)
+    )
     batched = hasattr(engine.runtime, "prefill_batch") and not alone
     batch_runtime = cast("BatchRuntime", engine.runtime) if batched else None
-    for index, (image, question) in enumerate(_pairs(asks, errors)):
+    for index, (image, question) in enumerate(pairs):
         try:
             if batch_runtime is not None:
                 prompts.append(_prompt(engine, index, image, question, sampling))

@@ -24,6 +24,7 @@ from molmo_edge.frontend.video import prepare_video
 from molmo_edge.frontend.video_files import VideoError
 from molmo_edge.runtimes.grounding import GroundingInputs
 from molmo_edge.runtimes.prompt_embeddings import add_features
+from molmo_edge.sdk.image_tokens import ImageTokens, kept_tokens
 from molmo_edge.sdk.shown import Shown
 
 if TYPE_CHECKING:
@@ -39,17 +40,27 @@ _KEPT_SIDE = 640  # pixels
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The embeddings of BOS and what a prompt shows."""
+    """The embeddings of BOS and what a prompt shows, without image tokens that were left out."""
 
     embeddings: np.ndarray  # float32 [n, d_model]
+    kept: np.ndarray | None  # int [n]: their positions in the prompt; None: all
     grounding: GroundingInputs | None  # of a model that points by grounding tokens
     shown: Shown
     crops: int
     vision: float  # seconds in vision tower and connector
 
 
-def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: VisualPrompt) -> Encoded:
-    """Cut images or frames into crops and run vision tower and connector. `prompt`: of `inputs`."""
+def encode(
+    runtime: Runtime,
+    process: ImageProcessor,
+    inputs: Inputs,
+    prompt: VisualPrompt,
+    choice: ImageTokens | None = None,
+) -> Encoded:
+    """Cut images or frames into crops and run vision tower and connector.
+
+    `prompt`: of `inputs`. `choice`: which image tokens stay; None: all of them.
+    """
     embeddings = np.array(runtime.embed(prompt.ids), np.float32)
     collected = CollectedParts() if runtime.config.point_head is not None else None
     video = None if inputs.frames is None else _KeptFrames(inputs.frames)
@@ -58,6 +69,7 @@ def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: Vi
     else:
         parts = _frame_parts(process, video, prompt)
     vision, crops = 0.0, 0
+    seen: list[tuple[np.ndarray, np.ndarray]] = []  # positions and features of image tokens
     for part in parts:
         began = time.perf_counter()
         if collected is None:
@@ -66,13 +78,24 @@ def encode(runtime: Runtime, process: ImageProcessor, inputs: Inputs, prompt: Vi
             patches, features = part.features(cast("PointRuntime", runtime))
             collected.add(part, patches, features)
         add_features(embeddings, part.positions, features)
+        if choice is not None:
+            seen.append((part.positions[part.positions >= 0], features[part.positions >= 0]))
         vision += time.perf_counter() - began
         crops += len(part.crops)
     shown = Shown(inputs.images) if video is None else video.shown()
     grounding = None
     if collected is not None:
         grounding = collected.inputs(cast("PointRuntime", runtime), prompt.ids, process.special.im_patch, shown.times)
-    return Encoded(embeddings, grounding, shown, crops, vision)
+    kept = None
+    if choice is not None and seen:
+        cells, found = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+        kept = np.flatnonzero(kept_tokens(prompt.ids, process.special, cells, found, choice))
+        embeddings = embeddings[kept]
+        if grounding is not None:
+            rows = np.full(len(prompt.ids), -1)
+            rows[kept] = np.arange(len(kept))
+            grounding = replace(grounding, rows=rows[grounding.positions])
+    return Encoded(embeddings, kept, grounding, shown, crops, vision)
 
 
 @dataclass(frozen=True, eq=False)

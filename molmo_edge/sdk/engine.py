@@ -24,6 +24,7 @@ from molmo_edge.runtimes.grammar import Grammars
 from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.sdk.async_worker import Worker
 from molmo_edge.sdk.encoding import encode
+from molmo_edge.sdk.image_tokens import ImageTokens, image_tokens
 from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.readable_text import counted
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.frontend.visual_prompt import VisualPrompt
     from molmo_edge.runtimes.grounding import GroundingInputs
-    from molmo_edge.runtimes.protocol import Cache, Runtime, StoringRuntime
+    from molmo_edge.runtimes.protocol import Cache, GappedRuntime, Runtime, StoringRuntime
 
 MAX_QUESTION_CHARS = 20_000
 MAX_NEW_TOKENS = 384
@@ -64,9 +65,16 @@ class Scene(NotCopied):
     engine: Engine = field(repr=False)
     flags: np.ndarray = field(repr=False)  # bool [n]: which positions are image tokens
     grounding: GroundingInputs | None = field(default=None, repr=False)  # of a model that points by grounding tokens
+    positions: np.ndarray | None = field(default=None, repr=False)  # int [n] of `embeddings`; None: 0, 1, 2, ...
+    dropped: int = 0  # image tokens that `image_tokens` left out
     born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
 
     _instead = "pass its image on, and encode it there"
+
+    @property
+    def end(self) -> int:
+        """The position of the first token after the scene."""
+        return len(self.embeddings) if self.positions is None else int(self.positions[-1]) + 1
 
     def image_flags(self, text: int = 0) -> np.ndarray:
         """Which positions of the scene and of `text` positions after it are image tokens."""
@@ -91,7 +99,16 @@ class Scene(NotCopied):
         """
         scene = self if self.prefilled is not None else self.engine.prefill(self, 0)
         assert scene.cache is not None
-        stored = StoredScene(scene.shown, scene.crops, scene.embeddings, scene.flags, scene.grounding, scene.cache)
+        stored = StoredScene(
+            scene.shown,
+            scene.crops,
+            scene.embeddings,
+            scene.flags,
+            scene.grounding,
+            scene.cache,
+            scene.positions,
+            scene.dropped,
+        )
         write_scene(Path(path), stored, self.engine.runtime, self.engine.identity)
 
     @property
@@ -111,7 +128,8 @@ class Scene(NotCopied):
             what = f"{len(shown.images)} images {sizes}, {self.crops} crops"
         else:
             what = f"{width}x{height}, {self.crops} crops"
-        return f"Scene({what}, {len(self.embeddings)} positions)"
+        left_out = f", {counted(self.dropped, 'image token')} left out" if self.dropped else ""
+        return f"Scene({what}, {len(self.embeddings)} positions{left_out})"
 
 
 class Engine:
@@ -128,9 +146,10 @@ class Engine:
         directory: Path | None = None,
         store: SceneStore | None = None,
         started: float | None = None,
+        tokens: float | ImageTokens | None = None,
     ) -> None:
         """`alpha`: see `load_image`. `name`: the model's, for answers. `directory`: its files, to save scenes.
-        `store`: where scenes are kept.
+        `store`: where scenes are kept. `tokens`: see `image_tokens` of Molmo.
 
         `started`: time.perf_counter() when loading began, None: now.
         """
@@ -143,6 +162,11 @@ class Engine:
             image = dataclasses.replace(image, max_crops=max_crops)
         check_alpha(alpha)
         self.alpha = alpha
+        self.image_tokens = image_tokens(tokens)
+        if self.image_tokens is not None:
+            reason = getattr(runtime, "no_gaps", "its runtime does not implement GappedRuntime")
+            if reason is not None:
+                raise EngineError(f"this model cannot leave out image tokens: {reason}")
         self.process = ImageProcessor(image, tokenizer.special)
         self.load_seconds = time.perf_counter() - began
         logger.debug("%s: opened on %s in %.3f s", name, runtime.engine, self.load_seconds)
@@ -177,6 +201,7 @@ class Engine:
             name=self.name,
             directory=self._directory,
             store=self._store,
+            tokens=self.image_tokens,
         )
 
     @functools.cached_property
@@ -204,7 +229,8 @@ class Engine:
             return self._encoded(inputs, prompt, started)
         runtime = cast("StoringRuntime", self.runtime)
         kind = runtime.cache_format, runtime.cache_settings
-        key = scene_key(inputs, self.identity, self.process.config.max_crops, *kind)
+        choice = () if self.image_tokens is None else (self.image_tokens,)
+        key = scene_key(inputs, self.identity, self.process.config.max_crops, *kind, *choice)
         scene = store.get(key, lambda path: self.load(path, ROOM))
         if scene is not None:
             return dataclasses.replace(scene, seconds=Seconds(preprocess=time.perf_counter() - started))
@@ -213,10 +239,21 @@ class Engine:
         return scene
 
     def _encoded(self, inputs: Inputs, prompt: VisualPrompt, started: float) -> Scene:
-        encoded = encode(self.runtime, self.process, inputs, prompt)
+        choice = self.image_tokens
+        encoded = encode(self.runtime, self.process, inputs, prompt, choice)
         seconds = Seconds(preprocess=time.perf_counter() - started - encoded.vision, vision=encoded.vision)
+        kept = encoded.kept
         return Scene(
-            encoded.shown, encoded.crops, encoded.embeddings, seconds, None, self, prompt.image, encoded.grounding
+            encoded.shown,
+            encoded.crops,
+            encoded.embeddings,
+            seconds,
+            None,
+            self,
+            prompt.image if kept is None else prompt.image[kept],
+            encoded.grounding,
+            kept if choice is not None and choice.original_positions else None,
+            len(prompt.ids) - len(encoded.embeddings),
         )
 
     def _check_room(self, inputs: Inputs, prompt: VisualPrompt, text: int) -> None:
@@ -241,10 +278,20 @@ class Engine:
     def prefill(self, scene: Scene, room: int) -> Scene:
         """Return `scene` with a filled cache that has `room` free positions, or what the context allows."""
         started = time.perf_counter()
-        cache = self.runtime.new_cache(min(len(scene.embeddings) + room, self.context))
+        cache = self.new_cache(scene, min(len(scene.embeddings) + room, self.slots(scene)))
         prefill(self.runtime, scene.embeddings, scene.image_flags(), cache)
         seconds = dataclasses.replace(scene.seconds, prefill=time.perf_counter() - started)
         return dataclasses.replace(scene.ran(cache), seconds=seconds, cache=cache)
+
+    def slots(self, scene: Scene) -> int:
+        """The most embeddings of a cache of `scene`: the context without the positions that were left out."""
+        return self.context - (scene.end - len(scene.embeddings))
+
+    def new_cache(self, scene: Scene, capacity: int) -> Cache:
+        """Return an empty cache for the embeddings of `scene` and what follows them."""
+        if scene.positions is None:
+            return self.runtime.new_cache(capacity)
+        return cast("GappedRuntime", self.runtime).new_cache(capacity, scene.positions)
 
     def load(self, path: str | os.PathLike[str], room: int) -> Scene:
         """Read the file of a scene, see `Molmo.load_scene`."""
@@ -259,6 +306,8 @@ class Engine:
             self,
             stored.flags,
             stored.grounding,
+            stored.positions,
+            stored.dropped,
         )
 
 

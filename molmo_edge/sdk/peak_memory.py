@@ -43,15 +43,17 @@ def measure_peaks(
     answer: int,
     precision: str = "auto",
     llama: str | None = None,
+    image_tokens: float | None = None,
 ) -> Peaks:
     """Open `model` in a new process and ask it about an image of `width` x `height` pixels, up to the first token.
 
-    `answer`: max_new_tokens, for which the process reserves memory. `llama`: see LlamaOptions.parse. Raises
-    MeasurementError.
+    `answer`: max_new_tokens, for which the process reserves memory. `llama`: see LlamaOptions.parse. `image_tokens`:
+    see Molmo. Raises MeasurementError.
     """
     if not _STATUS.exists():
         raise MeasurementError("peaks are measured on Linux only: other systems do not report them by phase")
     given = {"model": str(model), "size": [width, height], "max_crops": max_crops, "answer": answer}
+    given["image_tokens"] = image_tokens
     command = [sys.executable, "-c", _PROGRAM, json.dumps({**given, "precision": precision, "llama": llama})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
@@ -79,7 +81,8 @@ def main() -> None:
     image = image.astype(np.uint8)
     del rows, columns
     options = None if given["llama"] is None else LlamaOptions.parse(given["llama"])
-    molmo = Molmo(given["model"], precision=given["precision"], max_crops=given["max_crops"], engine_options=options)
+    settings = {name: given[name] for name in ("precision", "max_crops", "image_tokens")}
+    molmo = Molmo(given["model"], engine_options=options, **settings)
     runtime = molmo.engine.runtime
     runtime.new_cache(1)  # waits until the decoder is loaded
     loaded, loading = _take("VmRSS"), _take("VmHWM")

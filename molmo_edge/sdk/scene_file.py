@@ -19,12 +19,13 @@ from molmo_edge.sdk.shown import Shown
 from molmo_edge.system.tensor_files import TensorFileError, read_arrays, read_metadata, write_arrays
 
 if TYPE_CHECKING:
-    from molmo_edge.runtimes.protocol import Cache, PointRuntime, Runtime, StoredCache, StoringRuntime
+    from molmo_edge.runtimes.protocol import Cache, GappedRuntime, PointRuntime, Runtime, StoredCache, StoringRuntime
 
 FORMAT = "molmo-edge-scene"
 FORMAT_VERSION = 1
+WITH_GAPS = 2  # the version of a scene without some of its image tokens, which older versions would misplace
 
-_GROUNDING = ("ids", "positions", "patch_features", "pooling", "features", "pointable", "states")
+_GROUNDING = ("ids", "positions", "patch_features", "pooling", "features", "pointable", "states", "rows")
 
 
 class SceneFileError(MolmoEdgeError):
@@ -41,6 +42,8 @@ class StoredScene:
     flags: np.ndarray  # bool [n]
     grounding: GroundingInputs | None
     cache: Cache  # filled with `embeddings`
+    positions: np.ndarray | None = None  # int64 [n], where there are gaps
+    dropped: int = 0  # image tokens that were left out
 
 
 def write_scene(path: Path, scene: StoredScene, runtime: Runtime, model: str) -> None:
@@ -55,6 +58,10 @@ def write_scene(path: Path, scene: StoredScene, runtime: Runtime, model: str) ->
         "frame_size": scene.shown.frame_size,
         "grounding": None,
     }
+    if scene.positions is not None:
+        arrays["positions"] = scene.positions.astype(np.int64)
+    if scene.dropped:
+        facts["dropped"] = scene.dropped
     if (grounding := scene.grounding) is not None:
         given = {name: getattr(grounding, name) for name in _GROUNDING}
         grids = {f"grid.{index}": grid for index, grid in enumerate(grounding.grids)}
@@ -66,7 +73,7 @@ def write_scene(path: Path, scene: StoredScene, runtime: Runtime, model: str) ->
         }
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(WITH_GAPS if scene.dropped else FORMAT_VERSION),
         "model": model,
         "engine": cast("StoringRuntime", runtime).cache_format,
         "scene": json.dumps(facts),
@@ -106,10 +113,12 @@ def _check(metadata: Mapping[str, str], runtime: Runtime, model: str) -> None:
     if metadata.get("format") != FORMAT:
         raise SceneFileError("this is not the file of a scene; Scene.save writes one")
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
-        newer = version.isdecimal() and int(version[:9]) > FORMAT_VERSION
+    if version not in (str(FORMAT_VERSION), str(WITH_GAPS)):
+        newer = version.isdecimal() and int(version[:9]) > WITH_GAPS
         advice = "pip install --upgrade molmo-edge" if newer else "save the scene again"
-        raise SceneFileError(f"it has format version {version}, this molmo-edge reads {FORMAT_VERSION}: {advice}")
+        raise SceneFileError(
+            f"it has format version {version}, this molmo-edge reads {FORMAT_VERSION} and {WITH_GAPS}: {advice}"
+        )
     if metadata.get("model") != model:
         raise SceneFileError("this scene was saved with another model, or before the model was changed: encode it anew")
     engine = cast("StoringRuntime", runtime).cache_format
@@ -158,8 +167,19 @@ def _scene(arrays: _Arrays, facts: dict[str, Any], runtime: Runtime, room: int) 
         raise ValueError
     if facts["grounding"] is not None:
         grounding = _grounding(arrays, facts["grounding"], runtime, times)
-    cache = cast("StoringRuntime", runtime).load_cache(arrays.under("cache."), length, min(length + room, context))
-    return StoredScene(shown, _count(facts["crops"]), np.asarray(embeddings, np.float32), flags, grounding, cache)
+    positions, dropped, end = None, _count(facts.get("dropped", 0)), length
+    if "positions" in arrays.all:
+        positions = arrays.get("positions", "i", 1)
+        end = int(positions[-1]) + 1
+        if len(positions) != length or (np.diff(positions) < 1).any() or positions[0] < 0 or end > context:
+            raise ValueError
+    stored, capacity = arrays.under("cache."), min(length + room, context - (end - length))
+    if positions is None:
+        cache = cast("StoringRuntime", runtime).load_cache(stored, length, capacity)
+    else:
+        cache = cast("GappedRuntime", runtime).load_cache(stored, length, capacity, positions)
+    rows = np.asarray(embeddings, np.float32)
+    return StoredScene(shown, _count(facts["crops"]), rows, flags, grounding, cache, positions, dropped)
 
 
 def _grounding(
@@ -182,18 +202,28 @@ def _grounding(
 def _check_grounding(inputs: GroundingInputs) -> None:
     """Raise ValueError for arrays that do not fit each other."""
     n, patches = len(inputs.positions), len(inputs.patch_features)
-    shapes = {"ids": 1, "positions": 1, "patch_features": 2, "pooling": 2, "features": 2, "pointable": 1, "states": 2}
+    shapes = {
+        "ids": 1,
+        "positions": 1,
+        "patch_features": 2,
+        "pooling": 2,
+        "features": 2,
+        "pointable": 1,
+        "states": 2,
+        "rows": 1,
+    }
     for field in dataclasses.fields(inputs):
         value = getattr(inputs, field.name)
         if field.name in shapes and value is not None and value.ndim != shapes[field.name]:
             raise ValueError(field.name)
     if len(inputs.pooling) != n or len(inputs.features) != n or len(inputs.frames) > len(inputs.grids):
         raise ValueError
-    if inputs.pointable is not None and len(inputs.pointable) != n:
+    if any(array is not None and len(array) != n for array in (inputs.pointable, inputs.rows)):
         raise ValueError
     states = len(inputs.ids) if inputs.states is None else len(inputs.states)
     for indexes, least, most in (
-        (inputs.positions, 0, min(len(inputs.ids), states)),
+        (inputs.positions, 0, len(inputs.ids) if inputs.rows is not None else min(len(inputs.ids), states)),
+        *([] if inputs.rows is None else [(inputs.rows, -1, states)]),
         (inputs.pooling, -1, patches),
         *((grid, -1, patches) for grid in inputs.grids),
     ):

@@ -133,7 +133,7 @@ def stream_answer(
     before = checked_history(history)
     scene = engine.scene(image, len(conversation_ids(engine, before, question)))
     ids = conversation_ids(engine, before, question, scene.grounding)
-    most = most_new_tokens(sampling, len(scene.embeddings) + len(ids), engine.context)
+    most = most_new_tokens(sampling, scene.end + len(ids), engine.context)
     result: list[Answer] = []
     pieces = _answer(scene, ids, sampling, most, deadline, form, turns, encoded_before=scene is image, result=result)
     return Stream(pieces, result)
@@ -161,7 +161,7 @@ def _answer(
     elif (kept := scene.prefilled) is not None:
         cache = kept.copy(max(capacity, kept.capacity))
     else:
-        cache = engine.runtime.new_cache(capacity)
+        cache = engine.new_cache(scene, capacity)
         embeddings = np.concatenate([scene.embeddings, embeddings])
     image = scene.image_flags(len(ids))[-len(embeddings) :]
     generated = Generated()
@@ -300,7 +300,7 @@ def finished(
             prefilled += len(scene.embeddings)
     stated = parse_count(generated.text)
     image, new = len(scene.embeddings), len(generated.token_ids)
-    tokens = Tokens(image, prompt, new, image + prompt if prefilled is None else prefilled)
+    tokens = Tokens(image, prompt, new, image + prompt if prefilled is None else prefilled, scene.dropped)
     logger.debug(
         "%s: %d crops, %d tokens in, %d of them prefilled, %d out, %.3f s",
         engine.name,
