@@ -209,6 +209,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"schema": {"type": "foo"}}, "the schema cannot be used: Invalid type: foo"),
     ({"schema": {"type": "array", "uniqueItems": True}}, "Unimplemented keys"),
     ({"schema": {"$ref": "https://example.com/a.json"}}, "cannot be used"),
+    ({"schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "two branches of a oneOf can match the same"),
     ({"schema": {"const": float("nan")}}, "not JSON"),
     ({"schema": {"const": object()}}, "not JSON"),
     ({"schema": {"enum": ["\ud800"]}}, "schema"),

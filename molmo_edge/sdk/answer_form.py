@@ -13,6 +13,7 @@ from molmo_edge.runtimes.generate import GenerationError
 from molmo_edge.runtimes.grammar import GrammarError
 from molmo_edge.sdk.closed_schema import closed_schema
 from molmo_edge.sdk.engine import Engine, QuestionError
+from molmo_edge.sdk.exclusive_branches import ADVICE, with_any_of
 from molmo_edge.system.extras import with_extra
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def answer_form(
             engine, schema, regex, choices
         )
     except GrammarError as error:
-        raise QuestionError(first_line(error)) from None
+        reason = first_line(error)
+        raise QuestionError(f"the schema cannot be used: {ADVICE}" if "oneOf" in reason else reason) from None
     except RecursionError:
         raise QuestionError("the schema cannot be used: it is nested too deeply") from None
     return AnswerForm(constraint.copy, read)
@@ -79,10 +81,10 @@ def _compiled(
             described = schema.model_json_schema()
         except Exception as error:  # of Pydantic, for a type without JSON schema
             raise QuestionError(f"{schema.__name__} has no JSON schema: {first_line(error)}") from None
-        return engine.grammars.json(closed_schema(described)), schema.model_validate_json
+        return engine.grammars.json(closed_schema(with_any_of(described))), schema.model_validate_json
     if not isinstance(schema, Mapping):
         raise QuestionError(f"schema must be a JSON schema (a dict) or a Pydantic model, not {type(schema).__name__}")
-    return engine.grammars.json(closed_schema(schema)), json.loads
+    return engine.grammars.json(closed_schema(with_any_of(schema))), json.loads
 
 
 def _checked(choices: Sequence[str]) -> Sequence[str]:

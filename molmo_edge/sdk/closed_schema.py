@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_ONE = ("items", "additionalProperties")  # keywords whose value is a schema
-_SEVERAL = ("anyOf", "oneOf", "prefixItems")  # a list of schemas
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
+ONE_SCHEMA = ("items", "additionalProperties")  # keywords whose value is a schema
+SEVERAL_SCHEMAS = ("anyOf", "oneOf", "prefixItems")  # a list of schemas
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
 # Together with these, the properties of an object are not all in one place.
 _COMBINED = ("allOf", "if", "dependentSchemas", "unevaluatedProperties", "$ref", "anyOf", "oneOf")
 _OPEN = ("additionalProperties", "patternProperties")  # the schema itself says what it allows
@@ -36,12 +36,12 @@ def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
         return
     yield schema
     for word, value in schema.items():
-        if word in _ONE:
+        if word in ONE_SCHEMA:
             yield from _parts(value)
-        elif word in _SEVERAL and isinstance(value, list):
+        elif word in SEVERAL_SCHEMAS and isinstance(value, list):
             for part in value:
                 yield from _parts(part)
-        elif word in _NAMED and isinstance(value, Mapping):
+        elif word in NAMED_SCHEMAS and isinstance(value, Mapping):
             for part in value.values():
                 yield from _parts(part)
 
@@ -51,11 +51,11 @@ def _closed(schema: Any) -> Any:
         return schema
     result: dict[str, Any] = {}
     for word, value in schema.items():
-        if word in _ONE:
+        if word in ONE_SCHEMA:
             result[word] = _closed(value)
-        elif word in _SEVERAL and isinstance(value, list):
+        elif word in SEVERAL_SCHEMAS and isinstance(value, list):
             result[word] = [_closed(part) for part in value]
-        elif word in _NAMED and isinstance(value, Mapping):
+        elif word in NAMED_SCHEMAS and isinstance(value, Mapping):
             result[word] = {name: _closed(part) for name, part in value.items()}
         else:
             result[word] = value
