@@ -74,6 +74,7 @@ def export_bundle(
     calibrate: str | Path | None = None,
     mmproj: bool = False,
     rotate: bool = False,
+    drafting: bool = False,
     name: str | None = None,
     check: CheckPhoto | None = None,
     measure: bool = True,
@@ -96,6 +97,8 @@ def export_bundle(
         mmproj: with "gguf", also write the vision tower and the connector as a GGUF (molmo_edge.export.mmproj).
         rotate: rotate the hidden channels before rounding (molmo_edge.quantize.rotation): closer to fp32 at the same
             speed and size. Not for decoders with norms after their branches (OLMo).
+        drafting: with "onnx", let the decoder verify several tokens in one run, as `Molmo(draft=...)` uses it. A run of
+            a single token takes a few percent longer.
         name: in the manifest; default: that of `out`.
         check: a photo and a question to record in the bundle. Default: those of `checkpoint`, if it is a
             bundle with a check; they are answered again.
@@ -110,13 +113,15 @@ def export_bundle(
     that cannot be answered, before anything is converted.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    options = ExportOptions(precision, engine, target, plain, block, asymmetric, calibrate, mmproj, rotate)
+    options = ExportOptions(precision, engine, target, plain, block, asymmetric, calibrate, mmproj, rotate, drafting)
     plan = check_bundle_options(out, check, options)
     config, tensors = open_source(checkpoint)
     if mmproj:
         _check_mmproj(config)
     if config.point_head is None and plan.point_head != "fp32":
         raise ExportError(f"this model has no {POINT_HEAD}: leave its precision out")
+    if config.point_head is not None and drafting:
+        raise ExportError("this model points by grounding tokens, which cannot be drafted: leave drafting out")
     parts: tuple[str, ...] = ()
     if rotate:
         parts = rotated_parts(config)
@@ -194,13 +199,15 @@ class _BundleExport:
         keep_fp32 = overflows(ranges)
         precision = self.plan.graph_precision(component, int4, keep_fp32)
         path, plain = self.directory / f"{component}{precision.suffix}.onnx", component in self.plan.plain
-        graph = build_component(component, path, self.config, tensors, precision, plain=plain)
+        drafts = component == "decoder" and self.plan.drafting
+        graph = build_component(component, path, self.config, tensors, precision, plain=plain, drafts=drafts)
         self.components[component] = Component.from_file(
             path,
             engine="onnx",
             precision=precision.name,
             onnxruntime=".".join(map(str, graph.needs)),
             operators="onnx" if plain else "",
+            drafting=drafts,
             weight_errors=_weight_errors(graph),
             largest_value=max(ranges.values(), default=nan) if precision.half else None,
             kept_in_fp32=tuple(sorted(keep_fp32)) if precision.half else (),

@@ -46,13 +46,14 @@ def build_component(
     precision: Precision,
     *,
     plain: bool = False,
+    drafts: bool = False,
 ) -> Graph:
     """Write one graph to `path`, its large weights to `Graph.sidecar` if they need one.
 
-    `plain`: use standard ONNX operators only.
+    `plain`: use standard ONNX operators only. `drafts`: of a decoder, see molmo_edge.export.decoder_graph.
     """
     large = count_weights(component, config, tensors) * precision.bytes_per_weight > SIDECAR_ABOVE
-    graph = Graph(component, path.with_name(f"{path.name}.data") if large else None, plain=plain)
+    graph = Graph(component, path.with_name(f"{path.name}.data") if large else None, plain=plain, drafts=drafts)
     BUILDERS[component](graph, config, tensors, precision)
     graph.save(path)
     return graph

@@ -15,6 +15,8 @@ from molmo_edge.export.experts_graph import experts_ffn
 from molmo_edge.export.graph_builder import Graph, Precision
 from molmo_edge.export.graph_operators import Positions, cached_attention, positions, rms_norm, silu
 
+_END = 2**31 - 1  # of a Slice that takes all
+
 
 def embed_tokens(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision: Precision) -> None:
     """ids int64 [n] -> embeddings float32 [n, d_model], looked up in concat(embedding, new_embedding).
@@ -38,17 +40,26 @@ def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision:
     head_dim], present and past to be bound to the same memory: float32, or float16 in "fp16" and "q4f16"
     (molmo_edge.export.graph_operators). A decoder with `bidirectional_images` has the further input image bool [n],
     True for image tokens: they attend to each other in both directions.
+
+    With `Graph.drafts` the further input n_last int64 [1] says of how many positions, the last ones, the logits are:
+    [n_last, embedding_size]. Each of them has the same bits in a run of its own, if the kernels of matrix products
+    compute rows independently (molmo_edge.runtimes.drafting). A run then writes one position after its own into the
+    caches, which the next run overwrites: `capacity` has to be one larger.
     """
     d = config.decoder
     x = graph.input("embeddings", np.float32, [1, "n", d.d_model])
     total = graph.input("total_length", np.int32, [1])
     image = graph.input("image", np.bool_, ["n"]) if d.bidirectional_images else ""
-    where = positions(graph, d, x, total, image)
+    where = positions(graph, d, x, total, image, spare=graph.drafts)
     for layer in range(d.n_layers):
         x = _block(graph, config, tensors, precision, x, layer, where)
     if config.point_head:
         graph.output(graph.node("Identity", x, name="states"), np.float32, [1, "n", d.d_model])
-    x = graph.node("Gather", x, graph.constant(-1, np.int64), axis=1)  # [1, d_model]
+    if graph.drafts:
+        first = graph.node("Neg", graph.input("n_last", np.int64, [1]))
+        x = graph.node("Squeeze", _rows(graph, x, first, graph.ints(_END)), graph.ints(0))  # [n_last, d_model]
+    else:
+        x = graph.node("Gather", x, graph.constant(-1, np.int64), axis=1)  # [1, d_model]
     x = rms_norm(graph, x, f"{TRANSFORMER}.ln_f", tensors.get(f"{TRANSFORMER}.ln_f.weight"), d.norm_eps)
     name = head_name(config)
     logits = precision.linear(graph, x, name.removesuffix(".weight"), tensors.get(name), None)
@@ -56,7 +67,8 @@ def decoder(graph: Graph, config: MolmoConfig, tensors: TensorSource, precision:
         name = "lm_head.new_output_embeddings"
         more = precision.linear(graph, x, name, tensors.get(name), None)
         logits = graph.node("Concat", logits, more, axis=-1)
-    graph.output(graph.node("Identity", logits, name="logits"), np.float32, [1, d.n_logits])
+    rows = "n_last" if graph.drafts else 1
+    graph.output(graph.node("Identity", logits, name="logits"), np.float32, [rows, d.n_logits])
 
 
 def _block(
@@ -97,6 +109,9 @@ def _attention(
 ) -> str:
     bias = tensors.get(f"{name}.att_proj.bias") if d.qkv_bias else None
     qkv = precision.linear(graph, x, f"{name}.att_proj", tensors.get(f"{name}.att_proj.weight"), bias)
+    if where.spare:
+        spare = _rows(graph, qkv, graph.ints(-1), graph.ints(_END))
+        qkv = graph.node("Concat", qkv, spare, axis=1)  # [1, n + 1, q_dim + 2 kv_dim]
     parts = [f"{name}.{part}" for part in ("q", "k", "v")]
     q, k, v = graph.nodes("Split", qkv, graph.ints(d.q_dim, d.kv_dim, d.kv_dim), outputs=parts, axis=-1)
 
@@ -110,7 +125,14 @@ def _attention(
         q, k = norm(q, "q_norm"), norm(k, "k_norm")
     half = precision.half_after(f"{name}.att_proj")
     h = cached_attention(graph, d, (q, k, v), name, layer, where, half=half)
+    if where.spare:
+        h = _rows(graph, h, graph.ints(0), graph.ints(-1))
     return precision.linear(graph, h, f"{name}.attn_out", tensors.get(f"{name}.attn_out.weight"), None)
+
+
+def _rows(graph: Graph, x: str, start: str, end: str) -> str:
+    """x [1, n, width] -> its rows from `start` to `end`."""
+    return graph.node("Slice", x, start, end, graph.ints(1))
 
 
 def dense_ffn(graph: Graph, d: DecoderConfig, tensors: TensorSource, precision: Precision, x: str, name: str) -> str:

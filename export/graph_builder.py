@@ -56,13 +56,14 @@ class Graph:
 
     `sidecar`: a file to which large weights are written at once (an .onnx file cannot exceed 2 GB), so that memory
     holds one of them. Without it weights are stored in the graph. `plain`: use standard ONNX operators only
-    (molmo_edge.export.graph_operators).
+    (molmo_edge.export.graph_operators). `drafts`: of a decoder, see molmo_edge.export.decoder_graph.
     """
 
-    def __init__(self, name: str, sidecar: Path | None = None, *, plain: bool = False) -> None:
+    def __init__(self, name: str, sidecar: Path | None = None, *, plain: bool = False, drafts: bool = False) -> None:
         self.name = name
         self.sidecar = sidecar
         self.plain = plain
+        self.drafts = drafts
         self.memo: dict[tuple[str, ...], str] = {}  # values with several consumers, such as quantised inputs
         self.errors: dict[str, WeightError] = {}  # by rounded matrix
         self.needs: tuple[int, int] = (1, 20)  # the oldest ONNX Runtime with all its operators

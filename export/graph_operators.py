@@ -93,19 +93,31 @@ class Positions:
     fused: str = ""  # total - 1, as GroupQueryAttention counts
     rows: str = ""  # plain: their positions, int64 [n]
     mask: str = ""  # 0 for the keys that a position attends to, -inf for the others [n, total]; "": causal
+    spare: bool = False  # n and total count a spare row, see `positions`
 
 
-def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image: str = "") -> Positions:
-    """`image`: bool [n], for a decoder with `bidirectional_images`. Rotary tables are float32, as in the reference."""
-    tables = [_rotary_tables(graph, d, "rope", stretched=False)]
+def positions(
+    graph: Graph, d: DecoderConfig, embeddings: str, total: str, image: str = "", *, spare: bool = False
+) -> Positions:
+    """`image`: bool [n], for a decoder with `bidirectional_images`. Rotary tables are float32, as in the reference.
+
+    `spare`: attention gets one row more, which is cut off again. GroupQueryAttention computes a single row in another
+    order than several, so that it would round differently.
+    """
+    tables = [_rotary_tables(graph, d, "rope", stretched=False, spare=spare)]
     if d.yarn is not None:
-        tables.append(_rotary_tables(graph, d, "rope.stretched", stretched=True))
+        tables.append(_rotary_tables(graph, d, "rope.stretched", stretched=True, spare=spare))
+    if spare:
+        total = graph.node("Add", total, graph.constant([1], np.int32))
     fused = "" if graph.plain else graph.node("Sub", total, graph.constant([1], np.int32))
     if fused and not image:
-        return Positions(total, tuple(tables), fused)
+        return Positions(total, tuple(tables), fused, spare=spare)
     end = graph.node("Squeeze", graph.node("Cast", total, to=INT64), graph.ints(0))
     n = graph.node("Squeeze", graph.node("Shape", embeddings, start=1, end=2), graph.ints(0))
     one, zero = graph.constant(1, np.int64), graph.constant(0, np.int64)
+    if spare:
+        n = graph.node("Add", n, one)
+        image = graph.node("Concat", image, graph.constant([False], np.bool_), axis=0)
     rows = graph.node("Range", graph.node("Sub", end, n), end, one)
     keys = graph.node("Range", zero, end, one)
     visible = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", rows, graph.ints(1)))  # [n, total]
@@ -116,12 +128,12 @@ def positions(graph: Graph, d: DecoderConfig, embeddings: str, total: str, image
         pairs = graph.node("And", graph.node("Unsqueeze", image, graph.ints(1)), images)
         visible = graph.node("Or", visible, pairs)
     mask = graph.node("Where", visible, graph.constant(0.0), graph.constant(float("-inf")))
-    return Positions(total, tuple(tables), fused, rows, mask)
+    return Positions(total, tuple(tables), fused, rows, mask, spare)
 
 
-def _rotary_tables(graph: Graph, d: DecoderConfig, name: str, *, stretched: bool) -> tuple[str, str]:
+def _rotary_tables(graph: Graph, d: DecoderConfig, name: str, *, stretched: bool, spare: bool) -> tuple[str, str]:
     frequencies = rotary_frequencies(d, stretched=stretched)
-    angles = np.arange(d.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+    angles = np.arange(d.max_position_embeddings + spare, dtype=np.float32)[:, None] * frequencies
     scale = np.float32(d.yarn.attention_factor if stretched and d.yarn else 1.0)
     if not graph.plain:
         angles = np.pad(angles, ((0, 0), (0, (kernel_head_dim(d) - d.head_dim) // 2)))

@@ -43,6 +43,7 @@ class ExportOptions:
     calibrate: str | Path | None = None
     mmproj: bool = False
     rotate: bool = False
+    drafting: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ExportPlan:
     mmproj: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)  # parts of an ONNX decoder that differ from its precision
     point_head: str = "fp32"  # of a MolmoPoint, one of POINT_HEAD_PRECISIONS
+    drafting: bool = False  # whether an ONNX decoder can verify drafts
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -106,6 +108,8 @@ def check_options(options: ExportOptions) -> ExportPlan:
     if isinstance(options.precision, str) and options.precision.lower() == "int8" and "connector" in plain:
         precision["connector"] = "int8"  # its default, q8, needs blocks, which standard ONNX does not have
     _check_plain(plain, precision)
+    if options.drafting and "decoder" in plain:
+        raise ExportError("drafting needs ONNX Runtime's operators in the decoder: leave drafting or plain out")
     if parts and ("decoder" in plain or ONNX_PRECISIONS[precision["decoder"]].half):
         raise ExportError(
             "the parts of a decoder have one common precision in standard ONNX operators and in float16: leave "
@@ -122,12 +126,24 @@ def check_options(options: ExportOptions) -> ExportPlan:
                 f"calibrate applies to a decoder in q4, mixed, q4f16 or int8, not in {decoder}: leave calibrate out"
             )
     int4 = Int4(options.block, options.asymmetric)
-    return ExportPlan("onnx", precision, target, plain, int4, _prompts(options), parts=parts, point_head=point_head)
+    return ExportPlan(
+        "onnx",
+        precision,
+        target,
+        plain,
+        int4,
+        _prompts(options),
+        parts=parts,
+        point_head=point_head,
+        drafting=options.drafting,
+    )
 
 
 def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target | None, point_head: str) -> ExportPlan:
     plain = frozenset(GRAPHS) - {"decoder"} if options.plain else target.plain if target else frozenset()
     _check_plain(plain, precision)
+    if options.drafting:
+        raise ExportError("drafting is an option of ONNX decoders; those of llama.cpp need none: leave drafting out")
     if options.block or options.asymmetric:
         raise ExportError("block and asymmetric apply to ONNX: leave them out (llama.cpp's types define their own)")
     if options.calibrate is not None and precision["decoder"] not in GGUF_CALIBRATED:

@@ -62,6 +62,8 @@ class Tokens:
     # Positions of image and prompt that ran for this answer; the others came from a Scene or an earlier turn.
     prefilled: int = field(default=0, compare=False)
     dropped: int = 0  # image tokens that `image_tokens` left out; not part of `image`
+    # Of those generated: drafted by the grammar of points and accepted, each of which saved a run of the decoder.
+    drafted: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,7 @@ class Chat(NotCopied):
             scene=self.scene,
             deadline=deadline,
             constraint=None if form is None else form.begin(),
+            drafts=self._engine.drafts(question),
         )
         while True:
             with self._lock:  # a newer question must not run on this cache at the same time

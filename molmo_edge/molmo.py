@@ -68,7 +68,11 @@ class Molmo(NotCopied):
     bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the reference's training
     does, "white" blends with white. `scene_cache`: a folder for encoded and prefilled images and videos, which may be
     shared by processes: a picture with the same pixels is read from there. Files that were not used for longest are
-    removed above `scene_cache_size`, bytes or "500MB". None: no cache.
+    removed above `scene_cache_size`, bytes or "500MB". None: no cache. `draft`: whether the parts of a point that the
+    grammar fixes are drafted and verified in one run of the decoder, which saves runs (docs/app.md). None: for bundles
+    exported with `drafting`, whose ids stay the same, which the first answers check on this machine. True: with every
+    model that can; its runs of several positions may round differently from single ones, which can change an id. False:
+    never.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
@@ -94,6 +98,7 @@ class Molmo(NotCopied):
         scene_cache: str | os.PathLike[str] | None = None,
         scene_cache_size: int | str = "2GB",
         image_tokens: float | ImageTokens | None = None,
+        draft: bool | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
 
@@ -117,17 +122,22 @@ class Molmo(NotCopied):
             gaps=choice is not None,
         )
         name = model_name(directory)
-        self.engine = Engine(
-            runtime,
-            tokenizer,
-            max_crops=max_crops,
-            alpha=alpha,
-            name=name,
-            directory=directory,
-            store=store,
-            started=started,
-            tokens=choice,
-        )
+        try:
+            self.engine = Engine(
+                runtime,
+                tokenizer,
+                max_crops=max_crops,
+                alpha=alpha,
+                name=name,
+                directory=directory,
+                store=store,
+                draft=draft,
+                started=started,
+                tokens=choice,
+            )
+        except MolmoEdgeError:  # it cannot draft
+            runtime.close()
+            raise
 
     @classmethod
     def from_parts(
@@ -139,13 +149,16 @@ class Molmo(NotCopied):
         alpha: str = "drop",
         name: str | None = None,
         image_tokens: float | ImageTokens | None = None,
+        draft: bool | None = None,
     ) -> Molmo:
         """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers.
 
         `image_tokens`: needs a GappedRuntime, as `open_runtime(..., gaps=True)` returns it.
         """
         molmo = cls.__new__(cls)
-        molmo.engine = Engine(runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, tokens=image_tokens)
+        molmo.engine = Engine(
+            runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, tokens=image_tokens, draft=draft
+        )
         return molmo
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from molmo_edge.runtimes.prompt_embeddings import prefill
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.constraint import Constraint
+    from molmo_edge.runtimes.drafting import Drafts
     from molmo_edge.runtimes.grounding import GroundingInputs
-    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, Runtime
+    from molmo_edge.runtimes.protocol import BatchRuntime, Cache, DraftRuntime, Runtime
 
 
 class GenerationError(MolmoEdgeError):
@@ -86,6 +87,7 @@ def generate(
     image: np.ndarray | None = None,
     grounding: GroundingInputs | None = None,
     constraint: Constraint | None = None,
+    drafts: Drafts | None = None,
 ) -> Generator[int, None, None]:
     """Append `embeddings` (float32 [n, d_model], n >= 1) to `cache`, then yield token ids.
 
@@ -93,7 +95,7 @@ def generate(
     filled. Ids of `vocab_size` and above only pad the head and are never chosen. `image`: bool [n], which embeddings
     are image tokens (see `prefill`); None: none of them. `grounding`: of the images in the prompt, for a model that
     points by grounding tokens; their ids follow those of the vocabulary. `constraint`: which ids are allowed; the
-    answer ends when it is complete.
+    answer ends when it is complete. `drafts`: verify several ids in one run of a DraftRuntime; not with `grounding`.
 
     Raises GenerationError, before anything runs, for a prompt that does not fit, and for NaN or infinite logits.
     """
@@ -102,19 +104,28 @@ def generate(
     # [embedding_size]
     logits = runtime.forward(embeddings, cache) if image is None else prefill(runtime, embeddings, image, cache)
     grounded = None if grounding is None else grounding.begin(_states(cache))
-    for step in range(most):
-        scores = logits[:vocab_size] if grounded is None else grounded.logits(logits, _states(cache)[-1])
-        token = next_token(scores if constraint is None else constraint.masked(scores), sampling, random)
-        if token == eos_id:
-            return
-        if constraint is not None:
-            constraint.accept(token)
-        yield token
-        if constraint is not None and constraint.complete:
-            return
-        if step + 1 < most:  # the logits after the last id are not needed
-            row = runtime.embed(np.array([token], dtype=np.int64)) if grounded is None else grounded.embed(token)
-            logits = runtime.forward(row, cache)
+    try:
+        for step in range(most):
+            scores = logits[:vocab_size] if grounded is None else grounded.logits(logits, _states(cache)[-1])
+            token = next_token(scores if constraint is None else constraint.masked(scores), sampling, random)
+            if token == eos_id:
+                return
+            if constraint is not None:
+                constraint.accept(token)
+            yield token
+            if constraint is not None and constraint.complete:
+                return
+            if step + 1 == most:  # the logits after the last id are not needed
+                return
+            if drafts is not None:
+                logits = drafts.after(token, cast("DraftRuntime", runtime), cache, most - step - 2)
+            elif grounded is None:
+                logits = runtime.forward(runtime.embed(np.array([token], dtype=np.int64)), cache)
+            else:
+                logits = runtime.forward(grounded.embed(token), cache)
+    finally:
+        if drafts is not None:
+            drafts.end(cache)
 
 
 def _states(cache: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -160,13 +160,28 @@ class LlamaRuntime:
 
     def forward(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         """Implement `Runtime.forward`."""
+        return self._own(cache).append(self._checked(embeddings, cache))
+
+    def _own(self, cache: Cache) -> LlamaCache:
         if not isinstance(cache, LlamaCache):
             raise EngineError("this cache belongs to another runtime")
+        return cache
+
+    def _checked(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         embeddings = check_rows(embeddings, cache)
         if embeddings.shape[1] != self.config.decoder.d_model:
             raise EngineError(f"embeddings must be {self.config.decoder.d_model} wide, not {embeddings.shape[1]}")
         check_causal(self.config, cache)
-        return cache.append(embeddings)
+        return embeddings
+
+    @property
+    def drafts(self) -> Literal["", "rounded"]:
+        """See `molmo_edge.runtimes.protocol.DraftRuntime`. Attention is computed in another order for one position."""
+        return "rounded" if self.config.point_head is None else ""
+
+    def forward_each(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.DraftRuntime`."""
+        return self._own(cache).append_each(self._checked(embeddings, cache))
 
     def prefill_image(self, embeddings: np.ndarray, image: np.ndarray, cache: Cache) -> np.ndarray:
         """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`.
@@ -174,20 +189,18 @@ class LlamaRuntime:
         Raises EngineError for several images with text between them: llama.cpp can make one run of positions attend to
         each other in both directions, but not two runs with causal positions in between.
         """
-        if not isinstance(cache, LlamaCache):
-            raise EngineError("this cache belongs to another runtime")
+        own, rows = self._own(cache), check_rows(embeddings, cache)
         where = np.flatnonzero(image)
         if not len(where) or not self.config.decoder.bidirectional_images:
-            return cache.append(check_rows(embeddings, cache))
+            return own.append(rows)
         self.check_images(image)
         first, end = int(where[0]), int(where[-1]) + 1
-        rows = check_rows(embeddings, cache)
         logits, states = np.empty(0, np.float32), []
         for part, block in ((rows[:first], False), (rows[first:end], True), (rows[end:], False)):
             if len(part):
-                logits = cache.append(part, block=block)
-                states.append(cache.states)
-        cache.states = _joined(states)
+                logits = own.append(part, block=block)
+                states.append(own.states)
+        own.states = _joined(states)
         return logits
 
     @property
@@ -283,6 +296,15 @@ class LlamaCache:
             states.append(part_states)
             done += len(part)
         self.length, self.states = done, _joined(states)
+        last: np.ndarray = logits[-1]
+        return last
+
+    def append_each(self, embeddings: np.ndarray) -> np.ndarray:
+        """Like `append`, for at most DRAFT_ROWS rows; -> the logits of each, [n, embedding_size]."""
+        self._forget_rest()
+        self._filled = self.length + len(embeddings)
+        logits, _ = self._run(embeddings, self.length, block=False, each=True)
+        self.length = self._filled
         return logits
 
     def state(self) -> bytearray:
@@ -302,11 +324,13 @@ class LlamaCache:
             raise EngineError(f"this state does not hold {length} positions")
         self.length = self._filled = length
 
-    def _run(self, part: np.ndarray, start: int, block: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        found = self.context.run(self._sequence, part, start, block=block)
+    def _run(
+        self, part: np.ndarray, start: int, block: bool, *, each: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        found = self.context.run(self._sequence, part, start, block=block, each=each)
         if found is None:  # the sequences that share the context have filled it
             self._move_out(len(part))
-            found = self.context.run(self._sequence, part, start, block=block)
+            found = self.context.run(self._sequence, part, start, block=block, each=each)
         if found is None:
             raise EngineError("llama.cpp has no room for these positions")
         return found

@@ -21,6 +21,7 @@ from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import load_library, take_errors
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.llama_states import StateReader
+from molmo_edge.runtimes.protocol import DRAFT_ROWS
 
 _T = TypeVar("_T")
 
@@ -102,12 +103,13 @@ class LlamaContext:
             raise EngineError(f"these keys and values are not of this model, or do not fit: {take_errors()}")
 
     def run(
-        self, sequence: int, embeddings: np.ndarray, start: int, *, block: bool = False
+        self, sequence: int, embeddings: np.ndarray, start: int, *, block: bool = False, each: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Append [n, d_model] at position `start`. `block`: the rows attend to each other in both directions.
 
-        Returns the logits [n_vocab] of the last position and, for a model with `states`, the states [n, d_model] of
-        all; None without room. Raises EngineError, also for more than `at_once` rows.
+        Returns the logits [1, n_vocab] of the last position, or with `each` [n, n_vocab] of at most DRAFT_ROWS
+        positions; and, for a model with `states`, the states [n, d_model] of all. None without room. Raises
+        EngineError, also for more than `at_once` rows.
         """
         if len(embeddings) > self.at_once:  # llama.cpp would abort the process
             raise EngineError(f"llama.cpp cannot run {len(embeddings)} positions at once here, only {self.at_once}")
@@ -117,13 +119,14 @@ class LlamaContext:
             if self._states is not None:
                 self._states.take()  # of a run that was interrupted
             self._api.llama_set_causal_attn(self._pointer, not block)
-            code = self._decode(_batch(self._api, sequence, embeddings, start, every=self.watch is not None))
+            code = self._decode(_batch(self._api, sequence, embeddings, start, every=each or self.watch is not None))
             if code == _NO_ROOM:
                 return None
             if code:
                 raise EngineError(f"llama.cpp failed with code {code}: {take_errors() or _NO_REASON}")
-            values = self._api.llama_get_logits_ith(self._pointer, -1)
-            logits: np.ndarray = np.ctypeslib.as_array(values, (self.model.n_vocab,)).copy()
+            rows = range(len(embeddings)) if each else (-1,)
+            found = (self._api.llama_get_logits_ith(self._pointer, row) for row in rows)
+            logits = np.stack([np.ctypeslib.as_array(values, (self.model.n_vocab,)) for values in found])
             if self._states is None:
                 return logits, None
             states = self._states.take()
@@ -224,11 +227,11 @@ class LlamaModel:
         params, options = self.api.llama_context_default_params(), self._options
         params.n_ctx = capacity
         params.n_batch = params.n_ubatch = at_once
-        params.n_seq_max = params.n_outputs_max = _SEQUENCES
+        params.n_seq_max, params.n_outputs_max = _SEQUENCES, max(_SEQUENCES, DRAFT_ROWS)
         if watch is not None:
             params.cb_eval = watch
         if every:  # llama.cpp skips the last layer's experts where no logits are requested
-            params.n_outputs_max = max(_SEQUENCES, params.n_batch)
+            params.n_outputs_max = max(params.n_outputs_max, params.n_batch)
         params.kv_unified = True  # copies share what they have in common with the original
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = CACHE_TYPES[options.cache]

@@ -8,25 +8,23 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from molmo_edge.checkpoints.bundle import Bundle
 from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
-from molmo_edge.config import DecoderConfig, MolmoConfig
+from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.memory_plan import bundle_weights
+from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
     Cache,
-    check_arrays,
     check_capacity,
     check_causal,
-    check_copy,
     check_image_flags,
     check_overview,
     check_pooling,
@@ -34,7 +32,7 @@ from molmo_edge.runtimes.protocol import (
     check_stored,
 )
 from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
-from molmo_edge.runtimes.rotary_inputs import declared_inputs, rotary_tables, table_names
+from molmo_edge.runtimes.rotary_inputs import declared_inputs, table_names
 from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
 from molmo_edge.system.memory import check_room
@@ -53,7 +51,8 @@ def open_bundle_runtime(
     placement = place_bundle(bundle, device)
     check_bundle_room(bundle, placement)
     files = {name: bundle.path(name) for name in (*GRAPHS, *_point_head(bundle))}
-    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement, gaps=gaps)
+    drafting = bundle.components["decoder"].drafting
+    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement, gaps=gaps, drafting=drafting)
 
 
 def _point_head(bundle: Bundle) -> tuple[str, ...]:
@@ -100,148 +99,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-@dataclass(frozen=True, eq=False)
-class _Buffer:
-    """Keys or values of one layer, [1, n_kv_heads, capacity, head_dim], on the device of its session."""
-
-    value: Any  # an OrtValue
-    dtype: type
-    array: np.ndarray | None = None  # on the CPU: the same memory
-
-    @classmethod
-    def empty(cls, shape: Sequence[int], dtype: type, device: str) -> _Buffer:
-        from onnxruntime import OrtValue
-
-        if device != "cpu":
-            return cls(OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0), dtype)
-        array: np.ndarray = np.empty(shape, dtype)
-        return cls(OrtValue.ortvalue_from_numpy(array), dtype, array)
-
-    def filled(self, length: int) -> np.ndarray:
-        """The first `length` positions; on the CPU a view."""
-        array = self.value.numpy() if self.array is None else self.array
-        return array[:, :, :length]
-
-    def fill(self, values: np.ndarray) -> None:
-        """Write the first positions, [1, n_kv_heads, n, head_dim]."""
-        array = np.zeros(self.value.shape(), self.dtype) if self.array is None else self.array
-        array[:, :, : values.shape[2]] = values
-        if self.array is None:
-            self.value.update_inplace(array)
-
-    def copy(self, length: int, capacity: int) -> _Buffer:
-        """Return a buffer for `capacity` positions with a copy of the first `length`."""
-        shape = list(self.value.shape())
-        same, shape[2] = shape[2] == capacity, capacity
-        if self.array is None:
-            twin = _Buffer.empty(shape, self.dtype, self.value.device_name())
-            if not same:  # another layout: through the CPU
-                moved: np.ndarray = np.zeros(shape, self.dtype)
-                moved[:, :, :length] = self.value.numpy()[:, :, :length]
-                twin.value.update_inplace(moved)
-            elif hasattr(onnxruntime := import_onnxruntime(), "copy_tensors"):
-                onnxruntime.copy_tensors([self.value], [twin.value])
-            else:  # older versions, as on Jetsons: through the CPU
-                twin.value.update_inplace(self.value.numpy())
-            return twin
-        twin = _Buffer.empty(shape, self.dtype, "cpu")
-        assert twin.array is not None
-        twin.array[:, :, :length] = self.array[:, :, :length]  # leaves the remaining pages untouched
-        return twin
-
-
-class OnnxCache:
-    """Preallocated keys and values, bound to the decoder as both input and output."""
-
-    def __init__(
-        self,
-        session: Any,
-        buffers: dict[str, _Buffer],
-        logits: int,
-        length: int = 0,
-        tables: dict[str, Any] | None = None,
-    ) -> None:
-        """`tables`: of molmo_edge.runtimes.rotary_inputs, for positions with gaps."""
-        from onnxruntime import OrtValue
-
-        self._born = forks.generation()
-        self.length = length
-        self.capacity = next(iter(buffers.values())).value.shape()[2]
-        self._session, self._buffers = session, buffers
-        self._bidirectional = any(value.name == "image" for value in session.get_inputs())
-        self._logits = np.empty((1, logits), np.float32)
-        self._binding = session.io_binding()
-        self._tables = tables
-        for name, table in (tables or {}).items():
-            self._binding.bind_ortvalue_input(name, table)
-        for name, buffer in buffers.items():
-            self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
-            self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
-        self._binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(self._logits))
-        self.states: np.ndarray | None = None  # see PointRuntime
-        self._has_states = any(value.name == "states" for value in session.get_outputs())
-
-    @classmethod
-    def empty(
-        cls,
-        session: Any,
-        capacity: int,
-        logits: int,
-        device: str,
-        positions: tuple[DecoderConfig, np.ndarray] | None = None,
-    ) -> OnnxCache:
-        """Return an empty cache of `capacity` positions on `device`; `logits`: their number.
-
-        `positions`: those of the first embeddings, where there are gaps, and the decoder.
-        """
-        buffers = {}
-        for past in session.get_inputs():
-            if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
-                shape = [capacity if size == "capacity" else size for size in past.shape]
-                dtype = np.float16 if past.type == "tensor(float16)" else np.float32
-                buffers[past.name.removeprefix("past_")] = _Buffer.empty(shape, dtype, device)
-        if positions is None:
-            return cls(session, buffers, logits)
-        width = next(iter(buffers.values())).value.shape()[3] // 2
-        return cls(session, buffers, logits, tables=rotary_tables(*positions, width))
-
-    def copy(self, capacity: int | None = None) -> OnnxCache:
-        """See `molmo_edge.runtimes.Cache`."""
-        forks.check(self._born, "this cache")
-        room = check_copy(self, capacity)
-        buffers = {name: buffer.copy(self.length, room) for name, buffer in self._buffers.items()}
-        return OnnxCache(self._session, buffers, self._logits.shape[1], self.length, self._tables)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """See `molmo_edge.runtimes.protocol.StoredCache`."""
-        forks.check(self._born, "this cache")
-        return {name: buffer.filled(self.length) for name, buffer in self._buffers.items()}
-
-    def fill(self, arrays: dict[str, np.ndarray], length: int) -> None:
-        """Load what `arrays` returned with `length` positions into an empty cache. Raises EngineError."""
-        check_arrays(arrays, {name: buffer.filled(length) for name, buffer in self._buffers.items()})
-        for name, buffer in self._buffers.items():
-            buffer.fill(arrays[name])
-        self.length = length
-
-    def append(self, embeddings: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
-        """Run [n, d_model] at the end; -> logits [embedding_size]. `length` changes only if the run succeeds."""
-        forks.check(self._born, "this cache")
-        total = self.length + len(embeddings)
-        self._binding.bind_cpu_input("embeddings", embeddings[None])
-        self._binding.bind_cpu_input("total_length", np.array([total], np.int32))
-        if self._bidirectional:
-            self._binding.bind_cpu_input("image", np.zeros(len(embeddings), bool) if image is None else image)
-        if self._has_states:  # bound anew, because its shape differs between runs; it is the last of the bound outputs
-            self._binding.bind_output("states", "cpu")
-        self._session.run_with_iobinding(self._binding)
-        if self._has_states:
-            self.states = self._binding.get_outputs()[-1].numpy()[0]
-        self.length = total
-        logits: np.ndarray = self._logits[0].copy()
-        return logits
-
-
 class OnnxRuntime:
     """The four graphs of a bundle; `files` maps GRAPHS to paths. They load in parallel in the background.
 
@@ -261,12 +118,15 @@ class OnnxRuntime:
         mapped: bool = False,
         placement: Placement = Placement(),  # noqa: B008 (frozen)
         gaps: bool = False,
+        drafting: bool = False,
     ) -> None:
         """`mapped`: leave weights in their files, which is slower but uses almost no memory.
 
-        `gaps`: load the decoder so that positions can have gaps, see GappedRuntime.
+        `gaps`: load the decoder so that positions can have gaps, see GappedRuntime. `drafting`: the decoder was
+        exported with this option, see molmo_edge.export.decoder_graph.
         """
         self.config = config
+        self.drafts: Literal["", "exact"] = "exact" if drafting else ""  # see DraftRuntime
         self._replaced = table_names(config.decoder) if gaps else ()  # initializers of the decoder
         self._files, self._mapped, self._placement = files, mapped, placement
         self._threads = choose_threads(threads)
@@ -382,9 +242,15 @@ class OnnxRuntime:
         """See `molmo_edge.runtimes.protocol.ImageBlockRuntime`."""
         return self._append(embeddings, check_image_flags(image, embeddings), cache)
 
+    def forward_each(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.DraftRuntime`."""
+        if not self.drafts:
+            raise EngineError("this decoder gives logits of one position only: export it with the option drafting")
+        check_causal(self.config, cache)
+        return _guard("decoder", functools.partial(_own(cache).append_each, check_rows(embeddings, cache)))
+
     def _append(self, embeddings: np.ndarray, image: np.ndarray | None, cache: Cache) -> np.ndarray:
-        if not isinstance(cache, OnnxCache):
-            raise EngineError("this cache belongs to another runtime")
+        cache = _own(cache)
         embeddings = check_rows(embeddings, cache)
         first, states = 0, []
         if image is not None and self.config.decoder.bidirectional_images and image.any():
@@ -446,6 +312,12 @@ class OnnxRuntime:
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         outputs: list[np.ndarray] = _guard(name, functools.partial(self._session(name).run, None, inputs))
         return outputs[0]
+
+
+def _own(cache: Cache) -> OnnxCache:
+    if not isinstance(cache, OnnxCache):
+        raise EngineError("this cache belongs to another runtime")
+    return cache
 
 
 def _guard(name: str, run: functools.partial[_T]) -> _T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from molmo_edge.errors import EngineError
 if TYPE_CHECKING:
     from molmo_edge.config import MolmoConfig
     from molmo_edge.frontend.crops import Overview
+
+
+DRAFT_ROWS = 16  # the most positions of `DraftRuntime.forward_each`
 
 
 class Cache(Protocol):
@@ -172,6 +175,23 @@ class GappedRuntime(StoringRuntime, Protocol):
         self, arrays: dict[str, np.ndarray], length: int, capacity: int, positions: np.ndarray | None = None
     ) -> Cache:
         """As `StoringRuntime.load_cache`."""
+        ...
+
+
+class DraftRuntime(Runtime, Protocol):
+    """A runtime that can give the logits of several positions of one run, as all runtimes of this package do."""
+
+    @property
+    def drafts(self) -> Literal["", "rounded", "exact"]:
+        """How far `forward_each` can be used.
+
+        "": not with this model. "rounded": its logits differ from those of single runs in rounding. "exact": they have
+        the same bits, if the kernels of this machine compute rows independently of each other.
+        """
+        ...
+
+    def forward_each(self, embeddings: np.ndarray, cache: Any) -> np.ndarray:
+        """Append embeddings [n, d_model], n <= DRAFT_ROWS, like `forward`; -> logits [n, embedding_size] of all."""
         ...
 
 

@@ -30,15 +30,17 @@ def declared_inputs(names: tuple[str, ...]) -> bytes:
     return b"".join(_model(_graph_input(_name(name) + _type(_tensor_type(_FLOAT)))) for name in names)
 
 
-def rotary_tables(config: DecoderConfig, positions: np.ndarray, width: int) -> dict[str, Any]:
+def rotary_tables(config: DecoderConfig, positions: np.ndarray, width: int, *, spare: bool = False) -> dict[str, Any]:
     """The tables of `table_names` for a cache with `positions`, as OrtValues [max_position_embeddings, width].
+
+    `spare`: of a decoder exported for drafting, whose tables have one row more.
 
     Rows for slots that no position of the context is left for are never read.
     """
     from onnxruntime import OrtValue
 
     most = config.max_position_embeddings
-    rows = np.minimum(slot_positions(positions, 0, most), most - 1).astype(np.float32)
+    rows = np.minimum(slot_positions(positions, 0, most + spare), most - 1).astype(np.float32)
     tables = {}
     for kind, stretched in (("rope", False), ("rope.stretched", True)):
         if stretched and config.yarn is None:

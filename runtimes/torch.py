@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -268,15 +268,29 @@ class TorchRuntime:
             return self._append(embeddings, cache)
         return self._append(embeddings, cache, image_attention_mask(flags[None], cache.length))
 
+    @property
+    def drafts(self) -> Literal["", "rounded"]:
+        """See `molmo_edge.runtimes.protocol.DraftRuntime`. A row of a product may round differently from a vector."""
+        return "rounded" if self.config.point_head is None else ""
+
+    @_inference
+    def forward_each(self, embeddings: np.ndarray, cache: TorchCache) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.DraftRuntime`."""
+        check_causal(self.config, cache)
+        return self._logits(self.model.decoder.ln_f(self._states(embeddings, cache)))
+
     def _append(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> np.ndarray:
-        rows = self._tensor(check_rows(embeddings, cache))
-        decoder, where = self.model.decoder, None
-        if cache.positions is not None:
-            where = self._tensor(slot_positions(cache.positions, cache.length, cache.length + len(rows)))[None]
-        states = decoder.states(rows[None], where, mask, cache.inner)[0]
+        states = self._states(embeddings, cache, mask)
         if self.config.point_head is not None:
             cache.states = states.float().cpu().numpy()
-        return self._logits(decoder.ln_f(states[-1]))
+        return self._logits(self.model.decoder.ln_f(states[-1]))
+
+    def _states(self, embeddings: np.ndarray, cache: TorchCache, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Append [n, d_model]; -> the states before the final norm, of the same shape."""
+        rows, where = self._tensor(check_rows(embeddings, cache)), None
+        if cache.positions is not None:
+            where = self._tensor(slot_positions(cache.positions, cache.length, cache.length + len(rows)))[None]
+        return self.model.decoder.states(rows[None], where, mask, cache.inner)[0]
 
     @property
     def no_more(self) -> np.ndarray:

@@ -52,6 +52,7 @@ class Component:
     precision: str = ""  # "fp32", "int8", "q4", ...; for a GGUF "q4_k_m", ...
     onnxruntime: str = ""  # oldest ONNX Runtime with all operators of the graph, "1.23"
     operators: str = ""  # "onnx": the graph uses ONNX's standard operators only
+    drafting: bool = False  # of a decoder: its graph has the input n_last, see molmo_edge/export/decoder_graph.py
     weight_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # By tensor that was rounded: norm of the error / norm of the weights, largest absolute error.
     largest_value: float | None = None  # largest activation on the calibration inputs, of float16 graphs; NaN: unknown
@@ -72,6 +73,7 @@ class Component:
         entry |= {"sha256": self.sha256, "bytes": self.bytes}
         entry |= _present(
             operators=self.operators,
+            drafting=self.drafting,
             weight_errors={name: list(errors) for name, errors in self.weight_errors.items()},
         )
         if self.largest_value is not None:
@@ -94,6 +96,7 @@ class Component:
             precision=_optional(entry, "precision", str, ""),
             onnxruntime=_optional(entry, "onnxruntime", str, ""),
             operators=_optional(entry, "operators", str, ""),
+            drafting=_optional(entry, "drafting", bool, False),
             weight_errors={name: _pair(pair) for name, pair in errors.items()},
             largest_value=largest if "largest_value" in entry else None,
             kept_in_fp32=tuple(_require(name, str, name) for name in _optional(entry, "kept_in_fp32", list, [])),

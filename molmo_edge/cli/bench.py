@@ -38,6 +38,7 @@ class Timing:
     decode: float  # per token after the first
     prompt_tokens: int  # image and question
     generated: int
+    drafted: int  # of them: each saved a run of the decoder
     joules: float | None  # per answer, image included; None if the machine reports no energy
     tokens_per_joule: float | None
     energy_source: str | None  # "RAPL" or "INA3221"
@@ -79,8 +80,10 @@ def bench(
     height, width = rgb.shape[:2]
     timings: list[Timing] = []
 
-    def measure(engine: str, runtime: Runtime, load: float) -> None:
-        with Molmo.from_parts(runtime, tokenizer, max_crops=model.max_crops, image_tokens=model.image_tokens) as molmo:
+    def measure(engine: str, runtime: Runtime, load: float, draft: bool | None = None) -> None:
+        with Molmo.from_parts(
+            runtime, tokenizer, max_crops=model.max_crops, image_tokens=model.image_tokens, draft=draft
+        ) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
         give_back()
 
@@ -93,6 +96,8 @@ def bench(
                 print(_row("", [title for title, _ in _COLUMNS.values()]))
             newest = timings[-1]
             print(_row(newest.engine, _cells(newest)), flush=True)
+            if newest.drafted:
+                print(f"{'':13}{newest.drafted} of the tokens were drafted, and saved as many runs", flush=True)
             if newest.joules is not None:
                 per_joule = f"{newest.tokens_per_joule:.2f} tokens per joule"
                 print(f"{'':13}{newest.joules:.2f} J per answer, {per_joule} ({newest.energy_source})", flush=True)
@@ -109,7 +114,7 @@ def bench(
             engine_options=options.llama_options(model.llama),
             gaps=chosen_tokens(model.image_tokens) is not None,
         )
-        measure(runtime.engine, runtime, time.perf_counter() - started)
+        measure(runtime.engine, runtime, time.perf_counter() - started, model.draft)
     show()
     note(f"measured {timings[0].engine}", quiet=quiet or not json)
     if not timings[0].engine.startswith("pytorch"):
@@ -166,6 +171,7 @@ def _measure(
         decode=median([s.decode / max(1, a.usage.tokens.generated - 1) for s, a in zip(spent, answers, strict=True)]),
         prompt_tokens=tokens.image + tokens.prompt,
         generated=tokens.generated,
+        drafted=answers[-1].usage.tokens.drafted,
         joules=meter.joules and round(meter.joules / repeat, 3),
         tokens_per_joule=meter.joules and round(sum(a.usage.tokens.generated for a in answers) / meter.joules, 4),
         energy_source=meter.source,

@@ -64,5 +64,6 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
             alpha=options.alpha,
             threads=options.threads,
             engine_options=llama_options(options.llama),
+            draft=options.draft,
             **cache,
         )

@@ -153,6 +153,10 @@ _LLAMA = (
     "Options of llama.cpp for a GGUF bundle, separated by commas: gpu_layers=N, cache=f16|q8_0|..., "
     "flash_attention=yes|no, repack=yes|no. Default: chosen for the machine."
 )
+_DRAFT = (
+    "Draft what the grammar of points fixes, and verify it in one run of the decoder. Default: for bundles exported "
+    "with --drafting, where it changes no token. With --draft: for every model that can; rounding may change a token."
+)
 _SCENE_CACHE = (
     "A folder in which encoded photos are kept, so that a later command about the same photo does not encode it again. "
     "Default: none."
@@ -168,6 +172,7 @@ ImageTokens = Annotated[float | None, typer.Option(help=_IMAGE_TOKENS, callback=
 Alpha = Annotated[str, typer.Option(help=_ALPHA, callback=_one_of("alpha"))]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
+Draft = Annotated[bool | None, typer.Option("--draft/--no-draft", help=_DRAFT, show_default=False)]
 
 SceneCache = Annotated[Path | None, typer.Option("--scene-cache", metavar="DIR", help=_SCENE_CACHE, show_default=False)]
 SceneCacheSize = Annotated[
@@ -223,6 +228,7 @@ class ModelOptions:
     alpha: Alpha = "drop"
     threads: Threads = None
     llama: Llama = None
+    draft: Draft = None
     yes: Yes = False
 
 

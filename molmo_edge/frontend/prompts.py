@@ -7,6 +7,7 @@ MultiModalPreprocessor.__call__.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,11 +94,18 @@ def count_question(label: str) -> str:
     return f"How many {rest if first.lower() in _ARTICLES and rest else phrase} are there?"
 
 
+def asked_label(question: str) -> str:
+    """The label of `point_question` and `count_question`, without an article; empty for other questions."""
+    asked = _ASKED.fullmatch(question.strip())
+    return "" if asked is None else asked["point"] or asked["count"]
+
+
 def caption_question() -> str:
     """The simplest of the reference's caption prompts."""
     return "Describe this image."
 
 
+_ASKED = re.compile(r"Point to (?:the )?(?P<point>[^.\"]+)\.?|How many (?P<count>[^?\"]+) are there\?")
 _ARTICLES = frozenset(("the", "a", "an"))
 # fmt: off
 _DETERMINERS = frozenset((

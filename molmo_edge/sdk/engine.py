@@ -17,8 +17,10 @@ from molmo_edge.checkpoints.identity import model_identity
 from molmo_edge.errors import EngineError, MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import check_alpha
+from molmo_edge.frontend.prompts import asked_label
 from molmo_edge.frontend.visual_prompt import UnsupportedInputError
 from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.drafting import Drafts, PointDrafter, choose_trust
 from molmo_edge.runtimes.generate import GenerationError
 from molmo_edge.runtimes.grammar import Grammars
 from molmo_edge.runtimes.prompt_embeddings import prefill
@@ -145,16 +147,18 @@ class Engine:
         name: str | None = None,
         directory: Path | None = None,
         store: SceneStore | None = None,
+        draft: bool | None = None,
         started: float | None = None,
         tokens: float | ImageTokens | None = None,
     ) -> None:
         """`alpha`: see `load_image`. `name`: the model's, for answers. `directory`: its files, to save scenes.
-        `store`: where scenes are kept. `tokens`: see `image_tokens` of Molmo.
+        `store`: where scenes are kept. `draft`: see `choose_trust`. `tokens`: see `image_tokens` of Molmo.
 
         `started`: time.perf_counter() when loading began, None: now.
         """
         began = time.perf_counter() if started is None else started
         self.runtime, self.tokenizer, self.name = serial_runtime(runtime), tokenizer, name
+        self._trust = choose_trust(runtime, draft)
         self._directory, self._store = directory, store
         self.worker = Worker()
         image = runtime.config.image
@@ -208,6 +212,12 @@ class Engine:
     def grammars(self) -> Grammars:
         """Compiles constraints on answers. Raises ModuleNotFoundError without llguidance."""
         return Grammars(self.tokenizer, self.config.decoder.vocab_size)
+
+    def drafts(self, question: str) -> Drafts | None:
+        """The drafts of the answer to `question`; None: without."""
+        if self._trust is None or not self._trust.allowed:
+            return None
+        return Drafts(PointDrafter(self.tokenizer, asked_label(question)), self._trust)
 
     def scene(self, image: Any, text: int = 0) -> Scene:
         """Load, crop and encode `image` (see `Molmo`). A Scene is returned unchanged.

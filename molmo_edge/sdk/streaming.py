@@ -27,6 +27,7 @@ from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.constraint import Constraint
+    from molmo_edge.runtimes.drafting import Drafts
     from molmo_edge.runtimes.protocol import Cache
 
 History = Sequence[tuple[str, str]]  # earlier turns about the same image: (question, answer as generated)
@@ -116,6 +117,7 @@ class Generated:
     decode: float = 0.0  # seconds from there to the end, without the time between pieces
     timed_out: bool = False  # ended before the model did
     ended: bool = False  # by a constraint that allows nothing more
+    drafted: int = 0  # ids that were drafted and accepted
 
 
 def stream_answer(
@@ -135,12 +137,15 @@ def stream_answer(
     ids = conversation_ids(engine, before, question, scene.grounding)
     most = most_new_tokens(sampling, scene.end + len(ids), engine.context)
     result: list[Answer] = []
-    pieces = _answer(scene, ids, sampling, most, deadline, form, turns, encoded_before=scene is image, result=result)
+    pieces = _answer(
+        scene, question, ids, sampling, most, deadline, form, turns, encoded_before=scene is image, result=result
+    )
     return Stream(pieces, result)
 
 
 def _answer(
     scene: Scene,
+    question: str,
     ids: np.ndarray,
     sampling: Sampling,
     most: int,
@@ -177,6 +182,7 @@ def _answer(
         deadline=deadline,
         constraint=None if form is None else form.begin(),
         generated=generated,
+        drafts=engine.drafts(question),
     )
     try:
         yield from pieces
@@ -210,13 +216,14 @@ def generate_pieces(
     deadline: Deadline,
     constraint: Constraint | None = None,
     generated: Generated | None = None,
+    drafts: Drafts | None = None,
 ) -> Generator[str | Point, None, Generated]:
     """Append `embeddings` (float32 [n, d_model]) to `cache` and yield the pieces of the answer, see `Stream.__init__`.
 
     `image`: bool [n], which of them are image tokens. `capacity`: positions of `cache` that may be filled. `began`:
     time.perf_counter() when the prefill began. `scene`: what the answer is about. `deadline`: checked before the
     prefill and after each token; afterwards the answer ends as if it was cut off. `constraint`: at its beginning.
-    `generated`: filled in and returned; None: a new one.
+    `generated`: filled in and returned; None: a new one. `drafts`: see `generate`.
     """
     decoder, grounding = StreamDecoder(engine.tokenizer), scene.grounding
     parser: StreamParser | GroundedParser
@@ -237,34 +244,38 @@ def generate_pieces(
         image=image,
         grounding=grounding,
         constraint=constraint,
+        drafts=drafts,
     )
-    while True:
-        generated.timed_out = deadline.passed
-        token = None if generated.timed_out else next(tokens, None)
-        steps.append(time.perf_counter() - began)
-        if token is not None:
-            generated.token_ids.append(token)
-        if grounding is not None and token is not None and token >= grounding.token_ids.first:
-            piece = decoder.flush() + grounding.token_ids.token(token)
-        else:
-            piece = decoder.flush() if token is None else decoder.feed(token)
-        raw.append(piece)
-        completed = parser.feed(piece) + (parser.close() if token is None else [])
-        if writer is not None:
-            piece = writer.feed(piece) + (writer.close() if token is None else "")
-        if not generated.text:
-            piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
-        generated.text += piece
-        yield piece  # empty if the token completes no text: `Stream` can stop after each token
-        yield from completed
-        if token is None:
-            break
-        began = time.perf_counter()
+    try:
+        while True:
+            generated.timed_out = deadline.passed
+            token = None if generated.timed_out else next(tokens, None)
+            steps.append(time.perf_counter() - began)
+            if token is not None:
+                generated.token_ids.append(token)
+            if grounding is not None and token is not None and token >= grounding.token_ids.first:
+                piece = decoder.flush() + grounding.token_ids.token(token)
+            else:
+                piece = decoder.flush() if token is None else decoder.feed(token)
+            raw.append(piece)
+            completed = parser.feed(piece) + (parser.close() if token is None else [])
+            if writer is not None:
+                piece = writer.feed(piece) + (writer.close() if token is None else "")
+            if not generated.text:
+                piece = piece.lstrip()  # the prompt ends in "Assistant:", so every answer begins with a space
+            generated.text += piece
+            yield piece  # empty if the token completes no text: `Stream` can stop after each token
+            yield from completed
+            if token is None:
+                break
+            began = time.perf_counter()
+    finally:
+        tokens.close()  # the cache then holds no more than the ids that were yielded
     text = "".join(raw)
     generated.points = parse_points(text, video=video) if grounding is None else grounding.points(text)
-    tokens.close()
     generated.prefill, generated.decode = steps[0], sum(steps[1:])
     generated.ended = constraint is not None and constraint.complete
+    generated.drafted = 0 if drafts is None else drafts.accepted
     return generated
 
 
@@ -300,7 +311,8 @@ def finished(
             prefilled += len(scene.embeddings)
     stated = parse_count(generated.text)
     image, new = len(scene.embeddings), len(generated.token_ids)
-    tokens = Tokens(image, prompt, new, image + prompt if prefilled is None else prefilled, scene.dropped)
+    run = image + prompt if prefilled is None else prefilled
+    tokens = Tokens(image, prompt, new, run, scene.dropped, generated.drafted)
     logger.debug(
         "%s: %d crops, %d tokens in, %d of them prefilled, %d out, %.3f s",
         engine.name,
