@@ -32,6 +32,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "onnx-q8": {"precision": "q8"},
     "onnx-int8": {"precision": "int8"},
     "onnx-int8-calibrated": {"precision": "int8", "calibrate": True},
+    "onnx-int8-rotated": {"precision": "int8", "rotate": True},
+    "onnx-q4-rotated-calibrated": {"precision": "q4", "rotate": True, "calibrate": True},
     # int8 for the connector and the head, too, which "int8" stores as q8.
     "onnx-int8-rows": {"precision": dict.fromkeys(_ROWS, "int8")},
     "onnx-mixed": {"precision": "mixed"},

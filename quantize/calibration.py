@@ -24,6 +24,10 @@ from molmo_edge.quantize.layer_inputs import SHARED, LayerRunner
 from molmo_edge.quantize.rounding import Blocks, nearest
 
 _SINGLE_THREAD_BELOW = 4096  # inputs; there GPTQ is many small steps, in which one thread is faster than several
+# The Hessian of an expert with fewer tokens than inputs fits these tokens alone. That of all tokens is added, weighted
+# by inputs per token, between SHARED and _MOST_SHARED.
+_MOST_SHARED = 1.0
+_SAMPLE = 1024  # tokens that stand for all where each expert would have to run on them
 _NAME = re.compile(r"\.blocks\.(\d+)\.(?:attn\.|self_attn\.|mlp\.)?(?:experts\.(\d+)\.(gate|up|down)_proj|(\w+))$")
 
 
@@ -73,7 +77,7 @@ class Calibration:
         assert isinstance(ffn, SparseFFN)
         x = torch.cat(list(self._runner.inputs(ffn)))  # [tokens, d_model]
         weights, chosen = ffn.route(x)
-        all_tokens = x.T @ x
+        all_tokens, sample = x.T @ x, x[:: -(-len(x) // _SAMPLE)]
         blocks: dict[tuple[int, str], Blocks] = {}
 
         @torch.inference_mode()
@@ -81,21 +85,40 @@ class Calibration:
             token, k = torch.nonzero(chosen == e, as_tuple=True)
             weight = weights[token, k, None]
             inputs = x[token]
-            hessian = (inputs * weight).T @ (inputs * weight)
-            share = hessian.trace() / all_tokens.trace() if len(token) else all_tokens.new_ones(())
-            hessian += all_tokens * (share * SHARED)
+            hessian = _with_all((inputs * weight).T @ (inputs * weight), len(token), all_tokens)
             gate_up = _round_pair(ffn.gate[e], ffn.up[e], hessian, block, asymmetric)
             for which, rounded in zip(("gate", "up"), gate_up, strict=True):
                 blocks[e, which] = rounded
                 getattr(ffn, which)[e] = torch.from_numpy(rounded.restored())
-            h = F.silu(F.linear(inputs, ffn.gate[e])) * F.linear(inputs, ffn.up[e]) * weight
-            blocks[e, "down"] = _round(ffn.down[e], h.T @ h, block, asymmetric)
+            h = _hidden(ffn, e, inputs) * weight
+            hessian = h.T @ h
+            if _share(len(hessian), len(token)) > SHARED:
+                others = _hidden(ffn, e, sample)
+                hessian = _with_all(hessian, len(token), others.T @ others)
+            blocks[e, "down"] = _round(ffn.down[e], hessian, block, asymmetric)
             ffn.down[e] = torch.from_numpy(blocks[e, "down"].restored())
 
         # Many small steps: one thread per expert is many times faster than all threads on one expert.
         with _single_threaded() as workers, ThreadPoolExecutor(workers) as pool:
             list(pool.map(round_expert, range(len(ffn.gate))))
         return blocks
+
+
+def _hidden(ffn: SparseFFN, e: int, x: Tensor) -> Tensor:
+    """The input of `down` of expert `e`: x [tokens, d_model] -> [tokens, ffn_dim]."""
+    return F.silu(F.linear(x, ffn.gate[e])) * F.linear(x, ffn.up[e])
+
+
+def _share(width: int, tokens: int) -> float:
+    """The weight of all tokens beside an expert's own in its Hessian [width, width]."""
+    return min(_MOST_SHARED, max(SHARED, width / max(tokens, 1)))
+
+
+def _with_all(own: Tensor, tokens: int, everyone: Tensor) -> Tensor:
+    """The Hessian of an expert's own `tokens`, and that of all tokens, scaled to the same trace and weighted."""
+    if not tokens or not own.trace() or not everyone.trace():
+        return own + everyone
+    return own + everyone * (own.trace() / everyone.trace() * _share(len(own), tokens))
 
 
 @contextmanager

@@ -16,17 +16,22 @@ from torch import Tensor
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
+from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export.bundle_weights import BundleTensors
+from molmo_edge.export.source import open_source
 from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.frontend.prompts import PromptError, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
-from molmo_edge.modeling import load_checkpoint
+from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.quantize import QuantizeError
+from molmo_edge.quantize.calibration import Calibration
 from molmo_edge.quantize.calibration_prompts import MAX_PROMPTS, DecoderInput, Prompt, embed_prompts, find_prompts
 from molmo_edge.quantize.gptq import gptq
 from molmo_edge.quantize.importance import importance
 from molmo_edge.quantize.layer_inputs import LayerRunner
 from molmo_edge.quantize.rounding import Blocks, nearest
+
+EXPERTS = "model.transformer.blocks.0.mlp.experts"
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -157,6 +162,36 @@ def test_every_matrix_is_calibrated() -> None:
     attention = "model.transformer.blocks.0.attn.att_proj"
     found = norm_error(ours.get(f"{attention}.weight"), exact.get(f"{attention}.weight"))
     assert errors[attention][0] == pytest.approx(found, rel=0.01)
+
+
+@torch.inference_mode()
+def test_experts_with_few_tokens_learn_from_all(tmp_path: Path) -> None:
+    """On tokens that they have not seen. Measured: 0.89 of the error of plain rounding; mostly from their own 1.21."""
+    decoder = DecoderConfig(
+        d_model=64, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=64, n_experts=8, top_k=1, vocab_size=500,
+        embedding_size=512, additional_vocab_size=16,
+    )  # fmt: skip
+    image = ImageConfig(crop_size=56, overlap_margins=(0, 0), max_crops=2)
+    vision = VisionConfig("openai", 32, 3, 4, 64, n_pos=17, layers=(-2, -3))
+    model = Molmo(MolmoConfig(image, vision, decoder, projector_dim=32))
+    model.init_weights(std=0.15, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", tmp_path / "checkpoint")
+    config, tensors = open_source(tmp_path / "checkpoint")
+    x = correlated(1200, 64).numpy()
+    calibration = Calibration(config, tensors, [causal(x[:160])])  # 20 tokens for an expert, with 64 inputs
+    ffn = LayerRunner(config, tensors, [causal(x[:1])]).block.ffn
+    fresh = F.normalize(torch.from_numpy(x[160:]), dim=-1) * 8
+    errors: dict[str, list[float]] = {"calibrated": [], "nearest": []}
+    for e in range(8):
+        exact = ffn.expert(fresh, e)
+        for name, rounding in (("calibrated", calibration), ("nearest", nearest)):
+            gate, up, down = (
+                torch.from_numpy(rounding(f"{EXPERTS}.{e}.{part}_proj", matrix[e].numpy(), 64, False).restored())
+                for part, matrix in (("gate", ffn.gate), ("up", ffn.up), ("down", ffn.down))
+            )
+            found = F.linear(F.silu(F.linear(fresh, gate)) * F.linear(fresh, up), down)
+            errors[name].append(norm_error(found.numpy(), exact.numpy()))
+    assert np.mean(errors["calibrated"]) < 0.95 * np.mean(errors["nearest"]), errors
 
 
 def test_sequences_hold_image_question_and_answer() -> None:
