@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,3 +93,13 @@ def test_minutes_on_a_dial() -> None:
     assert minutes_apart("12:58", "1:02") == 4
     assert minutes_apart("11:58", "12:02") == 4
     assert minutes_apart("a quarter", "12:02") == 360
+
+
+def test_names_are_mentioned_as_whole_words_and_nothing_asked_gives_no_score() -> None:
+    dogs = [{"label": "dog", "boxes": [[40, 40, 60, 60]]}, {"label": "do", "boxes": [[1, 1, 9, 9]]}]
+    annotation = {"source": "scene", "objects": dogs, "captions": ["Two dogs run."]}
+    case = picture_case(Picture("scenes", lambda: np.zeros((4, 4, 3), np.uint8), annotation), 3)
+    report = evaluate(Knowing(annotation), [case], progress=lambda _: None)  # type: ignore[arg-type]
+    assert report["captions"]["names"]["value"] == 0.5, "dogs, and not do"
+    assert report["reading"] == report["clocks"] == {}
+    json.dumps(report, allow_nan=False)

