@@ -49,9 +49,8 @@ def steps_within(directory: Path, hours: float, recipe: Recipe, train: Callable[
     if stored.exists():
         known = json.loads(stored.read_text(encoding="utf-8"))
         if known["hours"] != hours:
-            print(
-                f"{stored}: the stage keeps its length of {known['steps']} steps, planned for {known['hours']:.3g} hours"
-            )
+            planned = f"planned for {known['hours']:.3g} hours"
+            print(f"{stored}: the stage keeps its length of {known['steps']} steps, {planned}")
         return int(known["steps"])
     probe = directory.with_name(f"{directory.name}-probe")
     shutil.rmtree(probe, ignore_errors=True)
