@@ -138,6 +138,23 @@ def test_two_ranks_with_cached_features_and_the_attention_loss(small_molmoe: Pat
 
 
 @pytest.mark.slow
+def test_a_teacher_on_two_ranks_and_after_a_kill(
+    small_molmoe: Path, small_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """With weights rounded as well, which each rank does for its shards."""
+    options = ("--teacher", str(small_checkpoints["dense"]), "--qat", "q4", "--validate")
+    run(small_molmoe, tmp_path / "one", *options)
+    run(small_molmoe, tmp_path / "two", *options, "--kill-at", "12", ranks=2)
+    run(small_molmoe, tmp_path / "two", *options, ranks=2)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
+    for step, line in one.items():
+        for name in ("loss", "divergence", "hidden_loss", "image_loss", "norm_connector", "norm_decoder"):
+            assert line[name] == pytest.approx(two[step][name], rel=1e-3), (step, name)
+    assert one[STEPS]["divergence"] < one[1]["divergence"]
+
+
+@pytest.mark.slow
 def test_a_run_is_not_taken_up_with_other_data(small_molmoe: Path, tmp_path: Path) -> None:
     run(small_molmoe, tmp_path, "--steps", "5")
     process = start(small_molmoe, tmp_path, "--few", "8")

@@ -21,12 +21,15 @@ from molmo_edge.frontend.points import Point, format_points
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.system.log import shown
 from molmo_edge.training.attention_loss import AttentionLoss
+from molmo_edge.training.distillation import DistillConfig
 from molmo_edge.training.encoding import Encoding
+from molmo_edge.training.fake_quantization import Qat
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.sharding import Layout
+from molmo_edge.training.taught_run import open_teacher
 from molmo_edge.training.trainer import Data, Trainer, build, cache_features
 
 WORDS = ("red", "blue", "a cup", "two dogs", "nothing")
@@ -73,6 +76,8 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--states", default="fp32")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--qat")
     args = parser.parse_args()
     recipe = Recipe(
         steps=args.steps,
@@ -96,15 +101,21 @@ def main() -> None:
     if args.pointed:
         forward = dataclasses.replace(recipe.forward, attention_loss=AttentionLoss(1.0, layer=1, heads=2))
         recipe = dataclasses.replace(recipe, forward=forward)
+    if args.teacher:
+        recipe = dataclasses.replace(recipe, distill=DistillConfig(top_k=8, hidden=0.5, image=0.5))
+    if args.qat:
+        recipe = dataclasses.replace(recipe, qat=Qat(args.qat))
     start = args.checkpoint
     with world("cpu") as here:
         config, source = read_config(start), open_tensors(start)
-        model = build(config, source, str(start), recipe, here)
+        theirs = read_config(args.teacher) if args.teacher else None
+        model = build(config, source, str(start), recipe, here, teacher=theirs)
         tokenizer = Tokenizer.from_file(start / "tokenizer.json")
         few = Noise("few", args.few, 1, args.pointed)
         data = Data([few, Noise("many", 12, 3, args.pointed)], [0.4, 0.6], [few] if args.validate else ())
         cache = cache_features(args.features, config, source, data, recipe, here) if args.features else None
-        trainer = Trainer(model, tokenizer, data, recipe, args.directory, here, cache)
+        teacher = open_teacher(args.teacher, config, tokenizer, data, recipe, here) if args.teacher else None
+        trainer = Trainer(model, tokenizer, data, recipe, args.directory, here, cache, teacher)
         if args.kill_at:
             one = trainer.update
 
