@@ -45,6 +45,7 @@ main()
 """
 PHOTO = GOLDEN / "coffee.png"
 MODEL = ("--model", GOLDEN / "qwen")
+OUT = ("--out", "run", "--device", "cpu")
 TRAINING = ("--from", GOLDEN / "qwen", "--out", "run", "--device", "cpu", "--steps", 1)
 
 
@@ -77,6 +78,8 @@ COMMANDS: list[tuple[str, str, tuple[object, ...]]] = [
     ("torch", "train", ("train", "points", "points", *TRAINING)),
     ("torch", "train", ("train", "caption", "--data", "data", *TRAINING)),
     ("torch", "train", ("train", "multitask", "--data", "data", *TRAINING)),
+    ("torch", "train", ("distill", "--teacher", GOLDEN / "qwen", "--student", GOLDEN / "qwen", "--data", "data", *OUT)),
+    ("torch", "train", ("train", "student", "--from", GOLDEN / "qwen", "--experts", 2, *OUT)),
     ("torch", "train", ("train", "start", "--decoder", GOLDEN, "--tower", GOLDEN, "--out", "started")),
     ("datasets", "eval", ("train", "fetch", "pixmo_cap", "--data", "data")),
     ("bitsandbytes", "quantize", ("train", "points", "points", *TRAINING, "--base", "nf4")),
