@@ -141,8 +141,7 @@ def test_two_ranks_with_cached_features_and_the_attention_loss(small_molmoe: Pat
 def test_a_teacher_on_two_ranks_and_after_a_kill(
     small_molmoe: Path, small_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """With weights rounded as well, which each rank does for its shards."""
-    options = ("--teacher", str(small_checkpoints["dense"]), "--qat", "q4", "--validate")
+    options = ("--teacher", str(small_checkpoints["dense"]), "--validate")
     run(small_molmoe, tmp_path / "one", *options)
     run(small_molmoe, tmp_path / "two", *options, "--kill-at", "12", ranks=2)
     run(small_molmoe, tmp_path / "two", *options, ranks=2)
@@ -150,8 +149,18 @@ def test_a_teacher_on_two_ranks_and_after_a_kill(
     assert one.keys() == two.keys() == set(range(1, STEPS + 1))
     for step, line in one.items():
         for name in ("loss", "divergence", "hidden_loss", "image_loss", "norm_connector", "norm_decoder"):
-            assert line[name] == pytest.approx(two[step][name], rel=1e-3), (step, name)
+            assert line[name] == pytest.approx(two[step][name], rel=1e-4), (step, name)
     assert one[STEPS]["divergence"] < one[1]["divergence"]
+
+
+@pytest.mark.slow
+def test_each_rank_rounds_its_shards(small_molmoe: Path, tmp_path: Path) -> None:
+    """The first steps: a weight between two of sixteen levels turns rounding errors into larger differences later."""
+    for ranks, name in ((1, "one"), (2, "two")):
+        run(small_molmoe, tmp_path / name, "--qat", "q4", "--steps", "3", ranks=ranks)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    for step, line in one.items():
+        assert line["loss"] == pytest.approx(two[step]["loss"], rel=1e-4), step
 
 
 @pytest.mark.slow
