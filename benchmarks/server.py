@@ -1,8 +1,9 @@
 """Measures `molmo-edge serve` on loopback: `python benchmarks/server.py [IMAGE] [--model MODEL]`.
 
 Prints: the time to the first token of a first question and of a second one about the same image, with their ids
-compared with the SDK's; 200 concurrent requests of which a fifth is malformed; the time until a client that left frees
-the model; memory over 1,000 requests; the time from kill -9 to the first answer of a new process.
+compared with the SDK's; the same for the tenth turn of a conversation; 200 concurrent requests of which a fifth is
+malformed; the time until a client that left frees the model; memory over 1,000 requests; the time from kill -9 to the
+first answer of a new process.
 """
 
 from __future__ import annotations
@@ -100,6 +101,30 @@ def first_tokens(port: int, photo: bytes, repeat: int, expected: str) -> None:
     print(f"first token: {1e3 * first:.0f} ms; second question: {1e3 * second:.0f} ms; ratio {first / second:.1f}")
 
 
+def conversation(port: int, photo: bytes, repeat: int) -> None:
+    """The tenth turn, after nine that this server answered, and after nine that it has not seen."""
+    image, body = variant(photo, 500), ask("Point to cup 0.", variant(photo, 500), max_tokens=24)
+    for turn in range(1, 10):
+        content = json.loads(post(port, body)[1])["choices"][0]["message"]["content"]
+        following = {"role": "user", "content": f"Point to cup {turn}."}
+        body["messages"] += [{"role": "assistant", "content": content}, following]
+    *known, _ = body["messages"]
+    kept, fresh, own = [], [], 0
+    for i in range(repeat):
+        last = {"role": "user", "content": f"Point to cup {10 + i}."}
+        kept.append(post(port, {**body, "stream": True, "messages": [*known, last]})[2])
+        # After another first question all turns run again; the picture does not.
+        other = ask(f"Point at cup {i}, please.", image)["messages"]
+        fresh.append(post(port, {**body, "stream": True, "messages": [*other, *known[1:], last]})[2])
+        last = {"role": "user", "content": f"Point to cup {20 + i}."}
+        used = json.loads(post(port, {**body, "messages": [*known, last]})[1])["usage"]
+        own = used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"]
+    print(
+        f"tenth turn: first token after {1e3 * min(kept):.0f} ms, {min(fresh) / min(kept):.1f} times sooner than after "
+        f"turns that the server has not seen; {own} of its {used['prompt_tokens']} tokens ran"
+    )
+
+
 def concurrent(port: int, photo: bytes) -> None:
     images = [variant(photo, 1000 + i) for i in range(4)]
     alone = [json.loads(post(port, ask(f"Point to cup {i}.", images[i % 4]))[1])["choices"] for i in range(16)]
@@ -179,6 +204,7 @@ def main() -> None:
         expected = molmo.ask(variant(photo, 0), "Point to the cup.").text
     with serve(given.model, 0, "--max-queue", "256") as (_, port):
         first_tokens(port, photo, given.repeat, expected)
+        conversation(port, photo, given.repeat)
         concurrent(port, photo)
         disconnect(port, photo, given.repeat)
     memory(given.model)
