@@ -19,6 +19,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
+from molmo_edge.runtimes.kernels import ONNXRUNTIME, use_kernels
 from molmo_edge.runtimes.memory_plan import bundle_weights
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
@@ -368,8 +369,11 @@ def load_session(
     options = session_options(threads, mapped=mapped, spin=spin)
     try:
         graph: str | bytes = str(path)
+        if list(providers) == [CPU] and is_large(path) and _numbers(onnxruntime.__version__) >= ONNXRUNTIME:
+            graph = use_kernels(path, options) or graph
         if replaced:
-            graph = path.read_bytes() + declared_inputs(replaced)
+            graph = (graph if isinstance(graph, bytes) else path.read_bytes()) + declared_inputs(replaced)
+        if isinstance(graph, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:

@@ -47,6 +47,7 @@ def doctor(*, json: options.Json = False) -> None:
         "disk": _disk(),
         "versions": {name: _version(name) for name in _CORE},
         "onnxruntime_providers": _providers(problems),
+        "kernels": _kernels(problems),
         "llama_cpp_devices": _llama(problems),
         "llama_cpp_build": _llama_build(),
         "bitsandbytes_kernels": _bitsandbytes(),
@@ -131,6 +132,21 @@ def _providers(problems: list[str]) -> list[str]:
     except ImportError as error:  # a wheel for another Python, or a missing system library
         problems.append(f"onnxruntime cannot be imported ({error}): pip install --force-reinstall onnxruntime")
         return []
+
+
+def _kernels(problems: list[str]) -> dict[str, str] | None:
+    """The compiled four-bit kernels and whether they are used; None if they are not installed."""
+    from molmo_edge.runtimes import kernels
+
+    try:
+        found = kernels.installed()
+    except OSError as error:
+        problems.append(f"molmo-edge-kernels does not load ({error}): pip install --force-reinstall ./kernels")
+        return None
+    if found is None:
+        return None
+    used = "yes" if found.reason is None else f"no: {found.reason}"
+    return {"version": found.version, "kernel": found.kernel, "used": used}
 
 
 def _llama(problems: list[str]) -> list[str] | None:
