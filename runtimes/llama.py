@@ -88,6 +88,7 @@ class LlamaRuntime:
 
     engine = "llama.cpp"
     no_gaps = NO_GAPS  # see `molmo_edge.runtimes.protocol.GappedRuntime`
+    caches_share_memory = True  # see `molmo_edge.runtimes.protocol.StoringRuntime`
 
     def __init__(
         self,

@@ -135,7 +135,10 @@ class StoredCache(Cache, Protocol):
 
 
 class StoringRuntime(Runtime, Protocol):
-    """A runtime whose caches can be written to a file and read again, as all runtimes of this package do."""
+    """A runtime whose caches can be written to a file and read again, as all runtimes of this package do.
+
+    Where a copy of a cache occupies the memory of the other one, the runtime has `caches_share_memory`, which is True.
+    """
 
     @property
     def cache_format(self) -> str:

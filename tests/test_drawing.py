@@ -78,6 +78,14 @@ def test_a_box_goes_far_away_when_nothing_near_is_free() -> None:
     assert found.anchor == (300, 200)
 
 
+def test_as_many_candidates_as_the_grid_has_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(60, 12, ((150, 100), (450, 300)), 6)
+    discs = np.array([(150.0, 100.0, 5.0), (450.0, 300.0, 5.0), *((x, 100.0, 5.0) for x in range(160, 240, 8))])
+    expected = place([request], discs, (600, 400))
+    monkeypatch.setattr("molmo_edge.sdk.placement.GRID", 16)  # 256 positions; two anchors have 256 candidates in rings
+    assert place([request], discs, (600, 400)) == expected
+
+
 def test_a_label_goes_beside_its_point() -> None:
     (plate,) = laid_out((640, 480), [Point(30, 40, "dog")]).plates
     assert plate.box.left > 0.3 * 640

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,6 +152,8 @@ def test_memory_of_conversations_is_bounded(saying: Callable[..., Molmo]) -> Non
             assert scenes.bytes + scenes.turn_bytes <= 2 * scene + each
             assert scenes.conversations >= 1
             assert len(scenes) == min(i + 1, 2)
+        first = turn([("Question a?", "ok")], "And?", data_uri(png(0)), max_tokens=4)  # its scene is gone
+        assert said(server.send(CHAT, first))[1]["prompt_tokens_details"]["cached_tokens"] == 0
         for _ in range(3):  # moondream's endpoints have no later turns
             server.send("/v1/query", {"image_url": data_uri(png(9)), "question": "What?"})
         assert scenes.conversations <= 1
@@ -157,6 +161,100 @@ def test_memory_of_conversations_is_bounded(saying: Callable[..., Molmo]) -> Non
         history = [("Question?", said(server.send(CHAT, chat_body("Question?", image)))[0])]
         assert said(server.send(CHAT, turn(history, "And?", image)))[1]["prompt_tokens_details"]["cached_tokens"] == 0
         assert server.service.scenes.turn_bytes == 0
+
+
+def test_a_conversation_goes_before_its_scene(saying: Callable[..., Molmo]) -> None:
+    molmo = saying("ok", context=512, max_crops=0)
+    asked, other = (chat_body("Question?", data_uri(png(i)), max_tokens=4) for i in range(2))
+    following = turn([("Question?", "ok")], "And?", data_uri(png(0)), max_tokens=4)
+    pictured = len(molmo.encode(png()).embeddings)
+    with serving(molmo) as server:
+        said(server.send(CHAT, asked))
+        scene, each = server.service.scenes.bytes, server.service.scenes.turn_bytes
+    query = {"image_url": data_uri(png(1)), "question": "What?"}  # keeps a scene, and no conversation
+    assert each < scene
+    for limit, scenes, cached in ((2 * scene, 2, pictured), (scene + each, 1, 0)):
+        with serving(molmo, scene_bytes=limit) as server:
+            said(server.send(CHAT, asked))
+            assert server.service.scenes.conversations == 1
+            assert server.send("/v1/query", query).status == 200
+            kept = server.service.scenes
+            assert (len(kept), kept.conversations) == (scenes, 0)
+            ran_before = sum(map(len, molmo.fake.fed))  # type: ignore[attr-defined]
+            _, used = said(server.send(CHAT, following))
+            ran = sum(map(len, molmo.fake.fed)) - ran_before  # type: ignore[attr-defined]
+            assert used["prompt_tokens_details"]["cached_tokens"] == cached
+            assert ran == used["prompt_tokens"] - cached + used["completion_tokens"]
+            said(server.send(CHAT, other))
+            assert kept.bytes + kept.turn_bytes <= limit
+
+
+def test_a_conversation_without_its_scene_is_not_kept(saying: Callable[..., Molmo]) -> None:
+    """A scene that is larger than the limit, and a conversation that is not."""
+    molmo = saying("ok", context=2048, max_crops=0)
+    body = chat_body("Question?", data_uri(png()), max_tokens=4)
+    with serving(molmo) as server:
+        said(server.send(CHAT, body))
+        size = server.service.scenes.bytes
+    with serving(molmo, scene_bytes=size - 1) as server:
+        said(server.send(CHAT, body))
+        assert (len(server.service.scenes), server.service.scenes.conversations) == (0, 0)
+        following = turn([("Question?", "ok")], "And?", data_uri(png()), max_tokens=4)
+        assert said(server.send(CHAT, following))[1]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_conversations_on_llama_cpp_occupy_no_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from exported import gguf_bundle
+
+    from molmo_edge.runtimes.llama_native import LlamaContext
+
+    contexts, create = weakref.WeakSet[LlamaContext](), LlamaContext.__init__
+
+    def created(context: LlamaContext, *given: Any, **named: Any) -> None:
+        create(context, *given, **named)
+        contexts.add(context)
+
+    def now() -> int:
+        gc.collect()
+        return len(contexts)
+
+    with Molmo(gguf_bundle("molmoe", "f32"), threads=1, max_crops=0) as molmo:
+        photo, expected = png(size=(64, 48)), list[Any]()
+        for question in QUESTIONS[:3]:
+            history = [(asked, answer.text) for asked, answer in zip(QUESTIONS, expected, strict=False)]
+            expected.append(molmo.ask(photo, question, history=history, max_new_tokens=6))
+        monkeypatch.setattr(LlamaContext, "__init__", created)
+        with serving(molmo) as server:
+            kept = server.service.scenes
+            for i in range(20):  # more than the sequences of a context, and than fit into the room beside the scene
+                said(server.send(CHAT, chat_body(f"{'Word ' * 60}{i}?", data_uri(photo), max_tokens=2)))
+            assert (len(kept), kept.conversations, now()) == (1, 20, 1)
+            cells = 4 * molmo.config.decoder.n_layers * molmo.config.decoder.kv_dim  # bytes of a position, in float16
+            least = 20 * cells * (len(molmo.encode(photo).embeddings) + 60)
+            assert least < kept.turn_bytes < 2 * least
+            history = []
+            for question, answer in zip(QUESTIONS, expected, strict=False):
+                text, used = said(server.send(CHAT, turn(history, question, data_uri(photo), max_tokens=6)))
+                assert text == answer.text
+                cached = used["prompt_tokens_details"]["cached_tokens"]
+                assert cached > answer.usage.tokens.image if history else cached == answer.usage.tokens.image
+                history.append((question, text))
+            branch = turn(history[:1], QUESTIONS[2], data_uri(photo), max_tokens=6)  # from a part of what is kept
+            other = molmo.ask(photo, QUESTIONS[2], history=history[:1], max_new_tokens=6)
+            text, used = said(server.send(CHAT, branch))
+            assert text == other.text
+            assert used["prompt_tokens_details"]["cached_tokens"] > other.usage.tokens.image
+            assert now() == 1
+            limit = kept.bytes + kept.turn_bytes // 10
+        contexts.clear()
+        with serving(molmo, scene_bytes=limit) as server:
+            for i in range(3):
+                said(server.send(CHAT, chat_body("What?", data_uri(png(i, (64, 48))), max_tokens=2)))
+            kept = server.service.scenes
+            assert kept.bytes + kept.turn_bytes <= limit
+            assert (len(kept), kept.conversations, now()) == (1, 1, 1)
 
 
 def test_a_checkpoint_goes_on_from_turns(golden: Path) -> None:

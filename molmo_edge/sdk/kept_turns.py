@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
+from molmo_edge.runtimes.protocol import check_copy
+
 if TYPE_CHECKING:
-    from molmo_edge.runtimes.protocol import Cache
+    from molmo_edge.runtimes.protocol import Cache, Runtime, StoredCache, StoringRuntime
+
+
+@dataclass(eq=False)
+class HostCache:
+    """Keys and values in main memory, outside the engine. A Cache that is full and does not run: copy it to go on."""
+
+    runtime: StoringRuntime
+    arrays: dict[str, np.ndarray]
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """The number of filled positions."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def copy(self, capacity: int | None = None) -> Cache:
+        """A cache of the engine with the same contents. `capacity`: see `molmo_edge.runtimes.Cache`."""
+        return self.runtime.load_cache(self.arrays, self.length, check_copy(self, capacity))
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +58,13 @@ class Turns:
         cache = self.cache.copy(max(capacity, self.cache.length))
         cache.length -= len(self.ids) - n
         return Turns(self.ids[:n], cache)
+
+    def apart(self, runtime: Runtime) -> Turns:
+        """These turns in a cache that occupies no memory of another one. `runtime`: of their cache."""
+        if not getattr(runtime, "caches_share_memory", False):
+            return self
+        arrays = cast("StoredCache", self.cache).arrays()
+        return Turns(self.ids, HostCache(cast("StoringRuntime", runtime), arrays, self.cache.length))
 
 
 class TurnStore(Protocol):

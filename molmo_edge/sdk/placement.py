@@ -15,7 +15,7 @@ import numpy as np
 
 _DIRECTIONS = 16  # candidates per ring
 _RINGS = 8
-_GRID = 48  # positions along each side of the picture, if no ring has a free place
+GRID = 48  # positions along each side of the picture, if no ring has a free place
 _MOST_SEARCHES = 16  # of the grid, for one picture: more boxes than that do not find room anyway
 _COMPARED = 48  # candidates for which the leaders are compared, too
 _MOST_ANCHORS = 12  # of a box that may be placed at any of several points
@@ -78,10 +78,10 @@ def place(
     taken, searches = np.empty((0, 4)), 0
     for index in sorted(range(len(requests)), key=lambda i: -requests[i].width):
         request = requests[index]
-        found = _best(request, *_around(request), discs, taken, size, spacing)
+        found = _best(request, _around(request), discs, taken, size, spacing)
         if found.covers and searches < _MOST_SEARCHES:
             searches += 1
-            found = min(found, _best(request, *_everywhere(request, size), discs, taken, size, spacing))
+            found = min(found, _best(request, _everywhere(request, size), discs, taken, size, spacing))
         placed[index] = Placed(Box(*found.box), request.anchors[found.anchor])
         taken = np.concatenate([taken, [found.box]])
     return [placed[index] for index in range(len(requests))]
@@ -94,8 +94,15 @@ class _Found(NamedTuple):
     anchor: int
 
 
-def _around(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Corners (left, top) [n, 2] of candidates in rings, the cost of their direction [n], and their anchor's index."""
+class _Candidates(NamedTuple):
+    corners: np.ndarray  # [n, 2], left and top
+    cost: np.ndarray  # [n], of their direction
+    anchor: np.ndarray  # int [n], the index of their anchor
+    columns: int | None = None  # of a grid: rows of corners with equal y, whose x are those of the first row
+
+
+def _around(request: Request) -> _Candidates:
+    """Candidates in rings around the anchors."""
     angles = np.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     toward = np.stack([np.cos(angles), np.sin(angles)], -1)  # the first is to the right, then clockwise
     distances = request.gap + np.arange(_RINGS) * 0.7 * request.height
@@ -107,30 +114,29 @@ def _around(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     anchors = np.array(request.anchors[:_MOST_ANCHORS])
     index = np.repeat(np.arange(len(anchors)), len(corners))
     every = (anchors[:, None] + corners).reshape(-1, 2)
-    return every, np.tile(cost, len(anchors)) + _LATER_ANCHOR * index, index
+    return _Candidates(every, np.tile(cost, len(anchors)) + _LATER_ANCHOR * index, index)
 
 
-def _everywhere(request: Request, size: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `_around`, over the whole picture and for the first anchor."""
+def _everywhere(request: Request, size: tuple[float, float]) -> _Candidates:
+    """Candidates in a grid over the whole picture, for the first anchor."""
     xs, ys = (
-        np.linspace(0, max(0.0, whole - own), _GRID)
+        np.linspace(0, max(0.0, whole - own), GRID)
         for whole, own in zip(size, (request.width, request.height), strict=True)
     )
     corners = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
-    return corners, np.zeros(len(corners)), np.zeros(len(corners), int)
+    return _Candidates(corners, np.zeros(len(corners)), np.zeros(len(corners), int), GRID)
 
 
 def _best(
     request: Request,
-    corners: np.ndarray,
-    cost: np.ndarray,
-    index: np.ndarray,
+    candidates: _Candidates,
     discs: np.ndarray,
     taken: np.ndarray,
     size: tuple[float, float],
     spacing: float,
 ) -> _Found:
     """The cheapest candidate, moved into the picture."""
+    corners, cost, index, columns = candidates
     own = np.array([request.width, request.height])
     corners = np.maximum(0.0, np.minimum(corners, np.array(size) - own))
     boxes = np.concatenate([corners, corners + own], 1)  # [n, 4]
@@ -144,12 +150,12 @@ def _best(
     reach = np.concatenate([np.minimum(boxes[:, :2], anchors).min(0), np.maximum(boxes[:, 2:], anchors).max(0)])
     around = _touching(taken + np.array([-spacing, -spacing, spacing, spacing]), reach)[0]
     if len(around):
-        covers += _OVER_BOX * _covered(boxes, around, area)
+        covers += _OVER_BOX * _covered(boxes, around, area, columns)
     squares = np.concatenate([discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:]], 1)
     squares, reached = _touching(squares, reach)
     discs = discs[reached]
     if len(discs):
-        covers += _OVER_DISC * _covered(boxes, squares, area)
+        covers += _OVER_DISC * _covered(boxes, squares, area, columns)
     best = np.lexsort((cost, covers))[:_COMPARED]
     if len(discs):
         led = best[distance[best] > 1.5 * request.gap + 1]  # those with a leader
@@ -165,10 +171,14 @@ def _touching(boxes: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndar
     return boxes[found], found
 
 
-def _covered(boxes: np.ndarray, others: np.ndarray, area: float) -> np.ndarray:
-    """The share of `area` that each of `boxes` [n, 4] has in common with `others` [m, 4], added up: [n]."""
-    if len(boxes) == _GRID**2:  # of `_everywhere`: rows of boxes with equal x, columns with equal y
-        return np.asarray(_overlap(boxes[::_GRID], others, 1) @ _overlap(boxes[:_GRID], others, 0).T).ravel() / area
+def _covered(boxes: np.ndarray, others: np.ndarray, area: float, columns: int | None) -> np.ndarray:
+    """The share of `area` that each of `boxes` [n, 4] has in common with `others` [m, 4], added up: [n].
+
+    `columns`: see _Candidates.
+    """
+    if columns is not None:
+        tall, wide = _overlap(boxes[::columns], others, 1), _overlap(boxes[:columns], others, 0)
+        return np.asarray(tall @ wide.T).ravel() / area
     return np.asarray((_overlap(boxes, others, 0) * _overlap(boxes, others, 1) / area).sum(1))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from molmo_edge.config import DecoderConfig
 from molmo_edge.sdk.engine import Scene
-from molmo_edge.sdk.kept_turns import Turns
+from molmo_edge.sdk.kept_turns import HostCache, Turns
 
 MAX_CONVERSATIONS = 64
 
@@ -29,8 +29,9 @@ class _Kept:
 class SceneCache:
     """The scenes and conversations that were used last, within one limit on their memory.
 
-    Conversations make room first: their turns can run again without vision. The newest conversation stays as long as
-    there are scenes besides the newest one. What alone is above the limit is not kept. Threads may share the cache.
+    Conversations make room first: their turns can run again without vision. The newest conversation stays while there
+    are older scenes than its own, and never without its scene. What alone is above the limit is not kept. Threads may
+    share the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -83,9 +84,18 @@ class SceneCache:
             self._kept.append(best)
             return best.turns.first(common, capacity)
 
-    def keep(self, key: Hashable, turns: Turns, decoder: DecoderConfig) -> None:
-        """Keep a conversation about the scene of `key`, and forget what was not used for longest."""
-        size = _cache_bytes(turns.cache.capacity, decoder)
+    def keep(self, key: Hashable, turns: Turns, scene: Scene) -> None:
+        """Keep a conversation about `scene`, which is under `key`, and forget what was not used for longest.
+
+        Without its scene, a conversation about images is not kept: vision would run again.
+        """
+        if scene.shown.images and key not in self._scenes:
+            return
+        try:
+            turns = turns.apart(scene.engine.runtime)
+        except MemoryError:  # the turns run again
+            return
+        size = _turn_bytes(turns, scene)
         if size > self._max_bytes:
             return
         with self._lock:
@@ -101,7 +111,9 @@ class SceneCache:
 
     def _make_room(self) -> None:
         while self.bytes + self.turn_bytes > self._max_bytes or len(self._kept) > MAX_CONVERSATIONS:
-            if len(self._kept) > 1 or (self._kept and len(self._scenes) < 2):
+            if len(self._kept) > 1 or (
+                self._kept and (len(self._scenes) < 2 or self._kept[0].key == next(iter(self._scenes)))
+            ):
                 self._forget(self._kept[0])
             else:
                 _, (_, freed) = self._scenes.popitem(last=False)
@@ -130,7 +142,7 @@ class SceneTurns:
 
     def put(self, turns: Turns) -> None:
         """See TurnStore."""
-        self.cache.keep(self.key, turns, self.scene.engine.config.decoder)
+        self.cache.keep(self.key, turns, self.scene)
 
 
 def scene_bytes(scene: Scene) -> int:
@@ -138,6 +150,12 @@ def scene_bytes(scene: Scene) -> int:
     kept = scene.cache.capacity if scene.cache is not None else 0
     size = _cache_bytes(kept, scene.engine.config.decoder) + _arrays(scene)
     return size + (_arrays(scene.grounding) if scene.grounding is not None else 0)
+
+
+def _turn_bytes(turns: Turns, scene: Scene) -> int:
+    if isinstance(turns.cache, HostCache):
+        return turns.cache.nbytes
+    return _cache_bytes(turns.cache.capacity, scene.engine.config.decoder)
 
 
 def _cache_bytes(positions: int, decoder: DecoderConfig) -> int:
