@@ -263,6 +263,6 @@ $("key-cancel").addEventListener("click", () => {
 
 useMode();
 health().then(
-  ({ model }) => ($("model").textContent = model === "nano" ? "nano, a demonstration model" : model),
+  ({ model }) => ($("model").textContent = model === "nano" ? "nano (demo)" : model),
   () => fail("The server does not answer. Check that molmo-edge serve still runs, then reload this page.", false),
 );
