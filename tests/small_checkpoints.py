@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ def write_checkpoint(directory: Path, kind: str, seed: int = 0, dtype: str = "F3
     model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(seed))
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory, dtype=dtype)
     return directory
+
+
+def spelled(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokens without most merges, and with other ids."""
+    definition = json.loads(tokenizer.definition)
+    definition["model"]["merges"] = definition["model"]["merges"][:40]
+    vocabulary = definition["model"]["vocab"]
+    special = {entry["content"] for entry in definition["added_tokens"]}
+    plain = sorted((token for token in vocabulary if token not in special), key=lambda token: token[::-1])
+    ids = sorted(vocabulary[token] for token in plain)
+    definition["model"]["vocab"] = vocabulary | dict(zip(plain, ids, strict=True))
+    return Tokenizer(json.dumps(definition))
 
 
 def a_batch(checkpoint: Path) -> Batch:

@@ -94,7 +94,7 @@ class Teacher(Trainable):
             at = at.index_select(0, pairs[:, 1])
         config, m = self.distill, len(at)
         log_probs, ids = torch.zeros(m, 0), torch.zeros(m, 0, dtype=torch.long)
-        if config.divergence and m:
+        if config.divergence:  # also of no rows: the width says which classes are compared
             hidden = self.molmo.decoder.ln_f(run.states.index_select(0, at))
             shared = None if self.shared is None else (self.shared[0].to(at.device), self.shared[1].to(at.device))
             parts = [
@@ -103,7 +103,9 @@ class Teacher(Trainable):
             ]
             log_probs, ids = torch.cat([p for p, _ in parts]), torch.cat([i for _, i in parts])
         states = torch.zeros(m, 0, 0)
-        if config.hidden and run.layers:
+        if config.hidden and not run.layers:  # no answers
+            states = run.states.new_zeros(m, len(self.matched_layers), run.states.shape[-1])
+        elif config.hidden:
             states = torch.stack([run.layers[layer] for layer in self.matched_layers], dim=1)
             states = states if pairs is None else states.index_select(0, pairs[:, 1])
         choices = [torch.zeros(0, 0)] * 3
@@ -191,10 +193,7 @@ def build_teacher(
     config, source = read_config(directory), open_tensors(directory)
     theirs = Tokenizer.from_file(directory / "tokenizer.json")
     second = second_encoding(config, theirs, student, tokenizer, recipe, features, student_features)
-    if recipe.distill.grounding and second is not None:
-        raise DistillError(
-            "the grounding loss needs a teacher with the student's tokens, crops and features: these two differ"
-        )
+    check_inputs(recipe.distill, second)
     shared = shared_tokens(tokenizer, theirs, student.decoder.n_logits, config.decoder.n_logits)
     with torch.device("meta"):
         model = Teacher(Molmo(config), recipe.distill, student, shared, recipe.forward)
@@ -227,6 +226,14 @@ def second_encoding(
         return None
     encoder = Encoder(tokenizer, recipe.image(config), recipe.encoding, features, config)
     return SecondEncoding(encoder, student_tokenizer)
+
+
+def check_inputs(config: DistillConfig, second: SecondEncoding | None) -> None:
+    """Raise DistillError for a loss that needs equal inputs, if `second` says that these differ."""
+    if config.grounding and second is not None:
+        raise DistillError(
+            "the grounding loss needs a teacher with the student's tokens, crops and features: these two differ"
+        )
 
 
 def _inputs(config: MolmoConfig, recipe: Recipe) -> tuple[Any, ...]:
