@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_checkpoints import write_checkpoint
 
 from molmo_edge import Molmo
 from molmo_edge.data.drawn.generate import generate
+from molmo_edge.data.written_answers import WrittenAnswers
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ["--steps", "2", "--batch", "2", "--micro", "1", "--workers", "0", "--device", "cpu", "--log-every", "1"]
@@ -53,8 +55,13 @@ def test_a_student_is_trained_and_answers(
 
 
 def test_a_student_learns_from_the_answers_of_its_teacher(
-    small_molmoe: Path, teacher: Path, data: Path, tmp_path: Path, cli: Command
+    small_molmoe: Path, teacher: Path, data: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read: list[Any] = []
+    example = WrittenAnswers.example
+    monkeypatch.setattr(
+        WrittenAnswers, "example", lambda self, *of: read.append(example(self, *of)) or example(self, *of)
+    )
     written = tmp_path / "written"
     base = ["--teacher", teacher, "--data", data, "--device", "cpu"]
     status, _, err = cli("train", "answers", *base, "--out", written, "--pictures", "2", "--max-new-tokens", "3")
@@ -66,6 +73,8 @@ def test_a_student_learns_from_the_answers_of_its_teacher(
     status, _, err = cli("distill", *base, *run)
     assert status == 0, err
     assert "teacher_answers (1)" in err
+    assert read, "a sequence of the run comes from the answers"
+    assert {one.annotations[0].messages for one in read} == {("Who is it?", "An astronaut.")}
 
 
 def test_it_says_what_is_wrong(small_molmoe: Path, teacher: Path, data: Path, tmp_path: Path, cli: Command) -> None:
@@ -77,7 +86,9 @@ def test_it_says_what_is_wrong(small_molmoe: Path, teacher: Path, data: Path, tm
 
     assert "a grounding head in both teacher and student" in complaint(1, "--grounding", "1")
     assert "the temperature must be positive" in complaint(1, "--temperature", "0")
-    assert "set top_k" in complaint(1, "--top-k", "0", "--cache", tmp_path / "targets")
+    features = ["--freeze", "vision", "--features", tmp_path / "features"]
+    assert "set top_k" in complaint(1, "--top-k", "0", "--cache", tmp_path / "targets", *features)
+    assert not (tmp_path / "features").exists(), "the settings are checked first"
     assert "all weights of the teacher's losses are 0" in complaint(1, "--divergence", "0")
     assert "is not a known preset" in complaint(2, "--preset", "molmo-9b")
     assert "there is no directory" in complaint(1, "--teacher", tmp_path / "nowhere")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import GOLDEN, PLAIN, a_recipe, write_checkpoint
+from small_checkpoints import GOLDEN, PLAIN, a_recipe, spelled, write_checkpoint
 from training_run import Noise
 
 from molmo_edge.checkpoints.hub_config import read_config
@@ -130,18 +130,6 @@ def test_layers_are_matched_by_depth() -> None:
 # --- different tokenizers ---------------------------------------------------------------------------------------------
 
 
-def spelled(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokens without most merges, and with other ids."""
-    definition = json.loads(tokenizer.definition)
-    definition["model"]["merges"] = definition["model"]["merges"][:40]
-    vocabulary = definition["model"]["vocab"]
-    special = {entry["content"] for entry in definition["added_tokens"]}
-    plain = sorted((token for token in vocabulary if token not in special), key=lambda token: token[::-1])
-    ids = sorted(vocabulary[token] for token in plain)
-    definition["model"]["vocab"] = vocabulary | dict(zip(plain, ids, strict=True))
-    return Tokenizer(json.dumps(definition))
-
-
 ASKED = (
     Annotation("demo", ("What is there?", "two dogs and a cup", "And this?", "Ein Löffel, 7 of them.")),
     Annotation("demo", ("Why?", "Because.")),
@@ -208,6 +196,19 @@ def test_a_teacher_with_another_tokenizer(small_molmoe: Path, tmp_path: Path) ->
     log = losses(distill(small_molmoe, other, tmp_path / "run", recipe(ALL)))
     assert log[8]["divergence"] < log[1]["divergence"]
     assert log[8]["hidden_loss"] < log[1]["hidden_loss"]
+
+
+def test_a_run_is_finished_whatever_its_log_and_plot_are(
+    small_molmoe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_run: Path) -> None:
+        assert (tmp_path / "model" / "config.json").exists(), "the model comes first"
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("molmo_edge.training.trainer.plot_experts", broken)
+    lines = distill(small_molmoe, teacher, tmp_path, recipe(DistillConfig(divergence=0.0, hidden=1.0), steps=1))
+    assert any("validation_loss" in line for line in lines)
+    assert not any("validation_divergence" in line for line in lines), "it has no weight"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ def test_a_plot_shows_every_expert_of_the_last_line(tmp_path: Path) -> None:
     loads = torch.tensor([[10, 10, 0, 20], [40, 0, 0, 0]])
     lines = [{"step": 1, "loss": 1.0} | expert_figures(torch.full((2, 4), 5)), {"step": 2, "note": "stopped"}]
     lines.append({"step": 9} | expert_figures(loads))
-    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = [json.dumps(line) for line in lines]
+    torn = ['{"step": 5, "expert_loads": [[1.', '{"st' + whole[0], "7", "\ufffd"]  # of a process that was killed
+    (tmp_path / LOG).write_text("".join(line + "\n" for line in [whole[0], *torn, *whole[1:]]), encoding="utf-8")
     assert plot_experts(tmp_path) == tmp_path / "experts.svg"
     svg = ET.parse(tmp_path / "experts.svg").getroot()
     titles = [title.text for title in svg.iter(f"{SVG}title")]

@@ -112,7 +112,8 @@ def distill(
     from molmo_edge.frontend.tokenizer import Tokenizer
     from molmo_edge.training.parallel import world
     from molmo_edge.training.recipe import recipe_for
-    from molmo_edge.training.taught_run import open_teacher
+    from molmo_edge.training.run_checkpoints import completed_steps
+    from molmo_edge.training.taught_run import check_teacher, open_teacher
     from molmo_edge.training.trainer import Trainer, build, cache_features, check_frozen
 
     if preset not in PRESETS:
@@ -123,6 +124,7 @@ def distill(
     config, source = read_config(directory), open_tensors(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     recipe = schedule.changed(recipe, config.decoder.n_experts)
+    check_teacher(wise, config, tokenizer, recipe, cached=cache is not None)
     if sets.features is not None:
         check_frozen(recipe)
     examples = sets.open(recipe, data)
@@ -134,8 +136,9 @@ def distill(
         if sets.features is not None:
             features = cache_features(sets.features, config, source, examples, recipe, here, tokenizer.special)
         targets = open_teacher(
-            wise, config, tokenizer, examples, recipe, here, cache=cache, features=features, features_root=sets.features
-        )
+            wise, config, tokenizer, examples, recipe, here, cache=cache, features=features,
+            features_root=sets.features, step=completed_steps(out, here),
+        )  # fmt: skip
         model = build(config, source, str(directory), recipe, here, teacher=read_config(wise))
         trainer = Trainer(model, tokenizer, examples, recipe, out, here, features, targets)
         if here.first:

@@ -19,14 +19,22 @@ _RANGE = 2.0  # powers of two from an even load to the ends of the colour scale
 
 
 def plot_experts(run: Path) -> Path | None:
-    """Draw the log of `run` to RUN/experts.svg; None if its model has no experts."""
-    lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    """Draw the log of `run` to RUN/experts.svg; None if its model has no experts. Skips lines that were cut off."""
+    lines = map(_parsed, (run / LOG).read_text(encoding="utf-8", errors="replace").splitlines())
     shown = [line for line in lines if "expert_loads" in line]
     if not shown:
         return None
     with atomic_write(run / PLOT) as part:
         part.write_text(experts_svg(shown), encoding="utf-8")
     return run / PLOT
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:  # of a process that was killed while it wrote
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def experts_svg(lines: Sequence[dict[str, Any]]) -> str:

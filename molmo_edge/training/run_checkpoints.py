@@ -28,6 +28,7 @@ from molmo_edge.system.scratch import free_bytes
 from molmo_edge.training.optimizer import Optimizer
 from molmo_edge.training.parallel import World, at_rest
 
+CHECKPOINTS = "checkpoints"  # in the directory of a run
 _NAME = re.compile(r"step-(\d{8})")
 _PART = ".part"  # suffix of an incomplete checkpoint
 _STATE = "run.json"
@@ -125,6 +126,14 @@ class Checkpoints:
                 f"cannot resume from the checkpoint {path}: {_because(error)}. Is it of another model, or damaged?"
             ) from error
         optimizer.load_states(tensors["optimizer"], self.state(path)["updates"])
+
+
+def completed_steps(run: Path, here: World) -> int:
+    """How many steps of the run in the directory `run` its latest checkpoint has; 0 without one. Collective."""
+    found = []
+    if here.first and (run / CHECKPOINTS).is_dir():
+        found = [int(name[1]) for p in (run / CHECKPOINTS).iterdir() if (name := _NAME.fullmatch(p.name))]
+    return cast("int", here.agree(max(found, default=0)))
 
 
 def _because(error: BaseException) -> str:

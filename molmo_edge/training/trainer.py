@@ -24,10 +24,12 @@ from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.data.examples import DataSet
 from molmo_edge.data.mixture import Order
+from molmo_edge.errors import first_line
 from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds, Tokenizer
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
+from molmo_edge.system.log import steps_log
 from molmo_edge.training.distillation import Distillation, DistillConfig
 from molmo_edge.training.encoding import Encoder, image_tokens
 from molmo_edge.training.expert_plot import plot_experts
@@ -41,7 +43,7 @@ from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, at_rest, whole
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import GroundingHead, Names
-from molmo_edge.training.run_checkpoints import Checkpoints, ResumeError, SaveError
+from molmo_edge.training.run_checkpoints import CHECKPOINTS, Checkpoints, ResumeError, SaveError
 from molmo_edge.training.sharding import shard, sparse_layers
 from molmo_edge.training.stopping import StopRequest, stop_requests
 from molmo_edge.training.teacher import TargetSource
@@ -181,7 +183,7 @@ class Trainer:
         self.guard = Guard()
         self.step = 0  # completed steps
         self._request = StopRequest()
-        self.checkpoints = Checkpoints(directory / "checkpoints", here, recipe.keep)
+        self.checkpoints = Checkpoints(directory / CHECKPOINTS, here, recipe.keep)
         config = model.molmo.config
         if recipe.experts is not None:
             config = dataclasses.replace(
@@ -200,15 +202,15 @@ class Trainer:
         Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run after the step, with a checkpoint and SystemExit.
         """
         log = Log(self.directory, self.recipe.steps) if self.here.first else None
+        model = self.directory / "model"
         try:
             with stop_requests() as self._request:
                 self._steps(log)
+            self.write_model(model)
         finally:
             if log is not None:
                 log.close()
-                plot_experts(self.directory)
-        model = self.directory / "model"
-        self.write_model(model)
+                _plot(self.directory)
         return model
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
@@ -422,7 +424,8 @@ class Trainer:
         weight = weight or 1.0
         measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
         measured |= {} if self.model.molmo.point_head is None else {"validation_point_loss": points / weight}
-        measured |= {"validation_divergence": divergence / weight} if taught else {}
+        if taught and self.recipe.distill is not None and self.recipe.distill.divergence:
+            measured["validation_divergence"] = divergence / weight
         return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
 
     def _identity(self) -> dict[str, Any]:
@@ -452,6 +455,14 @@ class Trainer:
             )
         self.checkpoints.load(path, self.model, self.optimizer)
         self.step, self.guard = state["step"], Guard(**state["guard"])
+
+
+def _plot(run: Path) -> None:
+    """Draw the use of experts. An error must neither end the run nor hide the error that ended it."""
+    try:
+        plot_experts(run)
+    except Exception as error:
+        steps_log.warning("the use of experts could not be drawn: %s", first_line(error))
 
 
 def _taught(config: DistillConfig, values: Sequence[float]) -> dict[str, float]:
