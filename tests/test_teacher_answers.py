@@ -98,9 +98,40 @@ def test_an_interrupted_call_is_continued(saying: Saying, tmp_path: Path) -> Non
     assert write(saying("a cup"), out, data) == Written(0, 4, 0)
 
 
+def asking(molmo: Molmo, seen: list[Any]) -> Molmo:
+    """The model, with the options of every question in `seen`."""
+    ask = molmo.ask
+
+    def watched(scene: Any, question: str, **options: Any) -> Any:
+        seen.append((question, options["seed"]))
+        return ask(scene, question, **options)
+
+    molmo.ask = watched  # type: ignore[method-assign]
+    return molmo
+
+
+def test_every_question_has_random_numbers_of_its_own(saying: Saying, tmp_path: Path) -> None:
+    data, other = Pictures(tmp_path), Pictures(tmp_path)
+    other.name = "others"
+    both: list[Any] = []
+    alone: list[Any] = []
+    settings = AnswerSettings(max_new_tokens=8)  # greedy: sampled answers may be left out before the second turn
+    for sets, seen in (([data, other], both), ([other], alone)):
+        molmo, out = asking(saying("a cup"), seen), tmp_path / f"out {len(sets)}"
+        write_answers(molmo, "teacher-1", sets, out, pictures=2, settings=settings)
+    seeds = [seed for _, seed in both]
+    assert len(seeds) == 12, "2 sets of 2 pictures with 3 questions"
+    assert len(set(seeds)) == 12
+    assert alone == both[6:], "whatever other data sets there are"
+
+
 def test_answers_without_an_end_are_left_out(saying: Saying, tmp_path: Path) -> None:
     long = "two dogs and a red cup on a table in the garden"
     assert write(saying(long), tmp_path / "out", Pictures(tmp_path), max_new_tokens=3) == Written(0, 0, 4)
+    seen: list[Any] = []
+    again = write(asking(saying(long), seen), tmp_path / "out", Pictures(tmp_path), max_new_tokens=3)
+    assert again == Written(0, 0, 4)
+    assert not seen, "not generated again"
     with pytest.raises(AnswersError, match="has no answers"):
         open_answers(tmp_path / "out")
 

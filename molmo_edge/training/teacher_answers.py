@@ -1,7 +1,8 @@
 """Let a teacher write the answers to the questions of data sets, for a student to be trained on.
 
 Training on a teacher's own answers is sequence-level distillation (arXiv 1606.07947). Answers are appended to
-FOLDER/answers.jsonl one by one, so an interrupted call is continued by the next one.
+FOLDER/answers.jsonl one by one, and questions without a usable answer to FOLDER/left_out.jsonl, so an interrupted call
+is continued by the next one. Random choices depend on (seed, data set's name, example, question, turn) alone.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from molmo_edge.data.annotation_prompts import CONVERSATIONAL, UNTAGGED
-from molmo_edge.data.examples import DataSet
+from molmo_edge.data.examples import Annotation, DataSet
 from molmo_edge.data.json_files import json_lines, read_json
 from molmo_edge.data.written_answers import ANSWERS, AnswersError
 from molmo_edge.errors import MolmoEdgeError
@@ -27,6 +28,7 @@ from molmo_edge.molmo import Molmo
 from molmo_edge.system.files import atomic_write
 
 SETTINGS = "answers.json"
+LEFT_OUT = "left_out.jsonl"  # with a "from" a line
 _COORDS = "<points coords"  # a Molmo2's points, which a data set writes as a Molmo v1 does
 
 
@@ -46,7 +48,7 @@ class Written:
 
     answers: int  # written now
     known: int  # found in the folder
-    left_out: int  # without an end within max_new_tokens, or with points that cannot be written
+    left_out: int  # now or before: without an end within max_new_tokens, or with points that cannot be written
 
 
 def write_answers(
@@ -67,12 +69,15 @@ def write_answers(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(folder / SETTINGS, {"teacher": identity, **asdict(settings)})
-    known = _known(folder / ANSWERS)
+    known, useless = _known(folder / ANSWERS), _known(folder / LEFT_OUT)
     written = left_out = done = before = 0
-    with (folder / ANSWERS).open("a", encoding="utf-8") as file:
-        for number, data in enumerate(sets):
+    with (
+        (folder / ANSWERS).open("a", encoding="utf-8") as file,
+        (folder / LEFT_OUT).open("a", encoding="utf-8") as rest,
+    ):
+        for data in sets:
             for index in range(min(pictures, len(data))):
-                rng = np.random.default_rng([settings.seed, number, index])
+                rng = np.random.default_rng(_seed(settings.seed, data.name, index))
                 try:
                     example = data.example(index, rng)
                     rgb = None if example.image is None else load_image(example.image)
@@ -85,15 +90,18 @@ def write_answers(
                     if key in known:
                         before += 1
                         continue
+                    if key in useless:
+                        left_out += 1
+                        continue
                     scene = teacher.encode(rgb) if scene is None else scene
-                    messages = _conversation(teacher, scene, annotation.style, annotation.messages[::2], settings)
+                    messages = _conversation(teacher, scene, annotation, settings, key)
                     if messages is None:
+                        _append(rest, {"from": key})
                         left_out += 1
                         continue
                     image = _file_of(example.image, rgb, folder)
                     row = {"image": image, "style": annotation.style, "messages": messages, "from": key}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
+                    _append(file, row)
                     written += 1
                 done += 1
                 if progress is not None:
@@ -101,14 +109,25 @@ def write_answers(
     return Written(written, before, left_out)
 
 
+def _append(file: IO[str], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _seed(*of: int | str) -> int:
+    """The seed of random choices that belong to these values alone."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(of).encode(), digest_size=8).digest(), "big")
+
+
 def _conversation(
-    teacher: Molmo, scene: Any, style: str, questions: Sequence[str], settings: AnswerSettings
+    teacher: Molmo, scene: Any, annotation: Annotation, settings: AnswerSettings, key: tuple[str, int, int]
 ) -> list[str] | None:
-    """Questions and answers in turn; None if an answer cannot be learned."""
+    """Questions and answers in turn; None if an answer cannot be learned. key: of the annotation."""
     history: list[tuple[str, str]] = []
     messages: list[str] = []
+    style = annotation.style
     tagged = style not in UNTAGGED | CONVERSATIONAL
-    for turn, question in enumerate(questions):
+    for turn, question in enumerate(annotation.messages[::2]):
         asked = f"{style}: {question}" if tagged and not turn else question
         answer = teacher.ask(
             scene,
@@ -117,7 +136,7 @@ def _conversation(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=settings.seed + turn,
+            seed=_seed(settings.seed, *key, turn),
         )
         if not answer.complete or not answer.text.strip() or _COORDS in answer.text:
             return None
@@ -154,7 +173,7 @@ def _check_settings(path: Path, now: dict[str, Any]) -> None:
 
 
 def _known(path: Path) -> set[tuple[str, int, int]]:
-    """The questions that have an answer. A last line that was cut off is removed."""
+    """The questions in a file of answers or of what is left out. A last line that was cut off is removed."""
     if not path.exists():
         return set()
     raw = path.read_bytes()
