@@ -39,7 +39,7 @@ class LossOptions:
     router_z_loss: Annotated[float, typer.Option(min=0, help="Weight of the routers' z-loss.")] = 0.0
     qat: Annotated[
         Literal["none", "int8", "q8", "q4", "mixed"],
-        typer.Option(help="Quantisation-aware training: use the weights as a bundle in this precision rounds them."),
+        typer.Option(help="Quantization-aware training: use the weights as a bundle in this precision rounds them."),
     ] = "none"
     qat_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps, at the end, with rounded weights, with --qat.")

@@ -1,9 +1,10 @@
-"""Quantisation-aware training: the forward pass sees the weights as an ONNX bundle will store them.
+"""Quantization-aware training: the forward pass sees the weights as an ONNX bundle will store them.
 
 Before a step every matrix is replaced by its rounded values, and after the backward pass by its own values again, to
 which the gradients are applied (straight-through estimator, arXiv 1308.3432). Formats, blocks and scales are those of
-the exporter (molmo_edge.export), and the rounded values equal those of an exported bundle exactly. The rounding of
-inputs at run time is not simulated.
+the exporter (molmo_edge.export), and the rounded values equal those of a bundle exactly that is exported without
+calibration and rotation. The rounding of inputs at run time is not simulated, and cached features of the towers
+(features.py) come from unrounded weights.
 """
 
 from __future__ import annotations
