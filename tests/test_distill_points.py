@@ -19,6 +19,7 @@ from molmo_edge.training.distillation import Distillation, DistillConfig, Distil
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.parallel import world
+from molmo_edge.training.taught_run import check_teacher
 from molmo_edge.training.teacher import Teacher, build_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +98,8 @@ def test_choices_need_the_same_tokens(models: tuple[Path, Path]) -> None:
     recipe, tokenizer = a_recipe(distill=DISTILL, max_crops=None), Tokenizer.from_file(TOKENIZER)
     with world("cpu") as here, pytest.raises(DistillError, match="these two differ"):
         build_teacher(models[1], changed, tokenizer, recipe, here, torch.float32)
+    check_teacher(models[1], read_config(models[0]), tokenizer, recipe)
+    with pytest.raises(DistillError, match="these two differ"):
+        check_teacher(models[1], changed, tokenizer, recipe)
+    with pytest.raises(DistillError, match="the choices of a grounding head are not cached"):
+        check_teacher(models[1], read_config(models[0]), tokenizer, recipe, cached=True)

@@ -22,6 +22,7 @@ from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
+from molmo_edge.training.run_checkpoints import completed_steps
 from molmo_edge.training.taught_run import open_teacher
 from molmo_edge.training.teacher import second_encoding
 from molmo_edge.training.teacher_cache import open_targets
@@ -93,6 +94,14 @@ def test_a_cache_pass_reports_and_begins_where_the_run_continues(
         assert expected in caplog.messages[-1]
         assert caplog.messages[-1].startswith(f"teacher: {4 - 2 * steps} of {4 - 2 * steps} batches")
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4, "of the second step"
+
+
+def test_the_steps_of_a_run_are_those_of_its_latest_whole_checkpoint(tmp_path: Path) -> None:
+    with world("cpu") as here:
+        assert completed_steps(tmp_path, here) == 0
+        for name in ("step-00000004", "step-00000012", "step-00000016.part"):
+            (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        assert completed_steps(tmp_path, here) == 12
 
 
 def test_only_what_is_missing_is_computed(
