@@ -379,7 +379,7 @@ def load_session(
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
     forks.leak_in_children(session)
-    if set(replaced) - {value.name for value in session.get_overridable_initializers()}:
+    if replaced and set(replaced) - {value.name for value in session.get_overridable_initializers()}:
         raise Unavailable(
             f"{path} cannot leave out image tokens: it has no rotary tables by the names of this version; export the "
             "model again, or open it without image_tokens"

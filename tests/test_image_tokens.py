@@ -212,10 +212,17 @@ def test_llama_cpp_itself_refuses_gaps() -> None:
         context.run(sequence, rows, 6)
 
 
-def test_engines_that_cannot_refuse_in_a_sentence(tmp_path: Path, saying: Callable[..., Molmo]) -> None:
-    pytest.importorskip("gguf")
+def test_llama_cpp_is_refused_in_a_sentence(cli: Any) -> None:
+    pytest.importorskip("llama_cpp")
+    model = gguf_bundle("molmoe", "f32")
     with pytest.raises(Unavailable, match="refuses positions with gaps"):
-        Molmo(gguf_bundle("molmoe", "f32"), image_tokens=0.5)
+        Molmo(model, image_tokens=0.5)
+    code, _, err = cli("plan", model, "--image-tokens", 0.5)
+    assert code == 1
+    assert "does not apply to a GGUF decoder" in err
+
+
+def test_engines_that_cannot_refuse_in_a_sentence(tmp_path: Path, saying: Callable[..., Molmo]) -> None:
     fake = saying("yes").engine
     with pytest.raises(EngineError, match="does not implement GappedRuntime"):
         Molmo.from_parts(fake.runtime, fake.tokenizer, image_tokens=0.5)
@@ -273,6 +280,3 @@ def test_commands_take_the_option(cli: Callable[..., tuple[int, str, str]]) -> N
     code, out, _ = cli("plan", model, "--image-tokens", 0.5, "--memory", "8GB")
     assert code == 0
     assert "--image-tokens 0.5" in out
-    code, _, err = cli("plan", gguf_bundle("molmoe", "f32"), "--image-tokens", 0.5)
-    assert code == 1
-    assert "does not apply to a GGUF decoder" in err
