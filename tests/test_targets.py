@@ -353,9 +353,9 @@ def test_a_provider_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPa
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
+    config, decoder = runtime("qwen").config, bundle("qwen") / "decoder.onnx"  # exported with real sessions
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    placement = place("cuda", "cpu", ALL, runtime("qwen").config)
-    engine = OnnxRuntime(runtime("qwen").config, {"decoder": bundle("qwen") / "decoder.onnx"}, placement=placement)
+    engine = OnnxRuntime(config, {"decoder": decoder}, placement=place("cuda", "cpu", ALL, config))
     with pytest.raises(Unavailable, match="has CUDAExecutionProvider but cannot start it"):
         engine.new_cache(4)
     engine.close()
