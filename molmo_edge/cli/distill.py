@@ -14,7 +14,6 @@ from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
 from molmo_edge.cli.train import ComputeOptions, LossOptions, with_forward
 from molmo_edge.cli.train_sets import DataOptions
-from molmo_edge.presets import PRESETS
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
@@ -83,9 +82,7 @@ def distill(
         Path, typer.Option(help="Folder of the data sets: DATA/NAME each, and DATA/images.", show_default=False)
     ],
     out: options.Out,
-    preset: Annotated[
-        str, typer.Option(help=f"Model whose training recipe to use: {', '.join(PRESETS)}.")
-    ] = "molmoe-1b",
+    preset: options.Preset = "molmoe-1b",
     lessons: TeacherOptions,
     schedule: ExpertOptions,
     answers: Annotated[
@@ -116,8 +113,7 @@ def distill(
     from molmo_edge.training.taught_run import check_teacher, open_teacher
     from molmo_edge.training.trainer import Trainer, build, cache_features, check_frozen
 
-    if preset not in PRESETS:
-        raise typer.BadParameter(f'"{preset}" is not a known preset (known: {", ".join(PRESETS)})')
+    options.check_preset(preset)
     recipe = with_forward(run.changed(recipe_for("multitask", preset), freeze), losses, compute)
     recipe = sets.choose(dataclasses.replace(recipe, distill=lessons.config()))
     directory, wise = options.starting_checkpoint(student, out), options.starting_checkpoint(teacher, out)

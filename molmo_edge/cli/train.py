@@ -15,7 +15,6 @@ from molmo_edge.cli import train_options as options
 from molmo_edge.cli.options import expand_options
 from molmo_edge.cli.output import note
 from molmo_edge.cli.train_sets import DataOptions
-from molmo_edge.presets import PRESETS
 from molmo_edge.sdk.readable_text import counted
 from molmo_edge.system.extras import with_extra
 
@@ -86,9 +85,7 @@ def _add_stage(stage: str, summary: str) -> None:
             Path, typer.Option(help="Folder of the data sets: DATA/NAME each, and DATA/images.", show_default=False)
         ],
         out: options.Out,
-        preset: Annotated[
-            str, typer.Option(help=f"Model whose training recipe to use: {', '.join(PRESETS)}.")
-        ] = "molmoe-1b",
+        preset: options.Preset = "molmoe-1b",
         sets: DataOptions,
         freeze: options.Freeze = "",
         run: options.RunOptions,
@@ -98,8 +95,7 @@ def _add_stage(stage: str, summary: str) -> None:
     ) -> None:
         from molmo_edge.training.recipe import recipe_for
 
-        if preset not in PRESETS:
-            raise typer.BadParameter(f'"{preset}" is not a known preset (known: {", ".join(PRESETS)})')
+        options.check_preset(preset)
         recipe = with_forward(run.changed(recipe_for(stage, preset), freeze), losses, compute)
         recipe = sets.choose(recipe)
         _run(start, recipe, lambda: sets.open(recipe, data), out, device, sets.features)

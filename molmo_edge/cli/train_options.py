@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.presets import PRESETS
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
@@ -26,8 +27,15 @@ Start = Annotated[str, typer.Option("--from", help="Checkpoint directory or hub 
 Out = Annotated[
     Path, typer.Option(help="Directory of the run: log, checkpoints and, at the end, model/.", show_default=False)
 ]
+Preset = Annotated[str, typer.Option(help=f"Model whose training recipe to use: {', '.join(PRESETS)}.")]
 Freeze = Annotated[str, typer.Option(help=f"Parts that are not trained: {_PARTS}")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+
+
+def check_preset(preset: str) -> None:
+    """Raise typer.BadParameter if the name is not in PRESETS."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f'"{preset}" is not a known preset (known: {", ".join(PRESETS)})')
 
 
 @dataclass(frozen=True)

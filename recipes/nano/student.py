@@ -15,12 +15,12 @@ from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.distillation import DistillConfig
 from molmo_edge.training.fake_quantization import Qat
-from molmo_edge.training.optimizer import OptimizerConfig, Rate
+from molmo_edge.training.optimizer import Rate
 from molmo_edge.training.parallel import world
-from molmo_edge.training.recipe import ExpertSchedule
+from molmo_edge.training.recipe import ExpertSchedule, Recipe
 from molmo_edge.training.regions import Names
 from molmo_edge.training.taught_run import open_teacher
-from molmo_edge.training.trainer import Data, Recipe, Trainer, build
+from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano import answers
 from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.pointing import load_grounding
@@ -37,12 +37,8 @@ RECIPE = replace(
     answers.RECIPE,
     steps=1000,
     forward=replace(answers.RECIPE.forward, balance_loss=0.01),
-    optimizer=OptimizerConfig(
-        connector=Rate(1e-4, 50),
-        decoder=Rate(3e-4, 50),
-        point_head=Rate(3e-4, 50),
-        floor=0.02,
-        weight_decay=0.01,
+    optimizer=replace(
+        answers.RECIPE.optimizer, connector=Rate(1e-4, 50), decoder=Rate(3e-4, 50), point_head=Rate(3e-4, 50)
     ),
     experts=ExpertSchedule(top_k=4, dense_share=0.0),
     distill=DistillConfig(divergence=1.0, cross_entropy=0.5, grounding=1.0),
