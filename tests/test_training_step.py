@@ -17,7 +17,7 @@ from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
 from molmo_edge.modeling import load_checkpoint
 from molmo_edge.modeling.decoder import SparseFFN, choose_experts, grouped_mm, mix_experts
-from molmo_edge.training.attention import packed_mask
+from molmo_edge.training.attention import Unpadded, packed_mask
 from molmo_edge.training.dropout import residual_dropout
 from molmo_edge.training.encoding import Batch, Encoder, Encoding, EncodingError, Sample, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable, router_losses
@@ -155,6 +155,55 @@ def test_flex_attention_equals_sdpa(kv_heads: int) -> None:
     dense = packed_mask(segments, "sdpa")
     expected = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=dense)
     torch.testing.assert_close(attend(q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_attention_without_padding_equals_sdpa(kv_heads: int, blocks: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor(
+        [[10000] * 40 + [1] * 30 + [2] * 50 + [-1] * 8, [10000] * 128, [10000] + [1] * 100 + [-1] * 27]
+    )
+    block = None
+    if blocks:
+        block = segments == 10000
+        block[:, 0] = False
+    q, k, v = (torch.randn(3, heads, 128, 16, generator=generator) for heads in (4, kv_heads, kv_heads))
+    wide = [t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v)]
+    mask = packed_mask(segments, "sdpa", block)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    unpadded = Unpadded.of(segments, [120, 128, 101], block)
+    one_row = [t.transpose(1, 2).flatten(0, 1)[unpadded.tokens].transpose(0, 1)[None] for t in (q, k, v)]
+    found = unpadded(*one_row)[0].transpose(0, 1)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(0, 1)[unpadded.tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_padding_has_the_same_losses_and_gradients() -> None:
+    encode = encoder()
+    samples = [encode(Example(picture(48 + 30 * i, i), QUESTIONS[: i + 1]), np.random.default_rng(i)) for i in range(2)]
+    samples.append(encode(Example(None, (QUESTIONS[2],)), np.random.default_rng(0)))
+    results = []
+    for kind in ("sdpa", "unpadded"):
+        molmo, _, _ = load_checkpoint(GOLDEN / "molmoe")
+        config = dataclasses.replace(PLAIN, attention=kind, balance_loss=0.1, router_z_loss=0.1)
+        model = Trainable(molmo, config).train()
+        sums = model(collate(samples))
+        (sums.cross_entropy + sums.z_loss + sums.router_loss).backward()
+        results.append((sums, gradients(model)))
+    (dense, wanted), (unpadded, found) = results
+    for name, one, other in zip(dense._fields, dense, unpadded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
+    largest = max(grad.abs().max() for grad in wanted.values())
+    for name, grad in wanted.items():  # that of a key's bias is zero up to rounding
+        assert (grad - found[name]).abs().max() <= 1e-5 * grad.abs().max() + 1e-7 * largest, name
+
+
+@pytest.mark.parametrize("config", [ForwardConfig(), ForwardConfig(answer_dropout=0.0, residual_dropout=0.1)])
+def test_dropout_needs_padding(config: ForwardConfig) -> None:
+    molmo, _, _ = load_checkpoint(GOLDEN / "molmoe")
+    with pytest.raises(MolmoEdgeError, match="not possible with dropout"):
+        Trainable(molmo, dataclasses.replace(config, attention="unpadded"))
 
 
 def test_dropout_drops_what_it_says() -> None:

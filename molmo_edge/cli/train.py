@@ -50,7 +50,11 @@ class ComputeOptions:
     """How a step is computed. These options do not change its result, except for rounding."""
 
     attention: Annotated[
-        Literal["auto", "flex", "sdpa"], typer.Option(help="Attention kernel; auto: FlexAttention on CUDA.")
+        Literal["auto", "flex", "sdpa", "unpadded"],
+        typer.Option(
+            help="Attention kernel; auto: FlexAttention on CUDA; on a CPU without dropout, unpadded: no padding in the "
+            "decoder."
+        ),
     ] = "auto"
     experts: Annotated[
         Literal["auto", "grouped", "loop", "wide"],

@@ -1,4 +1,4 @@
-"""The attention mask of packed sequences: dense for SDPA, a block mask for FlexAttention.
+"""The attention mask of packed sequences: dense for SDPA, a block mask for FlexAttention, or one without padding.
 
 Query i attends to key j if j <= i and segment[i] <= segment[j]: an annotation attends to the image, whose segment is
 the largest, and to itself. In a Molmo2 the tokens of a sequence's images attend to each other in both directions. Both
@@ -7,10 +7,13 @@ forms follow from segments and image tokens alone and are equal (tests/test_trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molmo_edge.modeling.decoder import Mask
@@ -29,6 +32,50 @@ def packed_mask(segments: Tensor, kind: str = "auto", block: Tensor | None = Non
     if block is not None:
         before = before | (block[:, :, None] & block[:, None, :])
     return ((segments[:, :, None] <= segments[:, None, :]) & before)[:, None]  # [batch, 1, n, n]
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """The tokens of a batch without its padding, in one row of N tokens.
+
+    On a CPU every padded token costs time, and so do the keys that a query does not attend to. Here each sequence has
+    its own attention: the image's tokens among themselves, and the text's to all of the sequence.
+    """
+
+    tokens: Tensor  # int64 [N]: which of the b * n tokens
+    lengths: Sequence[int]  # of each sequence
+    masks: Sequence[tuple[Tensor | None, Tensor | None]]  # of each sequence's image and text; None: causal, no text
+
+    @classmethod
+    def of(cls, segments: Tensor, lengths: Sequence[int], block: Tensor | None = None) -> Unpadded:
+        """segments int [b, n] and block bool [b, n] as `packed_mask` takes them; lengths: tokens of each sequence."""
+        masks: list[tuple[Tensor | None, Tensor | None]] = []
+        for row, n in enumerate(lengths):
+            own, blocks = segments[row : row + 1, :n], None if block is None else block[row : row + 1, :n]
+            first = int((own == own[:, :1]).int().cumprod(1).sum())
+            whole = cast(Tensor, packed_mask(own, "sdpa", blocks))
+            masks.append(
+                (None if block is None else whole[..., :first, :first], whole[..., first:, :] if first < n else None)
+            )
+        return cls((segments.flatten() >= 0).nonzero()[:, 0], lengths, masks)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, heads, N, head_dim], k and v [1, kv_heads, N, head_dim] -> as q."""
+        grouped, out = q.shape[1] != k.shape[1], []
+        for masks, *row in zip(self.masks, *(t.split(list(self.lengths), dim=2) for t in (q, k, v)), strict=True):
+            image, text = masks
+            own_q, own_k, own_v = row
+            first = own_q.shape[2] - (0 if text is None else text.shape[2])
+            head, tail = own_q[:, :, :first], own_q[:, :, first:]
+            keys, values = own_k[:, :, :first], own_v[:, :, :first]
+            out.append(
+                F.scaled_dot_product_attention(
+                    head, keys, values, attn_mask=image, is_causal=image is None, enable_gqa=grouped
+                )
+            )
+            if text is not None:
+                out.append(F.scaled_dot_product_attention(tail, own_k, own_v, attn_mask=text, enable_gqa=grouped))
+        return torch.cat(out, dim=2)
 
 
 def _flex(segments: Tensor, block: Tensor | None) -> Mask:

@@ -20,11 +20,11 @@ from molmo_edge.modeling import decoder
 from molmo_edge.modeling.decoder import Attention, DenseFFN, RMSNorm, Routing, SparseFFN, layer_tables
 from molmo_edge.modeling.linear import match
 from molmo_edge.modeling.model import Molmo
-from molmo_edge.training.attention import packed_mask
+from molmo_edge.training.attention import Unpadded, packed_mask
 from molmo_edge.training.attention_loss import AttentionLoss, attention_loss
 from molmo_edge.training.distill_loss import token_divergence
 from molmo_edge.training.distillation import Distillation, TeacherTargets
-from molmo_edge.training.dropout import residual_dropout
+from molmo_edge.training.dropout import ResidualDropout, residual_dropout
 from molmo_edge.training.encoding import Batch
 from molmo_edge.training.grounding import PointScores, choice_loss, embed_points, point_divergence, point_scores
 from molmo_edge.training.regions import GroundingHead, Names, heat_loss
@@ -45,7 +45,7 @@ class ForwardConfig:
     z_loss: float = 1e-4  # times the squared logsumexp of the logits
     balance_loss: float = 0.0  # of the routers; Molmo was trained without
     router_z_loss: float = 0.0
-    attention: str = "auto"  # "sdpa", "flex"
+    attention: str = "auto"  # "sdpa", "flex", "unpadded": one row without padding, chosen on a CPU where possible
     experts: str = "auto"  # "grouped", "loop", "wide"
     recompute: bool = True  # recompute the activations of blocks in the backward pass instead of keeping them
     grounding: float = 0.0  # weight of the loss on regions (regions.py)
@@ -108,6 +108,10 @@ class Trainable(nn.Module):
             )
         if config.experts == "grouped" and decoder.grouped_mm is None:
             raise ForwardError(f"grouped experts need PyTorch 2.10, this is {torch.__version__}: choose loop or wide")
+        if config.attention == "unpadded" and (
+            config.attention_loss or config.residual_dropout or config.answer_dropout
+        ):
+            raise ForwardError("attention unpadded is not possible with dropout or attention_loss: choose auto or sdpa")
         super().__init__()
         self.molmo, self.config, self.names = molmo, config, names
         self.grounding = GroundingHead(molmo.config) if names is not None else None
@@ -197,18 +201,34 @@ class Trainable(nn.Module):
         rows = x.flatten(0, 1).index_add(0, batch.cells_at, cells.to(x.dtype))
         if molmo.point_head is not None and batch.points is not None and batch.pooling is not None:
             rows = embed_points(rows, molmo.point_head, batch.points, features, batch.pooling, cells)
-        x = rows.view_as(x)
-        mask = packed_mask(batch.segments, c.attention, batch.block)
         rates = (c.residual_dropout, c.answer_dropout) if self.training else (0.0, 0.0)
         dropout = residual_dropout(batch, *rates)
-        tables = layer_tables(batch.positions, molmo.config.decoder)
+        unpadded = Unpadded.of(batch.segments, batch.lengths, batch.block) if self._unpads(batch, dropout) else None
+        if unpadded is None:
+            x, positions, answered = rows.view_as(x), batch.positions, batch.answered
+        else:
+            x = rows.index_select(0, unpadded.tokens)[None]
+            positions = batch.positions.flatten()[unpadded.tokens][None]
+            answered = torch.searchsorted(unpadded.tokens, batch.answered)
+        mask = unpadded or packed_mask(batch.segments, c.attention, batch.block)
+        tables = layer_tables(positions, molmo.config.decoder)
         self._attended, self._recomputing = batch, False
         for block, (cos, sin) in zip(molmo.decoder.blocks, tables, strict=True):
             x = self._run(block, x, cos, sin, mask, None, dropout)
             if layers is not None and self.keeps_layers:
-                layers.append(x.flatten(0, 1).index_select(0, batch.answered))
+                layers.append(x.flatten(0, 1).index_select(0, answered))
         self._recomputing = True
+        if unpadded is not None:
+            x = torch.zeros_like(rows, dtype=x.dtype).index_copy(0, unpadded.tokens, x[0]).view(*batch.ids.shape, -1)
         return x
+
+    def _unpads(self, batch: Batch, dropout: ResidualDropout | None) -> bool:
+        """Whether the decoder runs without padding: not where something counts on rows of equal length."""
+        kind = self.config.attention
+        if kind == "auto":
+            possible = dropout is None and self.config.attention_loss is None
+            return possible and batch.ids.device.type == "cpu"
+        return kind == "unpadded"
 
     def _supervise(self, attention: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         """A hook of the supervised layer: its loss, from the rotated queries and keys.
@@ -286,7 +306,7 @@ class Trainable(nn.Module):
         loss = torch.zeros((), device=batch.ids.device)
         if routing is None or not (c.balance_loss or c.router_z_loss):
             return loss
-        real = (batch.segments >= 0).flatten()
+        real = _real(batch, len(routing.logits[0]))
         for logits, experts in zip(routing.logits, routing.experts, strict=True):
             balance, z = router_losses(logits, experts, real)
             loss = loss + c.balance_loss * balance + c.router_z_loss * z
@@ -296,7 +316,7 @@ class Trainable(nn.Module):
     def _load(self, batch: Batch) -> Tensor:
         if self.routing is None or not self.routing.experts:
             return torch.zeros(0, 0, dtype=torch.long, device=batch.ids.device)
-        real = (batch.segments >= 0).flatten()
+        real = _real(batch, len(self.routing.experts[0]))
         n = self.molmo.config.decoder.n_experts
         return torch.stack([expert_counts(experts, real, n) for experts in self.routing.experts])
 
@@ -333,6 +353,12 @@ def _answer_sums(
         log_probs, ids, matched = teacher
         divergence = matched * token_divergence(logits, log_probs, ids, *compared)
     return torch.stack([(values * weights).sum() for values in (ce, z, correct, divergence)])
+
+
+def _real(batch: Batch, tokens: int) -> Tensor:
+    """bool [tokens]: which of the decoder's tokens are not padding. A decoder that ran without padding has fewer."""
+    real = (batch.segments >= 0).flatten()
+    return real if len(real) == tokens else real.new_ones(tokens)
 
 
 def expert_counts(experts: Tensor, real: Tensor, n_experts: int) -> Tensor:

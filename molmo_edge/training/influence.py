@@ -38,7 +38,8 @@ def measure_influence(model: Trainable, batches: Iterable[Batch]) -> Influence:
     def watch(number: int) -> None:
         def hook(_block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             turned = 1 - F.cosine_similarity(args[0].float(), output.float(), dim=-1)
-            turned = turned[real[0]] if number < len(molmo.decoder.blocks) else turned.flatten()
+            padded = number < len(molmo.decoder.blocks) and turned.shape == real[0].shape
+            turned = turned[real[0]] if padded else turned.flatten()
             sums[number] += float(turned.sum())
             counts[number] += turned.numel()
 
