@@ -39,9 +39,14 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=740, help="length of the prompt; a photo of 640x480 takes 740")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--floor", action="store_true", help="only the bandwidth and the bytes per token, as JSON")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle, hashes=False)
     bandwidth = _bandwidth(args.threads)
+    if args.floor:
+        read = _bytes_per_token(bundle, args.positions)
+        print(json.dumps({"bandwidth_gb_s": bandwidth / 1e9, "bytes_per_token": read}))
+        return
     vision = _vision(bundle, args.threads)
     prefill, decode, seconds = _decoder(bundle, args.threads, args.positions, args.tokens)
     read = _bytes_per_token(bundle, args.positions)

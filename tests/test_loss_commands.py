@@ -85,6 +85,12 @@ def test_loss_prints_what_was_lost(cli: Cli, photos: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "loss.json"}
     copy, int8 = json.loads((tmp_path / "report" / "loss.json").read_text())["candidates"]
     assert copy["figures"]["kl_mean"]["value"] == 0 < int8["figures"]["kl_mean"]["value"]
+    status, stdout, _ = cli(*arguments, "--kinds", "read, absent", "--noise", "none", "--quiet", "--json")
+    assert status == 0
+    assert {group.split("/")[0] for group in json.loads(stdout)["candidates"][0]["scores"]} == {"read", "absent"}
+    status, _, stderr = cli(*arguments, "--kinds", "read,poems")
+    assert status == 2
+    assert '"poems"' in stderr
 
 
 def test_plain_photos_are_compared_without_scores(cli: Cli, golden: Path, tmp_path: Path) -> None:

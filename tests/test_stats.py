@@ -27,6 +27,16 @@ def test_no_samples_give_nan() -> None:
     assert math.isnan(quantile([], [], 0.5).value)
 
 
+def test_the_samples_for_a_narrower_interval() -> None:
+    """A tenth of the width takes a hundred times the samples."""
+    assert Estimate(0.2, 0.1, 0.3, 40).samples_for(0.01) == pytest.approx(4000, abs=1)
+    values = np.random.default_rng(1).normal(size=4000)
+    few, many = mean(values[:500], range(500)), mean(values, range(4000))
+    assert few.samples_for((many.high - many.low) / 2) == pytest.approx(4000, rel=0.3)
+    assert Estimate(0.2, 0.2, 0.2, 40).samples_for(0.01) is None
+    assert Estimate(0.2, math.nan, math.nan, 40).samples_for(0.01) is None
+
+
 def test_equal_values_have_an_interval_of_no_width() -> None:
     found = mean([0.0] * 6, "aabbcc")
     assert (found.value, found.low, found.high, found.n) == (0, 0, 0, 6)

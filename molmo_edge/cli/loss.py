@@ -11,7 +11,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table, progress
-from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, of_kinds, open_suites
 from molmo_edge.sdk.readable_text import counted
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def loss(
     candidates: Annotated[list[str], typer.Argument(help="The smaller models.", show_default=False)],
     *,
     suite: Asked.Suite = None,
+    kinds: Asked.Kinds = None,
     limit: Asked.Limit = None,
     data: Asked.Data = None,
     report: Annotated[Path | None, typer.Option(help=_REPORT, show_default=False)] = None,
@@ -61,6 +62,7 @@ def loss(
 
         check_report(report)
     names, questions = open_suites(suite, limit, data, quiet=quiet)
+    questions = of_kinds(questions, kinds)
 
     def model(name: str) -> ModelSpec:
         directory = find_model(None if name == "nano" else name, revision=None, quiet=quiet)
@@ -110,7 +112,7 @@ def loss(
 
 
 def _print(found: Loss) -> None:
-    from molmo_edge.evaluation.loss_tables import columns, metric_rows, score_rows, summary_rows
+    from molmo_edge.evaluation.loss_tables import columns, metric_rows, needed_lines, score_rows, summary_rows
 
     print(
         f"{found.reference.name} ({found.engine}, {found.reference.bytes / 1e6:.1f} MB) on {', '.join(found.suites)}: "
@@ -129,6 +131,8 @@ def _print(found: Loss) -> None:
         "Brackets: 95 % confidence intervals. Scores: the candidate's and its change. "
         "Noise: the reference with slightly changed inputs or precision."
     )
+    for line in needed_lines(found):
+        print(line)
 
 
 def _head(model: ModelLoss, found: Loss) -> str:

@@ -22,8 +22,16 @@ _SUITE = (
 )
 
 
+_KINDS = (
+    "Ask only these kinds of questions, separated by commas: point, count, absent, read, clock, caption, task (of a "
+    "benchmark), unscored."
+)
+
+
 class Asked:
     """Options that choose questions."""
+
+    Kinds = Annotated[str | None, typer.Option(help=_KINDS, show_default=False)]
 
     Suite = Annotated[str | None, typer.Option(help=_SUITE, show_default=False)]
     Limit = Annotated[
@@ -65,6 +73,18 @@ class SkippedImages:
         if self._count:
             print_error(f"{counted(self._count, 'image')} could not be read")
             raise typer.Exit(1)
+
+
+def of_kinds(questions: list[Question], kinds: str | None) -> list[Question]:
+    """The questions of the kinds that are listed in `kinds`; None: all. Raises BadParameter if there are none."""
+    if kinds is None:
+        return questions
+    chosen = {kind.strip() for kind in kinds.split(",")}
+    there = {question.kind for question in questions}
+    if unknown := chosen - there:
+        message = f'no question is of the kind "{min(unknown)}" (there are: {", ".join(sorted(there))})'
+        raise typer.BadParameter(message, param_hint="--kinds")
+    return [question for question in questions if question.kind in chosen]
 
 
 def named(name: str) -> str:

@@ -10,6 +10,7 @@ from molmo_edge.evaluation.metrics import METRICS
 from molmo_edge.sdk.readable_text import counted
 
 _MOST, _LITTLE = 2 / 3, 1 / 3  # shares of the KL divergence above and below which one side is named
+_HALF_A_POINT = 0.005  # of F1, as 0 to 1
 _ABOVE_NOISE = 3.0  # times the noise; a smaller divergence is not counted as a loss
 
 
@@ -80,6 +81,20 @@ def score_rows(models: Sequence[ModelLoss]) -> list[Row]:
         for group, by_name in models[0].scores.items()
         for name, score in by_name.items()
     ]
+
+
+def needed_lines(loss: Loss) -> list[str]:
+    """For each candidate, how many pointing questions an interval of half a point of F1 takes."""
+    lines = []
+    for model in loss.candidates:
+        groups = [name for name in model.scores if name.startswith("point/") and "f1" in model.scores[name]]
+        if not groups:
+            continue
+        group = "point/all" if "point/all" in groups else groups[0]
+        n = model.scores[group]["f1"].difference.samples_for(_HALF_A_POINT)
+        if n is not None:
+            lines.append(f"{model.info.name}: an interval of ±0.5 points of {group} f1 takes about {n} questions")
+    return lines
 
 
 def metric_rows(models: Sequence[ModelLoss]) -> list[Row]:

@@ -40,6 +40,14 @@ class Estimate:
         """ "value [low, high]"."""
         return f"{number(self.value)} {self.interval(number)}".rstrip()
 
+    def samples_for(self, half_width: float) -> int | None:
+        """The samples, with as many for each image, with which an interval like this one is +- `half_width` wide.
+
+        An interval narrows with the square root of the number of samples. None if it is unknown or has no width.
+        """
+        width = self.high - self.low
+        return math.ceil(self.n * (width / (2 * half_width)) ** 2) if width > 0 else None
+
 
 EMPTY = Estimate(math.nan, math.nan, math.nan, 0)
 
