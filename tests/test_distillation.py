@@ -24,7 +24,7 @@ from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
-from molmo_edge.training.teacher import build_teacher
+from molmo_edge.training.teacher import build_teacher, shares_towers
 from molmo_edge.training.trainer import Data, Trainer, build, cache_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,9 +36,19 @@ def recipe(config: DistillConfig, **changes: Any) -> Recipe:
 
 
 def distill(
-    student: Path, teacher: Path, out: Path, used: Recipe, *, stop: int | None = None, features: Path | None = None
+    student: Path,
+    teacher: Path,
+    out: Path,
+    used: Recipe,
+    *,
+    stop: int | None = None,
+    features: Path | None = None,
+    same_towers: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """The lines of the log of a run. stop: steps after which the process disappears."""
+    """The lines of the log of a run. stop: steps after which the process disappears.
+
+    same_towers: sets the attribute of the trainer.
+    """
     config, source = read_config(student), open_tensors(student)
     tokenizer = Tokenizer.from_file(student / "tokenizer.json")
     data = Data([NOISE], [1.0], [NOISE])
@@ -52,6 +62,8 @@ def distill(
             teacher, config, tokenizer, used, here, torch.float32, features=caches[1], student_features=caches[0]
         )
         trainer = Trainer(model, tokenizer, data, used, out, here, caches[0], online)
+        if same_towers is not None:
+            trainer.same_towers = same_towers
         if stop is not None:
             update = trainer.update
 
@@ -119,6 +131,31 @@ def test_cached_features_of_two_towers(small_molmoe: Path, teacher: Path, tmp_pa
     for step, line in crops.items():
         for name in ("loss", "divergence", "hidden_loss", "image_loss"):
             assert cached[step][name] == pytest.approx(line[name], rel=1e-4), (step, name)
+
+
+def test_features_of_the_same_frozen_towers_are_computed_once(
+    small_checkpoints: dict[str, Path], small_molmoe: Path, teacher: Path, tmp_path: Path
+) -> None:
+    student = small_checkpoints["dense"]
+    used = recipe(DistillConfig(image=1.0), frozen=("vision",), steps=2)
+    runs = [losses(distill(student, student, tmp_path / str(s), used, same_towers=s)) for s in (True, False)]
+    for step, line in runs[0].items():
+        for name in ("loss", "divergence", "image_loss", "norm_connector"):
+            assert runs[1][step][name] == pytest.approx(line[name], rel=1e-6, abs=1e-9), (step, name)
+    with world("cpu") as here:
+        models = {
+            name: build(read_config(path), open_tensors(path), name, replaced, here).molmo
+            for name, path, replaced in (
+                ("frozen", student, used),
+                ("trained", student, recipe(DistillConfig())),
+                ("other", teacher, used),
+                ("molmoe", small_molmoe, used),
+            )
+        }
+    assert shares_towers(models["frozen"], models["trained"])
+    assert not shares_towers(models["trained"], models["frozen"]), "the student's would change"
+    assert not shares_towers(models["frozen"], models["other"])
+    assert shares_towers(models["frozen"], models["molmoe"]), "another decoder, but the same towers"
 
 
 def test_layers_are_matched_by_depth() -> None:

@@ -35,6 +35,8 @@ from molmo_edge.training.parallel import World
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.sharding import Layout, shard
 
+_TOWERS = ("vision.", "conv_tower.")
+
 
 class TargetSource(Protocol):
     """What gives the trainer the targets of its batches."""
@@ -171,6 +173,16 @@ class OnlineTeacher:
     def validation_second(self) -> SecondEncoding | None:
         """As `second`, for validation sets."""
         return None if self.second is None else self.second.validating()
+
+
+def shares_towers(student: Molmo, teacher: Molmo) -> bool:
+    """Whether both have the same towers, and always will: equal weights, which are not trained."""
+    ours, theirs = student.config, teacher.config
+    if (ours.vision, ours.image, ours.conv_tower) != (theirs.vision, theirs.image, theirs.conv_tower):
+        return False
+    own = dict(student.named_parameters())
+    towers = [(own[name], p) for name, p in teacher.named_parameters() if name.startswith(_TOWERS)]
+    return all(not a.requires_grad and torch.equal(a.to(b.dtype), b) for a, b in towers)
 
 
 def build_teacher(

@@ -46,7 +46,7 @@ from molmo_edge.training.regions import GroundingHead, Names
 from molmo_edge.training.run_checkpoints import CHECKPOINTS, Checkpoints, ResumeError, SaveError
 from molmo_edge.training.sharding import shard, sparse_layers
 from molmo_edge.training.stopping import StopRequest, stop_requests
-from molmo_edge.training.teacher import TargetSource
+from molmo_edge.training.teacher import OnlineTeacher, TargetSource, shares_towers
 from molmo_edge.training.telemetry import Log, Window
 
 SHARD_BYTES = 5_000_000_000
@@ -174,6 +174,12 @@ class Trainer:
             check_frozen(recipe)
         assert (teacher is None) == (model.distillation is None)
         self.teacher = teacher
+        # Then the features are computed once for both. Not with sharded weights: the towers would not be gathered.
+        self.same_towers = (
+            isinstance(teacher, OnlineTeacher)
+            and (teacher.second is None and features is None and here.ranks == 1)
+            and shares_towers(model.molmo, teacher.model.molmo)
+        )
         self.model, self.tokenizer, self.data, self.recipe, self.here = model, tokenizer, data, recipe, here
         self.directory = directory
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
@@ -355,12 +361,16 @@ class Trainer:
         return self.rounded.weights()
 
     def _forward(self, one: MicroBatch) -> Sums:
-        kind, targets = self.here.device.type, None
-        if self.teacher is not None and (self.model.training or self.teacher.validates):
-            targets = self.teacher.targets(one, self.here.device)
+        batch, targets = one.batch.to(self.here.device), None
         # Without autocast's cache: each weight is used once, and the cache would keep a copy of all of them.
-        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            return cast(Sums, self.model(one.batch.to(self.here.device), targets))
+        mixed = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
+        with torch.autocast(self.here.device.type, self.dtype, **mixed):
+            if self.same_towers:
+                with torch.no_grad():
+                    batch = dataclasses.replace(batch, features=self.model.features(batch))
+            if self.teacher is not None and (self.model.training or self.teacher.validates):
+                targets = self.teacher.targets(dataclasses.replace(one, batch=batch), self.here.device)
+            return cast(Sums, self.model(batch, targets))
 
     def _count(self, micro: Sequence[MicroBatch], load: Tensor | None, window: Window) -> None:
         for one in micro:
