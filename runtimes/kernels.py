@@ -52,17 +52,21 @@ def installed() -> Kernels | None:
     return Kernels(package.__version__, kernel, package.library(), reason)
 
 
-def use_kernels(path: Path, options: Any) -> bytes | None:
-    """Register the kernels in onnxruntime's `options` and return the graph that uses them.
-
-    None if they are not installed, not faster or switched off, or if they compute none of the graph's nodes. A library
-    that does not load counts as not installed; `molmo-edge doctor` says why.
-    """
+def usable() -> Kernels | None:
+    """The installed package if it is used. A library that does not load counts as not installed; see `doctor`."""
     try:
         found = installed()
     except OSError:
         return None
-    if found is None or found.reason is not None:
+    return None if found is None or found.reason is not None else found
+
+
+def use_kernels(path: Path, options: Any) -> bytes | None:
+    """Register the kernels in onnxruntime's `options` and return the graph that uses them.
+
+    None if they are not installed, not faster or switched off, or if they compute none of the graph's nodes.
+    """
+    if (found := usable()) is None:
         return None
     try:
         changed = moved(path.read_bytes())
@@ -93,6 +97,23 @@ def moved(model: bytes) -> bytes | None:
         return None
     opset = _message(_OPSET_DOMAIN, DOMAIN.encode()) + _varint(_OPSET_VERSION << 3) + _varint(1)
     return bytes(result + _message(_MODEL_OPSET, opset))
+
+
+def mapped_bytes(path: Path) -> int:
+    """The bytes of the weights of a large graph that the kernels read where they lie in the file beside it."""
+    try:
+        model = memoryview(path.read_bytes())
+        return sum(map(_mapped_bytes, _all(model, _MODEL_GRAPH)))
+    except (OSError, LookupError, ValueError):  # a damaged file: onnxruntime reports it
+        return 0
+
+
+def _mapped_bytes(graph: memoryview) -> int:
+    tensors = list(_all(graph, _GRAPH_INITIALIZER))
+    shapes, sizes = dict(map(_initializer, tensors)), dict(map(_external_bytes, tensors))
+    read = {bytes(name).decode() for node in _all(graph, _GRAPH_NODE) if _computable(node, shapes)
+            for name in _all(node, _NODE_INPUT)}  # fmt: skip
+    return sum(sizes.get(name, 0) for name in read)
 
 
 def _computable(node: memoryview, shapes: dict[str, tuple[int, ...]]) -> bool:
@@ -131,7 +152,8 @@ _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_INPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_STRING = 1, 2, 3, 4
-_TENSOR_DIMENSIONS, _TENSOR_NAME = 1, 8
+_TENSOR_DIMENSIONS, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 8, 13
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
@@ -211,3 +233,9 @@ def _initializer(data: memoryview) -> tuple[str, tuple[int, ...]]:
                 size, at = _read_varint(value, at)
                 shape.append(size)
     return _text(data, _TENSOR_NAME), tuple(shape)
+
+
+def _external_bytes(data: memoryview) -> tuple[str, int]:
+    """The name of a tensor and how much of it is in another file."""
+    where = {_text(entry, _ENTRY_KEY): _text(entry, _ENTRY_VALUE) for entry in _all(data, _TENSOR_EXTERNAL)}
+    return _text(data, _TENSOR_NAME), int(where.get("length", 0))

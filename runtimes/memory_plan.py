@@ -7,6 +7,7 @@ The weights are those of the files; the other parts are formulas whose factors w
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from molmo_edge.checkpoints.tensor_names import hub_layout, hub_shapes
 from molmo_edge.config import MolmoConfig
 from molmo_edge.frontend.crops import image_token_count, kept_cells
 from molmo_edge.modeling.weight_sizes import ACTIVATIONS, component_bytes, component_of
+from molmo_edge.runtimes.kernels import mapped_bytes
 
 # Bytes for each number of a cache of llama.cpp, with the scales of its blocks of 32.
 CACHE_WIDTHS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
@@ -43,6 +45,8 @@ _WIDTHS = {
         "q8_0": (1.01, 1.13, 1.0, 1.07, 1.07, 1.07, 1.07),
     }.items()
 }
+# Those of four bits on ONNX Runtime, which the compiled kernels read from the mapped file.
+_FOUR_BIT = {"mixed": ("ffn", "moe"), "q4": ("attention", "ffn", "moe", "head")}
 BUNDLE_PRECISIONS = tuple(_WIDTHS)
 GGUF_PRECISIONS = ("q4_k_m", "q8_0")
 
@@ -54,7 +58,8 @@ class Weights:
     engine: str  # "onnxruntime", "llama.cpp" or "pytorch"
     precision: str
     parts: Mapping[str, int]  # resident, by component
-    mapped: Mapping[str, int]  # of a GGUF: pages of the file, which the system may drop and read again
+    # Pages of a file, which the system may drop and read again: a GGUF, and what the compiled kernels compute.
+    mapped: Mapping[str, int]
     stored: int  # size of the files
     largest: int  # of the matrix that is held twice while it is loaded
 
@@ -62,6 +67,11 @@ class Weights:
     def resident(self) -> int:
         """All that has to be in memory, without the mapped pages."""
         return sum(self.parts.values())
+
+    @property
+    def loaded(self) -> int:
+        """What is in memory before the first question. llama.cpp reads its file then, the kernels on demand."""
+        return self.resident + (sum(self.mapped.values()) if self.engine == "llama.cpp" else 0)
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,18 @@ class Plan:
         """The largest of the three phases."""
         return max(self.loading, self.encoding, self.answering)
 
+    @property
+    def needed(self) -> int:
+        """The peak without the mapped pages. With little more memory than this, they are read from the disk again."""
+        return self.peak - sum(self.weights.mapped.values())
 
-def bundle_weights(bundle: Bundle) -> Weights:
-    """The weights of a bundle, from its manifest."""
+
+def bundle_weights(bundle: Bundle, *, kernels: bool = False) -> Weights:
+    """The weights of a bundle, from its manifest.
+
+    `kernels`: the compiled kernels are used (molmo_edge.runtimes.kernels). What they read from the mapped file is
+    taken from the decoder's graph, or estimated from the configuration if only the manifest is here.
+    """
     components = bundle.components
     parts, mapped, stored = {}, {}, sum(component.bytes for component in components.values())
     gguf = components["decoder"].engine == "gguf"
@@ -99,17 +118,40 @@ def bundle_weights(bundle: Bundle) -> Weights:
         elif name == "embed_tokens":  # rows are read from the file on demand; the factors of ONNX count an int8 table
             parts[name] = graph + (0 if gguf or components[name].precision != "int8" else data.bytes)
         else:
-            parts[name] = graph + int(_PACKED * data.bytes)
+            read = _read_by_kernels(bundle) if kernels and name == "decoder" else 0
+            if read:
+                mapped[name] = read
+            parts[name] = graph + int(_PACKED * (data.bytes - read))
     engine = "llama.cpp" if gguf else "onnxruntime"
     large = f"{'vision_encoder' if gguf else 'decoder'}_data" in components
     share = _head(bundle.config) * _WIDTHS["mixed"]["head"] if large and not gguf else 0
     return Weights(engine, components["decoder"].precision, parts, mapped, stored, int(share))
 
 
-def bundle_weights_of(config: MolmoConfig, precision: str) -> Weights:
-    """The weights of a bundle that was not exported yet, in one of BUNDLE_PRECISIONS."""
+def _read_by_kernels(bundle: Bundle) -> int:
+    """The bytes of the decoder that the kernels read from the mapped file."""
+    decoder, data = bundle.components["decoder"], bundle.components["decoder_data"]
+    path = bundle.directory / decoder.file
+    if path.is_file():
+        return mapped_bytes(path)
+    return min(data.bytes, int(_four_bit_bytes(bundle.config, decoder.precision)))
+
+
+def _four_bit_bytes(config: MolmoConfig, precision: str) -> float:
+    """The bytes of the decoder's four-bit weights on ONNX Runtime."""
+    if precision not in _FOUR_BIT:
+        return 0.0
+    return sum(
+        count
+        for (part, kind), count in _kinds(config, precision).items()
+        if part == "decoder" and kind in _FOUR_BIT[precision]
+    )
+
+
+def _kinds(config: MolmoConfig, precision: str) -> dict[tuple[str, str], float]:
+    """Bytes by component and kind of weight."""
     widths, shapes = _WIDTHS[precision], hub_shapes(config)
-    total = dict.fromkeys(("vision", "connector", "embeddings", "decoder"), 0.0)
+    total: dict[tuple[str, str], float] = defaultdict(float)
     for parameter, slot in hub_layout(config).items():
         kind = component = component_of(parameter)
         if component == "decoder":
@@ -117,12 +159,24 @@ def bundle_weights_of(config: MolmoConfig, precision: str) -> Weights:
                 kind = "moe" if config.decoder.n_experts else "ffn"
             else:
                 kind = "head" if "head" in parameter else "attention"
-        total[component] += len(slot) * math.prod(shapes[slot[0]]) * widths[kind]
+        total[component, kind] += len(slot) * math.prod(shapes[slot[0]]) * widths[kind]
+    return total
+
+
+def bundle_weights_of(config: MolmoConfig, precision: str, *, kernels: bool = False) -> Weights:
+    """The weights of a bundle that was not exported yet, in one of BUNDLE_PRECISIONS. `kernels`: see bundle_weights."""
+    widths = _WIDTHS[precision]
+    total = dict.fromkeys(("vision", "connector", "embeddings", "decoder"), 0.0)
+    for (component, _), count in _kinds(config, precision).items():
+        total[component] += count
     stored = sum(total.values())
     gguf = precision in GGUF_PRECISIONS
     if gguf:  # llama.cpp's file has a table of embeddings, too
         table = config.decoder.embedding_size * config.decoder.d_model * widths["attention"]
         mapped, stored = {"decoder": int(total.pop("decoder") + table)}, stored + table
+    elif kernels and (read := int(_four_bit_bytes(config, precision))):
+        mapped = {"decoder": read}
+        total["decoder"] -= read
     else:
         mapped = {}
     if gguf or widths["embeddings"] == 4:
@@ -166,7 +220,7 @@ def predict(
     d = config.decoder
     keys = int(2 * d.n_layers * d.kv_dim * positions * CACHE_WIDTHS[kind])
     process = _PROCESS[weights.engine]
-    loaded = process + weights.resident + sum(weights.mapped.values())
+    loaded = process + weights.loaded
     encoding, kept = _vision(config, crops + 1, whole)
     if weights.engine == "pytorch":
         working = encoding = ACTIVATIONS

@@ -19,8 +19,8 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.kernels import ONNXRUNTIME, use_kernels
-from molmo_edge.runtimes.memory_plan import bundle_weights
+from molmo_edge.runtimes.kernels import ONNXRUNTIME, usable, use_kernels
+from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
     Cache,
@@ -36,11 +36,13 @@ from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.runtimes.rotary_inputs import declared_inputs, table_names
 from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
-from molmo_edge.system.memory import check_room
+from molmo_edge.system.memory import available_memory, check_room, give_back
 
 _T = TypeVar("_T")
 
 _CHUNK = 512  # positions of a prompt per decoder run; bounds the memory of activations
+# Where weights are read from the disk again for each run, fewer runs are worth more than the activations' memory.
+_SCARCE_CHUNK = 1024
 _SMALL_CROPS = 8  # crops per run of a small vision tower
 
 
@@ -53,7 +55,15 @@ def open_bundle_runtime(
     check_bundle_room(bundle, placement)
     files = {name: bundle.path(name) for name in (*GRAPHS, *_point_head(bundle))}
     drafting = bundle.components["decoder"].drafting
-    return OnnxRuntime(bundle.config, files, threads=threads, placement=placement, gaps=gaps, drafting=drafting)
+    return OnnxRuntime(
+        bundle.config,
+        files,
+        threads=threads,
+        placement=placement,
+        gaps=gaps,
+        drafting=drafting,
+        scarce=memory_is_scarce(bundle, placement),
+    )
 
 
 def _point_head(bundle: Bundle) -> tuple[str, ...]:
@@ -88,12 +98,26 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
 
 
 def check_bundle_room(bundle: Bundle, placement: Placement) -> None:
-    """Raise RoomError if the weights do not fit into memory. A GGUF is mapped and does not count."""
+    """Raise RoomError if the weights do not fit into memory. What is read from a mapped file does not count."""
     if placement.device == "cpu":
-        weights = bundle_weights(bundle)
+        weights = bundle_weights(bundle, kernels=kernels_used())
         parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
         what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
         check_room(weights.resident + weights.largest, what)
+
+
+def memory_is_scarce(bundle: Bundle, placement: Placement) -> bool:
+    """Whether the mapped weights will not stay in memory, besides what has to."""
+    if placement.device != "cpu":
+        return False
+    weights = bundle_weights(bundle, kernels=kernels_used())
+    free = available_memory()
+    return bool(weights.mapped) and free is not None and predict(bundle.config, weights).peak > free
+
+
+def kernels_used() -> bool:
+    """Whether large graphs run on the compiled kernels on the CPU."""
+    return usable() is not None and _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -120,8 +144,12 @@ class OnnxRuntime:
         placement: Placement = Placement(),  # noqa: B008 (frozen)
         gaps: bool = False,
         drafting: bool = False,
+        scarce: bool = False,
     ) -> None:
         """`mapped`: leave weights in their files, which is slower but uses almost no memory.
+
+        `scarce`: the decoder's mapped weights do not fit into the memory that is left. Then the vision tower is closed
+        after each image, and loaded again for the next one, and long prompts run in larger parts.
 
         `gaps`: load the decoder so that positions can have gaps, see GappedRuntime. `drafting`: the decoder was
         exported with this option, see molmo_edge.export.decoder_graph.
@@ -130,6 +158,7 @@ class OnnxRuntime:
         self.drafts: Literal["", "exact"] = "exact" if drafting else ""  # see DraftRuntime
         self._replaced = table_names(config.decoder) if gaps else ()  # initializers of the decoder
         self._files, self._mapped, self._placement = files, mapped, placement
+        self._scarce, self._chunk = scarce, _SCARCE_CHUNK if scarce else _CHUNK
         self._threads = choose_threads(threads)
         # One crop of a large tower keeps all cores busy. In a small tower operators are so short that waking the
         # threads takes as long: batching nano's crops is an eighth faster.
@@ -137,32 +166,33 @@ class OnnxRuntime:
         self._crops_at_once = max(placement.crops_at_once, _SMALL_CROPS if small else 1)
         self._lock = threading.Lock()  # for the two below
         self._pool: ThreadPoolExecutor | None = None
-        self._sessions: dict[str, Future[Any]] | None = None  # None: not loading yet; empty: closed
+        # None: not loading yet; empty: closed. A session that was released is None.
+        self._sessions: dict[str, Future[Any] | None] | None = None
         self._begin()
         forks.on_fork(self)
 
-    def _begin(self) -> dict[str, Future[Any]]:
+    def _begin(self) -> dict[str, Future[Any] | None]:
         """Start to load all sessions; their first use waits for them."""
         order = sorted(self._files, key=lambda name: self._files[name].stat().st_size, reverse=True)
         # Largest first. Loading keeps a core busy: more parallel loads than cores would not be faster, and `close`
         # could cancel fewer.
         self._pool = ThreadPoolExecutor(min(len(order), available_cores()), thread_name_prefix="molmo-edge-load")
-        self._sessions = {
-            name: self._pool.submit(
-                load_session,
-                self._files[name],
-                1 if name == "embed_tokens" else self._threads,
-                self._placement.of(name),
-                mapped=self._mapped,
-                spin=name == "decoder" and is_large(self._files[name]),
-                replaced=self._replaced if name == "decoder" else (),
-            )
-            for name in order
-        }
+        self._sessions = {name: self._pool.submit(self._load, name) for name in order}
         for load in self._sessions.values():
+            assert load is not None
             forks.watch_load(load)
         self._pool.shutdown(wait=False)  # its threads end after the last load
         return self._sessions
+
+    def _load(self, name: str) -> Any:
+        return load_session(
+            self._files[name],
+            1 if name == "embed_tokens" else self._threads,
+            self._placement.of(name),
+            mapped=self._mapped,
+            spin=name == "decoder" and is_large(self._files[name]),
+            replaced=self._replaced if name == "decoder" else (),
+        )
 
     def forked(self) -> None:
         """See molmo_edge.runtimes.forks."""
@@ -188,7 +218,10 @@ class OnnxRuntime:
             whole = {"pixels": seen.pixels[None], "positions": seen.positions}
             return self._run("vision_encoder", {"crops": crops, **whole})
         parts = (crops[i : i + some] for i in range(0, len(crops), some))
-        return np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
+        features = np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
+        if self._scarce:
+            self._release("vision_encoder")
+        return features
 
     def connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
         """features [n, patches^2, feature_dim], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
@@ -258,8 +291,8 @@ class OnnxRuntime:
             first = int(np.flatnonzero(image)[-1]) + 1  # image tokens attend to each other: they run in one chunk
             logits = _guard("decoder", functools.partial(cache.append, embeddings[:first], image[:first]))
             states.append(cache.states)
-        for start in range(first, len(embeddings), _CHUNK):
-            logits = _guard("decoder", functools.partial(cache.append, embeddings[start : start + _CHUNK]))
+        for start in range(first, len(embeddings), self._chunk):
+            logits = _guard("decoder", functools.partial(cache.append, embeddings[start : start + self._chunk]))
             states.append(cache.states)
         if len(states) > 1 and self.config.point_head is not None:
             cache.states = np.concatenate([part for part in states if part is not None])
@@ -302,9 +335,22 @@ class OnnxRuntime:
                 self._pool.shutdown(wait=False, cancel_futures=True)
             self._sessions = {}
 
+    def _release(self, name: str) -> None:
+        """Free a session; its next use loads it again."""
+        with self._lock:
+            if self._sessions:
+                self._sessions[name] = None
+        give_back()
+
     def _session(self, name: str) -> Any:
         with self._lock:
-            future = (self._begin() if self._sessions is None else self._sessions).get(name)
+            sessions = self._begin() if self._sessions is None else self._sessions
+            future = sessions.get(name)
+            if future is None and name in sessions:  # it was released
+                pool = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
+                future = sessions[name] = pool.submit(self._load, name)
+                forks.watch_load(future)
+                pool.shutdown(wait=False)
         if future is not None:
             with contextlib.suppress(CancelledError):  # another thread called `close` during the wait
                 return future.result()

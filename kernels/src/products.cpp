@@ -7,6 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include "read_ahead.h"
+
 namespace molmo {
 namespace {
 
@@ -99,6 +101,7 @@ void columns(const Kernel& kernel, const Rows& rows, const Matrix& m, int64_t co
 
 void multiply(const Kernel& kernel, const Parallel& parallel, const float* x, int64_t count, const Matrix& m,
               float* out) {
+    if (reads_from_disk()) request(m);
     const int64_t blocks = m.blocks(), padded = with_padding(count);
     Buffer<int8_t> values(padded * m.inner);
     Buffer<float> scales(padded * blocks);
@@ -160,6 +163,10 @@ void experts(const Kernel& kernel, const Parallel& parallel, const float* x, int
     std::vector<int64_t> used;
     for (int64_t e = 0; e < n; ++e)
         if (rows_of[size_t(e)] != 0) used.push_back(e);
+    if (reads_from_disk()) {
+        for (const int64_t e : used) request(expert(first, e));
+        for (const int64_t e : used) request(expert(second, e));
+    }
     const int64_t copies = count <= kDotRows ? 1 : int64_t(used.size());  // a few rows are not worth waking threads
     each(parallel, copies, [&](int64_t task) {
         const int64_t e = used[size_t(task)], end = copies == 1 ? slots : begin[size_t(e) + 1];

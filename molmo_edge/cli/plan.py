@@ -155,7 +155,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     if is_bundle(directory):
         _refuse_precision(precision, name)
         bundle = open_bundle(directory, hashes=False)
-        return _Target(name, bundle.config, [bundle_weights(bundle)], directory)
+        return _Target(name, bundle.config, [bundle_weights(bundle, kernels=_kernels())], directory)
     config = read_config(directory)
     return _Target(name, config, _candidates(config, precision, local=True), directory, checkpoint=True)
 
@@ -175,8 +175,14 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
         return _Target(hub_id, PRESETS[model], _candidates(PRESETS[model], precision))
     if remote.bundle is not None:
         _refuse_precision(precision, hub_id)
-        return _Target(hub_id, remote.config, [bundle_weights(remote.bundle)], None, remote.weights)
+        return _Target(hub_id, remote.config, [bundle_weights(remote.bundle, kernels=_kernels())], None, remote.weights)
     return _Target(hub_id, remote.config, _candidates(remote.config, precision), None, remote.weights)
+
+
+def _kernels() -> bool:
+    from molmo_edge.runtimes.kernels import usable
+
+    return usable() is not None
 
 
 def _refuse_precision(precision: str | None, name: str) -> None:
@@ -187,12 +193,17 @@ def _refuse_precision(precision: str | None, name: str) -> None:
 def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = False) -> list[Weights]:
     from molmo_edge.runtimes.memory_plan import BUNDLE_PRECISIONS, bundle_weights_of, torch_weights
 
+    kernels = _kernels()
     if precision is None:
-        bundles = [bundle_weights_of(config, name) for name in _BUNDLES if config.point_head is None or "_" not in name]
+        bundles = [
+            bundle_weights_of(config, name, kernels=kernels)
+            for name in _BUNDLES
+            if config.point_head is None or "_" not in name
+        ]
         on_torch = [torch_weights(config, name) for name in _ON_TORCH]
         return on_torch + bundles if local else bundles + on_torch
     if precision in BUNDLE_PRECISIONS and precision != "fp32":
-        return [bundle_weights_of(config, precision)]
+        return [bundle_weights_of(config, precision, kernels=kernels)]
     if precision in _ON_TORCH:
         return [torch_weights(config, precision)]
     raise PlanError(f'"{precision}" is not a precision (known: {", ".join((*BUNDLE_PRECISIONS, *_ON_TORCH[:3]))})')
@@ -276,6 +287,13 @@ def _print(
     best = _recommended(chosen)
     if best is None:
         print(f"does not fit into {_gb(budget)}, even with only the global view: use a smaller precision or model")
+        slow = [one for one in plans if one.weights.mapped and one.needed <= budget]
+        if slow:
+            one = min(slow, key=lambda plan: plan.peak)
+            print(
+                f"{one.weights.precision} on {one.weights.engine} runs in it, but slower: {_gb(one.peak - budget)} of "
+                "its weights do not stay in memory and are read from the file whenever they are needed"
+            )
         return
     context = contexts[chosen.index(best)]
     flags = f"--max-crops {best.max_crops}"
@@ -290,7 +308,7 @@ def _print(
 def _print_one(plan: Plan, peaks: Peaks | None) -> None:
     rows = [(name, _gb(count)) for name, count in plan.parts.items()]
     print_table((f"part ({plan.max_crops} crops, {plan.positions} positions)", "predicted"), rows)
-    loaded = plan.weights.resident + sum(plan.weights.mapped.values()) + plan.parts["process"]
+    loaded = plan.weights.loaded + plan.parts["process"]
     phases = [
         ("model loaded", loaded, peaks and peaks.loaded),
         ("peak while loading", plan.loading, peaks and peaks.loading),
