@@ -19,7 +19,7 @@ from molmo_edge.data.annotated_photos import Photo, load_photos
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.recipe import Recipe
-from recipes.nano import budget, stages
+from recipes.nano import budget, curves, stages
 from recipes.nano.__main__ import parser, required, unused
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
@@ -258,3 +258,24 @@ def test_the_command_says_what_a_stage_needs(line: list[str], missing: list[str]
 )
 def test_options_of_other_stages_are_refused(line: list[str], left: list[str]) -> None:
     assert unused(parser().parse_args(line)) == left
+
+
+def test_curves_are_drawn_from_the_logs_of_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(FileNotFoundError, match=r"no stage has a log\.jsonl"):
+        curves.draw(tmp_path)
+    log = [{"step": step, "grounding_loss": loss} for step, loss in ((20, 5.0), (40, 4.0), (60, 9.0))]
+    again = [{"step": 40, "note": "resumed"}, {"step": 60, "grounding_loss": 3.0}]
+    measured = {"step": 60, "validation_loss": 0.0, "validation_grounding_loss": 3.5}
+    (tmp_path / "sight").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in log) + '{"step": 60, "grou\n'
+    (tmp_path / "sight" / "log.jsonl").write_text(
+        text + "".join(json.dumps(line) + "\n" for line in [*again, measured])
+    )
+    lines = curves.read_log(tmp_path / "sight")
+    assert curves.curve(lines, "grounding_loss") == curves.Curve((20, 40, 60), (5.0, 4.0, 3.0))
+    assert curves.curve(lines, "grounding_loss").smoothed().values == (5.0, 4.5, 4.0)
+    assert curves.curve(lines, "validation_grounding_loss") == curves.Curve((60,), (3.5,))
+    drawn = curves.draw(tmp_path).read_text()
+    assert "heat maps" in drawn
+    assert "answer tokens" not in drawn, "a stage that has not begun"

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.nano import stages
 
 PARTS = ("vit", "lm", "detector")
-STAGES = ("start", "sight", "answers", "student", "score-sight", "score-answers")
+STAGES = ("start", "sight", "answers", "student", "score-sight", "score-answers", "curves")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +42,8 @@ def required(args: argparse.Namespace) -> list[str]:
     """The options that the stage needs."""
     if args.stage == "score-answers":
         return [] if args.photos or args.sprites else ["photos"]
+    if args.stage == "curves":
+        return ["run"]
     more = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",)}.get(args.stage, ())
     return ["run", "photos", *more]
 
@@ -85,6 +87,10 @@ def _run(args: argparse.Namespace) -> Any:
         cases = score_answers.photo_cases(args.photos, args.limit) if args.photos else []
         cases += score_answers.drawn_cases(args.sprites, args.scenes) if args.sprites else []
         return score_answers.score(args.model, cases, max_crops=args.max_crops)
+    if args.stage == "curves":
+        from recipes.nano import curves
+
+        return curves.draw(args.run)
     sources = stages.Sources(args.run, tuple(args.photos), args.vit, args.lm, args.detector, args.sprites)
     if args.stage is None:
         from recipes.nano.budget import train_within
