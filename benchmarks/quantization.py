@@ -34,6 +34,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "onnx-int8-calibrated": {"precision": "int8", "calibrate": True},
     "onnx-int8-rotated": {"precision": "int8", "rotate": True},
     "onnx-q4-rotated-calibrated": {"precision": "q4", "rotate": True, "calibrate": True},
+    "onnx-q4-trained": {"precision": "q4", "calibrate": True, "train_scales": 8},
     # int8 for the connector and the head, too, which "int8" stores as q8.
     "onnx-int8-rows": {"precision": dict.fromkeys(_ROWS, "int8")},
     "onnx-mixed": {"precision": "mixed"},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from molmo_edge.checkpoints.bundle import is_bundle, open_bundle
 from molmo_edge.checkpoints.manifest import (
@@ -42,8 +45,10 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.calibration_prompts import DecoderInput, embed_prompts
 from molmo_edge.quantize.rotation import rotated, rotated_parts
+from molmo_edge.quantize.rounding import Blocks
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.system.files import sha256_of
+from molmo_edge.system.memory import check_room
 from molmo_edge.system.version import __version__
 
 
@@ -75,6 +80,7 @@ def export_bundle(
     mmproj: bool = False,
     rotate: bool = False,
     drafting: bool = False,
+    train_scales: int = 0,
     name: str | None = None,
     check: CheckPhoto | None = None,
     measure: bool = True,
@@ -99,6 +105,8 @@ def export_bundle(
             speed and size. Not for decoders with norms after their branches (OLMo).
         drafting: with "onnx", let the decoder verify several tokens in one run, as `Molmo(draft=...)` uses it. A run of
             a single token takes a few percent longer.
+        train_scales: passes over the photos of `calibrate` in which the scales of four-bit weights are trained against
+            the float32 decoder (molmo_edge.quantize.scale_training). 0: none.
         name: in the manifest; default: that of `out`.
         check: a photo and a question to record in the bundle. Default: those of `checkpoint`, if it is a
             bundle with a check; they are answered again.
@@ -107,13 +115,16 @@ def export_bundle(
 
     `out` is created atomically. Memory holds one component while its graph is written; of components over
     100 MB one matrix and a few copies, the whole table of embeddings, and all experts of a layer (537 MB in MolmoE-1B).
-    A calibration holds one layer in float32. `measure` and `check` hold the finished bundle.
+    A calibration holds one layer in float32, `train_scales` four times the decoder. `measure` and `check` hold the
+    finished bundle.
 
     Raises ExportError, CheckpointError, ConfigError or TokenizerError, and ImageError or PromptError for a `check`
     that cannot be answered, before anything is converted.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    options = ExportOptions(precision, engine, target, plain, block, asymmetric, calibrate, mmproj, rotate, drafting)
+    options = ExportOptions(
+        precision, engine, target, plain, block, asymmetric, calibrate, mmproj, rotate, drafting, train_scales
+    )
     plan = check_bundle_options(out, check, options)
     config, tensors = open_source(checkpoint)
     if mmproj:
@@ -255,7 +266,25 @@ class _BundleExport:
             tensors = smoothed(self.config, tensors, inputs, parts)
         if "q4" not in self.plan.decoder_formats.values():
             return tensors, self.plan.int4
-        return tensors, replace(self.plan.int4, round=Calibration(self.config, tensors, inputs))
+        int4 = replace(self.plan.int4, round=Calibration(self.config, tensors, inputs))
+        return tensors, self._trained(tensors, inputs, int4) if self.plan.train_scales else int4
+
+    def _trained(self, tensors: TensorSource, inputs: list[DecoderInput], int4: Int4) -> Int4:
+        """The matrices that `int4` rounds, with trained scales."""
+        from molmo_edge.quantize.scale_training import COPIES, train_scales
+
+        check_room(4 * COPIES * count_weights("decoder", self.config, tensors), "train_scales")
+        rounded: dict[str, Blocks] = {}
+
+        def record(name: str, weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:
+            rounded[name] = int4.round(name, weight, block, asymmetric)
+            return rounded[name]
+
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:  # a graph whose scales are not trained
+            precision = self.plan.graph_precision("decoder", replace(int4, round=record))
+            build_component("decoder", Path(folder, "decoder.onnx"), self.config, tensors, precision)
+        trained = train_scales(self.config, tensors, inputs, rounded, self.plan.train_scales)
+        return replace(int4, round=lambda name, *_: trained[name])
 
     def measure_errors(self) -> None:
         errors = measure_errors(self.scratch / "fp32", self.config, self.tensors, self.plan, self.files)
@@ -306,6 +335,7 @@ def _disk_needed(config: MolmoConfig, tensors: TensorSource, plan: ExportPlan, *
         written += 2 * (weights["vision_encoder"] + weights["connector"]) * plan.mmproj
     float32 = sum(4 * count for name, count in weights.items() if fits_float32(name, config, tensors))
     errors = float32 if measure and any(map(plan.is_quantized, GRAPHS)) else 0
+    written += weights["decoder"] * (plan.graph_precision("decoder").bytes_per_weight if plan.train_scales else 0)
     ranges = float32 if any(plan.graph_precision(component).half for component in plan.graphs) else 0
     return max(int(written + errors), ranges)
 

@@ -44,6 +44,7 @@ class ExportOptions:
     mmproj: bool = False
     rotate: bool = False
     drafting: bool = False
+    train_scales: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ExportPlan:
     parts: Mapping[str, str] = field(default_factory=dict)  # parts of an ONNX decoder that differ from its precision
     point_head: str = "fp32"  # of a MolmoPoint, one of POINT_HEAD_PRECISIONS
     drafting: bool = False  # whether an ONNX decoder can verify drafts
+    train_scales: int = 0  # passes over the prompts of the calibration
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -125,6 +127,7 @@ def check_options(options: ExportOptions) -> ExportPlan:
             raise ExportError(
                 f"calibrate applies to a decoder in q4, mixed, q4f16 or int8, not in {decoder}: leave calibrate out"
             )
+    _check_training(options, [*ONNX_PRECISIONS[precision["decoder"]].formats.values(), *parts.values()])
     int4 = Int4(options.block, options.asymmetric)
     return ExportPlan(
         "onnx",
@@ -136,7 +139,19 @@ def check_options(options: ExportOptions) -> ExportPlan:
         parts=parts,
         point_head=point_head,
         drafting=options.drafting,
+        train_scales=options.train_scales,
     )
+
+
+def _check_training(options: ExportOptions, formats: Collection[str]) -> None:
+    if options.train_scales < 0:
+        raise ExportError(f"train_scales is a number of passes, not {options.train_scales}")
+    if not options.train_scales:
+        return
+    if options.calibrate is None:
+        raise ExportError("train_scales learns from calibration photos: name their folder with calibrate")
+    if "q4" not in formats:
+        raise ExportError("train_scales applies to a decoder in q4, mixed or q4f16: leave train_scales out")
 
 
 def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target | None, point_head: str) -> ExportPlan:
@@ -144,6 +159,8 @@ def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target
     _check_plain(plain, precision)
     if options.drafting:
         raise ExportError("drafting is an option of ONNX decoders; those of llama.cpp need none: leave drafting out")
+    if options.train_scales:
+        raise ExportError("train_scales applies to ONNX: leave it out (llama.cpp rounds the weights of a GGUF)")
     if options.block or options.asymmetric:
         raise ExportError("block and asymmetric apply to ONNX: leave them out (llama.cpp's types define their own)")
     if options.calibrate is not None and precision["decoder"] not in GGUF_CALIBRATED:

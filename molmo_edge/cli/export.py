@@ -33,6 +33,9 @@ _ROTATE = (
     "Rotate the hidden channels before rounding, which spreads outliers: closer to fp32 at the same size and speed. "
     "Not for OLMo decoders."
 )
+TRAIN_SCALES = (
+    "Train the scales of 4-bit weights against the float32 decoder, in so many passes over the photos of --calibrate."
+)
 _MMPROJ = "gguf: also write vision and connector as a GGUF, for developers who use ggml."
 _DRAFTING = (
     "onnx: let the decoder verify the parts of a point that the grammar fixes in one run, with equal ids. Points take "
@@ -76,6 +79,7 @@ def export(
     rotate: Annotated[bool, typer.Option("--rotate", help=_ROTATE)] = False,
     mmproj: Annotated[bool, typer.Option("--mmproj", help=_MMPROJ)] = False,
     drafting: Annotated[bool, typer.Option("--drafting", help=_DRAFTING)] = False,
+    train_scales: Annotated[int, typer.Option(min=0, metavar="PASSES", help=TRAIN_SCALES)] = 0,
     revision: options.Revision = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest. Default: that of --out.")] = None,
     check_image: Annotated[
@@ -88,7 +92,15 @@ def export(
     """Convert a checkpoint to a bundle for ONNX Runtime or llama.cpp, or to safetensors."""
     if engine is Engine.torch:
         bundle_only = (name, check_image, target, block, calibrate)
-        if plain or asymmetric or mmproj or rotate or drafting or any(option is not None for option in bundle_only):
+        if (
+            plain
+            or asymmetric
+            or mmproj
+            or rotate
+            or drafting
+            or train_scales
+            or any(option is not None for option in bundle_only)
+        ):
             raise typer.BadParameter(
                 "--engine torch takes --precision, --revision and --out; the other options are for bundles"
             )
@@ -101,8 +113,9 @@ def export(
         from molmo_edge.export import CheckPhoto, ExportOptions, check_bundle_options, export_bundle
 
         by_component = None if precision is None else _by_component(precision)
+        rounding = (block, asymmetric, calibrate)
         export_options = ExportOptions(
-            by_component, engine.value, target, plain, block, asymmetric, calibrate, mmproj, rotate, drafting
+            by_component, engine.value, target, plain, *rounding, mmproj, rotate, drafting, train_scales
         )
         check = None if check_image is None else CheckPhoto(check_image, check_question)
         check_bundle_options(out, check, export_options)

@@ -11,6 +11,7 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.bars import bars
+from molmo_edge.cli.export import TRAIN_SCALES
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
 from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites, parse_precisions
@@ -44,6 +45,7 @@ def quantize(
     data: Asked.Data = None,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
     rotate: Annotated[bool, typer.Option("--rotate", help=_ROTATE)] = False,
+    train_scales: Annotated[int, typer.Option(min=0, metavar="PASSES", help=TRAIN_SCALES)] = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -63,7 +65,9 @@ def quantize(
     from molmo_edge.export.options import check_options
 
     precision = None if calibrate is None else {"decoder": "q4"}
-    check_bundle_options(out, None, ExportOptions(precision, calibrate=calibrate, rotate=rotate))
+    check_bundle_options(
+        out, None, ExportOptions(precision, calibrate=calibrate, rotate=rotate, train_scales=train_scales)
+    )
     words = parse_precisions(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
@@ -84,9 +88,10 @@ def quantize(
                 print_parts(parts, bench.description)
             note(f"writing {out}", quiet=quiet)
             chosen = found.choice.to_precision()
-            calibrated = check_options(ExportOptions(chosen)).uses_calibration
-            photos = calibrate if calibrated else None
-            export_bundle(directory, out, chosen, calibrate=photos, rotate=rotate, name=out.name)
+            plan = check_options(ExportOptions(chosen))
+            photos = calibrate if plan.uses_calibration else None
+            passes = train_scales if "q4" in plan.decoder_formats.values() else 0
+            export_bundle(directory, out, chosen, calibrate=photos, rotate=rotate, train_scales=passes, name=out.name)
             written = open_bundle(out)
             figures = bench.measure({name: written.path(name) for name in graph_names(bench.config)}, on_part(out.name))
     if json:

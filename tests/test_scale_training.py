@@ -1,0 +1,115 @@
+"""Trained scales of four-bit weights: closer to float32 on prompts that they have not seen, and the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from exported import GOLDEN, bundle
+from small_checkpoints import write_checkpoint
+
+from molmo_edge.checkpoints.tensor_names import hub_layout
+from molmo_edge.export import ExportError, export_bundle, load_bundle_weights
+from molmo_edge.export.source import open_source
+from molmo_edge.modeling import Molmo, load_checkpoint
+from molmo_edge.quantize import QuantizeError
+from molmo_edge.quantize.calibration_prompts import DecoderInput
+from molmo_edge.quantize.rounding import Blocks, nearest
+from molmo_edge.quantize.scale_training import train_scales
+
+MATRICES = ("att_proj.weight", "attn_out.weight", "ff_proj.weight", "ff_out.weight", "_proj.weight")
+
+
+def prompts(count: int, seed: int, width: int) -> list[DecoderInput]:
+    """An image of a few directions, and a text."""
+    random = np.random.default_rng(seed)
+    directions = np.random.default_rng(0).standard_normal((6, width))
+    rows = random.standard_normal((count, 24, 6)) @ directions + 0.3 * random.standard_normal((count, 24, width))
+    image = (np.arange(24) > 0) & (np.arange(24) < 12)
+    return [DecoderInput(one.astype(np.float32), image) for one in rows]
+
+
+def rounded_matrices(directory: Path) -> dict[str, Blocks]:
+    _, tensors = open_source(directory)
+    names = [name for name in tensors.names() if name.endswith(MATRICES) and ".blocks." in name]
+    matrices = {name.removesuffix(".weight"): tensors.get(name) for name in names}
+    return {name: nearest(name, w, 32 if w.shape[1] % 32 == 0 else 16, False) for name, w in matrices.items()}
+
+
+def divergence(exact: Molmo, blocks: dict[str, Blocks], asked: list[DecoderInput], directory: Path) -> float:
+    """Mean KL of the text's positions, with the weights written into the model one by one."""
+    found, _, config = load_checkpoint(directory)
+    total = []
+    with torch.inference_mode():
+        for parameter, hubs in hub_layout(config).items():
+            for e, hub in enumerate(hubs):
+                if (name := hub.removesuffix(".weight")) in blocks:
+                    target = found.get_parameter(parameter)
+                    value = torch.from_numpy(blocks[name].restored())
+                    (target[e] if len(hubs) > 1 else target).copy_(value)
+        for one in asked:
+            x, at = torch.from_numpy(one.embeddings)[None], torch.nonzero(torch.from_numpy(~one.image)).flatten()[1:]
+            p, q = (
+                F.log_softmax(model.decoder.logits(model.decoder(x)[0, at]).double(), -1) for model in (exact, found)
+            )
+            total.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return float(np.mean(total))
+
+
+@pytest.mark.parametrize("kind", ["experts", "dense"])
+def test_trained_scales_are_closer_on_other_prompts(kind: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / kind, kind)
+    exact, _, config = load_checkpoint(directory)
+    _, tensors = open_source(directory)
+    before = rounded_matrices(directory)
+    width, heard = config.decoder.d_model, list[float]()
+    after = train_scales(
+        config, tensors, prompts(16, 1, width), before, 5, on_pass=lambda _n, kl: heard.append(kl)
+    )  # fmt: skip
+    unseen = prompts(10, 2, width)
+    losses = [divergence(exact, blocks, unseen, directory) for blocks in (before, after)]
+    print(f"{kind}: KL {losses[0]:.4g}, trained {losses[1]:.4g}; held out {heard[0]:.4g}, {min(heard):.4g}")
+    assert losses[1] < 0.9 * losses[0]
+    assert len(heard) == 6
+    assert set(after) == set(before)
+    for name, blocks in before.items():
+        assert np.array_equal(after[name].codes, blocks.codes), "only scales change"
+    assert any(not np.array_equal(after[name].scale, blocks.scale) for name, blocks in before.items())
+
+
+def test_the_same_seed_trains_the_same_scales(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "dense", "dense")
+    config, tensors = open_source(directory)
+    before, asked = rounded_matrices(directory), prompts(9, 1, config.decoder.d_model)
+    first, again, other = (train_scales(config, tensors, asked, before, 2, seed=seed) for seed in (3, 3, 4))
+    for name, blocks in first.items():
+        np.testing.assert_array_equal(again[name].scale, blocks.scale)
+    assert any(not np.array_equal(other[name].scale, blocks.scale) for name, blocks in first.items())
+    with pytest.raises(QuantizeError, match="at least two prompts"):
+        train_scales(config, tensors, asked[:1], before, 2)
+
+
+def test_a_bundle_with_trained_scales(tmp_path: Path) -> None:
+    """The same codes as without training, and other scales; the weights of every kind are restored in their places."""
+    export_bundle(GOLDEN / "molmoe", tmp_path / "out", "q4", calibrate=GOLDEN, train_scales=2, measure=False)
+    plain, trained = (load_bundle_weights(one) for one in (bundle("molmoe", "q4", calibrate=GOLDEN), tmp_path / "out"))
+    changed = 0
+    for (name, a), (_, b) in zip(plain.named_parameters(), trained.named_parameters(), strict=True):
+        assert (a != 0).equal(b != 0), name
+        assert torch.allclose(a, b, rtol=0.1, atol=1e-3), name
+        changed += not a.equal(b)
+    assert changed > 4
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    for options, message in (
+        ({"precision": "q4"}, "learns from calibration photos"),
+        ({"precision": "int8", "calibrate": GOLDEN}, "applies to a decoder in q4"),
+        ({"precision": "q4", "calibrate": GOLDEN, "train_scales": -1}, "a number of passes"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_bundle(GOLDEN / "molmoe", tmp_path / "out", **{"train_scales": 2, **options})
+    assert not (tmp_path / "out").exists()
