@@ -57,6 +57,7 @@ class DecoderInput(NamedTuple):
 
     embeddings: np.ndarray  # float32 [n, d_model]
     image: np.ndarray  # bool [n], True for image tokens
+    answer: int = 0  # the last so many positions are those of the answer
 
 
 def find_prompts(folder: str | Path) -> list[Prompt]:
@@ -137,11 +138,13 @@ def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokeni
     for prompt in prompts:
         prepared = process(load_image(prompt.image))
         ids = text_ids(tokenizer, [prompt.question])
+        words = len(ids)
         if prompt.answer:
             answer = in_coords(prompt.answer) if tokenizer.special.chat_markup else prompt.answer
             ids = np.concatenate([ids, tokenizer.encode(answer_space(tokenizer) + answer)])
         image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
         rows = np.concatenate([image, runtime.embed(ids)])[:max_length]
         at = np.arange(len(rows))
-        inputs.append(DecoderInput(rows, (at > 0) & (at < len(image))))  # all of the image's part but BOS
+        answered = max(0, len(rows) - len(image) - words)
+        inputs.append(DecoderInput(rows, (at > 0) & (at < len(image)), answered))  # all of the image's part but BOS
     return inputs

@@ -1,9 +1,10 @@
 """Train the scales of four-bit weights against the float32 model, as DWQ and AutoRound (arXiv 2309.05516) do.
 
 The codes stay as they were rounded, and so do the graph, its size and its speed: the scale of each block is multiplied
-by a factor. The factors are learned from the KL divergence of the float32 decoder's next-token distributions, at the
-positions of the text of calibration prompts. A fourth of the prompts is held out: of all passes over the others, the
-factors of the pass with the least divergence on them are kept. If no pass is better, the scales do not change.
+by a factor. The factors are learned from the KL divergence of the float32 decoder's next-token distributions on
+calibration prompts, at the positions of the answer, or of the question if a prompt has no answer. A fourth of the
+prompts is held out: of all passes over the others, the factors of the pass with the least divergence on them are kept.
+If no pass is better, the scales do not change.
 """
 
 from __future__ import annotations
@@ -118,15 +119,15 @@ class _TextLogits(Module):
 class _Prompt:
     x: Tensor  # [1, n, d_model]
     mask: Tensor | None  # of the attention; None: causal
-    at: Tensor  # int [m], the positions of text
+    at: Tensor  # int [m], the positions that are compared
     exact: Tensor  # [m, n_logits], the logarithms of the float32 model's probabilities
 
     @classmethod
     def of(cls, config: MolmoConfig, one: DecoderInput, exact: _TextLogits) -> _Prompt:
         x, image = torch.from_numpy(np.ascontiguousarray(one.embeddings, np.float32))[None], torch.from_numpy(one.image)
         mask = image_attention_mask(image[None]) if config.decoder.bidirectional_images else None
-        at = torch.nonzero(~image).flatten()
-        at = at[at > 0]  # without BOS, whose next token is always the image
+        n, text = len(image), torch.nonzero(~image).flatten()[1:]  # without BOS, whose next token is always the image
+        at = torch.arange(n - one.answer - 1, n) if one.answer else text  # from the token that predicts its first one
         return cls(x, mask, at, F.log_softmax(exact(x, mask, at), -1))
 
 
@@ -157,7 +158,8 @@ class _Weights(nn.Module):
                 factor = factors[name].exp()[..., None]
                 matrices.append((self._base[name].view(*factor.shape[:-1], -1) * factor).flatten(-2))
             if len(shape) == 3 and len(names) == 1 and parameter.endswith(".down"):  # [d, experts * ffn]
-                found[parameter] = matrices[0].view(shape[1], shape[0], shape[2]).transpose(0, 1)
+                rows = matrices[0][:, : shape[0] * shape[2]]
+                found[parameter] = rows.reshape(shape[1], shape[0], shape[2]).transpose(0, 1)
                 continue
             width = shape[-1]  # without the columns that fill the last block
             stacked = matrices[0] if len(names) == 1 else torch.stack(matrices)

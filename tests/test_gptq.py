@@ -198,6 +198,7 @@ def test_sequences_hold_image_question_and_answer() -> None:
     tokenizer = Tokenizer.from_file(GOLDEN / "qwen" / "tokenizer.json")
     engine, image = runtime("qwen"), GOLDEN / "coffee.png"
     inputs = embed_prompts([Prompt(image, "What?"), Prompt(image, "What?", "A cup.")], engine, tokenizer)
+    assert [one.answer for one in inputs] == [0, len(tokenizer.encode(" A cup."))]
     short, long = (one.embeddings for one in inputs)
     answer = engine.embed(np.array(tokenizer.encode(" A cup.")))
     np.testing.assert_array_equal(long, np.concatenate([short, answer]))
