@@ -3,10 +3,13 @@
     python benchmarks/kernels.py products                    # each kernel of this processor on the shapes of two models
     python benchmarks/kernels.py decoder --preset molmoe-1b  # a decoder with the first layers of a model
     python benchmarks/kernels.py bundle BUNDLE               # the decoder of a bundle
+    python benchmarks/kernels.py vision BUNDLE               # its vision tower
 
 `products` times one thread in its processor time, so that other programs distort it less, and prints the error against
 the product of the restored weights in float32. `decoder` and `bundle` time a prompt and tokens on all threads. Weights
-and inputs are random. Prints tables and, last, one line of JSON.
+and inputs are random. `vision` times crops one by one and all in one run, by the clock and in processor time, and with
+--checkpoint prints the errors of the features against the same weights in float32 (PyTorch). Prints tables and, last,
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import onnxruntime
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.config import MolmoConfig
+from molmo_edge.export.component_errors import sample_crops
 from molmo_edge.export.decoder_graph import decoder
 from molmo_edge.export.graph_builder import Graph
 from molmo_edge.export.graph_precisions import graph_precision
@@ -43,7 +47,7 @@ from molmo_edge.export.int4_graph import Int4
 from molmo_edge.presets import PRESETS
 from molmo_edge.quantize.rounding import Blocks, pack_nibbles
 from molmo_edge.runtimes.kernels import SWITCH
-from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.onnx import OnnxRuntime, load_session
 
 _MICROSOFT = "com.microsoft"
 
@@ -64,7 +68,16 @@ def main() -> None:
         command.add_argument("--tokens", type=int, default=16)
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--repeat", type=int, default=3)
+    vision = commands.add_parser("vision")
+    vision.add_argument("bundle", type=Path)
+    vision.add_argument("--checkpoint", type=Path, help="the checkpoint that the bundle was exported from")
+    vision.add_argument("--crops", type=int, choices=range(1, 5), default=4)
+    vision.add_argument("--threads", type=int, default=2)
+    vision.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
+    if args.command == "vision":
+        _vision(args)
+        return
     if args.command == "products":
         found = [*_dense(args.repeat), *_experts(args.repeat)]
         print(json.dumps(found))
@@ -145,6 +158,63 @@ def _compare(config: MolmoConfig, path: Path, args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def _vision(args: argparse.Namespace) -> None:
+    bundle = open_bundle(args.bundle, hashes=False)
+    config, path = bundle.config, bundle.path("vision_encoder")
+    drawn = sample_crops(config)[0]
+    crops = np.concatenate([drawn, drawn[:, ::-1]])[: args.crops]
+    ours = molmo_edge_kernels.kernel()
+    sessions = {}
+    for name, switch in (("onnxruntime", "0"), (ours, "1")):
+        os.environ[SWITCH] = switch
+        sessions[name] = load_session(path, args.threads)
+
+    def one_by_one(session: Any) -> np.ndarray:
+        return np.concatenate([session.run(None, {"crops": crop[None]})[0] for crop in crops])
+
+    def together(session: Any) -> np.ndarray:
+        found: np.ndarray = session.run(None, {"crops": crops})[0]
+        return found
+
+    spent: dict[str, dict[str, list[float]]] = {}
+    features: dict[str, np.ndarray] = {}
+    for _ in range(args.repeat):
+        for how in (one_by_one, together):
+            for name, session in sessions.items():
+                began, own = time.perf_counter(), time.process_time()
+                features[name] = how(session)
+                rows = spent.setdefault(f"{name} {how.__name__}", {"wall": [], "processor": []})
+                rows["wall"].append((time.perf_counter() - began) / len(crops))
+                rows["processor"].append((time.process_time() - own) / len(crops))
+    best = {name: {kind: min(values) for kind, values in rows.items()} for name, rows in spent.items()}
+    for name, rows in best.items():
+        print(f"{name:28} {rows['wall']:.3f} s per crop, {rows['processor']:.3f} s of the processor")
+    old, new = best["onnxruntime one_by_one"], best[f"{ours} one_by_one"]
+    result: dict[str, Any] = {"seconds": best, "ratio": {kind: old[kind] / new[kind] for kind in old}}
+    print(f"{result['ratio']['wall']:.2f} times as fast, {result['ratio']['processor']:.2f} in processor time")
+    result["difference"] = _relative(features[ours], features["onnxruntime"])
+    print(f"relative difference of the features: {result['difference']:.4f}")
+    if args.checkpoint is not None:
+        result["error"] = _vision_errors(args.checkpoint, crops, features)
+    print(json.dumps(result))
+
+
+def _vision_errors(checkpoint: Path, crops: np.ndarray, features: dict[str, np.ndarray]) -> dict[str, float]:
+    import torch
+
+    from molmo_edge.checkpoints.hub_config import read_config
+    from molmo_edge.checkpoints.weight_files import open_tensors
+    from molmo_edge.modeling.weights import load_part
+
+    model = load_part(read_config(checkpoint), open_tensors(checkpoint), "vision")
+    with torch.inference_mode():
+        exact = np.concatenate([model(torch.from_numpy(crop[None])).numpy() for crop in crops])
+    errors = {name: _relative(found, exact) for name, found in features.items()}
+    for name, error in errors.items():
+        print(f"{name}: relative error of the features against float32 {error:.5f}")
+    return errors
+
+
 def _relative(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
@@ -183,7 +253,7 @@ def _kernels(rows: int) -> list[str]:
     return [name for name in molmo_edge_kernels.supported() if name != "plain" and (rows > 2 or name in _FAST)]
 
 
-_FAST = molmo_edge_kernels.FASTER
+_FAST = tuple(molmo_edge_kernels.FASTER)
 
 
 def _dense(repeat: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Compiled four-bit products for molmo-edge: where the library is, and which instructions it uses on this processor."""
+"""Compiled kernels for molmo-edge: where the library is, and which instructions it uses on this processor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import functools
 import sys
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-KERNELS = ("amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "plain")
-FASTER = ("amx", "avx512-vnni")  # than ONNX Runtime's own operators, by benchmarks/kernels.py; the others are not
+KERNELS = ("amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "plain")
+OPERATORS = ("MatMulNBits", "QMoE", "MultiHeadAttention", "QuantizedLinear")
+_FOUR_BITS = OPERATORS[:2]
+# Faster than ONNX Runtime's own operators, by benchmarks/kernels.py; all others are not.
+FASTER = {"amx": OPERATORS, "avx512-bf16": _FOUR_BITS, "avx512-vnni": _FOUR_BITS}
 
 
 def library() -> Path:
@@ -27,6 +30,7 @@ def load() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library()))
     loaded.molmo_kernel_name.restype = ctypes.c_char_p
     loaded.molmo_has_kernel.argtypes = [ctypes.c_char_p]
+    loaded.molmo_computes.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     return loaded
 
 
@@ -39,3 +43,10 @@ def kernel() -> str:
 def supported() -> tuple[str, ...]:
     """Those of KERNELS that this processor and its operating system support."""
     return tuple(name for name in KERNELS if load().molmo_has_kernel(name.encode()))
+
+
+def operators(*, faster: bool = False) -> tuple[str, ...]:
+    """Those of OPERATORS that the kernel in use computes. `faster`: faster than ONNX Runtime."""
+    name = kernel()
+    found = (each for each in OPERATORS if load().molmo_computes(name.encode(), each.encode()))
+    return tuple(each for each in found if not faster or each in FASTER.get(name, ()))

@@ -1,4 +1,5 @@
 // C functions for tests, benchmarks and `molmo-edge doctor`, which call them from Python.
+#include "kernels.h"
 #include "products.h"
 
 #ifdef _WIN32
@@ -17,6 +18,16 @@ MOLMO_EXPORT const char* molmo_kernel_name() { return molmo::kernel().name; }
 
 // Whether this processor has the kernel of this name.
 MOLMO_EXPORT int molmo_has_kernel(const char* name) { return molmo::kernel_named(name) != nullptr; }
+
+// Whether this processor has the kernel and the kernel computes the operator.
+MOLMO_EXPORT int molmo_computes(const char* name, const char* operation) {
+    const molmo::Kernel* kernel = molmo::kernel_named(name);
+    if (kernel == nullptr) return 0;
+    if (std::strcmp(operation, "MatMulNBits") == 0 || std::strcmp(operation, "QMoE") == 0) return 1;
+    if (kernel->tiles == nullptr) return 0;
+    return std::strcmp(operation, "QuantizedLinear") == 0 ||
+           (std::strcmp(operation, "MultiHeadAttention") == 0 && kernel->tiles->bfloat16 != nullptr);
+}
 
 MOLMO_EXPORT int molmo_multiply(const char* name, const float* x, int64_t rows, const uint8_t* codes,
                                 const float* scales, const uint8_t* zero_points, int64_t columns, int64_t inner,

@@ -72,13 +72,15 @@ bool has_avx512() {
     return has_avx2() && (saved_by_system() & 0xe6) == 0xe6 && bit(seven.b, 16) && bit(seven.b, 17) &&
            bit(seven.b, 30) && bit(seven.b, 31) && bit(seven.c, 11);
 }
+
+bool has_bfloat16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
 #endif
 
 #ifdef MOLMO_AMX
 bool has_amx() {
     const Registers seven = cpuid(7, 0);
     constexpr int kAskForTiles = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; it holds for the whole process
-    return has_avx512() && bit(seven.d, 24) && bit(seven.d, 25) && (saved_by_system() & 0x60000) == 0x60000 &&
+    return has_bfloat16() && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25) && (saved_by_system() & 0x60000) == 0x60000 &&
            syscall(SYS_arch_prctl, kAskForTiles, kTileData) == 0;
 }
 #endif
@@ -105,6 +107,9 @@ bool has_i8mm() { return false; }
 const Choice kChoices[] = {
 #ifdef MOLMO_AMX
     {&kAmx, has_amx},
+#endif
+#ifdef MOLMO_BFLOAT16
+    {&kAvx512Bf16, has_bfloat16},
 #endif
 #ifdef MOLMO_X86
     {&kAvx512, has_avx512},   {&kAvxVnni, has_avx_vnni}, {&kAvx2, has_avx2},

@@ -235,7 +235,13 @@ namespace molmo {
 const Kernel kAvx512 = {"avx512-vnni",    true,
                         avx512::round_row_unsigned, avx512::unpack,
                         avx512::multiply, avx512::dot_unsigned,
-                        avx512::swiglu};
+                        avx512::swiglu,   &avx512::kTiles};
+#ifdef MOLMO_BFLOAT16
+const Kernel kAvx512Bf16 = {"avx512-bf16",    true,
+                            avx512::round_row_unsigned, avx512::unpack,
+                            avx512::multiply, avx512::dot_unsigned,
+                            avx512::swiglu,   &avx512::kTilesBf16};
+#endif
 
 }  // namespace molmo
 #endif

@@ -9,6 +9,8 @@
 
 namespace molmo::avx512 {
 
+extern const Tiles kTiles, kTilesBf16;
+
 void round_row_signed(const float* row, int64_t inner, int64_t block, int8_t* values, float* scales);
 void round_row_unsigned(const float* row, int64_t inner, int64_t block, int8_t* values, float* scales);
 void unpack(const Matrix& m, int64_t column, int8_t* weights, float* scales, int32_t* starts);

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace molmo {
 
 constexpr int kColumns = 16;  // of a panel
@@ -51,6 +53,7 @@ struct Kernel {
     void (*dot)(const Matrix& matrix, int64_t column, int64_t count, const int8_t* row, const float* scales, float* out);
     // gate and up alternate: out[i] = in[2i] * sigmoid(in[2i]) * in[2i + 1]
     void (*swiglu)(const float* in, int64_t count, float* out);
+    const Tiles* tiles = nullptr;  // for attention and eight-bit layers; null: ONNX Runtime computes them
 };
 
 // The fastest kernel of this processor, or the one that MOLMO_EDGE_KERNEL names if the processor has it.

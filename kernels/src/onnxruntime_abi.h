@@ -63,7 +63,7 @@ struct OrtCustomOp {
 namespace molmo::ort {
 
 constexpr uint32_t kVersion = 17;  // of the interface: ONNX Runtime 1.17, the first with shapes of custom operators
-constexpr int kAnyType = 0, kFloat = 1, kBytes = 2, kHalf = 10;
+constexpr int kAnyType = 0, kFloat = 1, kBytes = 2, kSignedBytes = 3, kHalf = 10;
 
 template <int Index, typename... Arguments>
 OrtStatus* call(const OrtApi* api, Arguments... arguments) {
@@ -94,6 +94,7 @@ enum : int {
     kGetInput = 90,
     kGetOutput = 91,
     kReleaseShape = 99,
+    kGetConstant = 249,
     kGetInputShape = 268,
     kSetOutputShape = 270,
     kSetSymbols = 271,

@@ -1,9 +1,7 @@
 #include "products.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -16,47 +14,7 @@ constexpr int64_t kDotRows = 2;       // up to so many rows a product reads the 
 constexpr int64_t kChunk = 256;       // rows that share an unpacked panel before the next one
 constexpr int64_t kPanelsPerTask = 8;
 
-// Memory whose start is aligned and whose content is not initialized.
-template <typename T>
-class Buffer {
-public:
-    explicit Buffer(int64_t size) { grow(size); }
-    Buffer() = default;
-    T* grow(int64_t size) {
-        if (size > size_) {
-            memory_.reset(new uint8_t[size_t(size) * sizeof(T) + 64]);
-            size_ = size;
-        }
-        return data();
-    }
-    T* data() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63)); }
-
-private:
-    std::unique_ptr<uint8_t[]> memory_;
-    int64_t size_ = 0;
-};
-
-int64_t up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
-
 int64_t with_padding(int64_t rows) { return rows <= kDotRows ? rows : up(rows, kTile); }
-
-template <typename Run>
-void each(const Parallel& parallel, int64_t count, const Run& run) {
-    if (count <= 1) {
-        if (count == 1) run(int64_t{0});
-        return;
-    }
-    // Whichever thread is free takes the next task: experts differ in their rows, and cores in their speed.
-    struct Shared {
-        const Run* run;
-        std::atomic<int64_t> next;
-        int64_t count;
-    } shared{&run, {0}, count};
-    parallel.each(parallel.threads, count, [](void* context, size_t) {
-        Shared& s = *static_cast<Shared*>(context);
-        for (int64_t task; (task = s.next.fetch_add(1)) < s.count;) (*s.run)(task);
-    }, &shared);
-}
 
 struct Unpacked {  // one panel; a thread keeps its memory
     Buffer<int8_t> weights;

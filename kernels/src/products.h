@@ -2,14 +2,9 @@
 #pragma once
 
 #include "matrix.h"
+#include "parallel.h"
 
 namespace molmo {
-
-// Calls run(context, task) for every task in 0..count - 1, on any threads, and returns when all have ended.
-struct Parallel {
-    void* threads;
-    void (*each)(void* threads, int64_t count, void (*run)(void* context, size_t task), void* context);
-};
 
 // x [count, inner] -> out [count, columns]
 void multiply(const Kernel& kernel, const Parallel& parallel, const float* x, int64_t count, const Matrix& matrix,

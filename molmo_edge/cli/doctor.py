@@ -135,7 +135,7 @@ def _providers(problems: list[str]) -> list[str]:
 
 
 def _kernels(problems: list[str]) -> dict[str, str] | None:
-    """The compiled four-bit kernels and whether they are used; None if they are not installed."""
+    """The compiled kernels and whether they are used; None if they are not installed."""
     from molmo_edge.runtimes import kernels
 
     try:

@@ -1,0 +1,84 @@
+// Layers with eight-bit weights: one scale per row of the input and one per output column.
+#include <cstring>
+
+#include "vision.h"
+
+#ifdef MOLMO_X86
+#include "vision_avx512.h"
+#endif
+
+namespace molmo {
+namespace {
+
+constexpr int64_t kPair = 2 * kColumns;      // columns of a product
+constexpr int64_t kRowsPerTask = 128;
+constexpr int64_t kWeightsPerTask = 1 << 20;  // half of a second-level cache
+
+}  // namespace
+
+EightBitLayer::EightBitLayer(const int8_t* weights, const float* scales, const float* bias, int64_t inner,
+                             int64_t columns)
+    : inner_(inner), columns_(columns), steps_(RoundedRows::steps(inner)) {
+    panels_.grow(steps_ * kStepBytes * columns), starts_.grow(columns), scales_.grow(columns);
+    std::memcpy(scales_.data(), scales, size_t(columns) * sizeof(float));
+    if (bias != nullptr) std::memcpy(bias_.grow(columns), bias, size_t(columns) * sizeof(float));
+    std::memset(starts_.data(), 0, size_t(columns) * sizeof(int32_t));
+    const int64_t quads = steps_ * kStepBytes / 4;
+    for (int64_t panel = 0; panel < columns / kColumns; ++panel) {
+        int32_t* start = starts_.data() + panel * kColumns;
+        for (int64_t quad = 0; quad < quads; ++quad) {
+            int8_t* to = panels_.data() + (panel * quads + quad) * 4 * kColumns;
+            for (int64_t i = 0; i < 4; ++i) {
+                const int64_t k = 4 * quad + i;
+                const int8_t* from = weights + k * columns + panel * kColumns;
+                for (int64_t c = 0; c < kColumns; ++c) {
+                    to[4 * c + i] = k < inner ? from[c] : int8_t(0);
+                    start[c] -= k < inner ? 128 * from[c] : 0;
+                }
+            }
+        }
+    }
+}
+
+#ifdef MOLMO_X86
+void round_rows(const Kernel& kernel, const Parallel& parallel, const float* x, const RoundedRows& rows) {
+    const int64_t block = RoundedRows::steps(rows.inner) * kTileBytes;
+    each(parallel, up(rows.count, kTile) / kTile, [&](int64_t task) {
+        const int64_t first = task * kTile, count = rows.count - first < kTile ? rows.count - first : kTile;
+        avx512::round_tile(x + first * rows.inner, count, rows.inner, kernel.unsigned_rows,
+                           rows.values + task * block, rows.scales + first);
+    });
+}
+
+void EightBitLayer::multiply(const Kernel& kernel, const Parallel& parallel, const RoundedRows& rows,
+                             Activation activation, const float* residual, float* out) const {
+    const int64_t depth = steps_ * kStepBytes, fitting = kWeightsPerTask / depth / kPair * kPair;
+    const int64_t width = fitting < kPair ? kPair : fitting > columns_ ? columns_ : fitting;
+    const int64_t groups = (columns_ + width - 1) / width, chunks = (rows.count + kRowsPerTask - 1) / kRowsPerTask;
+    const Tiles& tiles = *kernel.tiles;
+    // Consecutive tasks share their weights.
+    each(parallel, groups * chunks, [&](int64_t task) {
+        const int64_t first = task % chunks * kRowsPerTask, column = task / chunks * width;
+        const int64_t last = first + kRowsPerTask < rows.count ? first + kRowsPerTask : rows.count;
+        const int64_t end = column + width < columns_ ? column + width : columns_;
+        alignas(64) int32_t sums[2 * kTile * kPair];
+        tiles.begin();
+        for (int64_t c = column; c < end; c += kPair)
+            for (int64_t r = first; r < last; r += 2 * kTile) {
+                const int64_t count = last - r < 2 * kTile ? last - r : 2 * kTile, at = r * columns_ + c;
+                tiles.int8(rows.values + r * depth, panels_.data() + c * depth, steps_, (count + kTile - 1) / kTile,
+                           starts_.data() + c, sums);
+                const avx512::Finish finish = {scales_.data() + c, bias_.data() == nullptr ? nullptr : bias_.data() + c,
+                                               rows.scales + r, residual == nullptr ? nullptr : residual + at, columns_};
+                avx512::finish(sums, count, finish, activation, out + at);
+            }
+        tiles.end();
+    });
+}
+#else
+void round_rows(const Kernel&, const Parallel&, const float*, const RoundedRows&) {}  // no kernel has tiles
+void EightBitLayer::multiply(const Kernel&, const Parallel&, const RoundedRows&, Activation, const float*,
+                             float*) const {}
+#endif
+
+}  // namespace molmo

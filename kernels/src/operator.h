@@ -1,0 +1,141 @@
+// What operators of ONNX Runtime share: reading inputs, writing outputs, the thread pool, registration.
+#pragma once
+
+#include <exception>
+#include <vector>
+
+#include "onnxruntime_abi.h"
+#include "parallel.h"
+
+namespace molmo::ort {
+#define MOLMO_TRY(expression) \
+    if (OrtStatus* status = (expression)) return status
+
+inline OrtStatus* failed(const OrtApi* api, const char* message) {
+    return reinterpret_cast<OrtStatus*(MOLMO_CALL*)(int, const char*)>(api->functions[kCreateStatus])(1, message);
+}
+
+struct Tensor {
+    void* data = nullptr;  // null: an absent input
+    int type = kAnyType;
+    std::vector<int64_t> shape;
+};
+
+inline OrtStatus* dimensions(const OrtApi* api, const OrtShape* shape, std::vector<int64_t>& out) {
+    size_t rank = 0;
+    MOLMO_TRY((call<kGetRank>(api, shape, &rank)));
+    out.resize(rank);
+    return call<kGetDimensions>(api, shape, out.data(), rank);
+}
+
+inline OrtStatus* tensor(const OrtApi* api, const OrtValue* value, Tensor& out) {
+    OrtShape* shape = nullptr;
+    MOLMO_TRY((call<kGetShape>(api, value, &shape)));
+    OrtStatus* status = call<kGetType>(api, const_cast<const OrtShape*>(shape), &out.type);
+    if (status == nullptr) status = dimensions(api, shape, out.shape);
+    release<kReleaseShape>(api, shape);
+    if (status != nullptr) return status;
+    return call<kGetData>(api, const_cast<OrtValue*>(value), &out.data);
+}
+
+inline OrtStatus* input(const OrtApi* api, const OrtKernelContext* context, size_t index, Tensor& out) {
+    size_t count = 0;
+    const OrtValue* value = nullptr;
+    MOLMO_TRY((call<kGetInputCount>(api, context, &count)));
+    if (index >= count) return nullptr;
+    MOLMO_TRY((call<kGetInput>(api, context, index, &value)));
+    return value == nullptr ? nullptr : tensor(api, value, out);
+}
+
+// An input that never changes
+inline OrtStatus* constant(const OrtApi* api, const OrtKernelInfo* info, size_t index, Tensor& out) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    MOLMO_TRY((call<kGetConstant>(api, info, index, &is_constant, &value)));
+    return is_constant == 0 || value == nullptr ? nullptr : tensor(api, value, out);
+}
+
+template <typename T>
+OrtStatus* output(const OrtApi* api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape, T*& out) {
+    OrtValue* value = nullptr;
+    void* data = nullptr;
+    MOLMO_TRY((call<kGetOutput>(api, context, index, shape.data(), shape.size(), &value)));
+    MOLMO_TRY((call<kGetData>(api, value, &data)));
+    out = static_cast<T*>(data);
+    return nullptr;
+}
+
+inline int64_t rows_of(const Tensor& x) {
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < x.shape.size(); ++i) rows *= x.shape[i];
+    return rows;
+}
+
+// The thread pool of the session.
+struct Pool {
+    const OrtApi* api;
+    const OrtKernelContext* context;
+
+    Parallel parallel() {
+        return {this, [](void* pool, int64_t count, void (*run)(void*, size_t), void* work) {
+            const Pool& own = *static_cast<Pool*>(pool);
+            // As many calls as threads could take part; each works until no task is left.
+            const size_t calls = size_t(count < 128 ? count : 128);
+            if (call<kParallelFor>(own.api, own.context, run, calls, size_t{0}, work) != nullptr) run(work, 0);
+        }};
+    }
+};
+
+// An operator of the class Op, which has kName, kInputs, kOutputs, type, optional, output_type, read and compute.
+template <typename Op>
+struct Registered : OrtCustomOp {
+    const OrtApi* api;
+
+    explicit Registered(const OrtApi* given) : OrtCustomOp{}, api(given) {
+        version = kVersion;
+        GetName = [](const OrtCustomOp*) { return Op::kName; };
+        GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+        GetInputType = [](const OrtCustomOp*, size_t index) { return Op::type(index); };
+        GetInputTypeCount = [](const OrtCustomOp*) { return Op::kInputs; };
+        GetOutputType = [](const OrtCustomOp*, size_t index) { return Op::output_type(index); };
+        GetOutputTypeCount = [](const OrtCustomOp*) { return Op::kOutputs; };
+        GetInputCharacteristic = [](const OrtCustomOp*, size_t index) { return Op::optional(index) ? 1 : 0; };
+        GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
+        GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+        GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetStartVersion = [](const OrtCustomOp*) { return 1; };
+        GetEndVersion = [](const OrtCustomOp*) { return 0x7fffffff; };
+        CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* own, const OrtKernelInfo* info, void** made) -> OrtStatus* {
+            Op op{};
+            op.api = own;
+            MOLMO_TRY(op.read(info));
+            *made = new Op(op);
+            return nullptr;
+        };
+        KernelComputeV2 = [](void* op, OrtKernelContext* context) -> OrtStatus* {
+            const Op& own = *static_cast<Op*>(op);
+            try {
+                return own.compute(context);
+            } catch (const std::exception& error) {
+                return failed(own.api, error.what());
+            }
+        };
+        KernelDestroy = [](void* op) { delete static_cast<Op*>(op); };
+    }
+};
+
+// The output has the shape of the first input. Without it the optimizations of ONNX Runtime that need to know shapes
+// would stop here.
+template <typename Op>
+OrtStatus* same_shape(const OrtCustomOp* op, OrtShapeContext* context) {
+    const OrtApi* api = static_cast<const Registered<Op>*>(op)->api;
+    OrtShape* shape = nullptr;  // owned by the context
+    MOLMO_TRY((call<kGetInputShape>(api, const_cast<const OrtShapeContext*>(context), size_t{0}, &shape)));
+    return call<kSetOutputShape>(api, const_cast<const OrtShapeContext*>(context), size_t{0},
+                                 const_cast<const OrtShape*>(shape));
+}
+
+}  // namespace molmo::ort

@@ -1,0 +1,27 @@
+// Products of blocks of 16 x 32 or 32 x 32 numbers, on which attention and eight-bit layers are built.
+//
+// A tile has 16 rows of 64 bytes. Rows of the left matrix lie in tiles [rows / 16, steps], each with 64 int8 or 32
+// bfloat16 of 16 rows; a step is such a width. The columns of the right matrix lie in panels of 16: tiles
+// [columns / 16, steps], in which four int8 or two bfloat16 of one column follow each other: [16, 16 columns, 4 or 2].
+#pragma once
+
+#include <cstdint>
+
+namespace molmo {
+
+constexpr int64_t kTileBytes = 1024, kStepBytes = 64;
+
+// One set of instructions.
+struct Tiles {
+    void (*begin)();  // before the products of a thread
+    void (*end)();
+    // `blocks` (1 or 2) tiles of rows times two panels: out [16 * blocks, 32]. With Kernel::unsigned_rows the sums
+    // begin at starts [32].
+    void (*int8)(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t blocks, const int32_t* starts,
+                 int32_t* out);
+    // The same in bfloat16 with sums in float32: out [16 * blocks, stride]. Null: not on this processor.
+    void (*bfloat16)(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t blocks, float* out,
+                     int64_t stride);
+};
+
+}  // namespace molmo

@@ -1,0 +1,260 @@
+"""Attention and eight-bit layers of the compiled kernels, and the change of a vision tower that uses them.
+
+Attention rounds q, k, v and its weights to bfloat16 (8 bits): 4e-3 of each, half a percent of the result. Eight-bit
+layers round as onnxruntime's nodes do, except that a value halfway between two integers may round the other way; a
+tower rounds in every layer again, so that its features differ by less than its own rounding costs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_kernels import KERNELS, MICROSOFT, needs_kernels
+from test_quantize import norm_error
+
+import molmo_edge.cli.doctor  # noqa: F401 - before onnxruntime, whose usage reports it switches off
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.export.graph_builder import Graph
+from molmo_edge.export.graph_precisions import graph_precision
+from molmo_edge.export.vision_graph import vision_encoder
+from molmo_edge.presets import PRESETS
+from molmo_edge.runtimes import kernels
+from molmo_edge.runtimes import onnx as runtime
+
+VISION = tuple(name for name in KERNELS if name in ("amx", "avx512-bf16", "avx512-vnni"))
+ATTENTION = tuple(name for name in VISION if name != "avx512-vnni")
+SHAPES = [
+    (1, 577, 16, 64),
+    (2, 1, 3, 64),
+    (1, 16, 2, 64),
+    (3, 33, 4, 32),
+    (1, 31, 3, 80),
+    (2, 100, 2, 72),
+    (1, 65, 2, 16),
+]
+LAYERS = [  # rows, inner, columns, activation, residual
+    (577, 64, 128, 1, False),
+    (1, 64, 32, 0, False),
+    (17, 100, 96, 2, False),
+    (33, 588, 64, 0, True),
+    (130, 256, 32, 1, True),
+]
+
+RUN_ALL = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import molmo_edge_kernels
+from molmo_edge.runtimes.onnx import session_options
+import onnxruntime
+assert molmo_edge_kernels.kernel() == os.environ["MOLMO_EDGE_KERNEL"]
+for path in sorted(Path(sys.argv[1]).glob("*.onnx")):
+    options = session_options(2)
+    options.register_custom_ops_library(str(molmo_edge_kernels.library()))
+    if "MultiHeadAttention" in molmo_edge_kernels.operators() or path.stem.startswith("layer"):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        np.save(path.with_suffix(".npy"), session.run(None, dict(np.load(path.with_suffix(".npz"))))[0])
+"""
+
+
+def model(
+    nodes: list[onnx.NodeProto], inputs: dict[str, np.ndarray], weights: dict[str, np.ndarray]
+) -> onnx.ModelProto:
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * x.ndim) for name, x in inputs.items()]
+    last = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    domains = {"": 20, MICROSOFT: 1, kernels.DOMAIN: 1}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+    graph = helper.make_graph(nodes, "graph", infos, [last], tensors)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.ndarray:
+    q, k, v = (x.astype(np.float64).reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    found: np.ndarray = (weights / weights.sum(axis=-1, keepdims=True)) @ v
+    return found.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
+def exact_layer(given: dict[str, np.ndarray], weights: dict[str, np.ndarray], activation: int) -> np.ndarray:
+    x = given["x"].astype(np.float64)
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    rows = np.rint(np.divide(x, scale, where=scale > 0, out=np.zeros_like(x)))
+    y = rows @ weights["w"].astype(np.float64) * weights["s"] * scale + weights.get("b", 0)
+    if activation == 1:
+        y = y / (1 + np.exp(-1.702 * y))
+    elif activation == 2:
+        y = y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) / 2
+    return y + given.get("r", 0)
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Graphs of one operator each, and what they compute."""
+    folder, exact, rng = tmp_path_factory.mktemp("operators"), {}, np.random.default_rng(0)
+
+    def add(name: str, nodes: Any, given: dict[str, np.ndarray], weights: dict[str, np.ndarray], y: np.ndarray) -> None:
+        onnx.save(model(nodes, given, weights), folder / f"{name}.onnx")
+        np.savez(folder / f"{name}.npz", **given)
+        exact[name] = y
+
+    for batch, n, heads, width in SHAPES:
+        given = {name: rng.standard_normal((batch, n, heads * width), np.float32) for name in ("q", "k", "v")}
+        given["q"][0, 0] *= 8  # attends to few keys
+        node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain=kernels.DOMAIN, num_heads=heads)
+        add(f"attention{n}x{width}", [node], given, {}, exact_attention(*given.values(), heads))
+    for n, inner, columns, activation, residual in LAYERS:
+        given = {"x": rng.standard_normal((1, n, inner), np.float32)}
+        given["x"][0, 1:2] = 0
+        given["x"][:, :, 3] *= 20
+        weights = {
+            "w": rng.integers(-127, 128, (inner, columns)).astype(np.int8),
+            "s": rng.uniform(0, 1e-3, columns).astype(np.float32),
+        }
+        names = ["rows", "scales", "w", "s"]
+        if activation or residual:
+            weights["b"] = rng.standard_normal(columns, np.float32)
+            names.append("b")
+        if residual:
+            given["r"] = rng.standard_normal((1, n, columns), np.float32)
+            names.append("r")
+        nodes = [
+            helper.make_node("QuantizeRows", ["x"], ["rows", "scales"], domain=kernels.DOMAIN),
+            helper.make_node("QuantizedLinear", names, ["y"], domain=kernels.DOMAIN, activation=activation),
+        ]
+        add(f"layer{n}x{inner}x{columns}", nodes, given, weights, exact_layer(given, weights, activation))
+    return SimpleNamespace(folder=folder, exact=exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", VISION)
+def test_an_operator_computes_what_it_says(operators: SimpleNamespace, kernel: str) -> None:
+    environment = {**os.environ, kernels.FORCE: kernel}
+    subprocess.run([sys.executable, "-c", RUN_ALL, str(operators.folder)], check=True, env=environment, timeout=120)
+    for name, exact in operators.exact.items():
+        if name.startswith("attention") and kernel not in ATTENTION:
+            continue
+        found = operators.folder / f"{name}.npy"
+        ours = np.load(found)
+        found.unlink()
+        assert ours.shape == exact.shape
+        if name.startswith("layer"):
+            assert norm_error(ours, exact) < 1e-3, name
+            continue
+        assert norm_error(ours, exact) < 6e-3, name
+        rows = np.abs(ours - exact).max(axis=-1) / np.abs(exact).max(axis=-1)
+        assert rows.max() < 0.03, name  # none is wrong, not even one of a thousand
+
+
+def vision_graph(path: Path, precision: str = "int8", width: int = 64, **changed: Any) -> Path:
+    """A small tower, in a large file's form: its weights may be beside it."""
+    values = {"d_model": width, "n_layers": 2, "n_heads": 4, "mlp_dim": 96, "n_pos": 50, "layers": (-1, -2)}
+    vision = VisionConfig(**{**values, **changed})
+    config = MolmoConfig(ImageConfig(crop_size=98, overlap_margins=(0, 0)), vision, PRESETS["nano"].decoder, 64)
+    rng = np.random.default_rng(4)
+    tensors = {
+        name: rng.normal(float(name.endswith("norm.weight")), shape[-1] ** -0.5, shape).astype(np.float32)
+        for name, shape in hub_shapes(config).items()
+        if "vision_backbone.image_vit" in name
+    }
+    graph = Graph("vision_encoder", path.with_name(f"{path.name}.data"))
+    vision_encoder(graph, config, tensors, graph_precision(precision))
+    graph.save(path)
+    return path
+
+
+def operators_of(encoded: bytes) -> dict[tuple[str, str], int]:
+    nodes = [(node.op_type, node.domain) for node in onnx.load_from_string(encoded).graph.node]
+    return {kind: nodes.count(kind) for kind in nodes}
+
+
+def test_a_tower_becomes_layers_and_attention(tmp_path: Path) -> None:
+    path = vision_graph(tmp_path / "v.onnx")
+    changed = kernels.moved(path.read_bytes())
+    assert changed is not None
+    found, own = operators_of(changed), kernels.DOMAIN
+    # The patch embedding; q, k, v, the output and two layers of an MLP in each of two blocks; one rounding for q, k, v.
+    assert (found["QuantizedLinear", own], found["QuantizeRows", own], found["MultiHeadAttention", own]) == (13, 9, 2)
+    assert not {"MatMulIntegerToFloat", "QuickGelu", "Div", "Max", "Abs"} & {operator for operator, _ in found}
+    assert found["Add", ""] == 1  # positions; the residuals are part of layers
+    without = kernels.moved(path.read_bytes(), ("QuantizedLinear",))
+    assert without is not None
+    assert ("MultiHeadAttention", MICROSOFT) in operators_of(without)
+    assert kernels.moved(path.read_bytes(), ("MatMulNBits", "QMoE", "MultiHeadAttention")) is None
+    for precision in ("fp32", "q8", "fp16"):
+        assert kernels.moved(vision_graph(tmp_path / "w.onnx", precision).read_bytes(), kernels.OPERATORS) is None
+    narrow = vision_graph(tmp_path / "n.onnx", mlp_dim=80)  # w1 is too narrow, and w2 takes its output
+    found = operators_of(kernels.moved(narrow.read_bytes()) or b"")
+    assert (found["QuantizedLinear", own], found["MatMulIntegerToFloat", MICROSOFT]) == (11, 2)
+
+
+def test_values_that_others_read_stay(tmp_path: Path) -> None:
+    path = vision_graph(tmp_path / "v.onnx")
+    graph = onnx.load(path)
+    nodes = {node.output[0]: node for node in graph.graph.node}
+    (attention, _) = (node for node in graph.graph.node if node.op_type == "MultiHeadAttention")
+    added = nodes[attention.input[0]]  # q: the sum of a product and its bias
+    graph.graph.output.append(helper.make_tensor_value_info(added.input[0], TensorProto.FLOAT, None))  # without bias
+    changed = kernels.moved(graph.SerializeToString())
+    assert changed is not None
+    written = {name: node for node in onnx.load_from_string(changed).graph.node for name in node.output}
+    assert written[added.input[0]].op_type == "QuantizedLinear"
+    assert written[attention.input[0]].op_type == "Add"
+    assert written[attention.output[0]].domain == MICROSOFT  # q is not the output of a layer
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("clip", {}),
+        ("siglip", {"image_model_type": "siglip", "activation": "gelu_pytorch_tanh", "n_pos": 49, "width": 288}),
+    ],
+)
+def test_a_tower_computes_the_same_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changed: dict[str, Any]
+) -> None:
+    path, exact = (
+        vision_graph(tmp_path / f"{name}.onnx", **changed),
+        vision_graph(tmp_path / "fp32.onnx", "fp32", **changed),
+    )
+    crops = np.random.default_rng(5).standard_normal((3, 49, 588), np.float32)
+    crops[1] = -1  # padding
+    features = {}
+    for switch in ("1", "0"):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        features[switch] = runtime.load_session(path, 2).run(None, {"crops": crops})[0]
+    float32 = runtime.load_session(exact, 2).run(None, {"crops": crops})[0]
+    rounding = norm_error(features["0"], float32)  # what eight bits cost
+    assert 0.003 < rounding < 0.02
+    assert norm_error(features["1"], features["0"]) < rounding
+    assert norm_error(features["1"], float32) < 1.1 * rounding
+    assert not features["1"][1].any()
+
+
+@needs_kernels
+@pytest.mark.skipif("amx" not in KERNELS, reason="the kernels of vision towers are used with AMX")
+def test_a_large_tower_uses_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, crop = vision_graph(tmp_path / "v.onnx"), {"crops": np.ones((1, 49, 588), np.float32)}
+    outputs = [runtime.load_session(path, 2).run(None, crop)[0]]
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    outputs.append(runtime.load_session(path, 2).run(None, crop)[0])
+    assert outputs[0].any()
+    assert (outputs[0] != outputs[1]).any()
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setitem(sys.modules, "molmo_edge_kernels", None)  # import raises ModuleNotFoundError
+    monkeypatch.delenv(kernels.SWITCH)
+    np.testing.assert_array_equal(runtime.load_session(path, 2).run(None, crop)[0], outputs[1])
