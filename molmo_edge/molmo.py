@@ -24,6 +24,7 @@ from molmo_edge.runtimes.generate import Sampling
 from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
+from molmo_edge.sdk.encoding import check_reuse_crops
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, ROOM, Engine, QuestionError, Scene, check_text
 from molmo_edge.sdk.image_tokens import ImageTokens
 from molmo_edge.sdk.image_tokens import image_tokens as chosen_tokens
@@ -58,21 +59,22 @@ class Molmo(NotCopied):
     `model`: a bundle directory; a checkpoint directory (runs on PyTorch) in hub layout or the reference's own; a hub
     id, with `revision` a branch, tag or commit; None for the embedded nano. `device`: one of
     `molmo_edge.config.DEVICES`; "auto" picks the best available. `precision`: of a checkpoint's weights: "fp32",
-    "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory.
-    `max_crops`: a limit on the crops of an image in place of the model's own. A lower one is faster, but the model sees
-    less detail. A higher one shows more detail of large images; time, memory and positions of the context grow with the
-    number of crops. `image_tokens`: the share of an image's tokens that the decoder sees, such as 0.5; the others are
-    left out, and those that stay keep their positions. That is faster and needs less memory, but costs accuracy. None
-    or 1: all tokens. A bundle with a GGUF decoder does not support it. `threads`: CPU threads, at most the cores
-    available to this process; None: the physical cores, or a container's quota. `engine_options`: LlamaOptions for a
-    bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores transparency, as the reference's training
-    does, "white" blends with white. `scene_cache`: a folder for encoded and prefilled images and videos, which may be
-    shared by processes: a picture with the same pixels is read from there. Files that were not used for longest are
-    removed above `scene_cache_size`, bytes or "500MB". None: no cache. `draft`: whether the parts of a point that the
-    grammar fixes are drafted and verified in one run of the decoder, which saves runs (docs/app.md). None: for bundles
-    exported with `drafting`, whose ids stay the same, which the first answers check on this machine. True: with every
-    model that can; its runs of several positions may round differently from single ones, which can change an id. False:
-    never.
+    "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory. `max_crops`: a
+    limit on the crops of an image in place of the model's own. A lower one is faster, but the model sees less detail. A
+    higher one shows more detail of large images; time, memory and positions of the context grow with the number of
+    crops. `image_tokens`: the share of an image's tokens that the decoder sees, such as 0.5; the others are left out,
+    and those that stay keep their positions. That is faster and needs less memory, but costs accuracy. None or 1: all
+    tokens. A bundle with a GGUF decoder does not support it. `reuse_crops`: encode an image of at most one crop (336 x
+    336 pixels in Molmo) once instead of twice, because its crop has the pixels of its global view. `threads`: CPU
+    threads, at most the cores available to this process; None: the physical cores, or a container's quota.
+    `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores
+    transparency, as the reference's training does, "white" blends with white. `scene_cache`: a folder for encoded and
+    prefilled images and videos, which may be shared by processes: a picture with the same pixels is read from there.
+    Files that were not used for longest are removed above `scene_cache_size`, bytes or "500MB". None: no cache.
+    `draft`: whether the parts of a point that the grammar fixes are drafted and verified in one run of the decoder,
+    which saves runs (docs/app.md). None: for bundles exported with `drafting`, whose ids stay the same, which the first
+    answers check on this machine. True: with every model that can; its runs of several positions may round differently
+    from single ones, which can change an id. False: never.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
@@ -98,6 +100,7 @@ class Molmo(NotCopied):
         scene_cache: str | os.PathLike[str] | None = None,
         scene_cache_size: int | str = "2GB",
         image_tokens: float | ImageTokens | None = None,
+        reuse_crops: bool = False,
         draft: bool | None = None,
     ) -> None:
         from molmo_edge.runtimes import open_runtime
@@ -108,6 +111,7 @@ class Molmo(NotCopied):
             ImageConfig(max_crops=max_crops)
         check_alpha(alpha)
         choice = chosen_tokens(image_tokens)
+        check_reuse_crops(reuse_crops)
         if precision not in PRECISIONS:
             raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
         store = None if scene_cache is None else SceneStore(scene_cache, _bytes(scene_cache_size))
@@ -134,6 +138,7 @@ class Molmo(NotCopied):
                 draft=draft,
                 started=started,
                 tokens=choice,
+                reuse_crops=reuse_crops,
             )
         except MolmoEdgeError:  # it cannot draft
             runtime.close()
@@ -149,6 +154,7 @@ class Molmo(NotCopied):
         alpha: str = "drop",
         name: str | None = None,
         image_tokens: float | ImageTokens | None = None,
+        reuse_crops: bool = False,
         draft: bool | None = None,
     ) -> Molmo:
         """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers.
@@ -157,7 +163,14 @@ class Molmo(NotCopied):
         """
         molmo = cls.__new__(cls)
         molmo.engine = Engine(
-            runtime, tokenizer, max_crops=max_crops, alpha=alpha, name=name, tokens=image_tokens, draft=draft
+            runtime,
+            tokenizer,
+            max_crops=max_crops,
+            alpha=alpha,
+            name=name,
+            tokens=image_tokens,
+            reuse_crops=reuse_crops,
+            draft=draft,
         )
         return molmo
 

@@ -82,7 +82,12 @@ def bench(
 
     def measure(engine: str, runtime: Runtime, load: float, draft: bool | None = None) -> None:
         with Molmo.from_parts(
-            runtime, tokenizer, max_crops=model.max_crops, image_tokens=model.image_tokens, draft=draft
+            runtime,
+            tokenizer,
+            max_crops=model.max_crops,
+            image_tokens=model.image_tokens,
+            reuse_crops=model.reuse_crops,
+            draft=draft,
         ) as molmo:
             timings.append(_measure(engine, molmo, rgb, question, load, max_new_tokens, repeat))
         give_back()

@@ -57,6 +57,7 @@ def eval(
     precision: options.Precision = "auto",
     max_crops: options.MaxCrops = None,
     image_tokens: options.ImageTokens = None,
+    reuse_crops: options.ReuseCrops = False,
     threads: options.Threads = None,
     llama: options.Llama = None,
     json: options.Json = False,
@@ -103,6 +104,8 @@ def eval(
     }
     if image_tokens is not None:  # a folder of an earlier version does not name it
         settings["image_tokens"] = image_tokens
+    if reuse_crops:
+        settings["reuse_crops"] = reuse_crops
     with progress("loading the tasks", quiet=quiet):
         asked = {
             name: [
@@ -131,6 +134,7 @@ def eval(
             precision=precision,
             max_crops=max_crops,
             image_tokens=image_tokens,
+            reuse_crops=reuse_crops,
             threads=threads,
             engine_options=options.llama_options(llama),
         ) as molmo:

@@ -61,6 +61,7 @@ def open_molmo(options: ModelOptions, *, quiet: bool) -> Molmo:
             precision=options.precision,
             max_crops=options.max_crops,
             image_tokens=options.image_tokens,
+            reuse_crops=options.reuse_crops,
             alpha=options.alpha,
             threads=options.threads,
             engine_options=llama_options(options.llama),

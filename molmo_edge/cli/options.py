@@ -147,6 +147,10 @@ _IMAGE_TOKENS = (
     "The share of an image's tokens that the decoder sees, such as 0.5. Faster, but answers get worse, points most. "
     "Not for GGUF bundles. Default: all tokens."
 )
+_REUSE_CROPS = (
+    "Encode a photo of at most one crop (336 x 336 pixels in Molmo) once instead of twice: its crop has the pixels of "
+    "its global view."
+)
 _ALPHA = 'Transparency: "drop" ignores it, as in the training of Molmo; "white" blends transparent pixels with white.'
 _THREADS = "Number of CPU threads. Default: the physical cores, or the quota of the container."
 _LLAMA = (
@@ -169,6 +173,7 @@ Device = Annotated[str, typer.Option(help=_DEVICE, callback=_one_of("device"))]
 Precision = Annotated[str, typer.Option(help=_PRECISION, callback=_one_of("precision"))]
 MaxCrops = Annotated[int | None, typer.Option(min=0, help=_MAX_CROPS)]
 ImageTokens = Annotated[float | None, typer.Option(help=_IMAGE_TOKENS, callback=_some_share)]
+ReuseCrops = Annotated[bool, typer.Option("--reuse-crops", help=_REUSE_CROPS)]
 Alpha = Annotated[str, typer.Option(help=_ALPHA, callback=_one_of("alpha"))]
 Threads = Annotated[int | None, typer.Option(min=1, help=_THREADS, callback=_enough_cores)]
 Llama = Annotated[str | None, typer.Option("--llama", help=_LLAMA, callback=_known_llama, show_default=False)]
@@ -225,6 +230,7 @@ class ModelOptions:
     precision: Precision = "auto"
     max_crops: MaxCrops = None
     image_tokens: ImageTokens = None
+    reuse_crops: ReuseCrops = False
     alpha: Alpha = "drop"
     threads: Threads = None
     llama: Llama = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from PIL import Image
 
+from molmo_edge.config import ConfigError
 from molmo_edge.frontend.crops import (
     ImageProcessor,
     Overview,
@@ -50,16 +51,25 @@ class Encoded:
     vision: float  # seconds in vision tower and connector
 
 
+def check_reuse_crops(given: object) -> bool:
+    """Return the option of `Molmo`. Raises ConfigError unless it is True or False."""
+    if not isinstance(given, bool):
+        raise ConfigError(f"reuse_crops must be True or False, not {given!r}")
+    return given
+
+
 def encode(
     runtime: Runtime,
     process: ImageProcessor,
     inputs: Inputs,
     prompt: VisualPrompt,
     choice: ImageTokens | None = None,
+    *,
+    reuse_crops: bool = False,
 ) -> Encoded:
     """Cut images or frames into crops and run vision tower and connector.
 
-    `prompt`: of `inputs`. `choice`: which image tokens stay; None: all of them.
+    `prompt`: of `inputs`. `choice`: which image tokens stay; None: all of them. `reuse_crops`: see EncodedPart.
     """
     embeddings = np.array(runtime.embed(prompt.ids), np.float32)
     collected = CollectedParts() if runtime.config.point_head is not None else None
@@ -72,11 +82,12 @@ def encode(
     seen: list[tuple[np.ndarray, np.ndarray]] = []  # positions and features of image tokens
     for part in parts:
         began = time.perf_counter()
-        if collected is None:
+        if collected is None and not reuse_crops:
             features = runtime.encode_image(part.crops, part.masks, part.overview, part.pooling)
         else:
-            patches, features = part.features(cast("PointRuntime", runtime))
-            collected.add(part, patches, features)
+            patches, features = part.features(cast("PartedRuntime", runtime), reuse_crops=reuse_crops)
+            if collected is not None:
+                collected.add(part, patches, features)
         add_features(embeddings, part.positions, features)
         if choice is not None:
             seen.append((part.positions[part.positions >= 0], features[part.positions >= 0]))
@@ -112,13 +123,22 @@ class EncodedPart:
     frames: tuple[Sequence[float], ...] = ()
     pointable: np.ndarray | None = None
 
-    def features(self, runtime: PartedRuntime) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, runtime: PartedRuntime, *, reuse_crops: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Run the vision tower and the connector.
+
+        `reuse_crops`: run the tower once if the image's only crop has the pixels of the global view. The connector
+        runs for both, because their masks differ.
 
         Returns patch features [n, patches^2, feature_dim], and image features [n, cells^2, d_model], or
         [n_cells, d_model] of a model that pools across crops.
         """
-        patches = runtime.encode_crops(self.crops, self.overview)
+        crops, overview = self.crops, self.overview
+        twice = reuse_crops and len(crops) == 2 and np.array_equal(crops[0], crops[1])
+        if twice:
+            crops, overview = crops[:1], overview and replace(overview, positions=overview.positions[:1])
+        patches = runtime.encode_crops(crops, overview)
+        if twice:
+            patches = np.repeat(patches, 2, axis=0)
         return patches, runtime.connect(patches, self.masks, self.pooling)
 
 

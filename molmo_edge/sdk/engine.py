@@ -25,7 +25,7 @@ from molmo_edge.runtimes.generate import GenerationError
 from molmo_edge.runtimes.grammar import Grammars
 from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.sdk.async_worker import Worker
-from molmo_edge.sdk.encoding import encode
+from molmo_edge.sdk.encoding import check_reuse_crops, encode
 from molmo_edge.sdk.image_tokens import ImageTokens, image_tokens
 from molmo_edge.sdk.inputs import Inputs, read_inputs
 from molmo_edge.sdk.process_bound import NotCopied
@@ -150,9 +150,10 @@ class Engine:
         draft: bool | None = None,
         started: float | None = None,
         tokens: float | ImageTokens | None = None,
+        reuse_crops: bool = False,
     ) -> None:
         """`alpha`: see `load_image`. `name`: the model's, for answers. `directory`: its files, to save scenes.
-        `store`: where scenes are kept. `draft`: see `choose_trust`. `tokens`: see `image_tokens` of Molmo.
+        `store`: where scenes are kept. `draft`: see `choose_trust`. `tokens`, `reuse_crops`: see Molmo, `image_tokens`.
 
         `started`: time.perf_counter() when loading began, None: now.
         """
@@ -171,6 +172,9 @@ class Engine:
             reason = getattr(runtime, "no_gaps", "its runtime does not implement GappedRuntime")
             if reason is not None:
                 raise EngineError(f"this model cannot leave out image tokens: {reason}")
+        self.reuse_crops = check_reuse_crops(reuse_crops)
+        if reuse_crops and not hasattr(runtime, "encode_crops"):
+            raise EngineError("this model cannot reuse crops: its runtime does not implement PartedRuntime")
         self.process = ImageProcessor(image, tokenizer.special)
         self.load_seconds = time.perf_counter() - began
         logger.debug("%s: opened on %s in %.3f s", name, runtime.engine, self.load_seconds)
@@ -206,6 +210,7 @@ class Engine:
             directory=self._directory,
             store=self._store,
             tokens=self.image_tokens,
+            reuse_crops=self.reuse_crops,
         )
 
     @functools.cached_property
@@ -250,7 +255,7 @@ class Engine:
 
     def _encoded(self, inputs: Inputs, prompt: VisualPrompt, started: float) -> Scene:
         choice = self.image_tokens
-        encoded = encode(self.runtime, self.process, inputs, prompt, choice)
+        encoded = encode(self.runtime, self.process, inputs, prompt, choice, reuse_crops=self.reuse_crops)
         seconds = Seconds(preprocess=time.perf_counter() - started - encoded.vision, vision=encoded.vision)
         kept = encoded.kept
         return Scene(
