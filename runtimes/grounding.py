@@ -35,6 +35,8 @@ _NUMBER = re.compile(r"> ?[0-9]")  # the number of an object begins
 _LAST_TOKEN = re.compile(r">")
 # A text ends with the beginning of a point.
 _BEGUN = re.compile(r"(?:<POINT_[0-9]+> ?){0,3}(?:<P?O?I?N?T?_?[0-9]*)?\Z")
+_RUN = re.compile(r"(?:<POINT_[0-9]+>)+")
+_RUN_BEGUN = re.compile(r"(?:<POINT_[0-9]+>)*(?:<P?O?I?N?T?_?[0-9]*)?\Z")  # a text ends with a run that may go on
 
 _OPEN = '<points coords="'
 
@@ -203,10 +205,18 @@ class GroundingInputs:
         tags = [*_closed_tags(text), (len(text), len(text), "")]
         position = 0
         for start, end, label in tags:
-            found += self.unlabelled_points(text[position:start])
+            found += self._untagged_points(text[position:start])
             found += [replace(point, label=label) for point in self.unlabelled_points(text[start:end])]
             position = end
         return found
+
+    def _untagged_points(self, text: str) -> list[Point]:
+        """The points of text between the tags that close, in the order in which `DigitWriter` writes them."""
+        if not self.writes_digits:
+            return self.unlabelled_points(text)
+        before, tag, rest = text.partition(_OPEN)
+        runs = [*_RUN.findall(before), tag + rest]
+        return [point for run in runs for point in self.unlabelled_points(run)]
 
     def unlabelled_points(self, text: str) -> list[Point]:
         """The points of the grounding tokens in `text`, whether their tag closes or not."""
@@ -291,7 +301,7 @@ class GroundedParser:
     def close(self) -> list[Point]:
         """End the text; return the points of a tag that did not close, if the others came as their tags closed."""
         text, self._pending = "".join(self._pending), []
-        return self._inputs.unlabelled_points(text) if self._inputs.writes_digits else []
+        return [replace(point, label="") for point in self._inputs.points(text)] if self._inputs.writes_digits else []
 
     def _closed(self) -> list[Point]:
         text = "".join(self._pending)
@@ -301,7 +311,10 @@ class GroundedParser:
 
 
 class DigitWriter:
-    """Rewrites text that arrives in pieces: tags of grounding tokens become those of Molmo v1, `<point x= y=>`."""
+    """Rewrites text that arrives in pieces: tags of grounding tokens become those of Molmo v1, `<point x= y=>`.
+
+    So do grounding tokens outside of any tag, as a weak model may give them: a tag without a label.
+    """
 
     def __init__(self, inputs: GroundingInputs) -> None:
         self._inputs, self._held = inputs, ""
@@ -311,18 +324,23 @@ class DigitWriter:
         self._held += piece
         done = ""
         while tag := _CLOSED_TAG.search(self._held):
-            done += self._held[: tag.start()] + self._written(tag[0], tag["label"].strip())
+            done += self._outside(self._held[: tag.start()]) + self._written(tag[0], tag["label"].strip())
             self._held = self._held[tag.end() :]
         start = self._held.find(_OPEN)
-        if start < 0:  # it may begin at the end
+        if start < 0:  # it may begin at the end, or a run of tokens may go on
             start = next((at for at in range(len(self._held)) if _OPEN.startswith(self._held[at:])), len(self._held))
-        done, self._held = done + self._held[:start], self._held[start:]
+            if run := _RUN_BEGUN.search(self._held):
+                start = min(start, run.start())
+        done, self._held = done + self._outside(self._held[:start]), self._held[start:]
         return done
 
     def close(self) -> str:
         """The rest of a truncated answer, with the points of a tag that it left open."""
         held, self._held = self._held, ""
-        return self._written(held, "") if held.startswith(_OPEN) else held
+        return self._written(held, "") if held.startswith(_OPEN) else self._outside(held)
+
+    def _outside(self, text: str) -> str:
+        return _RUN.sub(lambda run: self._written(run[0], ""), text)
 
     def _written(self, tag: str, label: str) -> str:
         points = self._inputs.unlabelled_points(tag)

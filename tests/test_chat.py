@@ -81,13 +81,20 @@ def test_the_ids_are_those_of_a_chat_that_prefills_everything(kind: str, tempera
 
 def behind_the_likeliest(molmo: Molmo, scene: Scene, ids: list[int], said: tuple[int, ...]) -> float:
     """Return the largest gap of an id of `said` to the likeliest, in logits, when all of `ids` is prefilled at once."""
-    runtime, size = molmo.engine.runtime, molmo.config.decoder.vocab_size
-    rows = np.concatenate([scene.embeddings, runtime.embed(np.array(ids))])
-    cache, gaps = runtime.new_cache(len(rows) + len(said)), [0.0]
+    runtime, inputs, size = molmo.engine.runtime, scene.grounding, molmo.config.decoder.vocab_size
+    embed = runtime.embed if inputs is None else inputs.embed
+    rows, grounding = np.concatenate([scene.embeddings, embed(np.array(ids))]), None
+    cache: Any = runtime.new_cache(len(rows) + len(said))
+    gaps = [0.0]
     for token in said:
-        logits = runtime.forward(rows, cache)[:size]
+        logits = runtime.forward(rows, cache)
+        if inputs is None:
+            logits = logits[:size]
+        else:
+            grounding = grounding or inputs.begin(cache.states)
+            logits = grounding.logits(logits, cache.states[-1], "graded")
         gaps.append(float(logits.max() - logits[token]))
-        rows = runtime.embed(np.array([token]))
+        rows = runtime.embed(np.array([token])) if grounding is None else grounding.embed(token)
     return max(gaps)
 
 

@@ -23,6 +23,7 @@ from molmo_edge.frontend.grounding_tokens import GroundingIds
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
 from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
@@ -239,6 +240,36 @@ def test_points_without_numbers_follow_the_order_of_tokens() -> None:
     assert ids.allowed([1, patch, slot, location, patch]) == [(slot + 1, ids.locations)], "slots ascend in a patch"
     last = ids.locations - 1
     assert ids.allowed([1, patch, last, location]) == [(0, 100), (patch + 1, ids.slots)], "the patch is used up"
+
+
+def test_tokens_outside_of_a_tag_are_written_as_points(start: Path) -> None:
+    """A weak model gives them. Whatever the pieces, the text has no tokens, and its points are those of the answer."""
+    with Sdk(start, max_crops=0) as model:
+        inputs = model.encode(Discs(1).picture(0)).grounding
+    assert inputs is not None
+    ids = inputs.token_ids
+
+    def tokens(patch: int) -> str:
+        return "".join(map(ids.token, (ids.first + patch, ids.slots + 1, ids.locations + 4)))
+
+    right, left, middle = map(tokens, (7, 1, 4))
+    tag = f'<points coords="{middle}{ids.token(ids.end)}" alt="disc">disc</points>'
+    for text, labels in (
+        (f"Here{right}{left}, or{middle} it is.", ["", "", ""]),
+        (f"Counting{left}{ids.token(ids.end)}{tag}{right}", ["", "disc", ""]),
+        (f"{tag} and{right}{left}", ["disc", "", ""]),
+        (f"None{ids.token(ids.first)}{ids.token(ids.slots)}.", []),
+    ):
+        written = inputs.with_coordinates(text)
+        assert "POINT_" not in written
+        found = inputs.points(text)
+        assert [point.label for point in found] == labels
+        again = [(point.x, point.y, point.label) for point in parse_points(written)]
+        assert again == [(round(point.x, 1), round(point.y, 1), point.label) for point in found]
+        parser, writer = GroundedParser(inputs), DigitWriter(inputs)
+        pieces = [parser.feed(char) for char in text] + [parser.close()]
+        assert [point for piece in pieces for point in piece] == [dataclasses.replace(p, label="") for p in found]
+        assert "".join(map(writer.feed, text)) + writer.close() == written
 
 
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:

@@ -122,7 +122,9 @@ def test_configurations_survive_manifest_and_config_json(name: str) -> None:
     assert from_hub_config(raw, preprocessor) == config
 
 
-@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config.image.layout == "molmo"])
+@pytest.mark.parametrize(
+    "name", [name for name, config in PRESETS.items() if config.image.layout == "molmo" and not config.point_head]
+)
 def test_files_of_earlier_models_stay_as_they_were(name: str) -> None:
     written = PRESETS[name].to_dict()
     assert not ADDED & {*written, *written["decoder"], *written["vision"], *written["image"]}
@@ -137,8 +139,9 @@ def test_the_manifest_of_nano_is_written_as_it_is() -> None:
 
     manifest = json.loads((Path(molmo_edge.__file__).parent / "nano" / "molmo_edge.json").read_text(encoding="utf-8"))
     written = json.loads(json.dumps(MolmoConfig.from_dict(manifest["model"]).to_dict()))
-    assert written.pop("conv_tower") is None  # these two keys are younger than the manifest
-    assert written["image"].pop("overview") == 0
+    if "conv_tower" not in manifest["model"]:  # these two keys are younger than some manifests
+        assert written.pop("conv_tower") is None
+        assert written["image"].pop("overview") == 0
     assert written == manifest["model"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from molmo_edge import Molmo
-from molmo_edge.checkpoints.bundle import load_tokenizer, open_bundle
+from molmo_edge.checkpoints.bundle import default_bundle, load_tokenizer, open_bundle
 from molmo_edge.checkpoints.manifest import BundleError
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.crops import ImageProcessor, load_image
@@ -353,6 +353,7 @@ def test_a_bundle_made_of_a_bundle_keeps_its_check(bundle: Path, tmp_path: Path)
 def test_an_export_of_nano_keeps_its_check(cli: Cli, tmp_path: Path) -> None:
     assert cli("export", "nano", "--out", tmp_path / "copy", "--quiet")[0] == 0
     made = fuzzed_manifests.read(tmp_path / "copy")["check"]
-    assert made["question"] == "How many cups are there?"
-    assert len(made["points"]) == 1
+    shipped = fuzzed_manifests.read(default_bundle())["check"]
+    assert made["question"] == shipped["question"]
+    assert len(made["points"]) == len(shipped["points"]) > 0
     assert cli("verify", tmp_path / "copy", "--quiet")[0] == 0
