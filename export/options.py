@@ -27,6 +27,7 @@ from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.calibration_prompts import Prompt, find_prompts
 from molmo_edge.system.extras import pip_command
 
+CACHES = ("int8",)
 ENGINES = ("onnx", "gguf")  # of the decoder; the other components are ONNX with either
 
 
@@ -45,6 +46,7 @@ class ExportOptions:
     rotate: bool = False
     drafting: bool = False
     train_scales: int = 0
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ExportPlan:
     point_head: str = "fp32"  # of a MolmoPoint, one of POINT_HEAD_PRECISIONS
     drafting: bool = False  # whether an ONNX decoder can verify drafts
     train_scales: int = 0  # passes over the prompts of the calibration
+    cache: str | None = None  # type of an ONNX decoder's keys and values, one of CACHES; None: that of its precision
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -117,10 +120,12 @@ def check_options(options: ExportOptions) -> ExportPlan:
             "the parts of a decoder have one common precision in standard ONNX operators and in float16: leave "
             f"{', '.join(parts)} out"
         )
+    if options.cache is not None:
+        _check_cache(options, plain, precision["decoder"])
     formats = [format_ for name in precision.values() for format_ in ONNX_PRECISIONS[name].formats.values()]
     if (options.block or options.asymmetric) and "q4" not in (*formats, *parts.values()):
         raise ExportError("block and asymmetric apply to 4-bit weights: choose q4, mixed or q4f16, or leave them out")
-    if options.calibrate is not None:
+    if options.calibrate is not None and options.cache is None:
         decoder = precision["decoder"]
         formats = [*ONNX_PRECISIONS[decoder].formats.values(), *parts.values()]
         if not {"q4", "int8"} & set(formats):
@@ -140,6 +145,7 @@ def check_options(options: ExportOptions) -> ExportPlan:
         point_head=point_head,
         drafting=options.drafting,
         train_scales=options.train_scales,
+        cache=options.cache,
     )
 
 
@@ -154,9 +160,29 @@ def _check_training(options: ExportOptions, formats: Collection[str]) -> None:
         raise ExportError("train_scales applies to a decoder in q4, mixed or q4f16: leave train_scales out")
 
 
+def _check_cache(options: ExportOptions, plain: Collection[str], decoder: str) -> None:
+    assert options.cache is not None
+    _check_name("cache", options.cache, CACHES)
+    if "decoder" in plain or ONNX_PRECISIONS[decoder].half:
+        raise ExportError(
+            "a cache of eight bits needs ONNX Runtime's operators and a decoder that computes in float32: leave cache "
+            "out, or choose another precision"
+        )
+    if options.calibrate is None:
+        raise ExportError(
+            "a cache of eight bits needs photos to measure the range of keys and values: add calibrate, a folder of "
+            "photos"
+        )
+
+
 def _gguf_plan(options: ExportOptions, precision: dict[str, str], target: Target | None, point_head: str) -> ExportPlan:
     plain = frozenset(GRAPHS) - {"decoder"} if options.plain else target.plain if target else frozenset()
     _check_plain(plain, precision)
+    if options.cache is not None:
+        raise ExportError(
+            "llama.cpp chooses the type of keys and values when the model is opened (--llama cache=q8_0): leave "
+            "cache out"
+        )
     if options.drafting:
         raise ExportError("drafting is an option of ONNX decoders; those of llama.cpp need none: leave drafting out")
     if options.train_scales:

@@ -19,8 +19,9 @@ from molmo_edge.frontend.crops import image_token_count, kept_cells
 from molmo_edge.modeling.weight_sizes import ACTIVATIONS, component_bytes, component_of
 from molmo_edge.runtimes.kernels import mapped_bytes
 
-# Bytes for each number of a cache of llama.cpp, with the scales of its blocks of 32.
-CACHE_WIDTHS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
+# Bytes for each number of a cache; those of llama.cpp with the scales of its blocks of 32.
+CACHE_WIDTHS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "int8": 1.0, "q8_0": 34 / 32,
+                "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
                 "iq4_nl": 18 / 32, "q4_0": 18 / 32}  # fmt: skip
 
 QUESTION = 40  # positions of a question and its chat template
@@ -62,6 +63,7 @@ class Weights:
     mapped: Mapping[str, int]
     stored: int  # size of the files
     largest: int  # of the matrix that is held twice while it is loaded
+    cache: str = "f32"  # type of keys and values on ONNX Runtime
 
     @property
     def resident(self) -> int:
@@ -125,7 +127,8 @@ def bundle_weights(bundle: Bundle, *, kernels: bool = False) -> Weights:
     engine = "llama.cpp" if gguf else "onnxruntime"
     large = f"{'vision_encoder' if gguf else 'decoder'}_data" in components
     share = _head(bundle.config) * _WIDTHS["mixed"]["head"] if large and not gguf else 0
-    return Weights(engine, components["decoder"].precision, parts, mapped, stored, int(share))
+    decoder = components["decoder"]
+    return Weights(engine, decoder.precision, parts, mapped, stored, int(share), decoder.cache or "f32")
 
 
 def _read_by_kernels(bundle: Bundle) -> int:
@@ -216,7 +219,7 @@ def predict(
     if weights.engine == "pytorch":
         kind = "f32" if weights.precision == "fp32" else "bf16"
     else:
-        kind = (cache or "f16") if weights.engine == "llama.cpp" else "f32"
+        kind = (cache or "f16") if weights.engine == "llama.cpp" else weights.cache
     d = config.decoder
     keys = int(2 * d.n_layers * d.kv_dim * positions * CACHE_WIDTHS[kind])
     process = _PROCESS[weights.engine]

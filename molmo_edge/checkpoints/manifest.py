@@ -53,6 +53,7 @@ class Component:
     onnxruntime: str = ""  # oldest ONNX Runtime with all operators of the graph, "1.23"
     operators: str = ""  # "onnx": the graph uses ONNX's standard operators only
     drafting: bool = False  # of a decoder: its graph has the input n_last, see molmo_edge/export/decoder_graph.py
+    cache: str = ""  # of a decoder: "int8" if its keys and values are, see molmo_edge/export/int8_cache.py
     weight_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # By tensor that was rounded: norm of the error / norm of the weights, largest absolute error.
     largest_value: float | None = None  # largest activation on the calibration inputs, of float16 graphs; NaN: unknown
@@ -74,6 +75,7 @@ class Component:
         entry |= _present(
             operators=self.operators,
             drafting=self.drafting,
+            cache=self.cache,
             weight_errors={name: list(errors) for name, errors in self.weight_errors.items()},
         )
         if self.largest_value is not None:
@@ -97,6 +99,7 @@ class Component:
             onnxruntime=_optional(entry, "onnxruntime", str, ""),
             operators=_optional(entry, "operators", str, ""),
             drafting=_optional(entry, "drafting", bool, False),
+            cache=_optional(entry, "cache", str, ""),
             weight_errors={name: _pair(pair) for name, pair in errors.items()},
             largest_value=largest if "largest_value" in entry else None,
             kept_in_fp32=tuple(_require(name, str, name) for name in _optional(entry, "kept_in_fp32", list, [])),

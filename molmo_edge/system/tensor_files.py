@@ -25,6 +25,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -40,7 +41,7 @@ class TensorFileError(MolmoEdgeError):
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write `arrays` and `metadata` to `path`, which is replaced at once when they are complete. Raises OSError.
 
-    Supports float32, float16, int64, int32, int16, uint8 and bool.
+    Supports float32, float16, int64, int32, int16, uint8, int8 and bool.
     """
     # Wider dtypes first, so that all values are aligned.
     order = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
