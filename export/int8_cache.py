@@ -35,7 +35,8 @@ def round_cache(config: MolmoConfig, files: dict[str, Path], prompts: Sequence[D
 
 def _largest(config: MolmoConfig, decoder: Path, prompts: Sequence[DecoderInput]) -> dict[str, np.ndarray]:
     """The largest absolute value of each channel: float32 [n_kv_heads * head_dim] by the name of the cache."""
-    runtime, largest = OnnxRuntime(config, {"decoder": decoder}), {}
+    runtime = OnnxRuntime(config, {"decoder": decoder})
+    largest: dict[str, np.ndarray] = {}
     try:
         for prompt in prompts:
             cache = runtime.new_cache(len(prompt.embeddings))
