@@ -13,7 +13,8 @@ from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.protocol import check_arrays, check_copy
 from molmo_edge.runtimes.rotary_inputs import rotary_tables
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+# Of keys and values, by their type in the graph.
+CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _DRAFTS = "n_last"  # the input of a decoder that was exported with `drafting`
 
 
@@ -122,7 +123,7 @@ class OnnxCache:
         for past in inputs:
             if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim]
                 shape = [capacity if size == "capacity" else size for size in past.shape]
-                dtype = _TYPES[past.type]
+                dtype = CACHE_DTYPES[past.type]
                 buffers[past.name.removeprefix("past_")] = _Buffer.empty(shape, dtype, device)
         if positions is None:
             return cls(session, buffers, logits)

@@ -13,6 +13,7 @@ from molmo2_golden import GOLDEN2
 
 from molmo_edge import Molmo
 from molmo_edge.checkpoints.bundle import open_bundle
+from molmo_edge.evaluation.routing import agreement, router_choices
 from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.prompt_embeddings import prefill
 
@@ -73,6 +74,15 @@ def test_a_scene_is_stored_in_eight_bits(bundles: Bundles, golden: Path, tmp_pat
     scene.save(tmp_path / "scene")
     again = molmo.ask(molmo.load_scene(tmp_path / "scene"), "What?", max_new_tokens=4)
     assert again.token_ids == expected.token_ids
+
+
+def test_routers_are_watched(bundles: Bundles) -> None:
+    """What the loss report needs of a model with experts."""
+    rows = [np.random.default_rng(0).normal(size=(30, open_bundle(bundles("molmoe")[0]).config.decoder.d_model))]
+    plain, small = (router_choices(path, [r.astype(np.float32) for r in rows], threads=1) for path in bundles("molmoe"))
+    assert plain is not None
+    assert small is not None
+    assert agreement(plain[0], small[0]) > 0.9
 
 
 def test_the_manifest_and_the_plan_know_the_cache(bundles: Bundles) -> None:

@@ -196,12 +196,13 @@ def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
 def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: DecoderConfig) -> np.ndarray:
     from onnxruntime import OrtValue
 
+    from molmo_edge.runtimes.onnx_cache import CACHE_DTYPES
+
     binding = session.io_binding()
     for past in session.get_inputs():
         if past.name.startswith("past_"):  # [1, n_kv_heads, "capacity", head_dim], input and output at once
             shape = [len(rows) if size == "capacity" else size for size in past.shape]
-            number = np.float16 if past.type == "tensor(float16)" else np.float32
-            buffer = OrtValue.ortvalue_from_shape_and_type(shape, number, "cpu", 0)
+            buffer = OrtValue.ortvalue_from_shape_and_type(shape, CACHE_DTYPES[past.type], "cpu", 0)
             binding.bind_ortvalue_input(past.name, buffer)
             binding.bind_ortvalue_output(past.name.replace("past_", "present_"), buffer)
     parts = []
