@@ -48,6 +48,7 @@ LAYERS = [  # rows, inner, columns, activation, residual
     (17, 100, 96, 2, False),
     (33, 588, 64, 0, True),
     (130, 256, 32, 1, True),
+    (49, 2112, 64, 0, True),  # sums in several passes
 ]
 
 RUN_ALL = """

@@ -80,7 +80,8 @@ bool has_bfloat16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
 bool has_amx() {
     const Registers seven = cpuid(7, 0);
     constexpr int kAskForTiles = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; it holds for the whole process
-    return has_bfloat16() && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25) && (saved_by_system() & 0x60000) == 0x60000 &&
+    return has_bfloat16() && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25) &&
+           (saved_by_system() & 0x60000) == 0x60000 &&
            syscall(SYS_arch_prctl, kAskForTiles, kTileData) == 0;
 }
 #endif

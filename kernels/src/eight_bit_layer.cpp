@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kPair = 2 * kColumns;      // columns of a product
 constexpr int64_t kRowsPerTask = 128;
 constexpr int64_t kWeightsPerTask = 1 << 20;  // half of a second-level cache
+constexpr int64_t kSteps = 16;                // at a time: a panel of them stays in the first-level cache
 
 }  // namespace
 
@@ -61,17 +62,22 @@ void EightBitLayer::multiply(const Kernel& kernel, const Parallel& parallel, con
         const int64_t first = task % chunks * kRowsPerTask, column = task / chunks * width;
         const int64_t last = first + kRowsPerTask < rows.count ? first + kRowsPerTask : rows.count;
         const int64_t end = column + width < columns_ ? column + width : columns_;
-        alignas(64) int32_t sums[2 * kTile * kPair];
+        alignas(64) int32_t sums[kRowsPerTask * kPair];
         tiles.begin();
-        for (int64_t c = column; c < end; c += kPair)
-            for (int64_t r = first; r < last; r += 2 * kTile) {
-                const int64_t count = last - r < 2 * kTile ? last - r : 2 * kTile, at = r * columns_ + c;
-                tiles.int8(rows.values + r * depth, panels_.data() + c * depth, steps_, (count + kTile - 1) / kTile,
-                           starts_.data() + c, sums);
-                const avx512::Finish finish = {scales_.data() + c, bias_.data() == nullptr ? nullptr : bias_.data() + c,
-                                               rows.scales + r, residual == nullptr ? nullptr : residual + at, columns_};
-                avx512::finish(sums, count, finish, activation, out + at);
-            }
+        for (int64_t c = column; c < end; c += kPair) {
+            for (int64_t step = 0; step < steps_; step += kSteps)
+                for (int64_t r = first; r < last; r += 2 * kTile) {
+                    const int64_t some = steps_ - step < kSteps ? steps_ - step : kSteps;
+                    tiles.int8(rows.values + r * depth + step * kTileBytes,
+                               panels_.data() + c * depth + step * kTileBytes, some, steps_, last - r <= kTile ? 1 : 2, step == 0, starts_.data() + c,
+                               sums + (r - first) * kPair);
+                }
+            const float* bias = bias_.data() == nullptr ? nullptr : bias_.data() + c;
+            const int64_t at = first * columns_ + c;
+            const float* added = residual == nullptr ? nullptr : residual + at;
+            avx512::finish(sums, last - first, {scales_.data() + c, bias, rows.scales + first, added, columns_},
+                           activation, out + at);
+        }
         tiles.end();
     });
 }

@@ -93,29 +93,36 @@ MOLMO_AVX512 void multiply(const Rows& rows, const Panel& panel, int64_t inner, 
     __asm__ volatile("tdpbf16ps %%tmm" #panels ", %%tmm" #rows ", %%tmm" #sums ::: "memory")
 
 // 32 rows times 32 columns in four tiles of sums, or 16 rows in two.
-#define BLOCKS(DOT)                                                                         \
-    const uint8_t *second = rows + steps * kTileBytes, *right = panels + steps * kTileBytes; \
-    TILE_ZERO(0); TILE_ZERO(1);                                                             \
-    if (blocks == 2) {                                                                      \
-        TILE_ZERO(2); TILE_ZERO(3);                                                         \
-        for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {                   \
-            TILE_LOAD(4, rows + at, kStepBytes);                                            \
-            TILE_LOAD(6, panels + at, kStepBytes);                                          \
-            TILE_LOAD(7, right + at, kStepBytes);                                           \
-            TILE_LOAD(5, second + at, kStepBytes);                                          \
-            DOT(0, 4, 6); DOT(1, 4, 7); DOT(2, 5, 6); DOT(3, 5, 7);                         \
-        }                                                                                   \
-        TILE_STORE(2, to + kTile * stride, stride);                                         \
-        TILE_STORE(3, to + kTile * stride + 64, stride);                                    \
-    } else {                                                                                \
-        for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {                   \
-            TILE_LOAD(4, rows + at, kStepBytes);                                            \
-            TILE_LOAD(6, panels + at, kStepBytes);                                          \
-            TILE_LOAD(7, right + at, kStepBytes);                                           \
-            DOT(0, 4, 6); DOT(1, 4, 7);                                                     \
-        }                                                                                   \
-    }                                                                                       \
-    TILE_STORE(0, to, stride);                                                              \
+#define BLOCKS(DOT, depth, first)                                                            \
+    const uint8_t *second = rows + depth * kTileBytes, *right = panels + depth * kTileBytes; \
+    if (first) {                                                                             \
+        TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);                              \
+    } else {                                                                                 \
+        TILE_LOAD(0, to, stride); TILE_LOAD(1, to + 64, stride);                             \
+        if (blocks == 2) {                                                                   \
+            TILE_LOAD(2, to + kTile * stride, stride);                                       \
+            TILE_LOAD(3, to + kTile * stride + 64, stride);                                  \
+        }                                                                                    \
+    }                                                                                        \
+    if (blocks == 2) {                                                                       \
+        for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {                    \
+            TILE_LOAD(4, rows + at, kStepBytes);                                             \
+            TILE_LOAD(6, panels + at, kStepBytes);                                           \
+            TILE_LOAD(7, right + at, kStepBytes);                                            \
+            TILE_LOAD(5, second + at, kStepBytes);                                           \
+            DOT(0, 4, 6); DOT(1, 4, 7); DOT(2, 5, 6); DOT(3, 5, 7);                          \
+        }                                                                                    \
+        TILE_STORE(2, to + kTile * stride, stride);                                          \
+        TILE_STORE(3, to + kTile * stride + 64, stride);                                     \
+    } else {                                                                                 \
+        for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes) {                    \
+            TILE_LOAD(4, rows + at, kStepBytes);                                             \
+            TILE_LOAD(6, panels + at, kStepBytes);                                           \
+            TILE_LOAD(7, right + at, kStepBytes);                                            \
+            DOT(0, 4, 6); DOT(1, 4, 7);                                                      \
+        }                                                                                    \
+    }                                                                                        \
+    TILE_STORE(0, to, stride);                                                               \
     TILE_STORE(1, to + 64, stride)
 
 void begin() {
@@ -126,18 +133,19 @@ void begin() {
 
 void end() { __asm__ volatile("tilerelease" ::: "memory"); }
 
-void int8_tiles(const int8_t* x, const int8_t* w, int64_t steps, int64_t blocks, const int32_t*, int32_t* out) {
+void int8_tiles(const int8_t* x, const int8_t* w, int64_t steps, int64_t depth, int64_t blocks, bool first,
+                const int32_t*, int32_t* out) {
     const uint8_t *rows = reinterpret_cast<const uint8_t*>(x), *panels = reinterpret_cast<const uint8_t*>(w);
     uint8_t* to = reinterpret_cast<uint8_t*>(out);
     const int64_t stride = 2 * kColumns * 4;
-    BLOCKS(TILE_DOT);
+    BLOCKS(TILE_DOT, depth, first);
 }
 
 void bfloat16_tiles(const uint16_t* x, const uint16_t* w, int64_t steps, int64_t blocks, float* out, int64_t columns) {
     const uint8_t *rows = reinterpret_cast<const uint8_t*>(x), *panels = reinterpret_cast<const uint8_t*>(w);
     uint8_t* to = reinterpret_cast<uint8_t*>(out);
     const int64_t stride = columns * 4;
-    BLOCKS(TILE_DOT_BF16);
+    BLOCKS(TILE_DOT_BF16, steps, true);
 }
 
 const Tiles kAmxTiles = {begin, end, int8_tiles, bfloat16_tiles};

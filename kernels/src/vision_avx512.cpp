@@ -43,30 +43,34 @@ MOLMO_AVX512 MOLMO_INLINE __m512 activate(__m512 x) {
 
 template <Activation Which>
 MOLMO_AVX512 MOLMO_INLINE void finish_rows(const int32_t* sums, int64_t count, const Finish& how, float* out) {
-    for (int64_t half = 0; half < 2 * kColumns; half += kColumns) {
-        const __m512 scale = _mm512_loadu_ps(how.column_scales + half);
-        const __m512 bias = how.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(how.bias + half);
-        for (int64_t r = 0; r < count; ++r) {
-            __m512 y = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 2 * kColumns + half));
+    __m512 scale[2], bias[2];
+    for (int64_t half = 0; half < 2; ++half) {
+        scale[half] = _mm512_loadu_ps(how.column_scales + half * kColumns);
+        bias[half] = how.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(how.bias + half * kColumns);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+        const __m512 row_scale = _mm512_set1_ps(how.row_scales[r]);
+        for (int64_t half = 0; half < 2; ++half, sums += kColumns) {
+            const int64_t at = r * how.stride + half * kColumns;
             // In the order of the operators that this replaces, each rounded.
-            y = _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_set1_ps(how.row_scales[r]));
-            y = activate<Which>(_mm512_add_ps(y, bias));
-            if (how.residual != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(how.residual + r * how.stride + half));
-            _mm512_storeu_ps(out + r * how.stride + half, y);
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), scale[half]), row_scale);
+            y = activate<Which>(_mm512_add_ps(y, bias[half]));
+            if (how.residual != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(how.residual + at));
+            _mm512_storeu_ps(out + at, y);
         }
     }
 }
 
 // Eight rows times 32 columns.
 template <int Rows>
-MOLMO_AVX512 MOLMO_INLINE void int8_rows(const int8_t* rows, const int8_t* panels, int64_t steps, const int32_t* starts,
-                                         int32_t* out) {
+MOLMO_AVX512 MOLMO_INLINE void int8_rows(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth,
+                                         const int32_t* starts, int64_t start_stride, int32_t* out) {
     __m512i sums[Rows][2];
     for (int r = 0; r < Rows; ++r) {
-        sums[r][0] = _mm512_loadu_si512(starts);
-        sums[r][1] = _mm512_loadu_si512(starts + kColumns);
+        sums[r][0] = _mm512_loadu_si512(starts + r * start_stride);
+        sums[r][1] = _mm512_loadu_si512(starts + r * start_stride + kColumns);
     }
-    const int8_t* second = panels + steps * kTileBytes;
+    const int8_t* second = panels + depth * kTileBytes;
     for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes)
         for (int64_t quad = 0; quad < 16; ++quad) {
             const __m512i w0 = _mm512_loadu_si512(panels + at + quad * 64);
@@ -85,11 +89,11 @@ MOLMO_AVX512 MOLMO_INLINE void int8_rows(const int8_t* rows, const int8_t* panel
     }
 }
 
-MOLMO_AVX512 void int8_tiles(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t blocks,
-                             const int32_t* starts, int32_t* out) {
-    for (int64_t r = 0; r < blocks * kTile; r += 8)
-        int8_rows<8>(rows + r / kTile * steps * kTileBytes + r % kTile * kStepBytes, panels, steps, starts,
-                     out + r * 2 * kColumns);
+MOLMO_AVX512 void int8_tiles(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t blocks,
+                             bool first, const int32_t* starts, int32_t* out) {
+    for (int64_t r = 0; r < blocks * kTile; r += 8, out += 8 * 2 * kColumns)
+        int8_rows<8>(rows + r / kTile * depth * kTileBytes + r % kTile * kStepBytes, panels, steps, depth,
+                     first ? starts : out, first ? 0 : 2 * kColumns, out);
 }
 
 void nothing() {}
