@@ -82,6 +82,12 @@ def usable() -> Kernels | None:
     return None if found is None or found.reason is not None else found
 
 
+def map_weights() -> bool:
+    """Whether the kernels compute four-bit weights, which they read from the mapped file."""
+    found = usable()
+    return found is not None and "QMoE" in found.operators
+
+
 def use_kernels(path: Path, options: Any) -> bytes | None:
     """Register the kernels in onnxruntime's `options` and return the graph that uses them.
 

@@ -19,7 +19,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.kernels import ONNXRUNTIME, usable, use_kernels
+from molmo_edge.runtimes.kernels import ONNXRUNTIME, map_weights, use_kernels
 from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
@@ -100,7 +100,7 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
 def check_bundle_room(bundle: Bundle, placement: Placement) -> None:
     """Raise RoomError if the weights do not fit into memory. What is read from a mapped file does not count."""
     if placement.device == "cpu":
-        weights = bundle_weights(bundle, kernels=kernels_used())
+        weights = bundle_weights(bundle, kernels=weights_are_mapped())
         parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
         what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
         check_room(weights.resident + weights.largest, what)
@@ -110,14 +110,14 @@ def memory_is_scarce(bundle: Bundle, placement: Placement) -> bool:
     """Whether the mapped weights will not stay in memory, besides what has to."""
     if placement.device != "cpu":
         return False
-    weights = bundle_weights(bundle, kernels=kernels_used())
+    weights = bundle_weights(bundle, kernels=weights_are_mapped())
     free = available_memory()
     return bool(weights.mapped) and free is not None and predict(bundle.config, weights).peak > free
 
 
-def kernels_used() -> bool:
-    """Whether large graphs run on the compiled kernels on the CPU."""
-    return usable() is not None and _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
+def weights_are_mapped() -> bool:
+    """Whether four-bit weights of large graphs are read from the mapped file on the CPU."""
+    return map_weights() and _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@
 
 namespace molmo {
 
-// Whether pages had to be read from the disk lately. If not, requests would only cost time (5 ms a token for MolmoE).
+// Whether pages had to be read from the disk lately. If not, requests would only cost time (3 ms a token for MolmoE).
 bool reads_from_disk();
 
 // Request the pages of `size` bytes.

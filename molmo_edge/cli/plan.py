@@ -141,6 +141,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     from molmo_edge.checkpoints.hub import cached_model
     from molmo_edge.checkpoints.hub_config import read_config
     from molmo_edge.model_names import full_name
+    from molmo_edge.runtimes.kernels import map_weights
     from molmo_edge.runtimes.memory_plan import bundle_weights
 
     name = str(full_name(model))
@@ -155,7 +156,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     if is_bundle(directory):
         _refuse_precision(precision, name)
         bundle = open_bundle(directory, hashes=False)
-        return _Target(name, bundle.config, [bundle_weights(bundle, kernels=_kernels())], directory)
+        return _Target(name, bundle.config, [bundle_weights(bundle, kernels=map_weights())], directory)
     config = read_config(directory)
     return _Target(name, config, _candidates(config, precision, local=True), directory, checkpoint=True)
 
@@ -164,6 +165,7 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
     from molmo_edge.checkpoints.hub import HubError
     from molmo_edge.checkpoints.remote import read_remote
     from molmo_edge.presets import PRESETS
+    from molmo_edge.runtimes.kernels import map_weights
     from molmo_edge.runtimes.memory_plan import bundle_weights
 
     try:
@@ -175,14 +177,10 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
         return _Target(hub_id, PRESETS[model], _candidates(PRESETS[model], precision))
     if remote.bundle is not None:
         _refuse_precision(precision, hub_id)
-        return _Target(hub_id, remote.config, [bundle_weights(remote.bundle, kernels=_kernels())], None, remote.weights)
+        return _Target(
+            hub_id, remote.config, [bundle_weights(remote.bundle, kernels=map_weights())], None, remote.weights
+        )
     return _Target(hub_id, remote.config, _candidates(remote.config, precision), None, remote.weights)
-
-
-def _kernels() -> bool:
-    from molmo_edge.runtimes.kernels import usable
-
-    return usable() is not None
 
 
 def _refuse_precision(precision: str | None, name: str) -> None:
@@ -191,9 +189,10 @@ def _refuse_precision(precision: str | None, name: str) -> None:
 
 
 def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = False) -> list[Weights]:
+    from molmo_edge.runtimes.kernels import map_weights
     from molmo_edge.runtimes.memory_plan import BUNDLE_PRECISIONS, bundle_weights_of, torch_weights
 
-    kernels = _kernels()
+    kernels = map_weights()
     if precision is None:
         bundles = [
             bundle_weights_of(config, name, kernels=kernels)
