@@ -14,7 +14,7 @@ import pytest
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.tensor_sources import check_tensors
 from molmo_edge.checkpoints.weight_files import open_tensors
-from molmo_edge.config import MolmoConfig
+from molmo_edge.config import ConvTowerConfig, MolmoConfig, PointHeadConfig
 from molmo_edge.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -22,10 +22,23 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from make_random_checkpoint import make_checkpoint  # noqa: E402
 
-SMALL = replace(
-    PRESETS["nano"], decoder=replace(PRESETS["nano"].decoder, n_layers=1, vocab_size=600, embedding_size=640)
+_NANO = PRESETS["nano"]
+PLAIN = replace(  # nano's crops, ViT and decoder, with nothing beside them
+    _NANO,
+    image=replace(_NANO.image, overview=0),
+    decoder=replace(_NANO.decoder, additional_head=False),
+    conv_tower=None,
+    point_head=None,
 )
+SMALL = replace(PLAIN, decoder=replace(PLAIN.decoder, n_layers=1, vocab_size=600, embedding_size=640))
 DENSE = replace(SMALL, decoder=replace(SMALL.decoder, n_experts=0, top_k=0, ffn_dim=700))
+WITH_TOWER_AND_HEAD = replace(
+    SMALL,
+    image=replace(SMALL.image, overview=96),
+    decoder=replace(SMALL.decoder, additional_head=True),
+    conv_tower=ConvTowerConfig(steps=(1, 1, 1, 1), pyramid_dim=32),
+    point_head=PointHeadConfig(645, 646, 647, dim=64, numbered=False),
+)
 
 
 def peak_of(program: str, *arguments: str) -> float:
@@ -35,7 +48,14 @@ def peak_of(program: str, *arguments: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-@pytest.mark.parametrize(("config", "files"), [(SMALL, {"pytorch_model.bin"}), (DENSE, {"model.safetensors"})])
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        (SMALL, {"pytorch_model.bin"}),
+        (DENSE, {"model.safetensors"}),
+        (WITH_TOWER_AND_HEAD, {"pytorch_model.bin"}),
+    ],
+)
 def test_a_random_checkpoint_has_the_public_layout(config: MolmoConfig, files: set[str], tmp_path: Path) -> None:
     size = make_checkpoint(config, tmp_path / "a", seed=3)
     assert {p.name for p in (tmp_path / "a").iterdir()} == files | {
@@ -61,8 +81,7 @@ def test_a_random_checkpoint_has_the_public_layout(config: MolmoConfig, files: s
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     """1.2 GB of weights in 28 layers: converting takes what PyTorch takes, NF4 what NF4 weights take."""
-    decoder = replace(PRESETS["nano"].decoder, n_layers=28, ffn_dim=640)
-    config = replace(PRESETS["nano"], decoder=decoder)
+    config = replace(PLAIN, decoder=replace(PLAIN.decoder, n_layers=28, ffn_dim=640))
     size = make_checkpoint(config, tmp_path / "large")
     assert size > 1.2e9
     empty = peak_of("import molmo_edge.modeling.weights, molmo_edge.modeling.bitsandbytes")

@@ -22,13 +22,16 @@ from molmo_edge.training.features import encode_pictures
 from recipes.nano.detector import tower_state
 from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
 
-_OLD = PRESETS["nano"]
-# Without the ViT's last two blocks: they take a sixth of its time, and the convolutional tower takes less.
+_NANO = PRESETS["nano"]
+# Without the ViT's last two blocks: they take a sixth of its time, and the convolutional tower takes less. The stage
+# "answers" adds the grounding head.
 CONFIG: MolmoConfig = replace(
-    _OLD,
-    image=replace(_OLD.image, overview=416),
-    vision=replace(_OLD.vision, layers=(-3, -6)),
+    _NANO,
+    image=replace(_NANO.image, overview=416),
+    vision=replace(_NANO.vision, layers=(-3, -6)),
+    decoder=replace(_NANO.decoder, additional_head=False),
     conv_tower=ConvTowerConfig(),
+    point_head=None,
 )
 
 
