@@ -77,15 +77,19 @@ def test_openai_client_gets_the_answers_of_the_sdk(nano: Molmo, of_nano: Server,
     assert again.usage.prompt_tokens_details.cached_tokens == expected.usage.tokens.image
 
 
-def test_history_and_sampling_are_those_of_the_sdk(nano: Molmo, of_nano: Server, photo: bytes) -> None:
-    first = nano.ask(photo, "Point to the cup.")
-    history = [("Point to the cup.", first.text)]
-    expected = nano.ask(photo, "Describe it.", history=history, temperature=0.8, top_p=0.9, seed=5, max_new_tokens=9)
-    body = chat_body("Point to the cup.", data_uri(photo))
-    body["messages"] += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Describe it."}]
-    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "max_completion_tokens": 9}
-    completion = client(of_nano).chat.completions.create(model="x", **body, **sampling)
-    assert completion.choices[0].message.content == expected.text
+def test_history_and_sampling_are_those_of_the_sdk(tiny_bundle: Path, photo: bytes) -> None:
+    """In float32: int8 kernels, such as nano's, round differently in a run of another length, which near ties show."""
+    with Molmo(tiny_bundle, threads=1, max_crops=0) as molmo, serving(molmo) as server:
+        first = molmo.ask(photo, "Point to the cup.", max_new_tokens=9)
+        history = [("Point to the cup.", first.text)]
+        sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+        expected = molmo.ask(photo, "Describe it.", history=history, **sampling, max_new_tokens=9)
+        greedy = molmo.ask(photo, "Describe it.", history=history, max_new_tokens=9)
+        body = chat_body("Point to the cup.", data_uri(photo))
+        body["messages"] += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Describe it."}]
+        create = client(server).chat.completions.create
+        completion = create(model="x", **body, **sampling, max_completion_tokens=9)
+    assert completion.choices[0].message.content == expected.text != greedy.text
     assert completion.choices[0].finish_reason == ("stop" if expected.complete else "length")
 
 
