@@ -69,7 +69,7 @@ def main() -> None:
         raise SystemExit("torch was imported")
     print(f"{'seconds':12} {'median':>8} {'worst':>8} {'very first':>11}")
     for stage in ("import", "preprocess", "vision", "prefill", "first_token"):
-        values = [run[stage] for run in runs[1:]]
+        values = [run[stage] for run in runs[1:] or runs]
         print(f"{stage:12} {statistics.median(values):8.3f} {max(values):8.3f} {runs[0][stage]:11.3f}")
     print(json.dumps({"runs": runs}))
 

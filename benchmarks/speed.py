@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ from molmo_edge.config import DecoderConfig
 from molmo_edge.runtimes.kernels import SWITCH, installed
 
 FOLDER = Path(__file__).parent
-PARTS = ("start", "stages", "prompt", "share", "llama.cpp", "pytorch", "image-tokens", "points")
+PARTS = ("stages", "start", "prompt", "share", "llama.cpp", "pytorch", "image-tokens", "points")
 NANO = "nano"
 _LARGEST_IN_FLOAT = 1e9  # bytes of a bundle whose weights fit into memory in float32, for PyTorch
 Figures = dict[str, Any]
@@ -102,11 +103,14 @@ class Model:
         print(f"{self.name}: {' '.join(Path(word).name for word in command)}", file=sys.stderr, flush=True)
         given = list(command) if command[0] == "-m" else [str(FOLDER / command[0]), *command[1:]]
         environment = {**os.environ, **({} if switch is None else {SWITCH: switch})}
-        options: dict[str, Any] = {"env": environment, "timeout": self.args.timeout}
+        seconds = min(self.args.timeout, self.args.end - time.monotonic())
+        if seconds <= 0:
+            raise NotRunError("the time was over (--minutes)")
+        options: dict[str, Any] = {"env": environment, "timeout": seconds}
         try:
             done = subprocess.run([python, *given], capture_output=True, text=True, check=False, **options)
         except subprocess.TimeoutExpired:
-            raise NotRunError(f"{command[0]} took more than {self.args.timeout} s") from None
+            raise NotRunError(f"{command[0]} took more than {seconds:.3g} s") from None
         except OSError as error:
             raise NotRunError(f"{python}: {error.strerror}") from None
         if done.returncode:
@@ -144,12 +148,12 @@ def pairs(
 
 
 def start(model: Model) -> list[Row]:
-    """From `import molmo_edge` to the first token in a new process."""
+    """From `import molmo_edge` to the first token in a new process, with the files in memory after the stages."""
     options = ("--model", "" if model.name == NANO else str(model.bundle), "--threads", str(model.args.threads))
-    command = ("first_token.py", *options, "--photo", str(model.photo), "--runs", "1")
+    command = ("first_token.py", *options, "--photo", str(model.photo), "--runs", "0")
     runs = {name: partial(run, *command) for name, run in (model.olds | {"new": model.run}).items()}
     found = take_turns(runs, model.args.pairs)
-    return [pairs(model, "import to first token, s", found, lambda f: f["runs"][-1]["first_token"])]
+    return [pairs(model, "import to first token, s", found, lambda f: f["runs"][0]["first_token"])]
 
 
 def stages(model: Model) -> list[Row]:
@@ -355,10 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="how often old and new take turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for each process")
+    parser.add_argument("--minutes", type=float, default=600, help="for everything; what is left then does not run")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--without-nano", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
+    args.end = time.monotonic() + 60 * args.minutes
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(unknown)} (known: {', '.join(PARTS)})")
