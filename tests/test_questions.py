@@ -231,3 +231,24 @@ def test_articles_numbers_and_lists() -> None:
 def test_synonyms_are_not_names_of_other_things() -> None:
     others = {word for words in SYNONYMS.values() for word in words}
     assert not others & set(VOCABULARY)
+
+
+def test_more_questions_about_absent_labels_can_be_asked_for() -> None:
+    names = ["cat", "horse", "zebra", "bear", "sheep", "cow", "goat"]
+
+    def share(absent: int) -> tuple[float, int]:
+        asked = [
+            write_questions(
+                scene(DOGS, CUP), np.random.default_rng(seed), max_questions=8, vocabulary=names, absent=absent
+            )
+            for seed in range(100)
+        ]
+        found = [sum(qa.kind == "negative" for qa in each) for each in asked]
+        assert all(len({qa.question for qa in each}) == len(each) for each in asked)
+        return sum(found) / sum(map(len, asked)), max(found)
+
+    few, most = share(2)
+    assert most == 2
+    more, most = share(5)
+    assert 2 < most <= 5
+    assert more > 1.5 * few

@@ -25,6 +25,7 @@ MOST_INSTANCES = 12  # labels with more are neither pointed at nor counted
 SMALLEST = 3.0  # percent: a label is skipped if the longer side of an instance is smaller
 BORDER = 4.0  # percent: objects nearer to the border of two regions are in neither
 
+ABSENT = 2  # most questions about absent labels
 # Relative frequency of each kind, among the kinds that the image allows.
 KINDS = {
     "point": 3.0,
@@ -71,16 +72,23 @@ class QA:
 
 
 def write_questions(
-    annotation: Annotation, rng: np.random.Generator, *, max_questions: int, vocabulary: Collection[str]
+    annotation: Annotation,
+    rng: np.random.Generator,
+    *,
+    max_questions: int,
+    vocabulary: Collection[str],
+    absent: int = ABSENT,
 ) -> list[QA]:
     """Up to `max_questions` different questions with answers, in random order; fewer if the annotation allows no more.
 
-    `vocabulary`: the labels used in training, from which absent ones are chosen.
+    `vocabulary`: the labels used in training, from which absent ones are chosen. `absent`: at most so many questions
+    about absent labels; they are as much more frequent.
     """
+    frequency = KINDS | {"negative": KINDS["negative"] * absent / ABSENT}
     makers: dict[str, Callable[[], list[QA]]] = {
         "point": lambda: [_point(rng, o) for o in _countable(annotation)],
         "count": lambda: [_count(rng, o) for o in _countable(annotation)],
-        "negative": lambda: _negatives(annotation, rng, vocabulary),
+        "negative": lambda: _negatives(annotation, rng, vocabulary, absent),
         "where": lambda: _where(annotation, rng),
         "what": lambda: _what(annotation, rng),
         "yes_no": lambda: _yes_no(annotation, rng, vocabulary),
@@ -92,7 +100,7 @@ def write_questions(
     chosen: list[QA] = []
     while candidates and len(chosen) < max_questions:
         kinds = list(candidates)
-        weights = np.array([KINDS[k] for k in kinds])
+        weights = np.array([frequency[k] for k in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
         chosen.append(candidates[kind].pop(int(rng.integers(len(candidates[kind])))))
         if not candidates[kind]:
@@ -161,14 +169,14 @@ def _count(rng: np.random.Generator, item: Annotation) -> QA:
     return QA(question, format_count(points, words), "count", boxes)
 
 
-def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str]) -> list[QA]:
-    """Two questions about absent labels, one if no present label can be asked for."""
-    absent = sorted(absent_labels(annotation, vocabulary))
-    if not absent:
+def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str], most: int) -> list[QA]:
+    """Questions about at most `most` absent labels, half as many if no present label can be asked for."""
+    labels = sorted(absent_labels(annotation, vocabulary))
+    if not labels:
         return []
-    size = min(2 if _countable(annotation) else 1, len(absent))
+    size = min(most if _countable(annotation) else -(-most // 2), len(labels))
     questions = []
-    for label in rng.choice(absent, size=size, replace=False):
+    for label in rng.choice(labels, size=size, replace=False):
         question, _ = _asked(rng, str(label), POINTING if rng.random() < 0.5 else COUNTING)
         questions.append(QA(question, "There are none.", "negative"))
     return questions

@@ -22,7 +22,8 @@ from molmo_edge.data.grounded_questions import QA, write_questions
 from molmo_edge.data.regions import Regions
 from recipes.nano.photos import Augmentation, Picture, Vocabulary, read
 
-SCENES, QUESTIONS = 0.5, 12  # drawn scenes for each photograph; most questions about a picture
+SCENES = 0.5  # drawn scenes for each photograph
+QUESTIONS, ABSENT = 15, 6  # most questions about a picture, and most of them about absent names
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class AskedPictures:
                 picture = self.augmentation.picture(self.photos, index, self.vocabulary, rng)
             rgb, annotation, regions = picture.rgb, photo_annotation(picture), self.vocabulary.regions(picture)
             names = annotation["absent"]
-        asked = write_questions(annotation, rng, max_questions=self.questions, vocabulary=names)
+        asked = write_questions(annotation, rng, max_questions=self.questions, vocabulary=names, absent=ABSENT)
         return Example(rgb, tuple(map(_annotation, asked)), regions)
 
 
