@@ -31,13 +31,20 @@ from molmo_edge.sdk.peak_memory import Peaks
 from molmo_edge.system.boards import USABLE, parse_bytes
 
 # Peaks of full-size models with random weights that benchmarks/RESULTS.md records, for an image of 6 crops, in GB.
-MEASURED = [("molmoe-1b", "mixed", 60, 5.19), ("molmoe-1b", "q4_k_m", 60, 5.03)]
+MEASURED = [
+    ("molmoe-1b", "mixed", False, 60, 5.19),
+    ("molmoe-1b", "mixed", False, 384, 5.28),
+    ("molmoe-1b", "mixed", True, 384, 4.91),
+    ("molmoe-1b", "q4_k_m", False, 60, 5.03),
+]
 
 
-@pytest.mark.parametrize(("model", "precision", "answer", "peak"), MEASURED)
-def test_predictions_are_within_a_tenth_of_recorded_peaks(model: str, precision: str, answer: int, peak: float) -> None:
+@pytest.mark.parametrize(("model", "precision", "kernels", "answer", "peak"), MEASURED)
+def test_predictions_are_within_a_tenth_of_recorded_peaks(
+    model: str, precision: str, kernels: bool, answer: int, peak: float
+) -> None:
     config = PRESETS[model]
-    plan = predict(config, bundle_weights_of(config, precision), max_crops=6, answer=answer)
+    plan = predict(config, bundle_weights_of(config, precision, kernels=kernels), max_crops=6, answer=answer)
     assert plan.peak / 1e9 == pytest.approx(peak, rel=0.1)
 
 
