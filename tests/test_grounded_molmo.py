@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,20 @@ import torch
 
 from molmo_edge import Molmo as Sdk
 from molmo_edge.checkpoints.hub_config import read_config
-from molmo_edge.config import ConfigError, DecoderConfig, ImageConfig, MolmoConfig, PointHeadConfig, VisionConfig
+from molmo_edge.config import (
+    ConfigError,
+    ConvTowerConfig,
+    DecoderConfig,
+    ImageConfig,
+    MolmoConfig,
+    PointHeadConfig,
+    VisionConfig,
+)
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.data.regions import Regions
 from molmo_edge.evaluation.loss import ModelSpec, measure_loss
 from molmo_edge.evaluation.questions import UNSCORED, Question
-from molmo_edge.export import export_bundle
+from molmo_edge.export import export_bundle, export_checkpoint
 from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
@@ -30,17 +39,18 @@ from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.trainer import Data, Trainer, build
+from recipes.nano.student import PRECISION
 
 TOKENIZER = Path(__file__).parent / "golden" / "molmoe" / "tokenizer.json"
 D = 64
-CONFIG = MolmoConfig(
-    ImageConfig(crop_size=112, overlap_margins=(2, 2), max_crops=2),
+CONFIG = MolmoConfig(  # two towers, as nano has
+    ImageConfig(crop_size=112, overlap_margins=(2, 2), max_crops=2, overview=96),
     VisionConfig("openai", D, 3, 4, 2 * D, n_pos=65, layers=(-1, -2)),
     DecoderConfig(
         d_model=D,
         n_layers=2,
         n_heads=4,
-        n_kv_heads=2,
+        n_kv_heads=4,
         ffn_dim=D,
         n_experts=4,
         top_k=4,
@@ -51,6 +61,7 @@ CONFIG = MolmoConfig(
         qk_norm=True,
     ),
     projector_dim=D,
+    conv_tower=ConvTowerConfig(stem_dim=4, steps=(1, 1, 1, 2), pyramid_dim=6),
     point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False),
 )
 POINT, COUNT = "Point to the discs.", "How many discs are there?"
@@ -160,6 +171,24 @@ def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path:
             assert grounding is not None
             assert grounding.with_coordinates(answer.text) == answer.text, "an earlier answer is text already"
             assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
+
+
+def test_what_a_bundle_of_nanos_precisions_holds_goes_to_the_other_engines(trained: Path, tmp_path: Path) -> None:
+    export_bundle(trained, tmp_path / "mixed", PRECISION)
+    export_checkpoint(tmp_path / "mixed", tmp_path / "checkpoint", "fp32")
+    assert read_config(tmp_path / "checkpoint") == CONFIG
+    models = ["mixed", "checkpoint"]
+    if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        export_bundle(tmp_path / "mixed", tmp_path / "gguf", "f32", engine="gguf", measure=False)
+        models.append("gguf")
+    data, said = Discs(2), {}
+    for name in models:
+        with Sdk(tmp_path / name, threads=1) as model:
+            answers = [model.ask(data.picture(i), question) for i in range(2) for question in (POINT, COUNT)]
+        said[name] = [answer.token_ids for answer in answers]
+        assert [len(answer.points) for answer in answers] == [1, 1, 2, 2]
+        assert [answer.count for answer in answers] == [1, 1, 2, 2]
+    assert all(ids == said["mixed"] for ids in said.values()), "far from ties, so rounded inputs change no id"
 
 
 def test_the_loss_of_a_copy_is_zero_and_its_points_are_those_of_the_sdk(trained: Path) -> None:
