@@ -168,6 +168,7 @@ def _vision(args: argparse.Namespace) -> None:
     for name, switch in (("onnxruntime", "0"), (ours, "1")):
         os.environ[SWITCH] = switch
         sessions[name] = load_session(path, args.threads)
+        print(f"{name} is loaded", flush=True)
 
     def one_by_one(session: Any) -> np.ndarray:
         return np.concatenate([session.run(None, {"crops": crop[None]})[0] for crop in crops])
