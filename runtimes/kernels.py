@@ -37,6 +37,7 @@ DOMAIN = "molmo_edge"
 OPERATORS = ("MatMulNBits", "QMoE", "MultiHeadAttention", "QuantizedLinear")
 ONNXRUNTIME = (1, 22)  # the oldest version that finds the weights beside a graph given in memory
 
+_COPYING = "QuantizedLinear"
 _BLOCKS = (32, 64, 128)
 _COLUMNS = 16  # a matrix has a multiple of so many
 _INT8_ACTIVATIONS = 4  # accuracy_level
@@ -88,20 +89,27 @@ def map_weights() -> bool:
     return found is not None and "QMoE" in found.operators
 
 
-def use_kernels(path: Path, options: Any) -> bytes | None:
+def use_kernels(path: Path, options: Any, *, copies: bool = True) -> bytes | None:
     """Register the kernels in onnxruntime's `options` and return the graph that uses them.
 
-    None if they are not installed, not faster or switched off, or if they compute none of the graph's nodes.
+    `copies`: whether the kernels may copy weights, see `copies_weights`. None if they are not installed, not faster or
+    switched off, or if they compute none of the graph's nodes.
     """
     if (found := usable()) is None:
         return None
     try:
-        changed = moved(path.read_bytes(), found.operators)
+        operators = found.operators if copies else set(found.operators) - {_COPYING}
+        changed = moved(path.read_bytes(), operators)
     except (OSError, LookupError, ValueError):  # a damaged file: onnxruntime reports it
         return None
     if changed is not None:
         options.register_custom_ops_library(str(found.library))
     return changed
+
+
+def copies_weights(graph: bytes) -> bool:
+    """Whether the kernels copied weights of this graph when they were loaded, and do not read the file again."""
+    return _COPYING.encode() in graph
 
 
 def moved(model: bytes, operators: Collection[str] = OPERATORS) -> bytes | None:
@@ -128,7 +136,7 @@ def _moved_graph(graph: memoryview, operators: Collection[str]) -> bytes | None:
         for i, node in enumerate(nodes)
         if node.operator in operators and _computable(node, tensors)
     }
-    if "QuantizedLinear" in operators:
+    if _COPYING in operators:
         attention = "MultiHeadAttention" in operators
         changed |= vision_nodes(nodes, tensors, outputs(graph), DOMAIN, attention=attention)
     if not changed:

@@ -19,7 +19,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.kernels import ONNXRUNTIME, map_weights, use_kernels
+from molmo_edge.runtimes.kernels import ONNXRUNTIME, copies_weights, map_weights, use_kernels
 from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
@@ -36,7 +36,7 @@ from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.runtimes.rotary_inputs import declared_inputs, table_names
 from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
-from molmo_edge.system.memory import available_memory, check_room, give_back
+from molmo_edge.system.memory import available_memory, check_room, forget_mapped, give_back
 
 _T = TypeVar("_T")
 
@@ -416,7 +416,7 @@ def load_session(
     try:
         graph: str | bytes = str(path)
         if list(providers) == [CPU] and is_large(path) and _numbers(onnxruntime.__version__) >= ONNXRUNTIME:
-            graph = use_kernels(path, options) or graph
+            graph = use_kernels(path, options, copies=not mapped) or graph
         if replaced:
             graph = (graph if isinstance(graph, bytes) else path.read_bytes()) + declared_inputs(replaced)
         if isinstance(graph, bytes):
@@ -425,6 +425,8 @@ def load_session(
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
     forks.leak_in_children(session)
+    if isinstance(graph, bytes) and copies_weights(graph):
+        forget_mapped(path.with_name(f"{path.name}.data"))
     if replaced and set(replaced) - {value.name for value in session.get_overridable_initializers()}:
         raise Unavailable(
             f"{path} cannot leave out image tokens: it has no rotary tables by the names of this version; export the "

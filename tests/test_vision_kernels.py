@@ -30,6 +30,7 @@ from molmo_edge.export.vision_graph import vision_encoder
 from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
 from molmo_edge.runtimes import onnx as runtime
+from molmo_edge.system.memory import forget_mapped
 
 VISION = tuple(name for name in KERNELS if name in ("amx", "avx512-bf16", "avx512-vnni"))
 ATTENTION = tuple(name for name in VISION if name != "avx512-vnni")
@@ -259,3 +260,30 @@ def test_a_large_tower_uses_the_kernels(
     monkeypatch.setitem(sys.modules, "molmo_edge_kernels", None)  # import raises ModuleNotFoundError
     monkeypatch.delenv(kernels.SWITCH)
     np.testing.assert_array_equal(runtime.load_session(path, 2).run(None, crop)[0], outputs[1])
+    monkeypatch.undo()
+    mapped = runtime.load_session(
+        path, 2, mapped=True
+    )  # weights stay in their file, so that the kernels cannot copy them
+    np.testing.assert_allclose(mapped.run(None, crop)[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_that_were_copied_are_freed(tmp_path: Path) -> None:
+    path = tmp_path / "weights of a model.data"
+    path.write_bytes(bytes(range(256)) * 4096)
+
+    def resident(mapping: np.ndarray) -> int:
+        begin, inside = f"{mapping.ctypes.data:x}-", False
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+            if "-" in line.split()[0]:
+                inside = line.startswith(begin)
+            elif inside and line.startswith("Rss:"):
+                return int(line.split()[1])
+        raise AssertionError("not mapped")
+
+    mapping = np.memmap(path, np.uint8, "c")
+    assert mapping.astype(np.int64).sum() == 4096 * 255 * 128
+    before = resident(mapping)
+    forget_mapped(path)
+    assert resident(mapping) < before / 2
+    assert mapping[-1] == 255

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -59,3 +60,21 @@ def give_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget_mapped(path: Path, maps: Path = Path("/proc/self/maps")) -> None:
+    """Free the pages of a file that this process has mapped but will hardly read again; Linux only.
+
+    They stay in the system's cache, from which a later read takes them. The mapping must not have been written to.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # no /proc, or another C library
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        name = str(path.resolve())
+        for line in maps.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] == name:
+                begin, end = (int(address, 16) for address in fields[0].split("-"))
+                advise(begin, end - begin, mmap.MADV_DONTNEED)
