@@ -28,7 +28,7 @@ from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, load_library, on_gpu
 from molmo_edge.runtimes.llama_native import CHUNK, LlamaContext, LlamaModel, wait_for
 from molmo_edge.runtimes.llama_options import LlamaOptions
-from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, place_bundle
+from molmo_edge.runtimes.onnx import OnnxRuntime, check_bundle_room, check_components, memory_is_scarce, place_bundle
 from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, check_copy, check_rows, check_stored
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
@@ -53,9 +53,9 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
     placement = place_bundle(bundle, device, insist=False)
     check_bundle_room(bundle, placement)
     options = dataclasses.replace(options, repack=choose_repack(bundle, options, gpu=gpu))
-    graphs = OnnxRuntime(
-        bundle.config, {name: bundle.path(name) for name in parts}, threads=threads, placement=placement
-    )
+    files = {name: bundle.path(name) for name in parts}
+    scarce = not gpu and memory_is_scarce(bundle, placement)
+    graphs = OnnxRuntime(bundle.config, files, threads=threads, placement=placement, scarce=scarce)
     return LlamaRuntime(bundle.config, graphs, bundle.path("decoder"), threads=threads, gpu=gpu, options=options)
 
 

@@ -16,7 +16,7 @@ from molmo_edge.errors import EngineError
 from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
 from molmo_edge.runtimes.memory_plan import bundle_weights, bundle_weights_of, predict
-from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.onnx import OnnxRuntime, load_session
 
 BLOCK = 128
 
@@ -100,15 +100,27 @@ def test_what_the_kernels_read_is_not_refused(
     assert re.search("needs at least .* are free", err)
 
 
-def test_answers_are_equal_where_memory_is_scarce(tiny_bundle: Path, golden: Path) -> None:
+def test_answers_are_equal_where_memory_is_scarce(
+    tiny_bundle: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The vision tower is loaded again for each image."""
+    loaded: list[str] = []
+
+    def watch(path: Path, *arguments: Any, **options: Any) -> Any:
+        loaded.append(path.stem)
+        return load_session(path, *arguments, **options)
+
+    monkeypatch.setattr("molmo_edge.runtimes.onnx.load_session", watch)
     bundle = open_bundle(tiny_bundle)
     files = {name: bundle.path(name) for name in ("vision_encoder", "connector", "embed_tokens", "decoder")}
     usual = Molmo(tiny_bundle)
+    loaded.clear()
     scarce = Molmo.from_parts(OnnxRuntime(bundle.config, files, scarce=True), usual.engine.tokenizer)
     for question in ("What?", "Where?"):
         expected = usual.ask(golden / "astronaut.png", question, max_new_tokens=4)
         assert scarce.ask(golden / "astronaut.png", question, max_new_tokens=4).token_ids == expected.token_ids
+    counts = {name: sum(one.startswith(name) for one in loaded) for name in ("vision_encoder", "decoder")}
+    assert counts == {"vision_encoder": 2, "decoder": 1}
     scarce.close()
     with pytest.raises(EngineError, match="closed"):
         scarce.ask(golden / "astronaut.png", "What?")
