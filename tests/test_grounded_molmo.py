@@ -30,6 +30,7 @@ from molmo_edge.export import export_bundle, export_checkpoint
 from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
+from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
 from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
@@ -310,6 +311,35 @@ def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:
     assert len(sample.crops) > 1
     assert sample.pooling.max() < sample.masks.size
     assert len(sample.points.turns) == len(sample.pooling) == (sample.token_index >= 0).sum()
+
+
+def test_an_earlier_answer_is_trained_on_as_it_stands_in_a_prompt() -> None:
+    """Points have coordinates there, and no loss; answers without points keep theirs."""
+    tokenizer, data = Tokenizer.from_file(TOKENIZER), Discs(1)
+    encode = Encoder(tokenizer, CONFIG.image, Encoding(weighting="none"), config=CONFIG)
+    pointed, counted = (a.messages for a in data.example(0, np.random.default_rng(0)).annotations)
+
+    def encoded(*messages: str) -> tuple[np.ndarray, np.ndarray, int]:
+        sample = encode(Example(data.picture(0), (Annotation("demo", messages),)), np.random.default_rng(0))
+        assert sample.points is not None
+        head = int((sample.packed.segments == 10000).sum())
+        return (
+            sample.packed.input_ids[head:],
+            sample.packed.loss_weights[head - 1 :] > 0,
+            len(sample.points.patch_targets),
+        )
+
+    ids, trained, choices = encoded(*pointed, *counted)
+    prompt = text_ids(tokenizer, [*pointed, counted[0]])
+    assert ids[: len(prompt)].tolist() == prompt.tolist()
+    assert not trained[: len(prompt)].any()
+    assert trained[len(prompt) :].all()
+    alone, _, same = encoded(*counted)
+    assert choices == same == 2, "the disc, and that there are no more"
+    assert ids[len(prompt) :].tolist() == alone[len(text_ids(tokenizer, [counted[0]])) :].tolist()
+    _, trained, _ = encoded("Is there a cup?", "No.", *counted)
+    first = len(text_ids(tokenizer, ["Is there a cup?"]))
+    assert trained[first], "an answer without points"
 
 
 def test_a_marker_needs_a_logit() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.data.drawn.sprites import Assets
+from molmo_edge.data.examples import Annotation
 from molmo_edge.data.grounded_questions import write_questions
 from molmo_edge.data.regions import Box
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ from molmo_edge.training.regions import GroundingHead
 from molmo_edge.training.trainer import Trainer
 from recipes.nano import answers, student
 from recipes.nano.answers import RECIPE
-from recipes.nano.asked_pictures import AskedPictures, asked_pictures, photo_annotation, scene_regions
+from recipes.nano.asked_pictures import AskedPictures, asked_pictures, follow_ups, photo_annotation, scene_regions
 from recipes.nano.photos import Augmentation, Picture, Vocabulary, cut, mosaic
 from recipes.nano.pointing import add_point_head, with_point_head
 
@@ -259,6 +260,20 @@ def test_a_photo_is_asked_about_what_is_sure_and_what_is_absent() -> None:
             assert qa.answer in ("There are none.", "No.")
         assert "dog" not in qa.question
     assert {qa.kind for qa in asked} == {"point", "count", "negative", "where", "yes_no", "caption"}
+
+
+def test_some_questions_follow_another_one() -> None:
+    asked = [Annotation("demo", (f"question {i}", f"answer {i}"), boxes=(CUP,) * i) for i in range(5)]
+    turns, generator = [], np.random.default_rng(0)
+    for _ in range(100):
+        after = follow_ups(asked, generator)
+        assert [(a.messages[-2:], a.boxes) for a in after] == [(a.messages, a.boxes) for a in asked]
+        for annotation in after:
+            assert len({*annotation.messages}) == len(annotation.messages), "not after itself"
+            turns.append(len(annotation.messages) // 2)
+    assert {*turns} == {1, 2}
+    assert turns.count(2) / len(turns) == pytest.approx(0.16, abs=0.04)
+    assert follow_ups(asked[:1], generator) == asked[:1]
 
 
 def test_captions_are_dropped_with_a_part_of_the_photo() -> None:

@@ -32,6 +32,7 @@ from molmo_edge.frontend.crops import (
 )
 from molmo_edge.frontend.grounding_tokens import GroundingIds, point_target
 from molmo_edge.frontend.image_files import load_image
+from molmo_edge.frontend.points import parse_points
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.training.attention_loss import AttendedCells, cells_of_points, join_attended
 from molmo_edge.training.distillation import TeacherTargets
@@ -178,17 +179,33 @@ class Encoder:
         self, texts: Sequence[str], image: PreparedImage, rgb: np.ndarray | None, pooling: np.ndarray | None
     ) -> list[str | list[int]]:
         """The messages of `pack`: markup is added, and points are written as the model writes them."""
+        grounds = self._points_by_tokens and rgb is not None and pooling is not None
+        if grounds and not self._chat and any(parse_points(answer) for answer in texts[1:-1:2]):
+            # In a later prompt the points of an answer have coordinates (`sdk.streaming.said_before`), which this model
+            # does not write: the turns before the last question are its prompt.
+            return [self._said(texts[:-1]), self._grounded(texts[-1], image, rgb, pooling)]
         messages: list[str | list[int]] = []
         for turn, text in enumerate(texts):
             if turn % 2 == 0:
                 messages.append(training_question_ids(self.tokenizer, text, first=not turn) if self._chat else text)
-            elif self._points_by_tokens and rgb is not None and pooling is not None:
+            elif grounds:
                 messages.append(self._grounded(text, image, rgb, pooling))
             else:
                 messages.append(in_coords(text) if self._chat else text)
         return messages
 
-    def _grounded(self, text: str, image: PreparedImage, rgb: np.ndarray, pooling: np.ndarray) -> list[int]:
+    def _said(self, texts: Sequence[str]) -> list[int]:
+        """The ids of questions and answers with roles, as they are before a question."""
+        ids: list[int] = []
+        for turn, text in enumerate(texts):
+            ids += [*self.tokenizer.encode(text), *([self.tokenizer.special.eos] if turn % 2 else [])]
+        return ids
+
+    def _grounded(
+        self, text: str, image: PreparedImage, rgb: np.ndarray | None, pooling: np.ndarray | None
+    ) -> list[int]:
+        assert rgb is not None
+        assert pooling is not None
         grid = pointing_grid(self.image, image.tiling)
         frame = image_in_grid(self.image, image.tiling, *rgb.shape[:2])
 

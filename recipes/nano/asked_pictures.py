@@ -7,7 +7,7 @@ only where its source, or the detector, has no box of it at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recipes.nano.photos import Augmentation, Picture, Vocabulary, read
 
 SCENES = 0.5  # drawn scenes for each photograph
 QUESTIONS, ABSENT = 15, 6  # most questions about a picture, and most of them about absent names
+FOLLOW_UPS = 0.2  # share of the questions that are asked after another one about the picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class AskedPictures:
             rgb, annotation, regions = picture.rgb, photo_annotation(picture), self.vocabulary.regions(picture)
             names = annotation["absent"]
         asked = write_questions(annotation, rng, max_questions=self.questions, vocabulary=names, absent=ABSENT)
-        return Example(rgb, tuple(map(_annotation, asked)), regions)
+        return Example(rgb, tuple(follow_ups(list(map(_annotation, asked)), rng)), regions)
 
 
 def photo_annotation(picture: Picture) -> dict[str, Any]:
@@ -94,6 +95,17 @@ def scene_regions(annotation: dict[str, Any], vocabulary: Vocabulary) -> Regions
 def _annotation(asked: QA) -> Annotation:
     boxes = () if asked.target_boxes is None else tuple(tuple(map(float, box)) for box in asked.target_boxes)
     return Annotation("demo", (asked.question, asked.answer), boxes=boxes)  # type: ignore[arg-type]
+
+
+def follow_ups(asked: Sequence[Annotation], rng: np.random.Generator) -> list[Annotation]:
+    """The annotations, some of them after the turn of another one."""
+    after = []
+    for number, annotation in enumerate(asked):
+        before = int(rng.integers(len(asked)))
+        if before != number and rng.random() < FOLLOW_UPS:
+            annotation = replace(annotation, messages=(*asked[before].messages, *annotation.messages))
+        after.append(annotation)
+    return after
 
 
 def asked_pictures(roots: Sequence[Path], sprites: Path | None) -> tuple[AskedPictures, AskedPictures]:
