@@ -21,6 +21,7 @@ from molmo_edge.modeling import load_checkpoint
 from molmo_edge.training.alignment import aligned, answer_runs, shared_tokens
 from molmo_edge.training.distillation import DistillConfig, DistillError, matching_layers
 from molmo_edge.training.encoding import Encoder, Encoding, collate
+from molmo_edge.training.fake_quantization import Qat
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.parallel import world
 from molmo_edge.training.recipe import Recipe
@@ -137,7 +138,8 @@ def test_features_of_the_same_frozen_towers_are_computed_once(
     small_checkpoints: dict[str, Path], small_molmoe: Path, teacher: Path, tmp_path: Path
 ) -> None:
     student = small_checkpoints["dense"]
-    used = recipe(DistillConfig(image=1.0), frozen=("vision",), steps=2)
+    qat = Qat("int8", share=0.5)
+    used = recipe(DistillConfig(image=1.0), frozen=("vision",), steps=4, qat=qat)
     runs = [losses(distill(student, student, tmp_path / str(s), used, same_towers=s)) for s in (True, False)]
     for step, line in runs[0].items():
         for name in ("loss", "divergence", "image_loss", "norm_connector"):

@@ -174,7 +174,7 @@ class Trainer:
             check_frozen(recipe)
         assert (teacher is None) == (model.distillation is None)
         self.teacher = teacher
-        # Then the features are computed once for both. Not with sharded weights: the towers would not be gathered.
+        # Then features are computed once for both. Not with sharded weights: the towers would not be gathered.
         self.same_towers = (
             isinstance(teacher, OnlineTeacher)
             and (teacher.second is None and features is None and here.ranks == 1)
@@ -353,10 +353,15 @@ class Trainer:
         figures += [sums.divergence, sums.hidden_loss, sums.point_divergence, *(share * weight * auxiliary)]
         return torch.stack(figures).detach()
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether weights are rounded in this step."""
+        qat = self.recipe.qat
+        return qat is not None and qat.active(self.step, self.recipe.steps)
+
     def _rounded(self) -> contextlib.AbstractContextManager[None]:
         """Within it, weights are rounded, if they are in this step."""
-        qat = self.recipe.qat
-        if self.rounded is None or qat is None or not qat.active(self.step, self.recipe.steps):
+        if self.rounded is None or not self._rounds:
             return contextlib.nullcontext()
         return self.rounded.weights()
 
@@ -365,7 +370,7 @@ class Trainer:
         # Without autocast's cache: each weight is used once, and the cache would keep a copy of all of them.
         mixed = {"enabled": self.dtype != torch.float32, "cache_enabled": False}
         with torch.autocast(self.here.device.type, self.dtype, **mixed):
-            if self.same_towers:
+            if self.same_towers and not self._rounds:  # the teacher's towers are never rounded
                 with torch.no_grad():
                     batch = dataclasses.replace(batch, features=self.model.features(batch))
             if self.teacher is not None and (self.model.training or self.teacher.validates):

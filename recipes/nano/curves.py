@@ -27,7 +27,7 @@ LOSSES = {
 }
 SMOOTHED = 9  # logged steps in a mean; single steps have a few pictures
 TICKS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5))
-COLOURS = ("#0072ce", "#e5256b", "#00875a")
+COLORS = ("#0072ce", "#e5256b", "#00875a")
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def draw(run: Path) -> Path:
         raise FileNotFoundError(f"{run}: no stage has a {LOG}. Run a stage first")
     figure = Figure(figsize=(3.6 * len(logs), 3.4), layout="constrained")
     for axes, (stage, lines) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
-        for colour, (key, validated, name) in zip(COLOURS, LOSSES[stage], strict=False):
+        for color, (key, validated, name) in zip(COLORS, LOSSES[stage], strict=False):
             trained, held_out = curve(lines, key).smoothed(), curve(lines, validated)
-            axes.plot(trained.steps, trained.values, color=colour, linewidth=1.2, label=name)
-            axes.plot(held_out.steps, held_out.values, "o--", color=colour, markersize=4, linewidth=1)
+            axes.plot(trained.steps, trained.values, color=color, linewidth=1.2, label=name)
+            axes.plot(held_out.steps, held_out.values, "o--", color=color, markersize=4, linewidth=1)
         axes.set_title(stage, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_yscale("log")
