@@ -11,7 +11,7 @@
 namespace molmo {
 namespace {
 
-constexpr int kCalls = 64;  // for so many operators after a page fault that read from the disk
+constexpr int kCalls = 64;  // for this many operators after a page fault that read from the disk
 
 std::atomic<long> known_faults{0};
 std::atomic<int> calls_left{0};

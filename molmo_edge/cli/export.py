@@ -34,12 +34,13 @@ _ROTATE = (
     "Not for OLMo decoders."
 )
 TRAIN_SCALES = (
-    "Train the scales of 4-bit weights against the float32 decoder, in so many passes over the photos of --calibrate."
+    "Train the scales of 4-bit weights against the float32 decoder, in this many passes over the photos of --calibrate "
+    "(0: none)."
 )
 _MMPROJ = "gguf: also write vision and connector as a GGUF, for developers who use ggml."
 _CACHE = (
-    "int8: keys and values in eight bits, which takes a quarter of their memory and speeds up tokens, but slows down "
-    "prompts. Needs --calibrate."
+    "onnx: int8 stores keys and values in eight bits, which takes a quarter of their memory and speeds up tokens, but "
+    "slows down prompts. Needs --calibrate."
 )
 _DRAFTING = (
     "onnx: let the decoder verify the parts of a point that the grammar fixes in one run, with equal ids. Points take "

@@ -81,8 +81,8 @@ def write_questions(
 ) -> list[QA]:
     """Up to `max_questions` different questions with answers, in random order; fewer if the annotation allows no more.
 
-    `vocabulary`: the labels used in training, from which absent ones are chosen. `absent`: at most so many questions
-    about absent labels; they are as much more frequent.
+    `vocabulary`: the labels used in training, from which absent ones are chosen. `absent`: the maximum number of
+    questions about absent labels; they are weighted in proportion to it.
     """
     frequency = KINDS | {"negative": KINDS["negative"] * absent / ABSENT}
     makers: dict[str, Callable[[], list[QA]]] = {

@@ -174,7 +174,9 @@ class Engine:
                 raise EngineError(f"this model cannot leave out image tokens: {reason}")
         self.reuse_crops = check_reuse_crops(reuse_crops)
         if reuse_crops and not hasattr(runtime, "encode_crops"):
-            raise EngineError("this model cannot reuse crops: its runtime does not implement PartedRuntime")
+            raise EngineError(
+                "this model cannot reuse crops: its runtime does not implement PartedRuntime; leave reuse_crops out"
+            )
         self.process = ImageProcessor(image, tokenizer.special)
         self.load_seconds = time.perf_counter() - began
         logger.debug("%s: opened on %s in %.3f s", name, runtime.engine, self.load_seconds)
