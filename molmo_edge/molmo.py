@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from molmo_edge.answer import Answer
@@ -25,14 +24,22 @@ from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
 from molmo_edge.sdk.encoding import check_reuse_crops
-from molmo_edge.sdk.engine import MAX_NEW_TOKENS, MAX_QUESTION_CHARS, ROOM, Engine, QuestionError, Scene, check_text
+from molmo_edge.sdk.engine import (
+    MAX_NEW_TOKENS,
+    MAX_QUESTION_CHARS,
+    ROOM,
+    Engine,
+    QuestionError,
+    Scene,
+    check_room,
+    check_text,
+)
 from molmo_edge.sdk.image_tokens import ImageTokens
 from molmo_edge.sdk.image_tokens import image_tokens as chosen_tokens
 from molmo_edge.sdk.model_name import model_name
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.scene_store import SceneCacheError, SceneStore
+from molmo_edge.sdk.scene_store import SceneStore, cache_size
 from molmo_edge.sdk.streaming import History, Stream, checked_history, stream_answer
-from molmo_edge.system.boards import parse_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,21 +67,20 @@ class Molmo(NotCopied):
     id, with `revision` a branch, tag or commit; None for the embedded nano. `device`: one of
     `molmo_edge.config.DEVICES`; "auto" picks the best available. `precision`: of a checkpoint's weights: "fp32",
     "bf16", "int8", "nf4" (bitsandbytes), or "auto": bf16 on a GPU, fp32 on a CPU with enough memory. `max_crops`: a
-    limit on the crops of an image in place of the model's own. A lower one is faster, but the model sees less detail. A
-    higher one shows more detail of large images; time, memory and positions of the context grow with the number of
-    crops. `image_tokens`: the share of an image's tokens that the decoder sees, such as 0.5; the others are left out,
-    and those that stay keep their positions. That is faster and needs less memory, but costs accuracy. None or 1: all
-    tokens. A bundle with a GGUF decoder does not support it. `reuse_crops`: encode an image of at most one crop (336 x
-    336 pixels in Molmo) once instead of twice, because its crop has the pixels of its global view. `threads`: CPU
-    threads, at most the cores available to this process; None: the physical cores, or a container's quota.
-    `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images; "drop" ignores
-    transparency, as the reference's training does, "white" blends with white. `scene_cache`: a folder for encoded and
-    prefilled images and videos, which may be shared by processes: a picture with the same pixels is read from there.
-    Files that were not used for longest are removed above `scene_cache_size`, bytes or "500MB". None: no cache.
-    `draft`: whether the parts of a point that the grammar fixes are drafted and verified in one run of the decoder,
-    which saves runs (docs/app.md). None: for bundles exported with `drafting`, whose ids stay the same, which the first
-    answers check on this machine. True: with every model that can; its runs of several positions may round differently
-    from single ones, which can change an id. False: never.
+    limit on the crops of an image in place of the model's own. With more crops the model sees more detail; time, memory
+    and positions of the context grow with them. `image_tokens`: the share of an image's tokens that the decoder sees,
+    such as 0.5; the others are left out, and those that stay keep their positions. That is faster and needs less
+    memory, but costs accuracy. None or 1: all tokens. A bundle with a GGUF decoder does not support it. `reuse_crops`:
+    encode an image of one crop (at most 336 x 336 pixels in Molmo) once instead of twice: the crop has the pixels of
+    the global view. `threads`: CPU threads, at most the cores available to this process; None: the physical cores, or a
+    container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `alpha`: of transparent images;
+    "drop" ignores transparency, as the reference's training does, "white" blends with white. `scene_cache`: a folder
+    for encoded and prefilled images and videos, which may be shared by processes: a picture with the same pixels is
+    read from there. The least recently used files are removed above `scene_cache_size`, bytes or "500MB". None: no
+    cache. `draft`: whether the parts of a point that the grammar fixes are drafted and verified in one run of the
+    decoder, which saves runs (docs/app.md). None: for bundles exported with `drafting`, whose ids stay the same, which
+    the first answers check on this machine. True: with every model that can; its runs of several positions may round
+    differently from single ones, which can change an id. False: never.
 
     Methods raise MolmoEdgeError for invalid arguments. `image` is a path, bytes, a file object, a PIL image, a uint8
     array [h, w], [h, w, 3] or [h, w, 4], or a Scene of this Molmo. Models of the Molmo2 generation also take a list
@@ -114,7 +120,7 @@ class Molmo(NotCopied):
         check_reuse_crops(reuse_crops)
         if precision not in PRECISIONS:
             raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
-        store = None if scene_cache is None else SceneStore(scene_cache, _bytes(scene_cache_size))
+        store = None if scene_cache is None else SceneStore(scene_cache, cache_size(scene_cache_size))
         directory = resolve_model(model, revision=revision)
         tokenizer = load_tokenizer(directory)
         runtime = open_runtime(
@@ -125,14 +131,13 @@ class Molmo(NotCopied):
             engine_options=engine_options,
             gaps=choice is not None,
         )
-        name = model_name(directory)
         try:
             self.engine = Engine(
                 runtime,
                 tokenizer,
                 max_crops=max_crops,
                 alpha=alpha,
-                name=name,
+                name=model_name(directory),
                 directory=directory,
                 store=store,
                 draft=draft,
@@ -157,10 +162,7 @@ class Molmo(NotCopied):
         reuse_crops: bool = False,
         draft: bool | None = None,
     ) -> Molmo:
-        """Make a Molmo from any `molmo_edge.runtimes.Runtime`. `name`: the model's name in answers.
-
-        `image_tokens`: needs a GappedRuntime, as `open_runtime(..., gaps=True)` returns it.
-        """
+        """Make a Molmo from any Runtime. `name`: in answers. `image_tokens`: needs `open_runtime(..., gaps=True)`."""
         molmo = cls.__new__(cls)
         molmo.engine = Engine(
             runtime,
@@ -200,7 +202,7 @@ class Molmo(NotCopied):
         `room`: positions to keep free for question and answer. If they need more, the cache is copied into a larger
         one.
         """
-        room = _check_room(room)
+        room = check_room(room)
         scene = self.engine.scene(image)
         return scene if scene is image or scene.prefilled is not None else self.engine.prefill(scene, room)
 
@@ -210,13 +212,13 @@ class Molmo(NotCopied):
         Raises SceneFileError for a file that is damaged, of a newer version, or saved with another model, engine or
         precision of a checkpoint.
         """
-        return self.engine.load(path, _check_room(room))
+        return self.engine.load(path, check_room(room))
 
     def chat(self, image: Any, *, history: History = (), trim: bool = False) -> Chat:
         """Start a conversation about `image`: `chat.ask(question)`. Each turn runs only its own tokens.
 
         The image is encoded and prefilled before this returns; a Scene's cache is copied. `history`: (question, answer)
-        turns to continue, as `Chat.history` returns them. `trim`: see `Chat.ask`.
+        turns to continue, as in `Chat.history`. `trim`: see `Chat.ask`.
         """
         turns = checked_history(history)
         return Chat(self.engine, self.engine.scene(image), history=turns, trim=trim)
@@ -496,18 +498,3 @@ class Molmo(NotCopied):
         asks = same_question(images, caption_question())
         answers: list[Answer | MolmoEdgeError] = cast("Any", self.ask_batch)(asks, errors=errors, **options)
         return answers
-
-
-def _bytes(size: int | str) -> int:
-    try:
-        return size if isinstance(size, int) else parse_bytes(size)
-    except (TypeError, ValueError):
-        raise SceneCacheError(
-            f"the size of the scene cache must be bytes or as in 2GB or 500MB, not {size!r}"
-        ) from None
-
-
-def _check_room(room: int) -> int:
-    if not isinstance(room, Integral) or room < 0:
-        raise QuestionError(f"room must be a number of positions (an integer of 0 or more), not {room!r}")
-    return int(room)

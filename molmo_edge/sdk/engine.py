@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -341,3 +342,10 @@ def check_text(text: str, name: str = "question") -> str:
     except UnicodeEncodeError:
         raise QuestionError(f"the {name} is not valid Unicode text (it has lone surrogates)") from None
     return text
+
+
+def check_room(room: int) -> int:
+    """Return `room` as an int. Raises QuestionError unless it is an integer of 0 or more."""
+    if not isinstance(room, Integral) or room < 0:
+        raise QuestionError(f"room must be a number of positions (an integer of 0 or more), not {room!r}")
+    return int(room)

@@ -15,6 +15,7 @@ import numpy as np
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.sdk.inputs import Inputs
 from molmo_edge.sdk.scene_file import FORMAT_VERSION, SceneFileError
+from molmo_edge.system.boards import parse_bytes
 from molmo_edge.system.log import logger
 
 _T = TypeVar("_T")
@@ -112,3 +113,13 @@ def scene_key(inputs: Inputs, *facts: object) -> str:
         digest.update(repr(image.shape).encode())
         digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
+
+
+def cache_size(size: int | str) -> int:
+    """The bytes of a size such as 500000000 or "500MB". Raises SceneCacheError for anything else."""
+    try:
+        return size if isinstance(size, int) else parse_bytes(size)
+    except (TypeError, ValueError):
+        raise SceneCacheError(
+            f"the size of the scene cache must be bytes or as in 2GB or 500MB, not {size!r}"
+        ) from None
