@@ -287,9 +287,10 @@ class _BundleExport:
 
     def _trained(self, tensors: TensorSource, inputs: list[DecoderInput], int4: Int4) -> Int4:
         """The matrices that `int4` rounds, with trained scales."""
-        from molmo_edge.quantize.scale_training import COPIES, train_scales
+        from molmo_edge.quantize.scale_training import memory_needed, train_scales
 
-        check_room(4 * COPIES * count_weights("decoder", self.config, tensors), "train_scales")
+        lengths = [len(one.embeddings) for one in inputs]
+        check_room(memory_needed(self.config, count_weights("decoder", self.config, tensors), lengths), "train_scales")
         rounded: dict[str, Blocks] = {}
 
         def record(name: str, weight: np.ndarray, block: int, asymmetric: bool) -> Blocks:

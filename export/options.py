@@ -134,13 +134,19 @@ def check_options(options: ExportOptions) -> ExportPlan:
             )
     _check_training(options, [*ONNX_PRECISIONS[precision["decoder"]].formats.values(), *parts.values()])
     int4 = Int4(options.block, options.asymmetric)
+    prompts = _prompts(options)
+    if options.train_scales and prompts is not None and len(prompts) < 2:
+        raise ExportError(
+            f"train_scales takes at least two prompts, one of which is held out, but {options.calibrate} has "
+            f"{len(prompts)}: add photos"
+        )
     return ExportPlan(
         "onnx",
         precision,
         target,
         plain,
         int4,
-        _prompts(options),
+        prompts,
         parts=parts,
         point_head=point_head,
         drafting=options.drafting,

@@ -12,7 +12,7 @@ the held-out answers (or questions, of prompts without an answer) are kept. If n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -32,11 +32,20 @@ from molmo_edge.quantize import QuantizeError
 from molmo_edge.quantize.calibration_prompts import DecoderInput
 from molmo_edge.quantize.rounding import Blocks
 
-COPIES = 4  # of the decoder in float32 that are in memory
+_COPIES = 4  # of the decoder in float32 that are in memory
 RATE = 2e-3  # of Adam, for the logarithm of a factor; it falls to 0 along a cosine
 _BATCH = 4  # prompts
-_HELD_OUT = 4  # one of so many prompts
+_HELD_OUT = 4  # one prompt in this many
+_LOGITS = 4  # float32 copies of a prompt's logits while its gradients are computed, at least
+_LEAST = -6e4  # float16's least finite number is -65504
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def memory_needed(config: MolmoConfig, weights: int, lengths: Iterable[int]) -> int:
+    """The bytes that `train_scales` takes at least, for a decoder of `weights` and prompts of `lengths` positions."""
+    rows = [max(0, length - 1) for length in lengths]
+    logits = config.decoder.n_logits * (2 * sum(rows) + 4 * _LOGITS * max(rows, default=0))
+    return 4 * _COPIES * weights + logits
 
 
 def train_scales(
@@ -51,7 +60,9 @@ def train_scales(
 ) -> dict[str, Blocks]:
     """The matrices of `rounded` (hub names without ".weight", of the decoder's `tensors`) with trained scales.
 
-    Memory holds the decoder in float32 four times. The result is the same for the same seed and number of threads.
+    Memory holds the decoder in float32 four times and the distributions at all positions of `inputs` in float16, see
+    `memory_needed`. The result is the same for the same seed and number of threads; without a matrix of the decoder
+    among `rounded`, it is `rounded`.
 
     Args:
         inputs: Of calibration_prompts.embed_prompts; at least two.
@@ -62,13 +73,18 @@ def train_scales(
     Raises QuantizeError if there are fewer than two prompts.
     """
     if len(inputs) < 2:
-        raise QuantizeError("training scales takes at least two prompts: one of them is held out")
+        raise QuantizeError(
+            f"training scales takes at least two prompts, one of which is held out, but got {len(inputs)}: add photos "
+            "to the folder of calibrate"
+        )
     decoder = cast(Decoder, load_part(config, tensors, "decoder")).requires_grad_(False)
     exact = _TextLogits(decoder)
-    with torch.no_grad():
-        prompts = [_Prompt.of(config, one, exact) for one in inputs]
     shapes = {name: parameter.shape for name, parameter in exact.named_parameters()}
     weights = _Weights(config, rounded, shapes)
+    if not weights.names:
+        return dict(rounded)
+    with torch.no_grad():
+        prompts = [_Prompt.of(config, one, exact) for one in inputs]
     held_out = prompts[::_HELD_OUT]
     taught = [prompt for i, prompt in enumerate(prompts) if i % _HELD_OUT]
     optimizer = torch.optim.Adam(weights.parameters(), lr=RATE)
@@ -79,7 +95,8 @@ def train_scales(
     def divergence(parameters: dict[str, Tensor], prompt: _Prompt) -> Tensor:
         """Of each position."""
         found = functional_call(exact, parameters, (prompt.x, prompt.mask, prompt.at))
-        return F.kl_div(F.log_softmax(found, -1), prompt.exact, log_target=True, reduction="none").sum(-1)
+        exact_ = prompt.exact.float()
+        return F.kl_div(F.log_softmax(found, -1), exact_, log_target=True, reduction="none").sum(-1)
 
     def measure() -> float:
         with torch.no_grad():
@@ -99,7 +116,7 @@ def train_scales(
             parameters = {name: matrix.detach().requires_grad_() for name, matrix in restored.items()}
             for i in batch:  # the gradients of the matrices add up, and go on to the factors once
                 (divergence(parameters, taught[i]).mean() / len(batch)).backward()
-            torch.autograd.backward(list(restored.values()), [matrix.grad for matrix in parameters.values()])
+            torch.autograd.backward(list(restored.values()), [_gradient(matrix) for matrix in parameters.values()])
             optimizer.step()
             schedule.step()
         found = measure()
@@ -107,6 +124,11 @@ def train_scales(
         if found < least:
             least, best = found, weights.copied()
     return weights.blocks(best)
+
+
+def _gradient(matrix: Tensor) -> Tensor:
+    """Zeros for a matrix that no prompt of a batch uses."""
+    return torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
 
 
 class _TextLogits(Module):
@@ -126,8 +148,8 @@ class _Prompt:
     x: Tensor  # [1, n, d_model]
     mask: Tensor | None  # of the attention; None: causal
     at: Tensor  # int [m], the positions that are compared
-    words: int  # the last so many of them measure a pass: those that predict the answer
-    exact: Tensor  # [m, n_logits], the logarithms of the float32 model's probabilities
+    words: int  # the last ones, this many, measure a pass: those that predict the answer
+    exact: Tensor  # float16 [m, n_logits], the logarithms of the float32 model's probabilities
 
     @classmethod
     def of(cls, config: MolmoConfig, one: DecoderInput, exact: _TextLogits) -> _Prompt:
@@ -135,7 +157,7 @@ class _Prompt:
         mask = image_attention_mask(image[None]) if config.decoder.bidirectional_images else None
         at = torch.arange(1, len(image))  # without BOS, whose next token is always the image
         words = one.answer + 1 if one.answer else int((~image).sum()) - 1  # from the token that predicts its first one
-        return cls(x, mask, at, words, F.log_softmax(exact(x, mask, at), -1))
+        return cls(x, mask, at, words, F.log_softmax(exact(x, mask, at), -1).clamp(min=_LEAST).half())
 
 
 class _Weights(nn.Module):
@@ -150,13 +172,13 @@ class _Weights(nn.Module):
             wide = _EXPERT.sub(".experts.", names[0])  # the experts of a layer as one matrix
             if parameter in shapes and (names[0] in rounded or wide in rounded):
                 self._slots[parameter] = names if names[0] in rounded else [wide]
-        self._names = [name for names in self._slots.values() for name in names]
-        self._base = {name: torch.from_numpy(rounded[name].restored()) for name in self._names}
-        self.factors = nn.ParameterList(torch.zeros(rounded[name].scale.shape) for name in self._names)
+        self.names = [name for names in self._slots.values() for name in names]
+        self._base = {name: torch.from_numpy(rounded[name].restored()) for name in self.names}
+        self.factors = nn.ParameterList(torch.zeros(rounded[name].scale.shape) for name in self.names)
 
     def restored(self) -> dict[str, Tensor]:
         """The parameters that were rounded, in the shapes of the decoder's own."""
-        factors = dict(zip(self._names, self.factors, strict=True))
+        factors = dict(zip(self.names, self.factors, strict=True))
         found = {}
         for parameter, names in self._slots.items():
             shape = self._shapes[parameter]
@@ -181,6 +203,6 @@ class _Weights(nn.Module):
         """All matrices that were rounded, with these factors."""
         changed = {
             name: replace(self._rounded[name], scale=self._rounded[name].scale * factor)
-            for name, factor in zip(self._names, factors, strict=True)
+            for name, factor in zip(self.names, factors, strict=True)
         }
         return {**self._rounded, **changed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.export import ExportError, export_bundle, load_bundle_weights
 from molmo_edge.export.source import open_source
 from molmo_edge.modeling import Molmo, load_checkpoint
+from molmo_edge.modeling.decoder import Decoder
 from molmo_edge.quantize import QuantizeError
-from molmo_edge.quantize.calibration_prompts import DecoderInput
+from molmo_edge.quantize.calibration_prompts import DecoderInput, find_prompts
 from molmo_edge.quantize.rounding import Blocks, nearest
-from molmo_edge.quantize.scale_training import train_scales
+from molmo_edge.quantize.scale_training import memory_needed, train_scales
+from molmo_edge.system.memory import RoomError
 
 MATRICES = ("att_proj.weight", "attn_out.weight", "ff_proj.weight", "ff_out.weight", "_proj.weight")
 
@@ -89,8 +92,27 @@ def test_the_same_seed_trains_the_same_scales(tmp_path: Path) -> None:
     for name, blocks in first.items():
         np.testing.assert_array_equal(again[name].scale, blocks.scale)
     assert any(not np.array_equal(other[name].scale, blocks.scale) for name, blocks in first.items())
-    with pytest.raises(QuantizeError, match="at least two prompts"):
+    with pytest.raises(QuantizeError, match=r"at least two prompts.*but got 1: add photos"):
         train_scales(config, tensors, asked[:1], before, 2)
+
+
+def test_matrices_without_a_gradient_keep_their_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_checkpoint(tmp_path / "dense", "dense")
+    config, tensors = open_source(directory)
+    before, asked = rounded_matrices(directory), prompts(4, 1, config.decoder.d_model)
+    foreign = {"elsewhere": next(iter(before.values()))}
+    assert train_scales(config, tensors, asked, foreign, 1) == foreign, "nothing of the decoder's is rounded"
+
+    def forward(_self: Decoder, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        assert mask is None
+        return x
+
+    monkeypatch.setattr(Decoder, "forward", forward)  # only the head is used
+    head = "model.transformer.ff_out"
+    rounded = before | {head: nearest(head, tensors.get(f"{head}.weight"), 32, False)}
+    after = train_scales(config, tensors, asked, rounded, 2)
+    for name, blocks in rounded.items():
+        assert np.array_equal(after[name].scale, blocks.scale) == (name != head), name
 
 
 def test_a_bundle_with_trained_scales(tmp_path: Path) -> None:
@@ -105,11 +127,37 @@ def test_a_bundle_with_trained_scales(tmp_path: Path) -> None:
     assert changed > 4
 
 
+def test_the_memory_counts_the_distributions_of_all_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = open_source(GOLDEN / "molmoe")
+    none, short, long, both = (memory_needed(config, 1000, lengths) for lengths in ([], [101], [301], [101, 301]))
+    assert none == 4 * 4 * 1000
+    assert both - long == 2 * 100 * config.decoder.n_logits, "another prompt is stored in float16"
+    assert long - none == 3 * (short - none)
+
+    asked: dict[str, int] = {}
+
+    def refuse(needed: int, what: str) -> None:
+        asked[what] = needed
+        raise RoomError("no room")
+
+    monkeypatch.setattr("molmo_edge.export.bundle.check_room", refuse)
+    with pytest.raises(RoomError):
+        export_bundle(GOLDEN / "molmoe", tmp_path / "out", "q4", calibrate=GOLDEN, train_scales=1, measure=False)
+    weights = sum(tensor.numel() for tensor in load_checkpoint(GOLDEN / "molmoe")[0].decoder.parameters())
+    stored = 2 * config.decoder.n_logits * 100 * len(find_prompts(GOLDEN))  # every golden photo has more positions
+    assert asked["train_scales"] > 16 * weights + stored
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copyfile(GOLDEN / "coffee.png", one / "coffee.png")
     for options, message in (
         ({"precision": "q4"}, "learns from calibration photos"),
         ({"precision": "int8", "calibrate": GOLDEN}, "applies to a decoder in q4"),
         ({"precision": "q4", "calibrate": GOLDEN, "train_scales": -1}, "a number of passes"),
+        ({"precision": "q4", "calibrate": one}, "at least two prompts.*one has 1: add photos"),
     ):
         with pytest.raises(ExportError, match=message):
             export_bundle(GOLDEN / "molmoe", tmp_path / "out", **{"train_scales": 2, **options})
