@@ -89,11 +89,19 @@ def map_weights() -> bool:
     return found is not None and "QMoE" in found.operators
 
 
-def use_kernels(path: Path, options: Any, *, copies: bool = True) -> bytes | None:
+@dataclass(frozen=True)
+class Moved:
+    """An encoded ONNX model that uses the kernels."""
+
+    model: bytes
+    copies: bool  # whether they copy weights when a session loads, and do not read the file again
+
+
+def use_kernels(path: Path, options: Any, *, copies: bool = True) -> Moved | None:
     """Register the kernels in onnxruntime's `options` and return the graph that uses them.
 
-    `copies`: whether the kernels may copy weights, see `copies_weights`. None if they are not installed, not faster or
-    switched off, or if they compute none of the graph's nodes.
+    `copies`: whether the kernels may copy weights. None if they are not installed, not faster or switched off, or if
+    they compute none of the graph's nodes.
     """
     if (found := usable()) is None:
         return None
@@ -107,28 +115,25 @@ def use_kernels(path: Path, options: Any, *, copies: bool = True) -> bytes | Non
     return changed
 
 
-def copies_weights(graph: bytes) -> bool:
-    """Whether the kernels copied weights of this graph when they were loaded, and do not read the file again."""
-    return _COPYING.encode() in graph
-
-
-def moved(model: bytes, operators: Collection[str] = OPERATORS) -> bytes | None:
+def moved(model: bytes, operators: Collection[str] = OPERATORS) -> Moved | None:
     """An encoded ONNX model in which the kernels compute what they can; None if that is nothing.
 
     `operators`: those of OPERATORS to use.
     """
-    data, result, changed = memoryview(model), bytearray(), False
+    data, result, changed, copies = memoryview(model), bytearray(), False, False
     for number, value, whole in fields(data):
         graph = _moved_graph(value, operators) if number == MODEL_GRAPH and isinstance(value, memoryview) else None
-        result += whole if graph is None else message(MODEL_GRAPH, graph)
-        changed |= graph is not None
+        result += whole if graph is None else message(MODEL_GRAPH, graph[0])
+        if graph is not None:
+            changed, copies = True, copies or graph[1]
     if not changed:
         return None
     opset = message(OPSET_DOMAIN, DOMAIN.encode()) + varint(OPSET_VERSION << 3) + varint(1)
-    return bytes(result + message(MODEL_OPSET, opset))
+    return Moved(bytes(result + message(MODEL_OPSET, opset)), copies)
 
 
-def _moved_graph(graph: memoryview, operators: Collection[str]) -> bytes | None:
+def _moved_graph(graph: memoryview, operators: Collection[str]) -> tuple[bytes, bool] | None:
+    """The changed graph, and whether the kernels copy weights."""
     tensors = initializers(graph)
     nodes = [Node(node) for node in values(graph, GRAPH_NODE)]
     changed = {
@@ -136,15 +141,17 @@ def _moved_graph(graph: memoryview, operators: Collection[str]) -> bytes | None:
         for i, node in enumerate(nodes)
         if node.operator in operators and _computable(node, tensors)
     }
+    layers: dict[int, bytes] = {}
     if _COPYING in operators:
         attention = "MultiHeadAttention" in operators
-        changed |= vision_nodes(nodes, tensors, outputs(graph), DOMAIN, attention=attention)
+        layers = vision_nodes(nodes, tensors, outputs(graph), DOMAIN, attention=attention)
+    changed |= layers
     if not changed:
         return None
     numbered, result = iter(range(len(nodes))), bytearray()
     for part, _, encoded in fields(graph):
         result += changed.get(next(numbered), encoded) if part == GRAPH_NODE else encoded
-    return bytes(result)
+    return bytes(result), bool(layers)
 
 
 def mapped_bytes(path: Path) -> int:

@@ -19,7 +19,7 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.kernels import ONNXRUNTIME, copies_weights, map_weights, use_kernels
+from molmo_edge.runtimes.kernels import ONNXRUNTIME, Moved, map_weights, use_kernels
 from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
@@ -36,6 +36,7 @@ from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
 from molmo_edge.runtimes.rotary_inputs import declared_inputs, table_names
 from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
+from molmo_edge.system.log import logger
 from molmo_edge.system.memory import available_memory, check_room, forget_mapped, give_back
 
 _T = TypeVar("_T")
@@ -412,20 +413,31 @@ def load_session(
     Raises EngineError, and Unavailable if one of `providers` does not start.
     """
     onnxruntime = import_onnxruntime()
-    options = session_options(threads, mapped=mapped, spin=spin)
-    try:
-        graph: str | bytes = str(path)
-        if list(providers) == [CPU] and is_large(path) and _numbers(onnxruntime.__version__) >= ONNXRUNTIME:
-            graph = use_kernels(path, options, copies=not mapped) or graph
+
+    def start(moved: Moved | None, options: Any) -> Any:
+        graph: str | bytes = str(path) if moved is None else moved.model
         if replaced:
             graph = (graph if isinstance(graph, bytes) else path.read_bytes()) + declared_inputs(replaced)
         if isinstance(graph, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
+        return onnxruntime.InferenceSession(graph, options, providers=list(providers))
+
+    options, moved = session_options(threads, mapped=mapped, spin=spin), None
+    try:
+        if list(providers) == [CPU] and is_large(path) and _numbers(onnxruntime.__version__) >= ONNXRUNTIME:
+            moved = use_kernels(path, options, copies=not mapped)
+        try:
+            session = start(moved, options)
+        except Exception as error:
+            if moved is None:
+                raise
+            moved, reason = None, first_line(error)
+            session = start(None, session_options(threads, mapped=mapped, spin=spin))  # fails for a damaged file, too
+            logger.warning("%s runs without the kernels, which cannot load it: %s", path, reason)
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
     forks.leak_in_children(session)
-    if isinstance(graph, bytes) and copies_weights(graph):
+    if moved is not None and moved.copies:
         forget_mapped(path.with_name(f"{path.name}.data"))
     if replaced and set(replaced) - {value.name for value in session.get_overridable_initializers()}:
         raise Unavailable(

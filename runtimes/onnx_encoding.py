@@ -17,16 +17,21 @@ NODE_DOMAIN = 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _VALUE_NAME = 1
 _ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_TYPE = 1, 2, 3, 4, 20
+_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 6, 11
 _INT = 2  # AttributeProto.INT
 _TENSOR_DIMENSIONS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
-_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8}  # of the constants that are compared
+# TensorProto.DataType
+FLOAT, UINT8, INT8, INT64 = 1, 2, 3, 7
+# Of the constants that are compared.
+_TYPES: dict[int, type[np.generic]] = {FLOAT: np.float32, UINT8: np.uint8, INT64: np.int64}
 
 
 @dataclass(frozen=True)
 class Tensor:
     """An initializer."""
 
+    kind: int  # TensorProto.DataType
     shape: tuple[int, ...]
     value: float | None  # of a constant with one number in the graph itself, else None
     external: int  # bytes in the file beside the graph
@@ -59,6 +64,12 @@ class Node:
     def attributes(self) -> dict[str, Any]:
         """Integers, floats and texts; None for attributes of other types."""
         return dict(map(_attribute, self._attributes))
+
+    @property
+    def has_subgraph(self) -> bool:
+        """Whether it is an If, Loop or Scan, whose body can read all values of the graph around it."""
+        kinds = (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS)
+        return any(number in kinds for attribute in self._attributes for number, _, _ in fields(attribute))
 
     def in_domain(self, domain: str) -> bytes:
         """Return its field with another domain: of a field that occurs twice, the last one counts."""
@@ -178,4 +189,4 @@ def _initializer(data: memoryview) -> tuple[str, Tensor]:
     value: float | None = None
     if raw is not None and kind in _TYPES and len(raw) == np.dtype(_TYPES[kind]).itemsize:
         value = float(np.frombuffer(raw, _TYPES[kind])[0])
-    return name, Tensor(tuple(shape), value, external)
+    return name, Tensor(kind, tuple(shape), value, external)

@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from molmo_edge.runtimes.onnx_encoding import Node, Tensor, new_node
+from molmo_edge.runtimes.onnx_encoding import FLOAT, INT8, INT64, UINT8, Node, Tensor, new_node
 
 _PAIR = 32  # the kernels compute so many columns at a time
-_UINT8 = 2  # TensorProto.UINT8
 _TINY, _LEVELS, _SHIFT, _ZERO_POINT = 1e-30, 127, 128.5, 128  # see molmo_edge.export.int8_graph
 _NO_ACTIVATION, _QUICK_GELU, _GELU_TANH = 0, 1, 2
 
@@ -33,9 +32,10 @@ def vision_nodes(
     operators = {node.operator for node in nodes}
     if "MultiHeadAttention" not in operators or "GroupQueryAttention" in operators:
         return {}
+    if any(node.has_subgraph for node in nodes):  # it may read any of the values that would be removed
+        return {}
     graph = _Graph(nodes, tensors, kept)
     changed: dict[int, bytes] = {}
-    made: set[str] = set()  # outputs of layers
     for start, node in enumerate(nodes):
         rounding = _rounding(graph, start)
         if rounding is None:
@@ -52,10 +52,10 @@ def vision_nodes(
             changed[layer.nodes[-1]] = new_node(
                 "QuantizedLinear", domain, [*rows, *layer.inputs], [layer.output], options
             )
-            made.add(layer.output)
+            graph.layers[layer.output] = rounding.x
         _remove_unread(graph, rounding.nodes, changed)
     for i, node in enumerate(nodes):
-        if attention and _plain_attention(node) and made.issuperset(node.inputs):
+        if attention and _plain_attention(node) and graph.layers.keys() >= set(node.inputs):
             changed[i] = node.in_domain(domain)
     return changed
 
@@ -66,6 +66,7 @@ class _Graph:
     def __init__(self, nodes: Sequence[Node], tensors: Mapping[str, Tensor], kept: Collection[str]) -> None:
         self.nodes, self.tensors, self.kept = nodes, tensors, kept
         self.added: set[int] = set()  # sums that a layer computes; the sum of two layers is left to one of them
+        self.layers: dict[str, str] = {}  # outputs of the layers that were found, and their inputs
         self.writer = {name: i for i, node in enumerate(nodes) for name in node.outputs if name}
         self.readers: dict[str, list[int]] = {}
         for i, node in enumerate(nodes):
@@ -75,7 +76,14 @@ class _Graph:
     def is_constant(self, name: str, value: float) -> bool:
         """Whether it is this number, up to rounding to float32."""
         tensor = self.tensors.get(name)
-        return tensor is not None and tensor.value is not None and abs(tensor.value - value) <= 1e-6 * abs(value)
+        if tensor is None or tensor.value is None or len(tensor.shape) > 1:
+            return False
+        return abs(tensor.value - value) <= 1e-6 * abs(value)
+
+    def is_tensor(self, name: str, kind: int, shape: tuple[int, ...]) -> bool:
+        """Whether it is an initializer of this type and shape."""
+        tensor = self.tensors.get(name)
+        return tensor is not None and (tensor.kind, tensor.shape) == (kind, shape)
 
     def written_by(self, name: str, operator: str, constant: float | None = None) -> int | None:
         """The node that writes `name`, if it is of this kind, with this number as its second input."""
@@ -115,7 +123,7 @@ class _Layer:
 def _rounding(graph: _Graph, end: int) -> _Rounding | None:
     """Cast(x / scale + 128.5) with scale = max(max |x|, tiny) / 127."""
     nodes = graph.nodes
-    if nodes[end].operator != "Cast" or nodes[end].attributes.get("to") != _UINT8:
+    if nodes[end].operator != "Cast" or nodes[end].attributes.get("to") != UINT8:
         return None
     if (shift := graph.written_by(nodes[end].inputs[0], "Add", _SHIFT)) is None:
         return None
@@ -128,10 +136,19 @@ def _rounding(graph: _Graph, end: int) -> _Rounding | None:
         return None
     if (reduce := graph.written_by(nodes[largest].inputs[0], "ReduceMax")) is None:
         return None
-    # keepdims and [..., 1] follow from the division by `scale`, and the axis from the shapes of the layers.
+    if not _of_last_axis(graph, nodes[reduce]):
+        return None
     if (size := graph.written_by(nodes[reduce].inputs[0], "Abs")) is None or nodes[size].inputs != (x,):
         return None
     return _Rounding(x, scale, (shift, divide, levels, largest, reduce, size))
+
+
+def _of_last_axis(graph: _Graph, reduce: Node) -> bool:
+    """Whether it has one result per row, [..., 1]."""
+    if len(reduce.inputs) != 2 or reduce.attributes.get("keepdims", 1) != 1:
+        return False
+    axes = graph.tensors.get(reduce.inputs[1])
+    return axes is not None and axes.kind == INT64 and graph.is_constant(reduce.inputs[1], -1)
 
 
 def _layer(graph: _Graph, first: int, rounding: _Rounding) -> _Layer | None:
@@ -140,10 +157,13 @@ def _layer(graph: _Graph, first: int, rounding: _Rounding) -> _Layer | None:
     if (node.operator, node.domain, len(node.inputs)) != ("MatMulIntegerToFloat", "com.microsoft", 5):
         return None
     _, weights, one, scales, zero_point = node.inputs
-    matrix, vector = graph.tensors.get(weights), graph.tensors.get(scales)
-    if matrix is None or vector is None or len(matrix.shape) != 2 or vector.shape != matrix.shape[1:]:
+    matrix = graph.tensors.get(weights)
+    if matrix is None or matrix.kind != INT8 or len(matrix.shape) != 2 or matrix.shape[1] % _PAIR:
         return None
-    if matrix.shape[1] % _PAIR or not graph.is_constant(one, 1) or not graph.is_constant(zero_point, _ZERO_POINT):
+    columns = matrix.shape[1:]
+    if not graph.is_tensor(scales, FLOAT, columns):
+        return None
+    if not graph.is_constant(one, 1) or not graph.is_constant(zero_point, _ZERO_POINT):
         return None
     scaled = graph.only_reader(node.outputs[0])
     if scaled is None or graph.nodes[scaled].operator != "Mul":
@@ -153,12 +173,12 @@ def _layer(graph: _Graph, first: int, rounding: _Rounding) -> _Layer | None:
     chain, bias, activation, residual = [first, scaled], "", _NO_ACTIVATION, ""
     while (i := graph.only_reader(output := graph.nodes[chain[-1]].outputs[0])) is not None:
         after, other = graph.nodes[i], graph.other_input(i, output)
-        tensor = graph.tensors.get(other or "")
-        if after.operator == "Add" and tensor is not None and len(chain) == 2 and tensor.shape == vector.shape:
-            bias = other or ""
+        adds = (after.operator, after.domain) == ("Add", "")
+        if adds and other and len(chain) == 2 and graph.is_tensor(other, FLOAT, columns):
+            bias = other
         elif not activation and (which := _activation(after)):
             activation = which
-        elif after.operator == "Add" and other and i not in graph.added and _is_residual(graph, other):
+        elif adds and other and i not in graph.added and _is_residual(graph, other, rounding.x, columns):
             residual = other
             graph.added.add(i)
             chain.append(i)
@@ -179,10 +199,23 @@ def _activation(node: Node) -> int:
     return _GELU_TANH if tanh else _NO_ACTIVATION
 
 
-def _is_residual(graph: _Graph, name: str) -> bool:
-    """Whether it has the shape of a layer's output: the stream of a tower, before its norm."""
-    i = graph.writer.get(name)
-    return i is not None and graph.nodes[i].operator in ("Add", "LayerNormalization")
+def _is_residual(graph: _Graph, name: str, x: str, columns: tuple[int, ...]) -> bool:
+    """Whether it has the shape [..., columns] of the output of a layer with the input `x`.
+
+    It does if it is the input of the norm from which `x` was computed row by row. A sum may also broadcast, which the
+    kernels do not.
+    """
+    while (i := graph.writer.get(x)) is not None:
+        node = graph.nodes[i]
+        if (node.operator, node.domain) == ("LayerNormalization", ""):
+            return node.inputs[0] == name and graph.is_tensor(node.inputs[1], FLOAT, columns)
+        if x in graph.layers:
+            x = graph.layers[x]
+        elif node.operator in ("Gelu", "QuickGelu") or _plain_attention(node):
+            x = node.inputs[0]
+        else:
+            return False
+    return False
 
 
 def _plain_attention(node: Node) -> bool:

@@ -188,7 +188,7 @@ def test_only_nodes_that_the_kernels_compute_move(tmp_path: Path) -> None:
         changed = kernels.moved(path.read_bytes())
         if changed is None:
             return None
-        before, after = onnx.load(path, load_external_data=False), onnx.load_from_string(changed)
+        before, after = onnx.load(path, load_external_data=False), onnx.load_from_string(changed.model)
         assert {o.domain: o.version for o in after.opset_import} == {"": 20, MICROSOFT: 1, kernels.DOMAIN: 1}
         found = [node.domain for node in after.graph.node]
         for node in after.graph.node:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from test_quantize import norm_error
 import molmo_edge.cli.doctor  # noqa: F401 - before onnxruntime, whose usage reports it switches off
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.errors import EngineError
 from molmo_edge.export.graph_builder import Graph
 from molmo_edge.export.graph_precisions import graph_precision
 from molmo_edge.export.vision_graph import vision_encoder
@@ -185,19 +187,21 @@ def test_a_tower_becomes_layers_and_attention(tmp_path: Path) -> None:
     path = vision_graph(tmp_path / "v.onnx")
     changed = kernels.moved(path.read_bytes())
     assert changed is not None
-    found, own = operators_of(changed), kernels.DOMAIN
+    found, own = operators_of(changed.model), kernels.DOMAIN
     # The patch embedding; q, k, v, the output and two layers of an MLP in each of two blocks; one rounding for q, k, v.
     assert (found["QuantizedLinear", own], found["QuantizeRows", own], found["MultiHeadAttention", own]) == (13, 9, 2)
     assert not {"MatMulIntegerToFloat", "QuickGelu", "Div", "Max", "Abs"} & {operator for operator, _ in found}
     assert found["Add", ""] == 1  # positions; the residuals are part of layers
     without = kernels.moved(path.read_bytes(), ("QuantizedLinear",))
     assert without is not None
-    assert ("MultiHeadAttention", MICROSOFT) in operators_of(without)
+    assert ("MultiHeadAttention", MICROSOFT) in operators_of(without.model)
     assert kernels.moved(path.read_bytes(), ("MatMulNBits", "QMoE", "MultiHeadAttention")) is None
     for precision in ("fp32", "q8", "fp16"):
         assert kernels.moved(vision_graph(tmp_path / "w.onnx", precision).read_bytes(), kernels.OPERATORS) is None
     narrow = vision_graph(tmp_path / "n.onnx", mlp_dim=80)  # w1 is too narrow, and w2 takes its output
-    found = operators_of(kernels.moved(narrow.read_bytes()) or b"")
+    changed = kernels.moved(narrow.read_bytes())
+    assert changed is not None
+    found = operators_of(changed.model)
     assert (found["QuantizedLinear", own], found["MatMulIntegerToFloat", MICROSOFT]) == (11, 2)
 
 
@@ -210,10 +214,133 @@ def test_values_that_others_read_stay(tmp_path: Path) -> None:
     graph.graph.output.append(helper.make_tensor_value_info(added.input[0], TensorProto.FLOAT, None))  # without bias
     changed = kernels.moved(graph.SerializeToString())
     assert changed is not None
-    written = {name: node for node in onnx.load_from_string(changed).graph.node for name in node.output}
+    written = {name: node for node in onnx.load_from_string(changed.model).graph.node for name in node.output}
     assert written[added.input[0]].op_type == "QuantizedLinear"
     assert written[attention.input[0]].op_type == "Add"
     assert written[attention.output[0]].domain == MICROSOFT  # q is not the output of a layer
+
+
+def node_before(graph: onnx.GraphProto, name: str, operator: str) -> onnx.NodeProto:
+    """The nearest node of this kind among those from which `name` is computed, by first inputs."""
+    written = {output: node for node in graph.node for output in node.output}
+    while (node := written[name]).op_type != operator:
+        name = node.input[0]
+    return node
+
+
+def replace_tensor(graph: onnx.GraphProto, name: str, array: np.ndarray) -> None:
+    (old,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    old.CopyFrom(numpy_helper.from_array(array, name))
+
+
+def layer_of(graph: onnx.GraphProto) -> onnx.NodeProto:
+    """The first product of the second block."""
+    return [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"][7]
+
+
+def reduce_over_columns(graph: onnx.GraphProto) -> None:
+    reduce = node_before(graph, layer_of(graph).input[0], "Div")
+    reduce = node_before(graph, reduce.input[1], "ReduceMax")
+    graph.initializer.append(numpy_helper.from_array(np.array([-2]), "columns"))
+    reduce.input[1] = "columns"
+
+
+def drop_the_reduced_axis(graph: onnx.GraphProto) -> None:
+    reduce = node_before(graph, layer_of(graph).input[0], "Div")
+    reduce = node_before(graph, reduce.input[1], "ReduceMax")
+    (keep,) = (attribute for attribute in reduce.attribute if attribute.name == "keepdims")
+    keep.i = 0
+
+
+def unsigned_weights(graph: onnx.GraphProto) -> None:
+    replace_tensor(graph, layer_of(graph).input[1], np.zeros((64, 64), np.uint8))
+
+
+def half_scales(graph: onnx.GraphProto) -> None:
+    replace_tensor(graph, layer_of(graph).input[3], np.zeros(64, np.float16))
+
+
+NEAR_MATCHES = {  # and the layers that stay
+    reduce_over_columns: 3,  # q, k and v of a block
+    drop_the_reduced_axis: 3,
+    unsigned_weights: 3,
+    half_scales: 3,
+}
+
+
+@pytest.mark.parametrize("change", NEAR_MATCHES)
+def test_nodes_that_only_look_like_a_layer_stay(tmp_path: Path, change: Callable[[onnx.GraphProto], None]) -> None:
+    model = onnx.load(vision_graph(tmp_path / "v.onnx"))
+    change(model.graph)
+    changed = kernels.moved(model.SerializeToString())
+    assert changed is not None
+    found = operators_of(changed.model)
+    assert found["MatMulIntegerToFloat", MICROSOFT] == NEAR_MATCHES[change]
+    assert found["QuantizedLinear", kernels.DOMAIN] == 13 - NEAR_MATCHES[change]
+    assert found["MultiHeadAttention", MICROSOFT] == found["MultiHeadAttention", kernels.DOMAIN] == 1
+
+
+def test_a_sum_that_broadcasts_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, crops = vision_graph(tmp_path / "v.onnx"), {"crops": np.ones((2, 49, 588), np.float32)}
+    model = onnx.load(path)
+    last = [node for node in model.graph.node if node.op_type == "Add"][-1]  # of the second block
+    at = list(model.graph.node).index(last)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "rows"))
+    model.graph.node.insert(at, helper.make_node("Add", ["mean", "mean"], ["twice"]))  # [n, 1, d]
+    model.graph.node.insert(at, helper.make_node("ReduceMean", [last.input[0], "rows"], ["mean"], keepdims=1))
+    last.input[0] = "twice"
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+    changed = kernels.moved(path.read_bytes())
+    assert changed is not None
+    found = operators_of(changed.model)
+    assert found["QuantizedLinear", kernels.DOMAIN] == 13
+    assert found["Add", ""] == 3  # positions, and the two above
+    if not VISION:
+        return
+    features = {}
+    for switch in ("1", "0"):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        features[switch] = runtime.load_session(path, 2).run(None, crops)[0]
+    assert norm_error(features["1"], features["0"]) < 0.02
+
+
+def test_a_graph_with_subgraphs_stays(tmp_path: Path) -> None:
+    model = onnx.load(vision_graph(tmp_path / "v.onnx"))
+    hidden = layer_of(model.graph).output[0]  # which only the body reads, besides the next node
+    body = helper.make_graph(
+        [helper.make_node("Identity", [hidden], ["inner"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    model.graph.node.append(helper.make_node("If", ["always"], ["outer"], then_branch=body, else_branch=body))
+    model.graph.output.append(helper.make_tensor_value_info("outer", TensorProto.FLOAT, None))
+    assert kernels.moved(model.SerializeToString()) is None
+
+
+@needs_kernels
+@pytest.mark.skipif("amx" not in KERNELS, reason="the kernels of vision towers are used with AMX")
+def test_a_tower_that_the_kernels_cannot_load_runs_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, crops = vision_graph(tmp_path / "v.onnx"), {"crops": np.ones((1, 49, 588), np.float32)}
+    real = kernels.moved
+
+    def broken(model: bytes, operators: Collection[str] = kernels.OPERATORS) -> kernels.Moved | None:
+        found = real(model, operators)
+        return found and kernels.Moved(found.model.replace(b"QuantizeRows", b"QuantizeCols"), found.copies)
+
+    monkeypatch.setattr(kernels, "moved", broken)
+    ours = runtime.load_session(path, 2).run(None, crops)[0]
+    assert "runs without the kernels" in caplog.text
+    assert "QuantizeCols" in caplog.text
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    np.testing.assert_array_equal(ours, runtime.load_session(path, 2).run(None, crops)[0])
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.delenv(kernels.SWITCH)
+    with pytest.raises(EngineError, match=r"onnxruntime cannot load .*v\.onnx"):
+        runtime.load_session(path, 2)
 
 
 @needs_kernels
