@@ -51,8 +51,39 @@ LAYERS = [  # rows, inner, columns, activation, residual
     (17, 100, 96, 2, False),
     (33, 588, 64, 0, True),
     (130, 256, 32, 1, True),
+    (65, 128, 64, 2, True),
     (49, 2112, 64, 0, True),  # sums in several passes
 ]
+
+RUN_WITHOUT_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import molmo_edge_kernels
+import onnxruntime
+from molmo_edge.runtimes.onnx import session_options
+
+def load(path):
+    options = session_options(2)
+    options.register_custom_ops_library(str(molmo_edge_kernels.library()))
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+def fails(megabytes, run):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), limits[1]))
+    try:
+        run()
+    except Exception as error:
+        print("bad_alloc" in str(error), flush=True)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+session, one = load(sys.argv[1]), np.ones((1, 1, 4), np.float32)
+keys = np.ones((1, 1_000_000, 4), np.float32)
+fails(100, lambda: session.run(None, {"q": one, "k": keys, "v": keys}))  # 200 MB a thread
+np.testing.assert_allclose(session.run(None, {"q": one, "k": keys[:, :9], "v": keys[:, :9]})[0], one)
+fails(200, lambda: load(sys.argv[2]))  # weights are padded to 256 MB
+"""
 
 RUN_ALL = """
 import os, sys
@@ -159,6 +190,56 @@ def test_an_operator_computes_what_it_says(operators: SimpleNamespace, kernel: s
         assert norm_error(ours, exact) < 6e-3, name
         rows = np.abs(ours - exact).max(axis=-1) / np.abs(exact).max(axis=-1)
         assert rows.max() < 0.03, name  # none is wrong, not even one of a thousand
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux" or not ATTENTION, reason="needs attention, and a limit of memory")
+def test_no_memory_is_an_error(tmp_path: Path) -> None:
+    one = {name: np.ones((1, 1, 4), np.float32) for name in "qkv"}
+    node = helper.make_node("MultiHeadAttention", list(one), ["y"], domain=kernels.DOMAIN, num_heads=4)
+    onnx.save(model([node], one, {}), tmp_path / "attention.onnx")
+    columns = 1 << 22
+    weights = {"w": np.ones((1, columns), np.int8), "s": np.ones(columns, np.float32)}
+    nodes = [
+        helper.make_node("QuantizeRows", ["x"], ["rows", "scales"], domain=kernels.DOMAIN),
+        helper.make_node("QuantizedLinear", ["rows", "scales", "w", "s"], ["y"], domain=kernels.DOMAIN, activation=0),
+    ]
+    onnx.save(model(nodes, {"x": np.ones((1, 1), np.float32)}, weights), tmp_path / "layer.onnx")
+    command = [sys.executable, "-c", RUN_WITHOUT_MEMORY, *(str(tmp_path / f"{n}.onnx") for n in ("attention", "layer"))]
+    environment = {**os.environ, kernels.FORCE: ATTENTION[0]}
+    shown = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert (shown.returncode, shown.stdout) == (0, "True\nTrue\n"), shown.stderr
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", VISION)
+def test_numbers_that_are_not_finite_stay_in_their_row(tmp_path: Path, kernel: str) -> None:
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((1, 20, 100), np.float32)
+    changed = x.copy()
+    changed[0, 3, 5], changed[0, 17, 99], changed[0, 18, 0] = np.nan, np.inf, -np.inf
+    weights = {
+        "w": rng.integers(-127, 128, (100, 64)).astype(np.int8),
+        "s": np.full(64, 1e-3, np.float32),
+        "b": rng.standard_normal(64, np.float32),
+    }
+    names = ["rows", "scales", *weights]
+    for activation in range(3):
+        nodes = [
+            helper.make_node("QuantizeRows", ["x"], ["rows", "scales"], domain=kernels.DOMAIN),
+            helper.make_node("QuantizedLinear", names, ["y"], domain=kernels.DOMAIN, activation=activation),
+        ]
+        for name, given in (("finite", x), ("not", changed)):
+            onnx.save(model(nodes, {"x": given}, weights), tmp_path / f"layer-{name}{activation}.onnx")
+            np.savez(tmp_path / f"layer-{name}{activation}.npz", x=given)
+    environment = {**os.environ, kernels.FORCE: kernel}
+    subprocess.run([sys.executable, "-c", RUN_ALL, str(tmp_path)], check=True, env=environment, timeout=120)
+    others = np.delete(np.arange(20), [3, 17, 18])
+    for activation in range(3):
+        finite, found = (np.load(tmp_path / f"layer-{name}{activation}.npy")[0] for name in ("finite", "not"))
+        assert np.isnan(found[3]).all()
+        assert not np.isfinite(found[[17, 18]]).any()
+        np.testing.assert_array_equal(found[others], finite[others])
 
 
 def vision_graph(path: Path, precision: str = "int8", width: int = 64, **changed: Any) -> Path:

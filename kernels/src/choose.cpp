@@ -73,6 +73,9 @@ bool has_avx512() {
            bit(seven.b, 30) && bit(seven.b, 31) && bit(seven.c, 11);
 }
 
+#endif
+
+#ifdef MOLMO_BFLOAT16
 bool has_bfloat16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
 #endif
 

@@ -8,10 +8,21 @@
 #elif (defined(__aarch64__) || defined(_M_ARM64)) && (defined(__GNUC__) || defined(__clang__))
 #define MOLMO_ARM 1
 #endif
-#if defined(MOLMO_X86) && (defined(__GNUC__) || defined(__clang__))
-#define MOLMO_BFLOAT16 1  // other compilers have other types for it
+// Types and instructions for bfloat16: GCC 10, Clang 9 and Apple's Clang 12 (LLVM 10) are the first that have them, and
+// other compilers have other types.
+#if defined(__apple_build_version__)
+#define MOLMO_HAS_BFLOAT16 (__clang_major__ >= 12)
+#elif defined(__clang__)
+#define MOLMO_HAS_BFLOAT16 (__clang_major__ >= 9)
+#elif defined(__GNUC__)
+#define MOLMO_HAS_BFLOAT16 (__GNUC__ >= 10)
+#else
+#define MOLMO_HAS_BFLOAT16 0
 #endif
-#if defined(MOLMO_X86) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(MOLMO_X86) && MOLMO_HAS_BFLOAT16
+#define MOLMO_BFLOAT16 1
+#endif
+#if defined(MOLMO_BFLOAT16) && defined(__linux__)
 #define MOLMO_AMX 1  // inline assembly, and Linux must be asked for the tiles
 #endif
 

@@ -15,6 +15,18 @@ inline OrtStatus* failed(const OrtApi* api, const char* message) {
     return reinterpret_cast<OrtStatus*(MOLMO_CALL*)(int, const char*)>(api->functions[kCreateStatus])(1, message);
 }
 
+// run(), which returns a status. An exception becomes a status: none may cross the C interface.
+template <typename Run>
+OrtStatus* guarded(const OrtApi* api, const Run& run) {
+    try {
+        return run();
+    } catch (const std::exception& error) {
+        return failed(api, error.what());
+    } catch (...) {
+        return failed(api, "molmo_edge: unknown exception");
+    }
+}
+
 struct Tensor {
     void* data = nullptr;  // null: an absent input
     int type = kAnyType;
@@ -109,19 +121,17 @@ struct Registered : OrtCustomOp {
         GetStartVersion = [](const OrtCustomOp*) { return 1; };
         GetEndVersion = [](const OrtCustomOp*) { return 0x7fffffff; };
         CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* own, const OrtKernelInfo* info, void** made) -> OrtStatus* {
-            Op op{};
-            op.api = own;
-            MOLMO_TRY(op.read(info));
-            *made = new Op(op);
-            return nullptr;
+            return guarded(own, [&]() -> OrtStatus* {
+                Op op{};
+                op.api = own;
+                MOLMO_TRY(op.read(info));
+                *made = new Op(op);
+                return nullptr;
+            });
         };
         KernelComputeV2 = [](void* op, OrtKernelContext* context) -> OrtStatus* {
             const Op& own = *static_cast<Op*>(op);
-            try {
-                return own.compute(context);
-            } catch (const std::exception& error) {
-                return failed(own.api, error.what());
-            }
+            return guarded(own.api, [&] { return own.compute(context); });
         };
         KernelDestroy = [](void* op) { delete static_cast<Op*>(op); };
     }

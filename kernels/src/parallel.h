@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 
 namespace molmo {
@@ -15,7 +16,8 @@ struct Parallel {
 };
 
 // run(task) for every task in 0..count - 1. Whichever thread is free takes the next one: experts differ in their rows,
-// and cores in their speed.
+// and cores in their speed. Throws the first exception of a task here, not on a thread of ONNX Runtime, which would end
+// the process; tasks that have not started are left out.
 template <typename Run>
 void each(const Parallel& parallel, int64_t count, const Run& run) {
     if (count <= 1) {
@@ -26,11 +28,19 @@ void each(const Parallel& parallel, int64_t count, const Run& run) {
         const Run* run;
         std::atomic<int64_t> next;
         int64_t count;
-    } shared{&run, {0}, count};
+        std::atomic<bool> failed;
+        std::exception_ptr error;
+    } shared{&run, {0}, count, {false}, nullptr};
     parallel.each(parallel.threads, count, [](void* context, size_t) {
         Shared& s = *static_cast<Shared*>(context);
-        for (int64_t task; (task = s.next.fetch_add(1)) < s.count;) (*s.run)(task);
+        try {
+            for (int64_t task; (task = s.next.fetch_add(1)) < s.count;) (*s.run)(task);
+        } catch (...) {
+            if (!s.failed.exchange(true)) s.error = std::current_exception();
+            s.next = s.count;
+        }
     }, &shared);
+    if (shared.error) std::rethrow_exception(shared.error);
 }
 
 // Memory whose start is aligned and whose content is not initialized.

@@ -18,6 +18,7 @@ void request(const void* data, size_t size);
 inline void request(const Matrix& m) {
     request(m.codes, size_t(m.columns * m.inner / 2));
     request(m.scales, size_t(m.columns * m.blocks()) * (m.half_scales ? 2 : 4));
+    if (m.zero_points != nullptr) request(m.zero_points, size_t(m.columns * ((m.blocks() + 1) / 2)));
 }
 
 }  // namespace molmo
