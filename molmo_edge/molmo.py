@@ -130,6 +130,8 @@ class Molmo(NotCopied):
             threads=threads,
             engine_options=engine_options,
             gaps=choice is not None,
+            max_crops=max_crops,
+            image_tokens=None if choice is None else choice.share,
         )
         try:
             self.engine = Engine(

@@ -30,13 +30,17 @@ def open_runtime(
     threads: int | None = None,
     engine_options: LlamaOptions | None = None,
     gaps: bool = False,
+    max_crops: int | None = None,
+    image_tokens: float | None = None,
 ) -> PartedRuntime:
     """Open a bundle or a checkpoint directory.
 
     `precision`: of a checkpoint's weights (molmo_edge.modeling.precision); a bundle's was chosen at its export.
     `threads`: CPU threads, at most the available cores; None: the engine's default, the physical cores, or a
     container's quota. `engine_options`: LlamaOptions for a bundle with a GGUF decoder. `gaps`: caches will have
-    positions with gaps (molmo_edge.runtimes.protocol.GappedRuntime).
+    positions with gaps (molmo_edge.runtimes.protocol.GappedRuntime). `max_crops`, `image_tokens`: the most crops of an
+    image, and the share of its tokens, that questions will use, None: all; to predict whether mapped weights will stay
+    in memory.
 
     Raises Unavailable for a device or engine that is not installed, BundleError for a damaged bundle,
     PrecisionError for weights that do not fit into memory, else EngineError.
@@ -59,11 +63,14 @@ def open_runtime(
 
             if gaps:
                 raise Unavailable(f"{directory} cannot leave out image tokens: {NO_GAPS}")
-            return open_llama_runtime(bundle, device=device, threads=threads, options=engine_options or LlamaOptions())
+            options = engine_options or LlamaOptions()
+            return open_llama_runtime(bundle, device=device, threads=threads, options=options, max_crops=max_crops)
         _refuse_llama(engine_options, directory, "is a bundle for ONNX Runtime")
         from molmo_edge.runtimes.onnx import open_bundle_runtime
 
-        return open_bundle_runtime(bundle, device=device, threads=threads, gaps=gaps)
+        return open_bundle_runtime(
+            bundle, device=device, threads=threads, gaps=gaps, max_crops=max_crops, image_tokens=image_tokens
+        )
     if is_checkpoint(directory):
         _refuse_llama(engine_options, directory, "is a checkpoint, which runs on PyTorch")
         torch = _pytorch(directory)

@@ -39,8 +39,13 @@ _SPARE = 1_500_000_000  # bytes to leave free when weights are repacked
 _BETTER_REPACKED = ("q4_0", "iq4_nl")  # on x86; with K-quants, repacking doubled the time of a prompt
 
 
-def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, options: LlamaOptions) -> LlamaRuntime:
-    """Open a verified bundle. Raises BundleError for a GGUF of another model, EngineError or Unavailable."""
+def open_llama_runtime(
+    bundle: Bundle, *, device: str, threads: int | None, options: LlamaOptions, max_crops: int | None = None
+) -> LlamaRuntime:
+    """Open a verified bundle. `max_crops`: see molmo_edge.runtimes.open_runtime.
+
+    Raises BundleError for a GGUF of another model, EngineError or Unavailable.
+    """
     load_library()
     gpu = on_gpu(device) and options.gpu_layers != 0
     check_decoder(bundle.path("decoder"), bundle.config, load_tokenizer(bundle.directory))
@@ -51,10 +56,10 @@ def open_llama_runtime(bundle: Bundle, *, device: str, threads: int | None, opti
     # If this onnxruntime lacks the device, the graphs run on the CPU: on a Jetson, llama.cpp with CUDA is easier to
     # get than onnxruntime with CUDA.
     placement = place_bundle(bundle, device, insist=False)
-    check_bundle_room(bundle, placement)
+    weights = check_bundle_room(bundle, placement)
     options = dataclasses.replace(options, repack=choose_repack(bundle, options, gpu=gpu))
     files = {name: bundle.path(name) for name in parts}
-    scarce = not gpu and memory_is_scarce(bundle, placement)
+    scarce = not gpu and memory_is_scarce(bundle.config, weights, max_crops=max_crops, cache=options.cache)
     graphs = OnnxRuntime(bundle.config, files, threads=threads, placement=placement, scarce=scarce)
     return LlamaRuntime(bundle.config, graphs, bundle.path("decoder"), threads=threads, gpu=gpu, options=options)
 

@@ -31,7 +31,9 @@ ANSWER = 384  # positions of an answer; the default of max_new_tokens
 _PROCESS = {"onnxruntime": 95_000_000, "llama.cpp": 92_000_000, "pytorch": 350_000_000}
 # ONNX Runtime keeps packed matrices and some of the originals; it holds a graph without external weights twice.
 _PACKED, _INLINE = 1.12, 2.0
-_CHUNK = 512  # positions of a causal prompt that run at once, see runtimes/onnx.py
+CHUNK = 512  # positions of a causal prompt per decoder run; bounds the memory of activations
+# Where weights are read from the disk again for each run, fewer runs are worth more than the activations' memory.
+SCARCE_CHUNK = 1024
 
 # Bytes for each weight of a bundle's components, with scales; "moe": of experts, whose blocks are larger.
 _KINDS = ("vision", "connector", "embeddings", "attention", "ffn", "moe", "head")
@@ -205,11 +207,13 @@ def predict(
     cache: str | None = None,
     answer: int = ANSWER,
     image_tokens: float | None = None,
+    chunk: int = CHUNK,
 ) -> Plan:
     """The peak of a question about an image that needs `max_crops` crops, None: the model's own limit.
 
     `cache`: type of llama.cpp's keys and values; other engines have their own. `answer`: max_new_tokens.
-    `image_tokens`: the share of the image's tokens that the decoder sees.
+    `image_tokens`: the share of the image's tokens that the decoder sees. `chunk`: positions of a causal prompt per
+    decoder run; SCARCE_CHUNK where the mapped weights do not stay in memory.
     """
     crops = config.image.max_crops if max_crops is None else max_crops
     whole = image_positions(config, crops)
@@ -228,7 +232,7 @@ def predict(
     if weights.engine == "pytorch":
         working = encoding = ACTIVATIONS
     else:
-        working = _decoder_work(config, image, positions, weights.engine)
+        working = _decoder_work(config, image, positions, weights.engine, chunk)
     parts = {
         "process": process,
         **{f"weights: {name}": count for name, count in weights.parts.items() if count},
@@ -315,12 +319,12 @@ def _vision(config: MolmoConfig, crops: int, image: int) -> tuple[int, int]:
     return work, 4 * (2 * features + embeddings)
 
 
-def _decoder_work(config: MolmoConfig, image: int, positions: int, engine: str) -> int:
+def _decoder_work(config: MolmoConfig, image: int, positions: int, engine: str, chunk: int) -> int:
     d = config.decoder
     if d.bidirectional_images:  # all positions of the image run at once, with a mask
         rows, copies = image, 4.6
     else:
-        rows, copies = min(image, _CHUNK), 1.0
+        rows, copies = min(image, chunk), 1.0
     if engine == "llama.cpp":
         copies = min(copies, 1.5)
     inner = d.top_k * d.ffn_dim if d.n_experts else d.ffn_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import threading
@@ -20,7 +19,7 @@ from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.kernels import ONNXRUNTIME, Moved, map_weights, use_kernels
-from molmo_edge.runtimes.memory_plan import bundle_weights, predict
+from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK, Weights, bundle_weights, predict
 from molmo_edge.runtimes.onnx_cache import OnnxCache
 from molmo_edge.runtimes.protocol import (
     Cache,
@@ -41,19 +40,25 @@ from molmo_edge.system.memory import available_memory, check_room, forget_mapped
 
 _T = TypeVar("_T")
 
-_CHUNK = 512  # positions of a prompt per decoder run; bounds the memory of activations
-# Where weights are read from the disk again for each run, fewer runs are worth more than the activations' memory.
-_SCARCE_CHUNK = 1024
 _SMALL_CROPS = 8  # crops per run of a small vision tower
 
 
 def open_bundle_runtime(
-    bundle: Bundle, *, device: str = "auto", threads: int | None = None, gaps: bool = False
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    gaps: bool = False,
+    max_crops: int | None = None,
+    image_tokens: float | None = None,
 ) -> OnnxRuntime:
-    """Open a verified bundle. `gaps`: see OnnxRuntime. Raises EngineError or Unavailable."""
+    """Open a verified bundle. `gaps`: see OnnxRuntime. `max_crops`, `image_tokens`: see open_runtime.
+
+    Raises EngineError or Unavailable.
+    """
     check_components(bundle, (*GRAPHS, *_point_head(bundle)))
     placement = place_bundle(bundle, device)
-    check_bundle_room(bundle, placement)
+    weights = check_bundle_room(bundle, placement)
     files = {name: bundle.path(name) for name in (*GRAPHS, *_point_head(bundle))}
     drafting = bundle.components["decoder"].drafting
     return OnnxRuntime(
@@ -63,7 +68,7 @@ def open_bundle_runtime(
         placement=placement,
         gaps=gaps,
         drafting=drafting,
-        scarce=memory_is_scarce(bundle, placement),
+        scarce=memory_is_scarce(bundle.config, weights, max_crops=max_crops, image_tokens=image_tokens),
     )
 
 
@@ -98,27 +103,53 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
         return Placement()
 
 
-def check_bundle_room(bundle: Bundle, placement: Placement) -> None:
-    """Raise RoomError if the weights do not fit into memory. What is read from a mapped file does not count."""
-    if placement.device == "cpu":
-        weights = bundle_weights(bundle, kernels=weights_are_mapped())
-        parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
-        what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
-        check_room(weights.resident + weights.largest, what)
+def check_bundle_room(bundle: Bundle, placement: Placement) -> Weights | None:
+    """Return the bundle's weights, None on a GPU. What is read from a mapped file does not count.
 
-
-def memory_is_scarce(bundle: Bundle, placement: Placement) -> bool:
-    """Whether the mapped weights will not stay in memory, besides what has to."""
+    Raises RoomError if the others do not fit into memory.
+    """
     if placement.device != "cpu":
+        return None
+    weights = weights_here(bundle)
+    parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
+    what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
+    check_room(weights.resident + weights.largest, what)
+    return weights
+
+
+def memory_is_scarce(
+    config: MolmoConfig,
+    weights: Weights | None,
+    *,
+    max_crops: int | None = None,
+    image_tokens: float | None = None,
+    cache: str | None = None,
+) -> bool:
+    """Whether the mapped weights of `check_bundle_room` will not stay in memory, besides what has to.
+
+    `max_crops`, `image_tokens`, `cache`: see molmo_edge.runtimes.memory_plan.predict.
+    """
+    if weights is None or not weights.mapped:
         return False
-    weights = bundle_weights(bundle, kernels=weights_are_mapped())
     free = available_memory()
-    return bool(weights.mapped) and free is not None and predict(bundle.config, weights).peak > free
+    plan = predict(config, weights, max_crops=max_crops, cache=cache, image_tokens=image_tokens)
+    return free is not None and plan.peak > free
+
+
+def weights_here(bundle: Bundle) -> Weights:
+    """The weights of a bundle on this machine's CPU, with its kernels. They are not loaded for small bundles."""
+    large = bundle.components["decoder"].engine == "onnx" and "decoder_data" in bundle.components
+    return bundle_weights(bundle, kernels=large and weights_are_mapped())
 
 
 def weights_are_mapped() -> bool:
     """Whether four-bit weights of large graphs are read from the mapped file on the CPU."""
-    return map_weights() and _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
+    if not map_weights():
+        return False
+    try:
+        return _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
+    except Unavailable:  # a plan for another machine
+        return False
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -159,7 +190,7 @@ class OnnxRuntime:
         self.drafts: Literal["", "exact"] = "exact" if drafting else ""  # see DraftRuntime
         self._replaced = table_names(config.decoder) if gaps else ()  # initializers of the decoder
         self._files, self._mapped, self._placement = files, mapped, placement
-        self._scarce, self._chunk = scarce, _SCARCE_CHUNK if scarce else _CHUNK
+        self._scarce, self._chunk = scarce, SCARCE_CHUNK if scarce else CHUNK
         self._threads = choose_threads(threads)
         # One crop of a large tower keeps all cores busy. In a small tower operators are so short that waking the
         # threads takes as long: batching nano's crops is an eighth faster.
@@ -167,7 +198,7 @@ class OnnxRuntime:
         self._crops_at_once = max(placement.crops_at_once, _SMALL_CROPS if small else 1)
         self._lock = threading.Lock()  # for the two below
         self._pool: ThreadPoolExecutor | None = None
-        # None: not loading yet; empty: closed. A session that was released is None.
+        # None: not loading yet; empty: closed. A session that was released, or did not load, is None.
         self._sessions: dict[str, Future[Any] | None] | None = None
         self._begin()
         forks.on_fork(self)
@@ -213,16 +244,20 @@ class OnnxRuntime:
 
     def encode_crops(self, crops: np.ndarray, overview: Overview | None = None) -> np.ndarray:
         """crops [n, patches^2, patch_size^2 * 3] -> patch features [n, patches^2, feature_dim]."""
+        try:
+            return self._encode(crops, overview)
+        finally:  # also after an error: the decoder needs the memory
+            if self._scarce:
+                self._release("vision_encoder")
+
+    def _encode(self, crops: np.ndarray, overview: Overview | None) -> np.ndarray:
         crops, some = np.ascontiguousarray(crops, np.float32), self._crops_at_once
         if (seen := check_overview(overview, self.config)) is not None:
             # All crops at once, so that the convolutional tower runs once.
             whole = {"pixels": seen.pixels[None], "positions": seen.positions}
             return self._run("vision_encoder", {"crops": crops, **whole})
         parts = (crops[i : i + some] for i in range(0, len(crops), some))
-        features = np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
-        if self._scarce:
-            self._release("vision_encoder")
-        return features
+        return np.concatenate([self._run("vision_encoder", {"crops": part}) for part in parts])
 
     def connect(self, features: np.ndarray, masks: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
         """features [n, patches^2, feature_dim], masks [n, patches^2] -> image features [n, cells^2, d_model]."""
@@ -347,15 +382,26 @@ class OnnxRuntime:
         with self._lock:
             sessions = self._begin() if self._sessions is None else self._sessions
             future = sessions.get(name)
-            if future is None and name in sessions:  # it was released
+            if future is None and name in sessions:  # it was released, or did not load
                 pool = ThreadPoolExecutor(1, thread_name_prefix="molmo-edge-load")
                 future = sessions[name] = pool.submit(self._load, name)
                 forks.watch_load(future)
                 pool.shutdown(wait=False)
-        if future is not None:
-            with contextlib.suppress(CancelledError):  # another thread called `close` during the wait
+        try:
+            if future is not None:
                 return future.result()
+        except CancelledError:  # another thread called `close` during the wait
+            pass
+        except Exception:
+            self._forget(name, future)
+            raise
         raise EngineError("this runtime was closed")
+
+    def _forget(self, name: str, load: Future[Any] | None) -> None:
+        """Load a session again at its next use, because `load` failed: the memory may be free by then."""
+        with self._lock:
+            if self._sessions and self._sessions.get(name) is load:
+                self._sessions[name] = None
 
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         outputs: list[np.ndarray] = _guard(name, functools.partial(self._session(name).run, None, inputs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from molmo_edge import Molmo as Sdk
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.hub_config import from_hub_config, to_hub_config
+from molmo_edge.checkpoints.manifest import GRAPHS
 from molmo_edge.checkpoints.tensor_names import tower_shapes
 from molmo_edge.config import ConfigError, ConvTowerConfig, DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
 from molmo_edge.export import CheckPhoto, export_bundle
@@ -21,6 +24,7 @@ from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, patch_grid
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.runtimes import EngineError, open_runtime
+from molmo_edge.runtimes.onnx import OnnxRuntime, load_session
 from molmo_edge.selfcheck import check_bundle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -193,6 +197,25 @@ def test_engines_equal_the_module_on_pictures_of_any_shape(checkpoint: Path, tmp
         with pytest.raises(EngineError, match="pass the overview"):
             engine.encode_image(prepared.crops, prepared.masks)
         engine.close()
+
+
+def test_the_towers_are_closed_after_each_image_where_memory_is_scarce(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_bundle(checkpoint, tmp_path / "bundle", "fp32", measure=False)
+    bundle, loaded = open_bundle(tmp_path / "bundle"), []
+
+    def watch(path: Path, *arguments: Any, **options: Any) -> Any:
+        loaded.append(path.stem)
+        return load_session(path, *arguments, **options)
+
+    monkeypatch.setattr("molmo_edge.runtimes.onnx.load_session", watch)
+    engine = OnnxRuntime(bundle.config, {name: bundle.path(name) for name in GRAPHS}, threads=1, scarce=True)
+    prepared = ImageProcessor(bundle.config.image)(ramp(120, 100))
+    features = [engine.encode_crops(prepared.crops, prepared.overview) for _ in range(2)]
+    np.testing.assert_array_equal(*features)
+    assert loaded.count("vision_encoder") == 2
+    engine.close()
 
 
 def test_a_bundle_answers_as_its_checkpoint_in_every_precision(checkpoint: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_tower_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_reuse_says_so(saying: Callable[..., Molmo]) -> None:
     fake = saying("yes").engine
-    with pytest.raises(EngineError, match="does not implement PartedRuntime"):
+    with pytest.raises(EngineError, match="does not implement PartedRuntime; leave reuse_crops out"):
         Molmo.from_parts(fake.runtime, fake.tokenizer, reuse_crops=True)
     with pytest.raises(ConfigError, match="reuse_crops must be True or False, not 'yes'"):
         Molmo(reuse_crops="yes")  # type: ignore[arg-type]

@@ -118,6 +118,8 @@ def bench(
             threads=threads,
             engine_options=options.llama_options(model.llama),
             gaps=chosen_tokens(model.image_tokens) is not None,
+            max_crops=model.max_crops,
+            image_tokens=model.image_tokens,
         )
         measure(runtime.engine, runtime, time.perf_counter() - started, model.draft)
     show()

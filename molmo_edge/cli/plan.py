@@ -118,6 +118,8 @@ def plan(
         print_json(data | {"plans": rows, "measured": peaks and of | asdict(peaks) | {"peak": peaks.peak}})
     else:
         _print(target, budget, plans, chosen, contexts, shown, peaks)
+        if budget is not None and best is None:
+            _print_slower(target.config, plans, budget, answer)
     if budget is not None and best is None:
         raise typer.Exit(1)
 
@@ -141,8 +143,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     from molmo_edge.checkpoints.hub import cached_model
     from molmo_edge.checkpoints.hub_config import read_config
     from molmo_edge.model_names import full_name
-    from molmo_edge.runtimes.kernels import map_weights
-    from molmo_edge.runtimes.memory_plan import bundle_weights
+    from molmo_edge.runtimes.onnx import weights_here
 
     name = str(full_name(model))
     if is_hub_id(name):
@@ -156,7 +157,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     if is_bundle(directory):
         _refuse_precision(precision, name)
         bundle = open_bundle(directory, hashes=False)
-        return _Target(name, bundle.config, [bundle_weights(bundle, kernels=map_weights())], directory)
+        return _Target(name, bundle.config, [weights_here(bundle)], directory)
     config = read_config(directory)
     return _Target(name, config, _candidates(config, precision, local=True), directory, checkpoint=True)
 
@@ -165,8 +166,7 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
     from molmo_edge.checkpoints.hub import HubError
     from molmo_edge.checkpoints.remote import read_remote
     from molmo_edge.presets import PRESETS
-    from molmo_edge.runtimes.kernels import map_weights
-    from molmo_edge.runtimes.memory_plan import bundle_weights
+    from molmo_edge.runtimes.onnx import weights_here
 
     try:
         remote = read_remote(hub_id, revision)
@@ -177,9 +177,7 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
         return _Target(hub_id, PRESETS[model], _candidates(PRESETS[model], precision))
     if remote.bundle is not None:
         _refuse_precision(precision, hub_id)
-        return _Target(
-            hub_id, remote.config, [bundle_weights(remote.bundle, kernels=map_weights())], None, remote.weights
-        )
+        return _Target(hub_id, remote.config, [weights_here(remote.bundle)], None, remote.weights)
     return _Target(hub_id, remote.config, _candidates(remote.config, precision), None, remote.weights)
 
 
@@ -189,10 +187,10 @@ def _refuse_precision(precision: str | None, name: str) -> None:
 
 
 def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = False) -> list[Weights]:
-    from molmo_edge.runtimes.kernels import map_weights
     from molmo_edge.runtimes.memory_plan import BUNDLE_PRECISIONS, bundle_weights_of, torch_weights
+    from molmo_edge.runtimes.onnx import weights_are_mapped
 
-    kernels = map_weights()
+    kernels = weights_are_mapped()
     if precision is None:
         bundles = [
             bundle_weights_of(config, name, kernels=kernels)
@@ -286,13 +284,6 @@ def _print(
     best = _recommended(chosen)
     if best is None:
         print(f"does not fit into {_gb(budget)}, even with only the global view: use a smaller precision or model")
-        slow = [one for one in plans if one.weights.mapped and one.needed <= budget]
-        if slow:
-            one = min(slow, key=lambda plan: plan.peak)
-            print(
-                f"{one.weights.precision} on {one.weights.engine} runs in it, but slower: {_gb(one.peak - budget)} of "
-                "its weights do not stay in memory and are read from the file whenever they are needed"
-            )
         return
     context = contexts[chosen.index(best)]
     flags = f"--max-crops {best.max_crops}"
@@ -302,6 +293,34 @@ def _print(
         f"{best.weights.precision} on {best.weights.engine} fits with {flags}: peak {_gb(best.peak)}, "
         f"a conversation of up to {context} positions"
     )
+
+
+def _print_slower(config: MolmoConfig, plans: list[Plan], budget: int, answer: int) -> None:
+    """Say what runs in `budget` although its mapped weights do not stay in memory."""
+    from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK, predict
+
+    slow = []
+    for plan in plans:
+        if plan.weights.mapped:
+            # As molmo_edge.runtimes.onnx, which runs longer parts of a prompt then.
+            chunk = SCARCE_CHUNK if plan.weights.engine == "onnxruntime" else CHUNK
+            slow.append(
+                predict(
+                    config,
+                    plan.weights,
+                    max_crops=plan.max_crops,
+                    cache=plan.cache,
+                    answer=answer,
+                    image_tokens=plan.image_tokens,
+                    chunk=chunk,
+                )
+            )
+    if fitting := [plan for plan in slow if plan.needed <= budget]:
+        one = min(fitting, key=lambda plan: plan.peak)
+        print(
+            f"{one.weights.precision} on {one.weights.engine} runs in it, but slower: {_gb(one.peak - budget)} of "
+            "its weights do not stay in memory and are read from the file whenever they are needed"
+        )
 
 
 def _print_one(plan: Plan, peaks: Peaks | None) -> None:

@@ -64,6 +64,7 @@ class ModelSpec:
             precision=self.precision,
             threads=self.threads,
             engine_options=self.engine_options,
+            max_crops=max_crops,
         )
         try:
             yield ModelUnderTest(runtime, load_tokenizer(self.directory), max_crops, perturbed)
