@@ -155,6 +155,13 @@ def test_steps_are_ordered_by_loss_per_byte_saved() -> None:
     assert Choice().to_precision() == {}
 
 
+def test_scales_are_trained_in_q4(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    options = ("--max-kl", 1, "--precisions", "int8,q8", "--train-scales", 1)
+    status, _, err = cli("quantize", bundle("molmoe"), "--out", tmp_path / "x", "--calibrate", GOLDEN, *options)
+    assert status == 2
+    assert "add q4" in err
+
+
 def test_the_commands(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     status, out, _ = cli("ablate", bundle("molmoe"), bundle("molmoe", "q4"), "--limit", 1, "--max-crops", 0, "--json")
     assert status == 0
@@ -163,6 +170,13 @@ def test_the_commands(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) 
     assert found["matrices"]
     assert cli("ablate", bundle("molmoe"), "--precisions", "q3")[0] == 2
     assert cli("quantize", bundle("molmoe"), "--out", tmp_path / "x")[0] == 2
+    for command in (
+        ("ablate", bundle("molmoe")),
+        ("quantize", bundle("molmoe"), "--out", tmp_path / "x", "--max-kl", 1),
+    ):
+        status, _, err = cli(*command, "--limit", 1, "--kinds", "smell")
+        assert status == 2
+        assert "smell" in err
     status, _, err = cli("quantize", bundle("molmoe"), "--out", tmp_path, "--max-kl", 1)
     assert status == 1
     assert "exists already" in err

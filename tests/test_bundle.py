@@ -172,6 +172,7 @@ def test_a_manifest_is_written_as_it_was_read(bundle: Path) -> None:
     content["components"]["decoder"] |= {"sha256": decoder["sha256"], "bytes": decoder["bytes"], "operators": "onnx"}
     content["components"]["decoder"] |= {"weight_errors": {"a": [0.1, 2.0]}, "largest_value": None}
     content["components"]["decoder"] |= {"kept_in_fp32": ["b", "c"], "importance": "measured"}
+    content["components"]["decoder"] |= {"trained_scales": {"kept_pass": 1, "divergences": [0.25, 0.125]}}
     content["components"]["decoder"] |= {"max_error": 0.0, "relative_error": 0.25}
     content["target"] = {"name": "cuda", "device": "cuda", "defaults": "measured"}
     del content["sha256"], check["sums"]

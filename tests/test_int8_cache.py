@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from molmo2_golden import GOLDEN2
 from molmo_edge import Molmo
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.evaluation.routing import agreement, router_choices
+from molmo_edge.quantize.calibration_prompts import DecoderInput, Prompt, embed_prompts
 from molmo_edge.runtimes.memory_plan import bundle_weights, predict
 from molmo_edge.runtimes.prompt_embeddings import prefill
 
@@ -91,6 +92,19 @@ def test_the_manifest_and_the_plan_know_the_cache(bundles: Bundles) -> None:
     assert small.components["decoder"].onnxruntime == "1.32"
     parts = [predict(bundle.config, bundle_weights(bundle)).parts for bundle in (plain, small)]
     assert parts[0]["keys and values (f32)"] == 4 * parts[1]["keys and values (int8)"]
+
+
+def test_photos_are_encoded_once(photos: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although they calibrate the weights and the cache."""
+    counts = []
+
+    def embed(prompts: Sequence[Prompt], *rest: Any) -> list[DecoderInput]:
+        counts.append(len(prompts))
+        return embed_prompts(prompts, *rest)
+
+    monkeypatch.setattr("molmo_edge.export.bundle.embed_prompts", embed)
+    export_bundle(golden / "molmoe", tmp_path / "out", "int8", calibrate=photos, cache="int8", measure=False)
+    assert counts == [1]
 
 
 @pytest.mark.parametrize(

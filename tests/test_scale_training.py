@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from exported import GOLDEN, bundle
 from small_checkpoints import write_checkpoint
 
+from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.tensor_names import hub_layout
 from molmo_edge.export import ExportError, export_bundle, load_bundle_weights
 from molmo_edge.export.source import open_source
@@ -117,7 +118,14 @@ def test_matrices_without_a_gradient_keep_their_scales(tmp_path: Path, monkeypat
 
 def test_a_bundle_with_trained_scales(tmp_path: Path) -> None:
     """The same codes as without training, and other scales; the weights of every kind are restored in their places."""
-    export_bundle(GOLDEN / "molmoe", tmp_path / "out", "q4", calibrate=GOLDEN, train_scales=2, measure=False)
+    options = {"calibrate": GOLDEN, "train_scales": 2, "measure": False}
+    heard: list[float] = []
+    export_bundle(GOLDEN / "molmoe", tmp_path / "out", "q4", on_pass=lambda _n, kl: heard.append(kl), **options)
+    recorded = open_bundle(tmp_path / "out").components["decoder"].trained_scales
+    assert recorded is not None
+    assert recorded.divergences == pytest.approx(heard, rel=1e-3)
+    assert len(heard) == 3
+    assert heard[recorded.kept_pass] == min(heard)
     plain, trained = (load_bundle_weights(one) for one in (bundle("molmoe", "q4", calibrate=GOLDEN), tmp_path / "out"))
     changed = 0
     for (name, a), (_, b) in zip(plain.named_parameters(), trained.named_parameters(), strict=True):

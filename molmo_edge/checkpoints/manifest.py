@@ -42,6 +42,24 @@ class BundleError(MolmoEdgeError):
 
 
 @dataclass(frozen=True)
+class ScaleTraining:
+    """How the scales of four-bit weights were trained, see molmo_edge/quantize/scale_training.py."""
+
+    kept_pass: int  # whose scales were kept; 0: those before the training
+    divergences: tuple[float, ...]  # KL on the held-out prompts in nats per token, of each pass from 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of this training."""
+        return {"kept_pass": self.kept_pass, "divergences": list(self.divergences)}
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> ScaleTraining:
+        """Read a training. Raises KeyError, TypeError or ValueError."""
+        kept = _require(entry["kept_pass"], int, "kept_pass")
+        return cls(kept, tuple(_number(value) for value in entry["divergences"]))
+
+
+@dataclass(frozen=True)
 class Component:
     """One file of a bundle. Fields that do not apply keep their defaults and are absent from the JSON."""
 
@@ -59,6 +77,7 @@ class Component:
     largest_value: float | None = None  # largest activation on the calibration inputs, of float16 graphs; NaN: unknown
     kept_in_fp32: tuple[str, ...] = ()  # matrices of a float16 graph whose activations would overflow
     importance: str = ""  # how llama.cpp's importance matrix was computed
+    trained_scales: ScaleTraining | None = None
     max_error: float | None = None  # largest difference of an output from the fp32 graph's
     relative_error: float | None = None  # norm of that difference / norm of the fp32 output
 
@@ -81,6 +100,8 @@ class Component:
         if self.largest_value is not None:
             entry["largest_value"] = None if math.isnan(self.largest_value) else self.largest_value
         entry |= _present(kept_in_fp32=list(self.kept_in_fp32), importance=self.importance)
+        if self.trained_scales is not None:
+            entry["trained_scales"] = self.trained_scales.to_dict()
         errors = {"max_error": self.max_error, "relative_error": self.relative_error}
         return entry | {name: error for name, error in errors.items() if error is not None}
 
@@ -88,7 +109,7 @@ class Component:
     def from_dict(cls, entry: Any, *, file_key: str = "file") -> Component:
         """Read a component. Raises KeyError, TypeError, ValueError or BundleError (a file outside the bundle)."""
         _require(entry, dict, "a component")
-        errors = _optional(entry, "weight_errors", dict, {})
+        errors, training = _optional(entry, "weight_errors", dict, {}), entry.get("trained_scales")
         largest = _number(entry["largest_value"]) if entry.get("largest_value") is not None else math.nan
         return cls(
             file=_inside_bundle(entry[file_key]),
@@ -104,6 +125,7 @@ class Component:
             largest_value=largest if "largest_value" in entry else None,
             kept_in_fp32=tuple(_require(name, str, name) for name in _optional(entry, "kept_in_fp32", list, [])),
             importance=_optional(entry, "importance", str, ""),
+            trained_scales=None if training is None else ScaleTraining.from_dict(training),
             max_error=None if entry.get("max_error") is None else _number(entry["max_error"]),
             relative_error=None if entry.get("relative_error") is None else _number(entry["relative_error"]),
         )

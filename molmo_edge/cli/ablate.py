@@ -12,7 +12,7 @@ from molmo_edge.cli import options
 from molmo_edge.cli.bars import bars
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json, print_table
-from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, of_kinds, open_suites, parse_precisions
 
 if TYPE_CHECKING:
     from molmo_edge.evaluation.ablation import AblationResult
@@ -29,6 +29,7 @@ def ablate(
     *,
     precisions: Annotated[str, typer.Option(help="Precisions of each part, separated by commas.")] = "q8,int8,q4",
     suite: Asked.Suite = None,
+    kinds: Asked.Kinds = None,
     limit: Annotated[int, typer.Option(min=1, help=_LIMIT)] = 12,
     data: Asked.Data = None,
     max_crops: options.MaxCrops = None,
@@ -56,6 +57,7 @@ def ablate(
 
         check_candidate(directory, other)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
+    questions = of_kinds(questions, kinds)
     with bars(quiet=quiet) as bar:
 
         def on_part(name: str) -> Callable[[], None]:

@@ -127,8 +127,29 @@ def export(
         check_bundle_options(out, check, export_options)
         directory = find_model(checkpoint, revision=revision, quiet=quiet, to_run=False)
         with progress(f"exporting {directory}", quiet=quiet):
-            manifest = export_bundle(directory, out, name=name, check=check, **vars(export_options))
+            on_pass = report_pass(train_scales, quiet=quiet)
+            manifest = export_bundle(directory, out, name=name, check=check, on_pass=on_pass, **vars(export_options))
+        report_kept(manifest, quiet=quiet)
         _report(manifest, checkpoint, out, json=json, quiet=quiet)
+
+
+def report_pass(passes: int, *, quiet: bool) -> Callable[[int, float], None]:
+    """A function of the number of a pass of --train-scales and its KL divergence, which prints them."""
+
+    def report(number: int, divergence: float) -> None:
+        what = "scales before training" if number == 0 else f"training scales, pass {number} of {passes}"
+        note(f"{what}: KL {divergence:.3g} per token on held-out prompts", quiet=quiet)
+
+    return report
+
+
+def report_kept(manifest: dict[str, Any], *, quiet: bool) -> None:
+    """Print which pass of --train-scales was kept, if there was a training."""
+    if (training := manifest["components"]["decoder"].get("trained_scales")) is not None:
+        kept = training["kept_pass"]
+        note(
+            f"kept the scales of pass {kept}" if kept else "no pass was better: the scales did not change", quiet=quiet
+        )
 
 
 def _report(manifest: dict[str, Any], checkpoint: str, out: Path, *, json: bool, quiet: bool) -> None:

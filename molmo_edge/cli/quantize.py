@@ -11,10 +11,10 @@ import typer
 from molmo_edge.cli import options
 from molmo_edge.cli.ablate import print_parts
 from molmo_edge.cli.bars import bars
-from molmo_edge.cli.export import TRAIN_SCALES
+from molmo_edge.cli.export import TRAIN_SCALES, report_kept, report_pass
 from molmo_edge.cli.open_model import find_model
 from molmo_edge.cli.output import note, print_json
-from molmo_edge.cli.question_options import Asked, SkippedImages, named, open_suites, parse_precisions
+from molmo_edge.cli.question_options import Asked, SkippedImages, named, of_kinds, open_suites, parse_precisions
 from molmo_edge.export.precisions import QUANTIZED
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def quantize(
         QUANTIZED
     ),
     suite: Asked.Suite = None,
+    kinds: Asked.Kinds = None,
     limit: Annotated[int, typer.Option(min=1, help=_LIMIT)] = 12,
     data: Asked.Data = None,
     calibrate: Annotated[Path | None, typer.Option(help=_CALIBRATE, show_default=False)] = None,
@@ -55,6 +56,10 @@ def quantize(
     """
     if (max_mb is None) == (max_kl is None):
         raise typer.BadParameter("give one of --max-mb and --max-kl")
+    words = parse_precisions(precisions)
+    if train_scales and "q4" not in words:
+        message = f"it applies to q4, but --precisions is {precisions}: add q4 to them, or leave --train-scales out"
+        raise typer.BadParameter(message, param_hint="--train-scales")
     import onnx  # noqa: F401 (a missing package is reported before hours of measuring)
 
     from molmo_edge.checkpoints.bundle import open_bundle
@@ -68,9 +73,9 @@ def quantize(
     check_bundle_options(
         out, None, ExportOptions(precision, calibrate=calibrate, rotate=rotate, train_scales=train_scales)
     )
-    words = parse_precisions(precisions)
     directory = find_model(None if source == "nano" else source, revision=None, quiet=quiet, to_run=False)
     _, questions = open_suites(suite, limit, data, quiet=quiet)
+    questions = of_kinds(questions, kinds)
     with bars(quiet=quiet) as bar:
 
         def on_part(what: str) -> Callable[[], None]:
@@ -91,7 +96,19 @@ def quantize(
             plan = check_options(ExportOptions(chosen))
             photos = calibrate if plan.uses_calibration else None
             passes = train_scales if "q4" in plan.decoder_formats.values() else 0
-            export_bundle(directory, out, chosen, calibrate=photos, rotate=rotate, train_scales=passes, name=out.name)
+            if train_scales and not passes:
+                note("no part of the decoder is chosen in q4: its scales are not trained")
+            manifest = export_bundle(
+                directory,
+                out,
+                chosen,
+                calibrate=photos,
+                rotate=rotate,
+                train_scales=passes,
+                name=out.name,
+                on_pass=report_pass(passes, quiet=quiet),
+            )
+            report_kept(manifest, quiet=quiet)
             written = open_bundle(out)
             figures = bench.measure({name: written.path(name) for name in graph_names(bench.config)}, on_part(out.name))
     if json:
