@@ -68,6 +68,44 @@ def test_logits_stay_close_on_another_photo(model: str, most: float, bundles: Bu
     assert 0 < difference < most
 
 
+@pytest.fixture(scope="module")
+def combined(golden: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an int8 cache whose decoder is rotated and drafts."""
+    out = tmp_path_factory.mktemp("combined") / "bundle"
+    export_bundle(
+        golden / "molmoe", out, "fp32", calibrate=photos, cache="int8", rotate=True, drafting=True, measure=False
+    )
+    return out
+
+
+@pytest.mark.parametrize(("share", "most"), [(None, 0.005), (0.5, 0.012)])
+def test_logits_stay_close_with_rotation_and_without_some_image_tokens(
+    share: float | None, most: float, bundles: Bundles, combined: Path, golden: Path
+) -> None:
+    """Measured: 0.0035 and 0.0081, both also without the rotation: fewer keys average fewer errors."""
+    logits = []
+    for path in (bundles("molmoe")[0], combined):
+        with Molmo(path, max_crops=1, threads=1, image_tokens=share) as molmo:
+            engine = molmo.engine
+            scene = engine.prefill(engine.scene(golden / "astronaut.png"), 32)
+            assert bool(scene.dropped) == (share is not None)
+            assert scene.cache is not None
+            logits.append(engine.runtime.forward(engine.runtime.embed(np.arange(5, 25)), scene.cache))
+    assert 0 < np.linalg.norm(logits[0] - logits[1]) < most * np.linalg.norm(logits[0])
+
+
+def test_drafts_are_verified_with_an_int8_cache(combined: Path, golden: Path) -> None:
+    pytest.importorskip("llguidance")
+    point = r'<point x="[0-9][0-9]\.[0-9]" y="[0-9][0-9]\.[0-9]" alt="cups">cups</point>'
+    found = []
+    for draft in (True, False):
+        with Molmo(combined, draft=draft, max_crops=0, threads=1) as molmo:
+            found.append(molmo.ask(golden / "coffee.png", "Point to the cups.", regex=point, max_new_tokens=60))
+    assert found[0] == found[1]
+    assert found[0].usage.tokens.drafted > 5
+    assert not found[1].usage.tokens.drafted
+
+
 def test_a_scene_is_stored_in_eight_bits(bundles: Bundles, golden: Path, tmp_path: Path) -> None:
     molmo = Molmo(bundles("molmoe")[1], max_crops=1, threads=1)
     scene = molmo.encode(golden / "astronaut.png")
