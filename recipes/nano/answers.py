@@ -24,7 +24,7 @@ from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.pointing import load_grounding, save_grounding
 
 RECIPE = Recipe(
-    steps=2000,
+    steps=1600,
     batch=8,
     micro=8,
     mixture=(),
