@@ -220,7 +220,7 @@ def test_int8_with_norms_after_bears_large_values(photos: Path, tmp_path: Path) 
     for kind, calibrate in (("plain", None), ("smooth", photos)):
         export_bundle(tmp_path / "checkpoint", tmp_path / kind, {"decoder": "int8"}, calibrate=calibrate, measure=False)
         engine = open_runtime(tmp_path / kind, threads=1)
-        rows, image = case.prompt
+        rows, image, _ = case.prompt
         errors[kind] = _relative(prefill(engine, rows, image, engine.new_cache(len(rows))), exact)
         engine.close()
     assert errors["smooth"] < 0.5 * errors["plain"], errors
