@@ -61,20 +61,18 @@ class Unpadded:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, heads, N, head_dim], k and v [1, kv_heads, N, head_dim] -> as q."""
-        grouped, out = q.shape[1] != k.shape[1], []
+        if (repeats := q.shape[1] // k.shape[1]) > 1:  # older versions of PyTorch have no fast kernel for groups
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        out = []
         for masks, *row in zip(self.masks, *(t.split(list(self.lengths), dim=2) for t in (q, k, v)), strict=True):
             image, text = masks
             own_q, own_k, own_v = row
             first = own_q.shape[2] - (0 if text is None else text.shape[2])
             head, tail = own_q[:, :, :first], own_q[:, :, first:]
             keys, values = own_k[:, :, :first], own_v[:, :, :first]
-            out.append(
-                F.scaled_dot_product_attention(
-                    head, keys, values, attn_mask=image, is_causal=image is None, enable_gqa=grouped
-                )
-            )
+            out.append(F.scaled_dot_product_attention(head, keys, values, attn_mask=image, is_causal=image is None))
             if text is not None:
-                out.append(F.scaled_dot_product_attention(tail, own_k, own_v, attn_mask=text, enable_gqa=grouped))
+                out.append(F.scaled_dot_product_attention(tail, own_k, own_v, attn_mask=text))
         return torch.cat(out, dim=2)
 
 
