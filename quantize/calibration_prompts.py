@@ -57,7 +57,7 @@ class DecoderInput(NamedTuple):
 
     embeddings: np.ndarray  # float32 [n, d_model]
     image: np.ndarray  # bool [n], True for image tokens
-    answer: int = 0  # the last so many positions are those of the answer
+    answer: int = 0  # number of positions of the answer, the last ones
 
 
 def find_prompts(folder: str | Path) -> list[Prompt]:

@@ -39,7 +39,7 @@ ONNXRUNTIME = (1, 22)  # the oldest version that finds the weights beside a grap
 
 _COPYING = "QuantizedLinear"
 _BLOCKS = (32, 64, 128)
-_COLUMNS = 16  # a matrix has a multiple of so many
+_COLUMNS = 16  # the columns of a matrix are a multiple of this
 _INT8_ACTIVATIONS = 4  # accuracy_level
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from molmo_edge.runtimes.onnx_encoding import FLOAT, INT8, INT64, UINT8, Node, Tensor, new_node
 
-_PAIR = 32  # the kernels compute so many columns at a time
+_PAIR = 32  # columns that the kernels compute at a time
 _TINY, _LEVELS, _SHIFT, _ZERO_POINT = 1e-30, 127, 128.5, 128  # see molmo_edge.export.int8_graph
 _NO_ACTIVATION, _QUICK_GELU, _GELU_TANH = 0, 1, 2
 
