@@ -47,7 +47,8 @@ from molmo_edge.export.int4_graph import Int4
 from molmo_edge.presets import PRESETS
 from molmo_edge.quantize.rounding import Blocks, pack_nibbles
 from molmo_edge.runtimes.kernels import SWITCH
-from molmo_edge.runtimes.onnx import OnnxRuntime, load_session
+from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.onnx_sessions import load_session
 
 _MICROSOFT = "com.microsoft"
 

@@ -27,8 +27,8 @@ import molmo_edge  # noqa: F401 - switches off the usage reports of onnxruntime,
 import onnxruntime
 
 from molmo_edge.checkpoints.bundle import Bundle, open_bundle
-from molmo_edge.runtimes.onnx import is_large, session_options
 from molmo_edge.runtimes.onnx_cache import OnnxCache
+from molmo_edge.runtimes.onnx_sessions import is_large, session_options
 
 _EXPERTS = ".experts."
 

@@ -85,7 +85,8 @@ def check_model_room(directory: str | Path, *, device: str = "auto", precision: 
     `open_runtime` includes this check. Call it separately to check several models before the first is opened.
     """
     if is_bundle(directory):
-        from molmo_edge.runtimes.onnx import check_bundle_room, place_bundle
+        from molmo_edge.runtimes.bundle_room import check_bundle_room
+        from molmo_edge.runtimes.onnx import place_bundle
 
         bundle = open_bundle(directory)
         check_bundle_room(bundle, place_bundle(bundle, device, insist=False))

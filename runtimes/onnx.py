@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -18,9 +17,10 @@ from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
 from molmo_edge.runtimes import forks
-from molmo_edge.runtimes.kernels import ONNXRUNTIME, Moved, map_weights, use_kernels
-from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK, Weights, bundle_weights, predict
+from molmo_edge.runtimes.bundle_room import check_bundle_room, memory_is_scarce
+from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK
 from molmo_edge.runtimes.onnx_cache import OnnxCache
+from molmo_edge.runtimes.onnx_sessions import import_onnxruntime, is_large, load_session, version_numbers
 from molmo_edge.runtimes.protocol import (
     Cache,
     check_capacity,
@@ -31,12 +31,11 @@ from molmo_edge.runtimes.protocol import (
     check_rows,
     check_stored,
 )
-from molmo_edge.runtimes.providers import CPU, Placement, Provider, place
-from molmo_edge.runtimes.rotary_inputs import declared_inputs, table_names
+from molmo_edge.runtimes.providers import Placement, place
+from molmo_edge.runtimes.rotary_inputs import table_names
 from molmo_edge.runtimes.slot_positions import check_positions
 from molmo_edge.system.cores import available_cores, choose_threads
-from molmo_edge.system.log import logger
-from molmo_edge.system.memory import available_memory, check_room, forget_mapped, give_back
+from molmo_edge.system.memory import give_back
 
 _T = TypeVar("_T")
 
@@ -85,7 +84,7 @@ def check_components(bundle: Bundle, names: Sequence[str]) -> None:
                 f'{bundle.directory}: {name} needs the engine "{component.engine}", which this version does not have'
             )
         needed, onnxruntime = component.onnxruntime, import_onnxruntime()
-        if needed and _numbers(onnxruntime.__version__) < _numbers(needed):
+        if needed and version_numbers(onnxruntime.__version__) < version_numbers(needed):
             raise Unavailable(
                 f"{bundle.directory}: {component.file} needs onnxruntime {needed} or later, "
                 f"{onnxruntime.__version__} is installed: pip install --upgrade onnxruntime"
@@ -101,59 +100,6 @@ def place_bundle(bundle: Bundle, device: str, *, insist: bool = True) -> Placeme
         if insist:
             raise
         return Placement()
-
-
-def check_bundle_room(bundle: Bundle, placement: Placement) -> Weights | None:
-    """Return the bundle's weights, None on a GPU. What is read from a mapped file does not count.
-
-    Raises RoomError if the others do not fit into memory.
-    """
-    if placement.device != "cpu":
-        return None
-    weights = weights_here(bundle)
-    parts = ", ".join(f"{name} {count / 1e9:.1f} GB" for name, count in weights.parts.items() if count >= 5e7)
-    what = f"{bundle.directory} ({parts})" if parts else str(bundle.directory)
-    check_room(weights.resident + weights.largest, what)
-    return weights
-
-
-def memory_is_scarce(
-    config: MolmoConfig,
-    weights: Weights | None,
-    *,
-    max_crops: int | None = None,
-    image_tokens: float | None = None,
-    cache: str | None = None,
-) -> bool:
-    """Whether the mapped weights of `check_bundle_room` will not stay in memory, besides what has to.
-
-    `max_crops`, `image_tokens`, `cache`: see molmo_edge.runtimes.memory_plan.predict.
-    """
-    if weights is None or not weights.mapped:
-        return False
-    free = available_memory()
-    plan = predict(config, weights, max_crops=max_crops, cache=cache, image_tokens=image_tokens)
-    return free is not None and plan.peak > free
-
-
-def weights_here(bundle: Bundle) -> Weights:
-    """The weights of a bundle on this machine's CPU, with its kernels. They are not loaded for small bundles."""
-    large = bundle.components["decoder"].engine == "onnx" and "decoder_data" in bundle.components
-    return bundle_weights(bundle, kernels=large and weights_are_mapped())
-
-
-def weights_are_mapped() -> bool:
-    """Whether four-bit weights of large graphs are read from the mapped file on the CPU."""
-    if not map_weights():
-        return False
-    try:
-        return _numbers(import_onnxruntime().__version__) >= ONNXRUNTIME
-    except Unavailable:  # a plan for another machine
-        return False
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 class OnnxRuntime:
@@ -422,93 +368,3 @@ def _guard(name: str, run: functools.partial[_T]) -> _T:
         raise
     except Exception as error:  # the exceptions of onnxruntime have no public base class
         raise EngineError(f"{name} failed in onnxruntime: {first_line(error)}") from error
-
-
-_BROKEN = "onnxruntime is installed but does not load ({}): pip install --force-reinstall onnxruntime"
-
-
-def import_onnxruntime() -> Any:
-    """Return the module onnxruntime. Raises Unavailable if it is missing or does not load."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise Unavailable(_BROKEN.format(first_line(error))) from error
-        raise Unavailable("bundles need onnxruntime, which is not installed: pip install onnxruntime") from None
-    except ImportError as error:  # a wheel for another Python, or a missing system library
-        raise Unavailable(_BROKEN.format(first_line(error))) from error
-    return onnxruntime
-
-
-def is_large(path: Path) -> bool:
-    """Return whether a graph has its weights in a separate file."""
-    return path.with_name(f"{path.name}.data").exists()
-
-
-def load_session(
-    path: Path,
-    threads: int | None,
-    providers: Sequence[Provider] = (CPU,),
-    *,
-    mapped: bool = False,
-    spin: bool = False,
-    replaced: tuple[str, ...] = (),
-) -> Any:
-    """Load a graph. `replaced`: its initializers that runs may replace, see molmo_edge.runtimes.rotary_inputs.
-
-    Raises EngineError, and Unavailable if one of `providers` does not start.
-    """
-    onnxruntime = import_onnxruntime()
-
-    def start(moved: Moved | None, options: Any) -> Any:
-        graph: str | bytes = str(path) if moved is None else moved.model
-        if replaced:
-            graph = (graph if isinstance(graph, bytes) else path.read_bytes()) + declared_inputs(replaced)
-        if isinstance(graph, bytes):
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        return onnxruntime.InferenceSession(graph, options, providers=list(providers))
-
-    options, moved = session_options(threads, mapped=mapped, spin=spin), None
-    try:
-        if list(providers) == [CPU] and is_large(path) and _numbers(onnxruntime.__version__) >= ONNXRUNTIME:
-            moved = use_kernels(path, options, copies=not mapped)
-        try:
-            session = start(moved, options)
-        except Exception as error:
-            if moved is None:
-                raise
-            moved, reason = None, first_line(error)
-            session = start(None, session_options(threads, mapped=mapped, spin=spin))  # fails for a damaged file, too
-            logger.warning("%s runs without the kernels, which cannot load it: %s", path, reason)
-    except Exception as error:
-        raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
-    forks.leak_in_children(session)
-    if moved is not None and moved.copies:
-        forget_mapped(path.with_name(f"{path.name}.data"))
-    if replaced and set(replaced) - {value.name for value in session.get_overridable_initializers()}:
-        raise Unavailable(
-            f"{path} cannot leave out image tokens: it has no rotary tables by the names of this version; export the "
-            "model again, or open it without image_tokens"
-        )
-    if missing := [name for name, _ in providers if name not in session.get_providers()]:
-        # ONNX Runtime would continue without it, many times slower, with only a log message.
-        raise Unavailable(
-            f"onnxruntime has {missing[0]} but cannot start it: check its libraries and driver, or use device='cpu'"
-        )
-    return session
-
-
-def session_options(threads: int | None, *, mapped: bool = False, spin: bool = False) -> Any:
-    """Return onnxruntime.SessionOptions. `mapped`: see OnnxRuntime. `spin`: threads spin while they wait."""
-    options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = choose_threads(threads) or 0
-    options.inter_op_num_threads = 1
-    # Four sessions have four thread pools: waiting threads that spin take the cores from the pool that works (measured
-    # on two busy cores: 3.3 ms per token with spinning, 1.8 ms without), and drain the battery. A large decoder, whose
-    # threads wait between the many operators of a token, gains a tenth by it (MolmoE-1B).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    options.enable_cpu_mem_arena = False  # equally fast without, and frees activations after a run
-    if mapped:  # otherwise matrices are copied into their kernels' preferred layout
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    options.log_severity_level = 4  # errors are raised; do not print them too
-    return options

@@ -24,7 +24,8 @@ from molmo_edge.frontend.crops import ImageProcessor, PreparedImage, patch_grid
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.runtimes import EngineError, open_runtime
-from molmo_edge.runtimes.onnx import OnnxRuntime, load_session
+from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.onnx_sessions import load_session
 from molmo_edge.selfcheck import check_bundle
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -95,7 +95,7 @@ def test_an_error_without_an_interrupt_keeps_its_message(cli: object, tmp_path: 
 
 
 def test_an_onnxruntime_that_does_not_load_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from molmo_edge.runtimes import onnx
+    from molmo_edge.runtimes import onnx_sessions
 
     class Broken:
         def find_spec(self, name: str, *_: object) -> types.ModuleType | None:
@@ -106,7 +106,7 @@ def test_an_onnxruntime_that_does_not_load_is_not_called_missing(monkeypatch: py
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(Unavailable, match=r"installed but does not load \(libstdc"):
-        onnx.import_onnxruntime()
+        onnx_sessions.import_onnxruntime()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(Unavailable, match="not installed"):
-        onnx.import_onnxruntime()
+        onnx_sessions.import_onnxruntime()

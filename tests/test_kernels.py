@@ -23,7 +23,7 @@ from test_quantize import norm_error
 import molmo_edge.cli.doctor  # noqa: F401 - before onnxruntime, whose usage reports it switches off
 from molmo_edge.quantize.rounding import nearest, pack_nibbles
 from molmo_edge.runtimes import kernels
-from molmo_edge.runtimes import onnx as runtime
+from molmo_edge.runtimes.onnx_sessions import load_session
 
 # isort: split
 import onnxruntime
@@ -107,7 +107,7 @@ def both(path: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, np.ndarr
     found = []
     for switch in ("1", "0"):
         monkeypatch.setenv(kernels.SWITCH, switch)
-        session = runtime.load_session(path, 2)
+        session = load_session(path, 2)
         found.append(session.run(None, inputs)[0])
     return found
 
@@ -116,10 +116,10 @@ RUN_ALL = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from molmo_edge.runtimes import onnx
+from molmo_edge.runtimes.onnx_sessions import load_session
 folder, found = Path(sys.argv[1]), {}
 for path in sorted(folder.glob("*.onnx")):
-    session = onnx.load_session(path, 2)
+    session = load_session(path, 2)
     inputs = np.load(path.with_suffix(".npz"))
     outputs = [session.run(None, {v.name: inputs[v.name][:n] for v in session.get_inputs()})[0] for n in (1, 2, 5, 70)]
     np.save(folder / f"{path.stem}.{sys.argv[2]}.npy", np.concatenate(outputs))

@@ -237,14 +237,14 @@ _MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np
-from molmo_edge.runtimes import onnx
+from molmo_edge.runtimes.onnx_sessions import load_session
 
 def memory():  # MB of anonymous memory
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
 
 x = np.random.default_rng(1).normal(size=(1, 4096)).astype(np.float32)
 before = memory()
-session = onnx.load_session(Path(sys.argv[1]), 1, mapped=sys.argv[2] == "True")
+session = load_session(Path(sys.argv[1]), 1, mapped=sys.argv[2] == "True")
 np.save(sys.argv[3], session.run(None, {"x": x})[0])
 print(memory() - before)
 """

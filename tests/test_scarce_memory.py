@@ -22,9 +22,11 @@ from molmo_edge.errors import EngineError
 from molmo_edge.export import export_bundle
 from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
+from molmo_edge.runtimes.bundle_room import memory_is_scarce
 from molmo_edge.runtimes.choose_engine import check_model_room
 from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK, bundle_weights, bundle_weights_of, predict
-from molmo_edge.runtimes.onnx import OnnxRuntime, load_session, memory_is_scarce
+from molmo_edge.runtimes.onnx import OnnxRuntime
+from molmo_edge.runtimes.onnx_sessions import load_session
 from molmo_edge.system.memory import RoomError
 
 BLOCK = 128
@@ -110,7 +112,7 @@ def large_bundle(golden: Path) -> Path:
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that read four-bit weights from the mapped file."""
-    monkeypatch.setattr("molmo_edge.runtimes.onnx.map_weights", lambda: True)
+    monkeypatch.setattr("molmo_edge.runtimes.bundle_room.map_weights", lambda: True)
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_what_the_kernels_read_is_not_refused(
     with pytest.raises(RoomError, match=r"needs at least .* are free"):
         check_model_room(large_bundle, device="cpu")
     free(weights.resident + weights.largest)
-    monkeypatch.setattr("molmo_edge.runtimes.onnx.map_weights", lambda: False)
+    monkeypatch.setattr("molmo_edge.runtimes.bundle_room.map_weights", lambda: False)
     with pytest.raises(RoomError, match=r"needs at least .* are free"):
         check_model_room(large_bundle, device="cpu")
 

@@ -31,7 +31,7 @@ from molmo_edge.export.graph_precisions import graph_precision
 from molmo_edge.export.vision_graph import vision_encoder
 from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
-from molmo_edge.runtimes import onnx as runtime
+from molmo_edge.runtimes.onnx_sessions import load_session
 from molmo_edge.system.memory import forget_mapped
 
 VISION = tuple(name for name in KERNELS if name in ("amx", "avx512-bf16", "avx512-vnni"))
@@ -61,7 +61,7 @@ from pathlib import Path
 import numpy as np
 import molmo_edge_kernels
 import onnxruntime
-from molmo_edge.runtimes.onnx import session_options
+from molmo_edge.runtimes.onnx_sessions import session_options
 
 def load(path):
     options = session_options(2)
@@ -93,7 +93,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 import molmo_edge_kernels
-from molmo_edge.runtimes.onnx import session_options
+from molmo_edge.runtimes.onnx_sessions import session_options
 import onnxruntime
 assert molmo_edge_kernels.kernel() == os.environ["MOLMO_EDGE_KERNEL"]
 for path in sorted(Path(sys.argv[1]).glob("*.onnx")):
@@ -391,7 +391,7 @@ def test_a_sum_that_broadcasts_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     features = {}
     for switch in ("1", "0"):
         monkeypatch.setenv(kernels.SWITCH, switch)
-        features[switch] = runtime.load_session(path, 2).run(None, crops)[0]
+        features[switch] = load_session(path, 2).run(None, crops)[0]
     assert norm_error(features["1"], features["0"]) < 0.02
 
 
@@ -423,15 +423,15 @@ def test_a_tower_that_the_kernels_cannot_load_runs_without_them(
         return found and kernels.Moved(found.model.replace(b"QuantizeRows", b"QuantizeCols"), found.copies)
 
     monkeypatch.setattr(kernels, "moved", broken)
-    ours = runtime.load_session(path, 2).run(None, crops)[0]
+    ours = load_session(path, 2).run(None, crops)[0]
     assert "runs without the kernels" in caplog.text
     assert "QuantizeCols" in caplog.text
     monkeypatch.setenv(kernels.SWITCH, "0")
-    np.testing.assert_array_equal(ours, runtime.load_session(path, 2).run(None, crops)[0])
+    np.testing.assert_array_equal(ours, load_session(path, 2).run(None, crops)[0])
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.delenv(kernels.SWITCH)
     with pytest.raises(EngineError, match=r"onnxruntime cannot load .*v\.onnx"):
-        runtime.load_session(path, 2)
+        load_session(path, 2)
 
 
 @needs_kernels
@@ -454,8 +454,8 @@ def test_a_tower_computes_the_same_features(
     features = {}
     for switch in ("1", "0"):
         monkeypatch.setenv(kernels.SWITCH, switch)
-        features[switch] = runtime.load_session(path, 2).run(None, {"crops": crops})[0]
-    float32 = runtime.load_session(exact, 2).run(None, {"crops": crops})[0]
+        features[switch] = load_session(path, 2).run(None, {"crops": crops})[0]
+    float32 = load_session(exact, 2).run(None, {"crops": crops})[0]
     rounding = norm_error(features["0"], float32)  # what eight bits cost
     assert 0.003 < rounding < 0.02
     assert norm_error(features["1"], features["0"]) < rounding
@@ -469,19 +469,17 @@ def test_a_large_tower_uses_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, crop = vision_graph(tmp_path / "v.onnx"), {"crops": np.ones((1, 49, 588), np.float32)}
-    outputs = [runtime.load_session(path, 2).run(None, crop)[0]]
+    outputs = [load_session(path, 2).run(None, crop)[0]]
     monkeypatch.setenv(kernels.SWITCH, "0")
-    outputs.append(runtime.load_session(path, 2).run(None, crop)[0])
+    outputs.append(load_session(path, 2).run(None, crop)[0])
     assert outputs[0].any()
     assert (outputs[0] != outputs[1]).any()
     assert capfd.readouterr() == ("", "")
     monkeypatch.setitem(sys.modules, "molmo_edge_kernels", None)  # import raises ModuleNotFoundError
     monkeypatch.delenv(kernels.SWITCH)
-    np.testing.assert_array_equal(runtime.load_session(path, 2).run(None, crop)[0], outputs[1])
+    np.testing.assert_array_equal(load_session(path, 2).run(None, crop)[0], outputs[1])
     monkeypatch.undo()
-    mapped = runtime.load_session(
-        path, 2, mapped=True
-    )  # weights stay in their file, so that the kernels cannot copy them
+    mapped = load_session(path, 2, mapped=True)  # weights stay in their file, so that the kernels cannot copy them
     np.testing.assert_allclose(mapped.run(None, crop)[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 

@@ -143,7 +143,7 @@ def _find(model: str, revision: str | None, precision: str | None) -> _Target:
     from molmo_edge.checkpoints.hub import cached_model
     from molmo_edge.checkpoints.hub_config import read_config
     from molmo_edge.model_names import full_name
-    from molmo_edge.runtimes.onnx import weights_here
+    from molmo_edge.runtimes.bundle_room import weights_here
 
     name = str(full_name(model))
     if is_hub_id(name):
@@ -166,7 +166,7 @@ def _find_on_hub(model: str, hub_id: str, revision: str | None, precision: str |
     from molmo_edge.checkpoints.hub import HubError
     from molmo_edge.checkpoints.remote import read_remote
     from molmo_edge.presets import PRESETS
-    from molmo_edge.runtimes.onnx import weights_here
+    from molmo_edge.runtimes.bundle_room import weights_here
 
     try:
         remote = read_remote(hub_id, revision)
@@ -187,8 +187,8 @@ def _refuse_precision(precision: str | None, name: str) -> None:
 
 
 def _candidates(config: MolmoConfig, precision: str | None, *, local: bool = False) -> list[Weights]:
+    from molmo_edge.runtimes.bundle_room import weights_are_mapped
     from molmo_edge.runtimes.memory_plan import BUNDLE_PRECISIONS, bundle_weights_of, torch_weights
-    from molmo_edge.runtimes.onnx import weights_are_mapped
 
     kernels = weights_are_mapped()
     if precision is None:

@@ -26,7 +26,6 @@ from molmo_edge.system.extras import pip_command
 Probabilities = Callable[[np.ndarray], np.ndarray]
 """Decoder inputs float32 [n, d_model] -> router probabilities float32 [n_layers, n, n_experts]"""
 
-_CHUNK = 512  # positions per run of an ONNX decoder, as in molmo_edge.runtimes.onnx
 _GATE = "model.transformer.blocks.{}.mlp.gate.weight"  # a router's weight in a graph, in any precision
 _SHOWN = re.compile(r"ffn_moe_probs-(\d+)")  # the softmax in llama.cpp's graph (llm_graph_context::build_moe_ffn)
 
@@ -180,10 +179,10 @@ def with_router_outputs(path: Path, d: DecoderConfig) -> tuple[bytes, list[str]]
 
 
 def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
-    """Open the changed graph like molmo_edge.runtimes.onnx opens `path`, with the same external weights."""
+    """Open the changed graph like molmo_edge.runtimes.onnx_sessions opens `path`, with the same external weights."""
     import onnxruntime
 
-    from molmo_edge.runtimes.onnx import is_large, session_options
+    from molmo_edge.runtimes.onnx_sessions import is_large, session_options
 
     options = session_options(threads, spin=is_large(path))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
@@ -196,6 +195,7 @@ def _open_session(graph: bytes, path: Path, threads: int | None) -> Any:
 def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: DecoderConfig) -> np.ndarray:
     from onnxruntime import OrtValue
 
+    from molmo_edge.runtimes.memory_plan import CHUNK
     from molmo_edge.runtimes.onnx_cache import CACHE_DTYPES
 
     binding = session.io_binding()
@@ -206,8 +206,8 @@ def _run_session(session: Any, outputs: Sequence[str], rows: np.ndarray, d: Deco
             binding.bind_ortvalue_input(past.name, buffer)
             binding.bind_ortvalue_output(past.name.replace("past_", "present_"), buffer)
     parts = []
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
         part = np.empty((d.n_layers, 1, len(chunk), d.n_experts), np.float32)
         for name, layer in zip(outputs, part, strict=True):
             binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(layer))  # the same memory
