@@ -7,23 +7,18 @@ Image -> crops -> features -> embeddings -> tokens -> text -> points. This modul
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from molmo_edge.answer import Answer
 from molmo_edge.chat import Chat
-from molmo_edge.checkpoints.bundle import load_tokenizer, resolve_model
-from molmo_edge.config import PRECISIONS, ConfigError, ImageConfig
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.prompts import caption_question, count_question, point_question
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.runtimes.generate import Sampling
 from molmo_edge.sdk.answer_form import Schema, answer_form
 from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.batch import ask_batch, same_question
-from molmo_edge.sdk.encoding import check_reuse_crops
 from molmo_edge.sdk.engine import (
     MAX_NEW_TOKENS,
     MAX_QUESTION_CHARS,
@@ -35,10 +30,8 @@ from molmo_edge.sdk.engine import (
     check_text,
 )
 from molmo_edge.sdk.image_tokens import ImageTokens
-from molmo_edge.sdk.image_tokens import image_tokens as chosen_tokens
-from molmo_edge.sdk.model_name import model_name
+from molmo_edge.sdk.open_engine import open_engine
 from molmo_edge.sdk.process_bound import NotCopied
-from molmo_edge.sdk.scene_store import SceneStore, cache_size
 from molmo_edge.sdk.streaming import History, Stream, checked_history, stream_answer
 
 if TYPE_CHECKING:
@@ -109,47 +102,21 @@ class Molmo(NotCopied):
         reuse_crops: bool = False,
         draft: bool | None = None,
     ) -> None:
-        from molmo_edge.runtimes import open_runtime
-
-        started = time.perf_counter()
-        # Check the arguments before an engine opens, because it would continue to load after an error.
-        if max_crops is not None:
-            ImageConfig(max_crops=max_crops)
-        check_alpha(alpha)
-        choice = chosen_tokens(image_tokens)
-        check_reuse_crops(reuse_crops)
-        if precision not in PRECISIONS:
-            raise ConfigError(f'"{precision}" is not a supported precision (supported: {", ".join(PRECISIONS)})')
-        store = None if scene_cache is None else SceneStore(scene_cache, cache_size(scene_cache_size))
-        directory = resolve_model(model, revision=revision)
-        tokenizer = load_tokenizer(directory)
-        runtime = open_runtime(
-            directory,
+        self.engine = open_engine(
+            model,
             device=device,
             precision=precision,
+            revision=revision,
+            max_crops=max_crops,
             threads=threads,
             engine_options=engine_options,
-            gaps=choice is not None,
-            max_crops=max_crops,
-            image_tokens=None if choice is None else choice.share,
+            alpha=alpha,
+            scene_cache=scene_cache,
+            scene_cache_size=scene_cache_size,
+            image_tokens=image_tokens,
+            reuse_crops=reuse_crops,
+            draft=draft,
         )
-        try:
-            self.engine = Engine(
-                runtime,
-                tokenizer,
-                max_crops=max_crops,
-                alpha=alpha,
-                name=model_name(directory),
-                directory=directory,
-                store=store,
-                draft=draft,
-                started=started,
-                tokens=choice,
-                reuse_crops=reuse_crops,
-            )
-        except MolmoEdgeError:  # it cannot draft
-            runtime.close()
-            raise
 
     @classmethod
     def from_parts(
