@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from molmo_edge.runtimes.choose_engine import check_model_room
 from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK, bundle_weights, bundle_weights_of, predict
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.onnx_sessions import load_session
-from molmo_edge.system.memory import RoomError
+from molmo_edge.system.memory import RoomError, forget_mapped
 
 BLOCK = 128
 
@@ -345,3 +346,25 @@ def test_threads_that_encode_at_once_get_their_own_features(tiny_bundle: Path, m
     runtime.close()
     with pytest.raises(EngineError, match="closed"):
         runtime.encode_crops(given[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_that_were_copied_are_freed(tmp_path: Path) -> None:
+    path = tmp_path / "weights of a model.data"
+    path.write_bytes(bytes(range(256)) * 4096)
+
+    def resident(mapping: np.ndarray) -> int:
+        begin, inside = f"{mapping.ctypes.data:x}-", False
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+            if "-" in line.split()[0]:
+                inside = line.startswith(begin)
+            elif inside and line.startswith("Rss:"):
+                return int(line.split()[1])
+        raise AssertionError("not mapped")
+
+    mapping = np.memmap(path, np.uint8, "c")
+    assert mapping.astype(np.int64).sum() == 4096 * 255 * 128
+    before = resident(mapping)
+    forget_mapped(path)
+    assert resident(mapping) < before / 2
+    assert mapping[-1] == 255
