@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from exported import gguf_bundle
+from kernel_graphs import experts_node, save
 from once import once
 
 from molmo_edge import Molmo
@@ -30,52 +31,19 @@ from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.runtimes.onnx_sessions import load_session
 from molmo_edge.system.memory import RoomError, forget_mapped
 
-BLOCK = 128
-
-
-def graph_with_experts(path: Path, computable: bool) -> Path:
-    """A layer of 4 experts, 256 wide, with its weights in a file beside it, and a matrix that no kernel computes."""
-    inner, hidden, experts = 256, 128, 4
-    shapes = {"gate_up": (2 * hidden, inner), "down": (inner, hidden)}
-    tensors = {}
-    for name, (columns, rows) in shapes.items():
-        tensors[f"{name}.codes"] = np.zeros((experts, columns, rows // 2), np.uint8)
-        tensors[f"{name}.scales"] = np.zeros((experts, columns, rows // BLOCK), np.float16)
-    tensors["router"] = np.zeros((inner, experts), np.float32)
-    names = ["x", "p", "gate_up.codes", "gate_up.scales", "", "down.codes", "down.scales", *[""] * 7, "p"]
-    attributes: dict[str, Any] = {
-        "activation_type": "swiglu",
-        "swiglu_fusion": 1,
-        "activation_alpha": 1.0,
-        "activation_beta": 0.0,
-        "expert_weight_bits": 4,
-        "normalize_routing_weights": 0,
-        "accuracy_level": 4 if computable else 0,
-        "k": 2,
-        "block_size": BLOCK,
-    }
-    nodes = [
-        onnx.helper.make_node("MatMul", ["x", "router"], ["p"]),
-        onnx.helper.make_node("QMoE", names, ["y"], domain="com.microsoft", **attributes),
-    ]
-    value = onnx.helper.make_tensor_value_info
-    given = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
-    types = onnx.TensorProto.FLOAT
-    graph = onnx.helper.make_graph(
-        nodes, "graph", [value("x", types, ["n", inner])], [value("y", types, ["n", inner])], given
-    )
-    onnx.save(
-        onnx.helper.make_model(graph), path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=0
-    )
-    return path
-
 
 def test_the_mapped_bytes_are_those_of_the_nodes_that_the_kernels_compute(tmp_path: Path) -> None:
-    expected = 4 * (256 * 256 // 2 + 256 * 128 // 2 + 2 * (256 * 2 + 256 * 1))
-    assert kernels.mapped_bytes(graph_with_experts(tmp_path / "a.onnx", computable=True)) == expected
-    assert kernels.mapped_bytes(graph_with_experts(tmp_path / "b.onnx", computable=False)) == 0
-    (tmp_path / "c.onnx").write_bytes(b"\xff\xff")
-    assert kernels.mapped_bytes(tmp_path / "c.onnx") == 0
+    def mapped_bytes(**changed: Any) -> int:
+        """Of four experts, 256 wide, and a router, which no kernel computes."""
+        node, weights = experts_node(256, 128, 4, 2, 128, False, **changed)
+        router = onnx.helper.make_node("MatMul", ["x", "router"], ["p"])
+        weights["router"] = np.zeros((256, 4), np.float32)
+        return kernels.mapped_bytes(save(tmp_path / "experts.onnx", [router, node], {"x": 256}, weights))
+
+    assert mapped_bytes() == 4 * (256 * 256 // 2 + 256 * 128 // 2 + 2 * (256 * 2 + 256 * 1))
+    assert mapped_bytes(accuracy_level=0) == 0
+    (tmp_path / "damaged.onnx").write_bytes(b"\xff\xff")
+    assert kernels.mapped_bytes(tmp_path / "damaged.onnx") == 0
 
 
 @pytest.mark.parametrize(("model", "precision"), [("molmoe-1b", "mixed"), ("molmo2-4b", "mixed"), ("molmo2-4b", "q4")])
