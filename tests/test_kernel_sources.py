@@ -29,6 +29,39 @@ int main() {
 }
 """
 
+PARALLEL_FOR = """
+#include <cstdio>
+#include <cstdlib>
+#include "operator.h"
+using namespace molmo::ort;
+int main() {
+    static const char* message = nullptr;  // of a fake ONNX Runtime: a status is a pointer to its message
+    static int made = 0, freed = 0;
+    OrtApi api{};
+    api.functions[kCreateStatus] = reinterpret_cast<OrtFunction>(+[](int, const char* text) {
+        std::printf("%s\\n", text);
+        return reinterpret_cast<OrtStatus*>(&made);
+    });
+    api.functions[kGetMessage] = reinterpret_cast<OrtFunction>(+[](const OrtStatus*) { return message; });
+    api.functions[kReleaseStatus] = reinterpret_cast<OrtFunction>(+[](OrtStatus*) { ++freed; });
+    api.functions[kParallelFor] = reinterpret_cast<OrtFunction>(
+        +[](const OrtKernelContext*, void (*run)(void*, size_t), size_t, size_t, void* work) -> OrtStatus* {
+            if (message == nullptr) run(work, 0);
+            return message == nullptr ? nullptr : reinterpret_cast<OrtStatus*>(&made);
+        });
+    for (const char* text : {static_cast<const char*>(nullptr), "no threads"}) {
+        message = text;
+        int tasks = 0;
+        OrtStatus* status = guarded(&api, [&]() -> OrtStatus* {
+            Pool pool = {&api, nullptr};
+            molmo::each(pool.parallel(), 5, [&](int64_t) { ++tasks; });
+            return nullptr;
+        });
+        std::printf("%d %d %d\\n", tasks, status != nullptr, freed);
+    }
+}
+"""
+
 
 def compiled(*arguments: str, source: str = "") -> str:
     command = [str(COMPILER), "-std=c++17", f"-I{SOURCES}", "-x", "c++", "-", *arguments]
@@ -43,6 +76,12 @@ def test_everything_that_a_matrix_reads_is_requested(tmp_path: Path) -> None:
     asked = [tuple(map(int, line.split())) for line in shown.splitlines()]
     assert asked[:3] == [(1000, codes), (2000, 2 * blocks), (3000, 48 * 2)]  # two zero points a byte
     assert asked[3:] == [(1000, codes), (2000, 4 * blocks)]
+
+
+def test_a_thread_pool_that_fails_is_an_error(tmp_path: Path) -> None:
+    compiled("-o", str(tmp_path / "pool"), source=PARALLEL_FOR)
+    shown = subprocess.run([tmp_path / "pool"], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert shown.splitlines() == ["5 0 0", "molmo_edge: no threads", "0 1 1"]
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86-64 only")

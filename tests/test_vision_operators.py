@@ -20,7 +20,12 @@ from kernel_graphs import ATTENTION, MICROSOFT, VISION, needs_kernels
 from onnx import TensorProto, helper, numpy_helper
 from test_quantize import norm_error
 
+import molmo_edge.cli.doctor  # noqa: F401 - before onnxruntime, whose usage reports it switches off
 from molmo_edge.runtimes import kernels
+from molmo_edge.runtimes.onnx_sessions import session_options
+
+# isort: split
+import onnxruntime
 
 SHAPES = [
     (1, 577, 16, 64),
@@ -236,3 +241,31 @@ def test_numbers_that_are_not_finite_stay_in_their_row(tmp_path: Path, kernel: s
         assert np.isnan(found[3]).all()
         assert not np.isfinite(found[[17, 18]]).any()
         np.testing.assert_array_equal(found[others], finite[others])
+
+
+@needs_kernels
+@pytest.mark.skipif(not VISION, reason="no kernel has layers on this processor")
+def test_a_bias_must_be_constant(tmp_path: Path) -> None:
+    given = {name: np.ones((1, 4, 32), np.float32) for name in "xr"} | {"b": np.ones(32, np.float32)}
+    weights = {"w": np.ones((32, 32), np.int8), "s": np.ones(32, np.float32)}
+
+    def run(bias: str, weights: dict[str, np.ndarray]) -> np.ndarray:
+        nodes = [
+            helper.make_node("QuantizeRows", ["x"], ["rows", "scales"], domain=kernels.DOMAIN),
+            helper.make_node(
+                "QuantizedLinear", ["rows", "scales", "w", "s", bias, "r"], ["y"], domain=kernels.DOMAIN, activation=0
+            ),
+        ]
+        inputs = {name: x for name, x in given.items() if name not in weights and name in ("x", "r", bias)}
+        onnx.save(model(nodes, inputs, weights), tmp_path / "layer.onnx")
+        options, package = session_options(1), kernels.installed()
+        assert package is not None
+        options.register_custom_ops_library(str(package.library))
+        session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", options, providers=["CPUExecutionProvider"])
+        found: np.ndarray = session.run(None, inputs)[0]
+        return found
+
+    np.testing.assert_allclose(run("", weights), 33, rtol=1e-6)
+    np.testing.assert_allclose(run("b", {**weights, "b": given["b"]}), 34, rtol=1e-6)
+    with pytest.raises(Exception, match="the bias is not constant: make it an initializer"):
+        run("b", weights)

@@ -77,6 +77,7 @@ void release(const OrtApi* api, T* object) {
 
 enum : int {
     kCreateStatus = 0,
+    kGetMessage = 2,
     kCreateCustomOpDomain = 26,
     kAddToDomain = 27,
     kAddDomain = 28,
@@ -93,7 +94,10 @@ enum : int {
     kGetInputCount = 88,
     kGetInput = 90,
     kGetOutput = 91,
+    kReleaseStatus = 93,
     kReleaseShape = 99,
+    kGetNodeInputCount = 230,
+    kGetNodeInputName = 232,
     kGetConstant = 249,
     kGetInputShape = 268,
     kSetOutputShape = 270,

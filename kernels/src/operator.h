@@ -2,6 +2,9 @@
 #pragma once
 
 #include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "onnxruntime_abi.h"
@@ -25,6 +28,15 @@ OrtStatus* guarded(const OrtApi* api, const Run& run) {
     } catch (...) {
         return failed(api, "molmo_edge: unknown exception");
     }
+}
+
+// Throws the message of a status that is an error, and frees the status.
+inline void check(const OrtApi* api, OrtStatus* status) {
+    if (status == nullptr) return;
+    const auto free = [api](OrtStatus* owned) { release<kReleaseStatus>(api, owned); };
+    const std::unique_ptr<OrtStatus, decltype(free)> owned(status, free);
+    const auto message = reinterpret_cast<const char*(MOLMO_CALL*)(const OrtStatus*)>(api->functions[kGetMessage]);
+    throw std::runtime_error(std::string("molmo_edge: ") + message(status));
 }
 
 struct Tensor {
@@ -67,6 +79,15 @@ inline OrtStatus* constant(const OrtApi* api, const OrtKernelInfo* info, size_t 
     return is_constant == 0 || value == nullptr ? nullptr : tensor(api, value, out);
 }
 
+// Whether a node has an input, constant or not. An optional one may be absent.
+inline OrtStatus* has_input(const OrtApi* api, const OrtKernelInfo* info, size_t index, bool& out) {
+    size_t count = 0, size = 0;
+    MOLMO_TRY((call<kGetNodeInputCount>(api, info, &count)));
+    if (index < count) MOLMO_TRY((call<kGetNodeInputName>(api, info, index, static_cast<char*>(nullptr), &size)));
+    out = size > 1;  // with the zero at its end; the name of an absent input is empty
+    return nullptr;
+}
+
 template <typename T>
 OrtStatus* output(const OrtApi* api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape, T*& out) {
     OrtValue* value = nullptr;
@@ -93,7 +114,7 @@ struct Pool {
             const Pool& own = *static_cast<Pool*>(pool);
             // As many calls as threads could take part; each works until no task is left.
             const size_t calls = size_t(count < 128 ? count : 128);
-            if (call<kParallelFor>(own.api, own.context, run, calls, size_t{0}, work) != nullptr) run(work, 0);
+            check(own.api, call<kParallelFor>(own.api, own.context, run, calls, size_t{0}, work));
         }};
     }
 };

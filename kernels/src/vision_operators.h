@@ -94,9 +94,14 @@ struct QuantizedLinear {
         if (kernel().tiles == nullptr) return failed(api, "molmo_edge QuantizedLinear: not on this processor");
         MOLMO_TRY((call<kGetInteger>(api, info, "activation", &activation)));
         Tensor weights, scales, bias;
+        bool has_bias = false;
         MOLMO_TRY(constant(api, info, 2, weights));
         MOLMO_TRY(constant(api, info, 3, scales));
         MOLMO_TRY(constant(api, info, 4, bias));
+        MOLMO_TRY(has_input(api, info, 4, has_bias));
+        if (has_bias && bias.data == nullptr)
+            return failed(api, "molmo_edge QuantizedLinear: the bias is not constant: make it an initializer, or add it "
+                               "with a node Add");
         const bool known = weights.data != nullptr && weights.type == kSignedBytes && weights.shape.size() == 2 &&
                            weights.shape[0] > 0 && weights.shape[1] % (2 * kColumns) == 0 && activation >= 0 &&
                            activation <= 2 && scales.shape == std::vector<int64_t>{weights.shape[1]} &&
