@@ -24,7 +24,7 @@ _SIGLIP2 = ("SigLIP2 so400m/14-384", APACHE)
 # Download sizes: 28.9 GB is the size of MolmoE's file; the others are 4 bytes for each parameter, since the reference
 # converts checkpoints to the hub in float32. Before a download the hub's own numbers are shown.
 _MODELS = (
-    NamedModel("nano", None, 0, APACHE, (("DINOv2 ViT-S/14", APACHE), ("SmolLM2-135M", APACHE))),
+    NamedModel("nano", None, 0, APACHE, (("DINOv2 ViT-S/14", APACHE), ("NanoDet-g", APACHE), ("SmolLM2-135M", APACHE))),
     NamedModel("molmoe-1b", "allenai/MolmoE-1B-0924", 28_900_000_000, APACHE, (("OLMoE-1B-7B-0924", APACHE), _CLIP)),
     NamedModel("molmo-7b-d", "allenai/Molmo-7B-D-0924", 32_100_000_000, APACHE, (("Qwen2-7B", APACHE), _CLIP)),
     NamedModel(

@@ -8,9 +8,11 @@ from typing import Any
 from molmo_edge.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ConvTowerConfig,
     DecoderConfig,
     ImageConfig,
     MolmoConfig,
+    PointHeadConfig,
     VisionConfig,
     YarnConfig,
 )
@@ -132,13 +134,15 @@ PRESETS: dict[str, MolmoConfig] = {
             image_attention="bidirectional",
         )
     ),
-    # DINOv2 ViT-S/14 and six layers of SmolLM2-135M, its FFN split into experts (see MODEL_CARD.md).
+    # DINOv2 ViT-S/14, NanoDet-g's backbone and pyramid, and six layers of SmolLM2-135M, its FFN split into experts (see
+    # MODEL_CARD.md).
     "nano": MolmoConfig(
         image=ImageConfig(
             crop_size=224,
             overlap_margins=(2, 2),
             max_crops=4,
             resize="dino",
+            overview=416,
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
         ),
@@ -151,7 +155,7 @@ PRESETS: dict[str, MolmoConfig] = {
             n_pos=257,
             norm_eps=1e-6,
             activation="gelu",
-            layers=(-1, -4),
+            layers=(-3, -6),
         ),
         decoder=DecoderConfig(
             d_model=576,
@@ -167,7 +171,10 @@ PRESETS: dict[str, MolmoConfig] = {
             qk_norm=True,
             rope_theta=1e5,
             max_position_embeddings=2048,
+            additional_head=True,
         ),
         projector_dim=1536,
+        conv_tower=ConvTowerConfig(),
+        point_head=PointHeadConfig(8197, 8198, 8199, dim=256, numbered=False),
     ),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from molmo_edge.config import ConvTowerConfig, MolmoConfig
+from molmo_edge.config import MolmoConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
@@ -25,14 +25,7 @@ from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokeni
 _NANO = PRESETS["nano"]
 # Without the ViT's last two blocks: they take a sixth of its time, and the convolutional tower takes less. The stage
 # "answers" adds the grounding head.
-CONFIG: MolmoConfig = replace(
-    _NANO,
-    image=replace(_NANO.image, overview=416),
-    vision=replace(_NANO.vision, layers=(-3, -6)),
-    decoder=replace(_NANO.decoder, additional_head=False),
-    conv_tower=ConvTowerConfig(),
-    point_head=None,
-)
+CONFIG: MolmoConfig = replace(_NANO, decoder=replace(_NANO.decoder, additional_head=False), point_head=None)
 
 
 SAMPLE = (
