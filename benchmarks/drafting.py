@@ -2,8 +2,8 @@
 
 `python benchmarks/drafting.py MODEL... [--photo FILE...] [--seeds 3] [--threads 2]`
 
-Each MODEL is a bundle or a checkpoint. An ONNX bundle has to be exported with `--drafting`; with `q8` or another of its
-precisions, nano's checkpoint gives one that is like the embedded bundle. Every question is asked greedily and with some
+Each MODEL is a bundle or a checkpoint that writes coordinates as text; nano points by grounding tokens, which cannot be
+drafted. An ONNX bundle has to be exported with `--drafting`. Every question is asked greedily and with some
 seeds at temperature 1, each time with and without drafting in turn. The last line is JSON.
 """
 
