@@ -23,7 +23,7 @@ from molmo_edge.frontend.grounding_tokens import (
     decode_grounding,
     with_coordinates,
 )
-from molmo_edge.frontend.points import Point, format_points
+from molmo_edge.frontend.points import Point, format_points, written_absent
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
@@ -109,12 +109,25 @@ class Grounding:
     def _patch_scores(self, query: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
         """The patches' part of `logits`; `marker`: the logit of the patch token."""
         own = self.patch_logits(query)
-        if patches == "best":
+        if patches != "shared":
+            own = self._by_sum(own)
             return np.where(np.arange(len(own)) == own.argmax(), np.float32(marker), _UNSET)
         behind = own - own.max()
         if patches == "shared":
             behind -= np.log(np.exp(behind).sum())
         return np.asarray(marker + behind, np.float32)
+
+    def _by_sum(self, own: np.ndarray) -> np.ndarray:
+        """`own` with a logit of "no more points" that wins if its probability exceeds that of all patches together.
+
+        An object extends over several patches, which share the probability that there is one. The reference compares
+        "no more points" with the likeliest patch alone, so the released models are left to it.
+        """
+        if not self.config.no_more_class or self.head.config.image.layout != "molmo":
+            return own
+        there, best = own[:-1] - own.max(), own[:-1].max()
+        others = np.log(np.exp(there).sum()) + own.max()
+        return np.append(own[:-1], np.float32(own[-1] - others + best))
 
     def patch_logits(self, query: np.ndarray) -> np.ndarray:
         """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)]."""
@@ -313,18 +326,21 @@ class GroundedParser:
 class DigitWriter:
     """Rewrites text that arrives in pieces: tags of grounding tokens become those of Molmo v1, `<point x= y=>`.
 
-    So do grounding tokens outside of any tag, as a weak model may give them: a tag without a label.
+    So do grounding tokens outside of any tag, as a weak model may give them: a tag without a label. For a tag without
+    points see `points.written_absent`.
     """
 
     def __init__(self, inputs: GroundingInputs) -> None:
-        self._inputs, self._held = inputs, ""
+        self._inputs, self._held, self._begun = inputs, "", False
 
     def feed(self, piece: str) -> str:
         """The text that this piece completes. A tag is held back until it is closed, because it begins with a count."""
         self._held += piece
         done = ""
         while tag := _CLOSED_TAG.search(self._held):
-            done += self._outside(self._held[: tag.start()]) + self._written(tag[0], tag["label"].strip())
+            done += self._outside(self._held[: tag.start()])
+            alone = not (self._begun or done.strip())
+            done += self._written(tag[0], tag["label"].strip()) or written_absent(tag["label"].strip(), alone=alone)
             self._held = self._held[tag.end() :]
         start = self._held.find(_OPEN)
         if start < 0:  # it may begin at the end, or a run of tokens may go on
@@ -332,6 +348,7 @@ class DigitWriter:
             if run := _RUN_BEGUN.search(self._held):
                 start = min(start, run.start())
         done, self._held = done + self._outside(self._held[:start]), self._held[start:]
+        self._begun = self._begun or bool(done.strip())
         return done
 
     def close(self) -> str:

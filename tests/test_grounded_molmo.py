@@ -29,7 +29,7 @@ from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.export import export_bundle, export_checkpoint
 from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import GroundingIds
-from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
+from molmo_edge.frontend.points import NONE, Point, format_absent, format_count, format_points, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
@@ -66,15 +66,18 @@ CONFIG = MolmoConfig(  # two towers, as nano has
     point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False),
 )
 POINT, COUNT = "Point to the discs.", "How many discs are there?"
+POINT_CUPS, COUNT_CUPS = "Point to the cups.", "How many cups are there?"
+NO_CUPS = "Counting the cups shows a total of 0."
 SIZE = (80, 150)  # height and width: with bars above and below
 
 
 @dataclass(frozen=True)
 class Discs:
-    """Pictures with one, two, ... discs."""
+    """Pictures with one, two, ... discs, and questions about cups, which are absent."""
 
     count: int
     name: str = "discs"
+    cups: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -94,7 +97,10 @@ class Discs:
 
     def example(self, index: int, _rng: np.random.Generator) -> Example:
         points = self.points(index)
-        asked = (POINT, format_points(points, "discs")), (COUNT, format_count(points, "discs"))
+        asked = [(POINT, format_points(points, "discs")), (COUNT, format_count(points, "discs"))]
+        if self.cups:
+            tag = format_absent("cups")
+            asked += [(POINT_CUPS, tag), (COUNT_CUPS, f"Counting the {tag} shows a total of 0.")]
         return Example(self.picture(index), tuple(Annotation("demo", each) for each in asked))
 
 
@@ -133,7 +139,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _train(start, tmp_path_factory.mktemp("run"), Discs(2), 80)
+    return _train(start, tmp_path_factory.mktemp("run"), Discs(2, cups=True), 80)
 
 
 def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path: Path) -> None:
@@ -164,13 +170,20 @@ def test_a_trained_model_points_in_the_grammar_of_molmo(trained: Path, tmp_path:
             assert sum(token >= CONFIG.decoder.n_logits for token in answer.token_ids) == 3 * len(points) + 1
             pieces = list(torch_model.stream(picture, POINT))
             assert "".join(piece for piece in pieces if isinstance(piece, str)) == answer.text
+            inputs = torch_model.encode(picture).grounding
+            assert inputs is not None
+            ids = inputs.token_ids
             unlabelled = [dataclasses.replace(point, label="") for point in answer.points]
             assert [piece for piece in pieces if isinstance(piece, Point)] == unlabelled
+            for question, text in ((POINT_CUPS, NONE), (COUNT_CUPS, NO_CUPS)):
+                absent = torch_model.ask(picture, question)
+                assert (absent.text, absent.points) == (text, ())
+                assert not any(ids.slots <= token < ids.end for token in absent.token_ids), "only that there are none"
+                assert onnx_model.ask(picture, question).token_ids == absent.token_ids
+            assert torch_model.count(picture, "cups").count == 0
             cut = torch_model.ask(picture, POINT, max_new_tokens=len(answer.token_ids) - 8)
             assert "POINT_" not in cut.text
-            grounding = torch_model.encode(picture).grounding
-            assert grounding is not None
-            assert grounding.with_coordinates(answer.text) == answer.text, "an earlier answer is text already"
+            assert inputs.with_coordinates(answer.text) == answer.text, "an earlier answer is text already"
             assert parse_points(cut.text) == parse_points(answer.text.replace("discs", "")[: len(cut.text)])
 
 
@@ -302,6 +315,43 @@ def test_tokens_outside_of_a_tag_are_written_as_points(start: Path) -> None:
         assert "".join(map(writer.feed, text)) + writer.close() == written
 
 
+def test_a_tag_without_points_is_written_as_text(start: Path) -> None:
+    with Sdk(start, max_crops=0) as model:
+        inputs = model.encode(Discs(1).picture(0)).grounding
+    assert inputs is not None
+    assert inputs.token_ids.no_more is not None
+    tag = f'<points coords="{inputs.token_ids.token(inputs.token_ids.no_more)}">cups</points>'
+    for text, written in (
+        (tag, NONE),
+        (f"Counting the {tag} shows a total of 0.", NO_CUPS),
+        (f"{tag[:-5]}", ""),  # cut off
+    ):
+        assert inputs.with_coordinates(text) == written
+        writer = DigitWriter(inputs)
+        assert "".join(map(writer.feed, text)) + writer.close() == written
+        assert inputs.points(text) == []
+
+
+def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path) -> None:
+    """An object extends over several patches, none of which may be likelier than that there is no object."""
+    with Sdk(start, max_crops=0) as model:
+        inputs = model.encode(Discs(1).picture(0)).grounding
+        assert inputs is not None
+        grounding = inputs.begin(np.zeros((len(inputs.ids), D), np.float32))
+        state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
+        text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
+        unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
+        for share, chosen in ((0.3, ids.first + 7), (0.7, ids.no_more)):  # of the probability that "no more" has
+            logits = np.full(count, -30.0)
+            logits[5:8], logits[-1] = np.log((1 - share) * np.array([0.33, 0.33, 0.34])), np.log(share)
+            one = dataclasses.replace(grounding, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
+            best, graded, shared = (
+                one.logits(text, state, patches)[ids.first : ids.slots] for patches in ("best", "graded", "shared")
+            )
+            assert ids.first + int(best.argmax()) == ids.first + int(graded.argmax()) == chosen
+            np.testing.assert_allclose(np.exp(shared), np.exp(logits), atol=1e-4)
+
+
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:
     encoder = Encoder(Tokenizer.from_file(TOKENIZER), CONFIG.image, Encoding(crops=0), config=CONFIG)
     example = Example(Discs(1).picture(0), regions=Regions((), np.array([True])))
@@ -337,6 +387,13 @@ def test_an_earlier_answer_is_trained_on_as_it_stands_in_a_prompt() -> None:
     alone, _, same = encoded(*counted)
     assert choices == same == 2, "the disc, and that there are no more"
     assert ids[len(prompt) :].tolist() == alone[len(text_ids(tokenizer, [counted[0]])) :].tolist()
+    ids, trained, choices = encoded(POINT_CUPS, format_absent("cups"), *counted)
+    prompt = text_ids(tokenizer, [POINT_CUPS, NONE, counted[0]])
+    assert ids[: len(prompt)].tolist() == prompt.tolist(), "as the SDK shows it"
+    assert not trained[: len(prompt)].any()
+    assert choices == 2
+    _, _, choices = encoded(POINT_CUPS, format_absent("cups"))
+    assert choices == 1, "that there are none"
     _, trained, _ = encoded("Is there a cup?", "No.", *counted)
     first = len(text_ids(tokenizer, ["Is there a cup?"]))
     assert trained[first], "an answer without points"

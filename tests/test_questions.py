@@ -11,7 +11,8 @@ import pytest
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, SYNONYMS, overlapping, sprite_sources
 from molmo_edge.data.english import counted, listed, plural, with_article
 from molmo_edge.data.grounded_questions import QA, describe, grounded_names, region_of, write_questions
-from molmo_edge.frontend.points import parse_count, parse_points
+from molmo_edge.frontend.answer_points import without_absent
+from molmo_edge.frontend.points import NONE, parse_count, parse_points
 
 VOCABULARY = sorted(set(sprite_sources()) | COCO_LABELS)
 
@@ -35,6 +36,32 @@ def ask(annotation: dict[str, Any], rounds: int = 200, seed: int = 0) -> list[QA
 
 DOGS = item("dog", (70, 60, 90, 80), (10, 70, 30, 90), (10, 10, 30, 30))
 CUP = item("cup", (40, 40, 60, 60))
+
+
+def test_absent_names_are_answered_by_text_or_by_a_tag_without_points() -> None:
+    asked = {}
+    for tags in (False, True):
+        rng = np.random.default_rng(0)
+        asked[tags] = [
+            qa
+            for _ in range(50)
+            for qa in write_questions(scene(CUP), rng, max_questions=8, vocabulary=VOCABULARY, empty_tags=tags)
+        ]
+    assert [qa.question for qa in asked[False]] == [qa.question for qa in asked[True]]
+    kinds = set()
+    for plain, tagged in zip(asked[False], asked[True], strict=True):
+        if plain.kind != "negative":
+            assert plain.answer == tagged.answer
+            continue
+        assert plain.answer == NONE
+        found = re.fullmatch(r'(Counting the )?<points alt="(.+)">(.+)</points>( shows a total of 0\.)?', tagged.answer)
+        assert found, tagged.answer
+        assert found[2] == found[3]
+        assert found[2] in plain.question
+        assert bool(found[1]) == bool(found[4])
+        assert parse_count(without_absent(tagged.answer)) == 0
+        kinds.add(without_absent(tagged.answer) == NONE)
+    assert kinds == {True, False}
 
 
 def test_points_counts_and_boxes_agree() -> None:

@@ -17,7 +17,7 @@ from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
-from molmo_edge.frontend.points import format_count, format_points
+from molmo_edge.frontend.points import NONE, format_absent, format_count, format_points
 
 Box = Sequence[float]  # x0, y0, x1, y1, percent
 
@@ -78,17 +78,19 @@ def write_questions(
     max_questions: int,
     vocabulary: Collection[str],
     absent: int = ABSENT,
+    empty_tags: bool = False,
 ) -> list[QA]:
     """Up to `max_questions` different questions with answers, in random order; fewer if the annotation allows no more.
 
     `vocabulary`: the labels used in training, from which absent ones are chosen. `absent`: the maximum number of
-    questions about absent labels; they are weighted in proportion to it.
+    questions about absent labels; they are weighted in proportion to it. `empty_tags`: their answers are tags without
+    points, for a model with a grounding head, which then decides whether there is anything to point to.
     """
     frequency = KINDS | {"negative": KINDS["negative"] * absent / ABSENT}
     makers: dict[str, Callable[[], list[QA]]] = {
         "point": lambda: [_point(rng, o) for o in _countable(annotation)],
         "count": lambda: [_count(rng, o) for o in _countable(annotation)],
-        "negative": lambda: _negatives(annotation, rng, vocabulary, absent),
+        "negative": lambda: _negatives(annotation, rng, vocabulary, absent, empty_tags),
         "where": lambda: _where(annotation, rng),
         "what": lambda: _what(annotation, rng),
         "yes_no": lambda: _yes_no(annotation, rng, vocabulary),
@@ -169,7 +171,9 @@ def _count(rng: np.random.Generator, item: Annotation) -> QA:
     return QA(question, format_count(points, words), "count", boxes)
 
 
-def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str], most: int) -> list[QA]:
+def _negatives(
+    annotation: Annotation, rng: np.random.Generator, vocabulary: Collection[str], most: int, empty_tags: bool
+) -> list[QA]:
     """Questions about at most `most` absent labels, half as many if no present label can be asked for."""
     labels = sorted(absent_labels(annotation, vocabulary))
     if not labels:
@@ -177,8 +181,11 @@ def _negatives(annotation: Annotation, rng: np.random.Generator, vocabulary: Col
     size = min(most if _countable(annotation) else -(-most // 2), len(labels))
     questions = []
     for label in rng.choice(labels, size=size, replace=False):
-        question, _ = _asked(rng, str(label), POINTING if rng.random() < 0.5 else COUNTING)
-        questions.append(QA(question, "There are none.", "negative"))
+        counting = rng.random() >= 0.5
+        question, words = _asked(rng, str(label), COUNTING if counting else POINTING)
+        tag = format_absent(words)
+        with_tag = f"Counting the {tag} shows a total of 0." if counting else tag
+        questions.append(QA(question, with_tag if empty_tags else NONE, "negative"))
     return questions
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from molmo_edge.frontend.coords_points import format_coords
 from molmo_edge.frontend.grounding_tokens import GroundingIds
-from molmo_edge.frontend.points import Point, parse_points
+from molmo_edge.frontend.points import Point, parse_points, written_absent
 from molmo_edge.frontend.tokenizer import Tokenizer
 
 _TAG = re.compile(r'<points?\s.*?"\s*>(?P<label>.*?)</points?>', re.DOTALL)
+_ABSENT = re.compile(r'<points alt="[^"]*">(?P<label>[^<]*)</points>')  # of `points.format_absent`
 _ALT = re.compile(r'\salt="([^"]*)"')
 
 Target = tuple[int, int, int]  # the patch, the slot and the location of a point, see `grounding_tokens.point_target`
@@ -37,7 +38,7 @@ def grounded(text: str, target: Callable[[float, float], Target], ids: Grounding
 
     target: from x and y, fractions of the image's sides. Points are in the order of their targets, as in the reference
     (molmo_point_data_formatter.py, "no_space_id_last"): `<points coords="` PATCH SLOT LOCATION 1 ... NO_MORE `">`, the
-    numbers only where `ids.numbered` says so.
+    numbers only where `ids.numbered` says so. A tag without points has NO_MORE alone.
     """
     parts: list[str | list[int]] = [""]
 
@@ -48,7 +49,7 @@ def grounded(text: str, target: Callable[[float, float], Target], ids: Grounding
         else:
             parts.append(part)
 
-    for piece in _pieces(text):
+    for piece in _pieces(text, absent=True):
         if isinstance(piece, str):
             write(piece)
             continue
@@ -70,11 +71,20 @@ def encode_parts(tokenizer: Tokenizer, parts: Sequence[str | list[int]]) -> list
     return [token for part in parts for token in (tokenizer.encode(part) if isinstance(part, str) else part)]
 
 
-def _pieces(text: str) -> Iterator[str | tuple[list[Point], str, str | None]]:
-    """The text between the tags, and for each tag its points, its label, and its `alt` where that differs from it."""
+def without_absent(text: str) -> str:
+    """`text` with its tags of `points.format_absent` as the SDK shows them."""
+    return _ABSENT.sub(lambda tag: written_absent(tag["label"], alone=tag[0] == text.strip()), text)
+
+
+def _pieces(text: str, *, absent: bool = False) -> Iterator[str | tuple[list[Point], str, str | None]]:
+    """The text between the tags, and for each tag its points, its label, and its `alt` where that differs from it.
+
+    absent: tags of `points.format_absent` are tags as well.
+    """
     start = 0
     for tag in _TAG.finditer(text):
-        if points := parse_points(tag[0]):
+        points = parse_points(tag[0])
+        if points or (absent and _ABSENT.fullmatch(tag[0])):
             yield text[start : tag.start()]
             alt = _ALT.search(tag[0])
             yield points, tag["label"], alt[1] if alt and alt[1] != tag["label"] else None

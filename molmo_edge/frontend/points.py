@@ -216,6 +216,19 @@ def format_points(points: Sequence[Point | tuple[float, float]], label: str, *, 
     return f'<points {attributes} alt="{alt}">{label}</points>'
 
 
+def format_absent(label: str) -> str:
+    """A tag without points: how a model that points by grounding tokens may answer that an object is absent.
+
+    It is used in training data only: the SDK shows such an answer as text, see `written_absent`.
+    """
+    return f'<points alt="{label}">{label}</points>'
+
+
+def written_absent(tag_label: str, *, alone: bool) -> str:
+    """The text of a tag without points: NONE, or the label alone if the tag is part of a sentence."""
+    return NONE if alone else tag_label
+
+
 def format_count(points: Sequence[Point | tuple[float, float]], label: str) -> str:
     """Format the answer to "How many ... are there?": the points, then their number."""
     if not points:

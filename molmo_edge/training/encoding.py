@@ -18,7 +18,7 @@ from molmo_edge.config import ImageConfig, MolmoConfig, PointHeadConfig
 from molmo_edge.data import annotation_prompts as prompts
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.frontend.answer_points import encode_parts, grounded, in_coords
+from molmo_edge.frontend.answer_points import encode_parts, grounded, in_coords, without_absent
 from molmo_edge.frontend.chatml import training_question_ids
 from molmo_edge.frontend.crops import (
     ImageProcessor,
@@ -180,10 +180,12 @@ class Encoder:
     ) -> list[str | list[int]]:
         """The messages of `pack`: markup is added, and points are written as the model writes them."""
         grounds = self._points_by_tokens and rgb is not None and pooling is not None
-        if grounds and not self._chat and any(parse_points(answer) for answer in texts[1:-1:2]):
+        shown = [without_absent(text) for text in texts[:-1]]
+        points_before = shown != list(texts[:-1]) or any(parse_points(answer) for answer in texts[1:-1:2])
+        if grounds and not self._chat and points_before:
             # In a later prompt the points of an answer have coordinates (`sdk.streaming.said_before`), which this model
             # does not write: the turns before the last question are its prompt.
-            return [self._said(texts[:-1]), self._grounded(texts[-1], image, rgb, pooling)]
+            return [self._said(shown), self._grounded(texts[-1], image, rgb, pooling)]
         messages: list[str | list[int]] = []
         for turn, text in enumerate(texts):
             if turn % 2 == 0:

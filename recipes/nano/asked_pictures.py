@@ -38,6 +38,7 @@ class AskedPictures:
     scenes: int
     questions: int = QUESTIONS
     name: str = "answers"
+    empty_tags: bool = True  # see `write_questions`; False for a model without a grounding head
 
     def __len__(self) -> int:
         return len(self.photos) + self.scenes
@@ -56,7 +57,14 @@ class AskedPictures:
                 picture = self.augmentation.picture(self.photos, index, self.vocabulary, rng)
             rgb, annotation, regions = picture.rgb, photo_annotation(picture), self.vocabulary.regions(picture)
             names = annotation["absent"]
-        asked = write_questions(annotation, rng, max_questions=self.questions, vocabulary=names, absent=ABSENT)
+        asked = write_questions(
+            annotation,
+            rng,
+            max_questions=self.questions,
+            vocabulary=names,
+            absent=ABSENT,
+            empty_tags=self.empty_tags,
+        )
         return Example(rgb, tuple(follow_ups(list(map(_annotation, asked)), rng)), regions)
 
 

@@ -71,6 +71,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     first, grounding = before / "model", before / pointing.GROUNDING
     if digits:
         recipe = stage.in_digits(recipe)
+        data, validation = (replace(one, empty_tags=False) for one in (data, validation))
     else:
         first = directory / "start"
         if not (first / "config.json").exists():
