@@ -109,25 +109,30 @@ class Grounding:
     def _patch_scores(self, query: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
         """The patches' part of `logits`; `marker`: the logit of the patch token."""
         own = self.patch_logits(query)
-        if patches != "shared":
-            own = self._by_sum(own)
+        if not self.config.numbered:
+            own = self._decided(own) if patches != "shared" else self._open(own)
+        if patches == "best":
             return np.where(np.arange(len(own)) == own.argmax(), np.float32(marker), _UNSET)
         behind = own - own.max()
         if patches == "shared":
             behind -= np.log(np.exp(behind).sum())
         return np.asarray(marker + behind, np.float32)
 
-    def _by_sum(self, own: np.ndarray) -> np.ndarray:
-        """`own` with a logit of "no more points" that wins if its probability exceeds that of all patches together.
+    def _open(self, own: np.ndarray) -> np.ndarray:
+        """`own` without the patches before the last one, which are closed in training and may not follow."""
+        earlier = self._patches()
+        return np.where(np.arange(len(own)) < earlier[-1], _CLOSED, own) if earlier else own
+
+    def _decided(self, own: np.ndarray) -> np.ndarray:
+        """`own` of the open patches; at first, "no more points" wins if it is likelier than all patches together.
 
         An object extends over several patches, which share the probability that there is one. The reference compares
-        "no more points" with the likeliest patch alone, so the released models are left to it.
+        "no more points" with the likeliest patch alone, as this does after the first point.
         """
-        if not self.config.no_more_class or self.head.config.image.layout != "molmo":
-            return own
-        there, best = own[:-1] - own.max(), own[:-1].max()
-        others = np.log(np.exp(there).sum()) + own.max()
-        return np.append(own[:-1], np.float32(own[-1] - others + best))
+        if self._patches() or not self.config.no_more_class:
+            return self._open(own)
+        all_patches = np.logaddexp.reduce(own[:-1].astype(np.float64))
+        return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
 
     def patch_logits(self, query: np.ndarray) -> np.ndarray:
         """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)]."""
