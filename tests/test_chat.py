@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,15 @@ def test_the_embedded_model_differs_by_rounding_alone() -> None:
     """Eight-bit activations round differently in another order, so nearly tied ids may differ."""
     with Molmo(threads=1, max_crops=1) as molmo:
         scene = molmo.encode(GOLDEN / "coffee.png")
-        chat, eos = molmo.chat(scene), molmo.engine.tokenizer.special.eos
-        ids: list[int] = []
+        chat, turns = molmo.chat(scene), list[Sequence[int] | str]()
+        assert scene.grounding is not None
+        first = scene.grounding.token_ids.first
         for question in QUESTIONS:
-            ids += text_ids(molmo.engine.tokenizer, [question]).tolist()
+            ids = text_ids(molmo.engine.tokenizer, [*turns, question]).tolist()
             answer = chat.ask(question, max_new_tokens=24)
             assert behind_the_likeliest(molmo, scene, ids, answer.token_ids) < 0.5
-            ids += [*answer.token_ids, eos]
+            # In a later prompt, an answer with grounding tokens is text.
+            turns += [question, answer.text if max(answer.token_ids) >= first else answer.token_ids]
         assert len({answer.text for answer in chat.answers}) > 1
 
 
