@@ -95,10 +95,12 @@ class Int4:
     ) -> str | None:
         """QMoE of x [1, n, d_model] and the router's probabilities [1, n, n_experts]; None for unsupported sizes.
 
+        None also if all experts are active: QMoE has none to leave out, and needs a newer ONNX Runtime than MatMulNBits.
+
         Scales are float16 in the file; ONNX Runtime converts them to float32 for float32 inputs.
         """
         block = expert_block(d, self.block)
-        if block is None:
+        if block is None or d.top_k == d.n_experts:
             return None
         n, f, w = d.n_experts, d.ffn_dim, d.d_model
         first, second = _Stack.empty(n, 2 * f, w, block), _Stack.empty(n, w, f, block)
