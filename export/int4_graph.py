@@ -95,7 +95,7 @@ class Int4:
     ) -> str | None:
         """QMoE of x [1, n, d_model] and the router's probabilities [1, n, n_experts]; None for unsupported sizes.
 
-        None also if all experts are active: QMoE has none to leave out, and needs a newer ONNX Runtime than MatMulNBits.
+        None also if all experts are active: QMoE has none to leave out, and needs a newer ONNX Runtime.
 
         Scales are float16 in the file; ONNX Runtime converts them to float32 for float32 inputs.
         """
