@@ -224,9 +224,9 @@ def format_absent(label: str) -> str:
     return f'<points alt="{label}">{label}</points>'
 
 
-def written_absent(tag_label: str, *, alone: bool) -> str:
+def written_absent(label: str, *, alone: bool) -> str:
     """The text of a tag without points: NONE, or the label alone if the tag is part of a sentence."""
-    return NONE if alone else tag_label
+    return NONE if alone else label
 
 
 def format_count(points: Sequence[Point | tuple[float, float]], label: str) -> str:
