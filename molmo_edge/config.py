@@ -306,9 +306,16 @@ class PointHeadConfig:
     n_locations: int = 9  # in a subpatch
     no_more_class: bool = True  # whether "no more points" can be chosen instead of a patch
     numbered: bool = added(True)  # whether the number of its object follows each point: 4 tokens a point instead of 3
+    # Each subpatch adds votes to the score of its patch: so many dot products of the decoder's state and its features.
+    votes: int = added(0)
+    vote_dim: int = added(96)
+    # Whether each open patch is accepted or refused in ascending order, instead of a softmax over all of them.
+    sequential: bool = added(False)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.sequential and not self.no_more_class:
+            raise ConfigError("sequential needs no_more_class: its key is the threshold of a patch")
 
 
 @dataclass(frozen=True)

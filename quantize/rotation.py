@@ -110,7 +110,7 @@ def _rotate_decoder(config: MolmoConfig, get: _Get, changes: _Changes, rng: np.r
     _add(changes, last, np.ones_like)
     if config.point_head is not None:
         hub = "model.point_predictor"
-        for query in ("patch_q", "patch_k", "subpatch_q"):
+        for query in ("patch_q", "patch_k", "subpatch_q", *(("vote_q",) if config.point_head.votes else ())):
             _add(changes, f"{hub}.{query}.weight", partial(_scaled_columns, get, f"{hub}.x_norm.weight"), stream.apply)
         _add(changes, f"{hub}.x_norm.weight", np.ones_like)
         _add(changes, f"{hub}.subpatch_loc_k.weight", stream.apply)  # it reads the stream without a norm
@@ -135,7 +135,8 @@ def _rotate_vision(config: MolmoConfig, get: _Get, changes: _Changes, rng: np.ra
     features = partial(_apply_features, streams)
     pooling = f"{connector_name(config)}.image_pooling_2d"
     readers = [f"{pooling}.{w}.weight" for w in ("wq", "wk", "wv")]
-    for reader in (*readers, f"{BACKBONE}.pad_embed", "model.point_predictor.subpatch_k.weight"):
+    keys = [f"model.point_predictor.{name}.weight" for name in ("subpatch_k", "vote_k")]
+    for reader in (*readers, f"{BACKBONE}.pad_embed", *keys):
         _add(changes, reader, features)
     if config.point_head is not None:  # its rows belong to the decoder's stream
         changes["model.build_vit_embedding.weight"].insert(0, features)

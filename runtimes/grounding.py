@@ -57,6 +57,8 @@ class Grounding:
     slot_features: np.ndarray  # float32 [n_patches, n_slots, feature_dim], zero for missing patches
     slots: np.ndarray  # bool [n_patches, n_slots]: False for missing patches
     features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
+    # float32 [n_patches, n_slots, votes, vote_dim], of a head with votes
+    vote_keys: np.ndarray | None = None
     history: list[int] = field(default_factory=list)
 
     def logits(self, text: np.ndarray, state: np.ndarray, patches: Patches = "best") -> np.ndarray:
@@ -79,7 +81,8 @@ class Grounding:
             out[model.decoder.vocab_size : ids.first] = _UNSET
         if self.history:  # the first new token is never a grounding token
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
-            out[ids.first : ids.slots] = self._patch_scores(patch_query, float(text[config.patch_token]), patches)
+            own = self.patch_logits(patch_query, self.votes(state))
+            out[ids.first : ids.slots] = self._patch_scores(own, float(text[config.patch_token]), patches)
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
                 out[ids.slots : ids.locations] = self.slot_logits(slot_query, last - ids.first)
@@ -106,9 +109,8 @@ class Grounding:
         """The patches in `history`."""
         return [token - self.ids.first for token in self.history if 0 <= token - self.ids.first < self.ids.n_patches]
 
-    def _patch_scores(self, query: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
-        """The patches' part of `logits`; `marker`: the logit of the patch token."""
-        own = self.patch_logits(query)
+    def _patch_scores(self, own: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
+        """The patches' part of `logits`, from `patch_logits`; `marker`: the logit of the patch token."""
         if not self.config.numbered:
             own = self._decided(own) if patches != "shared" else self._open(own)
         if patches == "best":
@@ -127,21 +129,43 @@ class Grounding:
         """`own` of the open patches; at first, "no more points" wins if it is likelier than all patches together.
 
         An object extends over several patches, which share the probability that there is one. The reference compares
-        "no more points" with the likeliest patch alone, as this does after the first point.
+        "no more points" with the likeliest patch alone, as this does after the first point; probabilities of a
+        sequential head are compared at every point.
         """
-        if self._patches() or not self.config.no_more_class:
+        if not self.config.no_more_class or (self._patches() and not self.config.sequential):
             return self._open(own)
         all_patches = np.logaddexp.reduce(own[:-1].astype(np.float64))
         return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
 
-    def patch_logits(self, query: np.ndarray) -> np.ndarray:
-        """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)]."""
+    def votes(self, state: np.ndarray) -> np.ndarray | None:
+        """The votes of all patches for the last token's state [d_model] -> float32 [n_patches].
+
+        A patch gets the logarithm of the summed exponentials of all dot products of its subpatches: a convolutional
+        tower sees an object at one level of its pyramid only, which a sum of dot products would drown.
+        """
+        if self.vote_keys is None:
+            return None
+        query = self.head.vote_queries(state[None])[0].reshape(self.vote_keys.shape[2:])
+        votes = np.einsum("psvd,vd->psv", self.vote_keys, query, optimize=True)
+        votes = np.where(self.slots[..., None], votes, _CLOSED)
+        return np.asarray(np.logaddexp.reduce(votes.reshape(len(votes), -1), axis=1), np.float32)
+
+    def patch_logits(self, query: np.ndarray, votes: np.ndarray | None = None) -> np.ndarray:
+        """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)].
+
+        `votes`: float32 [n_patches], of a head with votes. Those of a sequential head are log probabilities.
+        """
         earlier = self._patches()
         if earlier and self.history[-1] == self.ids.first + earlier[-1]:
             earlier.pop()  # the query is rotated by the last patch before the current token
         if earlier:
             query = rotate(query[None], self.positions[earlier[-1:]], self.config.rope_theta)[0]
         scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
+        if votes is not None:
+            scores[: len(votes)] += votes
+        if self.config.sequential:
+            is_open = self.selectable[:-1] & (np.arange(len(scores) - 1) >= (earlier[-1] if earlier else 0))
+            return in_sequence(scores[:-1] - scores[-1], is_open)
         return np.where(self.selectable, scores, _CLOSED)
 
     def slot_logits(self, query: np.ndarray, patch: int) -> np.ndarray:
@@ -206,8 +230,12 @@ class GroundingInputs:
         if config.no_more_class:
             keys, chosen = np.concatenate([keys, self.head.no_more[None]]), np.append(chosen, True)
         slot_features = self.patch_features[np.maximum(self.pooling, 0)] * there[..., None]
+        votes = None
+        if config.votes:
+            votes = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]
+            votes = votes.reshape(*there.shape, config.votes, config.vote_dim)
         return Grounding(
-            self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features
+            self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features, votes
         )
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -367,6 +395,18 @@ class DigitWriter:
     def _written(self, tag: str, label: str) -> str:
         points = self._inputs.unlabelled_points(tag)
         return format_points(points, label) if points else ""
+
+
+def in_sequence(scores: np.ndarray, is_open: np.ndarray) -> np.ndarray:
+    """Log probabilities that a patch is the first one that is accepted, and last that none is, float32 [n + 1].
+
+    Each open patch is accepted with the probability sigmoid(score), in ascending order. `scores` float32 [n], `is_open`
+    bool [n].
+    """
+    accepted = np.where(is_open, -np.logaddexp(0, -scores), _CLOSED)
+    refused = np.cumsum(np.where(is_open, -np.logaddexp(0, scores), 0), dtype=np.float64)
+    before = np.concatenate([[0], refused])
+    return np.append(accepted + before[:-1], before[-1]).astype(np.float32)
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

@@ -131,6 +131,7 @@ class LlamaRuntime:
         self.encode_image, self.encode_crops, self.connect = graphs.encode_image, graphs.encode_crops, graphs.connect
         self.embed = graphs.embed
         self.project, self.project_features = graphs.project, graphs.project_features  # see PointRuntime
+        self.vote_queries, self.vote_keys = graphs.vote_queries, graphs.vote_keys
 
     def new_cache(self, capacity: int) -> LlamaCache:
         """Implement `Runtime.new_cache`."""

@@ -297,6 +297,14 @@ class OnnxRuntime:
         keys, rows = self._run_point_head(("slot_key", "embedding"), features=features)
         return keys, rows
 
+    def vote_queries(self, states: np.ndarray) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._run_point_head(("vote_query",), states=states)[0]
+
+    def vote_keys(self, features: np.ndarray) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._run_point_head(("vote_key",), features=features)[0]
+
     def _run_point_head(self, outputs: Sequence[str], **given: np.ndarray) -> list[np.ndarray]:
         widths = {"states": self.config.decoder.d_model, "features": self.config.feature_dim}
         inputs = {name: np.empty((0, width), np.float32) for name, width in widths.items()}

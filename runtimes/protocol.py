@@ -125,6 +125,14 @@ class PointRuntime(PartedRuntime, Protocol):
         """ViT features of patches [n, feature_dim] -> keys [n, dim], embeddings as tokens [n, d_model]."""
         ...
 
+    def vote_queries(self, states: np.ndarray) -> np.ndarray:
+        """States [n, d_model] -> queries of votes [n, votes * vote_dim], of a head with votes."""
+        ...
+
+    def vote_keys(self, features: np.ndarray) -> np.ndarray:
+        """ViT features of patches [n, feature_dim] -> keys of votes [n, votes * vote_dim]."""
+        ...
+
 
 class StoredCache(Cache, Protocol):
     """A cache that can be written to a file."""

@@ -309,6 +309,16 @@ class TorchRuntime:
         keys, rows = self._point_head.project_features(self._tensor(features))
         return keys.float().cpu().numpy(), rows.float().cpu().numpy()
 
+    @_inference
+    def vote_queries(self, states: np.ndarray) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._point_head.vote_queries(self._tensor(states)).float().cpu().numpy()
+
+    @_inference
+    def vote_keys(self, features: np.ndarray) -> np.ndarray:
+        """See `molmo_edge.runtimes.protocol.PointRuntime`."""
+        return self._point_head.vote_keys(self._tensor(features)).float().cpu().numpy()
+
     @property
     def _point_head(self) -> PointHead:
         head = self.model.point_head

@@ -33,7 +33,7 @@ from molmo_edge.frontend.points import NONE, Point, format_absent, format_count,
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding
 from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
@@ -63,7 +63,7 @@ CONFIG = MolmoConfig(  # two towers, as nano has
     ),
     projector_dim=D,
     conv_tower=ConvTowerConfig(stem_dim=4, steps=(1, 1, 1, 2), pyramid_dim=6),
-    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False),
+    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False, votes=2, vote_dim=8, sequential=True),
 )
 POINT, COUNT = "Point to the discs.", "How many discs are there?"
 POINT_CUPS, COUNT_CUPS = "Point to the cups.", "How many cups are there?"
@@ -332,12 +332,18 @@ def test_a_tag_without_points_is_written_as_text(start: Path) -> None:
         assert inputs.points(text) == []
 
 
+def _of_head(grounding: Grounding, **changes: object) -> Grounding:
+    """The grounding of a head without votes."""
+    config = dataclasses.replace(grounding.config, votes=0, **changes)
+    return dataclasses.replace(grounding, config=config, vote_keys=None)
+
+
 def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path) -> None:
     """An object extends over several patches, none of which may be likelier than that there is no object."""
     with Sdk(start, max_crops=0) as model:
         inputs = model.encode(Discs(1).picture(0)).grounding
         assert inputs is not None
-        grounding = inputs.begin(np.zeros((len(inputs.ids), D), np.float32))
+        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)), sequential=False)
         state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
         text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
         unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
@@ -350,6 +356,24 @@ def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path
             )
             assert ids.first + int(best.argmax()) == ids.first + int(graded.argmax()) == chosen
             np.testing.assert_allclose(np.exp(shared), np.exp(logits), atol=1e-4)
+
+
+def test_a_sequential_head_stops_when_it_rather_refuses_all_patches(start: Path) -> None:
+    with Sdk(start, max_crops=0) as model:
+        inputs = model.encode(Discs(1).picture(0)).grounding
+        assert inputs is not None
+        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)))
+        state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
+        text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
+        unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
+        for accepted, chosen in ((0.3, ids.first + 5), (0.15, ids.no_more)):  # the probability of each of three patches
+            logits = np.full(count, -30.0)
+            logits[5:8], logits[-1] = np.log(accepted / (1 - accepted)), 0
+            one = dataclasses.replace(grounding, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
+            best, shared = (one.logits(text, state, each)[ids.first : ids.slots] for each in ("best", "shared"))
+            assert ids.first + int(best.argmax()) == chosen
+            expected = [accepted, accepted * (1 - accepted), accepted * (1 - accepted) ** 2, (1 - accepted) ** 3]
+            np.testing.assert_allclose(np.exp(shared[[5, 6, 7, -1]]), expected, atol=1e-4)
 
 
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:

@@ -21,12 +21,13 @@ from molmo_edge.frontend.crops import cell_patches, image_in_grid, pointable_cel
 from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding, point_target
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
 from molmo_edge.modeling import Molmo, load_checkpoint
-from molmo_edge.runtimes.grounding import GroundingInputs
+from molmo_edge.runtimes.grounding import GroundingInputs, in_sequence
 from molmo_edge.runtimes.torch import TorchRuntime
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.encoding import Encoder, Encoding, Sample, collate
 from molmo_edge.training.flops import cost
 from molmo_edge.training.forward import ForwardConfig, Trainable
+from molmo_edge.training.grounding import in_sequence as trained_in_sequence
 
 PLAIN = ForwardConfig(answer_dropout=0.0)
 POINT = "molmo_point"
@@ -217,11 +218,21 @@ def test_a_point_decodes_to_where_it_is(max_crops: int) -> None:
     assert found[200:].round().tolist() == [[0, 0], [1, 1]]
 
 
-def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits() -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"votes": 3, "vote_dim": 8},
+        {"sequential": True, "no_more_class": True},
+        {"votes": 2, "vote_dim": 4, "sequential": True, "no_more_class": True},
+    ],
+)
+def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits(changes: dict[str, Any]) -> None:
     """The choices of each step, made by the runtime along the answer, have the loss of training."""
-    config, tokenizer, molmo = _config(POINT), tokenizer_of(POINT), _molmo(POINT)
-    example = _example(QUESTIONS[0])
-    sample = _encoder(POINT)(example, np.random.default_rng(0))
+    tokenizer, molmo = tokenizer_of(POINT), _with_head(**changes)
+    config = molmo.config
+    encode = Encoder(tokenizer, _config(POINT).image, Encoding(shuffle=False), config=config)
+    sample = encode(_example(QUESTIONS[0]), np.random.default_rng(0))
     assert sample.points is not None
     assert sample.pooling is not None
     runtime = TorchRuntime.from_model(molmo, threads=1)
@@ -249,7 +260,7 @@ def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits() -> None:
         query, _, slot_query, location = (part[0] for part in runtime.project(state[None]))
         logits: np.ndarray | None = None
         if token == inputs.token_ids.no_more or inputs.token_ids.first <= token < inputs.token_ids.slots:
-            logits, chosen = grounding.patch_logits(query), token - inputs.token_ids.first
+            logits, chosen = grounding.patch_logits(query, grounding.votes(state)), token - inputs.token_ids.first
             earlier = [
                 t - inputs.token_ids.first for t in answer[:at] if 0 <= t - inputs.token_ids.first < len(features)
             ]
@@ -262,9 +273,46 @@ def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits() -> None:
         if logits is not None:
             total -= float(torch.log_softmax(torch.from_numpy(logits), 0)[chosen])
         text = runtime.forward(grounding.embed(token), cache)
-    (ce, _, points, _), _ = _losses(POINT, [sample])
-    assert points == pytest.approx(total, rel=1e-5)
-    assert ce == pytest.approx(text_total, rel=1e-5)
+    with torch.no_grad():
+        sums = Trainable(molmo, PLAIN).eval()(collate([sample]))
+    assert float(sums.point_loss) == pytest.approx(total, rel=1e-5)
+    assert float(sums.cross_entropy) == pytest.approx(text_total, rel=1e-5)
+
+
+def _with_head(**changes: Any) -> Molmo:
+    """The golden MolmoPoint with another grounding head; what that has in addition is random."""
+    before, config = _molmo(POINT), _config(POINT)
+    assert config.point_head is not None
+    changed = dataclasses.replace(config, point_head=dataclasses.replace(config.point_head, **changes))
+    molmo = Molmo(changed).init_weights(std=0.1, generator=torch.Generator().manual_seed(0))
+    molmo.load_state_dict(before.state_dict(), strict=False)
+    return molmo
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sequence_of_choices_has_the_probabilities_of_its_steps(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, is_open = rng.normal(0, 3, 7), rng.random(7) < 0.7
+    left, expected = 1.0, []
+    for score, one in zip(scores, is_open, strict=True):
+        accepts = one / (1 + np.exp(-score))
+        expected.append(left * accepts)
+        left *= 1 - accepts
+    expected.append(left)
+    np.testing.assert_allclose(np.exp(in_sequence(scores.astype(np.float32), is_open)), expected, rtol=1e-5)
+    trained = trained_in_sequence(torch.tensor(scores)[None], torch.tensor(is_open)[None])[0]
+    np.testing.assert_allclose(trained.exp().numpy(), expected, rtol=1e-5)
+
+
+def test_extreme_scores_leave_a_sequence_finite() -> None:
+    scores = np.array([-1e4, 1e4, 3.0], np.float32)
+    every = np.ones(3, bool)
+    found = in_sequence(scores, every)
+    assert np.isfinite(found).all()
+    assert int(found.argmax()) == 1
+    torch.testing.assert_close(
+        trained_in_sequence(torch.from_numpy(scores)[None], torch.from_numpy(every)[None])[0], torch.from_numpy(found)
+    )
 
 
 def _unmarked(sample: Sample, ids: GroundingIds) -> list[int]:

@@ -57,6 +57,9 @@ def outputs(model: Molmo) -> dict[str, np.ndarray]:
         names = ("patch_q", "patch_k", "subpatch_q", "location")
         found |= dict(zip(names, model.point_head.project(states[0]), strict=True))
         found["subpatch_k"] = model.point_head.project_features(features[0])[0]
+        if config.point_head is not None and config.point_head.votes:
+            found["vote_q"] = model.point_head.vote_queries(states[0])
+            found["vote_k"] = model.point_head.vote_keys(features[0])
     return {name: value.numpy() for name, value in found.items()}
 
 
@@ -89,6 +92,15 @@ def test_rotated_weights_are_the_same_function(vit: str, decoder: object, tmp_pa
     config = MolmoConfig(SMALL_IMAGE, vision, decoder, projector_dim=32, extra_vision=extra)
     model = spread_norms(Molmo(config).init_weights(std=0.07, generator=torch.Generator().manual_seed(1)))
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", tmp_path / "checkpoint")
+    check_same(*open_source(tmp_path / "checkpoint"))
+
+
+def test_votes_of_a_grounding_head_are_the_same_function(tmp_path: Path) -> None:
+    before = open_source(GOLDEN2 / "molmo_point")[0]
+    assert before.point_head is not None
+    config = dataclasses.replace(before, point_head=dataclasses.replace(before.point_head, votes=2, vote_dim=8))
+    model = spread_norms(Molmo(config).init_weights(std=0.07, generator=torch.Generator().manual_seed(1)))
+    save_checkpoint(model, GOLDEN2 / "molmo_point" / "tokenizer.json", tmp_path / "checkpoint")
     check_same(*open_source(tmp_path / "checkpoint"))
 
 

@@ -165,6 +165,8 @@ def _point_head(config: MolmoConfig) -> Iterator[_Line]:
         return
     hub, d, features, dim = "model.point_predictor", config.decoder.d_model, config.feature_dim, point.dim
     yield "point_head.x_norm.weight", (f"{hub}.x_norm.weight",), (d,)
+    votes = point.votes * point.vote_dim
+    voting = (("vote_q", f"{hub}.vote_q", votes, d), ("vote_k", f"{hub}.vote_k", votes, features)) if votes else ()
     for ours, theirs, rows, columns in (
         ("patch_q", f"{hub}.patch_q", dim, d),
         ("patch_k", f"{hub}.patch_k", dim, d),
@@ -172,6 +174,7 @@ def _point_head(config: MolmoConfig) -> Iterator[_Line]:
         ("subpatch_k", f"{hub}.subpatch_k", dim, features),
         ("location", f"{hub}.subpatch_loc_k", point.n_locations, d),
         ("patch_embedding", "model.build_vit_embedding", d, features),
+        *voting,
     ):
         yield f"point_head.{ours}.weight", (f"{theirs}.weight",), (rows, columns)
         yield f"point_head.{ours}.bias", (f"{theirs}.bias",), (rows,)

@@ -1,7 +1,7 @@
 """MolmoPoint's grounding head: projections that choose a patch, a subpatch and a location by dot products.
 
 Reference: PointPredictor of hf_model/modeling_molmo_point.py in allenai/molmo2. The computation after the projections
-does not depend on the engine: see runtimes/grounding.py.
+does not depend on the engine: see runtimes/grounding.py. The votes of subpatches are not in the reference.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class PointHead(Module):
         self.location = Linear(d, point.n_locations)
         self.no_more = nn.Parameter(torch.zeros(point.dim))
         self.patch_embedding = Linear(features, d)
+        if point.votes:
+            self.vote_q = Linear(d, point.votes * point.vote_dim)
+            self.vote_k = Linear(features, point.votes * point.vote_dim)
 
     def project(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """States before the decoder's final norm [n, d_model] -> queries and keys.
@@ -41,3 +44,11 @@ class PointHead(Module):
     def project_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """ViT features of single patches [n, feature_dim] -> keys [n, dim], and token embeddings [n, d_model]."""
         return self.subpatch_k(features), self.patch_embedding(features)
+
+    def vote_queries(self, state: Tensor) -> Tensor:
+        """States before the decoder's final norm [n, d_model] -> queries of votes [n, votes * vote_dim]."""
+        return self.vote_q(self.x_norm(state))
+
+    def vote_keys(self, features: Tensor) -> Tensor:
+        """ViT features of single patches [n, feature_dim] -> keys of votes [n, votes * vote_dim]."""
+        return self.vote_k(features)

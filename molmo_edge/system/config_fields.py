@@ -23,6 +23,7 @@ _MAY_BE_ZERO = (
     "additional_vocab_size",
     "head_dim_override",
     "pooling_heads",
+    "votes",
 )
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 

@@ -193,9 +193,17 @@ def point_scores(
     scores = query @ keys.T
     if config.no_more_class:
         scores = torch.cat([scores, query @ head.no_more.to(query.dtype)[:, None]], dim=1)
-        is_open = F.pad(is_open, (0, 1), value=True)
     scores = scores.float() / (count + int(config.no_more_class)).float().sqrt()[:, None]
-    patches = scores.masked_fill(~is_open, _CLOSED), target, at
+    if config.votes:
+        votes = _votes(head, config, states.index_select(0, at), features, pooling)
+        scores = torch.cat([scores[:, : len(keys)] + votes, scores[:, len(keys) :]], dim=1)
+    if config.sequential:
+        scores = in_sequence(scores[:, :-1] - scores[:, -1:], is_open)
+    elif config.no_more_class:
+        scores = scores.masked_fill(~F.pad(is_open, (0, 1), value=True), _CLOSED)
+    else:
+        scores = scores.masked_fill(~is_open, _CLOSED)
+    patches = scores, target, at
 
     at, patch, target = points.slot_targets.unbind(1)
     query = head.subpatch_q(head.x_norm(states.index_select(0, at)))
@@ -205,6 +213,27 @@ def point_scores(
 
     at, target = points.location_targets.unbind(1)
     return PointScores(*patches, *chosen, head.location(states.index_select(0, at)).float(), target, at)
+
+
+def _votes(head: PointHead, config: PointHeadConfig, states: Tensor, features: Tensor, pooling: Tensor) -> Tensor:
+    """The votes of subpatches for their patches, float32 [states, patches]; see `runtimes.grounding.Grounding`."""
+    shape = (config.votes, config.vote_dim)
+    queries = torch.unflatten(head.vote_queries(states), -1, shape)
+    used, rows = pooling.clamp(min=0).unique(return_inverse=True)  # patches may be in several windows
+    keys = torch.unflatten(head.vote_keys(features.flatten(0, 1)[used]), -1, shape)
+    votes = torch.einsum("qvd,kvd->qkv", queries, keys).logsumexp(-1).float()  # [states, used]
+    return votes[:, rows].masked_fill(pooling < 0, _CLOSED).logsumexp(-1)
+
+
+def in_sequence(scores: Tensor, is_open: Tensor) -> Tensor:
+    """Log probabilities that a patch is the first one that is accepted, and last that none is, [n, patches + 1].
+
+    Each open patch is accepted with the probability sigmoid(score), in ascending order. scores and is_open
+    [n, patches].
+    """
+    accepted = F.logsigmoid(scores).masked_fill(~is_open, _CLOSED)
+    refused = F.logsigmoid(-scores).masked_fill(~is_open, 0.0).cumsum(-1)
+    return torch.cat([accepted + F.pad(refused[:, :-1], (1, 0)), refused[:, -1:]], dim=1)
 
 
 def choice_loss(scores: PointScores, weights: Tensor) -> Tensor:

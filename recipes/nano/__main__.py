@@ -44,7 +44,8 @@ def required(args: argparse.Namespace) -> list[str]:
         return [] if args.photos or args.sprites else ["photos"]
     if args.stage == "curves":
         return ["run"]
-    more = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",)}.get(args.stage, ())
+    alone = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",), "answers": ("detector",)}
+    more = () if args.points == "digits" else alone.get(args.stage, ())
     return ["run", "photos", *more]
 
 

@@ -63,7 +63,8 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     digits: write coordinates as text, in RUN/answers-digits, instead of pointing by grounding tokens.
     """
     from recipes.nano import answers as stage
-    from recipes.nano import asked_pictures, pointing
+    from recipes.nano import asked_pictures, pointing, votes
+    from recipes.nano.detector import score_layers
 
     before = sources.run / "sight"
     directory = directory or sources.run / ("answers-digits" if digits else "answers")
@@ -76,7 +77,10 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
         first = directory / "start"
         if not (first / "config.json").exists():
             some = data.photos[:: max(1, len(data.photos) // 64)]
-            pointing.add_point_head(before / "model", grounding, some, first)
+            headed = directory / "headed"
+            pointing.add_point_head(before / "model", grounding, some, headed)
+            assert sources.detector is not None
+            votes.add_votes(headed, score_layers(sources.detector), data, first)
     return stage.train(first, grounding, data, validation, directory, recipe)
 
 
