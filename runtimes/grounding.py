@@ -6,6 +6,7 @@ embeds tokens with it. It does not depend on an engine. Source: hf_model/modelin
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Iterator, Sequence
@@ -230,13 +231,16 @@ class GroundingInputs:
         if config.no_more_class:
             keys, chosen = np.concatenate([keys, self.head.no_more[None]]), np.append(chosen, True)
         slot_features = self.patch_features[np.maximum(self.pooling, 0)] * there[..., None]
-        votes = None
-        if config.votes:
-            votes = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]
-            votes = votes.reshape(*there.shape, config.votes, config.vote_dim)
+        votes = self._vote_keys if config.votes else None
         return Grounding(
             self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features, votes
         )
+
+    @functools.cached_property
+    def _vote_keys(self) -> np.ndarray:
+        """The keys of the subpatches' votes, which all questions about the images share."""
+        keys = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]
+        return keys.reshape(*self.pooling.shape, self._config.votes, self._config.vote_dim)
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """The embeddings of an answer's tokens, int [n] -> float32 [n, d_model]. They do not depend on any states."""

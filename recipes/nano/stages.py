@@ -80,7 +80,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
             headed = directory / "headed"
             pointing.add_point_head(before / "model", grounding, some, headed)
             assert sources.detector is not None
-            votes.add_votes(headed, score_layers(sources.detector), data, first)
+            votes.add_votes(headed, score_layers(sources.detector), data.photos, first)
     return stage.train(first, grounding, data, validation, directory, recipe)
 
 

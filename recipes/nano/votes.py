@@ -2,13 +2,12 @@
 
 The connector pools patches and mixes the levels of the pyramid, in which an object is visible at one level only. A vote
 for each level keeps them apart. The queries are fitted to the states of the decoder that choose a patch, by least
-squares, so that the head finds the detector's names before it is trained. Other names begin without votes.
+squares, so that the head finds the detector's names before it is trained.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,21 +16,21 @@ import torch
 from torch import Tensor
 
 from molmo_edge.config import MolmoConfig
-from molmo_edge.data.drawn.sprite_names import SYNONYMS
+from molmo_edge.data.annotated_photos import Photo
+from molmo_edge.data.annotation_prompts import counting, pointing
 from molmo_edge.data.english import plural
-from molmo_edge.data.examples import Example
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.frontend.points import Point
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
-from molmo_edge.training.encoding import Encoder, Encoding, EncodingError, collate
+from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
-from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.detector import COCO_NAMES
 
 LEVELS = 3  # of the pyramid, one vote each
 DIM = 96  # of a vote: the rank of the detector's classes, a constant, and room to learn
-PICTURES = 240  # that the queries are fitted to
-RIDGE = 1e-3  # of the variance of the states
-_TAG = re.compile(r">([^<>]*)</points>")
+PICTURES, ASKED = 160, 24  # that the queries are fitted to, and names that each is asked for
+RIDGE = 1e-2  # of the variance of the states
 
 
 def with_votes(config: MolmoConfig) -> MolmoConfig:
@@ -42,18 +41,19 @@ def with_votes(config: MolmoConfig) -> MolmoConfig:
 
 @torch.no_grad()
 def add_votes(
-    before: Path, classes: Sequence[tuple[Tensor, Tensor]], data: AskedPictures, out: Path, seed: int = 0
+    before: Path, classes: Sequence[tuple[Tensor, Tensor]], photos: Sequence[Photo], out: Path, seed: int = 0
 ) -> None:
     """Write the checkpoint `before`, which has a grounding head, with votes to `out`.
 
-    classes: the detector's, see `detector.score_layers`.
+    classes: the detector's, see `detector.score_layers`. The queries are fitted on some of the photos.
     """
     old, _, config = load_checkpoint(before)
     config, tokenizer = with_votes(config), Tokenizer.from_file(before / "tokenizer.json")
     model = Molmo(config).init_weights(generator=torch.Generator().manual_seed(seed))
     left = model.load_state_dict(old.state_dict(), strict=False)
     assert not left.unexpected_keys
-    states, names = choosing_states(model, tokenizer, data, seed)
+    some = photos[:: max(1, len(photos) // PICTURES)]
+    states, names = choosing_states(model, tokenizer, (photo.rgb() for photo in some), seed)
     keys, bias, queries = detector_votes(config, classes, seed)
     head = model.point_head
     assert head is not None
@@ -66,7 +66,7 @@ def add_votes(
 def detector_votes(
     config: MolmoConfig, classes: Sequence[tuple[Tensor, Tensor]], seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and bias of the keys, and the queries of COCO_NAMES and last of other names [81, votes * dim].
+    """Weight and bias of the keys, and the queries of COCO_NAMES [80, votes * dim].
 
     classes: weight [80, pyramid_dim] and bias [80] of the detector's classes at each level, finest first. The finest
     level has four samples in a patch, whose mean is used.
@@ -75,52 +75,47 @@ def detector_votes(
     assert tower is not None
     width, generator = tower.pyramid_dim, torch.Generator().manual_seed(seed)
     weight = torch.zeros(LEVELS, DIM, config.feature_dim)
-    bias, queries = torch.zeros(LEVELS, DIM), torch.zeros(len(COCO_NAMES) + 1, LEVELS, DIM)
+    bias, queries = torch.zeros(LEVELS, DIM), torch.zeros(len(COCO_NAMES), LEVELS, DIM)
     samples = torch.eye(6)
     shares = (samples[:4].mean(0), samples[4], samples[5])
     for level, ((matrix, offsets), share) in enumerate(zip(classes, shares, strict=True)):
         left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)  # [80, r], [r], [r, pyramid_dim]
         rank, root = len(sizes), sizes.sqrt()
         weight[level, :rank, -6 * width :] = torch.einsum("rw,s->rsw", root[:, None] * right, share).flatten(1)
-        queries[:-1, level, :rank] = left * root
+        queries[:, level, :rank] = left * root
         bias[level, rank] = 1.0  # a key that is always 1: its query is the offset
-        queries[:-1, level, rank] = offsets
+        queries[:, level, rank] = offsets
         free = weight[level, rank + 1 :, : -6 * width]  # keys of the ViT's features, with queries of 0
         free.copy_(torch.randn(free.shape, generator=generator) * 0.5 / free.shape[1] ** 0.5)
-        queries[-1, level, rank] = -float(np.log(LEVELS * config.image.pool**2))  # all votes together: 0
     return weight.flatten(0, 1), bias.flatten(), queries.flatten(1)
 
 
-def choosing_states(model: Molmo, tokenizer: Tokenizer, data: AskedPictures, seed: int) -> tuple[Tensor, Tensor]:
-    """States before the final norm that choose a patch [n, d_model], and the number of the name they look for [n]."""
-    numbers = name_numbers()
-    encoder = Encoder(tokenizer, model.config.image, Encoding(sequence=1536, shuffle=False), config=model.config)
+def choosing_states(
+    model: Molmo, tokenizer: Tokenizer, pictures: Iterable[np.ndarray], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """States before the final norm that choose a patch [n, d_model], and the number of the name they look for [n].
+
+    pictures: uint8 [h, w, 3]. Each is asked for some of COCO_NAMES, whether they are in it or not.
+    """
+    rng = np.random.default_rng(seed)
+    encoder = Encoder(tokenizer, model.config.image, Encoding(sequence=2048, shuffle=False), config=model.config)
     trainable = Trainable(model, ForwardConfig(answer_dropout=0.0, recompute=False)).eval()
     states, names = [], []
-    for number, index in enumerate(np.linspace(0, len(data) - 1, PICTURES).round().astype(int)):
-        rng = np.random.default_rng([seed, number])
-        example = data.example(int(index), rng)
-        last = tuple(replace(one, messages=one.messages[-2:]) for one in example.annotations)
-        try:
-            sample = encoder(Example(example.image, last), rng)
-        except EncodingError:
-            continue  # the questions of a picture whose image tokens leave no room
-        labels = [_TAG.search(one.messages[-1]) for one in last]
+    for rgb in pictures:
+        asked = rng.permutation(len(COCO_NAMES))[:ASKED]
+        sample = encoder(Example(rgb, tuple(_question(COCO_NAMES[int(n)], rng) for n in asked)), rng)
         assert sample.points is not None
         chosen = sample.points.patch_targets[:, 0]
-        asked = [labels[segment - 1] for segment in sample.packed.segments[chosen]]
         states.append(trainable.run(collate([sample])).states[torch.from_numpy(chosen)].float())
-        names += [numbers.get(label[1], len(COCO_NAMES)) if label else len(COCO_NAMES) for label in asked]
-    return torch.cat(states), torch.tensor(names)
+        names.append(asked[sample.packed.segments[chosen] - 1])
+    return torch.cat(states), torch.from_numpy(np.concatenate(names))
 
 
-def name_numbers() -> dict[str, int]:
-    """The numbers of COCO_NAMES by all their forms."""
-    numbers = {}
-    for number, name in enumerate(COCO_NAMES):
-        for word in (name, *SYNONYMS.get(name, ())):
-            numbers |= {word: number, plural(word): number}
-    return numbers
+def _question(name: str, rng: np.random.Generator) -> Annotation:
+    """A question about a name, and an answer with points at random."""
+    points = tuple(Point(*map(float, at)) for at in np.round(rng.uniform(0, 100, (int(rng.integers(1, 3)), 2)), 1))
+    ask = pointing if rng.random() < 0.5 else counting
+    return Annotation("demo", ask(plural(name), points, rng).messages)
 
 
 def fitted(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
