@@ -195,7 +195,8 @@ def point_scores(
         scores = torch.cat([scores, query @ head.no_more.to(query.dtype)[:, None]], dim=1)
     scores = scores.float() / (count + int(config.no_more_class)).float().sqrt()[:, None]
     if config.votes:
-        votes = _votes(head, config, states.index_select(0, at), features, pooling)
+        voting = head.vote_queries(states.index_select(0, at))
+        votes = _votes(head, config, voting, end, count, features, pooling)
         scores = torch.cat([scores[:, : len(keys)] + votes, scores[:, len(keys) :]], dim=1)
     if config.sequential:
         scores = in_sequence(scores[:, :-1] - scores[:, -1:], is_open)
@@ -215,14 +216,34 @@ def point_scores(
     return PointScores(*patches, *chosen, head.location(states.index_select(0, at)).float(), target, at)
 
 
-def _votes(head: PointHead, config: PointHeadConfig, states: Tensor, features: Tensor, pooling: Tensor) -> Tensor:
-    """The votes of subpatches for their patches, float32 [states, patches]; see `runtimes.grounding.Grounding`."""
-    shape = (config.votes, config.vote_dim)
-    queries = torch.unflatten(head.vote_queries(states), -1, shape)
-    used, rows = pooling.clamp(min=0).unique(return_inverse=True)  # patches may be in several windows
-    keys = torch.unflatten(head.vote_keys(features.flatten(0, 1)[used]), -1, shape)
-    votes = torch.einsum("qvd,kvd->qkv", queries, keys).logsumexp(-1).float()  # [states, used]
-    return votes[:, rows].masked_fill(pooling < 0, _CLOSED).logsumexp(-1)
+def _votes(
+    head: PointHead,
+    config: PointHeadConfig,
+    queries: Tensor,
+    ends: Tensor,
+    counts: Tensor,
+    features: Tensor,
+    pooling: Tensor,
+) -> Tensor:
+    """The votes of subpatches for their patches, float32 [n, patches]; see `runtimes.grounding.Grounding.votes`.
+
+    queries [n, votes * vote_dim], in the order of their sequences; ends and counts int [n]: the patches of their
+    sequences. Patches of other sequences have a vote of 0.
+    """
+    slots = pooling.shape[1]
+    keys = head.vote_keys(gather_slots(features, pooling)).unflatten(-1, (config.votes, config.vote_dim))
+    keys = keys.flatten(0, 1).transpose(0, 1)  # [votes, patches * slots, vote_dim]
+    missing = (pooling < 0)[None]  # [1, patches, slots]
+    found = []
+    (sequences, lengths), total = ends.unique_consecutive(return_counts=True), len(pooling)
+    firsts = sequences - counts[lengths.cumsum(0) - 1]
+    own = queries.unflatten(-1, (config.votes, config.vote_dim)).transpose(0, 1).split(lengths.tolist(), dim=1)
+    for query, first, end in zip(own, firsts.tolist(), sequences.tolist(), strict=True):
+        votes = query @ keys[:, first * slots : end * slots].transpose(1, 2)  # [votes, n, patches * slots]
+        votes = votes.logsumexp(0).unflatten(-1, (end - first, slots)).float()
+        votes = votes.masked_fill(missing[:, first:end], _CLOSED).logsumexp(-1)
+        found.append(F.pad(votes, (first, total - end)))
+    return torch.cat(found) if found else (keys.sum() * keys.new_zeros(0, total)).float()
 
 
 def in_sequence(scores: Tensor, is_open: Tensor) -> Tensor:
