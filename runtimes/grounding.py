@@ -240,7 +240,7 @@ class GroundingInputs:
     def _vote_keys(self) -> np.ndarray:
         """The keys of the subpatches' votes, which all questions about the images share."""
         keys = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]
-        return keys.reshape(*self.pooling.shape, self._config.votes, self._config.vote_dim)
+        return np.asarray(keys.reshape(*self.pooling.shape, self._config.votes, self._config.vote_dim))
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """The embeddings of an answer's tokens, int [n] -> float32 [n, d_model]. They do not depend on any states."""

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.nano import stages
 
 PARTS = ("vit", "lm", "detector")
-STAGES = ("start", "sight", "answers", "student", "score-sight", "score-answers", "curves")
+STAGES = ("start", "sight", "answers", "votes", "student", "score-sight", "score-answers", "curves")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,8 +44,8 @@ def required(args: argparse.Namespace) -> list[str]:
         return [] if args.photos or args.sprites else ["photos"]
     if args.stage == "curves":
         return ["run"]
-    alone = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",), "answers": ("detector",)}
-    more = () if args.points == "digits" else alone.get(args.stage, ())
+    alone = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",), "votes": ("detector",)}
+    more = alone.get(args.stage, ())
     return ["run", "photos", *more]
 
 
@@ -55,7 +55,7 @@ def unused(args: argparse.Namespace) -> list[str]:
         "hours": (None,),
         "check": (None,),
         "points": ("answers",),
-        "steps": ("sight", "answers", "student"),
+        "steps": ("sight", "answers", "votes", "student"),
         "model": ("score-answers",),
         "limit": ("score-answers",),
         "max_crops": ("score-answers",),
@@ -109,8 +109,8 @@ def _run(args: argparse.Namespace) -> Any:
     print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
         return stages.sight(sources, recipe)
-    if args.stage == "student":
-        return stages.student(sources, recipe)
+    if args.stage in ("votes", "student"):
+        return (stages.votes if args.stage == "votes" else stages.student)(sources, recipe)
     return stages.answers(sources, recipe, digits=args.points == "digits")
 
 

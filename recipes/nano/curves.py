@@ -10,7 +10,7 @@ from typing import Any
 
 from molmo_edge.training.telemetry import LOG
 
-STAGES = ("sight", "answers", "student")
+STAGES = ("sight", "answers", "votes", "student")
 CURVES = "curves.svg"
 # Of each stage: the curve's key in the log, that of the same loss on validation data, and its name.
 LOSSES = {
@@ -19,6 +19,7 @@ LOSSES = {
         ("loss", "validation_loss", "answer tokens"),
         ("point_loss", "validation_point_loss", "grounding tokens"),
     ),
+    "votes": (("point_loss", "validation_point_loss", "grounding tokens"),),
     "student": (
         ("loss", "validation_loss", "answer tokens"),
         ("point_loss", "validation_point_loss", "grounding tokens"),

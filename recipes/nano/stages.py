@@ -28,10 +28,11 @@ class Sources:
 
 
 def recipe_of(stage: str, steps: int | None = None, workers: int | None = None) -> Recipe:
-    """The recipe of "sight", "answers" or "student" on this machine."""
-    from recipes.nano import answers, sight, student
+    """The recipe of "sight", "answers", "votes" or "student" on this machine."""
+    from recipes.nano import answers, sight, student, votes
 
-    recipe = {"sight": sight.RECIPE, "answers": answers.RECIPE, "student": student.RECIPE}[stage]
+    recipes = {"sight": sight.RECIPE, "answers": answers.RECIPE, "votes": votes.RECIPE, "student": student.RECIPE}
+    recipe = recipes[stage]
     changed = {name: value for name, value in (("steps", steps), ("workers", workers)) if value is not None}
     return replace(recipe, precision=sight.precision(), **changed)  # type: ignore[arg-type]
 
@@ -63,8 +64,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     digits: write coordinates as text, in RUN/answers-digits, instead of pointing by grounding tokens.
     """
     from recipes.nano import answers as stage
-    from recipes.nano import asked_pictures, pointing, votes
-    from recipes.nano.detector import score_layers
+    from recipes.nano import asked_pictures, pointing
 
     before = sources.run / "sight"
     directory = directory or sources.run / ("answers-digits" if digits else "answers")
@@ -77,19 +77,35 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
         first = directory / "start"
         if not (first / "config.json").exists():
             some = data.photos[:: max(1, len(data.photos) // 64)]
-            headed = directory / "headed"
-            pointing.add_point_head(before / "model", grounding, some, headed)
-            assert sources.detector is not None
-            votes.add_votes(headed, score_layers(sources.detector), data.photos, first)
+            pointing.add_point_head(before / "model", grounding, some, first)
     return stage.train(first, grounding, data, validation, directory, recipe)
 
 
+def votes(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
+    """Add votes to the model that "answers" ends with, and train its head, in `directory`, by default RUN/votes."""
+    from recipes.nano import answers as stage
+    from recipes.nano import asked_pictures, pointing
+    from recipes.nano import votes as added
+    from recipes.nano.detector import score_layers
+
+    before = sources.run / "answers"
+    directory = directory or sources.run / "votes"
+    data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
+    first = sources.run / "votes" / "start"
+    if not (first / "config.json").exists():
+        assert sources.detector is not None
+        added.add_votes(before / "model", score_layers(sources.detector), data.photos, first)
+    return stage.train(
+        first, before / pointing.GROUNDING, data, validation, directory, recipe, head_parts=added.TRAINED
+    )
+
+
 def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
-    """Distill the model that "answers" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
+    """Distill the model that "votes" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
     from recipes.nano import asked_pictures, pointing
     from recipes.nano import student as stage
 
-    before = sources.run / "answers"
+    before = sources.run / "votes"
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
     directory = directory or sources.run / "student"
     return stage.train(before / "model", before / pointing.GROUNDING, data, validation, directory, recipe)

@@ -1,8 +1,9 @@
-"""The votes of nano's grounding head: at first those of the detector, whose classes are linear in its pyramid.
+"""Stage 3: votes in the grounding head, from the detector, whose classes are linear in its pyramid.
 
 The connector pools patches and mixes the levels of the pyramid, in which an object is visible at one level only. A vote
 for each level keeps them apart. The queries are fitted to the states of the decoder that choose a patch, by least
-squares, so that the head finds the detector's names before it is trained.
+squares, so that the votes find the detector's names without training. The rest of the grounding head is trained with
+them; they and everything else stay, because the fit is one to the states of this decoder.
 """
 
 from __future__ import annotations
@@ -25,12 +26,21 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
+from molmo_edge.training.optimizer import Rate
+from recipes.nano import answers
 from recipes.nano.detector import COCO_NAMES
 
 LEVELS = 3  # of the pyramid, one vote each
 DIM = 96  # of a vote: the rank of the detector's classes, a constant, and room to learn
 PICTURES, ASKED = 160, 24  # that the queries are fitted to, and names that each is asked for
 RIDGE = 1e-2  # of the variance of the states
+TRAINED = ("patch_q", "patch_k", "no_more", "subpatch_q", "subpatch_k", "location")  # of the grounding head
+RECIPE = replace(
+    answers.RECIPE,
+    steps=300,
+    frozen=("vision", "connector", "decoder"),
+    optimizer=replace(answers.RECIPE.optimizer, point_head=Rate(5e-4, 15)),
+)
 
 
 def with_votes(config: MolmoConfig) -> MolmoConfig:
