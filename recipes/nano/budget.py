@@ -16,7 +16,7 @@ from molmo_edge.export.bundle import CheckPhoto, export_bundle
 from molmo_edge.training.recipe import Recipe
 from recipes.nano import score_answers, stages, student
 
-SHARES = {"sight": 0.35, "answers": 0.47, "votes": 0.03, "student": 0.15}  # of the hours
+SHARES = {"sight": 0.35, "answers": 0.5, "student": 0.15}  # of the hours
 PROBE = 12  # steps that are timed; the first one is not counted
 CHECK = "Point to the cup."
 
@@ -27,7 +27,7 @@ def train_within(sources: stages.Sources, hours: float, workers: int | None, che
     check: a photo that is recorded in the bundle, for `molmo-edge verify`. Hours are those of training alone.
     """
     stages.start(sources)
-    runs = {"sight": stages.sight, "answers": stages.answers, "votes": stages.votes, "student": stages.student}
+    runs = {"sight": stages.sight, "answers": stages.answers, "student": stages.student}
     for stage, share in SHARES.items():
         run = runs[stage]
         recipe = stages.recipe_of(stage, workers=workers)

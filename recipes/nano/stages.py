@@ -101,11 +101,11 @@ def votes(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Pa
 
 
 def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
-    """Distill the model that "votes" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
+    """Distill the model that "answers" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
     from recipes.nano import asked_pictures, pointing
     from recipes.nano import student as stage
 
-    before = sources.run / "votes"
+    before = sources.run / "answers"
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
     directory = directory or sources.run / "student"
     return stage.train(before / "model", before / pointing.GROUNDING, data, validation, directory, recipe)

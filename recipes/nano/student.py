@@ -1,4 +1,4 @@
-"""Stage 4: half of the experts are dropped one by one, while the model that "votes" ends with teaches what is left.
+"""Stage 3: half of the experts are dropped one by one, while the model that "answers" ends with teaches what is left.
 
 The student begins as its teacher. Both read the same pictures and questions; the student learns the teacher's
 distributions of tokens and its choices of patches, as well as the data. In the last steps its weights are rounded as in

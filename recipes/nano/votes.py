@@ -1,4 +1,4 @@
-"""Stage 3: votes in the grounding head, from the detector, whose classes are linear in its pyramid.
+"""An optional stage: votes in the grounding head, from the detector, whose classes are linear in its pyramid.
 
 The connector pools patches and mixes the levels of the pyramid, in which an object is visible at one level only. A vote
 for each level keeps them apart. The queries are fitted to the states of the decoder that choose a patch, by least
