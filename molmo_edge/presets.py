@@ -175,6 +175,6 @@ PRESETS: dict[str, MolmoConfig] = {
         ),
         projector_dim=1536,
         conv_tower=ConvTowerConfig(),
-        point_head=PointHeadConfig(8197, 8198, 8199, dim=256, numbered=False, votes=3, sequential=True),
+        point_head=PointHeadConfig(8197, 8198, 8199, dim=256, numbered=False),
     ),
 }
