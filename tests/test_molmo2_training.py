@@ -279,6 +279,17 @@ def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits(changes: di
     assert float(sums.cross_entropy) == pytest.approx(text_total, rel=1e-5)
 
 
+def test_votes_of_a_batch_are_those_of_its_sequences() -> None:
+    """Each sequence votes for its own patches only, whatever stands before and after it."""
+    model = Trainable(_with_head(votes=2, vote_dim=4), PLAIN).eval()
+    samples = [_sample(POINT, *QUESTIONS[i:], seed=i) for i in range(2)]
+    with torch.no_grad():
+        together = model(collate(samples)).point_loss
+        apart = [model(collate([sample])).point_loss for sample in samples]
+    assert all(loss > 0 for loss in apart)
+    torch.testing.assert_close(together, sum(apart), rtol=1e-5, atol=1e-5)
+
+
 def _with_head(**changes: Any) -> Molmo:
     """The golden MolmoPoint with another grounding head; what that has in addition is random."""
     before, config = _molmo(POINT), _config(POINT)

@@ -109,8 +109,10 @@ def _run(args: argparse.Namespace) -> Any:
     print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
         return stages.sight(sources, recipe)
-    if args.stage in ("votes", "student"):
-        return (stages.votes if args.stage == "votes" else stages.student)(sources, recipe)
+    if args.stage == "votes":
+        return stages.votes(sources, recipe)
+    if args.stage == "student":
+        return stages.student(sources, recipe)
     return stages.answers(sources, recipe, digits=args.points == "digits")
 
 
