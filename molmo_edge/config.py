@@ -309,13 +309,14 @@ class PointHeadConfig:
     # Each subpatch adds votes to the score of its patch: so many dot products of the decoder's state and its features.
     votes: int = added(0)
     vote_dim: int = added(96)
-    # Whether each open patch is accepted or refused in ascending order, instead of a softmax over all of them.
-    sequential: bool = added(False)
+    # Above 0: all patches of a list of points are chosen at once, those that score more than "no more points" and
+    # than every other patch within this distance, in patches of the vision tower along either axis.
+    peak_distance: float = added(0.0)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.sequential and not self.no_more_class:
-            raise ConfigError("sequential needs no_more_class: its key is the threshold of a patch")
+        if self.peak_distance and not self.no_more_class:
+            raise ConfigError("peak_distance needs no_more_class: its key is the threshold of a patch")
 
 
 @dataclass(frozen=True)

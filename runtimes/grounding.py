@@ -22,6 +22,8 @@ from molmo_edge.frontend.grounding_tokens import (
     UNNUMBERED,
     GroundingIds,
     decode_grounding,
+    near,
+    patch_places,
     with_coordinates,
 )
 from molmo_edge.frontend.points import Point, format_points, written_absent
@@ -60,7 +62,10 @@ class Grounding:
     features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
     # float32 [n_patches, n_slots, votes, vote_dim], of a head with votes
     vote_keys: np.ndarray | None = None
+    places: np.ndarray | None = None  # float32 [n_patches, 3] of `patch_places`, of a head with `peak_distance`
     history: list[int] = field(default_factory=list)
+    # The patches that a head with `peak_distance` chooses, ascending. They are kept from the first point on.
+    peaks: np.ndarray | None = None
 
     def logits(self, text: np.ndarray, state: np.ndarray, patches: Patches = "best") -> np.ndarray:
         """The logits of all ids after the last token of `history`.
@@ -68,7 +73,8 @@ class Grounding:
         `text`: float32 [ids.first], the language model's logits; `state`: float32 [d_model], the last token's state
         before the final norm. `patches`: which of them get the logit of the patch token: "best", the likeliest one, as
         the model decodes; "graded", each patch, less what its own logit is behind the likeliest one's; "shared", each
-        patch plus its log probability among the patches, so that their probabilities add up to the patch token's.
+        patch plus its log probability among the patches, so that their probabilities add up to the patch token's. With
+        `peak_distance`, "best" and "graded" are both the next one of the patches chosen at the first point.
 
         Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding tokens.
         """
@@ -112,6 +118,10 @@ class Grounding:
 
     def _patch_scores(self, own: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
         """The patches' part of `logits`, from `patch_logits`; `marker`: the logit of the patch token."""
+        if self.config.peak_distance:
+            chosen = self._next_peak(own)
+            if patches != "shared":
+                return np.where(np.arange(len(own)) == chosen, np.float32(marker), _UNSET)
         if not self.config.numbered:
             own = self._decided(own) if patches != "shared" else self._open(own)
         if patches == "best":
@@ -130,13 +140,21 @@ class Grounding:
         """`own` of the open patches; at first, "no more points" wins if it is likelier than all patches together.
 
         An object extends over several patches, which share the probability that there is one. The reference compares
-        "no more points" with the likeliest patch alone, as this does after the first point; probabilities of a
-        sequential head are compared at every point.
+        "no more points" with the likeliest patch alone, as this does after the first point.
         """
-        if not self.config.no_more_class or (self._patches() and not self.config.sequential):
+        if not self.config.no_more_class or self._patches():
             return self._open(own)
         all_patches = np.logaddexp.reduce(own[:-1].astype(np.float64))
         return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
+
+    def _next_peak(self, own: np.ndarray) -> int:
+        """The next patch of a head with `peak_distance`, or "no more points" after the last one."""
+        assert self.places is not None
+        earlier = self._patches()
+        if not earlier or self.peaks is None:
+            self.peaks = local_maxima(own[:-1] - own[-1], self.places, self.config.peak_distance)
+        left = self.peaks[self.peaks > earlier[-1]] if earlier else self.peaks
+        return int(left[0]) if len(left) else len(own) - 1
 
     def votes(self, state: np.ndarray) -> np.ndarray | None:
         """The votes of all patches for the last token's state [d_model] -> float32 [n_patches].
@@ -154,7 +172,7 @@ class Grounding:
     def patch_logits(self, query: np.ndarray, votes: np.ndarray | None = None) -> np.ndarray:
         """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)].
 
-        `votes`: float32 [n_patches], of a head with votes. Those of a sequential head are log probabilities.
+        `votes`: float32 [n_patches], of a head with votes.
         """
         earlier = self._patches()
         if earlier and self.history[-1] == self.ids.first + earlier[-1]:
@@ -164,9 +182,6 @@ class Grounding:
         scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
         if votes is not None:
             scores[: len(votes)] += votes
-        if self.config.sequential:
-            is_open = self.selectable[:-1] & (np.arange(len(scores) - 1) >= (earlier[-1] if earlier else 0))
-            return in_sequence(scores[:-1] - scores[-1], is_open)
         return np.where(self.selectable, scores, _CLOSED)
 
     def slot_logits(self, query: np.ndarray, patch: int) -> np.ndarray:
@@ -231,9 +246,18 @@ class GroundingInputs:
         if config.no_more_class:
             keys, chosen = np.concatenate([keys, self.head.no_more[None]]), np.append(chosen, True)
         slot_features = self.patch_features[np.maximum(self.pooling, 0)] * there[..., None]
-        votes = self._vote_keys if config.votes else None
         return Grounding(
-            self.head, config, self.token_ids, keys, positions, chosen, slot_features, there, self.features, votes
+            self.head,
+            config,
+            self.token_ids,
+            keys,
+            positions,
+            chosen,
+            slot_features,
+            there,
+            self.features,
+            self._vote_keys if config.votes else None,
+            patch_places(self.pooling, self.grids) if config.peak_distance else None,
         )
 
     @functools.cached_property
@@ -401,16 +425,17 @@ class DigitWriter:
         return format_points(points, label) if points else ""
 
 
-def in_sequence(scores: np.ndarray, is_open: np.ndarray) -> np.ndarray:
-    """Log probabilities that a patch is the first one that is accepted, and last that none is, float32 [n + 1].
+def local_maxima(scores: np.ndarray, places: np.ndarray, distance: float) -> np.ndarray:
+    """The patches whose score is above 0 and above that of every other one within `distance`, ascending.
 
-    Each open patch is accepted with the probability sigmoid(score), in ascending order. `scores` float32 [n], `is_open`
-    bool [n].
+    `scores`: float32 [n]; `places`: float32 [n, 3] of `patch_places`. Of equal scores, that of the first patch is above
+    the others.
     """
-    accepted = np.where(is_open, -np.logaddexp(0, -scores), _CLOSED)
-    refused = np.cumsum(np.where(is_open, -np.logaddexp(0, scores), 0), dtype=np.float64)
-    before = np.concatenate([[0], refused])
-    return np.append(accepted + before[:-1], before[-1]).astype(np.float32)
+    above = np.flatnonzero(scores > 0)
+    own, close = scores[above], near(places[above], distance)
+    later = np.arange(len(above))[:, None] > np.arange(len(above))
+    beaten = close & ((own > own[:, None]) | (own == own[:, None]) & later)
+    return np.asarray(above[~beaten.any(1)])
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

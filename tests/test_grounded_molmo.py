@@ -27,13 +27,13 @@ from molmo_edge.data.regions import Regions
 from molmo_edge.evaluation.loss import ModelSpec, measure_loss
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.export import export_bundle, export_checkpoint
-from molmo_edge.frontend.crops import image_in_grid, pointable_cells, pointing_grid, select_tiling
-from molmo_edge.frontend.grounding_tokens import GroundingIds
+from molmo_edge.frontend.crops import group_patches, image_in_grid, pointable_cells, pointing_grid, select_tiling
+from molmo_edge.frontend.grounding_tokens import GroundingIds, patch_places
 from molmo_edge.frontend.points import NONE, Point, format_absent, format_count, format_points, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding, local_maxima
 from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
@@ -63,7 +63,7 @@ CONFIG = MolmoConfig(  # two towers, as nano has
     ),
     projector_dim=D,
     conv_tower=ConvTowerConfig(stem_dim=4, steps=(1, 1, 1, 2), pyramid_dim=6),
-    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False, votes=2, vote_dim=8, sequential=True),
+    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False, votes=2, vote_dim=8, peak_distance=2.5),
 )
 POINT, COUNT = "Point to the discs.", "How many discs are there?"
 POINT_CUPS, COUNT_CUPS = "Point to the cups.", "How many cups are there?"
@@ -343,7 +343,7 @@ def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path
     with Sdk(start, max_crops=0) as model:
         inputs = model.encode(Discs(1).picture(0)).grounding
         assert inputs is not None
-        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)), sequential=False)
+        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)), peak_distance=0.0)
         state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
         text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
         unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
@@ -358,22 +358,57 @@ def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path
             np.testing.assert_allclose(np.exp(shared), np.exp(logits), atol=1e-4)
 
 
-def test_a_sequential_head_stops_when_it_rather_refuses_all_patches(start: Path) -> None:
+def test_a_head_with_peaks_chooses_all_patches_of_a_list_at_once(start: Path) -> None:
+    """The second of two neighbors is not another object, and a likelier one later in the order closes nothing."""
     with Sdk(start, max_crops=0) as model:
         inputs = model.encode(Discs(1).picture(0)).grounding
         assert inputs is not None
         grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)))
+        assert grounding.places is not None
         state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
-        text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
+        query = grounding.head.project(state[None])[0][0]
         unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
-        for accepted, chosen in ((0.3, ids.first + 5), (0.15, ids.no_more)):  # the probability of each of three patches
-            logits = np.full(count, -30.0)
-            logits[5:8], logits[-1] = np.log(accepted / (1 - accepted)), 0
-            one = dataclasses.replace(grounding, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
-            best, shared = (one.logits(text, state, each)[ids.first : ids.slots] for each in ("best", "shared"))
-            assert ids.first + int(best.argmax()) == chosen
-            expected = [accepted, accepted * (1 - accepted), accepted * (1 - accepted) ** 2, (1 - accepted) ** 3]
-            np.testing.assert_allclose(np.exp(shared[[5, 6, 7, -1]]), expected, atol=1e-4)
+        logits = np.full(count, -3.0, np.float32)
+        logits[[1, 2, 9]], logits[-1] = (1.0, 0.5, 4.0), 0
+        assert np.abs(grounding.places[1] - grounding.places[2]).max() <= 2.5
+        assert np.abs(grounding.places[1] - grounding.places[9]).max() > 2.5
+        one = dataclasses.replace(grounding, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
+        text = np.zeros(ids.first, np.float32)
+        chosen = []
+        for _ in range(3):
+            best, graded = (one.logits(text, state, each)[ids.first : ids.slots] for each in ("best", "graded"))
+            np.testing.assert_array_equal(best, graded)
+            assert (best > -1e4).sum() == 1
+            chosen.append(ids.first + int(best.argmax()))
+            if chosen[-1] != ids.no_more:
+                for token in (chosen[-1], ids.slots, ids.locations):
+                    one.embed(token)
+            one.patch_keys = -one.patch_keys  # the scores of later steps do not matter
+        assert chosen == [ids.first + 1, ids.first + 9, ids.no_more]
+        shared = dataclasses.replace(one, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
+        found = shared.logits(text, state, "shared")[ids.first : ids.slots]
+        np.testing.assert_allclose(np.exp(found).sum(), 1, rtol=1e-4)
+
+
+def test_a_peak_is_above_the_threshold_and_its_neighbors_in_the_same_image() -> None:
+    rng = np.random.default_rng(0)
+    grids = [np.arange(24).reshape(4, 6), 24 + np.arange(16).reshape(4, 4)]
+    pooling = np.concatenate([group_patches(grid, 2).reshape(-1, 4) for grid in grids] + [np.full((1, 4), 40)])
+    places = patch_places(pooling, grids)
+    assert places[:6].tolist() == [[0, r, c] for r in (0.5, 2.5) for c in (0.5, 2.5, 4.5)]
+    assert places[6:10].tolist() == [[1, r, c] for r in (0.5, 2.5) for c in (0.5, 2.5)]
+    assert np.isnan(places[10]).all(), "in no grid"
+    for _ in range(20):
+        scores = rng.integers(-3, 4, 10).astype(np.float32)  # with ties
+        expected = []
+        for i in range(10):
+            close = [
+                j for j in range(10) if places[i, 0] == places[j, 0] and (np.abs(places[i] - places[j]) <= 2.5).all()
+            ]
+            best = max(close, key=lambda j: (scores[j], -j))
+            if scores[i] > 0 and best == i:
+                expected.append(i)
+        assert local_maxima(scores, places[:10], 2.5).tolist() == expected
 
 
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:

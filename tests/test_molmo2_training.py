@@ -21,13 +21,14 @@ from molmo_edge.frontend.crops import cell_patches, image_in_grid, pointable_cel
 from molmo_edge.frontend.grounding_tokens import GroundingIds, decode_grounding, point_target
 from molmo_edge.frontend.points import Point, format_count, format_points, parse_points
 from molmo_edge.modeling import Molmo, load_checkpoint
-from molmo_edge.runtimes.grounding import GroundingInputs, in_sequence
+from molmo_edge.runtimes.grounding import GroundingInputs
 from molmo_edge.runtimes.torch import TorchRuntime
 from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.encoding import Encoder, Encoding, Sample, collate
 from molmo_edge.training.flops import cost
 from molmo_edge.training.forward import ForwardConfig, Trainable
-from molmo_edge.training.grounding import in_sequence as trained_in_sequence
+from molmo_edge.training.grounding import choice_loss
+from molmo_edge.training.regions import PEAK, UNKNOWN
 
 PLAIN = ForwardConfig(answer_dropout=0.0)
 POINT = "molmo_point"
@@ -223,8 +224,6 @@ def test_a_point_decodes_to_where_it_is(max_crops: int) -> None:
     [
         {},
         {"votes": 3, "vote_dim": 8},
-        {"sequential": True, "no_more_class": True},
-        {"votes": 2, "vote_dim": 4, "sequential": True, "no_more_class": True},
     ],
 )
 def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits(changes: dict[str, Any]) -> None:
@@ -290,6 +289,59 @@ def test_votes_of_a_batch_are_those_of_its_sequences() -> None:
     torch.testing.assert_close(together, sum(apart), rtol=1e-5, atol=1e-5)
 
 
+def test_the_patches_of_a_list_are_learned_at_its_first_choice() -> None:
+    """The loss that the runtime's scores of the first choice have, written out patch by patch."""
+    distance = 2.5
+    molmo = _with_head(peak_distance=distance, votes=2, vote_dim=4)
+    sample = _sample(POINT, QUESTIONS[0])
+    assert sample.points is not None
+    assert sample.pooling is not None
+    batch = collate([sample])
+    model = Trainable(molmo, PLAIN).eval()
+    with torch.no_grad():
+        run = model.run(batch)
+    assert run.points is not None
+    assert run.points.begins is not None
+    assert run.points.begins.tolist() == [0], "three points, then no more"
+    scores = run.points.patches[0, :-1] - run.points.patches[0, -1]
+    targets, places = sample.points.patch_targets[:3, 1], sample.points.places
+    expected = 0.0
+    for patch, p in enumerate(scores.double().sigmoid().tolist()):
+        if patch in targets:
+            expected -= (1 - p) ** 2 * np.log(p)
+        elif sample.points.chosen[patch] and not any(
+            (np.abs(places[patch] - places[t]) <= [0, distance, distance]).all() for t in targets
+        ):
+            expected -= p**2 * np.log(1 - p)
+    weights = torch.ones(batch.ids.numel())
+    others = choice_loss(run.points._replace(begins=None, lists=None, patches=run.points.patches[:0],
+                                             patch_targets=run.points.patch_targets[:0],
+                                             patch_at=run.points.patch_at[:0]), weights)  # fmt: skip
+    assert float(choice_loss(run.points, weights) - others) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_truncated_list_says_nothing_about_later_patches() -> None:
+    molmo = _with_head(peak_distance=2.5)
+    whole = _sample(POINT, QUESTIONS[0])
+    assert whole.points is not None
+    cut = dataclasses.replace(
+        whole, points=dataclasses.replace(whole.points, patch_targets=whole.points.patch_targets[:2])
+    )
+    lists = []
+    for sample in (whole, cut):
+        with torch.no_grad():
+            points = Trainable(molmo, PLAIN).eval().run(collate([sample])).points
+        assert points is not None
+        assert points.lists is not None
+        lists.append(points.lists[0].numpy())
+    second, third = whole.points.patch_targets[1:3, 1]
+    assert lists[0][third] == PEAK
+    assert (lists[1][second + 1 :] == UNKNOWN).all()
+    far = np.abs(whole.points.places[:second] - whole.points.places[third]).max(1) > 2.5
+    assert (lists[0][:second][far] == lists[1][:second][far]).all()
+    assert 0 in lists[1]
+
+
 def _with_head(**changes: Any) -> Molmo:
     """The golden MolmoPoint with another grounding head; what that has in addition is random."""
     before, config = _molmo(POINT), _config(POINT)
@@ -298,32 +350,6 @@ def _with_head(**changes: Any) -> Molmo:
     molmo = Molmo(changed).init_weights(std=0.1, generator=torch.Generator().manual_seed(0))
     molmo.load_state_dict(before.state_dict(), strict=False)
     return molmo
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_sequence_of_choices_has_the_probabilities_of_its_steps(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    scores, is_open = rng.normal(0, 3, 7), rng.random(7) < 0.7
-    left, expected = 1.0, []
-    for score, one in zip(scores, is_open, strict=True):
-        accepts = one / (1 + np.exp(-score))
-        expected.append(left * accepts)
-        left *= 1 - accepts
-    expected.append(left)
-    np.testing.assert_allclose(np.exp(in_sequence(scores.astype(np.float32), is_open)), expected, rtol=1e-5)
-    trained = trained_in_sequence(torch.tensor(scores)[None], torch.tensor(is_open)[None])[0]
-    np.testing.assert_allclose(trained.exp().numpy(), expected, rtol=1e-5)
-
-
-def test_extreme_scores_leave_a_sequence_finite() -> None:
-    scores = np.array([-1e4, 1e4, 3.0], np.float32)
-    every = np.ones(3, bool)
-    found = in_sequence(scores, every)
-    assert np.isfinite(found).all()
-    assert int(found.argmax()) == 1
-    torch.testing.assert_close(
-        trained_in_sequence(torch.from_numpy(scores)[None], torch.from_numpy(every)[None])[0], torch.from_numpy(found)
-    )
 
 
 def _unmarked(sample: Sample, ids: GroundingIds) -> list[int]:

@@ -142,7 +142,7 @@ def _countable(annotation: Annotation) -> list[Annotation]:
     ]
 
 
-def _asked(rng: np.random.Generator, label: str, templates: Sequence[str]) -> tuple[str, str]:
+def asked_for(rng: np.random.Generator, label: str, templates: Sequence[str]) -> tuple[str, str]:
     """(question, its name for the label: singular or plural, sometimes a synonym)."""
     if label in SYNONYMS and rng.random() < 0.15:
         label = pick(rng, SYNONYMS[label])
@@ -160,13 +160,13 @@ def _ordered(item: Annotation) -> tuple[list[tuple[float, float]], np.ndarray]:
 
 
 def _point(rng: np.random.Generator, item: Annotation) -> QA:
-    question, words = _asked(rng, item["label"], POINTING)
+    question, words = asked_for(rng, item["label"], POINTING)
     points, boxes = _ordered(item)
     return QA(question, format_points(points, words), "point", boxes)
 
 
 def _count(rng: np.random.Generator, item: Annotation) -> QA:
-    question, words = _asked(rng, item["label"], COUNTING)
+    question, words = asked_for(rng, item["label"], COUNTING)
     points, boxes = _ordered(item)
     return QA(question, format_count(points, words), "count", boxes)
 
@@ -182,7 +182,7 @@ def _negatives(
     questions = []
     for label in rng.choice(labels, size=size, replace=False):
         counting = rng.random() >= 0.5
-        question, words = _asked(rng, str(label), COUNTING if counting else POINTING)
+        question, words = asked_for(rng, str(label), COUNTING if counting else POINTING)
         tag = format_absent(words)
         with_tag = f"Counting the {tag} shows a total of 0." if counting else tag
         questions.append(QA(question, with_tag if empty_tags else NONE, "negative"))
@@ -234,7 +234,7 @@ def _where(annotation: Annotation, rng: np.random.Generator) -> list[QA]:
         region = region_of(item["boxes"][0]) if len(item["boxes"]) == 1 else None
         if region is not None:
             label = item["label"]
-            question, words = _asked(rng, label, _WHERE)
+            question, words = asked_for(rng, label, _WHERE)
             answer = f"The {words} {be(words)} {_at(region)}."
             questions.append(QA(question.replace("is the", f"{be(words)} the"), answer, "where", _ordered(item)[1]))
     return questions

@@ -107,6 +107,33 @@ def point_target(
     return int(patch), int(slot), 3 * in_x + in_y
 
 
+def patch_places(pooling: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Where image tokens are, float32 [n_patches, 3]: the grid, and the mean row and column of its patches in it.
+
+    `pooling` and `grids`: as in `decode_grounding`. NaN for tokens in no grid.
+    """
+    cells = np.full((max(int(pooling.max(initial=-1)), *(int(grid.max(initial=-1)) for grid in grids), 0) + 1, 3), np.nan)
+    for number, grid in enumerate(grids):
+        rows, columns = np.indices(grid.shape)
+        known = grid >= 0
+        cells[grid[known]] = np.stack([np.full(grid.shape, number), rows, columns], axis=-1)[known]
+    found = cells[np.maximum(pooling, 0)]  # [n_patches, n_slots, 3]
+    there = (pooling >= 0) & ~np.isnan(found[..., 0])
+    sums = np.where(there[..., None], found, 0).sum(1)
+    counts = there.sum(1, keepdims=True)
+    places = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.asarray(places, np.float32)
+
+
+def near(places: np.ndarray, distance: float) -> np.ndarray:
+    """Which image tokens are within `distance` of each other along both axes, bool [n, n].
+
+    `places`: float [n, 3] of `patch_places`. Tokens of different grids, or in none, are near to none.
+    """
+    apart = np.abs(places[:, None] - places)
+    return np.asarray((apart[..., 0] == 0) & (apart[..., 1:] <= distance).all(-1))
+
+
 class GroundedPoint(NamedTuple):
     """One decoded point."""
 

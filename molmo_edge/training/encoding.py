@@ -30,7 +30,7 @@ from molmo_edge.frontend.crops import (
     pointable_cells,
     pointing_grid,
 )
-from molmo_edge.frontend.grounding_tokens import GroundingIds, point_target
+from molmo_edge.frontend.grounding_tokens import GroundingIds, patch_places, point_target
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.points import parse_points
 from molmo_edge.frontend.tokenizer import Tokenizer
@@ -143,7 +143,9 @@ class Encoder:
         points = None
         if self._points_by_tokens and pooling is not None:
             pointable = np.zeros(0, bool) if rgb is None else pointable_cells(self.image, image.tiling)
-            packed, points = mark(packed, self._grounding_ids(pooling), self._point_head, pointable)
+            grids = [] if rgb is None else [pointing_grid(self.image, image.tiling)]
+            places = patch_places(pooling, grids)
+            packed, points = mark(packed, self._grounding_ids(pooling), self._point_head, pointable, places)
         index = np.where(image.token_index >= 0, image.token_index + 1, DROPPED).astype(np.int32)
         chosen = self._crops(example, len(image.crops), rng)
         crops, overview, features, targets, attended = image.crops[chosen], image.overview, None, None, None

@@ -25,6 +25,7 @@ from molmo_edge.modeling.decoder import apply_rotary
 from molmo_edge.modeling.point_head import PointHead
 from molmo_edge.training.distill_loss import choice_divergence
 from molmo_edge.training.packing import Packed
+from molmo_edge.training.regions import PEAK, UNKNOWN, heat_losses
 
 _CLOSED = -1e8  # a patch that cannot be chosen, as in the reference
 
@@ -35,17 +36,22 @@ class PointTokens:
 
     turns: np.ndarray  # [n_patches]: the rotary position of each patch
     chosen: np.ndarray  # bool [n_patches]: which patches can be chosen
+    places: np.ndarray  # float32 [n_patches, 3] of `grounding_tokens.patch_places`
     patch_inputs: np.ndarray  # [., 2]: position, patch
     slot_inputs: np.ndarray  # [., 3]: position, patch, slot
-    patch_targets: np.ndarray  # [., 4]: position, target, rotary position of the query, first patch that is open
+    # [., 5]: position, target, rotary position of the query, first patch that is open, whether it begins a list
+    patch_targets: np.ndarray
     slot_targets: np.ndarray  # [., 3]: position, patch, target
     location_targets: np.ndarray  # [., 2]: position, target
 
 
-def mark(packed: Packed, ids: GroundingIds, config: PointHeadConfig, chosen: np.ndarray) -> tuple[Packed, PointTokens]:
+def mark(
+    packed: Packed, ids: GroundingIds, config: PointHeadConfig, chosen: np.ndarray, places: np.ndarray
+) -> tuple[Packed, PointTokens]:
     """Replace the grounding tokens of a sequence by their markers, and list what they stand for.
 
-    chosen: bool [n_patches], see `crops.pointable_cells`. The target of "no more points" is n_patches.
+    chosen: bool [n_patches], see `crops.pointable_cells`; places: float32 [n_patches, 3], see
+    `grounding_tokens.patch_places`. The target of "no more points" is n_patches.
     """
     turns = np.maximum(np.cumsum(chosen) - 1, 0)
     inputs, targets = packed.input_ids, packed.targets
@@ -68,7 +74,8 @@ def mark(packed: Packed, ids: GroundingIds, config: PointHeadConfig, chosen: np.
             wanted = target - ids.first
             # Patches ascend within a group of points: a smaller one begins another.
             before = patch if patch <= wanted else -1
-            patch_targets.append((at, wanted, int(turns[before]) if before >= 0 else 0, max(before, 0)))
+            turn = int(turns[before]) if before >= 0 else 0
+            patch_targets.append((at, wanted, turn, max(before, 0), before < 0))
         elif target < ids.locations:
             slot_targets.append((at, patch, target - ids.slots))
         else:
@@ -76,9 +83,10 @@ def mark(packed: Packed, ids: GroundingIds, config: PointHeadConfig, chosen: np.
     found = PointTokens(
         turns,
         chosen,
+        places,
         _rows(patch_inputs, 2),
         _rows(slot_inputs, 3),
-        _rows(patch_targets, 4),
+        _rows(patch_targets, 5),
         _rows(slot_targets, 3),
         _rows(location_targets, 2),
     )
@@ -100,9 +108,10 @@ class PointBatch(NamedTuple):
 
     turns: Tensor
     chosen: Tensor
+    places: Tensor
     patch_inputs: Tensor
     slot_inputs: Tensor
-    patch_targets: Tensor  # int64 [., 6]: as `PointTokens`, then the first patch after the sequence's, their number
+    patch_targets: Tensor  # int64 [., 7]: as `PointTokens`, then the first patch after the sequence's, their number
     slot_targets: Tensor
     location_targets: Tensor
 
@@ -120,9 +129,10 @@ def join_points(found: Sequence[PointTokens | None], n: int) -> PointBatch | Non
         count, at = len(one.turns), row * n
         columns["turns"].append(one.turns)
         columns["chosen"].append(one.chosen)
+        columns["places"].append(one.places)
         columns["patch_inputs"].append(one.patch_inputs + np.array([at, first]))
         columns["slot_inputs"].append(one.slot_inputs + np.array([at, first, 0]))
-        queries = one.patch_targets + np.array([at, first, 0, first])
+        queries = one.patch_targets + np.array([at, first, 0, first, 0])
         queries[one.patch_targets[:, 1] == count, 1] = total  # "no more points", after all patches
         own = np.broadcast_to([first + count, count], (len(queries), 2))
         columns["patch_targets"].append(np.concatenate([queries, own], axis=1))
@@ -164,6 +174,10 @@ class PointScores(NamedTuple):
     locations: Tensor  # [., n_locations]
     location_targets: Tensor
     location_at: Tensor
+    # Of a head with `peak_distance`: which rows of `patches` begin a list, int64 [g], and the patches of the whole list,
+    # int8 [g, patches]: PEAK, UNKNOWN next to one and where it cannot be chosen, else 0.
+    begins: Tensor | None = None
+    lists: Tensor | None = None
 
     @property
     def kinds(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
@@ -186,7 +200,7 @@ def point_scores(
     `embed_points`. Every parameter of the head takes part, also in a batch without points.
     """
     keys = _rotated(head.patch_k(head.x_norm(states.index_select(0, images))), points.turns, config.rope_theta)
-    at, target, turn, lowest, end, count = points.patch_targets.unbind(1)
+    at, target, turn, lowest, begins, end, count = points.patch_targets.unbind(1)
     query = _rotated(head.patch_q(head.x_norm(states.index_select(0, at))), turn, config.rope_theta)
     number = torch.arange(len(keys), device=keys.device)
     is_open = points.chosen & (number >= lowest[:, None]) & (number < end[:, None])
@@ -198,13 +212,13 @@ def point_scores(
         voting = head.vote_queries(states.index_select(0, at))
         votes = _votes(head, config, voting, end, count, features, pooling)
         scores = torch.cat([scores[:, : len(keys)] + votes, scores[:, len(keys) :]], dim=1)
-    if config.sequential:
-        scores = in_sequence(scores[:, :-1] - scores[:, -1:], is_open)
-    elif config.no_more_class:
-        scores = scores.masked_fill(~F.pad(is_open, (0, 1), value=True), _CLOSED)
+    if config.no_more_class:
+        is_choice = F.pad(is_open, (0, 1), value=True)
     else:
-        scores = scores.masked_fill(~is_open, _CLOSED)
-    patches = scores, target, at
+        is_choice = is_open
+    patches = scores.masked_fill(~is_choice, _CLOSED), target, at
+    first = begins.nonzero()[:, 0]
+    lists = _lists(points, is_open, first, config.peak_distance) if config.peak_distance else None
 
     at, patch, target = points.slot_targets.unbind(1)
     query = head.subpatch_q(head.x_norm(states.index_select(0, at)))
@@ -213,7 +227,26 @@ def point_scores(
     chosen = scores.float(), target, at
 
     at, target = points.location_targets.unbind(1)
-    return PointScores(*patches, *chosen, head.location(states.index_select(0, at)).float(), target, at)
+    locations = head.location(states.index_select(0, at)).float(), target, at
+    return PointScores(*patches, *chosen, *locations, None if lists is None else first, lists)
+
+
+def _lists(points: PointBatch, is_open: Tensor, begins: Tensor, distance: float) -> Tensor:
+    """`PointScores.lists`. is_open bool [., patches]: of each choice; begins int64 [g]: those that begin a list."""
+    at, target = points.patch_targets[:, 0], points.patch_targets[:, 1]
+    n = len(points.turns)
+    number = torch.searchsorted(begins, torch.arange(len(at), device=at.device), right=True) - 1  # of the list
+    lists = torch.where(is_open[begins], 0, UNKNOWN).to(torch.int8)  # [g, patches]
+    ended = torch.zeros(len(begins), dtype=torch.bool, device=at.device).index_fill(0, number[target == n], True)
+    last = torch.zeros(len(begins), dtype=torch.long, device=at.device)
+    last = last.scatter_reduce(0, number[target < n], target[target < n], "amax")
+    after = torch.arange(n, device=at.device) > last[:, None]
+    lists = lists.masked_fill(after & ~ended[:, None], UNKNOWN)  # the sequence was truncated within the list
+    number, target = number[target < n], target[target < n]
+    apart = (points.places[target][:, None] - points.places).abs()  # [., patches, 3]
+    close = (apart[..., 0] == 0) & (apart[..., 1:] <= distance).all(-1)
+    beside = torch.zeros(lists.shape, dtype=torch.int, device=at.device).index_add(0, number, close.int()) > 0
+    return lists.masked_fill(beside, UNKNOWN).index_put((number, target), torch.tensor(PEAK).to(lists))
 
 
 def _votes(
@@ -246,21 +279,19 @@ def _votes(
     return torch.cat(found) if found else (keys.sum() * keys.new_zeros(0, total)).float()
 
 
-def in_sequence(scores: Tensor, is_open: Tensor) -> Tensor:
-    """Log probabilities that a patch is the first one that is accepted, and last that none is, [n, patches + 1].
-
-    Each open patch is accepted with the probability sigmoid(score), in ascending order. scores and is_open
-    [n, patches].
-    """
-    accepted = F.logsigmoid(scores).masked_fill(~is_open, _CLOSED)
-    refused = F.logsigmoid(-scores).masked_fill(~is_open, 0.0).cumsum(-1)
-    return torch.cat([accepted + F.pad(refused[:, :-1], (1, 0)), refused[:, -1:]], dim=1)
-
-
 def choice_loss(scores: PointScores, weights: Tensor) -> Tensor:
-    """The weighted sum of the cross entropies of all choices. weights [tokens]"""
-    total = torch.zeros((), device=weights.device)
-    for rows, targets, at in scores.kinds:
+    """The weighted sum of the losses of all choices. weights [tokens]
+
+    Those of patches are cross entropies, or with `peak_distance` the focal losses of all patches at the first choice of
+    each list (CenterNet, see `regions.heat_loss`), in which the score of "no more points" is the threshold.
+    """
+    total, kinds = torch.zeros((), device=weights.device), scores.kinds
+    if scores.begins is not None and scores.lists is not None:
+        rows = scores.patches.index_select(0, scores.begins)
+        losses = heat_losses(rows[:, :-1] - rows[:, -1:], scores.lists).sum(1)
+        total = total + (losses * weights.index_select(0, scores.patch_at[scores.begins])).sum()
+        kinds = kinds[1:]
+    for rows, targets, at in kinds:
         total = total + (F.cross_entropy(rows, targets, reduction="none") * weights.index_select(0, at)).sum()
     return total
 

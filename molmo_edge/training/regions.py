@@ -121,13 +121,18 @@ class GroundingHead(nn.Module):
 
 def heat_loss(logits: Tensor, heat: Tensor) -> Tensor:
     """CenterNet's focal loss, summed over all known cells: logits [c, cells^2, n], heat int8 of that shape."""
+    return heat_losses(logits, heat).sum()
+
+
+def heat_losses(logits: Tensor, heat: Tensor) -> Tensor:
+    """The terms of `heat_loss`, 0 where the heat is UNKNOWN. Both of any shape."""
     logits, target = logits.float(), heat.float() / PEAK
     positive = heat == PEAK
     p = logits.sigmoid()
     loss = torch.where(
         positive, (1 - p).square() * F.softplus(-logits), (1 - target).pow(4) * p.square() * F.softplus(logits)
     )
-    return (loss * (heat != UNKNOWN)).sum()
+    return loss * (heat != UNKNOWN)
 
 
 class Names:

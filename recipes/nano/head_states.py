@@ -1,0 +1,218 @@
+"""What the grounding head chooses patches from, computed once for many pictures while the rest of the model is fixed.
+
+For each question about a name, that is the decoder's state before the first choice, which knows the name and not yet
+any patch; for each patch its state and the features of its subpatches. Training on them takes milliseconds a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molmo_edge.config import MolmoConfig
+from molmo_edge.data.annotation_prompts import COUNTING, POINTING
+from molmo_edge.data.examples import Annotation, Example
+from molmo_edge.data.grounded_questions import asked_for
+from molmo_edge.data.regions import Box
+from molmo_edge.frontend.crops import cell_patches, pointing_grid
+from molmo_edge.frontend.points import Point, format_absent, format_count, format_points
+from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.modeling import Molmo
+from molmo_edge.training.encoding import Encoder, Encoding, collate
+from molmo_edge.training.forward import ForwardConfig, Trainable
+from molmo_edge.training.grounding import gather_slots
+from recipes.nano.asked_pictures import AskedPictures, follow_ups, photo_annotation
+
+NAMES = 20  # that each picture is asked for: those in it first, then absent ones
+
+
+@dataclass(frozen=True)
+class Named:
+    """A name and where it is in a picture. Boxes are in percent of width and height."""
+
+    name: str
+    boxes: tuple[Box, ...]
+    unsure: tuple[Box, ...] = ()  # areas where it may be
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The first choices of patches of a picture's answers: m questions, n patches that can be chosen."""
+
+    names: np.ndarray  # int64 [m]: the place of the name in the vocabulary
+    states: np.ndarray  # float32 [m, d_model], before the final norm
+    cells: np.ndarray  # float16 [n, d_model]: those of the patches
+    turns: np.ndarray  # int64 [n]: rotary positions of the patches
+    features: np.ndarray  # float16 [n, n_slots, feature_dim] of the towers
+    slots: np.ndarray  # bool [n, n_slots]: False for missing subpatches
+    places: np.ndarray  # float32 [n, n_slots, 2]: row and column of each subpatch
+    shape: np.ndarray  # int64 [2]: rows and columns of subpatches
+    classes: np.ndarray  # int64 []: all patches and "no more points", which the scores are divided by the root of
+    boxes: np.ndarray  # float32 [k, 4] of the names
+    box_names: np.ndarray  # int64 [k]: the question
+    sure: np.ndarray  # bool [k]: False for areas where the name may be
+
+
+def named_in(data: AskedPictures, index: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Named]]:
+    """Picture `index` of a set, augmented, and the names that it is asked for."""
+    if index >= len(data.photos):
+        from molmo_edge.data.drawn.scenes import draw_scene
+        from molmo_edge.data.grounded_questions import absent_labels
+
+        assert data.assets is not None
+        rgb, annotation = draw_scene(rng, data.assets)
+        absent = sorted(absent_labels(annotation, list(data.vocabulary.names)))
+        unsure: Sequence[tuple[str, Box]] = ()
+    else:
+        assert data.augmentation is not None
+        picture = data.augmentation.picture(data.photos, index, data.vocabulary, rng)
+        rgb, annotation = picture.rgb, photo_annotation(picture)
+        absent, unsure = annotation["absent"], picture.unsure
+    open_names = set(annotation.get("maybe_present", ()))
+    present = [o for o in annotation.get("objects", ()) if not o.get("crowd") and o["boxes"]]
+    found = [
+        Named(
+            o["label"],
+            tuple(tuple(map(float, box)) for box in o["boxes"]),  # type: ignore[misc]
+            tuple(box for name, box in unsure if name == o["label"]),
+        )
+        for o in present
+        if o["label"] not in open_names and o["label"] in data.vocabulary.numbers
+    ]
+    found = [found[int(i)] for i in rng.permutation(len(found))[: NAMES - 4]]
+    return rgb, found + [Named(absent[int(i)], ()) for i in rng.permutation(len(absent))[: NAMES - len(found)]]
+
+
+def question(named: Named, rng: np.random.Generator) -> Annotation:
+    """A question for a name. Its answer has at most one point, since what follows the first choice is not used."""
+    counts = rng.random() < 0.5
+    text, words = asked_for(rng, named.name, COUNTING if counts else POINTING)
+    if not named.boxes:
+        tag = format_absent(words)
+        return Annotation("demo", (text, f"Counting the {tag} shows a total of 0." if counts else tag))
+    x0, y0, x1, y1 = named.boxes[0]
+    point = [Point((x0 + x1) / 2, (y0 + y1) / 2)]
+    return Annotation("demo", (text, (format_count if counts else format_points)(point, words)))
+
+
+class Reader:
+    """Computes the choices of pictures with a fixed model."""
+
+    def __init__(self, model: Molmo, tokenizer: Tokenizer):
+        self.config: MolmoConfig = model.config
+        encoding = Encoding(sequence=2048, shuffle=False)
+        self._encoder = Encoder(tokenizer, model.config.image, encoding, config=model.config)
+        self._trainable = Trainable(model, ForwardConfig(answer_dropout=0.0, recompute=False)).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self, rgb: np.ndarray, names: Sequence[tuple[int, Named]], asked: Sequence[Annotation], rng: Any
+    ) -> Choices:
+        """`rgb`: uint8 [h, w, 3]; `names`: each with its place in the vocabulary; `asked`: a question for each."""
+        sample = self._encoder(Example(rgb, tuple(asked)), rng)
+        assert sample.points is not None
+        targets = sample.points.patch_targets
+        segments = sample.packed.segments[targets[:, 0]]
+        _, firsts = np.unique(segments, return_index=True)
+        batch = collate([sample])
+        run = self._trainable.run(batch)
+        assert batch.pooling is not None
+        chosen = torch.from_numpy(sample.points.chosen)
+        pooling = batch.pooling[chosen]
+        image = self._encoder.image
+        tiling = _tiling(image, sample.pooling)
+        grid = pointing_grid(image, tiling)
+        places = np.zeros((int(grid.max()) + 1, 2), np.float32)
+        rows, columns = np.indices(grid.shape)
+        places[grid] = np.stack([rows, columns], -1)
+        order = segments[firsts] - 1
+        boxes = [
+            (at, box, sure)
+            for at, number in enumerate(order)
+            for own, sure in ((names[number][1].boxes, True), (names[number][1].unsure, False))
+            for box in own
+        ]
+        return Choices(
+            names=np.array([names[number][0] for number in order]),
+            states=run.states[torch.from_numpy(targets[firsts, 0])].float().numpy(),
+            cells=run.states[batch.cells_at[chosen]].to(torch.float16).numpy(),
+            turns=sample.points.turns[sample.points.chosen],
+            features=gather_slots(run.features, pooling).to(torch.float16).numpy(),
+            slots=(pooling >= 0).numpy(),
+            places=places[np.maximum(pooling.numpy(), 0)],
+            shape=np.array(grid.shape),
+            classes=np.array(len(sample.points.chosen) + 1),
+            boxes=np.array([box for _, box, _ in boxes], np.float32).reshape(-1, 4),
+            box_names=np.array([at for at, _, _ in boxes], np.int64),
+            sure=np.array([sure for _, _, sure in boxes], bool),
+        )
+
+
+def _tiling(image: Any, pooling: np.ndarray | None) -> tuple[int, int]:
+    """The tiling whose cells are these."""
+    assert pooling is not None
+    for rows in range(image.max_crops + 1):
+        for columns in range(image.max_crops + 1):
+            if rows * columns > image.max_crops or bool(rows) != bool(columns):
+                continue
+            if np.array_equal(cell_patches(image, (rows, columns)), pooling):
+                return rows, columns
+    raise ValueError("the picture has no tiling of this model")
+
+
+def save(choices: Choices, file: Path) -> None:
+    """Write the choices of a picture as an uncompressed .npz."""
+    np.savez(file, **{f.name: getattr(choices, f.name) for f in fields(choices)})  # type: ignore[arg-type]
+
+
+def load(file: Path) -> Choices:
+    """Read what `save` wrote."""
+    with np.load(file) as arrays:
+        return Choices(**{f.name: arrays[f.name] for f in fields(Choices)})
+
+
+def random_pictures(data: AskedPictures, seed: int) -> Iterator[tuple[np.ndarray, list[Named]]]:
+    """Pictures of a set in random order, augmented, without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        for index in rng.permutation(len(data)):
+            yield named_in(data, int(index), rng)
+
+
+def write_choices(
+    model: Molmo, tokenizer: Tokenizer, data: AskedPictures, folder: Path, pictures: int, seed: int = 0
+) -> list[Path]:
+    """Compute `pictures` pictures of a set, and store each in `folder`; those that are there are not repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reader, files = Reader(model, tokenizer), [folder / f"{n:05d}.npz" for n in range(pictures)]
+    for number, file in enumerate(files):
+        if file.exists():
+            continue
+        rng = np.random.default_rng([seed, number])
+        rgb, names = named_in(data, int(rng.integers(len(data))), rng)
+        names = [one for one in names if one.boxes or not one.unsure]
+        if not names:
+            continue
+        asked = follow_ups([question(one, rng) for one in names], rng)
+        numbered = [(data.vocabulary.numbers[one.name], one) for one in names]
+        part = file.with_suffix(".part.npz")
+        save(reader(rgb, numbered, asked, rng), part)
+        part.rename(file)
+    return [file for file in files if file.exists()]
+
+
+def tensors(choices: Choices) -> dict[str, Tensor]:
+    """The arrays as tensors, floats in float32."""
+    found = {f.name: torch.from_numpy(np.asarray(getattr(choices, f.name))) for f in fields(choices)}
+    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+
+
+def files_of(folder: Path) -> Iterable[Path]:
+    """The stored pictures of a folder, in order."""
+    return sorted(file for file in folder.glob("*.npz") if ".part" not in file.name)
