@@ -88,8 +88,8 @@ class Grounding:
             out[model.decoder.vocab_size : ids.first] = _UNSET
         if self.history:  # the first new token is never a grounding token
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
-            own = self.patch_logits(patch_query, self.votes(state))
-            out[ids.first : ids.slots] = self._patch_scores(own, float(text[config.patch_token]), patches)
+            marker = float(text[config.patch_token])
+            out[ids.first : ids.slots] = self._patch_scores(patch_query, state, marker, patches)
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
                 out[ids.slots : ids.locations] = self.slot_logits(slot_query, last - ids.first)
@@ -116,12 +116,12 @@ class Grounding:
         """The patches in `history`."""
         return [token - self.ids.first for token in self.history if 0 <= token - self.ids.first < self.ids.n_patches]
 
-    def _patch_scores(self, own: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
-        """The patches' part of `logits`, from `patch_logits`; `marker`: the logit of the patch token."""
-        if self.config.peak_distance:
-            chosen = self._next_peak(own)
-            if patches != "shared":
-                return np.where(np.arange(len(own)) == chosen, np.float32(marker), _UNSET)
+    def _patch_scores(self, query: np.ndarray, state: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
+        """The patches' part of `logits`. `query`: of `state`; `marker`: the logit of the patch token."""
+        if self.config.peak_distance and patches != "shared":
+            chosen = self._next_peak(query, state)
+            return np.where(np.arange(len(self.selectable)) == chosen, np.float32(marker), _UNSET)
+        own = self.patch_logits(query, self.votes(state))
         if not self.config.numbered:
             own = self._decided(own) if patches != "shared" else self._open(own)
         if patches == "best":
@@ -147,14 +147,15 @@ class Grounding:
         all_patches = np.logaddexp.reduce(own[:-1].astype(np.float64))
         return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
 
-    def _next_peak(self, own: np.ndarray) -> int:
+    def _next_peak(self, query: np.ndarray, state: np.ndarray) -> int:
         """The next patch of a head with `peak_distance`, or "no more points" after the last one."""
-        assert self.places is not None
         earlier = self._patches()
         if not earlier or self.peaks is None:
+            assert self.places is not None
+            own = self.patch_logits(query, self.votes(state))
             self.peaks = local_maxima(own[:-1] - own[-1], self.places, self.config.peak_distance)
         left = self.peaks[self.peaks > earlier[-1]] if earlier else self.peaks
-        return int(left[0]) if len(left) else len(own) - 1
+        return int(left[0]) if len(left) else len(self.selectable) - 1
 
     def votes(self, state: np.ndarray) -> np.ndarray | None:
         """The votes of all patches for the last token's state [d_model] -> float32 [n_patches].

@@ -46,7 +46,7 @@ class Choices:
     """The first choices of patches of a picture's answers: m questions, n patches that can be chosen."""
 
     names: np.ndarray  # int64 [m]: the place of the name in the vocabulary
-    states: np.ndarray  # float32 [m, d_model], before the final norm
+    states: np.ndarray  # float16 [m, d_model], after `x_norm`: before it, some are too large for float16
     cells: np.ndarray  # float16 [n, d_model]: those of the patches
     turns: np.ndarray  # int64 [n]: rotary positions of the patches
     features: np.ndarray  # float16 [n, n_slots, feature_dim] of the towers
@@ -108,6 +108,8 @@ class Reader:
         self.config: MolmoConfig = model.config
         encoding = Encoding(sequence=2048, shuffle=False)
         self._encoder = Encoder(tokenizer, model.config.image, encoding, config=model.config)
+        assert model.point_head is not None
+        self._norm = model.point_head.x_norm
         self._trainable = Trainable(model, ForwardConfig(answer_dropout=0.0, recompute=False)).eval()
 
     @torch.no_grad()
@@ -140,8 +142,8 @@ class Reader:
         ]
         return Choices(
             names=np.array([names[number][0] for number in order]),
-            states=run.states[torch.from_numpy(targets[firsts, 0])].float().numpy(),
-            cells=run.states[batch.cells_at[chosen]].to(torch.float16).numpy(),
+            states=self._normed(run.states[torch.from_numpy(targets[firsts, 0])]),
+            cells=self._normed(run.states[batch.cells_at[chosen]]),
             turns=sample.points.turns[sample.points.chosen],
             features=gather_slots(run.features, pooling).to(torch.float16).numpy(),
             slots=(pooling >= 0).numpy(),
@@ -152,6 +154,10 @@ class Reader:
             box_names=np.array([at for at, _, _ in boxes], np.int64),
             sure=np.array([sure for _, _, sure in boxes], bool),
         )
+
+
+    def _normed(self, states: Tensor) -> np.ndarray:
+        return self._norm(states).to(torch.float16).numpy()
 
 
 def _tiling(image: Any, pooling: np.ndarray | None) -> tuple[int, int]:
