@@ -16,7 +16,7 @@ def point_head(graph: Graph, config: MolmoConfig, tensors: TensorSource, precisi
     """states float32 [n, d_model], features float32 [m, feature_dim] -> the projections of `PointHead`.
 
     Outputs: patch_query, patch_key, slot_query [n, dim], location [n, n_locations]; slot_key [m, dim], embedding
-    [m, d_model]; no_more [dim]; of a head with votes, vote_query [n, votes * vote_dim] and vote_key of m rows.
+    [m, d_model]; no_more [dim]; of a head with votes, vote_query [n, votes * vote_dim + 1] and vote_key of m rows.
     """
     point, d = config.point_head, config.decoder
     assert point is not None
@@ -36,7 +36,7 @@ def point_head(graph: Graph, config: MolmoConfig, tensors: TensorSource, precisi
     project(features, "m", point.dim, f"{HUB}.subpatch_k", "slot_key")
     project(features, "m", d.d_model, "model.build_vit_embedding", "embedding")
     if point.votes:
-        project(normed, "n", point.votes * point.vote_dim, f"{HUB}.vote_q", "vote_query")
+        project(normed, "n", point.votes * point.vote_dim + 1, f"{HUB}.vote_q", "vote_query")
         project(features, "m", point.votes * point.vote_dim, f"{HUB}.vote_k", "vote_key")
     name = f"{HUB}.add_no_point_class_embed.vector"
     graph.output(graph.node("Identity", graph.weight(name, tensors.get(name)), name="no_more"), np.float32, [point.dim])

@@ -306,17 +306,17 @@ class PointHeadConfig:
     n_locations: int = 9  # in a subpatch
     no_more_class: bool = True  # whether "no more points" can be chosen instead of a patch
     numbered: bool = added(True)  # whether the number of its object follows each point: 4 tokens a point instead of 3
-    # Each subpatch adds votes to the score of its patch: so many dot products of the decoder's state and its features.
+    # Above 0, all points of a list are chosen at once (`runtimes.peaks`). A subpatch has so many votes, dot products of
+    # the decoder's state and the subpatch's features, and the score of its patch.
     votes: int = added(0)
     vote_dim: int = added(96)
-    # Above 0: all patches of a list of points are chosen at once, those that score more than "no more points" and
-    # than every other patch within this distance, in patches of the vision tower along either axis.
-    peak_distance: float = added(0.0)
+    peak_distance: float = added(2.0)  # between two points of a list along either axis, in patches of the vision tower
+    peak_drop: float = added(0.0)  # how far below that of the best point the score of another one may be; 0: any
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.peak_distance and not self.no_more_class:
-            raise ConfigError("peak_distance needs no_more_class: its key is the threshold of a patch")
+        if self.votes and not self.no_more_class:
+            raise ConfigError("votes need no_more_class: its score is the threshold of a patch's own score")
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from molmo_edge.frontend.grounding_tokens import (
     UNNUMBERED,
     GroundingIds,
     decode_grounding,
-    near,
-    patch_places,
+    slot_places,
     with_coordinates,
 )
 from molmo_edge.frontend.points import Point, format_points, written_absent
+from molmo_edge.runtimes.peaks import Votes, local_maxima
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
@@ -43,6 +43,7 @@ _RUN_BEGUN = re.compile(r"(?:<POINT_[0-9]+>)*(?:<P?O?I?N?T?_?[0-9]*)?\Z")  # a t
 
 _OPEN = '<points coords="'
 
+_ALWAYS = False
 _CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 _UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
 
@@ -60,11 +61,9 @@ class Grounding:
     slot_features: np.ndarray  # float32 [n_patches, n_slots, feature_dim], zero for missing patches
     slots: np.ndarray  # bool [n_patches, n_slots]: False for missing patches
     features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
-    # float32 [n_patches, n_slots, votes, vote_dim], of a head with votes
-    vote_keys: np.ndarray | None = None
-    places: np.ndarray | None = None  # float32 [n_patches, 3] of `patch_places`, of a head with `peak_distance`
+    votes: Votes | None = None  # of a head with votes
     history: list[int] = field(default_factory=list)
-    # The patches that a head with `peak_distance` chooses, ascending. They are kept from the first point on.
+    # Patch and slot of the points that a head with votes chooses, int [k, 2]. They are kept from the first point on.
     peaks: np.ndarray | None = None
 
     def logits(self, text: np.ndarray, state: np.ndarray, patches: Patches = "best") -> np.ndarray:
@@ -73,8 +72,8 @@ class Grounding:
         `text`: float32 [ids.first], the language model's logits; `state`: float32 [d_model], the last token's state
         before the final norm. `patches`: which of them get the logit of the patch token: "best", the likeliest one, as
         the model decodes; "graded", each patch, less what its own logit is behind the likeliest one's; "shared", each
-        patch plus its log probability among the patches, so that their probabilities add up to the patch token's. With
-        `peak_distance`, "best" and "graded" are both the next one of the patches chosen at the first point.
+        patch plus its log probability among the patches, so that their probabilities add up to the patch token's. In a
+        head with votes, "best" and "graded" are both the next one of the patches that are chosen at the first point.
 
         Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding tokens.
         """
@@ -92,7 +91,10 @@ class Grounding:
             out[ids.first : ids.slots] = self._patch_scores(patch_query, state, marker, patches)
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
-                out[ids.slots : ids.locations] = self.slot_logits(slot_query, last - ids.first)
+                slots = self.slot_logits(slot_query, last - ids.first)
+                if patches != "shared":
+                    slots = self._planned_slot(slots)
+                out[ids.slots : ids.locations] = slots
             elif ids.slots <= last < ids.locations:
                 out[ids.locations : ids.end] = location
         allowed = np.full(ids.end, -np.inf, np.float32)
@@ -118,10 +120,10 @@ class Grounding:
 
     def _patch_scores(self, query: np.ndarray, state: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
         """The patches' part of `logits`. `query`: of `state`; `marker`: the logit of the patch token."""
-        if self.config.peak_distance and patches != "shared":
+        if self.votes is not None and patches != "shared":
             chosen = self._next_peak(query, state)
             return np.where(np.arange(len(self.selectable)) == chosen, np.float32(marker), _UNSET)
-        own = self.patch_logits(query, self.votes(state))
+        own = self.patch_logits(query, state)
         if not self.config.numbered:
             own = self._decided(own) if patches != "shared" else self._open(own)
         if patches == "best":
@@ -148,41 +150,54 @@ class Grounding:
         return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
 
     def _next_peak(self, query: np.ndarray, state: np.ndarray) -> int:
-        """The next patch of a head with `peak_distance`, or "no more points" after the last one."""
+        """The next patch of a head with votes, or "no more points" after the last one."""
         earlier = self._patches()
         if not earlier or self.peaks is None:
-            assert self.places is not None
-            own = self.patch_logits(query, self.votes(state))
-            self.peaks = local_maxima(own[:-1] - own[-1], self.places, self.config.peak_distance)
-        left = self.peaks[self.peaks > earlier[-1]] if earlier else self.peaks
+            assert self.votes is not None
+            scores = self._subpatch_scores(query, state)
+            self.peaks = local_maxima(scores, self.votes.places, self.config.peak_distance, self.config.peak_drop)
+        left = self.peaks[:, 0]
+        if earlier:
+            left = np.concatenate([left[left == earlier[-1]][earlier.count(earlier[-1]) :], left[left > earlier[-1]]])
         return int(left[0]) if len(left) else len(self.selectable) - 1
 
-    def votes(self, state: np.ndarray) -> np.ndarray | None:
-        """The votes of all patches for the last token's state [d_model] -> float32 [n_patches].
+    def _planned_slot(self, slots: np.ndarray) -> np.ndarray:
+        """The logits of the slots of the last patch; of a patch with several peaks, the slot of the next one alone."""
+        if self.peaks is None:
+            return slots
+        patches = self._patches()
+        planned = self.peaks[self.peaks[:, 0] == patches[-1], 1]
+        if not (_ALWAYS or len(planned) > 1):
+            return slots
+        number = patches.count(patches[-1]) - 1
+        if number >= len(planned):
+            return slots
+        return np.where(np.arange(len(slots)) == planned[number], np.float32(0), _UNSET)
 
-        A patch gets the logarithm of the summed exponentials of all dot products of its subpatches: a convolutional
-        tower sees an object at one level of its pyramid only, which a sum of dot products would drown.
+    def _subpatch_scores(self, query: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The scores of all subpatches, of a head with votes: see `Votes.scores`."""
+        assert self.votes is not None
+        own = self._own_logits(query)
+        return self.votes.scores(self.head.vote_queries(state[None])[0], own[:-1] - own[-1])
+
+    def patch_logits(self, query: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The logits of the patches and of "no more points" -> float32 [n_patches (+ 1)].
+
+        `state`: float32 [d_model], the last token's; `query`: float32 [dim], its query of a patch. In a head with
+        votes, the logit of a patch is the best score of its subpatches, and that of "no more points" is 0.
         """
-        if self.vote_keys is None:
-            return None
-        query = self.head.vote_queries(state[None])[0].reshape(self.vote_keys.shape[2:])
-        votes = np.einsum("psvd,vd->psv", self.vote_keys, query, optimize=True)
-        votes = np.where(self.slots[..., None], votes, _CLOSED)
-        return np.asarray(np.logaddexp.reduce(votes.reshape(len(votes), -1), axis=1), np.float32)
+        if self.votes is not None:
+            return np.append(self._subpatch_scores(query, state).max(1), np.float32(0))
+        return self._own_logits(query)
 
-    def patch_logits(self, query: np.ndarray, votes: np.ndarray | None = None) -> np.ndarray:
-        """The logits of the patches and of "no more points" for a patch query [dim] -> float32 [n_patches (+ 1)].
-
-        `votes`: float32 [n_patches], of a head with votes.
-        """
+    def _own_logits(self, query: np.ndarray) -> np.ndarray:
+        """`patch_logits` without votes."""
         earlier = self._patches()
         if earlier and self.history[-1] == self.ids.first + earlier[-1]:
             earlier.pop()  # the query is rotated by the last patch before the current token
         if earlier:
             query = rotate(query[None], self.positions[earlier[-1:]], self.config.rope_theta)[0]
         scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
-        if votes is not None:
-            scores[: len(votes)] += votes
         return np.where(self.selectable, scores, _CLOSED)
 
     def slot_logits(self, query: np.ndarray, patch: int) -> np.ndarray:
@@ -257,15 +272,15 @@ class GroundingInputs:
             slot_features,
             there,
             self.features,
-            self._vote_keys if config.votes else None,
-            patch_places(self.pooling, self.grids) if config.peak_distance else None,
+            self._votes if config.votes else None,
         )
 
     @functools.cached_property
-    def _vote_keys(self) -> np.ndarray:
-        """The keys of the subpatches' votes, which all questions about the images share."""
+    def _votes(self) -> Votes:
+        """What votes are computed from, which all questions about the images share."""
         keys = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]
-        return np.asarray(keys.reshape(*self.pooling.shape, self._config.votes, self._config.vote_dim))
+        keys = keys.reshape(*self.pooling.shape, self._config.votes, self._config.vote_dim)
+        return Votes(keys, slot_places(self.pooling, self.grids))
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """The embeddings of an answer's tokens, int [n] -> float32 [n, d_model]. They do not depend on any states."""
@@ -424,19 +439,6 @@ class DigitWriter:
     def _written(self, tag: str, label: str) -> str:
         points = self._inputs.unlabelled_points(tag)
         return format_points(points, label) if points else ""
-
-
-def local_maxima(scores: np.ndarray, places: np.ndarray, distance: float) -> np.ndarray:
-    """The patches whose score is above 0 and above that of every other one within `distance`, ascending.
-
-    `scores`: float32 [n]; `places`: float32 [n, 3] of `patch_places`. Of equal scores, that of the first patch is above
-    the others.
-    """
-    above = np.flatnonzero(scores > 0)
-    own, close = scores[above], near(places[above], distance)
-    later = np.arange(len(above))[:, None] > np.arange(len(above))
-    beaten = close & ((own > own[:, None]) | (own == own[:, None]) & later)
-    return np.asarray(above[~beaten.any(1)])
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

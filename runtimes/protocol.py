@@ -126,7 +126,7 @@ class PointRuntime(PartedRuntime, Protocol):
         ...
 
     def vote_queries(self, states: np.ndarray) -> np.ndarray:
-        """States [n, d_model] -> queries of votes [n, votes * vote_dim], of a head with votes."""
+        """States [n, d_model] -> queries of votes and an offset [n, votes * vote_dim + 1], of a head with votes."""
         ...
 
     def vote_keys(self, features: np.ndarray) -> np.ndarray:

@@ -28,12 +28,13 @@ from molmo_edge.evaluation.loss import ModelSpec, measure_loss
 from molmo_edge.evaluation.questions import UNSCORED, Question
 from molmo_edge.export import export_bundle, export_checkpoint
 from molmo_edge.frontend.crops import group_patches, image_in_grid, pointable_cells, pointing_grid, select_tiling
-from molmo_edge.frontend.grounding_tokens import GroundingIds, patch_places
+from molmo_edge.frontend.grounding_tokens import GroundingIds, patch_places, slot_places
 from molmo_edge.frontend.points import NONE, Point, format_absent, format_count, format_points, parse_points
 from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
-from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding, local_maxima
+from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding
+from molmo_edge.runtimes.peaks import local_maxima
 from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
@@ -63,7 +64,7 @@ CONFIG = MolmoConfig(  # two towers, as nano has
     ),
     projector_dim=D,
     conv_tower=ConvTowerConfig(stem_dim=4, steps=(1, 1, 1, 2), pyramid_dim=6),
-    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False, votes=2, vote_dim=8, peak_distance=2.5),
+    point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False, votes=2, vote_dim=8),
 )
 POINT, COUNT = "Point to the discs.", "How many discs are there?"
 POINT_CUPS, COUNT_CUPS = "Point to the cups.", "How many cups are there?"
@@ -332,10 +333,8 @@ def test_a_tag_without_points_is_written_as_text(start: Path) -> None:
         assert inputs.points(text) == []
 
 
-def _of_head(grounding: Grounding, **changes: object) -> Grounding:
-    """The grounding of a head without votes."""
-    config = dataclasses.replace(grounding.config, votes=0, **changes)
-    return dataclasses.replace(grounding, config=config, vote_keys=None)
+def _without_votes(grounding: Grounding) -> Grounding:
+    return dataclasses.replace(grounding, config=dataclasses.replace(grounding.config, votes=0), votes=None)
 
 
 def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path) -> None:
@@ -343,7 +342,7 @@ def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path
     with Sdk(start, max_crops=0) as model:
         inputs = model.encode(Discs(1).picture(0)).grounding
         assert inputs is not None
-        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)), peak_distance=0.0)
+        grounding = _without_votes(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)))
         state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
         text, query = np.zeros(ids.first, np.float32), grounding.head.project(state[None])[0][0]
         unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
@@ -358,57 +357,76 @@ def test_no_more_points_has_to_be_likelier_than_all_patches_together(start: Path
             np.testing.assert_allclose(np.exp(shared), np.exp(logits), atol=1e-4)
 
 
-def test_a_head_with_peaks_chooses_all_patches_of_a_list_at_once(start: Path) -> None:
-    """The second of two neighbors is not another object, and a likelier one later in the order closes nothing."""
+def test_a_head_with_votes_chooses_all_points_of_a_list_at_once(start: Path) -> None:
+    """Two subpatches of a patch are two objects; scores of later steps do not matter."""
     with Sdk(start, max_crops=0) as model:
         inputs = model.encode(Discs(1).picture(0)).grounding
         assert inputs is not None
-        grounding = _of_head(inputs.begin(np.zeros((len(inputs.ids), D), np.float32)))
-        assert grounding.places is not None
-        state, ids, count = np.ones(D, np.float32), grounding.ids, len(grounding.patch_keys)
-        query = grounding.head.project(state[None])[0][0]
-        unit = query / (query @ query) * np.sqrt(np.float32(count))  # the logit of this key is 1
-        logits = np.full(count, -3.0, np.float32)
-        logits[[1, 2, 9]], logits[-1] = (1.0, 0.5, 4.0), 0
-        assert np.abs(grounding.places[1] - grounding.places[2]).max() <= 2.5
-        assert np.abs(grounding.places[1] - grounding.places[9]).max() > 2.5
-        one = dataclasses.replace(grounding, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
-        text = np.zeros(ids.first, np.float32)
-        chosen = []
-        for _ in range(3):
+        grounding = inputs.begin(np.zeros((len(inputs.ids), D), np.float32))
+        ids, votes, state = grounding.ids, grounding.votes, np.ones(D, np.float32)
+        assert votes is not None
+        near = dataclasses.replace(grounding.config, peak_distance=0.5)
+        query = grounding.head.vote_queries(state[None])[0]
+        scores = np.full(votes.keys.shape[:2], -9.0)
+        scores[1, 0], scores[1, 3], scores[9, 2] = 2.0, 3.0, 6.0
+        first = query[: votes.keys.shape[-1]]
+        keys = np.zeros_like(votes.keys)
+        keys[:, :, 0] = scores[..., None] * first / (first @ first)
+        keys[:, :, 1] = -50 * query[len(first) : -1] / (query[len(first) : -1] @ query[len(first) : -1])
+        patch_keys = np.zeros_like(grounding.patch_keys)
+        own = grounding.head.project(state[None])[0][0]
+        patch_keys[-1] = (50 + query[-1]) * own / (own @ own) * np.sqrt(np.float32(len(patch_keys)))  # no more points
+
+        def of_keys(keys: np.ndarray) -> Grounding:
+            return dataclasses.replace(
+                grounding, config=near, votes=dataclasses.replace(votes, keys=keys), patch_keys=patch_keys, history=[1]
+            )
+
+        one, text, chosen = of_keys(keys), np.zeros(ids.first, np.float32), list[int]()
+        np.testing.assert_allclose(one.patch_logits(own, state)[[0, 1, 9, -1]], [-9, 3, 6, 0], atol=1e-3)
+        while ids.no_more not in chosen:
             best, graded = (one.logits(text, state, each)[ids.first : ids.slots] for each in ("best", "graded"))
             np.testing.assert_array_equal(best, graded)
             assert (best > -1e4).sum() == 1
             chosen.append(ids.first + int(best.argmax()))
+            one.embed(chosen[-1])
             if chosen[-1] != ids.no_more:
-                for token in (chosen[-1], ids.slots, ids.locations):
-                    one.embed(token)
-            one.patch_keys = -one.patch_keys  # the scores of later steps do not matter
-        assert chosen == [ids.first + 1, ids.first + 9, ids.no_more]
-        shared = dataclasses.replace(one, patch_keys=(logits[:, None] * unit).astype(np.float32), history=[1])
-        found = shared.logits(text, state, "shared")[ids.first : ids.slots]
-        np.testing.assert_allclose(np.exp(found).sum(), 1, rtol=1e-4)
+                slots = one.logits(text, state)[ids.slots : ids.locations]
+                if chosen[-1] == ids.first + 1:
+                    assert int(slots.argmax()) == (0 if chosen.count(chosen[-1]) == 1 else 3)
+                one.embed(ids.slots + int(slots.argmax()))
+                one.embed(ids.locations)
+            one.votes = dataclasses.replace(votes, keys=-keys)
+        assert chosen == [ids.first + 1, ids.first + 1, ids.first + 9, ids.no_more]
+        shared = of_keys(keys).logits(text, state, "shared")[ids.first : ids.slots]
+        expected = np.exp([-9, 3, 6, 0]) / (np.exp(3) + np.exp(6) + 1)
+        np.testing.assert_allclose(np.exp(shared[[0, 1, 9, -1]]), expected, atol=1e-3)
 
 
-def test_a_peak_is_above_the_threshold_and_its_neighbors_in_the_same_image() -> None:
+@pytest.mark.parametrize("drop", [0.0, 1.5])
+def test_a_peak_is_above_its_neighbors_in_the_same_image(drop: float) -> None:
     rng = np.random.default_rng(0)
     grids = [np.arange(24).reshape(4, 6), 24 + np.arange(16).reshape(4, 4)]
     pooling = np.concatenate([group_patches(grid, 2).reshape(-1, 4) for grid in grids] + [np.full((1, 4), 40)])
-    places = patch_places(pooling, grids)
-    assert places[:6].tolist() == [[0, r, c] for r in (0.5, 2.5) for c in (0.5, 2.5, 4.5)]
-    assert places[6:10].tolist() == [[1, r, c] for r in (0.5, 2.5) for c in (0.5, 2.5)]
+    pooling[0, 3] = -1
+    places = slot_places(pooling, grids)
+    assert places[1].tolist() == [[0, 0, 2], [0, 0, 3], [0, 1, 2], [0, 1, 3]]
+    assert places[6].tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
+    assert np.isnan(places[0, 3]).all(), "a missing patch"
     assert np.isnan(places[10]).all(), "in no grid"
+    means = patch_places(pooling, grids)
+    assert means[[1, 6]].tolist() == [[0, 0.5, 2.5], [1, 0.5, 0.5]]
+    assert np.isnan(means[10]).all()
     for _ in range(20):
-        scores = rng.integers(-3, 4, 10).astype(np.float32)  # with ties
+        scores = np.where(np.isnan(places[..., 0]), -1e8, rng.integers(-3, 4, pooling.shape)).astype(np.float32)
+        every = list(np.ndindex(*scores.shape))  # ascending
         expected = []
-        for i in range(10):
-            close = [
-                j for j in range(10) if places[i, 0] == places[j, 0] and (np.abs(places[i] - places[j]) <= 2.5).all()
-            ]
-            best = max(close, key=lambda j: (scores[j], -j))
-            if scores[i] > 0 and best == i:
+        for i in every:
+            close = [j for j in every if (np.abs(places[i] - places[j]) <= [0, 2, 2]).all()]
+            if scores[i] > 0 and max(close, key=lambda j: scores[j]) == i:  # of equal scores, the first
                 expected.append(i)
-        assert local_maxima(scores, places[:10], 2.5).tolist() == expected
+        expected = [i for i in expected if not drop or scores[i] >= scores.max() - drop]
+        assert [tuple(one) for one in local_maxima(scores, places, 2, drop)] == expected
 
 
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:

@@ -219,16 +219,9 @@ def test_a_point_decodes_to_where_it_is(max_crops: int) -> None:
     assert found[200:].round().tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"votes": 3, "vote_dim": 8},
-    ],
-)
-def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits(changes: dict[str, Any]) -> None:
+def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits() -> None:
     """The choices of each step, made by the runtime along the answer, have the loss of training."""
-    tokenizer, molmo = tokenizer_of(POINT), _with_head(**changes)
+    tokenizer, molmo = tokenizer_of(POINT), _molmo(POINT)
     config = molmo.config
     encode = Encoder(tokenizer, _config(POINT).image, Encoding(shuffle=False), config=config)
     sample = encode(_example(QUESTIONS[0]), np.random.default_rng(0))
@@ -259,7 +252,7 @@ def test_losses_of_grounding_tokens_are_those_of_the_runtimes_logits(changes: di
         query, _, slot_query, location = (part[0] for part in runtime.project(state[None]))
         logits: np.ndarray | None = None
         if token == inputs.token_ids.no_more or inputs.token_ids.first <= token < inputs.token_ids.slots:
-            logits, chosen = grounding.patch_logits(query, grounding.votes(state)), token - inputs.token_ids.first
+            logits, chosen = grounding.patch_logits(query, state), token - inputs.token_ids.first
             earlier = [
                 t - inputs.token_ids.first for t in answer[:at] if 0 <= t - inputs.token_ids.first < len(features)
             ]
@@ -290,38 +283,47 @@ def test_votes_of_a_batch_are_those_of_its_sequences() -> None:
 
 
 def test_the_patches_of_a_list_are_learned_at_its_first_choice() -> None:
-    """The loss that the runtime's scores of the first choice have, written out patch by patch."""
+    """The loss of the runtime's scores, written out patch by patch."""
     distance = 2.5
-    molmo = _with_head(peak_distance=distance, votes=2, vote_dim=4)
+    molmo, tokenizer = _with_head(peak_distance=distance, votes=2, vote_dim=4), tokenizer_of(POINT)
     sample = _sample(POINT, QUESTIONS[0])
     assert sample.points is not None
     assert sample.pooling is not None
-    batch = collate([sample])
-    model = Trainable(molmo, PLAIN).eval()
     with torch.no_grad():
-        run = model.run(batch)
+        run = Trainable(molmo, PLAIN).eval().run(collate([sample]))
     assert run.points is not None
     assert run.points.begins is not None
     assert run.points.begins.tolist() == [0], "three points, then no more"
-    scores = run.points.patches[0, :-1] - run.points.patches[0, -1]
     targets, places = sample.points.patch_targets[:3, 1], sample.points.places
+
+    runtime = TorchRuntime.from_model(molmo, threads=1)
+    grid = np.arange(sample.masks.size)[None]  # what the image shows is not asked about here
+    inputs = GroundingInputs(
+        runtime, sample.packed.input_ids, sample.token_index, tokenizer.special.im_patch,
+        run.features.flatten(0, 1).numpy(), sample.pooling, run.tokens.numpy(), (grid,),
+    )  # fmt: skip
+    state = run.states[sample.points.patch_targets[0, 0]].numpy()
+    grounding = inputs.begin(run.states.numpy())
+    grounding.history = [0]
+    logits = grounding.patch_logits(runtime.project(state[None])[0][0], state)
+    assert logits[-1] == 0
     expected = 0.0
-    for patch, p in enumerate(scores.double().sigmoid().tolist()):
+    for patch, p in enumerate(torch.from_numpy(logits[:-1]).double().sigmoid().tolist()):
         if patch in targets:
             expected -= (1 - p) ** 2 * np.log(p)
         elif sample.points.chosen[patch] and not any(
             (np.abs(places[patch] - places[t]) <= [0, distance, distance]).all() for t in targets
         ):
             expected -= p**2 * np.log(1 - p)
-    weights = torch.ones(batch.ids.numel())
-    others = choice_loss(run.points._replace(begins=None, lists=None, patches=run.points.patches[:0],
-                                             patch_targets=run.points.patch_targets[:0],
-                                             patch_at=run.points.patch_at[:0]), weights)  # fmt: skip
-    assert float(choice_loss(run.points, weights) - others) == pytest.approx(expected, rel=1e-4)
+    weights, none = torch.ones(len(run.states)), run.points.patches[:0]
+    others = run.points._replace(
+        begins=None, lists=None, patches=none, patch_targets=none[:, 0].long(), patch_at=none[:, 0].long()
+    )
+    assert float(choice_loss(run.points, weights) - choice_loss(others, weights)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_truncated_list_says_nothing_about_later_patches() -> None:
-    molmo = _with_head(peak_distance=2.5)
+    molmo = _with_head(peak_distance=2.5, votes=2, vote_dim=4)
     whole = _sample(POINT, QUESTIONS[0])
     assert whole.points is not None
     cut = dataclasses.replace(

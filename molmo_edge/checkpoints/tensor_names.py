@@ -166,7 +166,7 @@ def _point_head(config: MolmoConfig) -> Iterator[_Line]:
     hub, d, features, dim = "model.point_predictor", config.decoder.d_model, config.feature_dim, point.dim
     yield "point_head.x_norm.weight", (f"{hub}.x_norm.weight",), (d,)
     votes = point.votes * point.vote_dim
-    voting = (("vote_q", f"{hub}.vote_q", votes, d), ("vote_k", f"{hub}.vote_k", votes, features)) if votes else ()
+    voting = (("vote_q", f"{hub}.vote_q", votes + 1, d), ("vote_k", f"{hub}.vote_k", votes, features)) if votes else ()
     for ours, theirs, rows, columns in (
         ("patch_q", f"{hub}.patch_q", dim, d),
         ("patch_k", f"{hub}.patch_k", dim, d),

@@ -107,31 +107,26 @@ def point_target(
     return int(patch), int(slot), 3 * in_x + in_y
 
 
-def patch_places(pooling: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
-    """Where image tokens are, float32 [n_patches, 3]: the grid, and the mean row and column of its patches in it.
+def slot_places(pooling: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the patches of image tokens are, float32 [n_patches, n_slots, 3]: their grid, and row and column in it.
 
-    `pooling` and `grids`: as in `decode_grounding`. NaN for tokens in no grid.
+    `pooling` and `grids`: as in `decode_grounding`. NaN for missing patches and for those in no grid.
     """
-    cells = np.full((max(int(pooling.max(initial=-1)), *(int(grid.max(initial=-1)) for grid in grids), 0) + 1, 3), np.nan)
+    size = 1 + max((int(numbers.max(initial=0)) for numbers in (pooling, *grids)))
+    places = np.full((size, 3), np.nan, np.float32)
     for number, grid in enumerate(grids):
-        rows, columns = np.indices(grid.shape)
         known = grid >= 0
-        cells[grid[known]] = np.stack([np.full(grid.shape, number), rows, columns], axis=-1)[known]
-    found = cells[np.maximum(pooling, 0)]  # [n_patches, n_slots, 3]
-    there = (pooling >= 0) & ~np.isnan(found[..., 0])
-    sums = np.where(there[..., None], found, 0).sum(1)
-    counts = there.sum(1, keepdims=True)
-    places = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    return np.asarray(places, np.float32)
+        rows, columns = np.nonzero(known)
+        places[grid[known]] = np.stack([np.full(len(rows), number), rows, columns], axis=-1)
+    return np.where((pooling >= 0)[..., None], places[np.maximum(pooling, 0)], np.float32(np.nan))
 
 
-def near(places: np.ndarray, distance: float) -> np.ndarray:
-    """Which image tokens are within `distance` of each other along both axes, bool [n, n].
-
-    `places`: float [n, 3] of `patch_places`. Tokens of different grids, or in none, are near to none.
-    """
-    apart = np.abs(places[:, None] - places)
-    return np.asarray((apart[..., 0] == 0) & (apart[..., 1:] <= distance).all(-1))
+def patch_places(pooling: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Where image tokens are, float32 [n_patches, 3]: the mean of `slot_places`, NaN for tokens in no grid."""
+    found = slot_places(pooling, grids)
+    there = ~np.isnan(found[..., :1])
+    sums, counts = np.where(there, found, 0).sum(1), there.sum(1)
+    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), np.float32)
 
 
 class GroundedPoint(NamedTuple):

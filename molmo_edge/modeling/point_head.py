@@ -1,7 +1,7 @@
 """MolmoPoint's grounding head: projections that choose a patch, a subpatch and a location by dot products.
 
 Reference: PointPredictor of hf_model/modeling_molmo_point.py in allenai/molmo2. The computation after the projections
-does not depend on the engine: see runtimes/grounding.py. The votes of subpatches are not in the reference.
+does not depend on the engine: see runtimes/grounding.py. Votes are not in the reference: see runtimes/peaks.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PointHead(Module):
         self.no_more = nn.Parameter(torch.zeros(point.dim))
         self.patch_embedding = Linear(features, d)
         if point.votes:
-            self.vote_q = Linear(d, point.votes * point.vote_dim)
+            self.vote_q = Linear(d, point.votes * point.vote_dim + 1)
             self.vote_k = Linear(features, point.votes * point.vote_dim)
 
     def project(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +46,10 @@ class PointHead(Module):
         return self.subpatch_k(features), self.patch_embedding(features)
 
     def vote_queries(self, state: Tensor) -> Tensor:
-        """States before the decoder's final norm [n, d_model] -> queries of votes [n, votes * vote_dim]."""
+        """States before the decoder's final norm [n, d_model] -> [n, votes * vote_dim + 1].
+
+        Those are the queries of the votes, and an offset of the patches' own scores.
+        """
         return self.vote_q(self.x_norm(state))
 
     def vote_keys(self, features: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _MAY_BE_ZERO = (
     "head_dim_override",
     "pooling_heads",
     "votes",
-    "peak_distance",
+    "peak_drop",
 )
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 

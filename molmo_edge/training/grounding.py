@@ -174,7 +174,7 @@ class PointScores(NamedTuple):
     locations: Tensor  # [., n_locations]
     location_targets: Tensor
     location_at: Tensor
-    # Of a head with `peak_distance`: which rows of `patches` begin a list, int64 [g], and the patches of the whole list,
+    # Of a head with votes: which rows of `patches` begin a list, int64 [g], and the patches of the whole list,
     # int8 [g, patches]: PEAK, UNKNOWN next to one and where it cannot be chosen, else 0.
     begins: Tensor | None = None
     lists: Tensor | None = None
@@ -209,16 +209,14 @@ def point_scores(
         scores = torch.cat([scores, query @ head.no_more.to(query.dtype)[:, None]], dim=1)
     scores = scores.float() / (count + int(config.no_more_class)).float().sqrt()[:, None]
     if config.votes:
+        own = scores[:, :-1] - scores[:, -1:]
         voting = head.vote_queries(states.index_select(0, at))
-        votes = _votes(head, config, voting, end, count, features, pooling)
-        scores = torch.cat([scores[:, : len(keys)] + votes, scores[:, len(keys) :]], dim=1)
-    if config.no_more_class:
-        is_choice = F.pad(is_open, (0, 1), value=True)
-    else:
-        is_choice = is_open
+        best = _best_subpatches(head, config, voting, own, end, count, features, pooling)
+        scores = torch.cat([best, torch.zeros_like(best[:, :1])], dim=1)
+    is_choice = F.pad(is_open, (0, 1), value=True) if config.no_more_class else is_open
     patches = scores.masked_fill(~is_choice, _CLOSED), target, at
     first = begins.nonzero()[:, 0]
-    lists = _lists(points, is_open, first, config.peak_distance) if config.peak_distance else None
+    lists = _lists(points, is_open, first, config.peak_distance) if config.votes else None
 
     at, patch, target = points.slot_targets.unbind(1)
     query = head.subpatch_q(head.x_norm(states.index_select(0, at)))
@@ -249,19 +247,20 @@ def _lists(points: PointBatch, is_open: Tensor, begins: Tensor, distance: float)
     return lists.masked_fill(beside, UNKNOWN).index_put((number, target), torch.tensor(PEAK).to(lists))
 
 
-def _votes(
+def _best_subpatches(
     head: PointHead,
     config: PointHeadConfig,
     queries: Tensor,
+    own: Tensor,
     ends: Tensor,
     counts: Tensor,
     features: Tensor,
     pooling: Tensor,
 ) -> Tensor:
-    """The votes of subpatches for their patches, float32 [n, patches]; see `runtimes.grounding.Grounding.votes`.
+    """The best scores of the subpatches of each patch, float32 [n, patches]; see `runtimes.peaks.Votes.scores`.
 
-    queries [n, votes * vote_dim], in the order of their sequences; ends and counts int [n]: the patches of their
-    sequences. Patches of other sequences have a vote of 0.
+    queries [n, votes * vote_dim + 1], in the order of their sequences; own [n, patches]: the patches' own scores; ends
+    and counts int [n]: the patches of their sequences. Patches of other sequences have the score 0.
     """
     slots = pooling.shape[1]
     keys = head.vote_keys(gather_slots(features, pooling)).unflatten(-1, (config.votes, config.vote_dim))
@@ -269,20 +268,21 @@ def _votes(
     missing = (pooling < 0)[None]  # [1, patches, slots]
     found = []
     (sequences, lengths), total = ends.unique_consecutive(return_counts=True), len(pooling)
-    firsts = sequences - counts[lengths.cumsum(0) - 1]
-    own = queries.unflatten(-1, (config.votes, config.vote_dim)).transpose(0, 1).split(lengths.tolist(), dim=1)
-    for query, first, end in zip(own, firsts.tolist(), sequences.tolist(), strict=True):
+    firsts, parts = sequences - counts[lengths.cumsum(0) - 1], lengths.tolist()
+    votes_of = queries[:, :-1].unflatten(-1, (config.votes, config.vote_dim)).transpose(0, 1).split(parts, dim=1)
+    own_of = (own + queries[:, -1:]).split(parts)
+    for query, alone, first, end in zip(votes_of, own_of, firsts.tolist(), sequences.tolist(), strict=True):
         votes = query @ keys[:, first * slots : end * slots].transpose(1, 2)  # [votes, n, patches * slots]
         votes = votes.logsumexp(0).unflatten(-1, (end - first, slots)).float()
-        votes = votes.masked_fill(missing[:, first:end], _CLOSED).logsumexp(-1)
-        found.append(F.pad(votes, (first, total - end)))
-    return torch.cat(found) if found else (keys.sum() * keys.new_zeros(0, total)).float()
+        scores = torch.logaddexp(votes, alone[:, first:end, None].float())
+        found.append(F.pad(scores.masked_fill(missing[:, first:end], _CLOSED).amax(-1), (first, total - end)))
+    return torch.cat(found) if found else (keys.sum() * keys.new_zeros(0, total) + own).float()
 
 
 def choice_loss(scores: PointScores, weights: Tensor) -> Tensor:
     """The weighted sum of the losses of all choices. weights [tokens]
 
-    Those of patches are cross entropies, or with `peak_distance` the focal losses of all patches at the first choice of
+    Those of patches are cross entropies, or in a head with votes the focal losses of all patches at the first choice of
     each list (CenterNet, see `regions.heat_loss`), in which the score of "no more points" is the threshold.
     """
     total, kinds = torch.zeros((), device=weights.device), scores.kinds
