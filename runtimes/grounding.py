@@ -43,7 +43,6 @@ _RUN_BEGUN = re.compile(r"(?:<POINT_[0-9]+>)*(?:<P?O?I?N?T?_?[0-9]*)?\Z")  # a t
 
 _OPEN = '<points coords="'
 
-_ALWAYS = False
 _CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 _UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
 
@@ -167,10 +166,8 @@ class Grounding:
             return slots
         patches = self._patches()
         planned = self.peaks[self.peaks[:, 0] == patches[-1], 1]
-        if not (_ALWAYS or len(planned) > 1):
-            return slots
         number = patches.count(patches[-1]) - 1
-        if number >= len(planned):
+        if len(planned) < 2 or number >= len(planned):
             return slots
         return np.where(np.arange(len(slots)) == planned[number], np.float32(0), _UNSET)
 

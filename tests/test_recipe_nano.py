@@ -239,7 +239,7 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path, capsys: pyte
         (["--hours", "1", "--run", "r", "--photos", "p", "--vit", "v"], ["lm", "detector"]),
         (["sight", "--run", "r"], ["photos"]),
         (["score-sight", "--run", "r", "--photos", "p"], ["detector"]),
-        (["votes", "--run", "r", "--photos", "p"], ["detector"]),
+        (["head", "--run", "r", "--photos", "p"], ["detector"]),
         (["score-answers", "--sprites", "s"], []),
     ],
 )

@@ -112,7 +112,7 @@ def slot_places(pooling: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
 
     `pooling` and `grids`: as in `decode_grounding`. NaN for missing patches and for those in no grid.
     """
-    size = 1 + max((int(numbers.max(initial=0)) for numbers in (pooling, *grids)))
+    size = 1 + max(int(numbers.max(initial=0)) for numbers in (pooling, *grids))
     places = np.full((size, 3), np.nan, np.float32)
     for number, grid in enumerate(grids):
         known = grid >= 0

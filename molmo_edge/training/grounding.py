@@ -199,9 +199,9 @@ def point_scores(
     states [tokens, d] before the final norm; images int [k]: the positions of the image tokens; the rest as in
     `embed_points`. Every parameter of the head takes part, also in a batch without points.
     """
-    keys = _rotated(head.patch_k(head.x_norm(states.index_select(0, images))), points.turns, config.rope_theta)
+    keys = rotated(head.patch_k(head.x_norm(states.index_select(0, images))), points.turns, config.rope_theta)
     at, target, turn, lowest, begins, end, count = points.patch_targets.unbind(1)
-    query = _rotated(head.patch_q(head.x_norm(states.index_select(0, at))), turn, config.rope_theta)
+    query = rotated(head.patch_q(head.x_norm(states.index_select(0, at))), turn, config.rope_theta)
     number = torch.arange(len(keys), device=keys.device)
     is_open = points.chosen & (number >= lowest[:, None]) & (number < end[:, None])
     scores = query @ keys.T
@@ -309,7 +309,7 @@ def point_divergence(
     return total
 
 
-def _rotated(x: Tensor, turns: Tensor, theta: float) -> Tensor:
+def rotated(x: Tensor, turns: Tensor, theta: float) -> Tensor:
     """x [n, dim] rotated to the integer positions `turns` [n], as `runtimes.grounding.rotate`."""
     half = torch.arange(0, x.shape[-1], 2, dtype=torch.float32, device=x.device)
     angles = turns[:, None].float() * theta ** -(half / x.shape[-1])

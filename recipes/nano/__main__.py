@@ -13,7 +13,7 @@ from typing import Any
 from recipes.nano import stages
 
 PARTS = ("vit", "lm", "detector")
-STAGES = ("start", "sight", "answers", "votes", "student", "score-sight", "score-answers", "curves")
+STAGES = ("start", "sight", "answers", "student", "head", "score-sight", "score-answers", "curves")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, help="score-answers: photographs of each group")
     made.add_argument("--max-crops", type=int, help="score-answers: crops of a picture")
     made.add_argument("--steps", type=int, help="total steps of the stage")
+    made.add_argument("--pictures", type=int, help="head: how many its scores are fitted on")
     made.add_argument("--workers", type=int, help="processes that read ahead")
     return made
 
@@ -44,7 +45,7 @@ def required(args: argparse.Namespace) -> list[str]:
         return [] if args.photos or args.sprites else ["photos"]
     if args.stage == "curves":
         return ["run"]
-    alone = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",), "votes": ("detector",)}
+    alone = {None: ("hours", *PARTS), "start": PARTS, "score-sight": ("detector",), "head": ("detector",)}
     more = alone.get(args.stage, ())
     return ["run", "photos", *more]
 
@@ -55,7 +56,8 @@ def unused(args: argparse.Namespace) -> list[str]:
         "hours": (None,),
         "check": (None,),
         "points": ("answers",),
-        "steps": ("sight", "answers", "votes", "student"),
+        "steps": ("sight", "answers", "student"),
+        "pictures": ("head",),
         "model": ("score-answers",),
         "limit": ("score-answers",),
         "max_crops": ("score-answers",),
@@ -101,6 +103,8 @@ def _run(args: argparse.Namespace) -> Any:
     if args.stage == "start":
         stages.start(sources)
         return sources.start
+    if args.stage == "head":
+        return stages.head(sources, args.pictures)
     recipe = stages.recipe_of(args.stage.removeprefix("score-"), args.steps, args.workers)
     if args.stage == "score-sight":
         from recipes.nano import sight
@@ -109,8 +113,6 @@ def _run(args: argparse.Namespace) -> Any:
     print(f"matrix products in {recipe.precision}", flush=True)
     if args.stage == "sight":
         return stages.sight(sources, recipe)
-    if args.stage == "votes":
-        return stages.votes(sources, recipe)
     if args.stage == "student":
         return stages.student(sources, recipe)
     return stages.answers(sources, recipe, digits=args.points == "digits")

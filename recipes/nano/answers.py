@@ -6,7 +6,6 @@ a dense FFN. The result is the teacher of the stage "student".
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,22 +59,16 @@ def train(
     validation: AskedPictures,
     run: Path,
     recipe: Recipe,
-    head_parts: Collection[str] | None = None,
 ) -> Path:
     """Run the stage from the checkpoint `start`, or from where `run` has got to; returns the checkpoint it ends with.
 
-    grounding: file of the heat maps' head. head_parts: the parts of the grounding head that are trained, by default
-    all.
+    grounding: file of the heat maps' head.
     """
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(data.vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
         load_grounding(model, grounding)
-        if head_parts is not None:
-            assert model.molmo.point_head is not None
-            for name, parameter in model.molmo.point_head.named_parameters():
-                parameter.requires_grad_(name.partition(".")[0] in head_parts)
         finished = Trainer(model, tokenizer, Data([data], [1.0], [validation]), recipe, run, here).train()
         save_grounding(model, run)
         return finished

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 from molmo_edge.export.bundle import CheckPhoto, export_bundle
 from molmo_edge.training.recipe import Recipe
 from recipes.nano import score_answers, stages, student
+from recipes.nano.head import PICTURES
 
-SHARES = {"sight": 0.35, "answers": 0.5, "student": 0.15}  # of the hours
+SHARES = {"sight": 0.35, "answers": 0.5, "student": 0.1}  # of the hours
+HEAD = 0.05  # share of the stage "head", most of which computes pictures
 PROBE = 12  # steps that are timed; the first one is not counted
 CHECK = "Point to the cup."
 
@@ -32,7 +35,8 @@ def train_within(sources: stages.Sources, hours: float, workers: int | None, che
         run = runs[stage]
         recipe = stages.recipe_of(stage, workers=workers)
         steps = steps_within(sources.run / stage, share * hours, recipe, lambda r, d, run=run: run(sources, r, d))
-        model = run(sources, replace(recipe, steps=steps))
+        run(sources, replace(recipe, steps=steps))
+    model = stages.head(sources, pictures_within(sources, HEAD * hours))
     bundle = sources.run / "bundle"
     shutil.rmtree(bundle, ignore_errors=True)  # of an earlier run of this command
     export_bundle(model, bundle, student.PRECISION, name="nano", check=CheckPhoto(check, CHECK))
@@ -41,6 +45,17 @@ def train_within(sources: stages.Sources, hours: float, workers: int | None, che
     scores = json.dumps(score_answers.score(bundle, cases), indent=1)
     (sources.run / "scores.json").write_text(scores + "\n", encoding="utf-8")
     return bundle
+
+
+def pictures_within(sources: stages.Sources, hours: float) -> int:
+    """The number of pictures of the stage "head" that can be computed in `hours`: stored, or else timed."""
+    stored = sources.run / "head" / "pictures.json"
+    if not stored.exists():
+        began = time.monotonic()
+        stages.head_pictures(sources, PROBE)
+        pictures = min(PICTURES, max(PROBE, round(hours * 3600 * PROBE / (time.monotonic() - began))))
+        stored.write_text(json.dumps(pictures) + "\n", encoding="utf-8")
+    return int(json.loads(stored.read_text(encoding="utf-8")))
 
 
 def steps_within(directory: Path, hours: float, recipe: Recipe, train: Callable[[Recipe, Path], object]) -> int:

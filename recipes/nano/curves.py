@@ -10,7 +10,7 @@ from typing import Any
 
 from molmo_edge.training.telemetry import LOG
 
-STAGES = ("sight", "answers", "votes", "student")
+STAGES = ("sight", "answers", "student", "head")
 CURVES = "curves.svg"
 # Of each stage: the curve's key in the log, that of the same loss on validation data, and its name.
 LOSSES = {
@@ -19,12 +19,12 @@ LOSSES = {
         ("loss", "validation_loss", "answer tokens"),
         ("point_loss", "validation_point_loss", "grounding tokens"),
     ),
-    "votes": (("point_loss", "validation_point_loss", "grounding tokens"),),
     "student": (
         ("loss", "validation_loss", "answer tokens"),
         ("point_loss", "validation_point_loss", "grounding tokens"),
         ("divergence", "validation_divergence", "divergence from the teacher"),
     ),
+    "head": (("point_loss", "validation_point_loss", "heat maps of the grounding head"),),
 }
 SMOOTHED = 9  # logged steps in a mean; single steps have a few pictures
 TICKS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5))

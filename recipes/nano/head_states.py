@@ -6,7 +6,7 @@ any patch; for each patch its state and the features of its subpatches. Training
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.examples import Annotation, Example
 from molmo_edge.data.grounded_questions import asked_for
 from molmo_edge.data.regions import Box
-from molmo_edge.frontend.crops import cell_patches, pointing_grid
+from molmo_edge.frontend.crops import pointing_grid, select_tiling
+from molmo_edge.frontend.grounding_tokens import slot_places
 from molmo_edge.frontend.points import Point, format_absent, format_count, format_points
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo
@@ -29,6 +30,7 @@ from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.grounding import gather_slots
 from recipes.nano.asked_pictures import AskedPictures, follow_ups, photo_annotation
 
+STORED = torch.float16
 NAMES = 20  # that each picture is asked for: those in it first, then absent ones
 
 
@@ -127,12 +129,8 @@ class Reader:
         assert batch.pooling is not None
         chosen = torch.from_numpy(sample.points.chosen)
         pooling = batch.pooling[chosen]
-        image = self._encoder.image
-        tiling = _tiling(image, sample.pooling)
-        grid = pointing_grid(image, tiling)
-        places = np.zeros((int(grid.max()) + 1, 2), np.float32)
-        rows, columns = np.indices(grid.shape)
-        places[grid] = np.stack([rows, columns], -1)
+        image = self.config.image
+        grid = pointing_grid(image, select_tiling(*rgb.shape[:2], image))
         order = segments[firsts] - 1
         boxes = [
             (at, box, sure)
@@ -145,9 +143,9 @@ class Reader:
             states=self._normed(run.states[torch.from_numpy(targets[firsts, 0])]),
             cells=self._normed(run.states[batch.cells_at[chosen]]),
             turns=sample.points.turns[sample.points.chosen],
-            features=gather_slots(run.features, pooling).to(torch.float16).numpy(),
+            features=gather_slots(run.features, pooling).to(STORED).numpy(),
             slots=(pooling >= 0).numpy(),
-            places=places[np.maximum(pooling.numpy(), 0)],
+            places=slot_places(pooling.numpy(), [grid])[..., 1:],
             shape=np.array(grid.shape),
             classes=np.array(len(sample.points.chosen) + 1),
             boxes=np.array([box for _, box, _ in boxes], np.float32).reshape(-1, 4),
@@ -155,21 +153,8 @@ class Reader:
             sure=np.array([sure for _, _, sure in boxes], bool),
         )
 
-
     def _normed(self, states: Tensor) -> np.ndarray:
-        return self._norm(states).to(torch.float16).numpy()
-
-
-def _tiling(image: Any, pooling: np.ndarray | None) -> tuple[int, int]:
-    """The tiling whose cells are these."""
-    assert pooling is not None
-    for rows in range(image.max_crops + 1):
-        for columns in range(image.max_crops + 1):
-            if rows * columns > image.max_crops or bool(rows) != bool(columns):
-                continue
-            if np.array_equal(cell_patches(image, (rows, columns)), pooling):
-                return rows, columns
-    raise ValueError("the picture has no tiling of this model")
+        return self._norm(states).to(STORED).numpy()
 
 
 def save(choices: Choices, file: Path) -> None:
@@ -183,26 +168,18 @@ def load(file: Path) -> Choices:
         return Choices(**{f.name: arrays[f.name] for f in fields(Choices)})
 
 
-def random_pictures(data: AskedPictures, seed: int) -> Iterator[tuple[np.ndarray, list[Named]]]:
-    """Pictures of a set in random order, augmented, without end."""
-    rng = np.random.default_rng(seed)
-    while True:
-        for index in rng.permutation(len(data)):
-            yield named_in(data, int(index), rng)
-
-
 def write_choices(
     model: Molmo, tokenizer: Tokenizer, data: AskedPictures, folder: Path, pictures: int, seed: int = 0
-) -> list[Path]:
+) -> None:
     """Compute `pictures` pictures of a set, and store each in `folder`; those that are there are not repeated."""
     folder.mkdir(parents=True, exist_ok=True)
-    reader, files = Reader(model, tokenizer), [folder / f"{n:05d}.npz" for n in range(pictures)]
-    for number, file in enumerate(files):
+    reader = Reader(model, tokenizer)
+    for number in range(pictures):
+        file = folder / f"{number:05d}.npz"
         if file.exists():
             continue
         rng = np.random.default_rng([seed, number])
         rgb, names = named_in(data, int(rng.integers(len(data))), rng)
-        names = [one for one in names if one.boxes or not one.unsure]
         if not names:
             continue
         asked = follow_ups([question(one, rng) for one in names], rng)
@@ -210,15 +187,8 @@ def write_choices(
         part = file.with_suffix(".part.npz")
         save(reader(rgb, numbered, asked, rng), part)
         part.rename(file)
-    return [file for file in files if file.exists()]
 
 
-def tensors(choices: Choices) -> dict[str, Tensor]:
-    """The arrays as tensors, floats in float32."""
-    found = {f.name: torch.from_numpy(np.asarray(getattr(choices, f.name))) for f in fields(choices)}
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
-
-
-def files_of(folder: Path) -> Iterable[Path]:
+def files_of(folder: Path) -> list[Path]:
     """The stored pictures of a folder, in order."""
     return sorted(file for file in folder.glob("*.npz") if ".part" not in file.name)

@@ -28,10 +28,10 @@ class Sources:
 
 
 def recipe_of(stage: str, steps: int | None = None, workers: int | None = None) -> Recipe:
-    """The recipe of "sight", "answers", "votes" or "student" on this machine."""
-    from recipes.nano import answers, sight, student, votes
+    """The recipe of "sight", "answers" or "student" on this machine."""
+    from recipes.nano import answers, sight, student
 
-    recipes = {"sight": sight.RECIPE, "answers": answers.RECIPE, "votes": votes.RECIPE, "student": student.RECIPE}
+    recipes = {"sight": sight.RECIPE, "answers": answers.RECIPE, "student": student.RECIPE}
     recipe = recipes[stage]
     changed = {name: value for name, value in (("steps", steps), ("workers", workers)) if value is not None}
     return replace(recipe, precision=sight.precision(), **changed)  # type: ignore[arg-type]
@@ -81,25 +81,6 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     return stage.train(first, grounding, data, validation, directory, recipe)
 
 
-def votes(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
-    """Add votes to the model that "answers" ends with, and train its head, in `directory`, by default RUN/votes."""
-    from recipes.nano import answers as stage
-    from recipes.nano import asked_pictures, pointing
-    from recipes.nano import votes as added
-    from recipes.nano.detector import score_layers
-
-    before = sources.run / "answers"
-    directory = directory or sources.run / "votes"
-    data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
-    first = sources.run / "votes" / "start"
-    if not (first / "config.json").exists():
-        assert sources.detector is not None
-        added.add_votes(before / "model", score_layers(sources.detector), data.photos, first)
-    return stage.train(
-        first, before / pointing.GROUNDING, data, validation, directory, recipe, head_parts=added.TRAINED
-    )
-
-
 def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
     """Distill the model that "answers" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
     from recipes.nano import asked_pictures, pointing
@@ -109,3 +90,28 @@ def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> 
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
     directory = directory or sources.run / "student"
     return stage.train(before / "model", before / pointing.GROUNDING, data, validation, directory, recipe)
+
+
+def head(sources: Sources, pictures: int | None = None) -> Path:
+    """Add votes to the model that the last of "answers" and "student" ended with; returns the checkpoint.
+
+    pictures: how many the votes are fitted on.
+    """
+    from recipes.nano import head as stage
+    from recipes.nano.detector import score_layers
+
+    assert sources.detector is not None
+    before = head_pictures(sources, pictures or stage.PICTURES)
+    return stage.add_votes(before, score_layers(sources.detector), sources.run / "head", stage.Fit())
+
+
+def head_pictures(sources: Sources, pictures: int) -> Path:
+    """Compute pictures for "head"; returns the checkpoint that it begins with."""
+    from recipes.nano import head as stage
+    from recipes.nano import sight
+    from recipes.nano.asked_pictures import asked_pictures
+
+    before = next(model for name in ("student", "answers") if (model := sources.run / name / "model").exists())
+    data, _ = asked_pictures(sources.photos, sources.sprites)
+    stage.read_pictures(before, data, sources.run / "head", pictures, sight.precision())
+    return before
