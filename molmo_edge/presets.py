@@ -175,6 +175,8 @@ PRESETS: dict[str, MolmoConfig] = {
         ),
         projector_dim=1536,
         conv_tower=ConvTowerConfig(),
-        point_head=PointHeadConfig(8197, 8198, 8199, dim=256, numbered=False),
+        point_head=PointHeadConfig(
+            8197, 8198, 8199, dim=256, numbered=False, votes=3, vote_dim=96, peak_distance=3.0, peak_drop=0.75
+        ),
     ),
 }

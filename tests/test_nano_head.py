@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from molmo_edge.checkpoints.manifest import MANIFEST, POINT_HEAD, read_manifest
 from molmo_edge.config import ConvTowerConfig, DecoderConfig, ImageConfig, MolmoConfig, PointHeadConfig, VisionConfig
 from molmo_edge.data.drawn.sprites import Assets
 from molmo_edge.data.examples import Example
+from molmo_edge.export.bundle import CheckPhoto, export_bundle
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
+from molmo_edge.selfcheck import check_bundle
 from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.regions import PEAK, UNKNOWN
@@ -24,6 +27,8 @@ from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.detector import COCO_NAMES
 from recipes.nano.head_targets import heat_of
 from recipes.nano.photos import Vocabulary
+from recipes.nano.replace_head import replace_head, restore
+from recipes.nano.student import PRECISION
 from recipes.nano.votes import DIM, LEVELS, detector_votes, fitted, with_votes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,3 +165,22 @@ def test_a_map_has_a_peak_at_each_object_and_gaps_where_a_name_may_be() -> None:
     assert heat[0, [0, 5]].tolist() == [PEAK, PEAK]
     assert heat[0, 4] == UNKNOWN, "the unsure box is in this patch alone"
     assert 0 <= heat[0, 1] < PEAK
+
+
+def test_a_bundle_gets_the_head_of_a_checkpoint(tmp_path: Path) -> None:
+    before = Molmo(CONFIG).init_weights(std=0.1, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(before, TOKENIZER, tmp_path / "before")
+    photo, bundle, new = tmp_path / "photo.png", tmp_path / "bundle", tmp_path / "new"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(photo)
+    export_bundle(tmp_path / "before", bundle, PRECISION, check=CheckPhoto(photo, "Point to the cup.", 4))
+    restore(bundle, tmp_path / "restored")
+    head.read_pictures(tmp_path / "restored", drawn(), tmp_path / "run", 2)
+    fit = head.Fit(steps=2, batch=2)
+    replace_head(bundle, head.add_votes(tmp_path / "restored", classes(), tmp_path / "run", fit), new)
+    changed = {MANIFEST, read_manifest(new).components[POINT_HEAD].file}
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            same = file.read_bytes() == (new / file.relative_to(bundle)).read_bytes()
+            assert same == (file.name not in changed), file
+    assert read_manifest(new).config == with_votes(CONFIG)
+    assert check_bundle(new).passed

@@ -62,8 +62,8 @@ def test_the_example_prints_points(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer, point, *rest = done.stdout.splitlines()
-    assert re.fullmatch(r'<point x="[\d.]+" y="[\d.]+" alt="cup">cup</point>', answer)
-    assert re.fullmatch(r"cup \([\d.]+, [\d.]+\)", point)
+    assert re.fullmatch(r'<point x="[\d.]+" y="[\d.]+" alt="horse">horse</point>', answer)
+    assert re.fullmatch(r"horse \([\d.]+, [\d.]+\)", point)
     assert int(rest[0]) >= 1
     assert rest[1].strip()
     assert (tmp_path / "annotated.png").is_file()

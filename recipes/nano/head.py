@@ -1,9 +1,9 @@
 """The last stage: the grounding head gets votes of the detector's classes, and learns when to trust which score.
 
 Everything else of the model is fixed, so what the head chooses from is computed once (`head_states`). A linear map of
-the decoder's state gives the votes of the detector's names. Two more, of one value each, raise or lower the votes and
-the patch's own score: the detector does not know drawn objects and most names, and its scores are better for the rest.
-These few parameters are trained; training all of the head on so few photographs makes it worse.
+the decoder's state gives the votes of the detector's names. Two more raise or lower the votes of each level and the
+patch's own score: the detector does not know drawn objects and most names, and is better at the rest. These few
+parameters are trained; training the whole head on so few photographs makes it worse.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from recipes.nano.votes import DIM, LEVELS, constant, detector_votes, fitted, wi
 
 PICTURES = 2000
 RATE = Rate(3e-3, 20)
-THRESHOLD = -1.0  # logit of the heat from which on there is an object: focal losses keep it low
+# Logit of the heat from which on there is an object, chosen on photographs of `val`. Focal losses keep the heat low.
+THRESHOLD = -1.1
 
 
 @dataclass(frozen=True)
 class Fit:
     """How the weights of the scores are trained."""
 
-    steps: int = 600
+    steps: int = 800
     batch: int = 16  # pictures
     rate: Rate = RATE
     decay: float = 0.1
@@ -55,7 +56,7 @@ class Maps(NamedTuple):
 
     states: Tensor  # [m, d_model], normed
     own: Tensor  # [m, n]: of the patches themselves, less that of "no more points"
-    votes: Tensor  # [m, n, n_slots]
+    votes: Tensor  # [LEVELS, m, n, n_slots]
     heat: Tensor  # int8 [m, n]
 
 
@@ -64,7 +65,7 @@ class Weights(nn.Module):
 
     def __init__(self, d_model: int):
         super().__init__()
-        self.own, self.votes = nn.Linear(d_model, 1), nn.Linear(d_model, 1)
+        self.own, self.votes = nn.Linear(d_model, 1), nn.Linear(d_model, LEVELS)
         self.own_scale = nn.Parameter(torch.zeros(()))  # its logarithm
         for linear, start in ((self.own, -0.5), (self.votes, 1.2)):
             nn.init.zeros_(linear.weight)
@@ -73,7 +74,7 @@ class Weights(nn.Module):
     def forward(self, maps: Maps) -> Tensor:
         """The best scores of the subpatches of each patch, [m, n]."""
         own = maps.own * self.own_scale.exp() + self.own(maps.states)
-        votes = maps.votes + self.votes(maps.states)[..., None]
+        votes = (maps.votes + self.votes(maps.states).T[..., None, None]).logsumexp(0)
         return torch.logaddexp(votes, own[..., None]).amax(-1)
 
 
@@ -142,7 +143,7 @@ def maps_of(head: PointHead, choices: Choices) -> Maps:
     own = query @ rotated(head.patch_k(cells), turns, head.rope_theta).T - (query @ head.no_more)[:, None]
     keys = head.vote_k(features).unflatten(-1, (LEVELS, -1)).flatten(0, 1).transpose(0, 1)  # [votes, n * slots, dim]
     queries = head.vote_q(states)[:, :-1].unflatten(-1, (LEVELS, -1)).transpose(0, 1)  # [votes, m, dim]
-    votes = (queries @ keys.transpose(1, 2)).logsumexp(0).unflatten(-1, slots.shape)
+    votes = (queries @ keys.transpose(1, 2)).unflatten(-1, slots.shape)
     heat = torch.from_numpy(heat_of(choices))
     return Maps(states, own / math.sqrt(float(choices.classes)), votes.masked_fill(~slots, -1e4), heat)
 
