@@ -26,6 +26,7 @@ from molmo_edge.frontend.grounding_tokens import (
     with_coordinates,
 )
 from molmo_edge.frontend.points import Point, format_points, written_absent
+from molmo_edge.frontend.totals import TotalWriter
 from molmo_edge.runtimes.peaks import Votes, local_maxima
 from molmo_edge.runtimes.protocol import PointRuntime
 
@@ -401,41 +402,46 @@ class DigitWriter:
     """Rewrites text that arrives in pieces: tags of grounding tokens become those of Molmo v1, `<point x= y=>`.
 
     So do grounding tokens outside of any tag, as a weak model may give them: a tag without a label. For a tag without
-    points see `points.written_absent`.
+    points see `points.written_absent`. "shows a total of" after a tag is followed by the number of its points.
     """
 
     def __init__(self, inputs: GroundingInputs) -> None:
         self._inputs, self._held, self._begun = inputs, "", False
+        self._totals = TotalWriter()
 
     def feed(self, piece: str) -> str:
         """The text that this piece completes. A tag is held back until it is closed, because it begins with a count."""
         self._held += piece
         done = ""
         while tag := _CLOSED_TAG.search(self._held):
-            done += self._outside(self._held[: tag.start()])
+            done += self._totals.feed(self._outside(self._held[: tag.start()]))
+            points, label = self._inputs.unlabelled_points(tag[0]), tag["label"].strip()
             alone = not (self._begun or done.strip())
-            done += self._written(tag[0], tag["label"].strip()) or written_absent(tag["label"].strip(), alone=alone)
+            text = format_points(points, label) if points else written_absent(label, alone=alone)
+            done += self._totals.tag(text, len(points))
             self._held = self._held[tag.end() :]
         start = self._held.find(_OPEN)
         if start < 0:  # it may begin at the end, or a run of tokens may go on
             start = next((at for at in range(len(self._held)) if _OPEN.startswith(self._held[at:])), len(self._held))
             if run := _RUN_BEGUN.search(self._held):
                 start = min(start, run.start())
-        done, self._held = done + self._outside(self._held[:start]), self._held[start:]
+        done += self._totals.feed(self._outside(self._held[:start]))
+        self._held = self._held[start:]
         self._begun = self._begun or bool(done.strip())
         return done
 
     def close(self) -> str:
         """The rest of a truncated answer, with the points of a tag that it left open."""
         held, self._held = self._held, ""
-        return self._written(held, "") if held.startswith(_OPEN) else self._outside(held)
+        rest = self._written(held) if held.startswith(_OPEN) else self._outside(held)
+        return self._totals.feed(rest) + self._totals.close()
 
     def _outside(self, text: str) -> str:
-        return _RUN.sub(lambda run: self._written(run[0], ""), text)
+        return _RUN.sub(lambda run: self._written(run[0]), text)
 
-    def _written(self, tag: str, label: str) -> str:
+    def _written(self, tag: str) -> str:
         points = self._inputs.unlabelled_points(tag)
-        return format_points(points, label) if points else ""
+        return format_points(points, "") if points else ""
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:

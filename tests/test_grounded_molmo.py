@@ -333,6 +333,33 @@ def test_a_tag_without_points_is_written_as_text(start: Path) -> None:
         assert inputs.points(text) == []
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_total_is_the_number_of_the_points_before_it(start: Path, size: int) -> None:
+    with Sdk(start, max_crops=0) as model:
+        inputs = model.encode(Discs(1).picture(0)).grounding
+    assert inputs is not None
+    ids = inputs.token_ids
+    one = "".join(map(ids.token, (ids.first, ids.slots, ids.locations)))
+    two = one + "".join(map(ids.token, (ids.first + 9, ids.slots, ids.locations)))
+    none = ids.token(ids.no_more or 0)
+    for tokens, after, expected in (
+        (two, " shows a total of 7.", " shows a total of 2."),
+        (one, " shows a total of 12", " shows a total of 1"),
+        (none, " shows a total of 3.", " shows a total of 0."),
+        (one, " shows a total of cups.", " shows a total of cups."),
+        (one, " shows a total of ", " shows a total of "),
+        (one, " shows a to", " shows a to"),
+        (one, " is what it shows a total of 7.", " is what it shows a total of 7."),
+    ):
+        text = f'Counting the <points coords="{tokens}">cups</points>{after}'
+        writer = DigitWriter(inputs)
+        pieces = [writer.feed(text[at : at + size]) for at in range(0, len(text), size)]
+        written = "".join(pieces) + writer.close()
+        assert written == inputs.with_coordinates(text)
+        assert written.endswith(f"</point>{expected}" if tokens == one else expected)
+        assert len(parse_points(written)) == len(inputs.points(text))
+
+
 def _without_votes(grounding: Grounding) -> Grounding:
     return dataclasses.replace(grounding, config=dataclasses.replace(grounding.config, votes=0), votes=None)
 

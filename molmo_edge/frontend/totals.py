@@ -1,0 +1,42 @@
+"""The number in "Counting the ... shows a total of 3.": that of the points before it.
+
+A grounding head chooses the points; the language model writes the number after them, and sometimes another one.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SENTENCE = " shows a total of "
+_TOTAL = re.compile(re.escape(_SENTENCE) + r"[0-9]*")
+
+
+class TotalWriter:
+    """Puts the number of a tag's points into the text after it, which arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._held, self._points = "", 0
+        self._follows = False  # whether the sentence may follow: nothing else came after the last tag
+
+    def tag(self, text: str, points: int) -> str:
+        """Add a tag with this many points; return what is complete, with the tag."""
+        done = self.close() + text
+        self._points, self._follows = points, True
+        return done
+
+    def feed(self, text: str) -> str:
+        """Add a piece of text; return what is complete."""
+        if not self._follows:
+            return text
+        self._held += text
+        if _SENTENCE.startswith(self._held) or _TOTAL.fullmatch(self._held):
+            return ""
+        return self.close()
+
+    def close(self) -> str:
+        """End the text; return what is left of it."""
+        held, self._held, self._follows = self._held, "", False
+        total = _TOTAL.match(held)
+        if total is None or total[0] == _SENTENCE:
+            return held
+        return f"{_SENTENCE}{self._points}{held[total.end() :]}"
