@@ -45,10 +45,16 @@ def local_maxima(scores: np.ndarray, places: np.ndarray, distance: float, drop: 
     `scores`: float32 [n_patches, n_slots]; `places`: float32 [n_patches, n_slots, 3].
     """
     above = np.argwhere(scores > 0)
-    own, place = scores[tuple(above.T)], places[tuple(above.T)]
-    apart = np.abs(place[:, None] - place)
-    close = (apart[..., 0] == 0) & (apart[..., 1:] <= distance).all(-1)
-    later = np.arange(len(own))[:, None] > np.arange(len(own))
-    beaten = close & ((own > own[:, None]) | (own == own[:, None]) & later)
-    least = own.max(initial=0) - drop if drop else 0
-    return np.asarray(above[~beaten.any(1) & (own >= least)])
+    own, radius = scores[tuple(above.T)], int(distance)
+    image, row, column = places[tuple(above.T)].astype(np.int64).T
+    ranks = np.empty(len(own), np.int64)
+    ranks[np.argsort(-own, kind="stable")] = np.arange(len(own))  # 0: the best
+    chosen = own >= own.max(initial=0) - drop if drop else np.ones(len(own), bool)
+    for number in np.unique(image):
+        here = image == number
+        y, x = row[here], column[here]
+        grid = np.full((y.max() + 1 + 2 * radius, x.max() + 1 + 2 * radius), len(own))
+        np.minimum.at(grid, (y + radius, x + radius), ranks[here])
+        windows = np.lib.stride_tricks.sliding_window_view(grid, (2 * radius + 1, 2 * radius + 1))[y, x]
+        chosen[here] &= windows.min((1, 2)) == ranks[here]
+    return np.asarray(above[chosen])

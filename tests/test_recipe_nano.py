@@ -232,6 +232,20 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path, capsys: pyte
     assert "keeps its length of 450 steps" in capsys.readouterr().out
 
 
+def test_the_pictures_of_the_head_fill_its_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, clock = stages.Sources(tmp_path, ()), [100.0]
+
+    def compute(_sources: stages.Sources, pictures: int) -> None:
+        (tmp_path / "head").mkdir(exist_ok=True)
+        clock[0] += 2.0 * pictures
+
+    monkeypatch.setattr(stages, "head_pictures", compute)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
+    assert budget.pictures_within(sources, 0.5) == 900
+    monkeypatch.setattr(stages, "head_pictures", pytest.fail)
+    assert budget.pictures_within(sources, 9.0) == 900, "of the run that was interrupted"
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [
