@@ -27,7 +27,7 @@ from molmo_edge.frontend.grounding_tokens import (
 )
 from molmo_edge.frontend.points import Point, format_points, written_absent
 from molmo_edge.frontend.totals import TotalWriter
-from molmo_edge.runtimes.peaks import Votes, local_maxima
+from molmo_edge.runtimes.peaks import Plan, Votes
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
@@ -63,8 +63,8 @@ class Grounding:
     features: np.ndarray  # float32 [n_patches, d_model]: the connector's output
     votes: Votes | None = None  # of a head with votes
     history: list[int] = field(default_factory=list)
-    # Patch and slot of the points that a head with votes chooses, int [k, 2]. They are kept from the first point on.
-    peaks: np.ndarray | None = None
+    # The points that a head with votes chooses, by the length of the history at that choice.
+    plans: dict[int, Plan] = field(default_factory=dict)
 
     def logits(self, text: np.ndarray, state: np.ndarray, patches: Patches = "best") -> np.ndarray:
         """The logits of all ids after the last token of `history`.
@@ -73,7 +73,7 @@ class Grounding:
         before the final norm. `patches`: which of them get the logit of the patch token: "best", the likeliest one, as
         the model decodes; "graded", each patch, less what its own logit is behind the likeliest one's; "shared", each
         patch plus its log probability among the patches, so that their probabilities add up to the patch token's. In a
-        head with votes, "best" and "graded" are both the next one of the patches that are chosen at the first point.
+        head with votes, they follow from the `Plan` of the list.
 
         Returns float32 [ids.end], -inf for ids that may not follow in the order of grounding tokens.
         """
@@ -85,16 +85,14 @@ class Grounding:
         model = self.head.config
         if model.image.layout == "molmo":  # as everywhere in Molmo v1: ids beyond the vocabulary are no text
             out[model.decoder.vocab_size : ids.first] = _UNSET
-        if self.history:  # the first new token is never a grounding token
+        # The first new token is never a grounding token, nor is any after "no more points".
+        if self.history and ids.no_more not in self.history:
             patch_query, _, slot_query, location = (part[0] for part in self.head.project(state[None]))
             marker = float(text[config.patch_token])
             out[ids.first : ids.slots] = self._patch_scores(patch_query, state, marker, patches)
             last = self.history[-1]
             if ids.first <= last < ids.first + ids.n_patches:
-                slots = self.slot_logits(slot_query, last - ids.first)
-                if patches != "shared":
-                    slots = self._planned_slot(slots)
-                out[ids.slots : ids.locations] = slots
+                out[ids.slots : ids.locations] = self._slot_scores(slot_query, state, last - ids.first)
             elif ids.slots <= last < ids.locations:
                 out[ids.locations : ids.end] = location
         allowed = np.full(ids.end, -np.inf, np.float32)
@@ -120,8 +118,13 @@ class Grounding:
 
     def _patch_scores(self, query: np.ndarray, state: np.ndarray, marker: float, patches: Patches) -> np.ndarray:
         """The patches' part of `logits`. `query`: of `state`; `marker`: the logit of the patch token."""
-        if self.votes is not None and patches != "shared":
-            chosen = self._next_peak(query, state)
+        if self.votes is not None:
+            plan, earlier = self._plan(query, state), self._patches()
+            if patches == "shared":
+                return np.asarray(marker + plan.log_probabilities(earlier), np.float32)
+            if patches == "graded":
+                return np.asarray(marker - plan.gaps(earlier), np.float32)
+            chosen = next(iter(plan.left(earlier)), len(self.selectable) - 1)
             return np.where(np.arange(len(self.selectable)) == chosen, np.float32(marker), _UNSET)
         own = self.patch_logits(query, state)
         if not self.config.numbered:
@@ -149,28 +152,26 @@ class Grounding:
         all_patches = np.logaddexp.reduce(own[:-1].astype(np.float64))
         return np.append(own[:-1], np.float32(own[:-1].max() + own[-1] - all_patches))
 
-    def _next_peak(self, query: np.ndarray, state: np.ndarray) -> int:
-        """The next patch of a head with votes, or "no more points" after the last one."""
-        earlier = self._patches()
-        if not earlier or self.peaks is None:
+    def _plan(self, query: np.ndarray, state: np.ndarray) -> Plan:
+        """The points of the list that `history` is in, or that would begin now, of a head with votes."""
+        first, end = self.ids.first, self.ids.first + self.ids.n_patches
+        begun = next((at for at, token in enumerate(self.history) if first <= token < end), None)
+        at = len(self.history) if begun is None else begun
+        if begun is None or at not in self.plans:
             assert self.votes is not None
             scores = self._subpatch_scores(query, state)
-            self.peaks = local_maxima(scores, self.votes.places, self.config.peak_distance, self.config.peak_drop)
-        left = self.peaks[:, 0]
-        if earlier:
-            left = np.concatenate([left[left == earlier[-1]][earlier.count(earlier[-1]) :], left[left > earlier[-1]]])
-        return int(left[0]) if len(left) else len(self.selectable) - 1
+            self.plans[at] = Plan(scores, self.votes.places, self.config.peak_distance, self.config.peak_drop)
+        return self.plans[at]
 
-    def _planned_slot(self, slots: np.ndarray) -> np.ndarray:
-        """The logits of the slots of the last patch; of a patch with several peaks, the slot of the next one alone."""
-        if self.peaks is None:
-            return slots
-        patches = self._patches()
-        planned = self.peaks[self.peaks[:, 0] == patches[-1], 1]
-        number = patches.count(patches[-1]) - 1
-        if len(planned) < 2 or number >= len(planned):
-            return slots
-        return np.where(np.arange(len(slots)) == planned[number], np.float32(0), _UNSET)
+    def _slot_scores(self, query: np.ndarray, state: np.ndarray, patch: int) -> np.ndarray:
+        """The slots' part of `logits` after `patch`. A patch with several points has their slots, in order."""
+        if self.votes is not None:
+            plan = self._plan(query, state)
+            slot = plan.slot(self._patches())
+            if slot is not None:
+                scores = plan.scores[patch]
+                return np.asarray(-np.abs(scores - scores[slot]), np.float32)
+        return self.slot_logits(query, patch)
 
     def _subpatch_scores(self, query: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The scores of all subpatches, of a head with votes: see `Votes.scores`."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_checkpoints import a_recipe
-from test_grounded_molmo import CONFIG, TOKENIZER, D, Discs
+from test_grounded_molmo import CONFIG as WITH_VOTES
+from test_grounded_molmo import TOKENIZER, D, Discs
 
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.config import PointHeadConfig
@@ -25,6 +26,7 @@ from molmo_edge.training.teacher import Teacher, build_teacher
 pytestmark = pytest.mark.usefixtures("one_thread")
 DISTILL = DistillConfig(divergence=0.0, grounding=2.0, reverse=0.25, temperature=1.5)
 PLAIN = ForwardConfig(answer_dropout=0.0)
+CONFIG = dataclasses.replace(WITH_VOTES, point_head=PointHeadConfig(505, 506, 507, dim=32, numbered=False))
 TEACHER = dataclasses.replace(
     CONFIG,
     decoder=dataclasses.replace(CONFIG.decoder, d_model=D // 2),
@@ -94,6 +96,8 @@ def test_choices_need_the_same_tokens(models: tuple[Path, Path]) -> None:
     other = dataclasses.replace(TEACHER, point_head=dataclasses.replace(TEACHER.point_head, n_locations=4))  # type: ignore[type-var]
     with pytest.raises(DistillError, match="choose among different things"):
         Distillation(DISTILL, CONFIG, other)
+    with pytest.raises(DistillError, match="only one of teacher and student"):
+        Distillation(DISTILL, WITH_VOTES, TEACHER)
     changed = dataclasses.replace(read_config(models[0]), image=dataclasses.replace(CONFIG.image, mean=(0.5, 0.5, 0.5)))
     recipe, tokenizer = a_recipe(distill=DISTILL, max_crops=None), Tokenizer.from_file(TOKENIZER)
     with world("cpu") as here, pytest.raises(DistillError, match="these two differ"):

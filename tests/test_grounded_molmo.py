@@ -34,7 +34,7 @@ from molmo_edge.frontend.prompts import text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, save_checkpoint
 from molmo_edge.runtimes.grounding import DigitWriter, GroundedParser, Grounding
-from molmo_edge.runtimes.peaks import local_maxima
+from molmo_edge.runtimes.peaks import Plan, local_maxima
 from molmo_edge.training.encoding import Encoder, Encoding
 from molmo_edge.training.forward import ForwardConfig
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
@@ -350,6 +350,9 @@ def test_a_total_is_the_number_of_the_points_before_it(start: Path, size: int) -
         (one, " shows a total of ", " shows a total of "),
         (one, " shows a to", " shows a to"),
         (one, " is what it shows a total of 7.", " is what it shows a total of 7."),
+        (one, " shows a total of 1,000.", " shows a total of 1,000."),
+        (one, " shows a total of 3.5 m", " shows a total of 3.5 m"),
+        (one, " shows a total of 7, or so", " shows a total of 1, or so"),
     ):
         text = f'Counting the <points coords="{tokens}">cups</points>{after}'
         writer = DigitWriter(inputs)
@@ -405,29 +408,53 @@ def test_a_head_with_votes_chooses_all_points_of_a_list_at_once(start: Path) -> 
         patch_keys[-1] = (50 + query[-1]) * own / (own @ own) * np.sqrt(np.float32(len(patch_keys)))  # no more points
 
         def of_keys(keys: np.ndarray) -> Grounding:
+            of_these = dataclasses.replace(votes, keys=keys)
             return dataclasses.replace(
-                grounding, config=near, votes=dataclasses.replace(votes, keys=keys), patch_keys=patch_keys, history=[1]
+                grounding, config=near, votes=of_these, patch_keys=patch_keys, history=[1], plans={}
             )
 
         one, text, chosen = of_keys(keys), np.zeros(ids.first, np.float32), list[int]()
         np.testing.assert_allclose(one.patch_logits(own, state)[[0, 1, 9, -1]], [-9, 3, 6, 0], atol=1e-3)
         while ids.no_more not in chosen:
             best, graded = (one.logits(text, state, each)[ids.first : ids.slots] for each in ("best", "graded"))
-            np.testing.assert_array_equal(best, graded)
             assert (best > -1e4).sum() == 1
+            assert int(graded.argmax()) == int(best.argmax())
+            assert graded.max() == best.max()
+            assert (graded[np.isfinite(graded)] > -1e3).all(), (
+                "the distance of a choice that rounding may change is finite"
+            )
             chosen.append(ids.first + int(best.argmax()))
             one.embed(chosen[-1])
             if chosen[-1] != ids.no_more:
                 slots = one.logits(text, state)[ids.slots : ids.locations]
                 if chosen[-1] == ids.first + 1:
-                    assert int(slots.argmax()) == (0 if chosen.count(chosen[-1]) == 1 else 3)
+                    slot, behind = (0, -1) if chosen.count(chosen[-1]) == 1 else (3, -12)
+                    assert int(slots.argmax()) == slot
+                    assert sorted(slots)[-2] == pytest.approx(behind, abs=1e-3)
                 one.embed(ids.slots + int(slots.argmax()))
                 one.embed(ids.locations)
             one.votes = dataclasses.replace(votes, keys=-keys)
         assert chosen == [ids.first + 1, ids.first + 1, ids.first + 9, ids.no_more]
-        shared = of_keys(keys).logits(text, state, "shared")[ids.first : ids.slots]
-        expected = np.exp([-9, 3, 6, 0]) / (np.exp(3) + np.exp(6) + 1)
-        np.testing.assert_allclose(np.exp(shared[[0, 1, 9, -1]]), expected, atol=1e-3)
+        shared = np.exp(of_keys(keys).logits(text, state, "shared")[ids.first : ids.slots].astype(np.float64))
+        left, expected = 1.0, []
+        for score in of_keys(keys).patch_logits(own, state)[:-1]:  # accepted or refused in turn; none is near another
+            accepts = 1 / (1 + np.exp(-float(score)))
+            expected.append(left * accepts)
+            left *= 1 - accepts
+        np.testing.assert_allclose(shared, [*expected, left], atol=1e-5)
+
+        # Another run goes on from the text before the first point: its plan is that of this place.
+        again, quiet = of_keys(keys), keys.copy()
+        quiet[:, :, 0] = keys[0, :1, 0]
+        again.logits(text, state)
+        again.embed(2)
+        again.votes = dataclasses.replace(votes, keys=quiet)
+        assert again.logits(text, state)[ids.no_more] == 0, "no score is above 0"
+        del again.history[1:]
+        again.embed(ids.first + 1)
+        again.embed(ids.slots)
+        again.embed(ids.locations)
+        assert int(again.logits(text, state)[ids.first : ids.slots].argmax()) == 1, "its second point"
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.5])
@@ -444,6 +471,7 @@ def test_a_peak_is_above_its_neighbors_in_the_same_image(drop: float) -> None:
     means = patch_places(pooling, grids)
     assert means[[1, 6]].tolist() == [[0, 0.5, 2.5], [1, 0.5, 0.5]]
     assert np.isnan(means[10]).all()
+    moves = 0
     for _ in range(20):
         scores = np.where(np.isnan(places[..., 0]), -1e8, rng.integers(-3, 4, pooling.shape)).astype(np.float32)
         every = list(np.ndindex(*scores.shape))  # ascending
@@ -452,8 +480,38 @@ def test_a_peak_is_above_its_neighbors_in_the_same_image(drop: float) -> None:
             close = [j for j in every if (np.abs(places[i] - places[j]) <= [0, 2, 2]).all()]
             if scores[i] > 0 and max(close, key=lambda j: scores[j]) == i:  # of equal scores, the first
                 expected.append(i)
-        expected = [i for i in expected if not drop or scores[i] >= scores.max() - drop]
+        tops = [scores[places[..., 0] == image].max() for image in (0, 1)]
+        expected = [i for i in expected if not drop or scores[i] >= tops[int(places[i][0])] - drop]
         assert [tuple(one) for one in local_maxima(scores, places, 2, drop)] == expected
+
+        exact = np.where(scores > -1e4, scores + rng.uniform(0, 0.3, scores.shape), scores).astype(np.float32)
+        plan = Plan(exact, places, 2, drop)
+        for patch, margin in enumerate(plan.margins[:10].tolist()):
+            assert (margin > 0) == (patch in plan.peaks[:, 0])
+            second, best = np.sort(exact[patch])[-2:]
+            if second > best - 1.1 * margin:
+                continue  # this subpatch would take its place
+            for share, flips in ((0.9, False), (1.1, True)):
+                moved = exact.copy()
+                moved[patch, moved[patch].argmax()] -= share * margin
+                moves += 1
+                assert ((patch in Plan(moved, places, 2, drop).peaks[:, 0]) == (margin > 0)) != flips
+        assert plan.margins[10] < -1e6
+        patches = plan.peaks[:, 0].tolist()
+        for number in range(len(patches) + 1):
+            gaps = plan.gaps(patches[:number])
+            following = patches[number] if number < len(patches) else len(scores)
+            assert gaps[following] == 0
+            if number < len(patches):
+                assert gaps[-1] == pytest.approx(max(plan.margins[p] for p in patches[number:]))
+    assert moves > 100
+
+
+def test_no_subpatches_have_no_points() -> None:
+    plan = Plan(np.zeros((0, 4), np.float32), np.zeros((0, 4, 3), np.float32), 2, 1.0)
+    assert plan.peaks.shape == (0, 2)
+    assert plan.gaps([]).tolist() == [0]
+    assert plan.log_probabilities([]).tolist() == [0]
 
 
 def test_all_crops_are_computed_where_points_refer_to_their_patches() -> None:

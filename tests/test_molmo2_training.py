@@ -27,7 +27,7 @@ from molmo_edge.training.attention import packed_mask
 from molmo_edge.training.encoding import Encoder, Encoding, Sample, collate
 from molmo_edge.training.flops import cost
 from molmo_edge.training.forward import ForwardConfig, Trainable
-from molmo_edge.training.grounding import choice_loss
+from molmo_edge.training.grounding import choice_loss, point_divergence
 from molmo_edge.training.regions import PEAK, UNKNOWN
 
 PLAIN = ForwardConfig(answer_dropout=0.0)
@@ -320,6 +320,44 @@ def test_the_patches_of_a_list_are_learned_at_its_first_choice() -> None:
         begins=None, lists=None, patches=none, patch_targets=none[:, 0].long(), patch_at=none[:, 0].long()
     )
     assert float(choice_loss(run.points, weights) - choice_loss(others, weights)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lists_are_distilled_patch_by_patch_at_their_first_choice() -> None:
+    batch = collate([_sample(POINT, QUESTIONS[0])])
+    found = []
+    for seed in range(2):
+        molmo = _with_head(votes=2, vote_dim=4)
+        assert molmo.point_head is not None
+        with torch.no_grad():
+            molmo.point_head.vote_q.bias += torch.randn(9, generator=torch.Generator().manual_seed(seed))
+            run = Trainable(molmo, PLAIN).eval().run(batch)
+        assert run.points is not None
+        found.append(run.points)
+    weights = torch.ones(batch.ids.numel())
+    ours, theirs = found
+    teacher = [rows for rows, _, _ in theirs.kinds]
+    itself = [rows for rows, _, _ in ours.kinds]
+    assert float(point_divergence(ours, itself, weights)) == pytest.approx(0, abs=1e-4)
+    logits = [points.patches[0, :-1].double() for points in (theirs, ours)]
+    chosen = logits[0] > -1e7
+    (p, p_log, none_log), (_, q_log, q_none_log) = (
+        (z.sigmoid(), torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)) for z in logits
+    )
+    kl = p * (p_log - q_log) + (1 - p) * (none_log - q_none_log)
+    alone = float(point_divergence(ours, [teacher[0], *itself[1:]], weights))
+    assert alone == pytest.approx(float(kl[chosen].sum()), rel=1e-3)
+    assert alone > 0.01
+
+
+def test_every_parameter_of_a_head_with_votes_has_a_gradient_without_points() -> None:
+    model = Trainable(_with_head(votes=2, vote_dim=4), PLAIN)
+    answer = Annotation("pixmo_ask_model_anything", ("What is it?", "A cup."))
+    model(collate([_sample(POINT, answer)])).point_loss.backward()
+    assert model.molmo.point_head is not None
+    head = dict(model.molmo.point_head.named_parameters())
+    assert {"vote_q.weight", "vote_k.weight", "patch_q.weight", "no_more"} <= head.keys()
+    trained = {name for name, parameter in head.items() if parameter.grad is not None}
+    assert head.keys() - trained <= {"patch_embedding.weight", "patch_embedding.bias"}
 
 
 def test_a_truncated_list_says_nothing_about_later_patches() -> None:

@@ -246,6 +246,15 @@ def test_the_pictures_of_the_head_fill_its_hours(tmp_path: Path, monkeypatch: py
     assert budget.pictures_within(sources, 9.0) == 900, "of the run that was interrupted"
 
 
+def test_the_head_needs_a_model_and_takes_the_last(tmp_path: Path) -> None:
+    sources = stages.Sources(tmp_path, ())
+    with pytest.raises(stages.NotTrainedError, match="run one of them first"):
+        stages.before_head(sources)
+    for stage in ("answers", "student"):
+        (tmp_path / stage / "model").mkdir(parents=True)
+        assert stages.before_head(sources) == tmp_path / stage / "model"
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [

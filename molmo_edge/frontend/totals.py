@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 _SENTENCE = " shows a total of "
-_TOTAL = re.compile(re.escape(_SENTENCE) + r"[0-9]*")
+_BEGUN = re.compile(re.escape(_SENTENCE) + r"(?:[0-9]+[.,]?)?")  # "1," may become "1,000"
+_TOTAL = re.compile(re.escape(_SENTENCE) + r"[0-9]+(?![.,]?[0-9])")
 
 
 class TotalWriter:
@@ -29,7 +30,7 @@ class TotalWriter:
         if not self._follows:
             return text
         self._held += text
-        if _SENTENCE.startswith(self._held) or _TOTAL.fullmatch(self._held):
+        if _SENTENCE.startswith(self._held) or _BEGUN.fullmatch(self._held):
             return ""
         return self.close()
 
@@ -37,6 +38,6 @@ class TotalWriter:
         """End the text; return what is left of it."""
         held, self._held, self._follows = self._held, "", False
         total = _TOTAL.match(held)
-        if total is None or total[0] == _SENTENCE:
+        if total is None:
             return held
         return f"{_SENTENCE}{self._points}{held[total.end() :]}"

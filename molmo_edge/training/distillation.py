@@ -128,3 +128,7 @@ def _check_heads(student: MolmoConfig, teacher: MolmoConfig) -> None:
         raise DistillError("the grounding loss needs a grounding head in both teacher and student")
     if (ours.n_locations, ours.no_more_class) != (theirs.n_locations, theirs.no_more_class):
         raise DistillError("the grounding heads of teacher and student choose among different things")
+    if bool(ours.votes) != bool(theirs.votes):
+        raise DistillError(
+            "only one of teacher and student has a grounding head with votes, which scores patches apart"
+        )

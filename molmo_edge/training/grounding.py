@@ -276,7 +276,7 @@ def _best_subpatches(
         votes = votes.logsumexp(0).unflatten(-1, (end - first, slots)).float()
         scores = torch.logaddexp(votes, alone[:, first:end, None].float())
         found.append(F.pad(scores.masked_fill(missing[:, first:end], _CLOSED).amax(-1), (first, total - end)))
-    return torch.cat(found) if found else (keys.sum() * keys.new_zeros(0, total) + own).float()
+    return torch.cat(found) if found else (own + queries[:, -1:] + keys.sum() + queries.sum()).float()
 
 
 def choice_loss(scores: PointScores, weights: Tensor) -> Tensor:
@@ -301,11 +301,19 @@ def point_divergence(
 ) -> Tensor:
     """The weighted sum of the divergences of all choices from the teacher's scores of the same choices.
 
-    teacher: scores of patches, slots and locations. weights [tokens]
+    teacher: scores of patches, slots and locations. weights [tokens]. In a head with votes, that of patches is the
+    divergence of the probabilities sigmoid(score) of all patches at the first choice of each list.
     """
     total = torch.zeros((), device=weights.device)
     for (rows, _, at), theirs in zip(scores.kinds, teacher, strict=True):
-        total = total + (choice_divergence(rows, theirs, temperature, reverse) * weights.index_select(0, at)).sum()
+        if rows is scores.patches and scores.begins is not None:
+            pairs = (x.index_select(0, scores.begins) for x in (rows, theirs.to(rows)))
+            ours, wanted = (torch.stack([x[:, :-1], x[:, -1:].expand_as(x[:, :-1])], dim=-1) for x in pairs)
+            first = at.index_select(0, scores.begins)
+            found = choice_divergence(ours, wanted, temperature, reverse).sum(1) * weights.index_select(0, first)
+        else:
+            found = choice_divergence(rows, theirs, temperature, reverse) * weights.index_select(0, at)
+        total = total + found.sum()
     return total
 
 

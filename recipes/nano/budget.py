@@ -51,6 +51,7 @@ def pictures_within(sources: stages.Sources, hours: float) -> int:
     """The number of pictures of the stage "head" that can be computed in `hours`: stored, or else timed."""
     stored = sources.run / "head" / "pictures.json"
     if not stored.exists():
+        shutil.rmtree(stored.parent, ignore_errors=True)  # pictures of an interrupted probe would take no time
         began = time.monotonic()
         stages.head_pictures(sources, PROBE)
         pictures = min(PICTURES, max(PROBE, round(hours * 3600 * PROBE / (time.monotonic() - began))))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.point_head import PointHead
+from molmo_edge.system.files import sha256_of
 from molmo_edge.training.grounding import rotated
 from molmo_edge.training.optimizer import Rate, rate_at
 from molmo_edge.training.regions import PEAK, heat_losses
@@ -78,6 +79,11 @@ class Weights(nn.Module):
         return torch.logaddexp(votes, own[..., None]).amax(-1)
 
 
+def choices_of(before: Path, run: Path) -> Path:
+    """The folder of the pictures that were computed with the checkpoint `before`."""
+    return run / f"choices-{sha256_of(before / 'model.safetensors')[:12]}"
+
+
 def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> None:
     """Compute what the head of the checkpoint `before` chooses from in `pictures` pictures of `data`.
 
@@ -86,32 +92,30 @@ def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, p
     model, _, _ = load_checkpoint(before)
     tokenizer = Tokenizer.from_file(before / "tokenizer.json")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        write_choices(model, tokenizer, data, run / "choices", pictures)
+        write_choices(model, tokenizer, data, choices_of(before, run), pictures)
 
 
 @torch.no_grad()
-def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path, fit: Fit) -> Path:
+def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path, pictures: int, fit: Fit) -> Path:
     """Add votes to the grounding head of the checkpoint `before`, after `read_pictures`; returns RUN/model.
 
     classes: the detector's, see `detector.score_layers`.
     """
-    out = run / "model"
-    if out.exists():
-        return out
     old, _, config = load_checkpoint(before)
     config = with_votes(config)
     model = Molmo(config).init_weights(generator=torch.Generator().manual_seed(0))
     model.load_state_dict(old.state_dict(), strict=False)
     head = model.point_head
     assert head is not None
-    files = files_of(run / "choices")
+    files = files_of(choices_of(before, run))[:pictures]
     keys, bias, queries = detector_votes(config, classes)
     put_keys(head, keys, bias, *fitted(*named_states(files, queries)))
     maps = [maps_of(head, load(file)) for file in files]
     weights = train(Weights(config.decoder.d_model), maps, run / LOG, fit)
     put(weights, head, constant(config))
-    part = run / "model.part"
-    shutil.rmtree(part, ignore_errors=True)
+    part, out = run / "model.part", run / "model"
+    for old_one in (part, out):
+        shutil.rmtree(old_one, ignore_errors=True)
     part.mkdir()
     save_checkpoint(model, before / "tokenizer.json", part)
     part.rename(out)

@@ -123,7 +123,8 @@ class Reader:
         assert sample.points is not None
         targets = sample.points.patch_targets
         segments = sample.packed.segments[targets[:, 0]]
-        _, firsts = np.unique(segments, return_index=True)
+        # The choice that begins the list of each segment's last answer; earlier turns may have others.
+        firsts = [np.flatnonzero((segments == each) & (targets[:, 4] == 1))[-1] for each in np.unique(segments)]
         batch = collate([sample])
         run = self._trainable.run(batch)
         assert batch.pooling is not None

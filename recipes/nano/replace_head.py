@@ -2,7 +2,9 @@
 
     python -m recipes.nano.replace_head BUNDLE CHECKPOINT OUT
 
-The other files are copied byte for byte.
+The other files are copied byte for byte. The rounded weights of a bundle become a checkpoint for "head" with
+
+    molmo-edge export BUNDLE --engine torch --precision fp32 --out RUN/answers/model
 """
 
 from __future__ import annotations
@@ -16,22 +18,16 @@ from pathlib import Path
 from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.manifest import POINT_HEAD, Check, read_manifest, write_manifest
 from molmo_edge.export.bundle import export_bundle
-from molmo_edge.export.bundle_weights import load_bundle_weights
-from molmo_edge.modeling import save_checkpoint
+from molmo_edge.export.errors import ExportError
 from molmo_edge.selfcheck import record_check
 from recipes.nano.student import PRECISION
-
-
-def restore(bundle: Path, out: Path) -> None:
-    """Write the rounded weights of a bundle as a checkpoint, for the stage "head"."""
-    out.mkdir(parents=True)
-    save_checkpoint(load_bundle_weights(bundle), bundle / "tokenizer.json", out)
 
 
 def replace_head(bundle: Path, checkpoint: Path, out: Path) -> None:
     """Write `bundle` with the grounding head of `checkpoint` to `out`, and record the answer of its check."""
     before = read_manifest(bundle)
-    assert before.check is not None
+    if before.check is None:
+        raise ExportError(f"{bundle} has no check whose answer could be recorded: export it with --check-image")
     with tempfile.TemporaryDirectory() as scratch:
         export_bundle(checkpoint, Path(scratch) / "new", PRECISION, name=before.name)
         new = open_bundle(Path(scratch) / "new")

@@ -6,8 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molmo_edge.errors import MolmoEdgeError
+
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
+
+
+class NotTrainedError(MolmoEdgeError):
+    """A stage before this one was not run."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,24 @@ def head(sources: Sources, pictures: int | None = None) -> Path:
     from recipes.nano.detector import score_layers
 
     assert sources.detector is not None
-    before = head_pictures(sources, pictures or stage.PICTURES)
-    return stage.add_votes(before, score_layers(sources.detector), sources.run / "head", stage.Fit())
+    before, pictures = before_head(sources), pictures or stage.PICTURES
+    head_pictures(sources, pictures)
+    return stage.add_votes(before, score_layers(sources.detector), sources.run / "head", pictures, stage.Fit())
 
 
-def head_pictures(sources: Sources, pictures: int) -> Path:
-    """Compute pictures for "head"; returns the checkpoint that it begins with."""
+def head_pictures(sources: Sources, pictures: int) -> None:
+    """Compute pictures for "head"."""
     from recipes.nano import head as stage
     from recipes.nano import sight
     from recipes.nano.asked_pictures import asked_pictures
 
-    before = next(model for name in ("student", "answers") if (model := sources.run / name / "model").exists())
     data, _ = asked_pictures(sources.photos, sources.sprites)
-    stage.read_pictures(before, data, sources.run / "head", pictures, sight.precision())
-    return before
+    stage.read_pictures(before_head(sources), data, sources.run / "head", pictures, sight.precision())
+
+
+def before_head(sources: Sources) -> Path:
+    """The checkpoint that "head" begins with. Raises NotTrainedError if there is none."""
+    for stage in ("student", "answers"):
+        if (model := sources.run / stage / "model").exists():
+            return model
+    raise NotTrainedError(f'{sources.run} has no model of the stages "answers" or "student": run one of them first')
