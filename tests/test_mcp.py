@@ -379,7 +379,11 @@ def test_over_stdio(folder: Path, golden: Path) -> None:
 
     found, refused = asyncio.run(run())
     assert found.structured_content["model"] == "nano"
-    assert len(found.structured_content["points"]) == 1
+    with Molmo() as nano:
+        expected = nano.point(golden / "coffee.png", "cup").points
+    points = found.structured_content["points"]
+    assert [(point["x"], point["y"]) for point in points] == [(point.x, point.y) for point in expected]
+    assert points
     assert [block.type for block in found.content] == ["text", "image"]
     assert refused.is_error
 

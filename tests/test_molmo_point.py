@@ -133,7 +133,7 @@ def test_greedy_answers_are_those_of_the_reference(name: str) -> None:
         logits.append(text)
         if ids:
             query, _, slot_query, location = (part[0] for part in run.grounding.head.project(run.state[None]))
-            patches.append(run.grounding.patch_logits(query)[::43])
+            patches.append(run.grounding.patch_logits(query, run.state)[::43])
             token = ids[-1] - run.grounding.ids.first
             if 0 <= token < run.grounding.ids.n_patches:
                 slots.append(run.grounding.slot_logits(slot_query, token))

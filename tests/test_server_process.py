@@ -43,7 +43,8 @@ def rest(sock: socket.socket) -> bytes:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_lets_a_running_answer_finish(number: signal.Signals, status: int) -> None:
     with serving_process("--max-crops", 0) as server:
-        sock = started(server.port, chat_body("Point to the cup.", data_uri(png())))
+        # An answer whose text arrives in pieces: a tag arrives whole, at the end of its answer.
+        sock = started(server.port, chat_body("Describe this image.", data_uri(png())))
         server.process.send_signal(number)
         answer = rest(sock)
         assert answer.count(b'"finish_reason": "stop"') == 1

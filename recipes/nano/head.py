@@ -114,8 +114,8 @@ def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path,
     weights = train(Weights(config.decoder.d_model), maps, run / LOG, fit)
     put(weights, head, constant(config))
     part, out = run / "model.part", run / "model"
-    for old_one in (part, out):
-        shutil.rmtree(old_one, ignore_errors=True)
+    for earlier in (part, out):
+        shutil.rmtree(earlier, ignore_errors=True)
     part.mkdir()
     save_checkpoint(model, before / "tokenizer.json", part)
     part.rename(out)

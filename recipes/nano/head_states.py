@@ -17,8 +17,9 @@ from torch import Tensor
 
 from molmo_edge.config import MolmoConfig
 from molmo_edge.data.annotation_prompts import COUNTING, POINTING
+from molmo_edge.data.drawn.scenes import draw_scene
 from molmo_edge.data.examples import Annotation, Example
-from molmo_edge.data.grounded_questions import asked_for
+from molmo_edge.data.grounded_questions import absent_labels, asked_for
 from molmo_edge.data.regions import Box
 from molmo_edge.frontend.crops import pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import slot_places
@@ -64,9 +65,6 @@ class Choices:
 def named_in(data: AskedPictures, index: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Named]]:
     """Picture `index` of a set, augmented, and the names that it is asked for."""
     if index >= len(data.photos):
-        from molmo_edge.data.drawn.scenes import draw_scene
-        from molmo_edge.data.grounded_questions import absent_labels
-
         assert data.assets is not None
         rgb, annotation = draw_scene(rng, data.assets)
         absent = sorted(absent_labels(annotation, list(data.vocabulary.names)))
