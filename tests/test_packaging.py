@@ -129,7 +129,7 @@ def test_wheel_and_sdist_hold_what_they_must(artefacts: Path, source: Path) -> N
     assert metadata.get_all("Project-URL")
     assert metadata["Description-Content-Type"].startswith("text/markdown")
     shown = metadata.get_payload()
-    assert "molmo-edge count examples/coffee.jpg" in shown
+    assert "molmo-edge point examples/taxis.jpg" in shown
     assert not re.search(r"\]\((?!https?:)", shown), "a link that leads nowhere on a package index"
 
 
