@@ -186,6 +186,8 @@ def write_choices(
         part = file.with_suffix(".part.npz")
         save(reader(rgb, numbered, asked, rng), part)
         part.rename(file)
+        if not (number + 1) % 100:
+            print(f"{number + 1} of {pictures} pictures", flush=True)
 
 
 def files_of(folder: Path) -> list[Path]:
