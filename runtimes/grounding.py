@@ -27,7 +27,7 @@ from molmo_edge.frontend.grounding_tokens import (
 )
 from molmo_edge.frontend.points import Point, format_points, written_absent
 from molmo_edge.frontend.totals import TotalWriter
-from molmo_edge.runtimes.peaks import Plan, Votes
+from molmo_edge.runtimes.peaks import CLOSED, Plan, Votes
 from molmo_edge.runtimes.protocol import PointRuntime
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
@@ -44,7 +44,6 @@ _RUN_BEGUN = re.compile(r"(?:<POINT_[0-9]+>)*(?:<P?O?I?N?T?_?[0-9]*)?\Z")  # a t
 
 _OPEN = '<points coords="'
 
-_CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 _UNSET = np.float32(-1e5)  # an id that no head has a logit for at this step
 
 
@@ -139,7 +138,7 @@ class Grounding:
     def _open(self, own: np.ndarray) -> np.ndarray:
         """`own` without the patches before the last one, which are closed in training and may not follow."""
         earlier = self._patches()
-        return np.where(np.arange(len(own)) < earlier[-1], _CLOSED, own) if earlier else own
+        return np.where(np.arange(len(own)) < earlier[-1], CLOSED, own) if earlier else own
 
     def _decided(self, own: np.ndarray) -> np.ndarray:
         """`own` of the open patches; at first, "no more points" wins if it is likelier than all patches together.
@@ -197,7 +196,7 @@ class Grounding:
         if earlier:
             query = rotate(query[None], self.positions[earlier[-1:]], self.config.rope_theta)[0]
         scores = self.patch_keys @ query / np.sqrt(np.float32(len(self.patch_keys)))  # the number of classes
-        return np.where(self.selectable, scores, _CLOSED)
+        return np.where(self.selectable, scores, CLOSED)
 
     def slot_logits(self, query: np.ndarray, patch: int) -> np.ndarray:
         """The logits of the slots of `patch` for a slot query [dim] -> float32 [n_slots]."""

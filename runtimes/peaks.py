@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_CLOSED = np.float32(-1e8)
+CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Votes:
         query = queries[:-1].reshape(self.keys.shape[2:])
         votes = np.logaddexp.reduce(np.einsum("psvd,vd->psv", self.keys, query, optimize=True), axis=-1)
         found = np.logaddexp(votes, (own + queries[-1])[:, None])
-        closed = np.isnan(self.places[..., 0]) | (own <= _CLOSED / 2)[:, None]
-        return np.asarray(np.where(closed, _CLOSED, found), np.float32)
+        closed = np.isnan(self.places[..., 0]) | (own <= CLOSED / 2)[:, None]
+        return np.asarray(np.where(closed, CLOSED, found), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,11 @@ class Plan:
         apart = np.abs(place[:, None] - self.places.reshape(-1, 3))  # [n, n * slots, 3]
         near = (apart[..., 0] == 0) & (apart[..., 1:] <= self.distance).all(-1)
         near &= np.arange(n)[:, None] != np.arange(n * slots) // slots
-        least = np.where(near, self.scores.reshape(-1), _CLOSED).max(1, initial=_CLOSED)
+        least = np.where(near, self.scores.reshape(-1), CLOSED).max(1, initial=CLOSED)
         if self.drop:
             image = np.nan_to_num(place[:, 0], nan=-1)
             others = (image[:, None] == image) & ~np.eye(n, dtype=bool)
-            top = np.where(others, best, _CLOSED).max(1, initial=_CLOSED)
+            top = np.where(others, best, CLOSED).max(1, initial=CLOSED)
             least = np.maximum(least, top - np.float32(self.drop))
         return np.asarray(best - np.maximum(least, 0), np.float32)
 
@@ -105,7 +105,7 @@ class Plan:
         n, left = len(self.scores), self.left(earlier)
         last = earlier[-1] if earlier else -1
         is_open = (np.arange(n) > last) | (np.arange(n) == (left[0] if len(left) else n))
-        accepted = np.where(is_open, -np.logaddexp(0, -self.margins), _CLOSED)
+        accepted = np.where(is_open, -np.logaddexp(0, -self.margins), CLOSED)
         refused = np.cumsum(np.where(is_open, -np.logaddexp(0, self.margins), 0), dtype=np.float64)
         before = np.concatenate([[0], refused])
         return np.append(accepted + before[:-1], before[-1]).astype(np.float32)

@@ -138,9 +138,10 @@ def test_the_head_keeps_the_rest_of_the_model_and_scores_as_fitted(
     unfitted.load_state_dict(before.state_dict(), strict=False)
     with torch.no_grad():
         assert unfitted.point_head is not None
+        assert config.point_head is not None
         keys, bias, queries = detector_votes(config, classes())
         head.put_keys(unfitted.point_head, keys, bias, *fitted(*head.named_states(files, queries)))
-        expected = trained[0](head.maps_of(unfitted.point_head, choices)) - head.THRESHOLD
+        expected = trained[0](head.maps_of(unfitted.point_head, config.point_head, choices)) - head.THRESHOLD
         encoder = Encoder(tokenizer, config.image, Encoding(sequence=2048, shuffle=False), config=config)
         sample = encoder(Example(rgb, tuple(asked)), np.random.default_rng(0))
         points = Trainable(after, ForwardConfig()).eval().run(collate([sample])).points

@@ -235,8 +235,8 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path, capsys: pyte
 def test_the_pictures_of_the_head_fill_its_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources, clock = stages.Sources(tmp_path, ()), [100.0]
 
-    def compute(_sources: stages.Sources, pictures: int) -> None:
-        (tmp_path / "head").mkdir(exist_ok=True)
+    def compute(_sources: stages.Sources, pictures: int, directory: Path) -> None:
+        directory.mkdir()
         clock[0] += 2.0 * pictures
 
     monkeypatch.setattr(stages, "head_pictures", compute)

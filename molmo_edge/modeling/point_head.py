@@ -20,7 +20,6 @@ class PointHead(Module):
     def __init__(self, config: MolmoConfig, point: PointHeadConfig):
         super().__init__()
         d, features = config.decoder.d_model, config.feature_dim
-        self.rope_theta = point.rope_theta
         self.x_norm = RMSNorm(d, config.decoder.norm_eps)
         self.patch_q = Linear(d, point.dim)
         self.patch_k = Linear(d, point.dim)

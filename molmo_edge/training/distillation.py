@@ -129,6 +129,4 @@ def _check_heads(student: MolmoConfig, teacher: MolmoConfig) -> None:
     if (ours.n_locations, ours.no_more_class) != (theirs.n_locations, theirs.no_more_class):
         raise DistillError("the grounding heads of teacher and student choose among different things")
     if bool(ours.votes) != bool(theirs.votes):
-        raise DistillError(
-            "only one of teacher and student has a grounding head with votes, which scores patches apart"
-        )
+        raise DistillError("only one of teacher and student has a grounding head with votes: give both the same kind")

@@ -51,15 +51,12 @@ def make_targets(
     heat = np.where(regions.known, 0, UNKNOWN).astype(np.int8)
     heat = np.broadcast_to(heat, (*cells.shape[:2], len(regions.known))).copy()
     for name, box in regions.unsure:
-        inside = _overlap(cells, sides, box)
+        inside = overlap(cells, sides[:, None], box)
         heat[..., name][inside] = UNKNOWN
     found = []
     for name, (x0, y0, x1, y1) in regions.objects:
         centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
-        # At least a third of a cell: the neighbours of a smaller object see it, too.
-        spread = np.maximum(_NEAR * np.array([x1 - x0, y1 - y0]), 0.35 * sides[:, None])  # [n, 1, 2]
-        near = np.exp(-(((cells - centre) / spread) ** 2).sum(-1) / 2)
-        near = np.minimum(np.round(PEAK * near), PEAK - 1).astype(np.int8)
+        near = heat_near(cells, sides[:, None], (x0, y0, x1, y1))
         column = heat[..., name]
         np.maximum(column, near, out=column, where=column != UNKNOWN)
         holds = (np.abs(cells - centre) <= sides[:, None] / 2).all(-1)
@@ -70,9 +67,22 @@ def make_targets(
     return Targets(heat, np.array(found, np.int64).reshape(-1, 4))
 
 
-def _overlap(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
-    """bool [n, cells^2]: cells that overlap the box."""
-    low, high = cells - sides[:, None] / 2, cells + sides[:, None] / 2
+def heat_near(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
+    """The heat of an object at cells [..., 2], except PEAK at its centre: int8 [...].
+
+    `sides`: of the cells, in a shape that broadcasts to theirs.
+    """
+    corners = np.array(box)
+    centre = (corners[:2] + corners[2:]) / 2
+    # At least a third of a cell: the neighbours of a smaller object see it, too.
+    spread = np.maximum(_NEAR * (corners[2:] - corners[:2]), 0.35 * sides)
+    near = np.exp(-(((cells - centre) / spread) ** 2).sum(-1) / 2)
+    return np.asarray(np.minimum(np.round(PEAK * near), PEAK - 1), np.int8)
+
+
+def overlap(cells: np.ndarray, sides: np.ndarray, box: Box) -> np.ndarray:
+    """Which cells overlap the box: bool [...], as `heat_near`."""
+    low, high = cells - sides / 2, cells + sides / 2
     return np.asarray((low < box[2:]).all(-1) & (high > box[:2]).all(-1))
 
 

@@ -51,10 +51,13 @@ def pictures_within(sources: stages.Sources, hours: float) -> int:
     """The number of pictures of the stage "head" that can be computed in `hours`: stored, or else timed."""
     stored = sources.run / "head" / "pictures.json"
     if not stored.exists():
-        shutil.rmtree(stored.parent, ignore_errors=True)  # pictures of an interrupted probe would take no time
+        probe = sources.run / "head-probe"
+        shutil.rmtree(probe, ignore_errors=True)  # of an interrupted probe, whose pictures would take no time
         began = time.monotonic()
-        stages.head_pictures(sources, PROBE)
+        stages.head_pictures(sources, PROBE, probe)
         pictures = min(PICTURES, max(PROBE, round(hours * 3600 * PROBE / (time.monotonic() - began))))
+        shutil.rmtree(probe)
+        stored.parent.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(pictures) + "\n", encoding="utf-8")
     return int(json.loads(stored.read_text(encoding="utf-8")))
 

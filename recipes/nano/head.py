@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molmo_edge.config import PointHeadConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.point_head import PointHead
@@ -110,7 +111,8 @@ def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path,
     files = files_of(choices_of(before, run))[:pictures]
     keys, bias, queries = detector_votes(config, classes)
     put_keys(head, keys, bias, *fitted(*named_states(files, queries)))
-    maps = [maps_of(head, load(file)) for file in files]
+    assert config.point_head is not None
+    maps = [maps_of(head, config.point_head, load(file)) for file in files]
     weights = train(Weights(config.decoder.d_model), maps, run / LOG, fit)
     put(weights, head, constant(config))
     part, out = run / "model.part", run / "model"
@@ -139,12 +141,12 @@ def named_states(files: Sequence[Path], queries: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(states), torch.cat(found)
 
 
-def maps_of(head: PointHead, choices: Choices) -> Maps:
+def maps_of(head: PointHead, config: PointHeadConfig, choices: Choices) -> Maps:
     """The scores of a picture's questions, before `Weights`."""
     states, cells = (torch.from_numpy(x).float() for x in (choices.states, choices.cells))
     features, slots = torch.from_numpy(choices.features).float(), torch.from_numpy(choices.slots)
     query, turns = head.patch_q(states), torch.from_numpy(choices.turns)
-    own = query @ rotated(head.patch_k(cells), turns, head.rope_theta).T - (query @ head.no_more)[:, None]
+    own = query @ rotated(head.patch_k(cells), turns, config.rope_theta).T - (query @ head.no_more)[:, None]
     keys = head.vote_k(features).unflatten(-1, (LEVELS, -1)).flatten(0, 1).transpose(0, 1)  # [votes, n * slots, dim]
     queries = head.vote_q(states)[:, :-1].unflatten(-1, (LEVELS, -1)).transpose(0, 1)  # [votes, m, dim]
     votes = (queries @ keys.transpose(1, 2)).unflatten(-1, slots.shape)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +113,11 @@ class Reader:
 
     @torch.no_grad()
     def __call__(
-        self, rgb: np.ndarray, names: Sequence[tuple[int, Named]], asked: Sequence[Annotation], rng: Any
+        self,
+        rgb: np.ndarray,
+        names: Sequence[tuple[int, Named]],
+        asked: Sequence[Annotation],
+        rng: np.random.Generator,
     ) -> Choices:
         """`rgb`: uint8 [h, w, 3]; `names`: each with its place in the vocabulary; `asked`: a question for each."""
         sample = self._encoder(Example(rgb, tuple(asked)), rng)

@@ -112,14 +112,14 @@ def head(sources: Sources, pictures: int | None = None) -> Path:
     return stage.add_votes(before, score_layers(sources.detector), sources.run / "head", pictures, stage.Fit())
 
 
-def head_pictures(sources: Sources, pictures: int) -> None:
-    """Compute pictures for "head"."""
+def head_pictures(sources: Sources, pictures: int, directory: Path | None = None) -> None:
+    """Compute pictures for "head" in `directory`, by default RUN/head."""
     from recipes.nano import head as stage
     from recipes.nano import sight
     from recipes.nano.asked_pictures import asked_pictures
 
     data, _ = asked_pictures(sources.photos, sources.sprites)
-    stage.read_pictures(before_head(sources), data, sources.run / "head", pictures, sight.precision())
+    stage.read_pictures(before_head(sources), data, directory or sources.run / "head", pictures, sight.precision())
 
 
 def before_head(sources: Sources) -> Path:
