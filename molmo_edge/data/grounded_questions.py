@@ -17,7 +17,7 @@ from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
-from molmo_edge.frontend.points import NONE, format_absent, format_count, format_points
+from molmo_edge.frontend.points import NONE, format_absent, format_count, format_points, format_total
 
 Box = Sequence[float]  # x0, y0, x1, y1, percent
 
@@ -184,7 +184,7 @@ def _negatives(
         counting = rng.random() >= 0.5
         question, words = asked_for(rng, str(label), COUNTING if counting else POINTING)
         tag = format_absent(words)
-        with_tag = f"Counting the {tag} shows a total of 0." if counting else tag
+        with_tag = format_total(tag, 0) if counting else tag
         questions.append(QA(question, with_tag if empty_tags else NONE, "negative"))
     return questions
 

@@ -233,7 +233,12 @@ def format_count(points: Sequence[Point | tuple[float, float]], label: str) -> s
     """Format the answer to "How many ... are there?": the points, then their number."""
     if not points:
         return NONE
-    return f"Counting the {format_points(points, label)} shows a total of {len(points)}."
+    return format_total(format_points(points, label), len(points))
+
+
+def format_total(tag: str, count: int) -> str:
+    """The sentence around the tag of the points that were counted."""
+    return f"Counting the {tag} shows a total of {count}."
 
 
 # fmt: off
