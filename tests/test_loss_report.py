@@ -91,6 +91,25 @@ def test_a_loss_no_larger_than_noise_is_called_noise(loss: Loss, tmp_path: Path)
     assert rows_of(page_of(again, tmp_path / "report"))["Which part causes the loss?"][4] == "no more than noise"
 
 
+def test_features_of_rotated_channels_are_not_compared(tmp_path: Path) -> None:
+    export_bundle(GOLDEN / "molmoe", tmp_path / "rotated", {"decoder": "q8"}, rotate=True, measure=False)
+    models = [ModelSpec(path, threads=1, name=path.name) for path in (tmp_path / "rotated", bundle("molmoe"))]
+    questions = [replace(question, max_new_tokens=6) for question in load_suite("nano-val", limit=1)]
+    for reference in models:
+        loss = measure_loss(reference, models, questions, noise="none", max_crops=0)
+        rotated, plain = loss.candidates
+        same, other = (rotated, plain) if reference is models[0] else (plain, rotated)
+        assert same.rotated == ()
+        assert same.metrics["image"].value < 1e-6
+        assert other.rotated == ("decoder",)
+        assert "image" not in other.metrics
+        assert other.metrics["vision"].value < 1e-6, "the tower of MolmoE has no rotated channels"
+        assert 0 < other.metrics["kl_mean"].value < 0.1
+        said = rows_of(page_of(loss, tmp_path / reference.name))["Which part causes the loss?"]
+        assert said[loss.candidates.index(other)].startswith("not measured: its channels are rotated")
+        assert loss.to_dict()["candidates"][loss.candidates.index(other)]["rotated"] == ["decoder"]
+
+
 def test_a_single_candidate_has_no_size_plot(loss: Loss, tmp_path: Path) -> None:
     alone = replace(loss, candidates=loss.candidates[3:])
     page = page_of(alone, tmp_path / "report")

@@ -6,7 +6,7 @@ greedy answer continues from the first token at which its choice differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +32,7 @@ class ComparedImage:
     """The distances between two models' features of an image."""
 
     image_id: str
-    patches: FeatureDistance | None  # of the vision encoder; None where the reference's features were used
+    patches: FeatureDistance | None  # of the vision encoder; None where they were not compared, see `compare`
     cells: FeatureDistance | None  # of the connector
 
 
@@ -78,11 +78,13 @@ def compare(
     model: ModelUnderTest,
     *,
     encode_images: bool = True,
+    rotated: Collection[str] = (),
     on_answer: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Ask the candidate what the reference was asked; both must tokenize alike (`check_comparable`).
 
-    `encode_images` False: the candidate's decoder gets the reference's image features.
+    `encode_images` False: the candidate's decoder gets the reference's image features. `rotated`: components whose
+    hidden channels are rotated in one of the two models only (`Manifest.rotated`), so that features cannot be compared.
     """
     comparison = Comparison()
     for group in outputs.by_image():
@@ -95,7 +97,9 @@ def compare(
             own_patches, own_cells = inputs.part.features(model.runtime)
             used = inputs.prompt.token_index >= 0  # the decoder sees no other cells: crops overlap
             compared = ComparedImage(
-                question.image_id, _distance(patches, own_patches), _distance(cells[used], own_cells[used])
+                question.image_id,
+                None if "vision_encoder" in rotated else _distance(patches, own_patches),
+                None if "decoder" in rotated else _distance(cells[used], own_cells[used]),
             )
         comparison.images.append(compared)
         questions = [answer.question for answer in group]

@@ -105,12 +105,14 @@ class ModelLoss:
     metrics: dict[str, Estimate]
     scores: dict[str, dict[str, ScoreComparison]]  # {group: {score: ...}}
     breakdown: LossBreakdown | None = None  # of a candidate
+    rotated: tuple[str, ...] = ()  # components whose features are not compared, see molmo_edge.evaluation.comparison
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: metrics as "figures", the breakdown as "parts"; without the compared answers."""
         return {
             **asdict(self.info),
             "engine": self.engine,
+            **({"rotated": list(self.rotated)} if self.rotated else {}),
             **({} if self.breakdown is None else {"parts": self.breakdown.to_dict()}),
             "figures": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
             "scores": {
@@ -213,9 +215,13 @@ def measure_loss(
             loss = replace(loss, noise=measured)
             on_measured(loss)
         for candidate in candidates:
-            on_answer = on_model(candidate.info.name, len(outputs.answers) + len(_one_per_image(outputs).answers))
+            rotated = tuple(sorted(_rotated(reference.directory) ^ _rotated(candidate.directory)))
+            again = 0 if rotated else len(_one_per_image(outputs).answers)
+            on_answer = on_model(candidate.info.name, len(outputs.answers) + again)
             opened = candidate.opened(max_crops)
-            measured = _measure_model(candidate, opened, outputs, on_answer, routing, break_down=True)
+            measured = _measure_model(
+                candidate, opened, outputs, on_answer, routing, break_down=not rotated, rotated=rotated
+            )
             loss = replace(loss, candidates=(*loss.candidates, measured))
             on_measured(loss)
     return loss
@@ -229,14 +235,15 @@ def _measure_model(
     routing: _Routing | None = None,
     *,
     break_down: bool = False,
+    rotated: tuple[str, ...] = (),
 ) -> ModelLoss:
     """Compare one model with the reference's recorded outputs."""
     with opened as model:
-        comparison, engine = compare(outputs, model, on_answer=on_answer), model.runtime.engine
+        comparison, engine = compare(outputs, model, rotated=rotated, on_answer=on_answer), model.runtime.engine
         breakdown = _break_down(outputs, model, comparison, on_answer) if break_down else None
         prompts = routing.prompts(model) if routing else []
     metrics = compute_metrics(comparison, routing.agreement(spec, prompts) if routing else None)
-    return ModelLoss(spec.info, engine, comparison, metrics, compare_scores(comparison.answers), breakdown)
+    return ModelLoss(spec.info, engine, comparison, metrics, compare_scores(comparison.answers), breakdown, rotated)
 
 
 def _one_per_image(outputs: ReferenceOutputs) -> ReferenceOutputs:
@@ -267,6 +274,11 @@ def check_comparable(reference: Path, candidate: Path) -> None:
         raise LossError(f"{candidate} and {reference} crop images differently: their answers cannot be compared")
     if (a.decoder.n_experts, a.decoder.n_layers) != (b.decoder.n_experts, b.decoder.n_layers):
         raise LossError(f"{candidate} is not a smaller form of {reference}: their decoders differ in layers or experts")
+
+
+def _rotated(directory: Path) -> frozenset[str]:
+    """The components whose hidden channels an export rotated."""
+    return frozenset(open_bundle(directory).manifest.rotated if is_bundle(directory) else ())
 
 
 def _config(directory: Path) -> MolmoConfig:

@@ -124,6 +124,8 @@ def which_part(model: ModelLoss, noise: ModelLoss | None = None) -> str:
         return "nothing is lost"
     if noise is not None and kl <= _ABOVE_NOISE * noise.metrics["kl_mean"].value:
         return "no more than noise"
+    if model.rotated:
+        return "not measured: its channels are rotated, so its features cannot be compared"
     if (breakdown := model.breakdown) is None:
         return ""
     if breakdown.decoder is None:
