@@ -141,8 +141,10 @@ def export_bundle(
         raise ExportError(f"this model has no {POINT_HEAD}: leave its precision out")
     if config.point_head is not None and drafting:
         raise ExportError("this model points by grounding tokens, which cannot be drafted: leave drafting out")
-    parts: tuple[str, ...] = ()
+    parts = open_bundle(checkpoint).manifest.rotated if is_bundle(checkpoint) else ()
     if rotate:
+        if parts:
+            raise ExportError(f"{checkpoint} was exported with rotate: its channels stay rotated, leave rotate out")
         parts = rotated_parts(config)
         try:
             config, tensors = rotated(config, tensors)

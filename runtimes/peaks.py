@@ -93,8 +93,14 @@ class Plan:
         surplus = np.zeros(len(missing), np.float32)
         surplus[left + 1] = np.maximum(margins[left], 0)
         gaps = np.maximum(missing, np.maximum.accumulate(surplus))
+        gaps[:-1][~self._is_open(earlier, left)] = -CLOSED
         gaps[left[:1] if len(left) else -1] = 0
         return np.asarray(gaps)
+
+    def _is_open(self, earlier: Sequence[int], left: np.ndarray) -> np.ndarray:
+        """Which patches can be next, bool [n]: those after the last one, and it as well if it has another point."""
+        patches = np.arange(len(self.scores))
+        return (patches > (earlier[-1] if earlier else -1)) | (patches == (left[0] if len(left) else len(patches)))
 
     def log_probabilities(self, earlier: Sequence[int]) -> np.ndarray:
         """Of each patch, and last of none, to be the next, float32 [n + 1].
@@ -102,9 +108,8 @@ class Plan:
         Each open patch is accepted with the probability sigmoid(margin), in ascending order: above one half for those
         that are chosen.
         """
-        n, left = len(self.scores), self.left(earlier)
-        last = earlier[-1] if earlier else -1
-        is_open = (np.arange(n) > last) | (np.arange(n) == (left[0] if len(left) else n))
+        left = self.left(earlier)
+        is_open = self._is_open(earlier, left)
         accepted = np.where(is_open, -np.logaddexp(0, -self.margins), CLOSED)
         refused = np.cumsum(np.where(is_open, -np.logaddexp(0, self.margins), 0), dtype=np.float64)
         before = np.concatenate([[0], refused])

@@ -99,15 +99,15 @@ def test_features_of_rotated_channels_are_not_compared(tmp_path: Path) -> None:
         loss = measure_loss(reference, models, questions, noise="none", max_crops=0)
         rotated, plain = loss.candidates
         same, other = (rotated, plain) if reference is models[0] else (plain, rotated)
-        assert same.rotated == ()
+        assert same.rotation_differs == ()
         assert same.metrics["image"].value < 1e-6
-        assert other.rotated == ("decoder",)
+        assert other.rotation_differs == ("decoder",)
         assert "image" not in other.metrics
         assert other.metrics["vision"].value < 1e-6, "the tower of MolmoE has no rotated channels"
         assert 0 < other.metrics["kl_mean"].value < 0.1
         said = rows_of(page_of(loss, tmp_path / reference.name))["Which part causes the loss?"]
-        assert said[loss.candidates.index(other)].startswith("not measured: its channels are rotated")
-        assert loss.to_dict()["candidates"][loss.candidates.index(other)]["rotated"] == ["decoder"]
+        assert said[loss.candidates.index(other)].startswith("not measured: the channels of only one")
+        assert loss.to_dict()["candidates"][loss.candidates.index(other)]["rotation_differs"] == ["decoder"]
 
 
 def test_a_single_candidate_has_no_size_plot(loss: Loss, tmp_path: Path) -> None:

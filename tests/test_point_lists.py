@@ -163,6 +163,7 @@ def test_a_peak_is_above_its_neighbors_in_the_same_image(drop: float) -> None:
             gaps = plan.gaps(patches[:number])
             following = patches[number] if number < len(patches) else len(scores)
             assert gaps[following] == 0
+            assert (gaps[: patches[number - 1] if number else 0] > 1e6).all(), "patches before the last one are closed"
             if number < len(patches):
                 assert gaps[-1] == pytest.approx(max(plan.margins[p] for p in patches[number:]))
     assert moves > 100

@@ -17,6 +17,7 @@ from PIL import Image
 from molmo_edge.config import ConvTowerConfig, ImageConfig
 from molmo_edge.data.annotated_photos import Photo, load_photos
 from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.recipe import Recipe
 from recipes.nano import budget, curves, stages
@@ -232,18 +233,31 @@ def test_a_stage_is_timed_once_and_keeps_its_length(tmp_path: Path, capsys: pyte
     assert "keeps its length of 450 steps" in capsys.readouterr().out
 
 
-def test_the_pictures_of_the_head_fill_its_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, clock = stages.Sources(tmp_path, ()), [100.0]
+def test_the_pictures_of_the_head_fill_its_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = stages.Sources(tmp_path, ())
 
-    def compute(_sources: stages.Sources, pictures: int, directory: Path) -> None:
+    def compute(_sources: stages.Sources, pictures: int, directory: Path) -> list[float]:
         directory.mkdir()
-        clock[0] += 2.0 * pictures
+        return [99.0, *[2.0] * (pictures - 1)]
 
     monkeypatch.setattr(stages, "head_pictures", compute)
-    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
-    assert budget.pictures_within(sources, 0.5) == 900
+    assert budget.pictures_within(sources, 0.5) == 900, "the first picture is not counted"
     monkeypatch.setattr(stages, "head_pictures", pytest.fail)
     assert budget.pictures_within(sources, 9.0) == 900, "of the run that was interrupted"
+    assert "keeps its length of 900 pictures" in capsys.readouterr().out
+
+
+def test_a_complete_run_is_not_repeated_and_bad_files_are_reported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "start", pytest.fail)
+    sources = stages.Sources(tmp_path, ())
+    with pytest.raises(ImageError, match="missing"):
+        budget.train_within(sources, 1.0, None, tmp_path / "missing.jpg")
+    (tmp_path / "scores.json").write_text("{}")
+    assert budget.train_within(sources, 1.0, None, tmp_path / "missing.jpg") == tmp_path / "bundle"
 
 
 def test_the_head_needs_a_model_and_takes_the_last(tmp_path: Path) -> None:
@@ -278,6 +292,8 @@ def test_the_command_says_what_a_stage_needs(line: list[str], missing: list[str]
         (["student", "--points", "digits"], ["points"]),
         (["answers", "--points", "digits", "--steps", "3"], []),
         (["sight", "--hours", "1"], ["hours"]),
+        (["sight", "--sprites", "s", "--vit", "v"], ["vit", "sprites"]),
+        (["score-answers", "--sprites", "s", "--scenes", "5"], []),
     ],
 )
 def test_options_of_other_stages_are_refused(line: list[str], left: list[str]) -> None:

@@ -16,6 +16,8 @@ from molmo_edge.checkpoints.bundle import open_bundle
 from molmo_edge.checkpoints.tensor_names import hub_shapes
 from molmo_edge.checkpoints.tensor_sources import TensorSource
 from molmo_edge.config import ImageConfig, MolmoConfig, VisionConfig
+from molmo_edge.evaluation.fault_localization import check_candidate
+from molmo_edge.evaluation.loss import LossError
 from molmo_edge.export import ExportError, export_bundle
 from molmo_edge.export.source import open_source
 from molmo_edge.modeling import Molmo, save_checkpoint
@@ -198,6 +200,17 @@ def test_export_records_the_rotation(architecture: str, tmp_path: Path) -> None:
     restored = outputs(build_model(config, tensors, where="test"))["logits"]
     original = outputs(build_model(*open_source(GOLDEN / architecture), where="test"))["logits"]
     assert relative(restored, original) < TOLERANCE
+
+
+def test_a_rotated_bundle_stays_rotated_when_it_is_exported_again(tmp_path: Path) -> None:
+    export_bundle(GOLDEN / "molmoe", tmp_path / "rotated", rotate=True, measure=False)
+    export_bundle(tmp_path / "rotated", tmp_path / "again", measure=False)
+    assert open_bundle(tmp_path / "again").manifest.rotated == ("decoder",)
+    with pytest.raises(ExportError, match="leave rotate out"):
+        export_bundle(tmp_path / "rotated", tmp_path / "twice", rotate=True)
+    with pytest.raises(LossError, match="their channels differ"):
+        check_candidate(bundle("molmoe"), tmp_path / "rotated")
+    check_candidate(tmp_path / "again", tmp_path / "rotated")
 
 
 def test_quantized_exports_round_the_rotated_weights(tmp_path: Path) -> None:

@@ -185,6 +185,17 @@ def test_bfloat16_products_keep_float32_weights(small_molmoe: Path, whole: Path,
             assert rounded.any(), f"{name} has no more digits than bfloat16"
 
 
+def test_a_signal_in_the_last_step_ends_the_process_after_the_model_is_written(
+    small_molmoe: Path, tmp_path: Path
+) -> None:
+    process = start(small_molmoe, tmp_path, "--steps", "3", "--stop-at", "2")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert len(curve(tmp_path)) == 3
+    assert len(weights(tmp_path)) > 10
+    run(small_molmoe, tmp_path, "--steps", "3")
+
+
 @pytest.mark.slow
 def test_sigterm_through_torchrun_leaves_a_checkpoint(small_molmoe: Path, tmp_path: Path) -> None:
     process = start(small_molmoe, tmp_path, "--steps", "2000", ranks=2)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from molmo_edge.cli.output import OutputError
 from molmo_edge.cli.saving import save_image
-from molmo_edge.system.files import atomic_write, name_os_errors
+from molmo_edge.system.files import atomic_write, name_os_errors, replaced_directory
 from molmo_edge.system.scratch import work_folder
 
 
@@ -32,6 +32,27 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "after"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for content in ("first", "second"):
+        (tmp_path / "model.part").mkdir()
+        (tmp_path / "model.part" / "left").write_text("by a killed process")
+        with replaced_directory(path) as part:
+            (part / content).write_text(content)
+            assert path.exists() == (content == "second"), "the one before stays until the block ends"
+        assert os.listdir(path) == [content]
+
+    def fail() -> None:
+        with replaced_directory(path) as part:
+            (part / "half").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert os.listdir(path) == ["second"]
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_errors_name_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:

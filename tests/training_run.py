@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--stop-at", type=int, default=0)
     parser.add_argument("--kill-in-save", type=int, default=0)
     parser.add_argument("--nan-at", type=int, default=-1)
     parser.add_argument("--validate", action="store_true")
@@ -116,12 +117,12 @@ def main() -> None:
         cache = cache_features(args.features, config, source, data, recipe, here) if args.features else None
         teacher = open_teacher(args.teacher, config, tokenizer, data, recipe, here) if args.teacher else None
         trainer = Trainer(model, tokenizer, data, recipe, args.directory, here, cache, teacher)
-        if args.kill_at:
-            one = trainer.update
+        if args.kill_at or args.stop_at:
+            one, number = trainer.update, signal.SIGKILL if args.kill_at else signal.SIGTERM
 
             def killed(micro, window):  # type: ignore[no-untyped-def]
-                if trainer.step == args.kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if trainer.step == (args.kill_at or args.stop_at):
+                    os.kill(os.getpid(), number)
                 return one(micro, window)
 
             trainer.update = killed  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ KERNELS = ("amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm",
 OPERATORS = ("MatMulNBits", "QMoE", "MultiHeadAttention", "QuantizedLinear")
 _FOUR_BITS = OPERATORS[:2]
 # Faster than ONNX Runtime's own operators, by benchmarks/kernels.py; all others are not.
-FASTER = {"amx": OPERATORS, "avx512-bf16": _FOUR_BITS, "avx512-vnni": _FOUR_BITS}
+FASTER = {"amx": OPERATORS, "avx512-bf16": OPERATORS, "avx512-vnni": _FOUR_BITS}
 
 
 def library() -> Path:

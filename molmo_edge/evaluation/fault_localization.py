@@ -19,7 +19,7 @@ from molmo_edge.checkpoints.tensor_names import block_names, hub_shapes, matrice
 from molmo_edge.checkpoints.tensor_sources import Changed, TensorSource
 from molmo_edge.config import MolmoConfig
 from molmo_edge.evaluation.ablation import AblationResult, Bench, component_of, parts_of
-from molmo_edge.evaluation.loss import LossError, check_comparable
+from molmo_edge.evaluation.loss import LossError, check_comparable, rotation_differs
 from molmo_edge.export.precisions import decoder_part
 from molmo_edge.export.source import open_source
 
@@ -88,10 +88,15 @@ def weight_differences(bench: Bench, candidate: TensorSource) -> list[WeightDiff
 
 
 def check_candidate(reference: Path, candidate: Path) -> None:
-    """Raise LossError for a model of another shape, and ExportError if its weights cannot be read back."""
+    """Raise LossError for a model of another shape or with rotated channels, ExportError for unreadable weights."""
     check_comparable(reference, candidate)
     if open_source(candidate)[0] != open_source(reference)[0]:
         raise LossError(f"{candidate} and {reference} differ in shape: their parts cannot be exchanged")
+    if rotation_differs(reference, candidate):
+        raise LossError(
+            f"only one of {candidate} and {reference} was exported with --rotate: their channels differ, and their "
+            "parts cannot be exchanged"
+        )
 
 
 def open_candidate(reference: Path, candidate: Path) -> TensorSource:

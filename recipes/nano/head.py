@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,14 @@ from molmo_edge.config import PointHeadConfig
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.point_head import PointHead
-from molmo_edge.system.files import sha256_of
+from molmo_edge.system.files import replaced_directory
 from molmo_edge.training.grounding import rotated
 from molmo_edge.training.optimizer import Rate, rate_at
 from molmo_edge.training.regions import PEAK, heat_losses
 from molmo_edge.training.telemetry import LOG
 from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.detector import COCO_NAMES
-from recipes.nano.head_states import Choices, files_of, load, write_choices
+from recipes.nano.head_states import Choices, files_of, identity, load, write_choices
 from recipes.nano.head_targets import heat_of
 from recipes.nano.votes import DIM, LEVELS, constant, detector_votes, fitted, with_votes
 
@@ -80,24 +79,27 @@ class Weights(nn.Module):
         return torch.logaddexp(votes, own[..., None]).amax(-1)
 
 
-def choices_of(before: Path, run: Path) -> Path:
-    """The folder of the pictures that were computed with the checkpoint `before`."""
-    return run / f"choices-{sha256_of(before / 'model.safetensors')[:12]}"
+def choices_of(before: Path, data: AskedPictures, run: Path) -> Path:
+    """The folder of the pictures of `data` that are computed with the checkpoint `before`."""
+    return run / f"choices-{identity(before, data)}"
 
 
-def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> None:
+def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> list[float]:
     """Compute what the head of the checkpoint `before` chooses from in `pictures` pictures of `data`.
 
-    Those that are there, because the command was interrupted, are not computed again.
+    Those that are there, because the command was interrupted, are not computed again. Returns the seconds that each of
+    the others took.
     """
     model, _, _ = load_checkpoint(before)
     tokenizer = Tokenizer.from_file(before / "tokenizer.json")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        write_choices(model, tokenizer, data, choices_of(before, run), pictures)
+        return write_choices(model, tokenizer, data, choices_of(before, data, run), pictures)
 
 
 @torch.no_grad()
-def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path, pictures: int, fit: Fit) -> Path:
+def add_votes(
+    before: Path, classes: Sequence[tuple[Tensor, Tensor]], data: AskedPictures, run: Path, pictures: int, fit: Fit
+) -> Path:
     """Add votes to the grounding head of the checkpoint `before`, after `read_pictures`; returns RUN/model.
 
     classes: the detector's, see `detector.score_layers`.
@@ -108,20 +110,16 @@ def add_votes(before: Path, classes: Sequence[tuple[Tensor, Tensor]], run: Path,
     model.load_state_dict(old.state_dict(), strict=False)
     head = model.point_head
     assert head is not None
-    files = files_of(choices_of(before, run))[:pictures]
+    files = files_of(choices_of(before, data, run), pictures)
     keys, bias, queries = detector_votes(config, classes)
     put_keys(head, keys, bias, *fitted(*named_states(files, queries)))
     assert config.point_head is not None
     maps = [maps_of(head, config.point_head, load(file)) for file in files]
     weights = train(Weights(config.decoder.d_model), maps, run / LOG, fit)
     put(weights, head, constant(config))
-    part, out = run / "model.part", run / "model"
-    for earlier in (part, out):
-        shutil.rmtree(earlier, ignore_errors=True)
-    part.mkdir()
-    save_checkpoint(model, before / "tokenizer.json", part)
-    part.rename(out)
-    return out
+    with replaced_directory(run / "model") as part:
+        save_checkpoint(model, before / "tokenizer.json", part)
+    return run / "model"
 
 
 def put_keys(head: PointHead, keys: Tensor, key_bias: Tensor, queries: Tensor, query_bias: Tensor) -> None:

@@ -6,6 +6,9 @@ any patch; for each patch its state and the features of its subpatches. Training
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,15 +25,17 @@ from molmo_edge.data.grounded_questions import absent_labels, asked_for
 from molmo_edge.data.regions import Box
 from molmo_edge.frontend.crops import pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import slot_places
-from molmo_edge.frontend.points import Point, format_absent, format_count, format_points
+from molmo_edge.frontend.points import Point, format_absent, format_count, format_points, format_total
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo
+from molmo_edge.system.files import sha256_of
 from molmo_edge.training.encoding import Encoder, Encoding, collate
 from molmo_edge.training.forward import ForwardConfig, Trainable
 from molmo_edge.training.grounding import gather_slots
 from recipes.nano.asked_pictures import AskedPictures, follow_ups, photo_annotation
 
 STORED = torch.float16
+SEED = 0
 NAMES = 20  # that each picture is asked for: those in it first, then absent ones
 
 
@@ -94,7 +99,7 @@ def question(named: Named, rng: np.random.Generator) -> Annotation:
     text, words = asked_for(rng, named.name, COUNTING if counts else POINTING)
     if not named.boxes:
         tag = format_absent(words)
-        return Annotation("demo", (text, f"Counting the {tag} shows a total of 0." if counts else tag))
+        return Annotation("demo", (text, format_total(tag, 0) if counts else tag))
     x0, y0, x1, y1 = named.boxes[0]
     point = [Point((x0 + x1) / 2, (y0 + y1) / 2)]
     return Annotation("demo", (text, (format_count if counts else format_points)(point, words)))
@@ -170,17 +175,19 @@ def load(file: Path) -> Choices:
         return Choices(**{f.name: arrays[f.name] for f in fields(Choices)})
 
 
-def write_choices(
-    model: Molmo, tokenizer: Tokenizer, data: AskedPictures, folder: Path, pictures: int, seed: int = 0
-) -> None:
-    """Compute `pictures` pictures of a set, and store each in `folder`; those that are there are not repeated."""
+def write_choices(model: Molmo, tokenizer: Tokenizer, data: AskedPictures, folder: Path, pictures: int) -> list[float]:
+    """Compute `pictures` pictures of a set, and store each in `folder`; those that are there are not repeated.
+
+    Returns the seconds that each computed picture took.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    reader = Reader(model, tokenizer)
+    reader, seconds = Reader(model, tokenizer), []
     for number in range(pictures):
-        file = folder / f"{number:05d}.npz"
+        file = _file(folder, number)
         if file.exists():
             continue
-        rng = np.random.default_rng([seed, number])
+        began = time.monotonic()
+        rng = np.random.default_rng([SEED, number])
         rgb, names = named_in(data, int(rng.integers(len(data))), rng)
         if not names:
             continue
@@ -189,10 +196,27 @@ def write_choices(
         part = file.with_suffix(".part.npz")
         save(reader(rgb, numbered, asked, rng), part)
         part.rename(file)
+        seconds.append(time.monotonic() - began)
         if not (number + 1) % 100:
             print(f"{number + 1} of {pictures} pictures", flush=True)
+    return seconds
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The stored pictures of a folder, in order."""
-    return sorted(file for file in folder.glob("*.npz") if ".part" not in file.name)
+def files_of(folder: Path, pictures: int) -> list[Path]:
+    """The stored pictures among the first `pictures` of a set: without those in which there is nothing to ask about."""
+    return [file for number in range(pictures) if (file := _file(folder, number)).exists()]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npz"
+
+
+def identity(model: Path, data: AskedPictures) -> str:
+    """A hash of what determines the choices of pictures: the model's weights, and the set."""
+    digest = hashlib.sha256(sha256_of(model / "model.safetensors").encode())
+    assets = () if data.assets is None else data.assets.names
+    for part in (SEED, str(STORED), data.scenes, data.augmentation, data.vocabulary.names, assets):
+        digest.update(repr(part).encode())
+    for photo in data.photos:
+        digest.update(json.dumps([photo.path.name, photo.annotation], sort_keys=True).encode())
+    return digest.hexdigest()[:12]

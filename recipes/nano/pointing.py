@@ -13,6 +13,7 @@ from molmo_edge.config import MolmoConfig, PointHeadConfig
 from molmo_edge.data.annotated_photos import Photo
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
+from molmo_edge.system.files import atomic_write, replaced_directory
 from molmo_edge.training.features import encode_pictures
 from molmo_edge.training.forward import Trainable
 from molmo_edge.training.regions import GroundingHead
@@ -23,7 +24,8 @@ GROUNDING = "grounding.safetensors"  # the heat maps' head, in the directory of 
 def save_grounding(model: Trainable, directory: Path) -> None:
     """Write the heat maps' head for the next stage."""
     assert model.grounding is not None
-    save_file(model.grounding.state_dict(), directory / GROUNDING)
+    with atomic_write(directory / GROUNDING) as part:
+        save_file(model.grounding.state_dict(), part)
 
 
 def load_grounding(model: Trainable, file: Path) -> None:
@@ -67,8 +69,8 @@ def add_point_head(start: Path, grounding: Path, photos: list[Photo], out: Path,
     for matrix in (head.patch_q, head.subpatch_q):
         weight = torch.randn(matrix.weight.shape, generator=generator) / matrix.weight.shape[1] ** 0.5
         _fill(matrix, weight, torch.zeros(len(weight)))
-    out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(model, start / "tokenizer.json", out)
+    with replaced_directory(out) as part:
+        save_checkpoint(model, start / "tokenizer.json", part)
 
 
 def _centred(norm: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor]:

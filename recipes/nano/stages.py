@@ -104,22 +104,25 @@ def head(sources: Sources, pictures: int | None = None) -> Path:
     pictures: how many the votes are fitted on.
     """
     from recipes.nano import head as stage
+    from recipes.nano import sight
+    from recipes.nano.asked_pictures import asked_pictures
     from recipes.nano.detector import score_layers
 
     assert sources.detector is not None
-    before, pictures = before_head(sources), pictures or stage.PICTURES
-    head_pictures(sources, pictures)
-    return stage.add_votes(before, score_layers(sources.detector), sources.run / "head", pictures, stage.Fit())
+    before, pictures, run = before_head(sources), pictures or stage.PICTURES, sources.run / "head"
+    data, _ = asked_pictures(sources.photos, sources.sprites)
+    stage.read_pictures(before, data, run, pictures, sight.precision())
+    return stage.add_votes(before, score_layers(sources.detector), data, run, pictures, stage.Fit())
 
 
-def head_pictures(sources: Sources, pictures: int, directory: Path | None = None) -> None:
-    """Compute pictures for "head" in `directory`, by default RUN/head."""
+def head_pictures(sources: Sources, pictures: int, directory: Path) -> list[float]:
+    """Compute pictures for "head" in `directory`; returns the seconds that each of them took."""
     from recipes.nano import head as stage
     from recipes.nano import sight
     from recipes.nano.asked_pictures import asked_pictures
 
     data, _ = asked_pictures(sources.photos, sources.sprites)
-    stage.read_pictures(before_head(sources), data, directory or sources.run / "head", pictures, sight.precision())
+    return stage.read_pictures(before_head(sources), data, directory, pictures, sight.precision())
 
 
 def before_head(sources: Sources) -> Path:

@@ -18,6 +18,7 @@ from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.modeling import Molmo
 from molmo_edge.modeling.weights import save_checkpoint
 from molmo_edge.presets import PRESETS
+from molmo_edge.system.files import replaced_directory
 from molmo_edge.training.features import encode_pictures
 from recipes.nano.detector import tower_state
 from recipes.nano.parts import fit_qk_norms, load_decoder, load_vit, make_tokenizer, read_gguf
@@ -54,9 +55,9 @@ def make_start(vit: Path, lm: Path, detector: Path, photos: list[Photo], out: Pa
     assert model.conv_tower is not None
     model.conv_tower.load_state_dict(tower_state(detector, model.conv_tower.config))
     scale_connector(model, [photo.rgb() for photo in photos], torch.Generator().manual_seed(seed))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").write_text(text, encoding="utf-8")
-    save_checkpoint(model, out / "tokenizer.json", out)
+    with replaced_directory(out) as part:
+        (part / "tokenizer.json").write_text(text, encoding="utf-8")
+        save_checkpoint(model, part / "tokenizer.json", part)
 
 
 @torch.no_grad()
