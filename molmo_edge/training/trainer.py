@@ -219,7 +219,7 @@ class Trainer:
             if log is not None:
                 log.close()
                 _plot(self.directory)
-        if (number := self._request.number) is not None:  # in the last step: nothing may follow in this process
+        if number := self._request.number:  # in the last step: nothing may follow in this process
             raise SystemExit(128 + number)
         return model
 
