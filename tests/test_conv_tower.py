@@ -200,6 +200,19 @@ def test_engines_equal_the_module_on_pictures_of_any_shape(checkpoint: Path, tmp
         engine.close()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_tower_is_exact_in_every_precision_of_pytorch(checkpoint: Path, precision: str) -> None:
+    """With a decoder in bfloat16 and its inputs in float32, the convolutions failed."""
+    if precision == "int8":
+        pytest.importorskip("bitsandbytes")
+    model, _, config = load_checkpoint(checkpoint)
+    prepared = ImageProcessor(config.image)(ramp(120, 100))
+    engine = open_runtime(checkpoint, precision=precision)
+    found = engine.encode_image(prepared.crops, prepared.masks, prepared.overview)
+    engine.close()
+    np.testing.assert_allclose(found, whole(prepared, model), atol=2e-4)
+
+
 def test_the_towers_are_closed_after_each_image_where_memory_is_scarce(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,11 @@
 "fp32" and "bf16" are dtypes of the large matrices. "int8" and "nf4" (bitsandbytes) quantise the decoder's attention
 and its FFN or experts, which are most of the bytes; embeddings and head are bfloat16 then.
 
-Norms, biases, the router, the connector and the embeddings of the ViT are float32 in every precision: they are small,
-and rounding them costs most. On a CPU the whole vision tower is float32, too: on the golden models, rounding tower and
-connector to bfloat16 changes most of the answers (97.2 % same top tokens, without them 99.9 %). A GPU keeps the tower
-in bfloat16, as in the reference's evaluation, because float32 is ten times slower there, not twice as on a CPU.
+Norms, biases, the router, the connector, a convolutional tower and the embeddings of the ViT are float32 in every
+precision: they are small, and rounding them costs most. On a CPU the whole vision tower is float32, too: on the golden
+models, rounding tower and connector to bfloat16 changes most of the answers (97.2 % same top tokens, without them
+99.9 %). A GPU keeps the tower in bfloat16, as in the reference's evaluation, because float32 is ten times slower there,
+not twice as on a CPU.
 """
 
 from __future__ import annotations

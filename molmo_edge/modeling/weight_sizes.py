@@ -11,7 +11,7 @@ from molmo_edge.config import MolmoConfig
 _QUANTIZED = re.compile(
     r"decoder\.blocks\.\d+\.(attn\.(att_proj|attn_out)\.weight|ffn\.(ff_proj|ff_out)\.weight|ffn\.(gate|up|down))"
 )
-_FLOAT32 = re.compile(r"connector\.|.*\.(patch_embedding|class_embedding|positional_embedding|router)\b")
+_FLOAT32 = re.compile(r"connector\.|conv_tower\.|.*\.(patch_embedding|class_embedding|positional_embedding|router)\b")
 # With their scales: one float32 per 64 weights, one per row.
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.01}
 _POSITIONS = 2048  # of an image with many crops and a conversation
