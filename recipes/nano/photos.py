@@ -1,8 +1,8 @@
 """Annotated photographs as pictures with regions: which names are known in them, and augmentation.
 
-The folders have the format of `molmo_edge.data.annotated_photos`, with two more keys: `pseudo`, a detector's boxes with
-scores, and `difficult`. A name is known if its source labels all instances of it, or from the detector: boxes with a
-score of at least 0.42 are objects, boxes below are unsure, and a name without any box is absent.
+The folders have the format of `molmo_edge.data.annotated_photos`, with one more key: `pseudo`, a detector's boxes with
+scores. A name is known if its source labels all instances of it, or from the detector: boxes with a score of at least
+0.42 are objects, boxes below are unsure, and a name without any box is absent.
 """
 
 from __future__ import annotations
