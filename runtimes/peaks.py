@@ -100,7 +100,8 @@ class Plan:
     def _is_open(self, earlier: Sequence[int], left: np.ndarray) -> np.ndarray:
         """Which patches can be next, bool [n]: those after the last one, and it as well if it has another point."""
         patches = np.arange(len(self.scores))
-        return (patches > (earlier[-1] if earlier else -1)) | (patches == (left[0] if len(left) else len(patches)))
+        again = left[0] if len(left) else len(patches)
+        return np.asarray((patches > (earlier[-1] if earlier else -1)) | (patches == again))
 
     def log_probabilities(self, earlier: Sequence[int]) -> np.ndarray:
         """Of each patch, and last of none, to be the next, float32 [n + 1].
