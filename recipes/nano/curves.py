@@ -27,7 +27,7 @@ LOSSES = {
     "head": (("point_loss", "validation_point_loss", "heat maps of the grounding head"),),
 }
 SMOOTHED = 9  # logged steps in a mean; single steps have a few pictures
-TICKS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5))
+TICKS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 1.5, 2, 3, 5, 7))
 COLORS = ("#0072ce", "#e5256b", "#00875a")
 
 

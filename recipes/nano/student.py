@@ -41,7 +41,8 @@ RECIPE = replace(
         answers.RECIPE.optimizer, connector=Rate(1e-4, 50), decoder=Rate(3e-4, 50), point_head=Rate(3e-4, 50)
     ),
     experts=ExpertSchedule(top_k=4, dense_share=0.0),
-    distill=DistillConfig(divergence=1.0, cross_entropy=0.5, grounding=1.0),
+    # Hidden states, because the grounding head asks with those of the last layer.
+    distill=DistillConfig(divergence=1.0, cross_entropy=0.5, grounding=1.0, hidden=1.0),
     qat=Qat(PRECISION["decoder"], share=0.3),
 )
 
