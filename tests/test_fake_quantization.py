@@ -63,10 +63,10 @@ def test_roundings_equal_those_of_the_exporter() -> None:
         np.testing.assert_array_equal(round_q4(torch.from_numpy(w), block).numpy(), expected)
 
 
-def dino(folder: Path) -> Path:
+def dino(folder: Path, top_k: int = 2) -> Path:
     """A ViT with LayerScale, and experts whose sizes four-bit experts support."""
     decoder = DecoderConfig(
-        d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=32, n_experts=4, top_k=2, vocab_size=500,
+        d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=32, n_experts=4, top_k=top_k, vocab_size=500,
         embedding_size=512, additional_vocab_size=16, qk_norm=True,
     )  # fmt: skip
     config = MolmoConfig(
@@ -91,12 +91,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "experts": write_checkpoint(folder / "experts", "experts"),
         "dense": write_checkpoint(folder / "dense", "dense"),
         "dino": dino(folder / "dino"),
+        "all active": dino(folder / "active", top_k=4),
     }
 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("experts", "q8"), ("experts", "int8"), ("experts", "q4"), ("dense", "mixed"), ("dino", "mixed"), ("dino", "q8")],
+    [
+        *(("experts", precision) for precision in ("q8", "int8", "q4")),
+        *(("dino", precision) for precision in ("q8", "mixed")),
+        *(("all active", precision) for precision in ("q4", "mixed")),
+        ("dense", "mixed"),
+    ],
 )
 def test_rounded_weights_are_those_of_a_bundle(
     models: dict[str, Path], tmp_path: Path, name: str, precision: str

@@ -145,7 +145,7 @@ def roundings(config: MolmoConfig, precision: str) -> dict[str, Rounding]:
         found[name] = linears[form]
         if ".ffn." not in name or name.endswith(".weight") or component != "decoder":
             continue
-        block = expert_block(d)
+        block = expert_block(d) if d.top_k < d.n_experts else None  # else exported without QMoE
         if form == "q4" and block is not None:
             found[name] = partial(round_q4, block=block, scales=torch.float16)
         elif name.endswith(".ffn.down") and is_wide(config):

@@ -186,7 +186,6 @@ class Trainer:
         self.share = Share(recipe.batch, recipe.micro, here.rank, here.ranks)
         self.dtype = compute_dtype(recipe, here)
         self.optimizer = Optimizer(model, recipe.optimizer)
-        self.rounded = None if recipe.qat is None else Rounded(model.molmo, recipe.qat.precision)
         self.guard = Guard()
         self.step = 0  # completed steps
         self._request = StopRequest()
@@ -197,6 +196,8 @@ class Trainer:
                 config, decoder=dataclasses.replace(config.decoder, top_k=recipe.experts.top_k)
             )
             model.molmo.config = config
+        # As the final model is exported: with all experts active, a bundle stores them in another way.
+        self.rounded = None if recipe.qat is None else Rounded(model.molmo, recipe.qat.precision)
         self.encoder = Encoder(tokenizer, recipe.image(config), recipe.encoding, features, config)
         self.cost, self.passes = cost(config), passes(model)
         self.device_flops = here.ranks * device_flops(here.device, self.dtype)
