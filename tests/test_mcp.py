@@ -413,7 +413,11 @@ def test_the_process_ends_with_its_client(end: signal.Signals | None, tmp_path: 
         assert json.loads(process.stdout.readline())["result"]["serverInfo"]["name"] == "molmo-edge"
         if end is None:
             process.stdin.close()
-        else:
+        else:  # while tasks of the event loop run: an exception of a signal handler would enter one of them
+            pings = "".join(json.dumps({"jsonrpc": "2.0", "id": 2 + k, "method": "ping"}) + "\n" for k in range(200))
+            process.stdin.write(pings)
+            process.stdin.flush()
+            process.stdout.readline()
             process.send_signal(end)
         assert process.wait(PATIENCE) == (0 if end is None else 128 + end)
         assert process.stderr is not None

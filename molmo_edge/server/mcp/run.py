@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -21,21 +24,53 @@ from molmo_edge.server.mcp.tools import Asker, create_mcp_server
 from molmo_edge.server.settings import Settings
 
 PATH = "/mcp"
-INTERRUPTED = 130  # exit status after SIGINT
 
 
 def serve_stdio(asker: Asker) -> None:
-    """Serve one client until it closes stdin. SIGINT and SIGTERM end the process."""
+    """Serve one client until it closes stdin. SIGINT and SIGTERM end the process, with exit status 128 + the signal."""
     server = create_mcp_server(asker)
+
+    async def run() -> None:
+        serving = asyncio.create_task(server.run_stdio_async())
+        with _first_signal() as received:
+            either: list[asyncio.Future[Any]] = [serving, received]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                # A thread still waits for a line from stdin, and an ordinary exit would wait for that thread.
+                asker.close()
+                sys.stderr.flush()
+                os._exit(128 + received.result())
+        await serving
+
     try:
-        asyncio.run(server.run_stdio_async())
-    except (KeyboardInterrupt, SystemExit) as end:
-        # A thread still waits for a line from stdin, and an ordinary exit would wait for that thread.
-        asker.close()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else INTERRUPTED)
+        asyncio.run(run())
     finally:
         asker.close()
+
+
+@contextlib.contextmanager
+def _first_signal() -> Iterator[asyncio.Future[int]]:
+    """A future of the number of the first SIGINT or SIGTERM; outside of the main thread, it stays pending.
+
+    The handlers raise no exception: an exception that enters a task of the event loop is also reported by asyncio.
+    """
+    loop = asyncio.get_running_loop()
+    received: asyncio.Future[int] = loop.create_future()
+
+    def set_result(number: int) -> None:
+        if not received.done():
+            received.set_result(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda sent, _: loop.call_soon_threadsafe(set_result, sent)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def http_app(server: MCPServer[Any], settings: Settings) -> ASGIApp:
