@@ -28,7 +28,7 @@ from molmo_edge.training.attention_loss import AttentionLoss
 from molmo_edge.training.encoding import Encoder
 from molmo_edge.training.optimizer import OptimizerConfig, Rate
 from molmo_edge.training.recipe import ExpertSchedule, Recipe
-from molmo_edge.training.regions import GroundingHead
+from molmo_edge.training.regions import HeatMapHead
 from molmo_edge.training.trainer import Trainer
 from recipes.nano import answers, student
 from recipes.nano.answers import RECIPE
@@ -78,7 +78,7 @@ def sight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     directory = tmp_path_factory.mktemp("sight")
     torch.manual_seed(0)
-    save_file(GroundingHead(config).state_dict(), directory / "grounding.safetensors")
+    save_file(HeatMapHead(config).state_dict(), directory / "heat_maps.safetensors")
     model = Molmo(config).init_weights(std=0.1, generator=torch.Generator().manual_seed(0))
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", directory)
     return directory
@@ -90,7 +90,7 @@ def start(sight: Path, drawn: AskedPictures, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("start")
     photo = directory / "a.png"
     Image.fromarray(drawn.example(0, np.random.default_rng(0)).image).save(photo)
-    add_point_head(sight, sight / "grounding.safetensors", [Photo(photo, {})], directory / "model")
+    add_point_head(sight, sight / "heat_maps.safetensors", [Photo(photo, {})], directory / "model")
     return directory / "model"
 
 
@@ -109,7 +109,7 @@ def drawn() -> AskedPictures:
 
 
 def run(sight: Path, start: Path, pictures: AskedPictures, directory: Path, recipe: Recipe) -> Path:
-    return answers.train(start, sight / "grounding.safetensors", pictures, pictures, directory, recipe)
+    return answers.train(start, sight / "heat_maps.safetensors", pictures, pictures, directory, recipe)
 
 
 def records(directory: Path) -> dict[int, dict[str, Any]]:
@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     for step, line in a.items():
         assert line["loss"] == pytest.approx(b[step]["loss"], rel=1e-5)
         assert line["point_loss"] == pytest.approx(b[step]["point_loss"], rel=1e-5)
-        assert line["grounding_loss"] == pytest.approx(b[step]["grounding_loss"], rel=1e-5)
+        assert line["heat_map_loss"] == pytest.approx(b[step]["heat_map_loss"], rel=1e-5)
 
 
 def test_it_learns_and_leaves_the_frozen_parts_alone(
@@ -158,7 +158,7 @@ def test_it_learns_and_leaves_the_frozen_parts_alone(
     log = records(tmp_path)
     assert log[61]["loss"] < 0.5 * log[1]["loss"]
     assert log[61]["point_loss"] < log[1]["point_loss"]
-    assert log[61]["grounding_loss"] < log[1]["grounding_loss"]
+    assert log[61]["heat_map_loss"] < log[1]["heat_map_loss"]
     before, _, _ = load_checkpoint(start)
     for name, parameter in before.vision.named_parameters():
         assert torch.equal(parameter, after.vision.get_parameter(name)), name
@@ -191,8 +191,8 @@ def test_the_grounding_head_begins_with_the_keys_of_the_heat_maps(sight: Path, s
     assert config.point_head.patch_token == old.decoder.embedding_size + 5, "after the five special tokens of images"
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
-    heat = GroundingHead(old)
-    heat.load_state_dict(load_file(sight / "grounding.safetensors"))
+    heat = HeatMapHead(old)
+    heat.load_state_dict(load_file(sight / "heat_maps.safetensors"))
     assert model.point_head is not None
     cells = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     cells -= cells.mean(1, keepdim=True)
@@ -315,10 +315,10 @@ def test_the_student_ends_with_fewer_experts(sight: Path, start: Path, drawn: As
         experts=ExpertSchedule(top_k=2, dense_share=0.0),
         log_every=1,
     )
-    grounding = tmp_path / "answers" / "grounding.safetensors"
+    heat_maps = tmp_path / "answers" / "heat_maps.safetensors"
     assert not torch.equal(
-        load_file(grounding)["cell.1.weight"], load_file(sight / "grounding.safetensors")["cell.1.weight"]
+        load_file(heat_maps)["cell.1.weight"], load_file(sight / "heat_maps.safetensors")["cell.1.weight"]
     ), "trained on"
-    found = student.train(teacher, grounding, drawn, drawn, tmp_path / "student", recipe)
+    found = student.train(teacher, heat_maps, drawn, drawn, tmp_path / "student", recipe)
     assert load_checkpoint(found)[2].decoder.top_k == 2
     assert all(line["divergence"] > 0 for line in records(tmp_path / "student").values())

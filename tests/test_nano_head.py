@@ -103,9 +103,8 @@ def test_the_head_keeps_the_rest_of_the_model_and_scores_as_fitted(
     head.read_pictures(tmp_path / "before", data, run, 2)
     (folder,) = run.glob("choices-*")
     first = (folder / "00000.npz").stat().st_mtime_ns
-    head.read_pictures(tmp_path / "before", data, run, 4)
-    files = head_states.files_of(folder, 4)
-    assert len(files) == 4
+    files, seconds = head.read_pictures(tmp_path / "before", data, run, 4)
+    assert (len(files), len(seconds)) == (4, 2)
     assert files[0].stat().st_mtime_ns == first, "what was there before an interruption is not computed again"
     assert head.choices_of(tmp_path / "before", data, run) == folder
     assert head.choices_of(tmp_path / "before", replace(data, scenes=9), run) != folder, "of other pictures"
@@ -118,7 +117,7 @@ def test_the_head_keeps_the_rest_of_the_model_and_scores_as_fitted(
         return trained[0]
 
     monkeypatch.setattr(head, "train", remember)
-    out = head.add_votes(tmp_path / "before", classes(), data, run, 4, head.Fit(steps=40, batch=2, log_every=10))
+    out = head.add_votes(tmp_path / "before", classes(), files, run, head.Fit(steps=40, batch=2, log_every=10))
     losses = [json.loads(line)["point_loss"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -179,9 +178,9 @@ def test_a_bundle_gets_the_head_of_a_checkpoint(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(photo)
     export_bundle(tmp_path / "before", bundle, PRECISION, check=CheckPhoto(photo, "Point to the cup.", 4))
     export_checkpoint(bundle, tmp_path / "restored", "fp32")
-    head.read_pictures(tmp_path / "restored", drawn(), tmp_path / "run", 2)
+    files, _ = head.read_pictures(tmp_path / "restored", drawn(), tmp_path / "run", 2)
     fit = head.Fit(steps=2, batch=2)
-    replace_head(bundle, head.add_votes(tmp_path / "restored", classes(), drawn(), tmp_path / "run", 2, fit), new)
+    replace_head(bundle, head.add_votes(tmp_path / "restored", classes(), files, tmp_path / "run", fit), new)
     changed = {MANIFEST, read_manifest(new).components[POINT_HEAD].file}
     for file in bundle.rglob("*"):
         if file.is_file():

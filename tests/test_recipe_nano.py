@@ -13,16 +13,20 @@ pytest.importorskip("torch")
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_conv_tower import CONFIG, GOLDEN
 
 from molmo_edge.config import ConvTowerConfig, ImageConfig
 from molmo_edge.data.annotated_photos import Photo, load_photos
 from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import ImageError
+from molmo_edge.modeling import Molmo, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.recipe import Recipe
-from recipes.nano import budget, curves, stages
+from recipes.nano import budget, curves, sight, stages
 from recipes.nano.__main__ import parser, required, unused
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
+from recipes.nano.errors import NotTrainedError
+from recipes.nano.head import Pictures
 from recipes.nano.photos import Augmentation, Picture, RegionPhotos, Vocabulary, cut, flip, mosaic
 from recipes.nano.score_sight import local_maxima, stitched, suppress
 
@@ -238,9 +242,9 @@ def test_the_pictures_of_the_head_fill_its_hours(
 ) -> None:
     sources = stages.Sources(tmp_path, ())
 
-    def compute(_sources: stages.Sources, pictures: int, directory: Path) -> list[float]:
+    def compute(_sources: stages.Sources, pictures: int, directory: Path) -> Pictures:
         directory.mkdir()
-        return [99.0, *[2.0] * (pictures - 1)]
+        return Pictures([], [99.0, *[2.0] * (pictures - 1)])
 
     monkeypatch.setattr(stages, "head_pictures", compute)
     assert budget.pictures_within(sources, 0.5) == 900, "the first picture is not counted"
@@ -260,9 +264,17 @@ def test_a_complete_run_is_not_repeated_and_bad_files_are_reported_first(
     assert budget.train_within(sources, 1.0, None, tmp_path / "missing.jpg") == tmp_path / "bundle"
 
 
+def test_sight_without_a_checkpoint_has_no_score(tmp_path: Path) -> None:
+    root, start = annotated(tmp_path / "photos"), tmp_path / "start"
+    model = Molmo(CONFIG).init_weights(generator=torch.Generator().manual_seed(0))
+    save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", start)
+    with pytest.raises(NotTrainedError, match='no checkpoint of the stage "sight"'):
+        sight.score(start, [root], tmp_path / "sight", sight.RECIPE, tmp_path / "detector")
+
+
 def test_the_head_needs_a_model_and_takes_the_last(tmp_path: Path) -> None:
     sources = stages.Sources(tmp_path, ())
-    with pytest.raises(stages.NotTrainedError, match="run one of them first"):
+    with pytest.raises(NotTrainedError, match="run one of them first"):
         stages.before_head(sources)
     for stage in ("answers", "student"):
         (tmp_path / stage / "model").mkdir(parents=True)
@@ -304,18 +316,18 @@ def test_curves_are_drawn_from_the_logs_of_a_run_that_was_killed_and_resumed(tmp
     pytest.importorskip("matplotlib")
     with pytest.raises(FileNotFoundError, match=r"no stage has a log\.jsonl"):
         curves.draw(tmp_path)
-    log = [{"step": step, "grounding_loss": loss} for step, loss in ((20, 5.0), (40, 4.0), (60, 9.0))]
-    again = [{"step": 40, "note": "resumed"}, {"step": 60, "grounding_loss": 3.0}]
-    measured = {"step": 60, "validation_loss": 0.0, "validation_grounding_loss": 3.5}
+    log = [{"step": step, "heat_map_loss": loss} for step, loss in ((20, 5.0), (40, 4.0), (60, 9.0))]
+    again = [{"step": 40, "note": "resumed"}, {"step": 60, "heat_map_loss": 3.0}]
+    measured = {"step": 60, "validation_loss": 0.0, "validation_heat_map_loss": 3.5}
     (tmp_path / "sight").mkdir()
     text = "".join(json.dumps(line) + "\n" for line in log) + '{"step": 60, "grou\n'
     (tmp_path / "sight" / "log.jsonl").write_text(
         text + "".join(json.dumps(line) + "\n" for line in [*again, measured])
     )
     lines = curves.read_log(tmp_path / "sight")
-    assert curves.curve(lines, "grounding_loss") == curves.Curve((20, 40, 60), (5.0, 4.0, 3.0))
-    assert curves.curve(lines, "grounding_loss").smoothed().values == (5.0, 4.5, 4.0)
-    assert curves.curve(lines, "validation_grounding_loss") == curves.Curve((60,), (3.5,))
+    assert curves.curve(lines, "heat_map_loss") == curves.Curve((20, 40, 60), (5.0, 4.0, 3.0))
+    assert curves.curve(lines, "heat_map_loss").smoothed().values == (5.0, 4.5, 4.0)
+    assert curves.curve(lines, "validation_heat_map_loss") == curves.Curve((60,), (3.5,))
     drawn = curves.draw(tmp_path).read_text()
     assert "heat maps" in drawn
     assert "answer tokens" not in drawn, "a stage that has not begun"

@@ -110,7 +110,7 @@ class Squares:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
+def test_heat_maps_learn_where_names_are(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, image=dataclasses.replace(CONFIG.image, max_crops=1, overview=64))
     start = tmp_path / "start"
     model = Molmo(config).init_weights(std=0.15, generator=torch.Generator().manual_seed(0))
@@ -125,7 +125,7 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
         precision="fp32",
         frozen=("decoder",),
         encoding=Encoding(sequence=1024),
-        forward=ForwardConfig(grounding=1.0, recompute=False),
+        forward=ForwardConfig(heat_maps=1.0, recompute=False),
         optimizer=OptimizerConfig(Rate(5e-3, 5), Rate(5e-3, 5), Rate(0.0, 1)),
         max_crops=None,
         save_every=30,
@@ -149,9 +149,9 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
             trainer.train()
             return trainer
 
-    before = run(1, "first").validate()["validation_grounding_loss"]
+    before = run(1, "first").validate()["validation_heat_map_loss"]
     trainer = run(60, "whole")
-    assert trainer.validate()["validation_grounding_loss"] < 0.2 * before
+    assert trainer.validate()["validation_heat_map_loss"] < 0.2 * before
     trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     run(30, "halves")
     again = run(60, "halves")
@@ -164,9 +164,9 @@ def test_grounding_learns_where_names_are(tmp_path: Path) -> None:
     with torch.no_grad():
         model = trainer.model.eval()
         cells = model.molmo.connector(model.features(batch), batch.masks)
-        assert model.grounding is not None
+        assert model.heat_maps is not None
         assert batch.heat is not None
-        heat = model.grounding.heat(names.embed(model.molmo.decoder.embedding), cells)
+        heat = model.heat_maps.heat(names.embed(model.molmo.decoder.embedding), cells)
     flat, target = heat.flatten(1, 1).transpose(1, 2).flatten(0, 1), batch.heat.transpose(1, 2).flatten(0, 1)
     assert (flat.argmax(-1) == target.argmax(-1)).float().mean() > 0.9, "the hottest cell is the object's"
 

@@ -216,3 +216,17 @@ def test_a_part_whose_gradient_is_no_number_is_not_touched(small_molmoe: Path, t
     notes = [json.loads(line).get("note", "") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sum("skipped: its gradient's norm is nan" in note for note in notes) == 1
     assert all(np.isfinite(values).all() for values in weights(tmp_path).values())
+
+
+def test_only_the_run_that_writes_a_checkpoint_may_remove_what_is_left_of_it(tmp_path: Path) -> None:
+    from molmo_edge.training.parallel import world
+    from molmo_edge.training.run_checkpoints import Checkpoints
+
+    part = tmp_path / "step-00000005.part"
+    part.mkdir()
+    with world("cpu") as here:
+        checkpoints = Checkpoints(tmp_path, here)
+        assert checkpoints.latest() is None
+        assert part.exists(), "another process may be writing it"
+        checkpoints.remove_parts()
+    assert not part.exists()

@@ -17,7 +17,8 @@ from molmo_edge.data.annotation_prompts import COUNTING, POINTING
 from molmo_edge.data.choices import pick
 from molmo_edge.data.drawn.sprite_names import COCO_LABELS, OUT_OF_PLACE, SYNONYMS, UNLABELLED_IN_PHOTOS, overlapping
 from molmo_edge.data.english import be, counted, listed, plural, with_article
-from molmo_edge.frontend.points import NONE, format_absent, format_count, format_points, format_total
+from molmo_edge.frontend.points import NONE, format_absent, format_count, format_points
+from molmo_edge.frontend.totals import format_total
 
 Box = Sequence[float]  # x0, y0, x1, y1, percent
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from molmo_edge.frontend.totals import format_total
+
 Mode = Literal["point", "point_then_count", "count_then_point"]
 
 _TAG = re.compile(r"<(?:points|tracks)")
@@ -238,7 +240,7 @@ def format_coords(
         number += len(points)
     tag = _tag("points", separator.join(groups), label, alt)
     if mode == "point_then_count":
-        return f"Counting the {tag} shows a total of {count}."
+        return format_total(tag, count)
     return f"There are {count} {tag}." if mode == "count_then_point" else tag
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from molmo_edge.frontend.coords_points import CoordsPoint, CoordsReader, find_coords
+from molmo_edge.frontend.totals import format_total
 
 NONE = "There are none."  # Molmo's answer if the requested object is not in the image
 
@@ -234,11 +235,6 @@ def format_count(points: Sequence[Point | tuple[float, float]], label: str) -> s
     if not points:
         return NONE
     return format_total(format_points(points, label), len(points))
-
-
-def format_total(tag: str, count: int) -> str:
-    """The sentence around the tag of the points that were counted."""
-    return f"Counting the {tag} shows a total of {count}."
 
 
 # fmt: off

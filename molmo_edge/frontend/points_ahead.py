@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from molmo_edge.frontend.totals import after_tag
+
 _COUNTING = "Counting the "  # begins the answer to "How many ... are there?", see format_count
 _PERCENT = re.compile(r"[0-9]+\.[0-9]")  # a complete coordinate of Molmo v1
 _WHOLE = re.compile(r"0|[1-9][0-9]{1,2}")  # its digits before the point; a single one could have a second
@@ -97,7 +99,7 @@ class _Tag:
 
     def _total(self, count: int) -> None:
         if self._counting:
-            self._literal(f" shows a total of {count}.")
+            self._literal(after_tag(count))
 
     def _literal(self, literal: str) -> None:
         """Read `literal`, or what the text has of it. Raises _Open for another text."""

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import re
 
-_SENTENCE = " shows a total of "
-_BEGUN = re.compile(re.escape(_SENTENCE) + r"(?:[0-9]+[.,]?)?")  # "1," may become "1,000"
-_TOTAL = re.compile(re.escape(_SENTENCE) + r"[0-9]+(?![.,]?[0-9])")
+_BEFORE = " shows a total of "
+_BEGUN = re.compile(re.escape(_BEFORE) + r"(?:[0-9]+[.,]?)?")  # "1," may become "1,000"
+_TOTAL = re.compile(re.escape(_BEFORE) + r"[0-9]+(?![.,]?[0-9])")
+
+
+def format_total(tag: str, count: int) -> str:
+    """The sentence around the tag of the points that were counted."""
+    return f"Counting the {tag}{after_tag(count)}"
+
+
+def after_tag(count: int) -> str:
+    """What follows the tag in `format_total`."""
+    return f"{_BEFORE}{count}."
 
 
 class TotalWriter:
@@ -30,7 +40,7 @@ class TotalWriter:
         if not self._follows:
             return text
         self._held += text
-        if _SENTENCE.startswith(self._held) or _BEGUN.fullmatch(self._held):
+        if _BEFORE.startswith(self._held) or _BEGUN.fullmatch(self._held):
             return ""
         return self.close()
 
@@ -40,4 +50,4 @@ class TotalWriter:
         total = _TOTAL.match(held)
         if total is None:
             return held
-        return f"{_SENTENCE}{self._points}{held[total.end() :]}"
+        return f"{_BEFORE}{self._points}{held[total.end() :]}"

@@ -27,7 +27,7 @@ from molmo_edge.training.distillation import Distillation, TeacherTargets
 from molmo_edge.training.dropout import ResidualDropout, residual_dropout
 from molmo_edge.training.encoding import Batch
 from molmo_edge.training.grounding import PointScores, choice_loss, embed_points, point_divergence, point_scores
-from molmo_edge.training.regions import GroundingHead, Names, heat_loss
+from molmo_edge.training.regions import HeatMapHead, Names, heat_loss
 
 CHUNK = 1024  # positions whose logits are in memory at once: 200 MB in float32 for a vocabulary of 50,000
 
@@ -48,7 +48,7 @@ class ForwardConfig:
     attention: str = "auto"  # "sdpa", "flex", "unpadded": one row without padding, chosen on a CPU where possible
     experts: str = "auto"  # "grouped", "loop", "wide"
     recompute: bool = True  # recompute the activations of blocks in the backward pass instead of keeping them
-    grounding: float = 0.0  # weight of the loss on regions (regions.py)
+    heat_maps: float = 0.0  # weight of the loss on regions (regions.py)
     attention_loss: AttentionLoss | None = None  # on points whose annotations have boxes (attention_loss.py)
     compile: bool = False  # compile the ViT's blocks, norms and dense FFNs with torch.compile
 
@@ -62,7 +62,7 @@ class Sums(NamedTuple):  # a tuple: FSDP looks for the tensors of an output in t
     weight: Tensor
     correct: Tensor  # weight of the targets with the largest logit
     expert_load: Tensor  # int64 [n_layers, n_experts], tokens per expert; [0, 0] without experts
-    grounding_loss: Tensor  # on regions, times its weight; a mean over the objects of the batch
+    heat_map_loss: Tensor  # on regions, times its weight; a mean over the objects of the batch
     attention_loss: Tensor  # on points, times its weight; a mean over the points of the batch
     point_loss: Tensor  # weighted cross entropy of the choices that grounding tokens stand for
     divergence: Tensor  # weighted, from a teacher's distributions of answer tokens, without the weight of the loss
@@ -114,7 +114,7 @@ class Trainable(nn.Module):
             raise ForwardError("attention unpadded is not possible with dropout or attention_loss: choose auto or sdpa")
         super().__init__()
         self.molmo, self.config, self.names = molmo, config, names
-        self.grounding = GroundingHead(molmo.config) if names is not None else None
+        self.heat_maps = HeatMapHead(molmo.config) if names is not None else None
         self.distillation = distillation
         self.keeps_layers = distillation is not None and bool(len(distillation.hidden))
         self.routing = Routing() if molmo.config.decoder.n_experts else None
@@ -138,9 +138,9 @@ class Trainable(nn.Module):
         """
         run = self.run(batch)
         zero = torch.zeros((), device=run.cells.device)
-        grounding = self._grounding(batch, run.features, run.cells)
+        heat_maps = self._heat_map_loss(batch, run.features, run.cells)
         if not len(batch.answered):  # regions alone
-            return Sums(zero, zero, zero, zero, zero, self._load(batch), grounding, zero, zero, zero, zero, zero, zero)
+            return Sums(zero, zero, zero, zero, zero, self._load(batch), heat_maps, zero, zero, zero, zero, zero, zero)
         at, weights = batch.answered, batch.weights.flatten()
         hidden = self.molmo.decoder.ln_f(run.states.index_select(0, at))
         ce, z, correct, divergence = self._answers(hidden, batch.targets.flatten()[at], weights[at], teacher)
@@ -149,7 +149,7 @@ class Trainable(nn.Module):
         attention = zero if self._attention_loss is None else self._attention_loss
         self._attention_loss = None
         matching = self._matching(run, batch, teacher)
-        sums = (ce, z, router, weights[at].sum(), correct, self._load(batch), grounding, attention, points)
+        sums = (ce, z, router, weights[at].sum(), correct, self._load(batch), heat_maps, attention, points)
         return Sums(*sums, divergence, *matching)
 
     def run(self, batch: Batch) -> Pass:
@@ -258,17 +258,17 @@ class Trainable(nn.Module):
         sampled = tower(batch.overviews, torch.split(batch.places, batch.crop_counts))
         return torch.cat([features, sampled.to(features.dtype)], dim=-1)
 
-    def _grounding(self, batch: Batch, features: Tensor, cells: Tensor) -> Tensor:
+    def _heat_map_loss(self, batch: Batch, features: Tensor, cells: Tensor) -> Tensor:
         """The weighted loss on regions: heat maps, and the patch within each object's cell."""
-        if self.grounding is None or self.names is None or batch.heat is None or batch.centres is None:
+        if self.heat_maps is None or self.names is None or batch.heat is None or batch.centres is None:
             return torch.zeros((), device=cells.device)
         names = self.names.embed(self.molmo.decoder.embedding)
         objects = max(1, len(batch.centres))
-        loss = heat_loss(self.grounding.heat(names, cells), batch.heat) / objects
+        loss = heat_loss(self.heat_maps.heat(names, cells), batch.heat) / objects
         if len(batch.centres):
-            inside = self.grounding.patches(names, features, batch.centres)
+            inside = self.heat_maps.patches(names, features, batch.centres)
             loss = loss + F.cross_entropy(inside.float(), batch.centres[:, 3])
-        return self.config.grounding * loss
+        return self.config.heat_maps * loss
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.config.recompute and torch.is_grad_enabled():

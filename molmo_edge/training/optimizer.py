@@ -58,7 +58,7 @@ def part_of(parameter: str) -> str:
     if name == "decoder.new_embedding":
         return "connector"
     part = name.partition(".")[0]
-    return {"conv_tower": "vision", "grounding": "connector", "distillation": "connector"}.get(part, part)
+    return {"conv_tower": "vision", "heat_maps": "connector", "distillation": "connector"}.get(part, part)
 
 
 def rate_at(rate: Rate, step: int, steps: int, floor: float) -> float:

@@ -1,4 +1,4 @@
-"""Grounding as an auxiliary loss: all labelled objects of a picture at once, without questions.
+"""Heat maps as an auxiliary loss: all labelled objects of a picture at once, without questions.
 
 For each name the model predicts a heat map over the pooled cells. The query is the name's embedding in the decoder and
 the keys are the connector's cells, so any word can be a query. Targets are CenterNet's (arXiv 1904.07850): 1 at the
@@ -95,7 +95,7 @@ def join(targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.concatenate([t.heat for t in targets])), torch.from_numpy(np.concatenate(centres))
 
 
-class GroundingHead(nn.Module):
+class HeatMapHead(nn.Module):
     """Scores of names at cells, and at the patches within a cell."""
 
     def __init__(self, config: MolmoConfig, width: int = 256):

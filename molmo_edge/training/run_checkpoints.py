@@ -57,7 +57,12 @@ class Checkpoints:
     def __post_init__(self) -> None:
         if self.here.first:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob(f"step-*{_PART}"):  # by a killed run
+        self.here.wait()
+
+    def remove_parts(self) -> None:
+        """Remove what a killed run left. Only the run that writes to the directory may call it."""
+        if self.here.first:
+            for left in self.directory.glob(f"step-*{_PART}"):
                 shutil.rmtree(left)
         self.here.wait()
 

@@ -108,16 +108,16 @@ class Log:
         parts = [f"step {step}/{self.steps}"]
         if "validation_loss" in v:
             parts += [f"validation: loss {v['validation_loss']:.4f}", _share("accuracy", v["validation_accuracy"])]
-            if "validation_grounding_loss" in v:
-                parts += [f"grounding {v['validation_grounding_loss']:.4f}"]
+            if "validation_heat_map_loss" in v:
+                parts += [f"heat maps {v['validation_heat_map_loss']:.4f}"]
             if "validation_point_loss" in v:
                 parts += [f"points {v['validation_point_loss']:.4f}"]
             if "validation_divergence" in v:
                 parts += [f"divergence {v['validation_divergence']:.4f}"]
             return "  ".join(parts)
         parts += [f"loss {v['loss']:.4f}", f"z {v['z_loss']:.4f}", _share("accuracy", v["accuracy"])]
-        if "grounding_loss" in v:
-            parts += [f"grounding {v['grounding_loss']:.4f}"]
+        if "heat_map_loss" in v:
+            parts += [f"heat maps {v['heat_map_loss']:.4f}"]
         if "point_loss" in v:
             parts += [f"points {v['point_loss']:.4f}"]
         parts += [f"{shown} {v[name]:.4f}" for name, shown in _TAUGHT.items() if name in v]

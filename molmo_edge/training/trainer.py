@@ -43,7 +43,7 @@ from molmo_edge.training.loader import MicroBatch, Samples, Share, open_loader, 
 from molmo_edge.training.optimizer import Optimizer, part_of
 from molmo_edge.training.parallel import World, accumulate, at_rest, whole
 from molmo_edge.training.recipe import Recipe
-from molmo_edge.training.regions import GroundingHead, Names
+from molmo_edge.training.regions import HeatMapHead, Names
 from molmo_edge.training.run_checkpoints import CHECKPOINTS, Checkpoints, ResumeError, SaveError
 from molmo_edge.training.sharding import shard, sparse_layers
 from molmo_edge.training.stopping import StopRequest, stop_requests
@@ -89,12 +89,12 @@ def build(
     model.to_empty(device=here.device)
     parameters = {name.removeprefix("molmo."): p for name, p in model.named_parameters()}
     fill(config, source, parameters, where=where)
-    if model.grounding is not None:
+    if model.heat_maps is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            head = GroundingHead(config)
+            head = HeatMapHead(config)
         for name, fresh in head.named_parameters():
-            put(parameters[f"grounding.{name}"], fresh)
+            put(parameters[f"heat_maps.{name}"], fresh)
     if model.distillation is not None:
         assert recipe.distill is not None
         assert teacher is not None
@@ -212,6 +212,7 @@ class Trainer:
         """
         log = Log(self.directory, self.recipe.steps) if self.here.first else None
         model = self.directory / "model"
+        self.checkpoints.remove_parts()
         try:
             with stop_requests() as self._request:
                 self._steps(log)
@@ -325,10 +326,10 @@ class Trainer:
         totals[11] = self._request.number
         self.here.sum(totals)
         norms = self.optimizer.norms()
-        ce, z, accuracy, points, *taught, router_loss, grounding, attention, image, asked = (totals / weight).tolist()
+        ce, z, accuracy, points, *taught, router_loss, heat_maps, attention, image, asked = (totals / weight).tolist()
         values = {"loss": ce, "z_loss": z, "router_loss": router_loss, "accuracy": accuracy}
-        if self.model.grounding is not None:
-            values["grounding_loss"] = grounding
+        if self.model.heat_maps is not None:
+            values["heat_map_loss"] = heat_maps
         if self.recipe.forward.attention_loss is not None:
             values["attention_loss"] = attention
         if self.model.molmo.point_head is not None:
@@ -336,7 +337,7 @@ class Trainer:
         if (distill := self.recipe.distill) is not None:
             values |= _taught(distill, [*taught, image])
         values |= {f"norm_{part}": float(norm) for part, norm in norms.items()}
-        judged = ce + grounding + attention + points + sum(taught) + image
+        judged = ce + heat_maps + attention + points + sum(taught) + image
         reason = self.guard.judge(judged, [float(norm) for norm in norms.values()])
         if reason is None:
             self.optimizer.clip(norms)
@@ -352,7 +353,7 @@ class Trainer:
         loss = data * (sums.cross_entropy + sums.point_loss) + sums.z_loss + divergence * sums.divergence
         loss = (loss + sums.hidden_loss + sums.point_divergence) / weight
         # The auxiliary losses are means over each micro-batch.
-        auxiliary = torch.stack([sums.router_loss, sums.grounding_loss, sums.attention_loss, sums.image_loss])
+        auxiliary = torch.stack([sums.router_loss, sums.heat_map_loss, sums.attention_loss, sums.image_loss])
         torch.autograd.backward(loss + share * auxiliary.sum())
         figures = [sums.cross_entropy, sums.z_loss, sums.correct, sums.point_loss]
         figures += [sums.divergence, sums.hidden_loss, sums.point_divergence, *(share * weight * auxiliary)]
@@ -438,15 +439,15 @@ class Trainer:
                 sums = self._forward(one)
                 one_batch = torch.ones((), device=self.here.device)
                 figures = [sums.cross_entropy, sums.correct, sums.weight, sums.point_loss, sums.divergence]
-                totals += torch.stack([*figures, sums.grounding_loss, one_batch])
+                totals += torch.stack([*figures, sums.heat_map_loss, one_batch])
         self.model.train()
-        ce, correct, weight, points, divergence, grounding, seen = self.here.sum(totals).tolist()
+        ce, correct, weight, points, divergence, heat_maps, seen = self.here.sum(totals).tolist()
         weight = weight or 1.0
         measured = {"validation_loss": ce / weight, "validation_accuracy": correct / weight}
         measured |= {} if self.model.molmo.point_head is None else {"validation_point_loss": points / weight}
         if taught and self.recipe.distill is not None and self.recipe.distill.divergence:
             measured["validation_divergence"] = divergence / weight
-        return measured | ({} if self.model.grounding is None else {"validation_grounding_loss": grounding / seen})
+        return measured | ({} if self.model.heat_maps is None else {"validation_heat_map_loss": heat_maps / seen})
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must be equal in a resumed run: the samples and the trained weights depend on them."""

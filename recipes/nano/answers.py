@@ -21,7 +21,7 @@ from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano.asked_pictures import AskedPictures
-from recipes.nano.pointing import load_grounding, save_grounding
+from recipes.nano.pointing import load_heat_maps, save_heat_maps
 
 RECIPE = Recipe(
     steps=1600,
@@ -30,7 +30,7 @@ RECIPE = Recipe(
     mixture=(),
     frozen=("vision",),
     encoding=Encoding(sequence=1536),
-    forward=ForwardConfig(answer_dropout=0.0, recompute=False, grounding=0.3),
+    forward=ForwardConfig(answer_dropout=0.0, recompute=False, heat_maps=0.3),
     optimizer=OptimizerConfig(
         connector=Rate(3e-4, 100),
         decoder=Rate(6e-4, 100),
@@ -54,7 +54,7 @@ def in_digits(recipe: Recipe) -> Recipe:
 
 def train(
     start: Path,
-    grounding: Path,
+    heat_maps: Path,
     data: AskedPictures,
     validation: AskedPictures,
     run: Path,
@@ -62,13 +62,13 @@ def train(
 ) -> Path:
     """Run the stage from the checkpoint `start`, or from where `run` has got to; returns the checkpoint it ends with.
 
-    grounding: file of the heat maps' head.
+    heat_maps: file of the heat maps' head.
     """
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(data.vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
-        load_grounding(model, grounding)
+        load_heat_maps(model, heat_maps)
         finished = Trainer(model, tokenizer, Data([data], [1.0], [validation]), recipe, run, here).train()
-        save_grounding(model, run)
+        save_heat_maps(model, run)
         return finished

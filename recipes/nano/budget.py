@@ -62,7 +62,7 @@ def pictures_within(sources: stages.Sources, hours: float) -> int:
         return known
     probe = sources.run / "head-probe"
     shutil.rmtree(probe, ignore_errors=True)  # of an interrupted probe, whose pictures would take no time
-    seconds = statistics.mean(stages.head_pictures(sources, PROBE, probe)[1:])
+    seconds = statistics.mean(stages.head_pictures(sources, PROBE, probe).seconds[1:])
     shutil.rmtree(probe)
     pictures = min(PICTURES, max(PROBE, round(hours * 3600 / seconds)))
     write_json(plan, {"pictures": pictures, "hours": hours, "seconds_per_picture": seconds})

@@ -14,7 +14,7 @@ STAGES = ("sight", "answers", "student", "head")
 CURVES = "curves.svg"
 # Of each stage: the curve's key in the log, that of the same loss on validation data, and its name.
 LOSSES = {
-    "sight": (("grounding_loss", "validation_grounding_loss", "heat maps"),),
+    "sight": (("heat_map_loss", "validation_heat_map_loss", "heat maps"),),
     "answers": (
         ("loss", "validation_loss", "answer tokens"),
         ("point_loss", "validation_point_loss", "grounding tokens"),

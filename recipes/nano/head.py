@@ -79,30 +79,38 @@ class Weights(nn.Module):
         return torch.logaddexp(votes, own[..., None]).amax(-1)
 
 
+class Pictures(NamedTuple):
+    """What `read_pictures` has computed."""
+
+    files: list[Path]  # of all pictures
+    seconds: list[float]  # that each picture took which was not there before
+
+
 def choices_of(before: Path, data: AskedPictures, run: Path) -> Path:
     """The folder of the pictures of `data` that are computed with the checkpoint `before`."""
     return run / f"choices-{identity(before, data)}"
 
 
-def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> list[float]:
+def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> Pictures:
     """Compute what the head of the checkpoint `before` chooses from in `pictures` pictures of `data`.
 
-    Those that are there, because the command was interrupted, are not computed again. Returns the seconds that each of
-    the others took.
+    Those that are there, because the command was interrupted, are not computed again.
     """
     model, _, _ = load_checkpoint(before)
     tokenizer = Tokenizer.from_file(before / "tokenizer.json")
+    folder = choices_of(before, data, run)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        return write_choices(model, tokenizer, data, choices_of(before, data, run), pictures)
+        seconds = write_choices(model, tokenizer, data, folder, pictures)
+    return Pictures(files_of(folder, pictures), seconds)
 
 
 @torch.no_grad()
 def add_votes(
-    before: Path, classes: Sequence[tuple[Tensor, Tensor]], data: AskedPictures, run: Path, pictures: int, fit: Fit
+    before: Path, classes: Sequence[tuple[Tensor, Tensor]], files: Sequence[Path], run: Path, fit: Fit
 ) -> Path:
-    """Add votes to the grounding head of the checkpoint `before`, after `read_pictures`; returns RUN/model.
+    """Add votes to the grounding head of the checkpoint `before`; returns RUN/model.
 
-    classes: the detector's, see `detector.score_layers`.
+    classes: the detector's, see `detector.score_layers`; files: of `read_pictures`.
     """
     old, _, config = load_checkpoint(before)
     config = with_votes(config)
@@ -110,7 +118,6 @@ def add_votes(
     model.load_state_dict(old.state_dict(), strict=False)
     head = model.point_head
     assert head is not None
-    files = files_of(choices_of(before, data, run), pictures)
     keys, bias, queries = detector_votes(config, classes)
     put_keys(head, keys, bias, *fitted(*named_states(files, queries)))
     assert config.point_head is not None

@@ -25,8 +25,9 @@ from molmo_edge.data.grounded_questions import absent_labels, asked_for
 from molmo_edge.data.regions import Box
 from molmo_edge.frontend.crops import pointing_grid, select_tiling
 from molmo_edge.frontend.grounding_tokens import slot_places
-from molmo_edge.frontend.points import Point, format_absent, format_count, format_points, format_total
+from molmo_edge.frontend.points import Point, format_absent, format_count, format_points
 from molmo_edge.frontend.tokenizer import Tokenizer
+from molmo_edge.frontend.totals import format_total
 from molmo_edge.modeling import Molmo
 from molmo_edge.system.files import sha256_of
 from molmo_edge.training.encoding import Encoder, Encoding, collate

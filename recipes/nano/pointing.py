@@ -1,4 +1,4 @@
-"""The grounding heads of nano: that of the heat maps, which all stages train, and that of grounding tokens."""
+"""The two heads of nano that find objects: that of the heat maps, which is only trained, and the grounding head."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.system.files import atomic_write, replaced_directory
 from molmo_edge.training.features import encode_pictures
 from molmo_edge.training.forward import Trainable
-from molmo_edge.training.regions import GroundingHead
+from molmo_edge.training.regions import HeatMapHead
 
-GROUNDING = "grounding.safetensors"  # the heat maps' head, in the directory of a finished stage
+HEAT_MAPS = "heat_maps.safetensors"  # the heat maps' head, in the directory of a finished stage
 
 
-def save_grounding(model: Trainable, directory: Path) -> None:
+def save_heat_maps(model: Trainable, directory: Path) -> None:
     """Write the heat maps' head for the next stage."""
-    assert model.grounding is not None
-    with atomic_write(directory / GROUNDING) as part:
-        save_file(model.grounding.state_dict(), part)
+    assert model.heat_maps is not None
+    with atomic_write(directory / HEAT_MAPS) as part:
+        save_file(model.heat_maps.state_dict(), part)
 
 
-def load_grounding(model: Trainable, file: Path) -> None:
+def load_heat_maps(model: Trainable, file: Path) -> None:
     """Read the heat maps' head of the stage before."""
-    assert model.grounding is not None
-    model.grounding.load_state_dict(load_file(file))
+    assert model.heat_maps is not None
+    model.heat_maps.load_state_dict(load_file(file))
 
 
 def with_point_head(config: MolmoConfig) -> MolmoConfig:
@@ -42,12 +42,12 @@ def with_point_head(config: MolmoConfig) -> MolmoConfig:
 
 
 @torch.no_grad()
-def add_point_head(start: Path, grounding: Path, photos: list[Photo], out: Path, seed: int = 0) -> None:
+def add_point_head(start: Path, heat_maps: Path, photos: list[Photo], out: Path, seed: int = 0) -> None:
     """Write the checkpoint `start` with a grounding head to `out`.
 
-    The keys of patches begin as those of the heat maps' cells, of the grounding head in the file `grounding`: the
-    residual stream of an image token contains its cell. The matrices that take features are random, for the
-    standardised features of `photos`.
+    The keys of patches begin as those of the heat maps' cells, from the file `heat_maps`: the residual stream of an
+    image token contains its cell. The matrices that take features are random, for the standardised features of
+    `photos`.
     """
     before, _, config = load_checkpoint(start)
     config = with_point_head(config)
@@ -58,8 +58,8 @@ def add_point_head(start: Path, grounding: Path, photos: list[Photo], out: Path,
     assert head is not None
     std, new_head = float(model.decoder.embedding.std()), model.decoder.new_head
     new_head.weight.copy_(torch.randn(new_head.weight.shape, generator=generator) * std)
-    sight = GroundingHead(config)
-    sight.load_state_dict(load_file(grounding))
+    sight = HeatMapHead(config)
+    sight.load_state_dict(load_file(heat_maps))
     norm, linear = sight.cell
     _fill(head.patch_k, *_centred(norm, linear))
     mean, scale = feature_scale(before, photos)

@@ -54,7 +54,7 @@ def questions(photo: Photo, vocabulary: Vocabulary, rng: np.random.Generator) ->
 
 def heat_points(model: Trainable, names: Names, processor: ImageProcessor) -> Callable[[np.ndarray], list[Found]]:
     """A function from rgb to the points of each name: local maxima of its heat map, at the chosen patch of a cell."""
-    molmo, head = model.molmo, model.grounding
+    molmo, head = model.molmo, model.heat_maps
     assert head is not None
     table = names.embed(molmo.decoder.embedding)
     config = molmo.config.image

@@ -25,8 +25,9 @@ from molmo_edge.training.recipe import Recipe
 from molmo_edge.training.regions import Names
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers
+from recipes.nano.errors import NotTrainedError
 from recipes.nano.photos import Augmentation, RegionPhotos, Vocabulary, read
-from recipes.nano.pointing import save_grounding
+from recipes.nano.pointing import save_heat_maps
 from recipes.nano.score_sight import detector_points, heat_points, report
 
 RECIPE = Recipe(
@@ -36,7 +37,7 @@ RECIPE = Recipe(
     mixture=(),
     frozen=("vision", "decoder"),
     encoding=Encoding(crops=1),
-    forward=ForwardConfig(grounding=1.0, recompute=False),
+    forward=ForwardConfig(heat_maps=1.0, recompute=False),
     # The run in benchmarks/RESULTS.md had a constant rate up to step 2,907, where its length was decided.
     optimizer=OptimizerConfig(connector=Rate(1e-3, 100), floor=0.02, weight_decay=0.01),
     max_crops=None,
@@ -64,14 +65,14 @@ def data(roots: Sequence[Path]) -> tuple[Data, Vocabulary, list[Photo]]:
 
 
 def train(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe) -> Path:
-    """Run the stage, from where `run` has got to; returns the checkpoint it ends with, beside GROUNDING."""
+    """Run the stage, from where `run` has got to; returns the checkpoint it ends with, beside HEAT_MAPS."""
     sets, vocabulary, _ = data(roots)
     config, tokenizer = read_config(start), Tokenizer.from_file(start / "tokenizer.json")
     names = Names(vocabulary.names, tokenizer)
     with world("auto") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
         finished = Trainer(model, tokenizer, sets, recipe, run, here).train()
-        save_grounding(model, run)
+        save_heat_maps(model, run)
         return finished
 
 
@@ -83,6 +84,8 @@ def score(start: Path, roots: Sequence[Path], run: Path, recipe: Recipe, detecto
     with world("cpu") as here:
         model = build(config, open_tensors(start), str(start), recipe, here, names)
         trainer = Trainer(model, tokenizer, sets, recipe, run, here)
+    if not trainer.step:
+        raise NotTrainedError(f'{run} has no checkpoint of the stage "sight" yet')
     model.eval()
     find = heat_points(model, names, ImageProcessor(config.image, tokenizer.special))
     scores: dict[str, object] = {"step": trainer.step, "nano": report(held_out, vocabulary, find)}

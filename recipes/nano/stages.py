@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molmo_edge.errors import MolmoEdgeError
+from recipes.nano.errors import NotTrainedError
 
 if TYPE_CHECKING:
     from molmo_edge.training.recipe import Recipe
-
-
-class NotTrainedError(MolmoEdgeError):
-    """A stage before this one was not run."""
+    from recipes.nano.head import Pictures
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
     before = sources.run / "sight"
     directory = directory or sources.run / ("answers-digits" if digits else "answers")
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
-    first, grounding = before / "model", before / pointing.GROUNDING
+    first, heat_maps = before / "model", before / pointing.HEAT_MAPS
     if digits:
         recipe = stage.in_digits(recipe)
         data, validation = (replace(one, empty_tags=False) for one in (data, validation))
@@ -83,8 +80,8 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
         first = directory / "start"
         if not (first / "config.json").exists():
             some = data.photos[:: max(1, len(data.photos) // 64)]
-            pointing.add_point_head(before / "model", grounding, some, first)
-    return stage.train(first, grounding, data, validation, directory, recipe)
+            pointing.add_point_head(before / "model", heat_maps, some, first)
+    return stage.train(first, heat_maps, data, validation, directory, recipe)
 
 
 def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
@@ -95,7 +92,7 @@ def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> 
     before = sources.run / "answers"
     data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
     directory = directory or sources.run / "student"
-    return stage.train(before / "model", before / pointing.GROUNDING, data, validation, directory, recipe)
+    return stage.train(before / "model", before / pointing.HEAT_MAPS, data, validation, directory, recipe)
 
 
 def head(sources: Sources, pictures: int | None = None) -> Path:
@@ -104,19 +101,16 @@ def head(sources: Sources, pictures: int | None = None) -> Path:
     pictures: how many the votes are fitted on.
     """
     from recipes.nano import head as stage
-    from recipes.nano import sight
-    from recipes.nano.asked_pictures import asked_pictures
     from recipes.nano.detector import score_layers
 
     assert sources.detector is not None
-    before, pictures, run = before_head(sources), pictures or stage.PICTURES, sources.run / "head"
-    data, _ = asked_pictures(sources.photos, sources.sprites)
-    stage.read_pictures(before, data, run, pictures, sight.precision())
-    return stage.add_votes(before, score_layers(sources.detector), data, run, pictures, stage.Fit())
+    before, run = before_head(sources), sources.run / "head"
+    files = head_pictures(sources, pictures or stage.PICTURES, run).files
+    return stage.add_votes(before, score_layers(sources.detector), files, run, stage.Fit())
 
 
-def head_pictures(sources: Sources, pictures: int, directory: Path) -> list[float]:
-    """Compute pictures for "head" in `directory`; returns the seconds that each of them took."""
+def head_pictures(sources: Sources, pictures: int, directory: Path) -> Pictures:
+    """Compute pictures for "head" in `directory`."""
     from recipes.nano import head as stage
     from recipes.nano import sight
     from recipes.nano.asked_pictures import asked_pictures

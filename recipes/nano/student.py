@@ -23,7 +23,7 @@ from molmo_edge.training.taught_run import open_teacher
 from molmo_edge.training.trainer import Data, Trainer, build
 from recipes.nano import answers
 from recipes.nano.asked_pictures import AskedPictures
-from recipes.nano.pointing import load_grounding
+from recipes.nano.pointing import load_heat_maps
 
 # Of the bundle. The head of grounding tokens has eight bits, too: in float32 it takes 7 MB.
 PRECISION = {
@@ -48,16 +48,16 @@ RECIPE = replace(
 
 
 def train(
-    teacher: Path, grounding: Path, data: AskedPictures, validation: AskedPictures, run: Path, recipe: Recipe
+    teacher: Path, heat_maps: Path, data: AskedPictures, validation: AskedPictures, run: Path, recipe: Recipe
 ) -> Path:
     """Run the stage from the checkpoint `teacher`, or from where `run` has got to; returns the checkpoint it ends with.
 
-    grounding: file of the heat maps' head.
+    heat_maps: file of the heat maps' head.
     """
     config, tokenizer = read_config(teacher), Tokenizer.from_file(teacher / "tokenizer.json")
     names, sets = Names(data.vocabulary.names, tokenizer), Data([data], [1.0], [validation])
     with world("auto") as here:
         taught = open_teacher(teacher, config, tokenizer, sets, recipe, here)
         model = build(config, open_tensors(teacher), str(teacher), recipe, here, names, teacher=config)
-        load_grounding(model, grounding)
+        load_heat_maps(model, heat_maps)
         return Trainer(model, tokenizer, sets, recipe, run, here, teacher=taught).train()
