@@ -22,7 +22,7 @@ from molmo_edge.frontend.image_files import ImageError
 from molmo_edge.modeling import Molmo, save_checkpoint
 from molmo_edge.modeling.conv_tower import ConvTower
 from molmo_edge.training.recipe import Recipe
-from recipes.nano import budget, curves, sight, stages
+from recipes.nano import answers, budget, curves, pointing, sight, stages
 from recipes.nano.__main__ import parser, required, unused
 from recipes.nano.detector import COCO_NAMES, box_layers, score_layers, tower_state
 from recipes.nano.errors import NotTrainedError
@@ -270,6 +270,22 @@ def test_sight_without_a_checkpoint_has_no_score(tmp_path: Path) -> None:
     save_checkpoint(model, GOLDEN / "molmoe" / "tokenizer.json", start)
     with pytest.raises(NotTrainedError, match='no checkpoint of the stage "sight"'):
         sight.score(start, [root], tmp_path / "sight", sight.RECIPE, tmp_path / "detector")
+
+
+def test_answers_begin_with_the_latest_sight_until_they_have_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = annotated(tmp_path / "photos"), tmp_path / "run"
+    made: list[Path] = []
+    monkeypatch.setattr(pointing, "add_point_head", lambda *given: made.append(given[-1]))
+    monkeypatch.setattr(answers, "train", lambda start, *_: start)
+    recipe, sources = stages.recipe_of("answers"), stages.Sources(run, (root,))
+    for _ in range(2):
+        assert stages.answers(sources, recipe) == run / "answers" / "start"
+    assert made == [run / "answers" / "start"] * 2
+    (run / "answers" / "checkpoints" / "step-00000100").mkdir(parents=True)
+    assert stages.answers(sources, recipe) == run / "answers" / "start"
+    assert len(made) == 2
 
 
 def test_the_head_needs_a_model_and_takes_the_last(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
 
     digits: write coordinates as text, in RUN/answers-digits, instead of pointing by grounding tokens.
     """
+    from molmo_edge.training.run_checkpoints import CHECKPOINTS
     from recipes.nano import answers as stage
     from recipes.nano import asked_pictures, pointing
 
@@ -78,7 +79,7 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
         data, validation = (replace(one, empty_tags=False) for one in (data, validation))
     else:
         first = directory / "start"
-        if not (first / "config.json").exists():
+        if not any((directory / CHECKPOINTS).glob("step-*")):  # "sight" may have been trained further
             some = data.photos[:: max(1, len(data.photos) // 64)]
             pointing.add_point_head(before / "model", heat_maps, some, first)
     return stage.train(first, heat_maps, data, validation, directory, recipe)
