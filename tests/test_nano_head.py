@@ -179,6 +179,21 @@ def test_a_bundle_gets_the_head_of_a_checkpoint(tmp_path: Path) -> None:
     export_bundle(tmp_path / "before", bundle, PRECISION, check=CheckPhoto(photo, "Point to the cup.", 4))
     export_checkpoint(bundle, tmp_path / "restored", "fp32")
     files, _ = head.read_pictures(tmp_path / "restored", drawn(), tmp_path / "run", 2)
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    tokenizer = Tokenizer.from_file(TOKENIZER)
+    head_states.write_choices(before, tokenizer, drawn(), exact, 1)
+    states = [
+        head_states.load(file).states.astype(np.float32)
+        for file in (
+            files[0],
+            head.read_pictures(tmp_path / "before", drawn(), tmp_path / "run", 1).files[0],
+            exact / files[0].name,
+        )
+    ]
+    size = np.abs(states[0]).max()
+    assert np.abs(states[0] - states[1]).max() < 0.001 * size, "the head is fitted to the weights of the bundle"
+    assert np.abs(states[0] - states[2]).max() > 0.02 * size
     fit = head.Fit(steps=2, batch=2)
     replace_head(bundle, head.add_votes(tmp_path / "restored", classes(), files, tmp_path / "run", fit), new)
     changed = {MANIFEST, read_manifest(new).components[POINT_HEAD].file}

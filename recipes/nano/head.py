@@ -25,6 +25,7 @@ from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.modeling import Molmo, load_checkpoint, save_checkpoint
 from molmo_edge.modeling.point_head import PointHead
 from molmo_edge.system.files import replaced_directory
+from molmo_edge.training.fake_quantization import Rounded
 from molmo_edge.training.grounding import rotated
 from molmo_edge.training.optimizer import Rate, rate_at
 from molmo_edge.training.regions import PEAK, heat_losses
@@ -33,6 +34,7 @@ from recipes.nano.asked_pictures import AskedPictures
 from recipes.nano.detector import COCO_NAMES
 from recipes.nano.head_states import Choices, files_of, identity, load, write_choices
 from recipes.nano.head_targets import heat_of
+from recipes.nano.student import PRECISION
 from recipes.nano.votes import DIM, LEVELS, constant, detector_votes, fitted, with_votes
 
 PICTURES = 2000
@@ -94,12 +96,14 @@ def choices_of(before: Path, data: AskedPictures, run: Path) -> Path:
 def read_pictures(before: Path, data: AskedPictures, run: Path, pictures: int, precision: str = "fp32") -> Pictures:
     """Compute what the head of the checkpoint `before` chooses from in `pictures` pictures of `data`.
 
-    Those that are there, because the command was interrupted, are not computed again.
+    The weights are rounded as in the bundle, because rounding raises or lowers the scores of all patches. Pictures that
+    are there, because the command was interrupted, are not computed again.
     """
     model, _, _ = load_checkpoint(before)
     tokenizer = Tokenizer.from_file(before / "tokenizer.json")
     folder = choices_of(before, data, run)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    rounded = Rounded(model, PRECISION["decoder"])
+    with rounded.weights(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         seconds = write_choices(model, tokenizer, data, folder, pictures)
     return Pictures(files_of(folder, pictures), seconds)
 
