@@ -81,7 +81,7 @@ def draw(run: Path) -> Path:
     logs = {stage: read_log(run / stage) for stage in STAGES if (run / stage / LOG).exists()}
     if not logs:
         raise FileNotFoundError(f"{run}: no stage has a {LOG}. Run a stage first")
-    figure = Figure(figsize=(3.6 * len(logs), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(logs), 4.2), layout="constrained")
     for axes, (stage, lines) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
         for color, (key, validated, name) in zip(COLORS, LOSSES[stage], strict=False):
             trained, held_out = curve(lines, key).smoothed(), curve(lines, validated)
@@ -97,7 +97,13 @@ def draw(run: Path) -> Path:
         axes.tick_params(labelsize=8, which="both")
         axes.grid(True, color="#e4e7eb", linewidth=0.7, which="both")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, title="dots: validation", title_fontsize=8)
+        title = (
+            "dots: validation"
+            if any(validated in line for _, validated, _ in LOSSES[stage] for line in lines)
+            else None
+        )
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # inside, it would cover curves
+        axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, **below)
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "molmo-edge"}):
         figure.savefig(run / CURVES, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return run / CURVES
