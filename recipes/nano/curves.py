@@ -97,13 +97,15 @@ def draw(run: Path) -> Path:
         axes.tick_params(labelsize=8, which="both")
         axes.grid(True, color="#e4e7eb", linewidth=0.7, which="both")
         axes.spines[["top", "right"]].set_visible(False)
-        title = (
-            "dots: validation"
-            if any(validated in line for _, validated, _ in LOSSES[stage] for line in lines)
-            else None
+        validated_somewhere = any(key in line for _, key, _ in LOSSES[stage] for line in lines)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.18),  # inside, it would cover curves
+            frameon=False,
+            fontsize=8,
+            title="dots: validation" if validated_somewhere else None,
+            title_fontsize=8,
         )
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # inside, it would cover curves
-        axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, **below)
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "molmo-edge"}):
         figure.savefig(run / CURVES, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return run / CURVES
