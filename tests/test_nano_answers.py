@@ -171,6 +171,8 @@ def test_experts_are_dropped_one_by_one() -> None:
     counts = [schedule.at(step, 100, 8) for step in range(100)]
     assert counts == sorted(counts, reverse=True)
     assert counts[88] == 4, "after three quarters of the second half"
+    quick = ExpertSchedule(top_k=4, dense_share=0.0, drop_share=0.3)
+    assert [quick.at(step, 100, 8) for step in (0, 8, 29, 30)] == [7, 6, 4, 4]
 
 
 def test_digits_are_trained_with_supervised_attention(sight: Path, drawn: AskedPictures, tmp_path: Path) -> None:
@@ -319,6 +321,10 @@ def test_the_student_ends_with_fewer_experts(sight: Path, start: Path, drawn: As
     assert not torch.equal(
         load_file(heat_maps)["cell.1.weight"], load_file(sight / "heat_maps.safetensors")["cell.1.weight"]
     ), "trained on"
-    found = student.train(teacher, heat_maps, drawn, drawn, tmp_path / "student", recipe)
+    found = student.train(teacher, drawn, drawn, tmp_path / "student", recipe)
     assert load_checkpoint(found)[2].decoder.top_k == 2
+    ours, theirs = (dict(load_checkpoint(path)[0].named_parameters()) for path in (found, teacher))
+    for name, parameter in theirs.items():
+        if name.startswith(("vision.", "connector.")):
+            assert torch.equal(ours[name], parameter), f"{name} is the teacher's"
     assert all(line["divergence"] > 0 for line in records(tmp_path / "student").values())

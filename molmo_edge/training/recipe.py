@@ -28,16 +28,17 @@ class RecipeError(MolmoEdgeError):
 class ExpertSchedule:
     """From all experts of a layer to `top_k` of them: a dense FFN that was split into experts becomes sparse.
 
-    All are active at first; then one fewer at a time, down to `top_k` after three quarters of the remaining steps.
+    All are active at first; then one fewer at a time, down to `top_k`; the steps that are left recover from it.
     """
 
     top_k: int
     dense_share: float = 0.5  # of the steps, with all experts active
+    drop_share: float = 0.75  # of the steps after them, in which experts are dropped
 
     def at(self, step: int, steps: int, n_experts: int) -> int:
         """How many experts are active in step 0, 1, ..., `steps` - 1."""
         dense = self.dense_share * steps
-        done = (step - dense) / max(1.0, 0.75 * (steps - dense))
+        done = (step - dense) / max(1.0, self.drop_share * (steps - dense))
         return n_experts if done < 0 else max(self.top_k, n_experts - 1 - int(done * (n_experts - self.top_k)))
 
 

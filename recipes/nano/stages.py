@@ -87,13 +87,12 @@ def answers(sources: Sources, recipe: Recipe, directory: Path | None = None, *, 
 
 def student(sources: Sources, recipe: Recipe, directory: Path | None = None) -> Path:
     """Distill the model that "answers" ends with, in `directory`, by default RUN/student; returns the checkpoint."""
-    from recipes.nano import asked_pictures, pointing
     from recipes.nano import student as stage
+    from recipes.nano.asked_pictures import asked_pictures
 
-    before = sources.run / "answers"
-    data, validation = asked_pictures.asked_pictures(sources.photos, sources.sprites)
-    directory = directory or sources.run / "student"
-    return stage.train(before / "model", before / pointing.HEAT_MAPS, data, validation, directory, recipe)
+    teacher = sources.run / "answers" / "model"
+    data, validation = asked_pictures(sources.photos, sources.sprites)
+    return stage.train(teacher, data, validation, directory or sources.run / "student", recipe)
 
 
 def head(sources: Sources, pictures: int | None = None) -> Path:
