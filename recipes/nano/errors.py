@@ -6,4 +6,4 @@ from molmo_edge.errors import MolmoEdgeError
 
 
 class NotTrainedError(MolmoEdgeError):
-    """A stage before this one was not run."""
+    """A stage whose checkpoint is needed has not been run yet."""

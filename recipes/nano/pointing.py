@@ -22,7 +22,7 @@ HEAT_MAPS = "heat_maps.safetensors"  # the heat maps' head, in the directory of 
 
 
 def save_heat_maps(model: Trainable, directory: Path) -> None:
-    """Write the heat maps' head for the next stage."""
+    """Write the heat maps' head, with which a run of "answers" can begin."""
     assert model.heat_maps is not None
     with atomic_write(directory / HEAT_MAPS) as part:
         save_file(model.heat_maps.state_dict(), part)
