@@ -2,8 +2,9 @@
 
 Its four-bit products have the names, inputs and attributes of ONNX Runtime's MatMulNBits and QMoE, in a domain of their
 own. A large graph on the CPU is changed while it loads: the nodes that they can compute move to that domain and read
-the same weights, and vision towers with eight-bit weights get the operators of `vision_graph`. All other nodes, and all
-nodes without the package, stay with ONNX Runtime. The file does not change.
+the same weights. Beside such products, attention (GroupQueryAttention) moves, too, and vision towers with eight-bit
+weights get the operators of `vision_graph`. All other nodes, and all nodes without the package, stay with ONNX Runtime.
+The file does not change.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.runtimes.onnx_encoding import (
+    FLOAT,
     GRAPH_NODE,
     MODEL_GRAPH,
     MODEL_OPSET,
@@ -34,12 +36,14 @@ from molmo_edge.runtimes.vision_graph import vision_nodes
 SWITCH = "MOLMO_EDGE_KERNELS"  # environment variable: 0 switches them off
 FORCE = "MOLMO_EDGE_KERNEL"  # environment variable of the package: the kernel to use, even if it is not faster
 DOMAIN = "molmo_edge"
-OPERATORS = ("MatMulNBits", "QMoE", "MultiHeadAttention", "QuantizedLinear")
+_ATTENTION = "GroupQueryAttention"  # of decoders
+OPERATORS = ("MatMulNBits", "QMoE", _ATTENTION, "MultiHeadAttention", "QuantizedLinear")
 ONNXRUNTIME = (1, 22)  # the oldest version that finds the weights beside a graph given in memory
 
 _COPYING = "QuantizedLinear"
 _BLOCKS = (32, 64, 128)
 _COLUMNS = 16  # the columns of a matrix are a multiple of this
+_WIDTH = 16  # the width of a head, too
 _INT8_ACTIVATIONS = 4  # accuracy_level
 
 
@@ -141,6 +145,8 @@ def _moved_graph(graph: memoryview, operators: Collection[str]) -> tuple[bytes, 
         for i, node in enumerate(nodes)
         if node.operator in operators and _computable(node, tensors)
     }
+    if changed and _ATTENTION in operators:  # in bfloat16, so not in a decoder whose precision is float32
+        changed |= {i: node.in_domain(DOMAIN) for i, node in enumerate(nodes) if _computable_attention(node, tensors)}
     layers: dict[int, bytes] = {}
     if _COPYING in operators:
         attention = "MultiHeadAttention" in operators
@@ -191,6 +197,24 @@ def _computable(node: Node, tensors: Mapping[str, Tensor]) -> bool:
         return False
     inner, hidden = 2 * first[2], 2 * second[2]
     return first[1] == 2 * hidden and _fits(first[1], inner, block) and _fits(second[1], hidden, block)
+
+
+def _computable_attention(node: Node, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is attention as `molmo_edge.export` writes it: in float32, rotated, causal or with a bias."""
+    if (node.domain, node.operator) != ("com.microsoft", _ATTENTION):
+        return False
+    if not 9 <= len(node.inputs) <= 11 or not all(node.inputs[:9]) or any(node.inputs[9:10]):
+        return False
+    cos = tensors.get(node.inputs[7])
+    if cos is None or cos.kind != FLOAT or len(cos.shape) != 2 or cos.shape[1] % (_WIDTH // 2):
+        return False  # of float16 attention the tables are no constants
+    options = dict(node.attributes)
+    causal = options.pop("causal", 1)
+    if causal != (0 if len(node.inputs) == 11 and node.inputs[10] else 1):
+        return False
+    scale = options.pop("scale", 0.0)  # 0: by the width
+    heads = options.pop("num_heads", 0), options.pop("kv_num_heads", 0)
+    return scale > 0 and all(heads) and options == {"do_rotary": 1, "rotary_interleaved": 0}
 
 
 def _fits(columns: int, inner: int, block: int) -> bool:

@@ -7,10 +7,10 @@ import functools
 import sys
 from pathlib import Path
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 KERNELS = ("amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "plain")
-OPERATORS = ("MatMulNBits", "QMoE", "MultiHeadAttention", "QuantizedLinear")
+OPERATORS = ("MatMulNBits", "QMoE", "GroupQueryAttention", "MultiHeadAttention", "QuantizedLinear")
 _FOUR_BITS = OPERATORS[:2]
 # Faster than ONNX Runtime's own operators, by benchmarks/kernels.py; all others are not.
 FASTER = {"amx": OPERATORS, "avx512-bf16": OPERATORS, "avx512-vnni": _FOUR_BITS}

@@ -25,8 +25,9 @@ MOLMO_EXPORT int molmo_computes(const char* name, const char* operation) {
     if (kernel == nullptr) return 0;
     if (std::strcmp(operation, "MatMulNBits") == 0 || std::strcmp(operation, "QMoE") == 0) return 1;
     if (kernel->tiles == nullptr) return 0;
-    return std::strcmp(operation, "QuantizedLinear") == 0 ||
-           (std::strcmp(operation, "MultiHeadAttention") == 0 && kernel->tiles->bfloat16 != nullptr);
+    if (std::strcmp(operation, "QuantizedLinear") == 0) return 1;
+    if (kernel->tiles->bfloat16 == nullptr) return 0;
+    return std::strcmp(operation, "MultiHeadAttention") == 0 || std::strcmp(operation, "GroupQueryAttention") == 0;
 }
 
 MOLMO_EXPORT int molmo_multiply(const char* name, const float* x, int64_t rows, const uint8_t* codes,

@@ -2,7 +2,7 @@
 #include "vision.h"
 
 #ifdef MOLMO_BFLOAT16
-#include "vision_avx512.h"
+#include "attention_avx512.h"
 #endif
 
 namespace molmo {
@@ -39,12 +39,13 @@ void attention(const Kernel& kernel, const Parallel& parallel, const Heads& h, f
             const int64_t blocks = (count + kTile - 1) / kTile, at = (item * h.queries + first) * stride + column;
             avx512::round_to_tiles(h.q + at, stride, count, h.width, width, own.queries.data());
             for (int64_t key = 0; key < keys; key += 32)
-                tiles.bfloat16(own.queries.data(), own.keys.data() + key * width, width / 32, blocks,
+                tiles.bfloat16(own.queries.data(), own.keys.data() + key * width, width / 32, width / 32, blocks,
                                own.scores.data() + key, keys);
-            avx512::softmax(own.scores.data(), keys, count, h.keys, 1.0f / std::sqrt(float(h.width)),
-                            own.weights.data(), own.sums.data());
+            const float scale = 1.0f / std::sqrt(float(h.width));
+            avx512::softmax({own.scores.data(), keys, count, h.keys, 0, scale, nullptr, 0}, own.weights.data(),
+                            own.sums.data());
             for (int64_t c = 0; c < width; c += 32)
-                tiles.bfloat16(own.weights.data(), own.values.data() + c * keys, keys / 32, blocks,
+                tiles.bfloat16(own.weights.data(), own.values.data() + c * keys, keys / 32, keys / 32, blocks,
                                own.result.data() + c, width);
             avx512::divide(own.result.data(), width, count, h.width, own.sums.data(), out + at, stride);
         }

@@ -141,11 +141,12 @@ void int8_tiles(const int8_t* x, const int8_t* w, int64_t steps, int64_t depth, 
     BLOCKS(TILE_DOT, depth, first);
 }
 
-void bfloat16_tiles(const uint16_t* x, const uint16_t* w, int64_t steps, int64_t blocks, float* out, int64_t columns) {
+void bfloat16_tiles(const uint16_t* x, const uint16_t* w, int64_t steps, int64_t depth, int64_t blocks, float* out,
+                    int64_t columns) {
     const uint8_t *rows = reinterpret_cast<const uint8_t*>(x), *panels = reinterpret_cast<const uint8_t*>(w);
     uint8_t* to = reinterpret_cast<uint8_t*>(out);
     const int64_t stride = columns * 4;
-    BLOCKS(TILE_DOT_BF16, steps, true);
+    BLOCKS(TILE_DOT_BF16, depth, true);
 }
 
 const Tiles kAmxTiles = {begin, end, int8_tiles, bfloat16_tiles};

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #ifdef MOLMO_X86
+#include <utility>
 #include <vector>
 
 #include "kernel_avx512.h"
@@ -136,8 +137,8 @@ MOLMO_AVX512 MOLMO_INLINE void dot(const Matrix& m, int64_t column, int64_t coun
 }
 
 template <int Count>
-MOLMO_AVX512 MOLMO_INLINE void multiply_rows(const int8_t* values, const float* row_scales, const Panel& panel,
-                                             int64_t inner, int64_t block, float* out, int64_t stride) {
+MOLMO_AVX512 void multiply_rows(const int8_t* values, const float* row_scales, const Panel& panel, int64_t inner,
+                                int64_t block, float* out, int64_t stride) {
     const int64_t blocks = inner / block;
     __m512 total[Count];
     for (int r = 0; r < Count; ++r) total[r] = _mm512_setzero_ps();
@@ -163,16 +164,26 @@ MOLMO_AVX512 MOLMO_INLINE void multiply_rows(const int8_t* values, const float* 
     for (int r = 0; r < Count; ++r) _mm512_storeu_ps(out + r * stride, total[r]);
 }
 
+constexpr int64_t kMostRows = 12;  // sums of as many rows, and what they need, fit the 32 registers
+
+template <int... Counts>
+MOLMO_AVX512 MOLMO_INLINE void multiply_some(int64_t count, std::integer_sequence<int, Counts...>, const int8_t* values,
+                                             const float* row_scales, const Panel& panel, int64_t inner, int64_t block,
+                                             float* out, int64_t stride) {
+    constexpr decltype(&multiply_rows<1>) kByCount[] = {multiply_rows<Counts + 1>...};
+    kByCount[count - 1](values, row_scales, panel, inner, block, out, stride);
+}
+
 MOLMO_AVX512 void multiply(const Rows& rows, const Panel& panel, int64_t inner, int64_t block, float* out,
                            int64_t stride) {
     const int64_t blocks = inner / block;
-    int64_t r = 0;
-    for (; r + 12 <= rows.count; r += 12)
-        multiply_rows<12>(rows.values + r * inner, rows.scales + r * blocks, panel, inner, block, out + r * stride, stride);
-    for (; r + 4 <= rows.count; r += 4)
-        multiply_rows<4>(rows.values + r * inner, rows.scales + r * blocks, panel, inner, block, out + r * stride, stride);
-    for (; r < rows.count; ++r)
-        multiply_rows<1>(rows.values + r * inner, rows.scales + r * blocks, panel, inner, block, out + r * stride, stride);
+    for (int64_t r = 0, count; r < rows.count; r += count) {
+        const int64_t left = rows.count - r;
+        // The last rows in two groups of about the same size: fewer than four rows wait for their sums.
+        count = left >= 2 * kMostRows || left == kMostRows ? kMostRows : left > kMostRows ? (left + 1) / 2 : left;
+        multiply_some(count, std::make_integer_sequence<int, kMostRows>(), rows.values + r * inner,
+                      rows.scales + r * blocks, panel, inner, block, out + r * stride, stride);
+    }
 }
 
 }  // namespace
@@ -189,17 +200,25 @@ MOLMO_AVX512 void unpack(const Matrix& m, int64_t column, int8_t* weights, float
     const int64_t blocks = m.blocks(), bytes = m.inner / 2;
     const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
     const __m512i quarter = _mm512_set1_epi32(-128);
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int64_t n = 0; n < kColumns; ++n) scales[b * kColumns + n] = scale_at(m, (column + n) * blocks + b);
-    }
+    for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t n = 0; n < kColumns; ++n) {
+            const int64_t at = (column + n) * blocks + b;
+            scales[b * kColumns + n] = m.half_scales ? _cvtsh_ss(static_cast<const uint16_t*>(m.scales)[at])
+                                                     : static_cast<const float*>(m.scales)[at];
+        }
+    constexpr int64_t kLine = 128;  // weights in a line of the cache
     __m512i zero_point = _mm512_set1_epi8(8), sum = _mm512_setzero_si512();
     const uint8_t* codes = m.codes + column * bytes;
+    const int64_t words_of_block = m.block / 8;
+    int64_t b = 0, word = 0;  // the block, and the word of eight weights in it
     for (int64_t k = 0; k < m.inner; k += 64) {
+        if (k % kLine == 0)  // the codes of the next panel, to arrive while this one is multiplied
+            for (int64_t n = kColumns; n < 2 * kColumns; ++n)
+                _mm_prefetch(reinterpret_cast<const char*>(codes + n * bytes + k / 2), _MM_HINT_T1);
         __m512i words[8];
         transpose(codes + k / 2, bytes, words);
         for (int j = 0; j < 8; ++j, weights += 8 * kColumns) {
-            const int64_t at = k + 8 * j, b = at / m.block;
-            if (at % m.block == 0 && m.zero_points != nullptr) {
+            if (word == 0 && m.zero_points != nullptr) {
                 alignas(64) uint32_t points[kColumns];
                 for (int64_t n = 0; n < kColumns; ++n) points[n] = zero_point_at(m, column + n, b) * 0x01010101u;
                 zero_point = _mm512_load_si512(points);
@@ -210,9 +229,10 @@ MOLMO_AVX512 void unpack(const Matrix& m, int64_t column, int8_t* weights, float
             _mm512_storeu_si512(weights + 4 * kColumns, high);
             sum = _mm512_dpbusd_epi32(sum, ones, low);
             sum = _mm512_dpbusd_epi32(sum, ones, high);
-            if ((at + 8) % m.block == 0) {
+            if (++word == words_of_block) {
                 _mm512_storeu_si512(starts + b * kColumns, _mm512_mullo_epi32(sum, quarter));
                 sum = _mm512_setzero_si512();
+                word = 0, ++b;
             }
         }
     }

@@ -63,7 +63,7 @@ struct OrtCustomOp {
 namespace molmo::ort {
 
 constexpr uint32_t kVersion = 17;  // of the interface: ONNX Runtime 1.17, the first with shapes of custom operators
-constexpr int kAnyType = 0, kFloat = 1, kBytes = 2, kSignedBytes = 3, kHalf = 10;
+constexpr int kAnyType = 0, kFloat = 1, kBytes = 2, kSignedBytes = 3, kInt32 = 6, kInt64 = 7, kHalf = 10;
 
 template <int Index, typename... Arguments>
 OrtStatus* call(const OrtApi* api, Arguments... arguments) {
@@ -90,6 +90,7 @@ enum : int {
     kGetDimensions = 62,
     kGetSymbols = 63,
     kGetShape = 65,
+    kGetFloat = 85,
     kGetInteger = 86,
     kGetInputCount = 88,
     kGetInput = 90,

@@ -1,10 +1,11 @@
 // The operators of the domain "molmo_edge": ONNX Runtime's MatMulNBits and QMoE under the same names, inputs and
-// attributes, and those of vision_operators.h.
+// attributes, and those of cached_attention_operator.h and vision_operators.h.
 //
 // molmo_edge.runtimes.kernels moves a node to this domain if it is of the kind that these operators compute: four bits,
 // accuracy_level 4, blocks of 32, 64 or 128, rows a multiple of the block and columns of 16; experts with swiglu.
 #include <mutex>
 
+#include "cached_attention_operator.h"
 #include "operator.h"
 #include "products.h"
 #include "vision_operators.h"
@@ -134,10 +135,12 @@ MOLMO_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
     if (api == nullptr) return nullptr;  // older than every version that molmo_edge.runtimes.kernels accepts
     static Registered<MatMul> matmul(api);
     static Registered<Moe> moe(api);
+    static Registered<GroupQueryAttention> cached(api);
     static Registered<Attention> attention(api);
     static Registered<QuantizeRows> rows(api);
     static Registered<QuantizedLinear> linear(api);
     moe.InferOutputShapeFn = same_shape<Moe>;
+    cached.InferOutputShapeFn = same_shape<GroupQueryAttention>;
     attention.InferOutputShapeFn = same_shape<Attention>;
     static std::mutex lock;  // sessions load on several threads
     static OrtCustomOpDomain* domain = nullptr;  // for all sessions of the process, which the library outlives
@@ -145,9 +148,8 @@ MOLMO_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
     if (domain == nullptr) {
         OrtCustomOpDomain* made = nullptr;
         MOLMO_TRY((call<kCreateCustomOpDomain>(api, "molmo_edge", &made)));
-        for (const OrtCustomOp* op : {static_cast<const OrtCustomOp*>(&matmul), static_cast<const OrtCustomOp*>(&moe),
-                                      static_cast<const OrtCustomOp*>(&attention), static_cast<const OrtCustomOp*>(&rows),
-                                      static_cast<const OrtCustomOp*>(&linear)})
+        const OrtCustomOp* const operators[] = {&matmul, &moe, &cached, &attention, &rows, &linear};
+        for (const OrtCustomOp* op : operators)
             MOLMO_TRY((call<kAddToDomain>(api, made, op)));
         domain = made;
     }

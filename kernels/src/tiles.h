@@ -19,9 +19,9 @@ struct Tiles {
     // `steps` are computed. The sums begin at `out`, or if it is `first` at 0 (with Kernel::unsigned_rows at starts [32]).
     void (*int8)(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t blocks, bool first,
                  const int32_t* starts, int32_t* out);
-    // In bfloat16 with sums in float32, whole rows: out [16 * blocks, stride]. Null: not on this processor.
-    void (*bfloat16)(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t blocks, float* out,
-                     int64_t stride);
+    // In bfloat16 with sums in float32, which begin at 0: out [16 * blocks, stride]. Null: not on this processor.
+    void (*bfloat16)(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t depth, int64_t blocks,
+                     float* out, int64_t stride);
 };
 
 }  // namespace molmo

@@ -1,8 +1,10 @@
-// The parts of attention with AVX-512 and bfloat16: Intel from Sapphire Rapids (and Cooper Lake), AMD from Zen 4.
+// The steps of attention with AVX-512 and bfloat16: Intel from Sapphire Rapids (and Cooper Lake), AMD from Zen 4.
 #include "kernels.h"
 
 #ifdef MOLMO_BFLOAT16
-#include "vision_avx512.h"
+#include <algorithm>
+
+#include "attention_avx512.h"
 
 namespace molmo::avx512 {
 namespace {
@@ -46,11 +48,11 @@ MOLMO_AVX512_BF16 MOLMO_INLINE void transpose(__m512i r[16]) {  // 16 x 16 words
 
 // Eight rows times 32 columns.
 MOLMO_AVX512_BF16 MOLMO_INLINE void bfloat16_rows(const uint16_t* rows, const uint16_t* panels, int64_t steps,
-                                                  float* out, int64_t stride) {
+                                                  int64_t depth, float* out, int64_t stride) {
     constexpr int64_t kRows = 8, kNumbers = kTileBytes / 2;
     __m512 sums[kRows][2];
     for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
-    const uint16_t* second = panels + steps * kNumbers;
+    const uint16_t* second = panels + depth * kNumbers;
     for (int64_t at = 0; at < steps * kNumbers; at += kNumbers)
         for (int64_t pair = 0; pair < 16; ++pair) {
             const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panels + at + pair * 32);
@@ -69,10 +71,10 @@ MOLMO_AVX512_BF16 MOLMO_INLINE void bfloat16_rows(const uint16_t* rows, const ui
     }
 }
 
-MOLMO_AVX512_BF16 void bfloat16_tiles(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t blocks,
-                                      float* out, int64_t stride) {
+MOLMO_AVX512_BF16 void bfloat16_tiles(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t depth,
+                                      int64_t blocks, float* out, int64_t stride) {
     for (int64_t r = 0; r < blocks * kTile; r += 8)
-        bfloat16_rows(rows + (r / kTile * steps * kTileBytes + r % kTile * kStepBytes) / 2, panels, steps,
+        bfloat16_rows(rows + (r / kTile * depth * kTileBytes + r % kTile * kStepBytes) / 2, panels, steps, depth,
                       out + r * stride, stride);
 }
 
@@ -129,26 +131,36 @@ MOLMO_AVX512_BF16 void pack_columns(const float* rows, int64_t stride, int64_t c
         }
 }
 
-MOLMO_AVX512_BF16 void softmax(const float* scores, int64_t stride, int64_t rows, int64_t keys, float scale,
-                               uint16_t* weights, float* sums) {
-    const __m512 factor = _mm512_set1_ps(scale * 1.44269504f);
+MOLMO_AVX512_BF16 void softmax(const Scores& scores, uint16_t* weights, float* sums) {
+    constexpr float kLog2E = 1.44269504f;
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-    for (int64_t r = 0; r < rows; ++r, scores += stride) {
+    const __m512 lowest = _mm512_set1_ps(-1000.0f);  // 2^-1000 is 0; -infinity has no fraction
+    const float scale = scores.bias == nullptr ? scores.scale * kLog2E : kLog2E;
+    const int64_t end = up(scores.last(), 32);
+    for (int64_t r = 0; r < scores.rows; ++r) {
+        float* row = scores.values + r * scores.stride;
+        const int64_t keys = scores.keys + r * scores.more;
+        if (scores.bias != nullptr)
+            for (int64_t i = 0; i < keys; i += 16) {
+                const __m512 bias = _mm512_maskz_loadu_ps(first_of(keys - i), scores.bias + r * scores.bias_stride + i);
+                _mm512_storeu_ps(row + i, _mm512_fmadd_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(scores.scale), bias));
+            }
         __m512 most = _mm512_set1_ps(-INFINITY);
         for (int64_t i = 0; i < keys; i += 16)
-            most = _mm512_mask_max_ps(most, first_of(keys - i), most, _mm512_loadu_ps(scores + i));
+            most = _mm512_mask_max_ps(most, first_of(keys - i), most, _mm512_loadu_ps(row + i));
+        const __m512 factor = _mm512_set1_ps(scale);
         const __m512 start = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), factor);
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < stride; i += 32) {
-            __m512 low = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, start));
-            __m512 high = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), factor, start));
-            if (i + 32 > keys) {
-                low = _mm512_maskz_mov_ps(first_of(keys - i), low);
-                high = _mm512_maskz_mov_ps(first_of(keys - i - 16), high);
+        for (int64_t i = 0; i < end; i += 32) {
+            __m512 power[2];
+            for (int64_t half = 0; half < 2; ++half) {
+                const __mmask16 some = first_of(keys - i - 16 * half);
+                const __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(row + i + 16 * half), factor, start);
+                power[half] = _mm512_maskz_mov_ps(some, power_of_two(_mm512_max_ps(y, lowest)));
             }
-            const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+            const __m512bh both = _mm512_cvtne2ps_pbh(power[1], power[0]);
             sum = _mm512_dpbf16_ps(sum, both, ones);  // of the rounded weights, so that they add up to one
-            _mm512_storeu_si512(weights + (r / kTile * stride / 32 + i / 32) * 512 + r % kTile * 32, (__m512i)both);
+            _mm512_storeu_si512(weights + (r / kTile * scores.stride / 32 + i / 32) * 512 + r % kTile * 32, (__m512i)both);
         }
         sums[r] = _mm512_reduce_add_ps(sum);
     }
@@ -161,6 +173,46 @@ MOLMO_AVX512_BF16 void divide(const float* in, int64_t in_stride, int64_t rows, 
         for (int64_t d = 0; d < width; d += 16)
             _mm512_mask_storeu_ps(out + r * stride + d, first_of(width - d),
                                   _mm512_mul_ps(_mm512_loadu_ps(in + r * in_stride + d), factor));
+    }
+}
+
+MOLMO_AVX512_BF16 void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
+                              float scale, const float* bias, float* weights, float* out) {
+    constexpr int64_t kStep = 16, kColumnsAtOnce = 64;
+    float most = -INFINITY;
+    for (int64_t j = 0; j < count; ++j) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t d = 0; d < width; d += kStep)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), _mm512_loadu_ps(keys + j * width + d), sum);
+        weights[j] = _mm512_reduce_add_ps(sum) * scale + (bias == nullptr ? 0.0f : bias[j]);
+        most = std::max(most, weights[j]);
+    }
+    for (int64_t j = 0; j < count; ++j) weights[j] = exponential(weights[j] - most);
+    float total = 0;
+    for (int64_t j = 0; j < count; ++j) total += weights[j];
+    const __m512 factor = _mm512_set1_ps(1.0f / total);
+    for (int64_t d = 0; d < width; d += kColumnsAtOnce) {
+        __m512 sums[kColumnsAtOnce / kStep];
+        __mmask16 some[kColumnsAtOnce / kStep];
+        for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i)
+            sums[i] = _mm512_setzero_ps(), some[i] = first_of(width - d - i * kStep);
+        for (int64_t j = 0; j < count; ++j) {
+            const __m512 weight = _mm512_set1_ps(weights[j]);
+            for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i) {
+                const __m512 value = _mm512_maskz_loadu_ps(some[i], values + j * width + d + i * kStep);
+                sums[i] = _mm512_fmadd_ps(weight, value, sums[i]);
+            }
+        }
+        for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i)
+            _mm512_mask_storeu_ps(out + d + i * kStep, some[i], _mm512_mul_ps(sums[i], factor));
+    }
+}
+
+MOLMO_AVX512_BF16 void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        out[i] = a * cos[i] - b * sin[i];
+        out[half + i] = b * cos[i] + a * sin[i];
     }
 }
 
