@@ -176,14 +176,25 @@ MOLMO_AVX512_BF16 void divide(const float* in, int64_t in_stride, int64_t rows, 
     }
 }
 
+// The sum of the weighted values in 16 * Parts columns.
+template <int Parts>
+MOLMO_AVX512_BF16 MOLMO_INLINE void add_values(const float* weights, const float* values, int64_t count, int64_t width,
+                                               __m512 factor, float* out) {
+    __m512 sums[Parts];
+    for (int i = 0; i < Parts; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; ++j, values += width)
+        for (int i = 0; i < Parts; ++i)
+            sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[j]), _mm512_loadu_ps(values + 16 * i), sums[i]);
+    for (int i = 0; i < Parts; ++i) _mm512_storeu_ps(out + 16 * i, _mm512_mul_ps(sums[i], factor));
+}
+
 MOLMO_AVX512_BF16 void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
                               float scale, const float* bias, float* weights, float* out) {
-    constexpr int64_t kStep = 16, kColumnsAtOnce = 64;
     float most = -INFINITY;
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < count; ++j, keys += width) {
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; d < width; d += kStep)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), _mm512_loadu_ps(keys + j * width + d), sum);
+        for (int64_t d = 0; d < width; d += 16)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), _mm512_loadu_ps(keys + d), sum);
         weights[j] = _mm512_reduce_add_ps(sum) * scale + (bias == nullptr ? 0.0f : bias[j]);
         most = std::max(most, weights[j]);
     }
@@ -191,21 +202,10 @@ MOLMO_AVX512_BF16 void attend(const float* query, const float* keys, const float
     float total = 0;
     for (int64_t j = 0; j < count; ++j) total += weights[j];
     const __m512 factor = _mm512_set1_ps(1.0f / total);
-    for (int64_t d = 0; d < width; d += kColumnsAtOnce) {
-        __m512 sums[kColumnsAtOnce / kStep];
-        __mmask16 some[kColumnsAtOnce / kStep];
-        for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i)
-            sums[i] = _mm512_setzero_ps(), some[i] = first_of(width - d - i * kStep);
-        for (int64_t j = 0; j < count; ++j) {
-            const __m512 weight = _mm512_set1_ps(weights[j]);
-            for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i) {
-                const __m512 value = _mm512_maskz_loadu_ps(some[i], values + j * width + d + i * kStep);
-                sums[i] = _mm512_fmadd_ps(weight, value, sums[i]);
-            }
-        }
-        for (int64_t i = 0; i < kColumnsAtOnce / kStep; ++i)
-            _mm512_mask_storeu_ps(out + d + i * kStep, some[i], _mm512_mul_ps(sums[i], factor));
-    }
+    int64_t d = 0;
+    for (; d + 128 <= width; d += 128) add_values<8>(weights, values + d, count, width, factor, out + d);
+    for (; d + 32 <= width; d += 32) add_values<2>(weights, values + d, count, width, factor, out + d);
+    for (; d < width; d += 16) add_values<1>(weights, values + d, count, width, factor, out + d);
 }
 
 MOLMO_AVX512_BF16 void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
