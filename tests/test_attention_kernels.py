@@ -6,6 +6,7 @@ they are compared with exact products of rounded numbers: a number halfway betwe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,7 +21,13 @@ from onnx import TensorProto, helper, numpy_helper
 from test_quantize import norm_error
 
 import molmo_edge.cli.doctor  # noqa: F401 - before onnxruntime, whose usage reports it switches off
+from molmo_edge.checkpoints.tensor_names import hub_shapes
+from molmo_edge.export.decoder_graph import decoder
+from molmo_edge.export.graph_builder import Graph
+from molmo_edge.export.graph_precisions import graph_precision
+from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
+from molmo_edge.runtimes.onnx import OnnxRuntime
 
 CAPACITY = 128
 RUNS = (70, 1, 5, 17, 16)  # positions of consecutive runs
@@ -211,3 +218,51 @@ def test_only_attention_that_the_kernels_compute_moves(tmp_path: Path) -> None:
     assert not moves(local_window_size=64)
     assert not moves(width=24)
     assert not moves(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
+
+
+DECODERS = {
+    "molmoe-1b": {"n_layers": 2, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 128, "n_experts": 8, "top_k": 2},
+    "molmo2-4b": {"n_layers": 2, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512, "head_dim_override": 80},
+}
+
+
+@needs_kernels
+@pytest.mark.skipif(not ATTENTION, reason="no kernel of this processor computes attention")
+@pytest.mark.parametrize("preset", DECODERS)
+def test_a_decoder_on_the_kernels(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = PRESETS[preset]
+    small = {"vocab_size": 256, "embedding_size": 256, "additional_vocab_size": 0, "max_position_embeddings": 256}
+    config = dataclasses.replace(full, decoder=dataclasses.replace(full.decoder, **small, **DECODERS[preset]))
+    rng = np.random.default_rng(5)
+    tensors = {
+        name: (np.ones(shape) if len(shape) == 1 else rng.normal(0, shape[-1] ** -0.5, shape)).astype(np.float32)
+        for name, shape in hub_shapes(config).items()
+    }
+    path = tmp_path / "decoder.onnx"
+    graph = Graph("decoder", path.with_name("decoder.onnx.data"))
+    decoder(graph, config, tensors, graph_precision("mixed"))
+    graph.save(path)
+    rows = rng.standard_normal((90, config.decoder.d_model), np.float32)
+    image = np.zeros(60, bool)
+    image[4:50] = config.decoder.bidirectional_images
+    positions = np.r_[0:30, 40:100]  # as if ten image tokens were left out
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for switch in ("0", "1"):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        runtime = OnnxRuntime(config, {"decoder": path}, threads=2, gaps=True)
+        for name, where in (("plain", None), ("gaps", positions)):
+            cache = runtime.new_cache(len(rows), where)
+            logits = [runtime.prefill_image(rows[:60], image, cache)]
+            logits += [runtime.forward(rows[60:61], cache), runtime.forward(rows[61:65], cache)]
+            logits += [runtime.forward(rows[65:90], cache)]
+            found.setdefault(name, {})[switch] = np.stack([part.ravel() for part in logits])
+        runtime.close()
+    moved = kernels.moved(path.read_bytes())
+    assert moved is not None
+    nodes = [node.domain for node in onnx.load_from_string(moved.model).graph.node if node.op_type == "GroupQueryAttention"]
+    assert nodes == [kernels.DOMAIN] * 2
+    for name, logits in found.items():
+        # Where bfloat16 moves an input of the next layer over a halfway point, its rounding to int8 changes.
+        assert norm_error(logits["1"], logits["0"]) < 2e-2, name
+        assert not np.array_equal(logits["1"], logits["0"]), "the kernels were not used"
+    assert norm_error(found["gaps"]["1"], found["plain"]["1"]) > 0.1

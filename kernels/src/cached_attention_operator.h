@@ -65,6 +65,27 @@ struct GroupQueryAttention {
         return nullptr;
     }
 
+    // The shape of q, whose last dimension may not be known, while that of the cache is.
+    static OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeContext* context) {
+        constexpr int kIntegerAttribute = 1;
+        const OrtApi* api = static_cast<const Registered<GroupQueryAttention>*>(op)->api;
+        const OrtOpAttr* attribute = nullptr;
+        OrtShape *q = nullptr, *cache = nullptr;
+        std::vector<int64_t> sizes, past;
+        int64_t heads = 0;
+        size_t read = 0;
+        const OrtShapeContext* own = context;
+        MOLMO_TRY(input_shape(api, own, kQ, q, sizes));
+        MOLMO_TRY(input_shape(api, own, kPastKeys, cache, past));
+        MOLMO_TRY((call<kGetAttribute>(api, own, "num_heads", &attribute)));
+        MOLMO_TRY((call<kReadAttribute>(api, attribute, kIntegerAttribute, static_cast<void*>(&heads), sizeof heads, &read)));
+        if (sizes.size() != 3 || past.size() != 4 || past[3] < 0) return nullptr;
+        sizes[2] = heads * past[3];
+        const int64_t* all = sizes.data();
+        MOLMO_TRY((call<kSetDimensions>(api, q, all, sizes.size())));
+        return set_output_shape(api, own, q, sizes);
+    }
+
     // Nothing to do if the caller bound one buffer to both, as molmo_edge does.
     void copy_past(const float* from, float* to, int64_t stride, int64_t filled) const {
         if (from == to) return;

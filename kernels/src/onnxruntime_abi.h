@@ -22,6 +22,7 @@ typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtValue OrtValue;
 typedef struct OrtShape OrtShape;  // OrtTensorTypeAndShapeInfo
 typedef struct OrtShapeContext OrtShapeContext;
+typedef struct OrtOpAttr OrtOpAttr;
 typedef void (*OrtFunction)(void);
 
 struct OrtApi {
@@ -82,8 +83,6 @@ enum : int {
     kAddToDomain = 27,
     kAddDomain = 28,
     kGetData = 51,
-    kCreateShape = 57,
-    kSetType = 58,
     kSetDimensions = 59,
     kGetType = 60,
     kGetRank = 61,
@@ -101,8 +100,9 @@ enum : int {
     kGetNodeInputName = 232,
     kGetConstant = 249,
     kGetInputShape = 268,
+    kGetAttribute = 269,
     kSetOutputShape = 270,
-    kSetSymbols = 271,
+    kReadAttribute = 272,
     kParallelFor = 274,
 };
 

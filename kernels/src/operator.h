@@ -158,15 +158,32 @@ struct Registered : OrtCustomOp {
     }
 };
 
-// The output has the shape of the first input. Without it the optimizations of ONNX Runtime that need to know shapes
-// would stop here.
+// Dimensions of an input while a graph is loaded; those that are not numbers are -1.
+inline OrtStatus* input_shape(const OrtApi* api, const OrtShapeContext* context, size_t index, OrtShape*& out,
+                              std::vector<int64_t>& sizes) {
+    MOLMO_TRY((call<kGetInputShape>(api, context, index, &out)));  // owned by the context
+    return dimensions(api, out, sizes);
+}
+
+// Say that output 0 has a shape. Without it the optimizations of ONNX Runtime that need to know shapes would stop here. A
+// dimension with neither a size nor a name would be taken for the size -1.
+inline OrtStatus* set_output_shape(const OrtApi* api, const OrtShapeContext* context, const OrtShape* shape,
+                                   const std::vector<int64_t>& sizes) {
+    std::vector<const char*> names(sizes.size());
+    MOLMO_TRY((call<kGetSymbols>(api, shape, names.data(), names.size())));
+    for (size_t i = 0; i < sizes.size(); ++i)
+        if (sizes[i] < 0 && (names[i] == nullptr || *names[i] == 0)) return nullptr;
+    return call<kSetOutputShape>(api, context, size_t{0}, shape);
+}
+
+// The output has the shape of the first input.
 template <typename Op>
 OrtStatus* same_shape(const OrtCustomOp* op, OrtShapeContext* context) {
     const OrtApi* api = static_cast<const Registered<Op>*>(op)->api;
-    OrtShape* shape = nullptr;  // owned by the context
-    MOLMO_TRY((call<kGetInputShape>(api, const_cast<const OrtShapeContext*>(context), size_t{0}, &shape)));
-    return call<kSetOutputShape>(api, const_cast<const OrtShapeContext*>(context), size_t{0},
-                                 const_cast<const OrtShape*>(shape));
+    OrtShape* shape = nullptr;
+    std::vector<int64_t> sizes;
+    MOLMO_TRY(input_shape(api, context, 0, shape, sizes));
+    return set_output_shape(api, context, shape, sizes);
 }
 
 }  // namespace molmo::ort

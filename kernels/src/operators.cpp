@@ -140,7 +140,7 @@ MOLMO_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
     static Registered<QuantizeRows> rows(api);
     static Registered<QuantizedLinear> linear(api);
     moe.InferOutputShapeFn = same_shape<Moe>;
-    cached.InferOutputShapeFn = same_shape<GroupQueryAttention>;
+    cached.InferOutputShapeFn = GroupQueryAttention::infer_shape;
     attention.InferOutputShapeFn = same_shape<Attention>;
     static std::mutex lock;  // sessions load on several threads
     static OrtCustomOpDomain* domain = nullptr;  // for all sessions of the process, which the library outlives
