@@ -203,8 +203,9 @@ MOLMO_AVX512 void unpack(const Matrix& m, int64_t column, int8_t* weights, float
     for (int64_t b = 0; b < blocks; ++b)
         for (int64_t n = 0; n < kColumns; ++n) {
             const int64_t at = (column + n) * blocks + b;
-            scales[b * kColumns + n] = m.half_scales ? _cvtsh_ss(static_cast<const uint16_t*>(m.scales)[at])
-                                                     : static_cast<const float*>(m.scales)[at];
+            scales[b * kColumns + n] =
+                m.half_scales ? _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<const uint16_t*>(m.scales)[at])))
+                              : static_cast<const float*>(m.scales)[at];
         }
     constexpr int64_t kLine = 128;  // weights in a line of the cache
     __m512i zero_point = _mm512_set1_epi8(8), sum = _mm512_setzero_si512();
