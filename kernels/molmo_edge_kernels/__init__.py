@@ -12,8 +12,14 @@ __version__ = "0.3.0"
 KERNELS = ("amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "plain")
 OPERATORS = ("MatMulNBits", "QMoE", "GroupQueryAttention", "MultiHeadAttention", "QuantizedLinear")
 _FOUR_BITS = OPERATORS[:2]
-# Faster than ONNX Runtime's own operators, by benchmarks/kernels.py; all others are not.
-FASTER = {"amx": OPERATORS, "avx512-bf16": OPERATORS, "avx512-vnni": _FOUR_BITS}
+# Faster than ONNX Runtime's own operators of the same instructions, see benchmarks/RESULTS.md; all others are not.
+FASTER = {
+    "amx": OPERATORS,
+    "avx512-bf16": OPERATORS,
+    "avx512-vnni": _FOUR_BITS,
+    "avx-vnni": _FOUR_BITS,
+    "avx2": _FOUR_BITS,
+}
 
 
 def library() -> Path:

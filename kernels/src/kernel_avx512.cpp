@@ -178,9 +178,7 @@ MOLMO_AVX512 void multiply(const Rows& rows, const Panel& panel, int64_t inner, 
                            int64_t stride) {
     const int64_t blocks = inner / block;
     for (int64_t r = 0, count; r < rows.count; r += count) {
-        const int64_t left = rows.count - r;
-        // The last rows in two groups of about the same size: fewer than four rows wait for their sums.
-        count = left >= 2 * kMostRows || left == kMostRows ? kMostRows : left > kMostRows ? (left + 1) / 2 : left;
+        count = next_rows(rows.count - r, kMostRows);
         multiply_some(count, std::make_integer_sequence<int, kMostRows>(), rows.values + r * inner,
                       rows.scales + r * blocks, panel, inner, block, out + r * stride, stride);
     }
