@@ -198,15 +198,13 @@ def prompt(model: Model) -> list[Row]:
     ]
 
 
-def share(model: Model, token_ms: float | None) -> list[Row]:
+def share(model: Model) -> list[Row]:
     """The time in which the memory delivers what a token reads, as a share of the time that it takes."""
     if not model.large:
         raise NotRunError("the model is small: its weights fit into the processor's caches")
-    if token_ms is None:
-        raise NotRunError('it needs the part "stages"')
     found = model.run("profile_bundle.py", str(model.bundle), "--floor", "--threads", str(model.args.threads))
-    floor = 1e-6 * found["bytes_per_token"] / found["bandwidth_gb_s"]
-    return [Row(model.name, "share of the memory's speed of a token, %", None, 100 * floor / token_ms, None)]
+    title = "share of the memory's speed of a token, %"
+    return [Row(model.name, title, None, 100 * found["share_of_bandwidth"], None)]
 
 
 def llama(model: Model) -> list[Row]:
@@ -277,14 +275,11 @@ def measure(model: Model, parts: Sequence[str]) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     missing = []
 
-    def token_ms() -> float | None:
-        return next((row.new for row in rows if row.what == "a token, ms"), None)
-
     of_part: dict[str, Callable[[], list[Row]]] = {
         "start": lambda: start(model),
         "stages": lambda: stages(model),
         "prompt": lambda: prompt(model),
-        "share": lambda: share(model, token_ms()),
+        "share": lambda: share(model),
         "llama.cpp": lambda: llama(model),
         "pytorch": lambda: pytorch(model),
         "image-tokens": lambda: image_tokens(model),

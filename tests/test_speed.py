@@ -73,7 +73,7 @@ FIGURES: dict[str, list[speed.Figures]] = {
     "kernels.py": [
         {"prompt": {"onnxruntime_s": 8.0, "kernels_s": 4.0}, "token": {"onnxruntime_s": 0.06, "kernels_s": 0.05}}
     ],
-    "profile_bundle.py": [{"bandwidth_gb_s": 20.0, "bytes_per_token": 0.5e9}],
+    "profile_bundle.py": [{"share_of_bandwidth": 0.5}],
     "engines.py": [
         {"engine": "onnxruntime", "prefill tokens/s": 300.0, "decode tokens/s": 20.0},
         {"engine": "llama.cpp", "prefill tokens/s": 150.0, "decode tokens/s": 25.0},
