@@ -3,7 +3,7 @@
     python benchmarks/profile_bundle.py BUNDLE
 
 Every token reads the decoder's weights once, and of the experts only the chosen ones: bytes per token divided by the
-memory's bandwidth is a lower bound of its time. The bandwidth of a virtual machine changes within seconds, so that it is
+memory's bandwidth is a lower bound of its time. The bandwidth of a virtual machine changes within seconds, so it is
 measured before and after each token, and the larger value counts. Prints tables and, last, one line of JSON.
 
 The profiles are those of ONNX Runtime's own operators; the tokens are run as `Molmo` runs them, with the compiled
@@ -56,13 +56,16 @@ def main() -> None:
         found["prefill"], found["decode"] = _decoder(bundle, args.threads, args.positions, args.tokens)
         for title, part in (("a crop", "crop"), ("a prompt", "prefill"), ("tokens", "decode")):
             print(f"{title}: " + ", ".join(f"{name} {share:.0%}" for name, share in list(found[part].items())[:8]))
-        print(f"a token reads {found['bytes_per_token'] / 1e6:.0f} MB; it took {1e3 * found['s_per_token']:.1f} ms,", end=" ")
+        print(
+            f"a token reads {found['bytes_per_token'] / 1e6:.0f} MB; it took {1e3 * found['s_per_token']:.1f} ms,",
+            end=" ",
+        )
         print(f"{found['share_of_bandwidth']:.0%} of the speed of the memory, {found['bandwidth_gb_s']:.1f} GB/s")
     print(json.dumps(found))
 
 
 def _tokens(bundle: Bundle, threads: int, positions: int, tokens: int) -> dict[str, Any]:
-    """Time tokens and the memory in turn. All are medians. The first of two tokens wakes the threads and is not timed."""
+    """Time tokens and the memory in turn; all are medians. The first of two tokens wakes the threads, untimed."""
     d = bundle.config.decoder
     size = positions + 2 * tokens
     rows = (0.02 * np.random.default_rng(0).normal(size=(size, d.d_model))).astype(np.float32)

@@ -31,7 +31,12 @@ from molmo_edge.runtimes.onnx import OnnxRuntime
 
 CAPACITY = 128
 RUNS = (70, 1, 5, 17, 16)  # positions of consecutive runs
-SHAPES = {"plain": (4, 4, 32, False), "grouped": (6, 2, 48, False), "bias": (4, 2, 64, True), "wide": (2, 1, 144, False)}
+SHAPES = {
+    "plain": (4, 4, 32, False),
+    "grouped": (6, 2, 48, False),
+    "bias": (4, 2, 64, True),
+    "wide": (2, 1, 144, False),
+}
 
 
 def attention_graph(
@@ -221,8 +226,23 @@ def test_only_attention_that_the_kernels_compute_moves(tmp_path: Path) -> None:
 
 
 DECODERS = {
-    "molmoe-1b": {"n_layers": 2, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 128, "n_experts": 8, "top_k": 2},
-    "molmo2-4b": {"n_layers": 2, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512, "head_dim_override": 80},
+    "molmoe-1b": {
+        "n_layers": 2,
+        "d_model": 256,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "ffn_dim": 128,
+        "n_experts": 8,
+        "top_k": 2,
+    },
+    "molmo2-4b": {
+        "n_layers": 2,
+        "d_model": 256,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "ffn_dim": 512,
+        "head_dim_override": 80,
+    },
 }
 
 
@@ -259,7 +279,9 @@ def test_a_decoder_on_the_kernels(preset: str, tmp_path: Path, monkeypatch: pyte
         runtime.close()
     moved = kernels.moved(path.read_bytes())
     assert moved is not None
-    nodes = [node.domain for node in onnx.load_from_string(moved.model).graph.node if node.op_type == "GroupQueryAttention"]
+    nodes = [
+        node.domain for node in onnx.load_from_string(moved.model).graph.node if node.op_type == "GroupQueryAttention"
+    ]
     assert nodes == [kernels.DOMAIN] * 2
     for name, logits in found.items():
         # Where bfloat16 moves an input of the next layer over a halfway point, its rounding to int8 changes.
