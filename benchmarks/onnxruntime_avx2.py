@@ -4,7 +4,8 @@
     PYTHONPATH=/tmp/avx2 MOLMO_EDGE_KERNEL=avx2 python benchmarks/kernels.py bundle BUNDLE
 
 ONNX Runtime asks the processor (xgetbv) which registers the system saves, and uses AVX-512 if its registers are among
-them. In the copy this instruction is replaced by two that answer: those of AVX alone. Linux on x86-64.
+them. In the copy this instruction is replaced by two that answer: those of AVX alone. Only for benchmarks on Linux and
+x86-64: bytes that look like the instruction are replaced everywhere, and the two use the stack below its end.
 """
 
 from __future__ import annotations

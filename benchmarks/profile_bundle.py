@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=740, help="length of the prompt; a photo of 640x480 takes 740")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--floor", action="store_true", help="only tokens and the bandwidth, as JSON")
+    parser.add_argument("--tokens-only", action="store_true", help="only tokens and the bandwidth, as JSON")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle, hashes=False)
     found: dict[str, Any] = _tokens(bundle, args.threads, args.positions, args.tokens)
-    if not args.floor:
+    if not args.tokens_only:
         found["crop"] = _vision(bundle, args.threads)
         found["prefill"], found["decode"] = _decoder(bundle, args.threads, args.positions, args.tokens)
         for title, part in (("a crop", "crop"), ("a prompt", "prefill"), ("tokens", "decode")):

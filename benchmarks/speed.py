@@ -202,7 +202,7 @@ def share(model: Model) -> list[Row]:
     """The time in which the memory delivers what a token reads, as a share of the time that it takes."""
     if not model.large:
         raise NotRunError("the model is small: its weights fit into the processor's caches")
-    found = model.run("profile_bundle.py", str(model.bundle), "--floor", "--threads", str(model.args.threads))
+    found = model.run("profile_bundle.py", str(model.bundle), "--tokens-only", "--threads", str(model.args.threads))
     title = "share of the memory's speed of a token, %"
     return [Row(model.name, title, None, 100 * found["share_of_bandwidth"], None)]
 

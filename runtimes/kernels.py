@@ -74,7 +74,7 @@ def installed() -> Kernels | None:
     if os.environ.get(SWITCH) == "0":
         reason = f"switched off by {SWITCH}=0"
     elif not operators:
-        reason = "ONNX Runtime's own operators are as fast on this processor"
+        reason = "ONNX Runtime's own operators are as fast on this processor, or it has not been measured"
     return Kernels(package.__version__, kernel, package.library(), operators, reason)
 
 
@@ -205,9 +205,11 @@ def _computable_attention(node: Node, tensors: Mapping[str, Tensor]) -> bool:
         return False
     if not 9 <= len(node.inputs) <= 11 or not all(node.inputs[:9]) or any(node.inputs[9:10]):
         return False
-    cos = tensors.get(node.inputs[7])
-    if cos is None or cos.kind != FLOAT or len(cos.shape) != 2 or cos.shape[1] % (_WIDTH // 2):
+    cos, sin = (tensors.get(name) for name in node.inputs[7:9])
+    if cos is None or sin is None or cos.kind != FLOAT or (sin.kind, sin.shape) != (FLOAT, cos.shape):
         return False  # of float16 attention the tables are no constants
+    if len(cos.shape) != 2 or cos.shape[1] % (_WIDTH // 2) or len(node.outputs) != 3 or not all(node.outputs):
+        return False
     options = dict(node.attributes)
     causal = options.pop("causal", 1)
     if causal != (0 if len(node.inputs) == 11 and node.inputs[10] else 1):

@@ -1,6 +1,6 @@
 """The compiled attention of decoders against onnxruntime's GroupQueryAttention.
 
-Up to 16 rows are float32 in both. With more rows the kernels round queries, keys, values and weights to bfloat16, so
+Up to 17 rows are float32 in both. With more rows the kernels round queries, keys, values and weights to bfloat16, so
 they are compared with exact products of rounded numbers: a number halfway between two others may round either way.
 """
 
@@ -29,8 +29,9 @@ from molmo_edge.presets import PRESETS
 from molmo_edge.runtimes import kernels
 from molmo_edge.runtimes.onnx import OnnxRuntime
 
-CAPACITY = 128
-RUNS = (70, 1, 5, 17, 16)  # positions of consecutive runs
+CAPACITY = 512
+SINGLE = 17  # positions up to which a run is float32
+RUNS = (70, 1, 5, 18, 17, 300)  # positions of consecutive runs; a task has at most 256
 SHAPES = {
     "plain": (4, 4, 32, False),
     "grouped": (6, 2, 48, False),
@@ -180,7 +181,7 @@ def test_attention_computes_what_onnxruntime_computes(graphs: Path, kernel: str)
             assert np.isfinite(ours["cache"]).all()
             for n, end in zip(RUNS, ends, strict=True):
                 rows = slice(end - n, end)
-                if n <= 16:
+                if n <= SINGLE:
                     assert norm_error(ours["y"][rows], theirs["y"][rows]) < 1e-6, (shape, n)
                     continue
                 rounded = rounded_attention(graphs / f"{shape}.onnx", heads, kv_heads, width, theirs["cache"], rows)
@@ -192,12 +193,30 @@ def test_attention_computes_what_onnxruntime_computes(graphs: Path, kernel: str)
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_a_token_has_the_same_result_alone_and_beside_others(graphs: Path, kernel: str) -> None:
     environment = {kernels.FORCE: kernel, kernels.SWITCH: "1"}
-    run(graphs, "together", (70, 10, 16), environment)
-    run(graphs, "alone", (70, *[1] * 26), environment)
+    run(graphs, "together", (70, 10, SINGLE), environment)
+    run(graphs, "alone", (70, *[1] * (10 + SINGLE)), environment)
     for shape in SHAPES:
         together, alone = (load(graphs, shape, name, bound=True) for name in ("together", "alone"))
         assert np.array_equal(together["y"], alone["y"]), shape
         assert np.array_equal(together["cache"], alone["cache"]), shape
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_a_number_that_is_none_is_not_hidden(tmp_path: Path, kernel: str) -> None:
+    rng = np.random.default_rng(0)
+    attention_graph(tmp_path / "nan.onnx", 2, 2, 32, bias=False)
+    arrays = {
+        part: rng.standard_normal((41, size), np.float32) for part, size in {"q": 64, "k": 64, "v": 64, "x": 32}.items()
+    }
+    arrays["k"][25, 3] = np.nan  # in the first of two heads
+    np.savez(tmp_path / "nan.npz", **arrays)
+    run(tmp_path, kernel, (40, 1), {kernels.FORCE: kernel, kernels.SWITCH: "1"})
+    with np.load(tmp_path / f"nan.{kernel}.True.npz") as found:
+        y = found["y"]
+    assert np.isnan(y[25:, :32]).all()
+    assert np.isfinite(y[:25]).all()
+    assert np.isfinite(y[:, 32:]).all()
 
 
 def test_only_attention_that_the_kernels_compute_moves(tmp_path: Path) -> None:
@@ -222,6 +241,8 @@ def test_only_attention_that_the_kernels_compute_moves(tmp_path: Path) -> None:
     assert not moves(softcap=30.0)
     assert not moves(local_window_size=64)
     assert not moves(width=24)
+    assert not moves(smooth_softmax=1)
+    assert not moves(qk_output=1)
     assert not moves(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
 
 

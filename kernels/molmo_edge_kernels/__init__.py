@@ -12,7 +12,8 @@ __version__ = "0.3.0"
 KERNELS = ("amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "plain")
 OPERATORS = ("MatMulNBits", "QMoE", "GroupQueryAttention", "MultiHeadAttention", "QuantizedLinear")
 _FOUR_BITS = OPERATORS[:2]
-# Faster than ONNX Runtime's own operators of the same instructions, see benchmarks/RESULTS.md; all others are not.
+# Used by default: faster than ONNX Runtime's own operators of the same instructions (benchmarks/RESULTS.md). Those of
+# vision towers without bfloat16 are not faster; NEON has not been measured.
 FASTER = {
     "amx": OPERATORS,
     "avx512-bf16": OPERATORS,

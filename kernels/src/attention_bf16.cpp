@@ -134,7 +134,8 @@ MOLMO_AVX512_BF16 void pack_columns(const float* rows, int64_t stride, int64_t c
 MOLMO_AVX512_BF16 void softmax(const Scores& scores, uint16_t* weights, float* sums) {
     constexpr float kLog2E = 1.44269504f;
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-    const __m512 lowest = _mm512_set1_ps(-1000.0f);  // 2^-1000 is 0; -infinity has no fraction
+    // 2^-1000 is 0, and -infinity has no fraction. With NaN the second operand of max counts, so that NaN stays.
+    const __m512 lowest = _mm512_set1_ps(-1000.0f);
     const float scale = scores.bias == nullptr ? scores.scale * kLog2E : kLog2E;
     const int64_t end = up(scores.last(), 32);
     for (int64_t r = 0; r < scores.rows; ++r) {
@@ -156,7 +157,7 @@ MOLMO_AVX512_BF16 void softmax(const Scores& scores, uint16_t* weights, float* s
             for (int64_t half = 0; half < 2; ++half) {
                 const __mmask16 some = first_of(keys - i - 16 * half);
                 const __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(row + i + 16 * half), factor, start);
-                power[half] = _mm512_maskz_mov_ps(some, power_of_two(_mm512_max_ps(y, lowest)));
+                power[half] = _mm512_maskz_mov_ps(some, power_of_two(_mm512_max_ps(lowest, y)));
             }
             const __m512bh both = _mm512_cvtne2ps_pbh(power[1], power[0]);
             sum = _mm512_dpbf16_ps(sum, both, ones);  // of the rounded weights, so that they add up to one

@@ -55,7 +55,8 @@ void single_rows(const Parallel& parallel, const Cached& a, float* out) {
     });
 }
 
-// A task computes some rows for the heads that share keys and values: it packs those that its rows attend to.
+// A task computes some rows for the heads that share keys and values. It packs the keys and values that its rows attend
+// to.
 void tiles_of_rows(const Kernel& kernel, const Parallel& parallel, const Cached& a, float* out) {
     const Tiles& tiles = *kernel.tiles;
     const int64_t total = a.past + a.rows, group = a.heads / a.kv_heads, stride = a.heads * a.width;

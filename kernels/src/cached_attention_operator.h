@@ -37,13 +37,16 @@ struct GroupQueryAttention {
         const auto& q = given[kQ].shape;
         const auto& past = given[kPastKeys].shape;
         const auto& cos = given[kCos].shape;
-        if (q.size() != 3 || past.size() != 4 || cos.size() != 2 || given[kTotal].shape != std::vector<int64_t>{1})
+        const std::vector<int64_t> one = {1};
+        if (q.size() != 3 || past.size() != 4 || cos.size() != 2 || given[kTotal].shape != one || given[kLast].shape != one)
             return failed(api, "molmo_edge GroupQueryAttention: unsupported shapes");
-        const int64_t rows = q[1], capacity = past[2], width = past[3], total = *static_cast<int32_t*>(given[kTotal].data);
+        const int64_t last = *static_cast<int32_t*>(given[kLast].data), total = *static_cast<int32_t*>(given[kTotal].data);
+        const int64_t rows = q[1], capacity = past[2], width = past[3];
         const std::vector<int64_t> new_keys = {1, rows, kv_heads * width}, bias = {1, 1, rows, total};
         const bool known =
             width > 0 && width % 16 == 0 && q == std::vector<int64_t>{1, rows, heads * width} &&
             given[kK].shape == new_keys && given[kV].shape == new_keys && total >= rows && total <= capacity &&
+            last == total - 1 &&
             past == std::vector<int64_t>{1, kv_heads, capacity, width} && given[kPastValues].shape == past &&
             given[kSin].shape == cos && cos[0] >= total && cos[1] == width / 2 && given[kPositionIds].data == nullptr &&
             (given[kBias].data == nullptr || given[kBias].shape == bias);
@@ -86,7 +89,7 @@ struct GroupQueryAttention {
         return set_output_shape(api, own, q, sizes);
     }
 
-    // Nothing to do if the caller bound one buffer to both, as molmo_edge does.
+    // Nothing to do if the caller bound one buffer to both, as molmo_edge does. Positions from `total` on stay undefined.
     void copy_past(const float* from, float* to, int64_t stride, int64_t filled) const {
         if (from == to) return;
         for (int64_t head = 0; head < kv_heads; ++head)

@@ -65,7 +65,9 @@ bool has_avx2() {
     return (saved_by_system() & 6) == 6 && bit(one.c, 12) && bit(one.c, 29) && bit(seven.b, 5);
 }
 
+#ifdef MOLMO_AVXVNNI_COMPILES
 bool has_avx_vnni() { return has_avx2() && bit(cpuid(7, 1).a, 4); }
+#endif
 
 bool has_avx512() {
     const Registers seven = cpuid(7, 0);
@@ -116,7 +118,13 @@ const Choice kChoices[] = {
     {&kAvx512Bf16, has_bfloat16},
 #endif
 #ifdef MOLMO_X86
-    {&kAvx512, has_avx512},   {&kAvxVnni, has_avx_vnni}, {&kAvx2, has_avx2},
+    {&kAvx512, has_avx512},
+#endif
+#ifdef MOLMO_AVXVNNI_COMPILES
+    {&kAvxVnni, has_avx_vnni},
+#endif
+#ifdef MOLMO_X86
+    {&kAvx2, has_avx2},
 #endif
 #ifdef MOLMO_ARM
     {&kNeonI8mm, has_i8mm},   {&kNeonDot, has_dot},

@@ -160,7 +160,8 @@ MOLMO_INLINE void multiply_loop(const Rows& rows, const Panel& panel, int64_t in
     }
 }
 
-// How many of `left` rows to multiply at once, at most `most`. The last ones are halved: few rows wait for their sums.
+// How many of `left` rows to multiply at once, at most `most`. The last rows are split into similar parts, because a loop
+// over few rows is limited by the latency of the dot products.
 MOLMO_INLINE int64_t next_rows(int64_t left, int64_t most) {
     return left >= 2 * most || left == most ? most : left > most ? (left + 1) / 2 : left;
 }

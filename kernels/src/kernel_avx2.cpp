@@ -15,7 +15,7 @@
 namespace molmo {
 namespace {
 
-constexpr int kHalf = kColumns / 2;  // columns of a register
+constexpr int kLanes = kColumns / 2;  // columns of a register
 
 MOLMO_AVX2 MOLMO_INLINE __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
@@ -42,12 +42,14 @@ struct Pairs {
     }
 };
 
+#ifdef MOLMO_AVXVNNI_COMPILES
 struct Quads {
     static MOLMO_AVXVNNI MOLMO_INLINE __m256i add(__m256i sums, const int8_t* x, const __m256i w[4]) {
         for (int i = 0; i < 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, four_bytes(x + 4 * i), w[i]);
         return sums;
     }
 };
+#endif
 
 constexpr int64_t kMostRows = 6;  // sums of as many rows, and what they need, fit the 16 registers
 
@@ -56,7 +58,7 @@ constexpr int64_t kMostRows = 6;  // sums of as many rows, and what they need, f
     TARGET void NAME##_rows(const int8_t* values, const float* row_scales, const Panel& panel, int64_t inner,         \
                             int64_t block, float* out, int64_t stride) {                                              \
         const int64_t blocks = inner / block;                                                                         \
-        for (int64_t half = 0; half < kColumns; half += kHalf) {                                                      \
+        for (int64_t half = 0; half < kColumns; half += kLanes) {                                                      \
             __m256 total[Count];                                                                                      \
             for (int r = 0; r < Count; ++r) total[r] = _mm256_setzero_ps();                                           \
             const int8_t *x = values, *weights = panel.weights + 4 * half;                                            \
@@ -96,7 +98,9 @@ constexpr int64_t kMostRows = 6;  // sums of as many rows, and what they need, f
     }
 
 MOLMO_MULTIPLY(multiply_pairs, MOLMO_AVX2, Pairs)
+#ifdef MOLMO_AVXVNNI_COMPILES
 MOLMO_MULTIPLY(multiply_quads, MOLMO_AVXVNNI, Quads)
+#endif
 
 MOLMO_AVX2 void round_row(const float* row, int64_t inner, int64_t block, int8_t* values, float* scales) {
     round_row_loop<true>(row, inner, block, values, scales);
@@ -137,21 +141,21 @@ MOLMO_AVX2 void unpack(const Matrix& m, int64_t column, int8_t* weights, float* 
         }
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi8(1);
     const int64_t words_of_block = m.block / 8;
-    for (int64_t half = 0; half < kColumns; half += kHalf) {
+    for (int64_t half = 0; half < kColumns; half += kLanes) {
         const uint8_t* codes = m.codes + (column + half) * bytes;
         int8_t* to = weights + 4 * half;
         __m256i zero_point = _mm256_set1_epi8(8), sum = _mm256_setzero_si256();
         int64_t b = 0, word = 0;  // the block, and the word of eight weights in it
         for (int64_t k = 0; k < m.inner; k += kStep) {
             if (k % kLine == 0)  // the codes of the next panel, to arrive while this one is multiplied
-                for (int64_t n = kColumns; n < kColumns + kHalf; ++n)
+                for (int64_t n = kColumns; n < kColumns + kLanes; ++n)
                     _mm_prefetch(reinterpret_cast<const char*>(codes + n * bytes + k / 2), _MM_HINT_T1);
             __m256i words[8];
             transpose(codes + k / 2, bytes, words);
             for (int j = 0; j < 8; ++j, to += 8 * kColumns) {
                 if (word == 0 && m.zero_points != nullptr) {
-                    alignas(32) uint32_t points[kHalf];
-                    for (int64_t n = 0; n < kHalf; ++n)
+                    alignas(32) uint32_t points[kLanes];
+                    for (int64_t n = 0; n < kLanes; ++n)
                         points[n] = zero_point_at(m, column + half + n, b) * 0x01010101u;
                     zero_point = load(points);
                 }
@@ -212,11 +216,19 @@ struct DotRow {
 
 thread_local DotRow dot_row;
 
-// One value in all lanes, or for blocks of 32 each of two in half of them.
+// One number in all lanes, or for blocks of 32 each of two in half of them.
 template <bool Two>
-MOLMO_AVX2 MOLMO_INLINE __m256 lanes(const float* values) {
-    if (!Two) return _mm256_set1_ps(*values);
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(values[0])), _mm_set1_ps(values[1]), 1);
+MOLMO_AVX2 MOLMO_INLINE __m256 lanes(const float* numbers) {
+    if (!Two) return _mm256_set1_ps(*numbers);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(numbers[0])), _mm_set1_ps(numbers[1]), 1);
+}
+
+template <bool Two>
+MOLMO_AVX2 MOLMO_INLINE __m256i zero_points(const Matrix& m, int64_t column, int64_t b) {
+    const int32_t first = int32_t(zero_point_at(m, column, b));
+    if (!Two) return _mm256_set1_epi32(first);
+    const int32_t second = int32_t(zero_point_at(m, column, b + 1));
+    return _mm256_setr_epi32(first, first, first, first, second, second, second, second);
 }
 
 template <int64_t Block>
@@ -240,12 +252,8 @@ MOLMO_AVX2 void dot_columns(const Matrix& m, int64_t column, int64_t count, cons
                 pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(high, load(x + 32)));
                 sums = _mm256_add_epi32(sums, load(row_sums));
             }
-            if (m.zero_points == nullptr) {
-                sums = _mm256_slli_epi32(sums, 3);
-            } else {
-                const float points[2] = {float(zero_point_at(m, n, b)), kTwo ? float(zero_point_at(m, n, b + 1)) : 0.0f};
-                sums = _mm256_mullo_epi32(sums, _mm256_cvtps_epi32(lanes<kTwo>(points)));
-            }
+            sums = m.zero_points == nullptr ? _mm256_slli_epi32(sums, 3)
+                                            : _mm256_mullo_epi32(sums, zero_points<kTwo>(m, n, b));
             const __m256 products = _mm256_cvtepi32_ps(_mm256_sub_epi32(add_pairs(pairs), sums));
             total = _mm256_fmadd_ps(products, lanes<kTwo>(scales), total);
         }
@@ -269,7 +277,9 @@ MOLMO_AVX2 void swiglu(const float* in, int64_t count, float* out) { swiglu_loop
 }  // namespace
 
 const Kernel kAvx2 = {"avx2", true, round_row, unpack, multiply_pairs, dot, swiglu};
+#ifdef MOLMO_AVXVNNI_COMPILES
 const Kernel kAvxVnni = {"avx-vnni", true, round_row, unpack, multiply_quads, dot, swiglu};
+#endif
 
 }  // namespace molmo
 #endif

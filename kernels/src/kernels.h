@@ -19,6 +19,21 @@
 #else
 #define MOLMO_HAS_BFLOAT16 0
 #endif
+// AVX-VNNI: GCC 11, Clang 12, Apple's Clang 13, Microsoft's compiler.
+#if defined(MOLMO_X86)
+#if defined(__apple_build_version__)
+#define MOLMO_AVXVNNI_FROM (__clang_major__ >= 13)
+#elif defined(__clang__)
+#define MOLMO_AVXVNNI_FROM (__clang_major__ >= 12)
+#elif defined(__GNUC__)
+#define MOLMO_AVXVNNI_FROM (__GNUC__ >= 11)
+#else
+#define MOLMO_AVXVNNI_FROM 1
+#endif
+#if MOLMO_AVXVNNI_FROM
+#define MOLMO_AVXVNNI_COMPILES 1
+#endif
+#endif
 #if defined(MOLMO_X86) && MOLMO_HAS_BFLOAT16
 #define MOLMO_BFLOAT16 1
 #endif
@@ -30,7 +45,10 @@ namespace molmo {
 
 extern const Kernel kPlain;
 #ifdef MOLMO_X86
-extern const Kernel kAvx2, kAvxVnni, kAvx512;
+extern const Kernel kAvx2, kAvx512;
+#endif
+#ifdef MOLMO_AVXVNNI_COMPILES
+extern const Kernel kAvxVnni;
 #endif
 #ifdef MOLMO_BFLOAT16
 extern const Kernel kAvx512Bf16;

@@ -183,6 +183,7 @@ OrtStatus* same_shape(const OrtCustomOp* op, OrtShapeContext* context) {
     OrtShape* shape = nullptr;
     std::vector<int64_t> sizes;
     MOLMO_TRY(input_shape(api, context, 0, shape, sizes));
+    if (sizes.empty()) return nullptr;  // not known
     return set_output_shape(api, context, shape, sizes);
 }
 
