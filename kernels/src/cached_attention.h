@@ -18,7 +18,7 @@ struct Cached {
 
 // Writes the rotated keys and the values of the rows into the cache -> out [rows, heads * width]. Up to kSingleRows rows
 // are computed one by one in float32, so that a token has the same result alone and beside drafted ones: 16 rows
-// (molmo_edge.runtimes.drafting) and the spare row of a decoder that verifies them. With more rows products are bfloat16
+// (molmo_edge.runtimes.protocol.DRAFT_ROWS) and the spare row of a decoder that verifies them. With more rows products are bfloat16
 // with sums in float32, softmax is float32. Needs Tiles::bfloat16 and a width that is a multiple of 16.
 constexpr int64_t kSingleRows = 17;
 void cached_attention(const Kernel& kernel, const Parallel& parallel, const Cached& attention, float* out);

@@ -22,15 +22,15 @@
 // AVX-VNNI: GCC 11, Clang 12, Apple's Clang 13, Microsoft's compiler.
 #if defined(MOLMO_X86)
 #if defined(__apple_build_version__)
-#define MOLMO_AVXVNNI_FROM (__clang_major__ >= 13)
+#define MOLMO_HAS_AVXVNNI (__clang_major__ >= 13)
 #elif defined(__clang__)
-#define MOLMO_AVXVNNI_FROM (__clang_major__ >= 12)
+#define MOLMO_HAS_AVXVNNI (__clang_major__ >= 12)
 #elif defined(__GNUC__)
-#define MOLMO_AVXVNNI_FROM (__GNUC__ >= 11)
+#define MOLMO_HAS_AVXVNNI (__GNUC__ >= 11)
 #else
-#define MOLMO_AVXVNNI_FROM 1
+#define MOLMO_HAS_AVXVNNI 1
 #endif
-#if MOLMO_AVXVNNI_FROM
+#if MOLMO_HAS_AVXVNNI
 #define MOLMO_AVXVNNI_COMPILES 1
 #endif
 #endif
