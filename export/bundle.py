@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -50,6 +49,7 @@ from molmo_edge.quantize.rotation import rotated, rotated_parts
 from molmo_edge.quantize.rounding import Blocks
 from molmo_edge.runtimes.onnx import OnnxRuntime
 from molmo_edge.system.files import sha256_of
+from molmo_edge.system.lazy import cached_property
 from molmo_edge.system.memory import check_room
 from molmo_edge.system.version import __version__
 
@@ -273,7 +273,7 @@ class _BundleExport:
             old, sha256=file.sha256, bytes=file.bytes, onnxruntime=ONNXRUNTIME, cache="int8"
         )
 
-    @functools.cached_property
+    @cached_property
     def _calibration_inputs(self) -> list[DecoderInput]:
         """The decoder's input for each prompt of the calibration."""
         assert self.plan.calibration is not None

@@ -15,7 +15,6 @@ import numpy as np
 
 from molmo_edge.answer import Answer
 from molmo_edge.frontend.prompts import text_ids
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.generate import GenerationError, Sampling, most_new_tokens
 from molmo_edge.runtimes.prompt_embeddings import prefill
 from molmo_edge.sdk.answer_form import AnswerForm, Schema, answer_form
@@ -23,6 +22,7 @@ from molmo_edge.sdk.async_answers import AsyncStream
 from molmo_edge.sdk.engine import MAX_NEW_TOKENS, Engine, Scene, check_text
 from molmo_edge.sdk.process_bound import NotCopied
 from molmo_edge.sdk.streaming import Deadline, Stream, check_in_time, finished, generate_pieces, said_before
+from molmo_edge.system import forks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,7 +76,7 @@ class Chat(NotCopied):
             self._kept = cache.length
 
     def forked(self) -> None:
-        """See molmo_edge.runtimes.forks: a child prefills image and turns again."""
+        """See molmo_edge.system.forks: a child prefills image and turns again."""
         self._lock, self._cache, self._kept = threading.Lock(), None, 0
 
     @property

@@ -60,6 +60,10 @@ class Sampling:
         if self.timeout is not None and (not isinstance(self.timeout, Real) or not self.timeout > 0):
             raise GenerationError(f"timeout must be a positive number of seconds, not {self.timeout!r}")
 
+    def draws(self) -> np.random.Generator | None:
+        """Return the random numbers of one answer; None for greedy decoding, which spares it importing numpy.random."""
+        return None if float(self.temperature) == 0.0 else np.random.default_rng(self.seed)
+
 
 def most_new_tokens(sampling: Sampling, filled: int, capacity: int) -> int:
     """Return how many ids can follow `filled` positions in a context of `capacity` positions.
@@ -100,7 +104,7 @@ def generate(
     Raises GenerationError, before anything runs, for a prompt that does not fit, and for NaN or infinite logits.
     """
     most = most_new_tokens(sampling, cache.length + len(embeddings), capacity)
-    random = np.random.default_rng(sampling.seed)
+    random = sampling.draws()
     # [embedding_size]
     logits = runtime.forward(embeddings, cache) if image is None else prefill(runtime, embeddings, image, cache)
     grounded = None if grounding is None else grounding.begin(_states(cache))
@@ -150,7 +154,7 @@ def generate_batch(
     prompt, see `most_new_tokens`. `constraints`: of each prompt, as in `generate`.
     """
     logits, batch = prefilled
-    randoms = [np.random.default_rng(sampling.seed) for _ in most]
+    randoms = [sampling.draws() for _ in most]
     answers: list[list[int]] = [[] for _ in most]
     unfinished = set(range(len(most)))
     while unfinished:
@@ -185,11 +189,14 @@ def likeliest(logits: np.ndarray) -> int:
     return best
 
 
-def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Choose an id from `logits` (float [vocab_size]). Raises GenerationError for the same logits as `likeliest`."""
+def next_token(logits: np.ndarray, sampling: Sampling, random: np.random.Generator | None) -> int:
+    """Choose an id from `logits` (float [vocab_size]). `random`: see `Sampling.draws`.
+
+    Raises GenerationError for the same logits as `likeliest`.
+    """
     best = likeliest(logits)
     temperature = float(sampling.temperature)  # a Fraction or a numpy scalar would change the dtype of the arrays
-    if temperature == 0.0:
+    if random is None or temperature == 0.0:
         return best
     order = np.argsort(-logits, kind="stable")  # most likely first
     if sampling.top_k:

@@ -6,7 +6,6 @@ embeds tokens with it. It does not depend on an engine. Source: hf_model/modelin
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from molmo_edge.frontend.points import Point, format_points, written_absent
 from molmo_edge.frontend.totals import TotalWriter
 from molmo_edge.runtimes.peaks import CLOSED, Plan, Votes
 from molmo_edge.runtimes.protocol import PointRuntime
+from molmo_edge.system.lazy import cached_property
 
 Patches = Literal["best", "graded", "shared"]  # see `Grounding.logits`
 
@@ -273,7 +273,7 @@ class GroundingInputs:
             self._votes if config.votes else None,
         )
 
-    @functools.cached_property
+    @cached_property
     def _votes(self) -> Votes:
         """What votes are computed from, which all questions about the images share."""
         keys = self.head.vote_keys(self.patch_features)[np.maximum(self.pooling, 0)]

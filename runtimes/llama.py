@@ -24,13 +24,13 @@ from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError
 from molmo_edge.frontend.crops import image_token_count
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.bundle_room import check_bundle_room, memory_is_scarce
 from molmo_edge.runtimes.llama_library import WITHOUT_AMX, has_amx, load_library, on_gpu
 from molmo_edge.runtimes.llama_native import CHUNK, LlamaContext, LlamaModel, wait_for
 from molmo_edge.runtimes.llama_options import LlamaOptions
 from molmo_edge.runtimes.onnx import OnnxRuntime, check_components, place_bundle
 from molmo_edge.runtimes.protocol import Cache, check_capacity, check_causal, check_copy, check_rows, check_stored
+from molmo_edge.system import forks
 from molmo_edge.system.cores import choose_threads, physical_cores
 from molmo_edge.system.memory import available_memory
 

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from molmo_edge.errors import EngineError
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.llama_library import load_library, take_errors
 from molmo_edge.runtimes.llama_options import CACHE_TYPES, LlamaOptions
 from molmo_edge.runtimes.llama_states import StateReader
 from molmo_edge.runtimes.protocol import DRAFT_ROWS
+from molmo_edge.system import forks
 
 _T = TypeVar("_T")
 

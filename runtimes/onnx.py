@@ -16,7 +16,6 @@ from molmo_edge.checkpoints.manifest import GRAPHS, POINT_HEAD
 from molmo_edge.config import MolmoConfig
 from molmo_edge.errors import EngineError, Unavailable, first_line
 from molmo_edge.frontend.crops import Overview
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.bundle_room import check_bundle_room, memory_is_scarce
 from molmo_edge.runtimes.memory_plan import CHUNK, SCARCE_CHUNK
 from molmo_edge.runtimes.onnx_cache import OnnxCache
@@ -34,6 +33,7 @@ from molmo_edge.runtimes.protocol import (
 from molmo_edge.runtimes.providers import Placement, place
 from molmo_edge.runtimes.rotary_inputs import table_names
 from molmo_edge.runtimes.slot_positions import check_positions
+from molmo_edge.system import forks
 from molmo_edge.system.cores import available_cores, choose_threads
 from molmo_edge.system.memory import give_back
 
@@ -173,7 +173,7 @@ class OnnxRuntime:
         )
 
     def forked(self) -> None:
-        """See molmo_edge.runtimes.forks."""
+        """See molmo_edge.system.forks."""
         self._lock, self._pool = threading.Lock(), None
         if self._sessions:
             self._sessions = None

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.config import DecoderConfig
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.protocol import check_arrays, check_copy
 from molmo_edge.runtimes.rotary_inputs import rotary_tables
+from molmo_edge.system import forks
 
 # Of keys and values, by their type in the graph.
 CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}

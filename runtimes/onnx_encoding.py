@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from molmo_edge.system.lazy import cached_property
 
 # Field numbers of onnx.proto.
 MODEL_GRAPH, MODEL_OPSET = 7, 8

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import EngineError, Unavailable, first_line
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.kernels import ONNXRUNTIME, Moved, use_kernels
 from molmo_edge.runtimes.providers import CPU, Provider
 from molmo_edge.runtimes.rotary_inputs import declared_inputs
+from molmo_edge.system import forks
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.log import logger
 from molmo_edge.system.memory import forget_mapped

@@ -7,11 +7,12 @@ its pyramid; of the local maxima: CenterNet (arXiv 1904.07850).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from molmo_edge.system.lazy import cached_property
 
 CLOSED = np.float32(-1e8)  # a patch that cannot be chosen, as in the reference
 
@@ -47,7 +48,7 @@ class Plan:
     distance: float
     drop: float
 
-    @functools.cached_property
+    @cached_property
     def peaks(self) -> np.ndarray:
         """Patch and slot of each point, int [k, 2], ascending."""
         return local_maxima(self.scores, self.places, self.distance, self.drop)
@@ -64,7 +65,7 @@ class Plan:
         number = earlier.count(earlier[-1]) - 1
         return int(slots[number]) if 1 < len(slots) > number else None
 
-    @functools.cached_property
+    @cached_property
     def margins(self) -> np.ndarray:
         """How much lower the best score of each patch may be until it is not chosen; negative: how much is missing.
 

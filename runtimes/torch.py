@@ -22,7 +22,6 @@ from molmo_edge.modeling.decoder import image_attention_mask
 from molmo_edge.modeling.point_head import PointHead
 from molmo_edge.modeling.precision import choose_precision, compute_dtype
 from molmo_edge.modeling.weights import build_model
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.protocol import (
     check_arrays,
     check_capacity,
@@ -35,6 +34,7 @@ from molmo_edge.runtimes.protocol import (
     check_stored,
 )
 from molmo_edge.runtimes.slot_positions import check_positions, slot_positions
+from molmo_edge.system import forks
 from molmo_edge.system.cores import choose_threads
 from molmo_edge.system.memory import available_memory
 
@@ -156,7 +156,7 @@ class TorchRuntime:
         return runtime
 
     def _take(self, model: Molmo, threads: int | None) -> None:
-        self.born = forks.generation()  # see molmo_edge.runtimes.forks
+        self.born = forks.generation()  # see molmo_edge.system.forks
         self._threads_before = torch.get_num_threads()  # a setting of the process
         threads = choose_threads(threads)
         if threads is not None:

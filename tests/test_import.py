@@ -45,10 +45,10 @@ def test_heavy_modules_wait_until_they_are_needed(code: str, without: tuple[str,
     assert not set(without) & set(loaded)
 
 
-def test_asking_needs_no_torch(tiny_bundle: Path, golden: Path, tmp_path: Path) -> None:
+def test_asking_imports_neither_torch_nor_random_numbers(tiny_bundle: Path, golden: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.modules["torch"] = None  # any import of it fails
+sys.modules["torch"] = sys.modules["numpy.random"] = None  # any import of them fails
 from molmo_edge import Molmo
 answer = Molmo({str(tiny_bundle)!r}).ask({str(golden / "astronaut.png")!r}, "What?", max_new_tokens=2)
 print(len(answer.token_ids))

@@ -25,12 +25,14 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from molmo_edge.config import ALPHA
 from molmo_edge.errors import MolmoEdgeError, first_line
 from molmo_edge.frontend.unsupported_inputs import HEAD, describe_contents, describe_name
+from molmo_edge.system.forks import hold_at_fork
 
 ImageLike = Any  # path, bytes, file object, PIL.Image.Image or numpy array; see `load_image`
 
 MAX_PIXELS = 120_000_000  # larger images are refused before decoding: 120 MP are 360 MB of RGB
 _MOST_BYTES = 1_000_000_000  # limit for a stream without seek; more than MAX_PIXELS of 16-bit RGBA
-_QUIET = threading.RLock()
+_QUIET = threading.RLock()  # all threads share Python's warning filters
+hold_at_fork(_QUIET)
 _ALL_BELOW_256 = (
     "all values are below 256 of 65535, which is black: if these are 8-bit values, save or pass them as 8 bits; "
     "otherwise scale them to 0..65535"
@@ -308,10 +310,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Suppress Pillow's warnings about a file: they concern metadata, or sizes, for which `MAX_PIXELS` is decisive.
-
-    The lock is needed because all threads share Python's warning filters.
-    """
+    """Suppress Pillow's warnings about a file: they concern metadata, or sizes, for which `MAX_PIXELS` is decisive."""
     bombs = Image.DecompressionBombWarning
     with _QUIET, warnings.catch_warnings():
         action = next((f[0] for f in warnings.filters if f[1] is None and issubclass(bombs, f[2])), "")

@@ -11,12 +11,13 @@ import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.frontend.grounding_tokens import TOKEN as GROUNDING
+from molmo_edge.system.lazy import cached_property
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Bpe

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from molmo_edge.runtimes import forks
+from molmo_edge.system import forks
 
 _T = TypeVar("_T")
 
@@ -23,7 +23,7 @@ class Worker:
         forks.on_fork(self)
 
     def forked(self) -> None:
-        """See molmo_edge.runtimes.forks: a child starts its own threads."""
+        """See molmo_edge.system.forks: a child starts its own threads."""
         self._lock, self._pool = threading.Lock(), None
 
     async def run(self, job: Callable[[], _T]) -> _T:

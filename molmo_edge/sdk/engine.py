@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from molmo_edge.frontend.crops import ImageProcessor
 from molmo_edge.frontend.image_files import check_alpha
 from molmo_edge.frontend.prompts import asked_label
 from molmo_edge.frontend.visual_prompt import UnsupportedInputError
-from molmo_edge.runtimes import forks
 from molmo_edge.runtimes.drafting import Drafts, PointDrafter, choose_trust
 from molmo_edge.runtimes.generate import GenerationError
 from molmo_edge.runtimes.grammar import Grammars
@@ -35,6 +33,8 @@ from molmo_edge.sdk.scene_file import SceneFileError, StoredScene, read_scene, w
 from molmo_edge.sdk.scene_store import SceneStore, scene_key
 from molmo_edge.sdk.serial_runtime import serial_runtime
 from molmo_edge.sdk.shown import Shown
+from molmo_edge.system import forks
+from molmo_edge.system.lazy import cached_property
 from molmo_edge.system.log import logger
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Scene(NotCopied):
     grounding: GroundingInputs | None = field(default=None, repr=False)  # of a model that points by grounding tokens
     positions: np.ndarray | None = field(default=None, repr=False)  # int [n] of `embeddings`; None: 0, 1, 2, ...
     dropped: int = 0  # image tokens that `image_tokens` left out
-    born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.runtimes.forks
+    born: int = field(default_factory=forks.generation, repr=False)  # see molmo_edge.system.forks
 
     _instead = "pass its image on, and encode it there"
 
@@ -192,7 +192,7 @@ class Engine:
         """Positions of the model's context."""
         return self.config.decoder.max_position_embeddings
 
-    @functools.cached_property
+    @cached_property
     def identity(self) -> str:
         """Tells the model apart from others, see `model_identity`. Raises SceneFileError if it was made from parts."""
         if self._directory is None:
@@ -216,7 +216,7 @@ class Engine:
             reuse_crops=self.reuse_crops,
         )
 
-    @functools.cached_property
+    @cached_property
     def grammars(self) -> Grammars:
         """Compiles constraints on answers. Raises ModuleNotFoundError without llguidance."""
         return Grammars(self.tokenizer, self.config.decoder.vocab_size)

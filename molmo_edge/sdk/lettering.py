@@ -20,6 +20,8 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
+from molmo_edge.system.lazy import cached_property
+
 EMBEDDED = Path(__file__).parent.parent / "fonts" / "DejaVuSans-subset.ttf"
 
 # File names, without suffix, of system fonts for other scripts, in order of preference.
@@ -46,7 +48,7 @@ class Line:
 
     pieces: tuple[tuple[str, ImageFont.FreeTypeFont], ...]
 
-    @functools.cached_property
+    @cached_property
     def box(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the ink in pixels, relative to the start of the baseline; zeros without ink."""
         boxes = []

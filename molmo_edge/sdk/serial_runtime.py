@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-from molmo_edge.runtimes import forks
+from molmo_edge.system import forks
 
 if TYPE_CHECKING:
     from molmo_edge.runtimes.protocol import Runtime

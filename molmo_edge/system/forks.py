@@ -1,10 +1,13 @@
-"""Engines and `os.fork`.
+"""Engines, locks and `os.fork`.
 
 A forked child has the memory of its parent but none of its threads. An engine that waits for one of its own threads
-in the child, in a call or in a destructor that joins them, waits forever. Therefore:
+in the child, in a call or in a destructor that joins them, waits forever, and so does a thread that waits for a lock
+which another thread held at the fork. Therefore:
 
 - `os.fork` waits until the loads given to `watch_load` are done. Forking in the middle of a load could leave a lock of
   the engine taken, or a static variable half initialised.
+- `os.fork` waits until other threads have finished their imports, because Python locks a module while it is imported.
+- `os.fork` waits for the locks given to `hold_at_fork`.
 - Native objects given to `leak_in_children` are never destroyed in a child.
 - The method `forked` of objects given to `on_fork` is called in the child before anything else runs there.
 - `check` raises in a child for objects made by its parent.
@@ -12,11 +15,16 @@ in the child, in a call or in a destructor that joins them, waits forever. There
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from threading import RLock
+from types import ModuleType
 from typing import Any, Protocol
 
 from molmo_edge.errors import EngineError
@@ -55,6 +63,12 @@ def watch_load(load: Future[Any]) -> None:
     load.add_done_callback(_loads.discard)
 
 
+def hold_at_fork(lock: RLock) -> None:
+    """Take `lock` for each `os.fork`, so that no other thread has it at that moment."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
 def leak_in_children(native: Any) -> None:
     """Never destroy `native` in a child. It must support weak references."""
     _leaked.add(native)
@@ -77,6 +91,18 @@ def _free(born: int, free: Callable[..., object], arguments: tuple[Any, ...]) ->
 
 def _before() -> None:
     wait(list(_loads))
+    _finish_imports()
+
+
+def _finish_imports() -> None:
+    """Wait until other threads have imported what they are importing."""
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType):
+            continue
+        spec = ModuleType.__getattribute__(module, "__dict__").get("__spec__")  # getattr would load a lazy module
+        if getattr(spec, "_initializing", False):
+            with contextlib.suppress(Exception):  # the importing thread raises it
+                importlib.import_module(name)  # waits for another thread, but not for this one
 
 
 def _in_child() -> None:
