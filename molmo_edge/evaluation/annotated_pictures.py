@@ -134,7 +134,7 @@ def _check(photo: Photo) -> None:
 
 def scene_pictures(sprites: Path, number: int, kind: str, seed: int = 2024) -> Iterator[Picture]:
     """Scenes from sprites of the validation split, which are not used in training."""
-    yield from _drawn(load_assets(sprites, split="val"), number, kind, seed)
+    yield from drawn_pictures(load_assets(sprites, split="val"), number, kind, seed)
 
 
 def embedded_scenes(number: int, seed: int = 2025) -> list[Picture]:
@@ -142,6 +142,13 @@ def embedded_scenes(number: int, seed: int = 2025) -> list[Picture]:
 
     60 % show sprites, 20 % words and 20 % clocks. nano was trained on other scenes with these sprites.
     """
+    kinds = np.random.default_rng(seed).choice(["sprites", "words", "clocks"], number, p=[0.6, 0.2, 0.2])
+    assets = embedded_sprites()
+    return [picture for i, kind in enumerate(kinds) for picture in drawn_pictures(assets, 1, str(kind), seed, first=i)]
+
+
+def embedded_sprites() -> Assets:
+    """The sprites that the package includes."""
     sheet = Image.open(_SHEET).convert("RGBA")
     sprites: dict[str, tuple[Image.Image, ...]] = {}
     columns = sheet.width // _SIDE
@@ -149,12 +156,11 @@ def embedded_scenes(number: int, seed: int = 2025) -> list[Picture]:
         x, y = i % columns * _SIDE, i // columns * _SIDE
         cell = sheet.crop((x, y, x + _SIDE, y + _SIDE))
         sprites[name] = (cell.crop(cell.getchannel("A").getbbox()),)
-    kinds = np.random.default_rng(seed).choice(["sprites", "words", "clocks"], number, p=[0.6, 0.2, 0.2])
-    assets = Assets(sprites)
-    return [picture for i, kind in enumerate(kinds) for picture in _drawn(assets, 1, str(kind), seed, first=i)]
+    return Assets(sprites)
 
 
-def _drawn(assets: Assets, number: int, kind: str, seed: int, first: int = 0) -> Iterator[Picture]:
+def drawn_pictures(assets: Assets, number: int, kind: str, seed: int, first: int = 0) -> Iterator[Picture]:
+    """The scenes `first` to `first + number - 1` of those that `assets`, `kind` and `seed` determine."""
     for i in range(first, first + number):
         rgb, annotation = draw_scene(np.random.default_rng([seed, i]), assets, kind)
         yield Picture("scenes", partial(np.asarray, rgb), annotation)
