@@ -1,9 +1,10 @@
 """The change of the points' F1 between models, on as many drawn scenes as an interval takes.
 
-    python benchmarks/point_change.py REFERENCE CANDIDATE... --out FILE [--scenes 2600] [--threads 1]
+    python benchmarks/point_change.py REFERENCE CANDIDATE... --out FILE [--first 0] [--end 2600] [--threads 1]
 
 Each model is asked to point at every name in a scene. The answers' F1 is appended to FILE scene by scene, so that a
-run can be interrupted and continued; the table is that of all scenes in FILE. The scenes are drawn from the sprites
+run can be interrupted and continued; the table is that of all scenes in FILE. Files of several processes, with scenes
+of their own (--first, --end), can be joined with `cat`. The scenes are drawn from the sprites
 that the package includes, and are not those of the suite nano-val. `molmo-edge loss` measures more about fewer
 questions: it keeps the logits of each answer, which would be 60 GB here.
 """
@@ -26,12 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="the reference, then the candidates")
     parser.add_argument("--out", type=Path, required=True, help="one line of JSON per question; may exist")
-    parser.add_argument("--scenes", type=int, default=2600)
+    parser.add_argument("--first", type=int, default=0, help="the first scene, if FILE has none yet")
+    parser.add_argument("--end", type=int, default=2600, help="the scene after the last")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     names = [path.name for path in args.models]
-    done = _read(args.out, names)
-    ask(args.models, args.out, 1 + max((row["scene"] for row in done), default=-1), args.scenes, args.threads)
+    first = 1 + max((row["scene"] for row in _read(args.out, names)), default=args.first - 1)
+    ask(args.models, args.out, first, args.end, args.threads)
     report(_read(args.out, names), names)
 
 
@@ -44,7 +46,7 @@ def _read(file: Path, names: list[str]) -> list[dict]:
 
 def ask(models: list[Path], out: Path, first: int, end: int, threads: int | None) -> None:
     """Append a line for each question about the scenes `first` to `end - 1`; the lines of one scene at once."""
-    opened = {path.name: Molmo(path, threads=threads) for path in models}
+    opened = {path.name: Molmo(path, threads=threads) for path in models} if first < end else {}
     assets = embedded_sprites()
     for scene in range(first, end):
         (picture,) = drawn_pictures(assets, 1, "sprites", SEED, first=scene)
