@@ -2,9 +2,9 @@
 
 Its four-bit products have the names, inputs and attributes of ONNX Runtime's MatMulNBits and QMoE, in a domain of their
 own. A large graph on the CPU is changed while it loads: the nodes that they can compute move to that domain and read
-the same weights. Beside such products, attention (GroupQueryAttention) moves, too, and vision towers with eight-bit
-weights get the operators of `vision_graph`. All other nodes, and all nodes without the package, stay with ONNX Runtime.
-The file does not change.
+the same weights. Beside such products, attention (GroupQueryAttention) moves, too. Layers with eight-bit weights get
+the operators of `eight_bit_graph`. All other nodes, and all nodes without the package, stay with ONNX Runtime. The file
+does not change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.runtimes.eight_bit_graph import eight_bit_nodes
 from molmo_edge.runtimes.onnx_encoding import (
     FLOAT,
     GRAPH_NODE,
@@ -31,7 +32,6 @@ from molmo_edge.runtimes.onnx_encoding import (
     values,
     varint,
 )
-from molmo_edge.runtimes.vision_graph import vision_nodes
 
 SWITCH = "MOLMO_EDGE_KERNELS"  # environment variable: 0 switches them off
 FORCE = "MOLMO_EDGE_KERNEL"  # environment variable of the package: the kernel to use, even if it is not faster
@@ -150,7 +150,7 @@ def _moved_graph(graph: memoryview, operators: Collection[str]) -> tuple[bytes, 
     layers: dict[int, bytes] = {}
     if _COPYING in operators:
         attention = "MultiHeadAttention" in operators
-        layers = vision_nodes(nodes, tensors, outputs(graph), DOMAIN, attention=attention)
+        layers = eight_bit_nodes(nodes, tensors, outputs(graph), DOMAIN, attention=attention)
     changed |= layers
     if not changed:
         return None

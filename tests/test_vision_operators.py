@@ -244,6 +244,30 @@ def test_numbers_that_are_not_finite_stay_in_their_row(tmp_path: Path, kernel: s
 
 
 @needs_kernels
+@pytest.mark.parametrize("kernel", VISION)
+def test_a_row_has_the_same_result_alone_and_beside_others(tmp_path: Path, kernel: str) -> None:
+    most, rng = 41, np.random.default_rng(8)
+    x = rng.standard_normal((1, most, 1100), np.float32)
+    weights = {
+        "w": rng.integers(-127, 128, (1100, 96)).astype(np.int8),
+        "s": rng.uniform(0, 1e-3, 96).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeRows", ["x"], ["rows", "scales"], domain=kernels.DOMAIN),
+        helper.make_node("QuantizedLinear", ["rows", "scales", *weights], ["y"], domain=kernels.DOMAIN, activation=0),
+    ]
+    for n in range(1, most + 1):  # a kernel computes some rows of a tile at a time
+        onnx.save(model(nodes, {"x": x[:, :n]}, weights), tmp_path / f"layer{n}.onnx")
+        np.savez(tmp_path / f"layer{n}.npz", x=x[:, :n])
+    environment = {**os.environ, kernels.FORCE: kernel}
+    subprocess.run([sys.executable, "-c", RUN_ALL, str(tmp_path)], check=True, env=environment, timeout=120)
+    together = np.load(tmp_path / f"layer{most}.npy")
+    assert norm_error(together, exact_layer({"x": x}, weights, 0)) < 1e-3
+    for n in range(1, most):
+        np.testing.assert_array_equal(np.load(tmp_path / f"layer{n}.npy"), together[:, :n])
+
+
+@needs_kernels
 @pytest.mark.skipif(not VISION, reason="no kernel has layers on this processor")
 def test_a_bias_must_be_constant(tmp_path: Path) -> None:
     given = {name: np.ones((1, 4, 32), np.float32) for name in "xr"} | {"b": np.ones(32, np.float32)}

@@ -68,9 +68,9 @@ void EightBitLayer::multiply(const Kernel& kernel, const Parallel& parallel, con
             for (int64_t step = 0; step < steps_; step += kSteps)
                 for (int64_t r = first; r < last; r += 2 * kTile) {
                     const int64_t some = steps_ - step < kSteps ? steps_ - step : kSteps;
-                    const int64_t blocks = last - r <= kTile ? 1 : 2;
+                    const int64_t count = last - r < 2 * kTile ? last - r : 2 * kTile;
                     tiles.int8(rows.values + r * depth + step * kTileBytes,
-                               panels_.data() + c * depth + step * kTileBytes, some, steps_, blocks, step == 0,
+                               panels_.data() + c * depth + step * kTileBytes, some, steps_, count, step == 0,
                                starts_.data() + c, sums + (r - first) * kPair);
                 }
             const float* bias = bias_.data() == nullptr ? nullptr : bias_.data() + c;

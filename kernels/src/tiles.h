@@ -15,11 +15,13 @@ constexpr int64_t kTileBytes = 1024, kStepBytes = 64;
 struct Tiles {
     void (*begin)();  // before the products of a thread
     void (*end)();
-    // `blocks` (1 or 2) tiles of rows times two panels: out [16 * blocks, 32]. `depth`: steps of a whole row, of which
-    // `steps` are computed. The sums begin at `out`, or if it is `first` at 0 (with Kernel::unsigned_rows at starts [32]).
-    void (*int8)(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t blocks, bool first,
+    // `count` (1 to 32) rows times two panels: out [count, 32], with room for whole tiles. `depth`: steps of a whole row,
+    // of which `steps` are computed. The sums begin at `out`, or if it is `first` at 0 (with Kernel::unsigned_rows at
+    // starts [32]).
+    void (*int8)(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t count, bool first,
                  const int32_t* starts, int32_t* out);
-    // In bfloat16 with sums in float32, which begin at 0: out [16 * blocks, stride]. Null: not on this processor.
+    // `blocks` (1 or 2) tiles of rows in bfloat16 with sums in float32, which begin at 0: out [16 * blocks, stride]. Null:
+    // not on this processor.
     void (*bfloat16)(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t depth, int64_t blocks,
                      float* out, int64_t stride);
 };

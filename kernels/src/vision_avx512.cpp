@@ -2,6 +2,10 @@
 #include "kernels.h"
 
 #ifdef MOLMO_X86
+#include <algorithm>
+#include <utility>
+
+#include "parallel.h"
 #include "vision_avx512.h"
 
 namespace molmo::avx512 {
@@ -61,9 +65,9 @@ MOLMO_AVX512 MOLMO_INLINE void finish_rows(const int32_t* sums, int64_t count, c
     }
 }
 
-// Eight rows times 32 columns.
+// Some rows of a tile times 32 columns.
 template <int Rows>
-MOLMO_AVX512 MOLMO_INLINE void int8_rows(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth,
+MOLMO_AVX512 void int8_rows(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth,
                                          const int32_t* starts, int64_t start_stride, int32_t* out) {
     __m512i sums[Rows][2];
     for (int r = 0; r < Rows; ++r) {
@@ -89,11 +93,25 @@ MOLMO_AVX512 MOLMO_INLINE void int8_rows(const int8_t* rows, const int8_t* panel
     }
 }
 
-MOLMO_AVX512 void int8_tiles(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t blocks,
+constexpr int64_t kMostRows = 8;  // sums of as many rows, and what they need, fit the 32 registers
+
+template <int... Counts>
+MOLMO_AVX512 MOLMO_INLINE void int8_some(int64_t count, std::integer_sequence<int, Counts...>, const int8_t* rows,
+                                         const int8_t* panels, int64_t steps, int64_t depth, const int32_t* starts,
+                                         int64_t start_stride, int32_t* out) {
+    constexpr decltype(&int8_rows<1>) kByCount[] = {int8_rows<Counts + 1>...};
+    kByCount[count - 1](rows, panels, steps, depth, starts, start_stride, out);
+}
+
+MOLMO_AVX512 void int8_tiles(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t count,
                              bool first, const int32_t* starts, int32_t* out) {
-    for (int64_t r = 0; r < blocks * kTile; r += 8, out += 8 * 2 * kColumns)
-        int8_rows<8>(rows + r / kTile * depth * kTileBytes + r % kTile * kStepBytes, panels, steps, depth,
-                     first ? starts : out, first ? 0 : 2 * kColumns, out);
+    constexpr int64_t kWidth = 2 * kColumns;
+    for (int64_t r = 0, some; r < count; r += some, out += some * kWidth) {
+        some = next_rows(std::min(count, up(r + 1, kTile)) - r, kMostRows);  // of this tile
+        int8_some(some, std::make_integer_sequence<int, kMostRows>(),
+                  rows + r / kTile * depth * kTileBytes + r % kTile * kStepBytes, panels, steps, depth,
+                  first ? starts : out, first ? 0 : kWidth, out);
+    }
 }
 
 void nothing() {}

@@ -1,12 +1,14 @@
-"""Vision towers with eight-bit weights on the compiled kernels: what to put in the place of their nodes.
+"""Layers with eight-bit weights on the compiled kernels: what to put in the place of their nodes.
 
+Vision towers have such layers in `int8`, `q4` and `mixed` bundles, decoders have them in `int8` and `mixed` ones.
 `molmo_edge.export` writes a layer as a dozen nodes: seven that round the input to eight bits, an integer product for
 each of the matrices that share it, its scales, bias, activation and residual. The kernels have two operators for them:
 
 - QuantizeRows: x [..., inner] -> its rounded rows and their scales;
 - QuantizedLinear: these, weights, scales, bias and residual -> activation(rows x weights + bias) + residual.
 
-MultiHeadAttention between such layers moves to the domain of the kernels, where its products are bfloat16.
+In a vision tower, MultiHeadAttention between such layers moves to the domain of the kernels, where its products are
+bfloat16.
 """
 
 from __future__ import annotations
@@ -22,16 +24,13 @@ _TINY, _LEVELS, _SHIFT, _ZERO_POINT = 1e-30, 127, 128.5, 128  # see molmo_edge.e
 _NO_ACTIVATION, _QUICK_GELU, _GELU_TANH = 0, 1, 2
 
 
-def vision_nodes(
+def eight_bit_nodes(
     nodes: Sequence[Node], tensors: Mapping[str, Tensor], kept: Collection[str], domain: str, *, attention: bool
 ) -> dict[int, bytes]:
     """Return the encoded fields that replace nodes, by their index; an empty field removes one.
 
-    `kept`: outputs of the graph. `attention`: also move attention. Empty for a graph that is no vision tower.
+    `kept`: outputs of the graph. `attention`: also move MultiHeadAttention.
     """
-    operators = {node.operator for node in nodes}
-    if "MultiHeadAttention" not in operators or "GroupQueryAttention" in operators:
-        return {}
     if any(node.has_subgraph for node in nodes):  # it may read any of the values that would be removed
         return {}
     graph = _Graph(nodes, tensors, kept)
