@@ -111,7 +111,8 @@ def test_training_on_cached_features_equals_training_on_crops(plain: Path, tmp_p
     cached = train(plain, tmp_path / "cached", tmp_path / "features", **changes)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "crops"), rel=1e-5)
     for (name, ours), (_, theirs) in zip(cached.model.named_parameters(), crops.model.named_parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+        if not name.endswith("wk.bias"):  # a softmax does not see it: its gradient is rounding, which Adam enlarges
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
     example = Pictures().example(0, np.random.default_rng(0))
     batches = [collate([t.encoder(example, np.random.default_rng(0))]) for t in (cached, crops)]
     assert batches[0].features is not None

@@ -218,6 +218,22 @@ for name, work in [("slow", lambda: importlib.import_module("slow").value), ("br
     assert run(code, tmp_path) == ["('whole', 0)", "('broken', 0)"]
 
 
+def test_objects_among_the_modules_do_not_disturb_a_fork() -> None:
+    code = """
+import importlib.util, warnings
+class NoModule:
+    __class__ = type(os)  # as those of cffi
+class Raising(type(os)):
+    def __getattribute__(self, name):
+        raise RuntimeError("this module was loaded")
+sys.modules["none"], sys.modules["lie"], sys.modules["lazy"] = None, NoModule(), Raising("lazy")
+sys.unraisablehook = lambda error: os._exit(7)
+print(fork(lambda: "idle"))
+os._exit(0)  # the end of the interpreter looks at all modules
+"""
+    assert run(code) == ["('idle', 0)"]
+
+
 def test_a_module_that_forks_while_it_is_imported_does_not_wait_for_itself(tmp_path: Path) -> None:
     (tmp_path / "forking.py").write_text("import __main__\nsaid = __main__.fork(lambda: 'idle')\n")
     code = "sys.path.insert(0, sys.argv[1]); import forking; print(forking.said)"

@@ -97,7 +97,7 @@ def _before() -> None:
 def _finish_imports() -> None:
     """Wait until other threads have imported what they are importing."""
     for name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType):
+        if not issubclass(type(module), ModuleType):  # other objects can say that they are of this class
             continue
         spec = ModuleType.__getattribute__(module, "__dict__").get("__spec__")  # getattr would load a lazy module
         if getattr(spec, "_initializing", False):
