@@ -1,4 +1,5 @@
 // Layers with eight-bit weights: one scale per row of the input and one per output column.
+#include <algorithm>
 #include <cstring>
 
 #include "vision.h"
@@ -65,14 +66,17 @@ void EightBitLayer::multiply(const Kernel& kernel, const Parallel& parallel, con
         alignas(64) int32_t sums[kRowsPerTask * kPair];
         tiles.begin();
         for (int64_t c = column; c < end; c += kPair) {
-            for (int64_t step = 0; step < steps_; step += kSteps)
-                for (int64_t r = first; r < last; r += 2 * kTile) {
-                    const int64_t some = steps_ - step < kSteps ? steps_ - step : kSteps;
-                    const int64_t count = last - r < 2 * kTile ? last - r : 2 * kTile;
-                    tiles.int8(rows.values + r * depth + step * kTileBytes,
-                               panels_.data() + c * depth + step * kTileBytes, some, steps_, count, step == 0,
-                               starts_.data() + c, sums + (r - first) * kPair);
-                }
+            const int8_t* panels = panels_.data() + c * depth;
+            for (int64_t step = 0; step < steps_; step += kSteps) {
+                const int64_t some = std::min(kSteps, steps_ - step);
+                const int8_t* next = panels + (step + some) * kTileBytes;
+                if (step + some == steps_) next = c + kPair < end ? panels + kPair * depth : panels;
+                for (int64_t r = first; r < last; r += 2 * kTile)
+                    tiles.int8({rows.values + r * depth + step * kTileBytes, panels + step * kTileBytes, some, steps_,
+                                std::min<int64_t>(2 * kTile, last - r), step == 0 ? starts_.data() + c : nullptr,
+                                next + (r - first) / 8 * kStepBytes},
+                               sums + (r - first) * kPair);
+            }
             const float* bias = bias_.data() == nullptr ? nullptr : bias_.data() + c;
             const int64_t at = first * columns_ + c;
             const float* added = residual == nullptr ? nullptr : residual + at;

@@ -133,13 +133,11 @@ void begin() {
 
 void end() { __asm__ volatile("tilerelease" ::: "memory"); }
 
-void int8_tiles(const int8_t* x, const int8_t* w, int64_t steps, int64_t depth, int64_t count, bool first,
-                const int32_t*, int32_t* out) {
-    const int64_t blocks = count <= kTile ? 1 : 2;
-    const uint8_t *rows = reinterpret_cast<const uint8_t*>(x), *panels = reinterpret_cast<const uint8_t*>(w);
+void int8_tiles(const Int8Product& p, int32_t* out) {
+    const uint8_t *rows = reinterpret_cast<const uint8_t*>(p.rows), *panels = reinterpret_cast<const uint8_t*>(p.panels);
     uint8_t* to = reinterpret_cast<uint8_t*>(out);
-    const int64_t stride = 2 * kColumns * 4;
-    BLOCKS(TILE_DOT, depth, first);
+    const int64_t stride = 2 * kColumns * 4, steps = p.steps, blocks = p.count <= kTile ? 1 : 2;
+    BLOCKS(TILE_DOT, p.depth, p.starts != nullptr);
 }
 
 void bfloat16_tiles(const uint16_t* x, const uint16_t* w, int64_t steps, int64_t depth, int64_t blocks, float* out,

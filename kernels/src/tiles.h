@@ -11,15 +11,20 @@ namespace molmo {
 
 constexpr int64_t kTileBytes = 1024, kStepBytes = 64;
 
+// `count` (1 to 32) rows times two panels.
+struct Int8Product {
+    const int8_t *rows, *panels;
+    int64_t steps, depth, count;  // of `depth` steps of a row, `steps` are computed
+    const int32_t* starts;  // [32], what the sums begin at (0 without Kernel::unsigned_rows); null: at what is in `out`
+    const int8_t* next;     // panels to be multiplied soon: of each of their tiles, each eight rows request one line more
+};
+
 // One set of instructions.
 struct Tiles {
     void (*begin)();  // before the products of a thread
     void (*end)();
-    // `count` (1 to 32) rows times two panels: out [count, 32], with room for whole tiles. `depth`: steps of a whole row,
-    // of which `steps` are computed. The sums begin at `out`, or if it is `first` at 0 (with Kernel::unsigned_rows at
-    // starts [32]).
-    void (*int8)(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t count, bool first,
-                 const int32_t* starts, int32_t* out);
+    // -> out [count, 32], with room for whole tiles.
+    void (*int8)(const Int8Product& product, int32_t* out);
     // `blocks` (1 or 2) tiles of rows in bfloat16 with sums in float32, which begin at 0: out [16 * blocks, stride]. Null:
     // not on this processor.
     void (*bfloat16)(const uint16_t* rows, const uint16_t* panels, int64_t steps, int64_t depth, int64_t blocks,

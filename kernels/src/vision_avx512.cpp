@@ -65,19 +65,21 @@ MOLMO_AVX512 MOLMO_INLINE void finish_rows(const int32_t* sums, int64_t count, c
     }
 }
 
-// Some rows of a tile times 32 columns.
+constexpr int64_t kWidth = 2 * kColumns;
+
+// Some rows of a tile times 32 columns; without `starts` added to `out`.
 template <int Rows>
-MOLMO_AVX512 void int8_rows(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth,
-                                         const int32_t* starts, int64_t start_stride, int32_t* out) {
+MOLMO_AVX512 void int8_rows(const Int8Product& p, const int8_t* rows, int32_t* out) {
     __m512i sums[Rows][2];
     for (int r = 0; r < Rows; ++r) {
-        sums[r][0] = _mm512_loadu_si512(starts + r * start_stride);
-        sums[r][1] = _mm512_loadu_si512(starts + r * start_stride + kColumns);
+        const int32_t* start = p.starts != nullptr ? p.starts : out + r * kWidth;
+        sums[r][0] = _mm512_loadu_si512(start);
+        sums[r][1] = _mm512_loadu_si512(start + kColumns);
     }
-    const int8_t* second = panels + depth * kTileBytes;
-    for (int64_t at = 0; at < steps * kTileBytes; at += kTileBytes)
+    const int8_t *first = p.panels, *second = p.panels + p.depth * kTileBytes;
+    for (int64_t at = 0; at < p.steps * kTileBytes; at += kTileBytes)
         for (int64_t quad = 0; quad < 16; ++quad) {
-            const __m512i w0 = _mm512_loadu_si512(panels + at + quad * 64);
+            const __m512i w0 = _mm512_loadu_si512(first + at + quad * 64);
             const __m512i w1 = _mm512_loadu_si512(second + at + quad * 64);
             for (int r = 0; r < Rows; ++r) {
                 int32_t four;
@@ -88,29 +90,30 @@ MOLMO_AVX512 void int8_rows(const int8_t* rows, const int8_t* panels, int64_t st
             }
         }
     for (int r = 0; r < Rows; ++r) {
-        _mm512_storeu_si512(out + r * 2 * kColumns, sums[r][0]);
-        _mm512_storeu_si512(out + r * 2 * kColumns + kColumns, sums[r][1]);
+        _mm512_storeu_si512(out + r * kWidth, sums[r][0]);
+        _mm512_storeu_si512(out + r * kWidth + kColumns, sums[r][1]);
     }
 }
 
 constexpr int64_t kMostRows = 8;  // sums of as many rows, and what they need, fit the 32 registers
 
 template <int... Counts>
-MOLMO_AVX512 MOLMO_INLINE void int8_some(int64_t count, std::integer_sequence<int, Counts...>, const int8_t* rows,
-                                         const int8_t* panels, int64_t steps, int64_t depth, const int32_t* starts,
-                                         int64_t start_stride, int32_t* out) {
+MOLMO_AVX512 MOLMO_INLINE void int8_some(int64_t count, std::integer_sequence<int, Counts...>, const Int8Product& p,
+                                         const int8_t* rows, int32_t* out) {
     constexpr decltype(&int8_rows<1>) kByCount[] = {int8_rows<Counts + 1>...};
-    kByCount[count - 1](rows, panels, steps, depth, starts, start_stride, out);
+    kByCount[count - 1](p, rows, out);
 }
 
-MOLMO_AVX512 void int8_tiles(const int8_t* rows, const int8_t* panels, int64_t steps, int64_t depth, int64_t count,
-                             bool first, const int32_t* starts, int32_t* out) {
-    constexpr int64_t kWidth = 2 * kColumns;
-    for (int64_t r = 0, some; r < count; r += some, out += some * kWidth) {
-        some = next_rows(std::min(count, up(r + 1, kTile)) - r, kMostRows);  // of this tile
-        int8_some(some, std::make_integer_sequence<int, kMostRows>(),
-                  rows + r / kTile * depth * kTileBytes + r % kTile * kStepBytes, panels, steps, depth,
-                  first ? starts : out, first ? 0 : kWidth, out);
+MOLMO_AVX512 void int8_tiles(const Int8Product& p, int32_t* out) {
+    const int8_t* next = p.next;
+    for (int64_t r = 0, some; r < p.count; r += some, next += kStepBytes) {
+        some = next_rows(std::min(p.count, up(r + 1, kTile)) - r, kMostRows);  // of this tile
+        for (int64_t at = 0; at < p.steps * kTileBytes; at += kTileBytes) {
+            _mm_prefetch(reinterpret_cast<const char*>(next + at), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next + p.depth * kTileBytes + at), _MM_HINT_T1);
+        }
+        const int8_t* rows = p.rows + r / kTile * p.depth * kTileBytes + r % kTile * kStepBytes;
+        int8_some(some, std::make_integer_sequence<int, kMostRows>(), p, rows, out + r * kWidth);
     }
 }
 
