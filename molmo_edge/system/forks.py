@@ -31,6 +31,7 @@ from molmo_edge.errors import EngineError
 
 _generation = 0  # number of forks between the first process and this one
 _loads: set[Future[Any]] = set()
+_locks: list[RLock] = []
 _leaked: weakref.WeakSet[Any] = weakref.WeakSet()
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -65,8 +66,7 @@ def watch_load(load: Future[Any]) -> None:
 
 def hold_at_fork(lock: RLock) -> None:
     """Take `lock` for each `os.fork`, so that no other thread has it at that moment."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    _locks.append(lock)
 
 
 def leak_in_children(native: Any) -> None:
@@ -92,6 +92,13 @@ def _free(born: int, free: Callable[..., object], arguments: tuple[Any, ...]) ->
 def _before() -> None:
     wait(list(_loads))
     _finish_imports()
+    for lock in _locks:  # last: an import may need one
+        lock.acquire()
+
+
+def _release_locks() -> None:
+    for lock in _locks:
+        lock.release()
 
 
 def _finish_imports() -> None:
@@ -107,6 +114,7 @@ def _finish_imports() -> None:
 
 def _in_child() -> None:
     global _generation
+    _release_locks()
     _generation += 1
     _loads.clear()
     for native in _leaked:
@@ -117,4 +125,4 @@ def _in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(before=_before, after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_release_locks, after_in_child=_in_child)
