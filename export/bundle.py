@@ -203,20 +203,27 @@ class _BundleExport:
     @property
     def files(self) -> dict[str, Path]:
         """The model files written so far, by component."""
-        return {name: self.directory / self.components[name].file for name in GRAPHS if name in self.components}
+        return {
+            name: self.directory / self.components[name].file
+            for name in graph_names(self.config)
+            if name in self.components
+        }
 
     def write_components(self) -> None:
         self.directory.mkdir()
         ranges = measure_ranges(self.scratch / "ranges", self.config, self.tensors, self.plan)
-        for component in self.plan.graphs:
+        graphs = [graph for graph in self.plan.graphs if graph != "decoder"]
+        if self.config.point_head is not None:
+            graphs.append(POINT_HEAD)
+        if "decoder" in self.plan.graphs:
+            graphs.append("decoder")  # last: a calibration runs all others
+        for component in graphs:
             if component == "decoder" and self.plan.calibration is not None and self.plan.uses_calibration:
                 tensors, int4 = self._calibrated()
             else:
                 tensors, int4 = self.tensors, self.plan.int4
             self._write_graph(component, tensors, int4, ranges.get(component, {}))
             del tensors, int4  # a calibration holds a layer of the decoder
-        if self.config.point_head is not None:
-            self._write_graph(POINT_HEAD, self.tensors, self.plan.int4, {})
         if self.plan.engine == "gguf":
             self._write_gguf()
 

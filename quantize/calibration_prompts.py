@@ -14,20 +14,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from molmo_edge.frontend.answer_points import in_coords
+from molmo_edge.frontend.answer_points import encode_parts, grounded, in_coords
 from molmo_edge.frontend.crops import ImageProcessor
+from molmo_edge.frontend.grounding_tokens import point_target
 from molmo_edge.frontend.image_files import load_image
 from molmo_edge.frontend.prompts import build_prompt, caption_question, image_ids, text_ids
 from molmo_edge.frontend.tokenizer import Tokenizer
 from molmo_edge.quantize import QuantizeError
 from molmo_edge.runtimes import Runtime
 from molmo_edge.runtimes.constraint import answer_space
-from molmo_edge.runtimes.prompt_embeddings import image_embeddings
+from molmo_edge.runtimes.prompt_embeddings import image_embeddings, with_features
+from molmo_edge.sdk.encoding import CollectedParts, image_part
 from molmo_edge.system.files import FileNameError, find_file, printable
+
+if TYPE_CHECKING:
+    from molmo_edge.runtimes.grounding import GroundingInputs
+    from molmo_edge.runtimes.protocol import PartedRuntime, PointRuntime
 
 PROMPTS = "prompts.jsonl"
 MAX_PROMPTS = 32  # of a calibration; each has several hundred positions
@@ -130,21 +136,41 @@ def _parse(file: Path, number: int, line: str) -> Prompt:
 def embed_prompts(prompts: Sequence[Prompt], runtime: Runtime, tokenizer: Tokenizer) -> list[DecoderInput]:
     """The decoder's input for each prompt, cut to the model's context. `runtime` needs no decoder.
 
-    Points of answers are written in the model's grammar; those of a MolmoPoint as coordinates.
+    Points of answers are written as the model writes them: in its grammar, or as grounding tokens.
     """
     process = ImageProcessor(runtime.config.image, tokenizer.special)
     max_length = runtime.config.decoder.max_position_embeddings
     inputs = []
     for prompt in prompts:
-        prepared = process(load_image(prompt.image))
-        ids = text_ids(tokenizer, [prompt.question])
-        words = len(ids)
-        if prompt.answer:
-            answer = in_coords(prompt.answer) if tokenizer.special.chat_markup else prompt.answer
-            ids = np.concatenate([ids, tokenizer.encode(answer_space(tokenizer) + answer)])
-        image = image_embeddings(runtime, prepared, image_ids(tokenizer, prepared))
-        rows = np.concatenate([image, runtime.embed(ids)])[:max_length]
+        rgb = load_image(prompt.image)
+        prepared = process(rgb)
+        shown = image_ids(tokenizer, prepared)
+        grounding = None
+        if runtime.config.point_head is None:
+            image = image_embeddings(runtime, prepared, shown)
+        else:
+            part = image_part(process.config, prepared, rgb.shape[:2], shown.token_index, grounded=True)
+            patches, features = part.features(cast("PartedRuntime", runtime))
+            image, collected = with_features(runtime, shown, features), CollectedParts()
+            collected.add(part, patches, features)
+            grounding = collected.inputs(cast("PointRuntime", runtime), shown.ids, tokenizer.special.im_patch)
+        question = runtime.embed(text_ids(tokenizer, [prompt.question]))
+        answer = _embed_answer(prompt.answer, runtime, tokenizer, grounding) if prompt.answer else question[:0]
+        rows = np.concatenate([image, question, answer])[:max_length]
         at = np.arange(len(rows))
-        answered = max(0, len(rows) - len(image) - words)
+        answered = max(0, len(rows) - len(image) - len(question))
         inputs.append(DecoderInput(rows, (at > 0) & (at < len(image)), answered))  # all of the image's part but BOS
     return inputs
+
+
+def _embed_answer(answer: str, runtime: Runtime, tokenizer: Tokenizer, grounding: GroundingInputs | None) -> np.ndarray:
+    """The embeddings of an answer's tokens, float32 [n, d_model]."""
+    space = answer_space(tokenizer)
+    if grounding is not None and grounding.grids[0].size:  # a MolmoPoint cannot point without crops
+        grid, frame = grounding.grids[0], grounding.frames[0]
+        parts = grounded(
+            space + answer, lambda x, y: point_target(x, y, grounding.pooling, grid, frame), grounding.token_ids
+        )
+        return grounding.embed(np.array(encode_parts(tokenizer, parts)))
+    written = in_coords(answer) if tokenizer.special.chat_markup else answer
+    return runtime.embed(np.array(tokenizer.encode(space + written), np.int64))

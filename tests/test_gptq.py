@@ -14,6 +14,7 @@ from exported import ARCHITECTURES, GOLDEN, bundle, case, costs, prompt, runtime
 from test_quantize import norm_error
 from torch import Tensor
 
+import molmo_edge
 from molmo_edge.checkpoints.hub_config import read_config
 from molmo_edge.checkpoints.weight_files import open_tensors
 from molmo_edge.config import DecoderConfig, ImageConfig, MolmoConfig, VisionConfig
@@ -192,6 +193,19 @@ def test_experts_with_few_tokens_learn_from_all(tmp_path: Path) -> None:
             found = F.linear(F.silu(F.linear(fresh, gate)) * F.linear(fresh, up), down)
             errors[name].append(norm_error(found.numpy(), exact.numpy()))
     assert np.mean(errors["calibrated"]) < 0.95 * np.mean(errors["nearest"]), errors
+
+
+@pytest.mark.parametrize("question", ["Point to the cup.", "How many cups are there?"])
+def test_points_of_answers_are_the_tokens_that_nano_writes(question: str) -> None:
+    molmo, photo = molmo_edge.Molmo(), Path(__file__).parents[1] / "examples" / "coffee.jpg"
+    answer, engine = molmo.ask(photo, question), molmo.engine
+    assert answer.points
+    grounding = engine.scene(photo).grounding
+    assert grounding is not None
+    (found,) = embed_prompts([Prompt(photo, question, answer.text)], engine.runtime, engine.tokenizer)
+    written = [token for token in answer.token_ids if token != engine.tokenizer.special.eos]
+    assert found.answer == len(written)
+    np.testing.assert_array_equal(found.embeddings[-found.answer :], grounding.embed(np.array(written)))
 
 
 def test_sequences_hold_image_question_and_answer() -> None:
