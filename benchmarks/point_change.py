@@ -4,8 +4,8 @@
 
 Each model is asked to point at every name in a scene. The answers' F1 is appended to FILE scene by scene, so that a
 run can be interrupted and continued; the table is that of all scenes in FILE. Files of several processes, with scenes
-of their own (--first, --end), can be joined with `cat`. The scenes are drawn from the sprites that the package includes,
-and are not those of the suite nano-val. `molmo-edge loss` measures more about fewer questions: it keeps the logits of
+of their own (--first, --end), can be joined with `cat`. The scenes are drawn from the sprites of the package, and are
+not those of the suite nano-val. `molmo-edge loss` measures more about fewer questions: it keeps the logits of
 each answer, which would be 60 GB here.
 """
 
